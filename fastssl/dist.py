@@ -1,0 +1,157 @@
+"""Ranks and the few collectives that methods need.  One process is the same code: every function is then the identity.
+
+The convention of every loss: the global loss is the mean over ranks of what each rank returns, and DeepSpeed averages
+parameter gradients over ranks.  `gather` and `mean` run backward as their true adjoints, so gradients are exact.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import torch
+import torch.distributed as td
+from torch import Tensor
+
+
+def init(device: str | None = None) -> torch.device:
+    """Join the process group that the launcher described (deepspeed, torchrun, or none: then one rank), pick the device.
+
+    `device`: "cpu" or "cuda"; None takes CUDA when there is one.  NCCL on CUDA, gloo on CPU.
+    """
+    cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda:
+        torch.cuda.set_device(local)
+    if not td.is_initialized():
+        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}.items():
+            os.environ.setdefault(name, str(value))
+        if "MASTER_PORT" not in os.environ:
+            os.environ["MASTER_PORT"] = str(_free_port())
+        td.init_process_group("nccl" if cuda else "gloo", device_id=torch.device("cuda", local) if cuda else None)
+    return torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def shutdown() -> None:
+    """Leave the process group; without it the DeepSpeed launcher reports exit code -6."""
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def rank() -> int:
+    return td.get_rank() if td.is_initialized() else 0
+
+
+def world() -> int:
+    return td.get_world_size() if td.is_initialized() else 1
+
+
+def local_world() -> int:
+    """Ranks on this node (decides how many cores a rank may use)."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if world() > 1:
+        td.barrier()
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if _backend() == "nccl" else torch.device("cpu")
+
+
+def _backend() -> str:
+    return td.get_backend() if td.is_initialized() else ("nccl" if torch.cuda.is_available() else "gloo")
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        out = x.new_empty(world() * x.shape[0], *x.shape[1:])
+        td.all_gather_into_tensor(out, x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        n = grad.shape[0] // world()
+        if _backend() == "nccl":
+            out = grad.new_empty(n, *grad.shape[1:])
+            td.reduce_scatter_tensor(out, grad)
+            return out
+        grad = grad.clone()  # all_reduce works in place and autograd may share this buffer
+        td.all_reduce(grad)
+        return grad[rank() * n : (rank() + 1) * n]
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return sum_(x.clone()) / world()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return sum_(grad.clone()) / world()
+
+
+def gather(x: Tensor) -> Tensor:
+    """(n, ...) on each rank -> (W n, ...), rank-major.  Differentiable: backward sums over ranks and keeps the own rows."""
+    return x if world() == 1 else _Gather.apply(x)
+
+
+def mean(x: Tensor) -> Tensor:
+    """Mean over ranks, differentiable (its own adjoint)."""
+    return x if world() == 1 else _Mean.apply(x)
+
+
+@torch.no_grad()
+def gather_ragged(x: Tensor) -> Tensor:
+    """(n_r, ...) with a different n_r on each rank -> all rows, rank-major.  No gradient."""
+    if world() == 1:
+        return x
+    sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world())]
+    td.all_gather(sizes, torch.tensor([x.shape[0]], device=x.device))
+    sizes = [int(s) for s in sizes]
+    padded = x.new_zeros(max(sizes), *x.shape[1:])
+    padded[: x.shape[0]] = x
+    out = _Gather.apply(padded).view(world(), max(sizes), *x.shape[1:])
+    return torch.cat([out[r, :n] for r, n in enumerate(sizes)])
+
+
+@torch.no_grad()
+def broadcast_(x: Tensor, source: int = 0) -> Tensor:
+    if world() > 1:
+        td.broadcast(x, source)
+    return x
+
+
+@torch.no_grad()
+def sum_(x: Tensor) -> Tensor:
+    if world() > 1:
+        td.all_reduce(x)
+    return x
+
+
+@torch.no_grad()
+def sync_buffers(module: torch.nn.Module) -> None:
+    """Make buffers equal on all ranks: floating ones by their mean, others from rank 0.
+
+    Batch-norm running statistics differ by rank after the first step and DeepSpeed never synchronises them.
+    """
+    if world() == 1:
+        return
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            sum_(buffer).div_(world())
+        else:
+            broadcast_(buffer)
