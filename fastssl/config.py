@@ -1,6 +1,6 @@
 """The run, as typed data.  A config file is Python with `get_config() -> Run`; `load` adds `a.b=value` overrides.
 
-`Data` and `Optim` change results, `Speed` must not (tests/test_speed.py).  Unknown names are answered with the nearest one.
+`Data` and `Optim` change results, `Speed` must not (tests/test_speed.py).  An unknown name is answered with the nearest.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ def set_override(run: Run, text: str) -> None:
     names = key.split(".")
     target: Any = run
     for name in names[:-1]:
-        target = target[name] if isinstance(target, dict) and name in target else getattr(target, _known(target, name, key))
+        inside = isinstance(target, dict) and name in target
+        target = target[name] if inside else getattr(target, _known(target, name, key))
     name = names[-1]
     try:
         parsed = ast.literal_eval(value)
@@ -217,7 +218,8 @@ def validate(run: Run) -> None:
             raise ValueError(f"{section} must be a dataclass, got {part!r}")
         hints = typing.get_type_hints(type(part))
         for f in dataclasses.fields(part):
-            object.__setattr__(part, f.name, _coerce(getattr(part, f.name), hints.get(f.name, Any), f"{section}.{f.name}"))
+            value = _coerce(getattr(part, f.name), hints.get(f.name, Any), f"{section}.{f.name}")
+            object.__setattr__(part, f.name, value)
     for key, choices in _CHOICES.items():
         section, name = key.split(".")
         value = getattr(getattr(run, section), name)

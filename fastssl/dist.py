@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def init(device: str | None = None) -> torch.device:
-    """Join the process group that the launcher described (deepspeed, torchrun, or none: then one rank), pick the device.
+    """Join the process group that the launcher described (deepspeed, torchrun; none: one rank) and pick the device.
 
     `device`: "cpu" or "cuda"; None takes CUDA when there is one.  NCCL on CUDA, gloo on CPU.
     """
@@ -105,7 +105,7 @@ class _Mean(torch.autograd.Function):
 
 
 def gather(x: Tensor) -> Tensor:
-    """(n, ...) on each rank -> (W n, ...), rank-major.  Differentiable: backward sums over ranks and keeps the own rows."""
+    """(n, ...) on each rank -> (W n, ...), rank-major.  Differentiable: backward sums over ranks, keeps the own rows."""
     return x if world() == 1 else _Gather.apply(x)
 
 
