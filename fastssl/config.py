@@ -1,6 +1,6 @@
 """The run, as typed data.  A config file is Python with `get_config() -> Run`; `load` adds `a.b=value` overrides.
 
-`Data` and `Optim` change results, `Speed` must not (tests/test_speed.py).  An unknown name is answered with the nearest.
+`Data` and `Optim` change results, `Speed` must not (tests/test_speed.py).  An unknown name is answered by the nearest.
 """
 
 from __future__ import annotations
@@ -49,8 +49,19 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-4
-    schedule: str = "cosine"  # "cosine", "step", "constant"
-    warmup_epochs: float = 0.0
+    weight_decay_end: float | None = None  # cosine to this over the run (ViT recipes); None: constant
+    schedule: str = "cosine"  # "cosine", "cosine_epoch" (OpenSelfSup's staircase), "step", "constant"
+    warmup_epochs: float = 0.0  # linear, per step
+    warmup_ratio: float = 1e-4  # of the first step's lr to lr
+    lr_end: float = 0.0  # of the cosine's last lr to lr
+    milestones: tuple[float, ...] = ()  # epochs at which "step" multiplies by gamma
+    gamma: float = 0.1
+    base_batch: int | None = None  # linear scaling: lr is given for this batch and used times batch / base_batch
+    dampening: float = 0.0
+    nesterov: bool = False
+    eta: float = 1e-3  # LARS: trust coefficient (solo-learn: 0.02)
+    clip_lr: bool = False  # LARS: the trust ratio never exceeds lr (solo-learn)
+    lr_in_momentum: bool = True  # LARS: lr inside the momentum buffer (OpenSelfSup), or outside (solo-learn)
     precision: str = "fp32"  # "fp32", "bf16", "fp16"; normalisation and statistics stay fp32
     clip: float = 0.0  # gradient norm; 0 does not clip
     paramwise: dict[str, dict] = field(default_factory=dict)  # regex -> options, all matches apply, later wins
@@ -201,7 +212,7 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
 
 _CHOICES = {
     "optim.name": ("sgd", "adamw", "lars"),
-    "optim.schedule": ("cosine", "step", "constant"),
+    "optim.schedule": ("cosine", "cosine_epoch", "step", "constant"),
     "optim.precision": ("fp32", "bf16", "fp16"),
     "speed.zero": (0, 1, 2, 3),
     "speed.kernels": ("auto", "reference", "triton"),

@@ -57,6 +57,11 @@ def local_world() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
 
 
+def group() -> td.ProcessGroup | None:
+    """The group of all ranks for kernels that take one; None on one rank."""
+    return td.group.WORLD if world() > 1 else None
+
+
 def is_main() -> bool:
     return rank() == 0
 
@@ -105,7 +110,7 @@ class _Mean(torch.autograd.Function):
 
 
 def gather(x: Tensor) -> Tensor:
-    """(n, ...) on each rank -> (W n, ...), rank-major.  Differentiable: backward sums over ranks, keeps the own rows."""
+    """(n, ...) on each rank -> (W n, ...), rank-major.  Differentiable: backward sums over ranks, keeps own rows."""
     return x if world() == 1 else _Gather.apply(x)
 
 
