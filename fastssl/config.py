@@ -60,7 +60,7 @@ class Optim:
     dampening: float = 0.0
     nesterov: bool = False
     eta: float = 1e-3  # LARS: trust coefficient (solo-learn: 0.02)
-    clip_lr: bool = False  # LARS: the trust ratio never exceeds lr (solo-learn)
+    clip_lr: bool = False  # LARS: a tensor's lr is min(trust ratio, lr) (solo-learn)
     lr_in_momentum: bool = True  # LARS: lr inside the momentum buffer (OpenSelfSup), or outside (solo-learn)
     precision: str = "fp32"  # "fp32", "bf16", "fp16"; normalisation and statistics stay fp32
     clip: float = 0.0  # gradient norm; 0 does not clip
