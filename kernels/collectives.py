@@ -1,0 +1,56 @@
+"""Collectives along dim 0 for losses over the batch of a process group; `group=None` is this process alone.
+
+The loss of the group is the mean over ranks of what each rank returns, and each collective has its true adjoint, so
+averaging parameter gradients over ranks gives the gradient of that mean.
+"""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+
+def rank_world(group) -> tuple[int, int]:
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
+def group_name(group) -> str:
+    """A string that custom ops can take; "" is this process alone."""
+    return "" if group is None else group.group_name
+
+
+def named_group(name: str):
+    return _resolve_process_group(name) if name else None
+
+
+def gather(x: torch.Tensor, group) -> torch.Tensor:
+    """Rows of all ranks, rank after rank; no gradient.  Every rank brings the same number of rows."""
+    if group is None:
+        return x
+    out = x.new_empty((dist.get_world_size(group) * x.shape[0], *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return gather(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)  # gloo has no reduce-scatter on every build; the sum is the adjoint
+        rank, world = rank_world(ctx.group)
+        return grad.chunk(world)[rank], None
+
+
+def gather_with_grad(x: torch.Tensor, group) -> torch.Tensor:
+    return x if group is None else _Gather.apply(x, group)
+
+
+def all_reduce(x: torch.Tensor, group, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """In place; returns x."""
+    if group is not None:
+        dist.all_reduce(x, op=op, group=group)
+    return x

@@ -1,0 +1,59 @@
+"""InfoNCE of queries against keys that get no gradient (MoCo's queue, https://arxiv.org/abs/1911.05722; MoCo v3's
+batch, https://arxiv.org/abs/2104.02057), and the symmetric two-sided form with gradients on both sides (CLIP's)."""
+
+import torch
+from torch import Tensor
+
+from ..common import check_rows, check_triton_dtype, choose
+from . import reference
+
+
+def infonce(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor | None,
+    temperature: float,
+    *,
+    normalize: bool = True,
+    group=None,
+    impl: str = "auto",
+) -> Tensor:
+    """Mean cross entropy of query i's positive k_i; q and k (N, D), k and queue get no gradient.
+
+    queue (K, D): the classes are k_i and every row of the queue, which holds what queue.push_ wrote.
+    queue=None: the classes are all rows of k, those of the ranks of `group` included (MoCo v3).
+    normalize: q and k are brought to unit length first; the queue is taken as it is.
+    """
+    check_rows("infonce", temperature, q=q, k=k, **({} if queue is None else {"queue": queue}))
+    if q.shape != k.shape:
+        raise ValueError(f"infonce: q is {tuple(q.shape)} and k is {tuple(k.shape)}: row i of k is the positive of q's")
+    if queue is not None and group is not None:
+        raise ValueError("infonce: group says whose keys are the classes; with a queue, pass group=None")
+    if q.shape[0] == 0:
+        return q.sum().to(torch.promote_types(q.dtype, torch.float32))
+    if choose(impl, q) == "reference":
+        return reference.infonce(q, k, queue, temperature, normalize, group)
+    check_triton_dtype("infonce", q=q, k=k, **({} if queue is None else {"queue": queue}))
+    from . import triton
+
+    return triton.infonce(q, k, queue, temperature, normalize, group)
+
+
+def infonce_symmetric(
+    a: Tensor, b: Tensor, temperature: float, *, normalize: bool = True, group=None, impl: str = "auto"
+) -> Tensor:
+    """Half the mean cross entropy of a_i's positive b_i among all b, plus half that of b_i's positive a_i among all a.
+
+    a and b (N, D), gradients on both sides; with `group` the batch is the rows of all its ranks (see ntxent).
+    """
+    check_rows("infonce_symmetric", temperature, a=a, b=b)
+    if a.shape != b.shape:
+        raise ValueError(f"infonce_symmetric: a is {tuple(a.shape)} and b is {tuple(b.shape)}: rows must pair up")
+    if a.shape[0] == 0:
+        return (a.sum() + b.sum()).to(torch.promote_types(a.dtype, torch.float32))
+    if choose(impl, a) == "reference":
+        return reference.infonce_symmetric(a, b, temperature, normalize, group)
+    check_triton_dtype("infonce_symmetric", a=a, b=b)
+    from . import symmetric
+
+    return symmetric.infonce_symmetric(a, b, temperature, normalize, group)

@@ -1,0 +1,34 @@
+"""MoCo's queue of keys: normalise, cast and write rows into a circular buffer, the pointer staying on the device."""
+
+import torch
+from torch import Tensor
+
+from ..common import check_rows, check_triton_dtype, choose
+from . import reference
+
+
+def push_(queue: Tensor, pointer: Tensor, rows: Tensor, *, normalize: bool = True, impl: str = "auto") -> Tensor:
+    """Write rows (n, D) into queue (K, D) at pointer, pointer + 1, ... mod K, in place; returns queue.
+
+    pointer: one int64 in [0, K) on the queue's device, moved on by n mod K.  Of more than K rows the last K stay.
+    normalize: rows are brought to unit length first (a zero row stays zero).  No gradient.
+    """
+    check_rows("queue.push_", queue=queue, rows=rows)
+    if pointer.dtype != torch.int64 or pointer.numel() != 1 or pointer.device != queue.device:
+        raise ValueError(
+            f"queue.push_: pointer is {pointer.dtype} {tuple(pointer.shape)} on {pointer.device}: "
+            f"expected one int64 on {queue.device}"
+        )
+    if queue.shape[0] == 0:
+        raise ValueError("queue.push_: the queue has no rows")
+    if rows.shape[0] == 0:
+        return queue
+    with torch.no_grad():
+        if choose(impl, queue) == "reference":
+            reference.push_(queue, pointer, rows, normalize)
+        else:
+            check_triton_dtype("queue.push_", queue=queue, rows=rows)
+            from . import triton
+
+            triton.push_(queue, pointer, rows, normalize)
+    return queue
