@@ -1,21 +1,23 @@
-"""Package metadata.  `kernels/` and `data_prep/` are imported as fastssl.kernels and fastssl.data_prep:
-a top-level package called `kernels` would clash with the one on PyPI."""
+"""Package metadata.  `kernels/`, `data_prep/` and `configs/` are imported as fastssl.kernels, fastssl.data_prep and
+fastssl.configs: a top-level package called `kernels` would clash with the one on PyPI."""
 
-from setuptools import setup
+from setuptools import find_namespace_packages, find_packages, setup
 
-TEST = ["pytest>=8", "pytest-timeout", "ruff>=0.8", "scipy"]
+FOLDERS = ("kernels", "data_prep", "configs")
+packages = find_packages(include=["fastssl", "fastssl.*"])
+for folder in FOLDERS:
+    inner = find_namespace_packages(folder, exclude=["*__pycache__*"])  # folders of configs have no __init__.py
+    packages += [f"fastssl.{folder}", *(f"fastssl.{folder}.{name}" for name in inner)]
 
 setup(
     name="fastssl",
     version="0.1.0",
-    description="Self-supervised image pretraining: decode once, fused GPU views and losses, exact on any number of ranks",
+    description="Self-supervised image pretraining: each image decoded once, views cut on the device, "
+    "losses exact on any number of ranks",
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
-    packages=[
-        "fastssl", "fastssl.methods", "fastssl.eval",
-        "fastssl.kernels", "fastssl.data_prep",
-    ],
-    package_dir={"fastssl.kernels": "kernels", "fastssl.data_prep": "data_prep"},
+    packages=packages,
+    package_dir={f"fastssl.{folder}": folder for folder in FOLDERS},
     install_requires=[
         "torch>=2.11,<2.12", "torchvision>=0.26,<0.27",
         "numpy>=2,<2.4",  # Triton 3.6's interpreter breaks on 2.4
@@ -25,8 +27,11 @@ setup(
         "tensorboard", "rich", "matplotlib",
     ],
     extras_require={
-        "gpu": ["faiss-gpu==1.15.1", "cupy-cuda13x>=14"],
-        "test": TEST,
+        "gpu": ["faiss-gpu==1.15.1", "cupy-cuda13x>=14"],  # large, and of use with an NVIDIA GPU only
+        "test": [
+            "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff>=0.8", "scipy",
+            "setuptools>=77",  # tests/test_packaging.py builds a wheel
+        ],
     },
     entry_points={"console_scripts": ["fastssl=fastssl.__main__:main"]},
 )

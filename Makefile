@@ -1,0 +1,48 @@
+# `make quickstart` and `make test` install what they need first, and say nothing when that is done already.
+# PYTHON=python3.12    interpreter for a new .venv (default: the newest of 3.10 to 3.13 that is found)
+# EXTRAS=test,gpu      optional packages (default: test, and gpu where there is an NVIDIA GPU)
+# WHEELHOUSE=folder    install from wheels made by `make wheelhouse`: no compiler, no root, no network
+# PYTEST="-k ntxent"   arguments for pytest
+
+SHELL := /bin/bash
+MAKEFLAGS += --no-print-directory
+VENV ?= .venv
+PY := $(VENV)/bin/python
+GPU = $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu)
+CPU = $(if $(GPU),,DS_ACCELERATOR=cpu)
+WORKERS ?= 2
+export PYTHON EXTRAS WHEELHOUSE
+
+.PHONY: help setup quickstart test lint wheelhouse clean
+
+help:
+	@echo "make quickstart   install, convert, pretrain, evaluate and show a small run on real images"
+	@echo "make test         install, check the style and run every test that needs no GPU"
+	@echo "make lint         check the style alone"
+	@echo "make wheelhouse   collect wheels for machines without compiler, root or network"
+	@echo "make clean        remove what was built and installed here (not your data or runs)"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py pyproject.toml tools/setup.sh
+	@EXTRAS="$${EXTRAS:-test$(if $(GPU),$(comma)gpu)}" bash tools/setup.sh $(VENV)
+	@touch $@
+
+quickstart: setup
+	@$(CPU) $(PY) -m fastssl quickstart
+
+# One thread per process: two ranks on two cores would otherwise fight over them.
+test: lint
+	@$(CPU) OMP_NUM_THREADS=1 MPLBACKEND=Agg $(PY) -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile $(PYTEST)
+
+lint: setup
+	@$(PY) -m ruff check -q .
+
+wheelhouse: setup
+	@bash tools/wheelhouse.sh $(VENV) wheelhouse
+
+clean:
+	rm -rf $(VENV) build dist wheelhouse *.egg-info .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+comma := ,
