@@ -11,7 +11,7 @@ import socket
 
 import torch
 import torch.distributed as td
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def init(device: str | None = None) -> torch.device:
@@ -148,7 +148,7 @@ def sum_(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sync_buffers(module: torch.nn.Module) -> None:
+def sync_buffers(module: nn.Module) -> None:
     """Make buffers equal on all ranks: floating ones by their mean, others from rank 0.
 
     Batch-norm running statistics differ by rank after the first step and DeepSpeed never synchronises them.
@@ -160,3 +160,42 @@ def sync_buffers(module: torch.nn.Module) -> None:
             sum_(buffer).div_(world())
         else:
             broadcast_(buffer)
+
+
+def convert_sync_bn(module: nn.Module, where: torch.device) -> nn.Module:
+    """Batch norm over the batch of all ranks: torch's on CUDA; on CPU, where torch has none, `SyncBatchNorm`."""
+    if world() == 1:
+        return module
+    if where.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            child.__class__ = SyncBatchNorm
+    return module
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Statistics of all ranks' samples, equally many on each, with exact gradients."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        dims = [d for d in range(x.ndim) if d != 1]
+        shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        average = mean(wide.mean(dims))
+        centred = wide - average.view(shape)
+        variance = mean(centred.square().mean(dims))
+        if self.track_running_stats:
+            n = x.numel() // x.shape[1] * world()
+            momentum = 1 / (int(self.num_batches_tracked) + 1) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(average.detach(), momentum)
+            self.running_var.lerp_(variance.detach() * (n / (n - 1)), momentum)
+            self.num_batches_tracked += 1
+        out = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(x.dtype)

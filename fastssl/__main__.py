@@ -1,0 +1,34 @@
+"""The `fastssl` command.  Each sub-command is the `main(argv)` of the module that does the work."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+COMMANDS = {
+    "train": ("fastssl.train", "pretrain a backbone in one process (several: deepspeed --num_gpus N fastssl/train.py)"),
+    "convert": ("fastssl.data_prep", "make a .beton of a dataset, or check one"),
+    "eval": ("fastssl.eval", "evaluate a run or weights: knn, linear"),
+    "export": ("fastssl.weights", "write the backbone of a run for other tools"),
+    "methods": ("fastssl.methods", "list the methods"),
+    "quickstart": ("fastssl.quickstart", "convert, pretrain and evaluate scikit-learn's digits in three minutes"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: fastssl COMMAND ...  (fastssl COMMAND --help)\n")
+        for name, (_, what) in COMMANDS.items():
+            print(f"  {name:<12}{what}")
+        return 0
+    if argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, 1)
+        print(f"fastssl: unknown command {argv[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""), file=sys.stderr)
+        return 2
+    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

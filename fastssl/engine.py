@@ -1,0 +1,369 @@
+"""The training loop and its step.  The loop is one function, phases in execution order; the step is exact on any number
+of ranks and micro-batches: K micro-batches are embedded without gradients, the loss of the whole global batch gives the
+gradient of every embedding once, and each micro-batch is replayed against it (GradCache, https://arxiv.org/abs/2101.06983).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from fastssl import backbones, dist, optim, state
+from fastssl.config import Run
+from fastssl.kernels.views import make_views
+from fastssl.loader import Batch, Loader
+from fastssl.log import Log
+from fastssl.meters import Meter
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Method(Protocol):
+    """What the engine asks of a method, an nn.Module.  Every tensor that `forward` returns has one row per sample."""
+
+    views: int | None  # how many views its recipe must give; None: any number
+    backbone: nn.Module
+
+    def forward(self, views: list[Tensor]) -> dict[str, Tensor]: ...  # every trainable parameter acts here
+    def loss(self, out: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]: ...  # "loss", and scalars to log
+    def after_step(self, out: dict[str, Tensor], batch: Batch, progress: float) -> None: ...  # EMA, queue, bank
+
+
+@dataclass
+class Trainer:
+    """The state of a run: what the loop moves and what hooks may look at."""
+
+    run: Run
+    folder: Path
+    device: torch.device
+    method: nn.Module
+    ds: Any  # DeepSpeed's engine around `method`
+    schedule: optim.Schedule
+    loader: Loader
+    total_steps: int
+    step: int = 0  # optimizer steps done, skipped ones included
+    epoch: int = 0
+    scale: LossScale | None = None
+    hooks: list = field(default_factory=list)
+    scalars: dict[str, Any] = field(default_factory=dict)  # of the step in progress
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.loader.steps
+
+    def log(self, scalars: dict[str, Any]) -> None:
+        """Add numbers to this step's record."""
+        self.scalars.update(scalars)
+
+    @contextlib.contextmanager
+    def plain_backbone(self):
+        """The backbone as an ordinary module with equal buffers on all ranks, for evaluation; ZeRO-3's is a copy."""
+        dist.sync_buffers(self.method)
+        if self.run.speed.zero < 3:
+            yield self.method.backbone
+            return
+        copy = backbones.build(self.run.backbone).to(self.device)
+        copy.load_state_dict(state.whole(self.method.backbone, everywhere=True))
+        yield copy
+
+
+def fit(run: Run, hooks: list = (), *, resume: bool = False, device: str | None = None) -> Trainer:
+    """Train `run` to its end; `resume` continues from the newest complete checkpoint of its folder."""
+    t = build(run, hooks, device)
+    log = Log(t.folder, every=run.log.every, total_steps=t.total_steps, tensorboard=run.log.tensorboard)
+    meter = Meter(t.device, batch=run.optim.batch)
+    if resume:
+        state.load(t, log.text)
+        log.truncate(t.step)
+    else:
+        state.refuse_to_overwrite(t.folder)
+        state.write_config(t)
+        log.text(t.schedule.table)
+
+    count = run.optim.batch // dist.world() // micro_batch(run)
+    while t.step < t.total_steps:
+        t.epoch, start = divmod(t.step, t.loader.steps)
+        for hook in t.hooks:
+            hook.before_epoch(t)
+        with contextlib.closing(t.loader.epoch(t.epoch, start)) as source:
+            for _ in range(start, min(t.loader.steps, t.total_steps - t.step + start)):
+                with meter.phase("data"):
+                    batches = list(itertools.islice(source, count))
+                t.scalars = {"lr": t.schedule.set_lr(t.ds.optimizer, t.step)}
+                out, batch, applied = train_step(t, batches, meter)
+                t.step += 1
+                if applied:
+                    with meter.phase("optimizer"):
+                        t.method.after_step(out, batch, t.step / t.total_steps)
+                for hook in t.hooks:
+                    hook.after_step(t, out, batch)
+                log.step(t.step, t.epoch, t.scalars, meter.end_step(t.step))
+                if checkpoint_due(t):
+                    log.flush()
+                    state.save(t)
+        if t.step % t.loader.steps == 0 or t.step == t.total_steps:
+            for hook in t.hooks:
+                hook.after_epoch(t)
+    log.close()
+    return t
+
+
+def train_step(t: Trainer, batches: list[Batch], meter: Meter) -> tuple[dict[str, Tensor], Batch, bool]:
+    """One optimizer step on this rank's share of a global batch, given as micro-batches.
+
+    Returns the share's detached embeddings and labels, and whether the step was applied (fp16 may skip one).
+    """
+    t.scale.announce(t.ds)
+    if len(batches) == 1:
+        (batch,) = batches
+        with meter.phase("views"):
+            views = make(t, batch)
+        with meter.phase("forward"):
+            out = t.ds(views)
+            losses = t.method.loss(out, batch)
+        with meter.phase("backward"):
+            t.scale.backward(t.ds, losses["loss"])
+    else:
+        batch = merge(batches)
+        out, losses = cached_step(t, batches, batch, meter)
+    with meter.phase("optimizer"):
+        applied = t.scale.step(t.ds)
+    t.log({name: value.detach() if isinstance(value, Tensor) else value for name, value in losses.items()})
+    t.log({"loss_scale": t.scale.value, "applied": applied})
+    return {name: value.detach() for name, value in out.items()}, batch, applied
+
+
+def cached_step(t: Trainer, batches: list[Batch], batch: Batch, meter: Meter):
+    """Forward and backward of several micro-batches with the loss of all of them together."""
+    statistics, states, outs = RunningStatistics(t.method), [], []
+    for micro in batches:
+        with meter.phase("views"):
+            views = make(t, micro)
+        with meter.phase("forward"), torch.no_grad(), statistics.frozen():
+            states.append(state.random_states(t.device))
+            outs.append(t.ds(views))
+    with meter.phase("forward"):
+        leaves = {name: torch.cat([o[name] for o in outs]) for name in outs[0]}
+        for leaf in leaves.values():
+            leaf.requires_grad_(leaf.is_floating_point())
+        losses = t.method.loss(leaves, batch)
+    with meter.phase("backward"):
+        grads = torch.autograd.grad(losses["loss"], list(leaves.values()), allow_unused=True)
+        grads = {name: g.chunk(len(batches)) for name, g in zip(leaves, grads) if g is not None}
+    for i, micro in enumerate(batches):
+        last = i == len(batches) - 1
+        t.ds.set_gradient_accumulation_boundary(last)
+        with meter.phase("views"):
+            views = make(t, micro)
+        with meter.phase("forward"), statistics.shared(i, len(batches)):
+            state.set_random_states(states[i], t.device)
+            out = t.ds(views)
+            surrogate = sum((out[name] * g[i]).sum() for name, g in grads.items() if out[name].requires_grad)
+        with meter.phase("backward"):
+            t.scale.backward(t.ds, surrogate)
+    statistics.count_once()
+    return leaves, losses
+
+
+def make(t: Trainer, batch: Batch) -> list[Tensor]:
+    return make_views(batch.pixels, batch.sizes, batch.index, t.run.data.views, seed=t.run.seed, epoch=batch.epoch,
+                      dtype=DTYPES[t.run.optim.precision], impl=t.run.speed.kernels)
+
+
+def merge(batches: list[Batch]) -> Batch:
+    """Index and labels of all micro-batches; their pixels stay apart."""
+    cat = {name: torch.cat([getattr(b, name) for b in batches]) for name in ("sizes", "index", "label")}
+    return replace(batches[0], pixels=batches[0].pixels[:0], **cat)
+
+
+class RunningStatistics:
+    """Batch norm's running statistics move once per optimizer step, by the mean over its micro-batches.
+
+    Frozen in the first pass.  In the second, micro-batch i of K moves them by m / (K - (K - 1 - i) m), which makes the
+    product of what is kept 1 - m and the weight of each micro-batch m / K.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+                      and m.track_running_stats and m.momentum is not None]
+        self.momenta = [m.momentum for m in self.norms]
+        self.counts = [m.num_batches_tracked.clone() for m in self.norms]
+
+    @contextlib.contextmanager
+    def _momenta(self, momenta):
+        for norm, momentum in zip(self.norms, momenta):
+            norm.momentum = momentum
+        try:
+            yield
+        finally:
+            for norm, momentum in zip(self.norms, self.momenta):
+                norm.momentum = momentum
+
+    def frozen(self):
+        return self._momenta([0.0] * len(self.norms))
+
+    def shared(self, i: int, count: int):
+        return self._momenta([m / (count - (count - 1 - i) * m) for m in self.momenta])
+
+    def count_once(self) -> None:
+        for norm, count in zip(self.norms, self.counts):
+            if norm.training:
+                norm.num_batches_tracked.copy_(count + 1)
+
+
+class LossScale:
+    """Dynamic loss scale for fp16, otherwise 1: halved when gradients overflow, doubled after 2000 good steps.
+
+    DeepSpeed's own scaler for autocast never lowers its scale under ZeRO (0.19.8: the overflow branch of
+    stage_1_and_2.py returns before GradScaler.update), so this one drives DeepSpeed's override instead.
+    """
+
+    INTERVAL = 2000
+
+    def __init__(self, precision: str):
+        self.dynamic = precision == "fp16"
+        self.value = 2.0**16 if self.dynamic else 1.0
+        self.good = 0
+
+    def announce(self, ds) -> None:
+        """Tell ZeRO's optimizer the scale that it must divide gradients by."""
+        if self.dynamic and hasattr(ds.optimizer, "override_loss_scale"):
+            ds.optimizer.override_loss_scale(self.value)
+
+    def backward(self, ds, loss: Tensor) -> None:
+        if self.dynamic and not hasattr(ds.optimizer, "override_loss_scale"):
+            loss = loss * self.value
+        ds.backward(loss)
+
+    def step(self, ds) -> bool:
+        """The optimizer step, unless gradients overflowed; returns whether it was applied."""
+        if self.dynamic and not hasattr(ds.optimizer, "override_loss_scale"):  # ZeRO 0: nobody else unscales
+            grads = [p.grad for p in ds.module.parameters() if p.grad is not None]
+            torch._foreach_div_(grads, self.value)
+            applied = bool(torch.stack(torch._foreach_norm(grads)).isfinite().all())
+            if applied:
+                ds.step()
+            else:
+                ds.zero_grad()
+        else:
+            ds.step()
+            applied = ds.was_step_applied()
+        if self.dynamic:
+            self.good = self.good + 1 if applied else 0
+            if not applied:
+                self.value = max(1.0, self.value / 2)
+            elif self.good == self.INTERVAL:
+                self.value, self.good = self.value * 2, 0
+        return applied
+
+    def state_dict(self) -> dict:
+        return {"value": self.value, "good": self.good}
+
+    def load_state_dict(self, values: dict) -> None:
+        self.value, self.good = values["value"], values["good"]
+
+
+# ---- building --------------------------------------------------------------------------------------------------------
+
+
+def build(run: Run, hooks: list = (), device: str | None = None) -> Trainer:
+    """Everything that a run needs, checked before any step is made."""
+    where = dist.init(device)
+    deterministic(run.deterministic)
+    micro = micro_batch(run)
+    loader = Loader(run.data.train, run.optim.batch, seed=run.seed, device=where, workers=run.speed.workers,
+                    micro=run.optim.batch // dist.world() // micro, resident=run.speed.resident)
+    torch.manual_seed(run.seed)  # the same weights, queue and bank on every rank
+    method = run.method.build(backbones.build(run.backbone), samples=loader.samples, classes=loader.classes,
+                              batch=run.optim.batch, kernels=run.speed.kernels)
+    check_views(method, run.data.views)
+    method = prepare(method, run, where)
+    optimizer, schedule = optim.build(method.named_parameters(), run.optim, steps_per_epoch=loader.steps)
+    torch.manual_seed(run.seed + 1 + dist.rank())  # dropout and the like differ by rank
+    ds = start_deepspeed(method, optimizer, run, micro)
+    optim.attach(ds)
+    return Trainer(run, Path(run.log.root) / run.name, where, method, ds, schedule, loader, schedule.total_steps,
+                   scale=LossScale(run.optim.precision), hooks=[*hooks, *run.hooks])
+
+
+def micro_batch(run: Run) -> int:
+    """Images per rank and pass, checked."""
+    batch, world = run.optim.batch, dist.world()
+    if batch % world:
+        raise ValueError(f"optim.batch={batch} is not a multiple of the {world} ranks")
+    micro = run.speed.micro_batch or batch // world
+    if batch // world % micro:
+        raise ValueError(f"speed.micro_batch={micro} does not divide a rank's share, {batch // world} of "
+                         f"optim.batch={batch}")
+    return micro
+
+
+def check_views(method: nn.Module, views: tuple) -> None:
+    if method.views is not None and len(views) != method.views:
+        raise ValueError(f"{type(method).__name__} needs a recipe of {method.views} views, "
+                         f"data.views gives {len(views)}")
+
+
+def prepare(method: nn.Module, run: Run, device: torch.device) -> nn.Module:
+    """Layout, synchronised batch norm, precision and compilation, in the order in which they must happen."""
+    if run.sync_bn:
+        method = dist.convert_sync_bn(method, device)
+    if run.speed.channels_last:
+        backbones.channels_last_(method)
+    method.to(device).train()
+    forward, dtype = method.forward, DTYPES[run.optim.precision]
+    if run.speed.compile:
+        if run.speed.zero == 3:
+            raise ValueError("speed.compile=True: the hooks of speed.zero=3 break the graph; use ZeRO 0 to 2")
+        forward = torch.compile(forward)
+
+    def precise(views: list[Tensor]) -> dict[str, Tensor]:
+        # Autocast here and not in DeepSpeed: weights, normalisation and statistics stay fp32 at every ZeRO stage.
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            out = forward(views)
+        return {name: v.float() if v.dtype in (torch.bfloat16, torch.float16) else v for name, v in out.items()}
+
+    method.forward = precise
+    return method
+
+
+def start_deepspeed(method: nn.Module, optimizer: torch.optim.Optimizer, run: Run, micro: int):
+    deepspeed.utils.logger.setLevel("WARNING")
+    # Its shared-memory all-reduce for CPUs is compiled for half a minute at the first start; gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    settings = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": 1,  # the engine accumulates, with the loss of the whole batch
+        "gradient_clipping": run.optim.clip,  # DeepSpeed 0.19 clips at 1.0 when nothing is said
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": run.speed.zero,
+            "overlap_comm": False,
+            "stage3_param_persistence_threshold": 0,  # EMA moves shards; a kept whole copy would go stale
+        },
+    }
+    for key, value in run.deepspeed.items():
+        settings[key] = {**settings[key], **value} if isinstance(settings.get(key), dict) else value
+    return deepspeed.initialize(model=method, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+
+
+def deterministic(on: bool) -> None:
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.deterministic = on
+    torch.backends.cudnn.benchmark = not on
+
+
+def checkpoint_due(t: Trainer) -> bool:
+    log = t.run.log
+    if t.step == t.total_steps:
+        return True
+    every = log.checkpoint_steps or round(log.checkpoint_epochs * t.loader.steps)
+    return bool(every) and t.step % every == 0

@@ -1,0 +1,119 @@
+"""Saving and resuming a run: parameters and optimizer by DeepSpeed, everything else beside them.
+
+A checkpoint folder holds `deepspeed/` (all ZeRO stages), `weights.safetensors` (the whole method, for evaluation and
+export whatever the stage), `state.pt` (step, loss scale, hooks, config) and `rank_R.pt` (random states).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import deepspeed
+import safetensors.torch
+import torch
+import torch.distributed as td
+from torch import Tensor, nn
+
+from fastssl import checkpoint, dist
+from fastssl.config import dump, dumps
+
+RESULTS = ("method", "backbone", "data", "optim", "seed", "sync_bn")  # sections that a resumed run must share
+
+
+@torch.no_grad()
+def whole(module: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
+    """A copy of the state dict with ZeRO-3's shards gathered, a submodule at a time: on rank 0 (elsewhere empty), or
+    on every rank."""
+    mine, out = everywhere or dist.is_main(), {}
+    for name, child in module.named_modules():
+        with deepspeed.zero.GatheredParameters(list(child.parameters(recurse=False))):
+            if mine:
+                own: dict[str, Tensor] = {}
+                child._save_to_state_dict(own, name + "." if name else "", False)
+                out.update({key: value.detach().clone(memory_format=torch.contiguous_format)
+                            for key, value in own.items()})
+    return out
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def set_random_states(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def save(t) -> Path | None:
+    """Write a complete checkpoint of a trainer; returns its folder on rank 0."""
+    dist.sync_buffers(t.method)
+    paths = [str(checkpoint.begin(t.folder, t.step)) if dist.is_main() else None]
+    if dist.world() > 1:
+        td.broadcast_object_list(paths)
+    path = Path(paths[0])
+    t.ds.save_checkpoint(str(path), tag="deepspeed", save_latest=False)
+    torch.save(random_states(t.device), path / f"rank_{dist.rank()}.pt")
+    weights = whole(t.method)
+    if dist.is_main():
+        safetensors.torch.save_file({k: v.cpu() for k, v in weights.items()}, path / "weights.safetensors")
+        torch.save({"step": t.step, "scale": t.scale.state_dict(), "config": dump(t.run), "world": dist.world(),
+                    "hooks": [h.state_dict() if hasattr(h, "state_dict") else {} for h in t.hooks]}, path / "state.pt")
+    dist.barrier()
+    done = checkpoint.commit(path, t.run.log.keep) if dist.is_main() else None
+    dist.barrier()
+    return done
+
+
+def load(t, say=print) -> None:
+    """Continue from the newest complete checkpoint of the run folder."""
+    paths = [checkpoint.newest(t.folder, say)] if dist.is_main() else [None]
+    if dist.world() > 1:
+        td.broadcast_object_list(paths)
+    path = paths[0]
+    if path is None:
+        raise ValueError(f"--resume: no complete checkpoint in {checkpoint.folder(t.folder)}; start without --resume")
+    values = torch.load(path / "state.pt", weights_only=True)
+    _check(values, t, path)
+    t.ds.load_checkpoint(str(path), tag="deepspeed")
+    t.step = values["step"]
+    t.scale.load_state_dict(values["scale"])
+    for hook, hook_state in zip(t.hooks, values["hooks"], strict=True):
+        if hook_state:
+            hook.load_state_dict(hook_state)
+    file = path / f"rank_{dist.rank()}.pt"
+    if file.exists():
+        set_random_states(torch.load(file, weights_only=True), t.device)
+    say(f"continuing {path.name} of {t.folder}")
+
+
+def _check(values: dict, t, path: Path) -> None:
+    if values["world"] != dist.world() and t.run.speed.zero:
+        raise ValueError(f"{path} was written by {values['world']} ranks and ZeRO {t.run.speed.zero} cuts its state by "
+                         f"rank: resume with {values['world']} ranks (now {dist.world()})")
+    now = dump(t.run)
+    for section in RESULTS:
+        then, this = values["config"].get(section), now[section]
+        if then != this:
+            pairs = [(section, then, this)] if not isinstance(this, dict) else [
+                (f"{section}.{k}", then.get(k), this.get(k)) for k in {*then, *this} if then.get(k) != this.get(k)]
+            key, a, b = pairs[0]
+            raise ValueError(f"--resume: {key} was {a!r} when {path.name} was written and is {b!r} now; "
+                             "start a new run (name=...) or restore it")
+
+
+def refuse_to_overwrite(folder: Path) -> None:
+    newest = checkpoint.newest(folder, lambda _: None) if dist.is_main() else None
+    if newest is not None:
+        raise ValueError(f"{folder} already holds {newest.name}: continue it with --resume, or give another name=...")
+
+
+def write_config(t) -> None:
+    if dist.is_main():
+        t.folder.mkdir(parents=True, exist_ok=True)
+        (t.folder / "config.json").write_text(dumps(t.run))
+
+
+def read_config(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())

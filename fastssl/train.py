@@ -1,0 +1,66 @@
+"""The entry that launchers start:  deepspeed --num_gpus 8 fastssl/train.py CONFIG [a.b=value ...] [--resume]
+
+`python`, `torchrun` and `deepspeed` all work; `fastssl train` is the same in one process.  Without a config it trains
+configs/quickstart.py.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.path and sys.path[0].rstrip("/").endswith("fastssl"):
+    del sys.path[0]  # started as a script: our own `config`, `views`, ... must not shadow other packages' modules
+
+import argparse
+import os
+from pathlib import Path
+
+from fastssl import config, dist
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("fastssl train", description="Pretrain a backbone without labels.")
+    p.add_argument("config", nargs="?", help="a config file (default: configs/quickstart.py)")
+    p.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the file")
+    p.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint of the run")
+    p.add_argument("--deterministic", action="store_true", help="the same bits every time, slower")
+    p.add_argument("--pretrained", help="backbone weights to start from")
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: CUDA if there is one")
+    p.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # deepspeed's launcher adds it
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_intermixed_args(argv)
+    if args.config and "=" in args.config and not args.config.endswith(".py"):
+        args.overrides.insert(0, args.config)
+        args.config = None
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at CUDA's start; --deterministic needs it
+    try:
+        run = config.load(args.config or Path(__file__).resolve().parent.parent / config.QUICKSTART, args.overrides)
+        run.deterministic |= args.deterministic
+        run.backbone.pretrained = args.pretrained or run.backbone.pretrained
+        if not _accelerator(args.device):
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        from fastssl import engine, hooks  # DeepSpeed picks its accelerator when it is imported
+
+        engine.fit(run, hooks.of(run), resume=args.resume, device=args.device)
+    except ValueError as error:
+        if os.environ.get("FASTSSL_TRACEBACK"):
+            raise
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"fastssl: {error}", file=sys.stderr)
+        return 2
+    finally:
+        dist.shutdown()
+    return 0
+
+
+def _accelerator(device: str | None) -> bool:
+    import torch
+
+    return torch.cuda.is_available() if device is None else device == "cuda"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
