@@ -25,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if argv[0] not in COMMANDS:
         near = difflib.get_close_matches(argv[0], COMMANDS, 1)
-        print(f"fastssl: unknown command {argv[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""), file=sys.stderr)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(f"fastssl: unknown command {argv[0]!r}{hint}", file=sys.stderr)
         return 2
     return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
 
