@@ -1,0 +1,154 @@
+"""How kernels are held to account: errors against truth, NaN in unwritten memory, allocations counted without a GPU,
+and launches recorded and compiled ahead of time for a named architecture (no GPU needed, no interpreter).
+"""
+
+import re
+import subprocess
+import tempfile
+import weakref
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that one program can have
+
+
+def assert_as_good_as(name, ours, plain, truth, factor=2.0, atol=1e-6, scale=None):
+    """`ours` is at most `factor` times as far from `truth` (float64) as `plain` PyTorch in the same dtype.
+
+    Both the largest and the root-mean-square error are held; atol is relative to `scale`, the largest |truth| unless
+    given.  Scalars deserve stacking over seeds: one of them can be exact by luck.
+    """
+    ours, plain, truth = (torch.as_tensor(t).detach().double().cpu() for t in (ours, plain, truth))
+    assert ours.shape == plain.shape == truth.shape, f"{name}: {ours.shape}, {plain.shape}, {truth.shape}"
+    assert truth.isfinite().all(), f"{name}: the truth is not finite"
+    assert ours.isfinite().all(), f"{name}: {int((~ours.isfinite()).sum())} of {ours.numel()} values are not finite"
+    if truth.numel() == 0:
+        return
+    scale = float(truth.abs().max()) if scale is None else scale
+    for kind, measure in (("largest", lambda e: e.abs().max()), ("rms", lambda e: e.square().mean().sqrt())):
+        error, allowed = float(measure(ours - truth)), factor * float(measure(plain - truth)) + atol * scale
+        assert error <= allowed, (
+            f"{name}: {kind} error {error:.3g}, allowed {allowed:.3g} = {factor:g} x plain's "
+            f"{float(measure(plain - truth)):.3g} + {atol:g} x {scale:.3g}"
+        )
+
+
+@contextmanager
+def nan_memory():
+    """Inside, torch.empty gives NaN (integers: their largest value), so a value that was never written shows."""
+    mode, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of storages that operations create and that are still alive: `now`, and `peak`.
+
+    Meta tensors count as if they were real, so a workload of many GB can be measured on a laptop.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = weakref.WeakKeyDictionary()
+
+    def keep(self, *tensors):
+        """Do not count these: the caller held them before."""
+        for x in tensors:
+            self._seen[x.untyped_storage()] = True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_iter(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage() not in self._seen:
+                storage = x.untyped_storage()
+                self._seen[storage] = True
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _free(self, nbytes):
+        self.now -= nbytes
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    grid: Any
+    args: tuple
+    kwargs: dict
+
+
+@contextmanager
+def record_launches():
+    """Inside, kernels do not run: the list that this yields gets each launch.  Meta tensors will do as arguments."""
+    from triton.runtime.jit import JITFunction
+
+    launches: list[Launch] = []
+    run = JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launches.append(Launch(self, grid, args, kwargs))
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+@dataclass(frozen=True)
+class Build:
+    """What the compiler made of a launch.  spills: bytes of local memory; fits: its shared memory can be had."""
+
+    kernel: str
+    arch: int
+    registers: int
+    spills: int
+    shared: int
+    fits: bool
+    tensor_core: str  # "HGMMA", "HMMA" or ""
+
+
+def compile_launch(launch: Launch, arch: int) -> Build:
+    """Compile for compute capability `arch` (80, 90) as the launch itself would: same signature, same specialisation."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel, target = launch.kernel, GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    kwargs = dict(launch.kwargs, debug=False, instrumentation_mode="")
+    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        *launch.args, **kwargs
+    )
+    options, signature, constants, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    built = triton.compile(ASTSource(kernel, signature, constants, attrs), target=target, options=options.__dict__)
+    usage, sass = _cuobjdump(built.asm["cubin"])
+    registers, stack, local = (int(re.search(rf"{k}:(\d+)", usage)[1]) for k in ("REG", "STACK", "LOCAL"))
+    core = next((name for name in ("HGMMA", "HMMA") if name in sass), "")
+    shared = built.metadata.shared
+    return Build(kernel.__name__, arch, registers, stack + local, shared, shared <= SHARED_LIMIT[arch], core)
+
+
+def _cuobjdump(cubin: bytes) -> tuple[str, str]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        return tuple(
+            subprocess.run([tool, flag, f.name], check=True, capture_output=True, text=True).stdout
+            for flag in ("--dump-resource-usage", "-sass")
+        )
+
