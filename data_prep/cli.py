@@ -1,0 +1,177 @@
+"""`fastssl convert SOURCE PATH OUT` and `fastssl convert check NAME.beton`.
+
+Errors are one line on stderr and exit code 2.  The result does not depend on --workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+
+from .image import Options
+from .sources import KINDS, open_source
+from .write import Progress, Target, check_target, convert
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message} (see fastssl convert --help)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _check(argv[1:]) if argv[:1] == ["check"] else _convert(argv)
+    except (ValueError, OSError) as error:
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        print(f"fastssl convert: {where}{text}".replace("\n", " "), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastssl convert: interrupted, nothing was written", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    kinds = "\n".join(f"  {name:<12} {text}" for name, text in KINDS.items())
+    parser = _Parser(
+        prog="fastssl convert", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"Convert images to one FFCV file OUT (NAME.beton) with a data card NAME.json.\n\nSOURCE\n{kinds}",
+        epilog="fastssl convert check NAME.beton   decodes everything, verifies counts and hash, measures read speed, "
+               "draws NAME.png")
+    parser.add_argument("source", metavar="SOURCE", choices=list(KINDS))
+    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("out", metavar="OUT")
+    add = parser.add_argument
+    add("--split", help="sub-folder of PATH, or split of the dataset, to convert")
+    add("--root", help="list: folder that the paths are relative to (default: that of the list)")
+    add("--labels", choices=("auto", "none"), default="auto", help="none: ignore the class folders")
+    add("--short-side", type=_positive, metavar="S", help="shrink images whose short side is longer to S pixels")
+    add("--upscale", action="store_true", help="with --short-side: enlarge the smaller ones too")
+    add("--max-pixels", type=_positive, metavar="N", help="shrink images of more than N pixels (height x width)")
+    add("--max-aspect", type=float, metavar="R",
+        help="with --short-side S: shrink long images further, to the area of R*S by S, because the largest image "
+             "sets the canvas of every batch (default 4)")
+    add("--mode", choices=("jpg", "raw"),
+        help="how to store what cannot be stored as it is, raw also decodes JPEGs (default: jpg for JPEG sources, raw "
+             "for lossless ones)")
+    add("--quality", type=_positive, default=95, help="of JPEGs that are written here; 95 and more keep full chroma "
+                                                      "resolution (default 95)")
+    add("--max-bad", type=_count, default=0, metavar="N", help="skip up to N unreadable images (default 0); they are "
+                                                               "listed in NAME.bad.txt")
+    add("--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: one "
+                                                                                           "for each CPU)")
+    add("--force", action="store_true", help="replace an existing OUT")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
+
+
+def _convert(argv: list[str]) -> int:
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    if args.quality > 100:
+        raise ValueError(f"--quality {args.quality}: 1 to 100")
+    if not args.short_side and (args.upscale or args.max_aspect is not None):
+        raise ValueError(f"{'--upscale' if args.upscale else '--max-aspect'} needs --short-side; "
+                         "--max-pixels bounds images without it")
+    if args.max_aspect is not None and not args.max_aspect >= 1:
+        raise ValueError(f"--max-aspect {args.max_aspect}: 1 or more")
+    target = Target.of(args.out)
+    check_target(target, args.force)  # before an archive is read for minutes
+    options = Options(args.short_side, args.upscale, args.max_pixels, args.max_aspect or 4.0, args.quality, args.mode)
+    start = time.perf_counter()
+    source = open_source(args.source, args.path, split=args.split, root=args.root, labels=args.labels)
+    for note in source.notes:
+        print(note)
+    with progress_bar() as progress:
+        card = convert(source, args.out, options, workers=args.workers, max_bad=args.max_bad, force=args.force,
+                       given={"split": args.split, "root": args.root, "labels": args.labels}, progress=progress)
+    for line in summary(card, target, time.perf_counter() - start):
+        print(line)
+    return 0
+
+
+def summary(card: dict, target: Target, seconds: float) -> Iterator[str]:
+    classes = {"int": f"{len(card['classes'] or [])} classes", "none": "no labels",
+               "multi": f"{len(card['classes'] or [])} labels an image"}[card["label"]]
+    yield (f"{target.beton}: {card['samples']} images, {classes}, {card['bytes'] / 1e6:.1f} MB in {seconds:.1f} s "
+           f"({card['copied']} JPEGs bit for bit, {card['jpeg'] - card['copied']} written as JPEG, {card['raw']} raw)")
+    options = card["options"]
+    if card["bad"]:
+        yield f"skipped {card['bad']} unreadable images, listed in {target.bad}"
+    if card["bounded"]:
+        yield (f"--max-aspect {options['max_aspect']:g}: {card['bounded']} long images were shrunk to the area of "
+               f"{options['max_aspect'] * options['short_side']:g} by {options['short_side']}")
+    if card["distrusted"]:
+        yield (f"{card['distrusted']} JPEGs make FFCV's decoder complain (damaged, or of a rare kind) and were decoded "
+               "by Pillow")
+    if options["short_side"] and not card["resized"]:
+        yield f"no image was changed by --short-side {options['short_side']}" + (
+            "" if options["upscale"] else ": none is larger (--upscale enlarges the smaller ones)")
+    if card["max_pixels"] > 8 * card["mean_pixels"]:
+        yield (f"the largest image sets the canvas of every batch in the loader: {card['max_pixels']} pixels, "
+               f"{card['max_pixels'] / card['mean_pixels']:.0f} times the mean; --max-pixels or --short-side bounds it")
+
+
+def _check(argv: list[str]) -> int:
+    from .check import check
+
+    parser = _Parser(prog="fastssl convert check", description="Decode everything, verify counts and hash, measure "
+                     "read speed, draw the contact sheet NAME.png.")
+    parser.add_argument("path", metavar="NAME.beton")
+    parser.add_argument("--workers", type=_positive, default=len(os.sched_getaffinity(0)), help="decoding threads")
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    with progress_bar() as progress:
+        report = check(args.path, workers=args.workers, progress=progress)
+    print(report)
+    return 0
+
+
+@contextlib.contextmanager
+def progress_bar(every_s: float = 10.0) -> Iterator[Progress]:
+    """A bar on a terminal; elsewhere a plain line every ten seconds, hence none in a short run."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+            tasks: dict = {}
+
+            def show(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bar.add_task(what, total=total)
+                bar.update(tasks[what], completed=done)
+
+            yield show
+        return
+    start = last = time.monotonic()
+
+    def line(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= every_s:
+            last = now
+            print(f"{what}: {done} of {total}, {now - start:.0f} s", file=sys.stderr, flush=True)
+
+    yield line

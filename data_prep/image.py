@@ -1,0 +1,152 @@
+"""One image: from the bytes of any format to what the file stores, a JPEG stream or raw RGB pixels.
+
+A JPEG that needs no change is stored bit for bit; FFCV's own decoder has to accept it first, because the loader
+uses that one and FFCV ignores its errors.  Everything else goes through Pillow, upright, on white, in 8-bit RGB.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from ffcv.fields.rgb_image import IMAGE_MODES
+from ffcv.libffcv import ctypes_imdecode
+from PIL import Image, ImageOps
+
+JPG, RAW = IMAGE_MODES["jpg"], IMAGE_MODES["raw"]
+MAX_SIDE = 65535  # FFCV stores height and width in 16 bits
+FULL_CHROMA_QUALITY = 95
+
+
+@dataclass(frozen=True)
+class Options:
+    short_side: int | None = None
+    upscale: bool = False
+    max_pixels: int | None = None
+    max_aspect: float = 4.0  # acts with short_side only, see target_size
+    quality: int = 95
+    mode: str | None = None  # "jpg", "raw", or None: JPEG sources stay JPEG, lossless ones stay lossless
+
+
+class Stored(NamedTuple):
+    payload: bytes
+    mode: int
+    height: int
+    width: int
+    copied: bool = False  # JPEG bytes as they were
+    resized: bool = False
+    bounded: bool = False  # made smaller than short_side asks for because of max_aspect
+    distrusted: bool = False  # a JPEG that Pillow reads and FFCV's decoder complains about
+
+
+class Bad(NamedTuple):
+    reason: str
+
+
+def decode_jpeg(data: bytes | np.ndarray, height: int, width: int) -> np.ndarray | None:
+    """RGB pixels (height, width, 3) by FFCV's decoder; None where it reports an error or a warning."""
+    source = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+    pixels = np.empty((height, width, 3), np.uint8)
+    code = ctypes_imdecode(source.ctypes.data, source.size, height, width, pixels.ctypes.data,
+                           height, width, 0, 0, 1, 1, False, False)
+    return pixels if code == 0 else None
+
+
+def target_size(width: int, height: int, options: Options) -> tuple[int, int, bool]:
+    """(width, height) to store and whether max_aspect acted.
+
+    The largest image of a file sets the canvas of every batch in the loader.  With a short side S asked for, a
+    panorama would set it alone; it is shrunk to the area of an image of max_aspect * S by S, and loses no content."""
+    area, scale = width * height, 1.0
+    if options.short_side:
+        wanted = options.short_side / min(width, height)
+        scale = wanted if options.upscale else min(wanted, 1.0)
+    limit, bounded = options.max_pixels or math.inf, False
+    if options.short_side and options.max_aspect * options.short_side**2 < limit:
+        bounded = area * scale**2 > options.max_aspect * options.short_side**2
+        limit = options.max_aspect * options.short_side**2
+    if area * scale**2 <= limit:
+        return round(width * scale), round(height * scale), False
+    scale = math.sqrt(limit / area)
+    short = max(1, int(min(width, height) * scale))
+    long = max(1, min(int(max(width, height) * scale), int(limit // short)))
+    return (long, short, bounded) if width >= height else (short, long, bounded)
+
+
+def store(source: bytes | np.ndarray, options: Options) -> Stored:
+    """What the file stores for one image: encoded bytes of any format Pillow reads, or uint8 pixels (H, W, 3).
+
+    Raises whatever Pillow raises on damaged input, and ValueError."""
+    image = Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(io.BytesIO(source))
+    turned = orientation(image)
+    width, height = image.size[::-1] if turned >= 5 else image.size
+    new_width, new_height, bounded = target_size(width, height, options)
+    resized = (new_width, new_height) != (width, height)
+    if max(new_width, new_height) > MAX_SIDE:
+        raise ValueError(f"{new_width}x{new_height} pixels, FFCV stores at most {MAX_SIDE} a side: use --max-pixels")
+    jpeg = image.format in ("JPEG", "MPO")
+    distrusted = False
+    if jpeg and options.mode != "raw" and turned == 1 and not resized and image.mode in ("RGB", "L"):
+        if decode_jpeg(source, height, width) is not None:
+            return Stored(source, JPG, height, width, copied=True)
+        distrusted = True
+    rgb = to_rgb(ImageOps.exif_transpose(image) if turned != 1 else image)
+    if resized:
+        rgb = rgb.resize((new_width, new_height), Image.Resampling.BICUBIC)
+    facts = {"resized": resized, "bounded": bounded, "distrusted": distrusted}
+    if (options.mode or ("jpg" if jpeg else "raw")) == "raw":
+        return Stored(rgb.tobytes(), RAW, new_height, new_width, **facts)
+    buffer = io.BytesIO()
+    rgb.save(buffer, "JPEG", quality=options.quality, subsampling=0 if options.quality >= FULL_CHROMA_QUALITY else 2)
+    return Stored(buffer.getvalue(), JPG, new_height, new_width, **facts)
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8; 1 where there is none or it makes no sense."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except (SyntaxError, ValueError, TypeError, KeyError, OSError, EOFError):
+        return 1  # damaged metadata around an intact image
+    return value if value in range(2, 9) else 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB: transparency on white, 16-bit and floating-point greys scaled to the full range, not clipped."""
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.asarray(image)
+        low, high = float(grey.min()), float(grey.max())
+        white = 1.0 if image.mode == "F" else 65535.0
+        if not (low >= 0 and high <= white):
+            raise ValueError(f"grey values from {low:g} to {high:g}: only 0..{white:g} has a known white")
+        return Image.fromarray(np.round(grey * (255.0 / white)).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def store_many(refs: list, options: Options) -> list[Stored | Bad]:
+    """`store` for a chunk of references, in a worker.  A damaged image is a result with its reason, not an error."""
+    results: list[Stored | Bad] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata, thousands of them in a web collection
+        for ref in refs:
+            try:
+                results.append(store(ref if isinstance(ref, (bytes, np.ndarray)) else ref.read(), options))
+            except MemoryError:
+                raise
+            except Exception as error:  # Pillow's plugins raise a dozen types on damaged files
+                results.append(Bad(_reason(error)))
+    return results
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image in a known format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,277 @@
+"""Assembly of NAME.beton and its data card.
+
+Worker processes turn images into bytes; this process alone lays them out, in order, so that the file is the same to
+the last byte for any number of workers (FFCV's own DatasetWriter lets its workers race for pages).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from ffcv.fields import IntField, NDArrayField, RGBImageField
+from ffcv.types import (
+    ALLOC_TABLE_TYPE,
+    CURRENT_VERSION,
+    TYPE_ID_HANDLER,
+    FieldDescType,
+    HeaderType,
+    get_metadata_type,
+)
+
+from .image import Bad, Options, Stored, store_many
+from .sources import Source
+
+MIN_PAGE = 1 << 23  # FFCV's default page of 8 MiB; a sample never crosses a page
+MAX_PAGE = 1 << 31
+CHUNK_SAMPLES, CHUNK_BYTES = 64, 4 << 20
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+
+
+class BadImages(ValueError):
+    """More images than --max-bad allows cannot be read; the list has been written."""
+
+
+class BetonFile:
+    """An FFCV file written front to back: room for the table of `capacity` samples, pages, allocations, header."""
+
+    def __init__(self, file, capacity: int, classes: int | None):
+        """`classes`: the length of the label vector, or None for one integer a sample."""
+        self.file, self.samples, self.page = file, 0, MIN_PAGE
+        label = IntField() if classes is None else NDArrayField(np.dtype("<f4"), (classes,))
+        self.fields = {"image": RGBImageField(), "index": IntField(), "label": label}
+        self.table = np.zeros(capacity, get_metadata_type(list(self.fields.values())))
+        self.image, self.index, self.label = (self.table[name] for name in self.table.dtype.names)
+        self.vectors = classes is not None
+        self.allocations = np.zeros((capacity, 1 + self.vectors), ALLOC_TABLE_TYPE)
+        self.table_at = HeaderType.itemsize + len(self.fields) * FieldDescType.itemsize
+        self.at = self.table_at + self.table.nbytes
+        self.file.seek(self.at)
+
+    def add(self, stored: Stored, label) -> None:
+        vector = np.asarray(label, "<f4").tobytes() if self.vectors else b""
+        size, row = len(stored.payload) + len(vector), self.samples
+        while size > self.page:  # what respects small pages respects larger ones too, so growing late is sound
+            self.page *= 2
+        if self.page > MAX_PAGE:
+            raise ValueError(f"image {row} takes {size} bytes, FFCV stores at most {MAX_PAGE}: use --max-pixels")
+        if self.at % self.page + size > self.page:
+            gap = -self.at % self.page
+            self.file.write(bytes(gap))
+            self.at += gap
+        self.file.write(stored.payload + vector)
+        self.image[row] = (stored.mode, stored.width, stored.height, self.at)
+        self.allocations[row, 0] = (row, self.at, len(stored.payload))
+        self.index[row] = row
+        if self.vectors:
+            self.label[row] = self.at + len(stored.payload)
+            self.allocations[row, 1] = (row, self.label[row], len(vector))
+        else:
+            self.label[row] = label
+        self.at += size
+        self.samples += 1
+
+    def finish(self) -> None:
+        header = np.zeros(1, HeaderType)
+        header["version"], header["num_fields"] = CURRENT_VERSION, len(self.fields)
+        header["page_size"], header["num_samples"], header["alloc_table_ptr"] = self.page, self.samples, self.at
+        self.file.write(self.allocations[: self.samples].tobytes())
+        descriptions = np.zeros(len(self.fields), FieldDescType)
+        type_ids = {handler: number for number, handler in TYPE_ID_HANDLER.items()}
+        for description, (name, field) in zip(descriptions, self.fields.items()):
+            description["type_id"] = type_ids[type(field)]
+            description["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+            description["arguments"][:] = field.to_binary()[0]
+        self.file.seek(0)
+        self.file.write(header.tobytes() + descriptions.tobytes() + self.table[: self.samples].tobytes())
+
+
+class Target(NamedTuple):
+    """The files of one conversion."""
+
+    beton: Path
+
+    @classmethod
+    def of(cls, path: str | Path) -> Target:
+        return cls(Path(path))
+
+    @property
+    def card(self) -> Path:
+        return self.beton.with_suffix(".json")
+
+    @property
+    def bad(self) -> Path:
+        return self.beton.with_suffix(".bad.txt")
+
+    @property
+    def part(self) -> Path:
+        return self.beton.with_name(self.beton.name + ".part")
+
+
+def convert(source: Source, out: str | Path, options: Options, *, workers: int = 1, max_bad: int = 0,
+            force: bool = False, given: dict | None = None, progress: Progress = lambda *_: None) -> dict:
+    """Write `out` (NAME.beton) and NAME.json; return the data card.
+
+    `given`: further options to record in the card.  Raises ValueError or OSError, and then leaves an existing target
+    as it was and nothing new except NAME.bad.txt where images could not be read."""
+    target = Target.of(out)
+    check_target(target, force)
+    if source.count == 0:
+        raise ValueError(f"{source.path} holds no image")
+    with _exclusive(target) as file:
+        beton = BetonFile(file, source.count, len(source.classes) if source.label == "multi" else None)
+        facts = dict.fromkeys(("copied", "resized", "bounded", "distrusted"), 0)
+        bad: list[tuple[str, str]] = []
+        for done, (name, label, result) in enumerate(_encode(source, options, workers), 1):
+            if isinstance(result, Bad):
+                bad.append((name, result.reason))
+            elif len(bad) <= max_bad:  # beyond it only the list is completed
+                beton.add(result, label)
+                for fact in facts:
+                    facts[fact] += getattr(result, fact)
+            progress("images", done, source.count)
+        _report_bad(target, bad, max_bad, source.count)
+        if beton.samples == 0:
+            raise ValueError(f"none of the {source.count} images of {source.path} can be read, see {target.bad}")
+        beton.finish()
+        file.flush()
+        os.fsync(file.fileno())
+        digest = sha256(target.part, progress)
+        card = _card(source, beton, facts, bad, digest, target.part.stat().st_size, options, given or {})
+        card_part = target.card.with_name(target.card.name + ".part")
+        try:
+            card_part.write_text(json.dumps(card, indent=1) + "\n")
+            os.replace(card_part, target.card)
+            os.replace(target.part, target.beton)
+        finally:
+            card_part.unlink(missing_ok=True)
+    return card
+
+
+def check_target(target: Target, force: bool) -> None:
+    if target.beton.suffix != ".beton":
+        raise ValueError(f"the target {target.beton} must end in .beton")
+    for path in (target.beton, target.card):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder")
+        if path.exists() and not force:
+            raise ValueError(f"{path} exists: give another name, or --force to replace it")
+
+
+@contextlib.contextmanager
+def _exclusive(target: Target) -> Iterator:
+    """The temporary file, locked against a second conversion to the same name and removed unless it was renamed."""
+    made = []
+    for folder in [target.part.parent, *target.part.parent.parents]:
+        if folder.exists():
+            break
+        made.append(folder)
+    target.part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(target.part, "ab+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process is writing {target.beton}") from None
+            try:
+                with open(target.part, "wb", buffering=1 << 22) as file:
+                    yield file
+            finally:
+                target.part.unlink(missing_ok=True)
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # not empty: it holds the result, or NAME.bad.txt
+                folder.rmdir()
+
+
+def _encode(source: Source, options: Options, workers: int) -> Iterator[tuple[str, object, Stored | Bad]]:
+    """(name, label, result) in the order of the source, whatever the number of workers."""
+    chunks = _chunks(source)
+    if workers <= 1:
+        for chunk in chunks:
+            yield from _join(chunk, store_many([ref for _, ref, _ in chunk], options))
+        return
+    # fork: a spawned worker would import ffcv, and with it torch, for seconds
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        try:
+            waiting: deque = deque()  # bounded, so that a long archive is not read into memory
+            for chunk in chunks:
+                waiting.append((chunk, pool.submit(store_many, [ref for _, ref, _ in chunk], options)))
+                if len(waiting) >= 3 * workers:
+                    chunk, future = waiting.popleft()
+                    yield from _join(chunk, future.result())
+            for chunk, future in waiting:
+                yield from _join(chunk, future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _join(chunk: list, results: list) -> Iterator[tuple[str, object, Stored | Bad]]:
+    for (name, _, label), result in zip(chunk, results, strict=True):
+        yield name, label, result
+
+
+def _chunks(source: Source) -> Iterator[list]:
+    chunk, size = [], 0
+    for item in source.items():
+        chunk.append(item)
+        size += len(item[1]) if isinstance(item[1], bytes) else 0
+        if len(chunk) == CHUNK_SAMPLES or size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _report_bad(target: Target, bad: list[tuple[str, str]], max_bad: int, total: int) -> None:
+    if not bad:
+        target.bad.unlink(missing_ok=True)  # of an earlier attempt
+        return
+    target.bad.write_text("".join(f"{name}\t{reason}\n" for name, reason in bad), errors="surrogateescape")
+    if len(bad) > max_bad:
+        name, reason = bad[0]
+        raise BadImages(f"{len(bad)} of {total} images cannot be read, the first is {name} ({reason}): all are listed "
+                        f"in {target.bad}; repair or remove them, or skip them with --max-bad {len(bad)}")
+
+
+def sha256(path: Path, progress: Progress = lambda *_: None) -> str:
+    digest, done, total = hashlib.sha256(), 0, path.stat().st_size
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            done += len(block)
+            progress("hash, MB", done >> 20, total >> 20)
+    return digest.hexdigest()
+
+
+def geometry(modes: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> dict:
+    """The sizes in a data card, from the table of a file; `check` computes them again."""
+    pixels = heights.astype(np.int64) * widths
+    return {"max_height": int(heights.max()), "max_width": int(widths.max()), "max_pixels": int(pixels.max()),
+            "min_side": int(np.minimum(heights, widths).min()), "mean_pixels": float(pixels.mean()),
+            "jpeg": int((modes == 0).sum()), "raw": int((modes == 1).sum())}
+
+
+def _card(source: Source, beton: BetonFile, facts: dict, bad: list, digest: str, size: int, options: Options,
+          given: dict) -> dict:
+    image = beton.image[: beton.samples]
+    recorded = {**given, "short_side": options.short_side, "upscale": options.upscale,
+                "max_pixels": options.max_pixels, "max_aspect": options.max_aspect if options.short_side else None,
+                "quality": options.quality, "mode": options.mode}
+    return {"format": 1, "source": source.path, "kind": source.kind, "samples": beton.samples,
+            "classes": source.classes, "label": source.label,
+            **geometry(image["mode"], image["height"], image["width"]), **facts, "bad": len(bad),
+            "bytes": size, "options": recorded, "sha256": digest,
+            "fastssl": version("fastssl"), "ffcv": version("ffcv")}
