@@ -7,7 +7,7 @@ JPEG bytes are stored as they are; the file is readable by FFCV without this pac
 
 def main(argv: list[str] | None = None) -> int:
     """Run `fastssl convert ARGV` and return its exit code: 0 done, 2 bad input (one line on stderr)."""
-    from .cli import main as run  # here, because it imports ffcv (and with it torch): `import fastssl` stays quick
+    from .cli import main as run  # here, so that the import of the package stays quick
 
     return run(argv)
 

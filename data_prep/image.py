@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from ffcv.fields.rgb_image import IMAGE_MODES
-from ffcv.libffcv import ctypes_imdecode
 from PIL import Image, ImageOps
 
-JPG, RAW = IMAGE_MODES["jpg"], IMAGE_MODES["raw"]
-MAX_SIDE = 65535  # FFCV stores height and width in 16 bits
+from .layout import JPG, MAX_SIDE, RAW, decode_jpeg
+
 FULL_CHROMA_QUALITY = 95
 
 
@@ -45,15 +43,6 @@ class Stored(NamedTuple):
 
 class Bad(NamedTuple):
     reason: str
-
-
-def decode_jpeg(data: bytes | np.ndarray, height: int, width: int) -> np.ndarray | None:
-    """RGB pixels (height, width, 3) by FFCV's decoder; None where it reports an error or a warning."""
-    source = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
-    pixels = np.empty((height, width, 3), np.uint8)
-    code = ctypes_imdecode(source.ctypes.data, source.size, height, width, pixels.ctypes.data,
-                           height, width, 0, 0, 1, 1, False, False)
-    return pixels if code == 0 else None
 
 
 def target_size(width: int, height: int, options: Options) -> tuple[int, int, bool]:

@@ -20,17 +20,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from ffcv.fields import IntField, NDArrayField, RGBImageField
-from ffcv.types import (
-    ALLOC_TABLE_TYPE,
-    CURRENT_VERSION,
-    TYPE_ID_HANDLER,
-    FieldDescType,
-    HeaderType,
-    get_metadata_type,
-)
 
 from .image import Bad, Options, Stored, store_many
+from .layout import ALLOCATION, HEADER, VERSION, field_descriptions, sample_table
 from .sources import Source
 
 MIN_PAGE = 1 << 23  # FFCV's default page of 8 MiB; a sample never crosses a page
@@ -49,14 +41,12 @@ class BetonFile:
     def __init__(self, file, capacity: int, classes: int | None):
         """`classes`: the length of the label vector, or None for one integer a sample."""
         self.file, self.samples, self.page = file, 0, MIN_PAGE
-        label = IntField() if classes is None else NDArrayField(np.dtype("<f4"), (classes,))
-        self.fields = {"image": RGBImageField(), "index": IntField(), "label": label}
-        self.table = np.zeros(capacity, get_metadata_type(list(self.fields.values())))
-        self.image, self.index, self.label = (self.table[name] for name in self.table.dtype.names)
         self.vectors = classes is not None
-        self.allocations = np.zeros((capacity, 1 + self.vectors), ALLOC_TABLE_TYPE)
-        self.table_at = HeaderType.itemsize + len(self.fields) * FieldDescType.itemsize
-        self.at = self.table_at + self.table.nbytes
+        self.fields = field_descriptions(classes)
+        self.table = sample_table(capacity, self.vectors)
+        self.image, self.index, self.label = (self.table[name] for name in self.table.dtype.names)
+        self.allocations = np.zeros((capacity, 1 + self.vectors), ALLOCATION)
+        self.at = HEADER.itemsize + self.fields.nbytes + self.table.nbytes
         self.file.seek(self.at)
 
     def add(self, stored: Stored, label) -> None:
@@ -83,18 +73,12 @@ class BetonFile:
         self.samples += 1
 
     def finish(self) -> None:
-        header = np.zeros(1, HeaderType)
-        header["version"], header["num_fields"] = CURRENT_VERSION, len(self.fields)
+        header = np.zeros(1, HEADER)
+        header["version"], header["num_fields"] = VERSION, len(self.fields)
         header["page_size"], header["num_samples"], header["alloc_table_ptr"] = self.page, self.samples, self.at
         self.file.write(self.allocations[: self.samples].tobytes())
-        descriptions = np.zeros(len(self.fields), FieldDescType)
-        type_ids = {handler: number for number, handler in TYPE_ID_HANDLER.items()}
-        for description, (name, field) in zip(descriptions, self.fields.items()):
-            description["type_id"] = type_ids[type(field)]
-            description["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
-            description["arguments"][:] = field.to_binary()[0]
         self.file.seek(0)
-        self.file.write(header.tobytes() + descriptions.tobytes() + self.table[: self.samples].tobytes())
+        self.file.write(header.tobytes() + self.fields.tobytes() + self.table[: self.samples].tobytes())
 
 
 class Target(NamedTuple):
@@ -202,7 +186,7 @@ def _encode(source: Source, options: Options, workers: int) -> Iterator[tuple[st
         for chunk in chunks:
             yield from _join(chunk, store_many([ref for _, ref, _ in chunk], options))
         return
-    # fork: a spawned worker would import ffcv, and with it torch, for seconds
+    # fork: a spawned worker would import the caller's main module again
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
         try:
             waiting: deque = deque()  # bounded, so that a long archive is not read into memory

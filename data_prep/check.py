@@ -1,0 +1,142 @@
+"""`fastssl convert check NAME.beton`: is the file what its data card says, does every image decode, how fast?
+
+Draws NAME.png, a contact sheet of images spread over the file with their labels, for the eye.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .layout import ALLOCATION, FIELD, HEADER, RAW, VERSION, decode_jpeg, sample_table
+from .write import Progress, Target, geometry, sha256
+
+CHUNK = 256
+COLUMNS, ROWS, CELL, CAPTION = 10, 8, 112, 16
+
+
+class Beton:
+    """A converted file mapped into memory: the tables, and `image(row)` decoded by FFCV's decoder."""
+
+    def __init__(self, path: str | Path):
+        self.target = Target.of(path)
+        if not self.target.beton.is_file():
+            raise ValueError(f"there is no file {path}")
+        if not self.target.card.is_file():
+            raise ValueError(f"{path} has no data card {self.target.card}: convert again, or copy it too")
+        try:
+            self.card = json.loads(self.target.card.read_text())
+            self.samples, classes, multi = self.card["samples"], self.card["classes"], self.card["label"] == "multi"
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.target.card} is no data card: {error!r}") from error
+        if self.card.get("format") != 1:
+            raise ValueError(f"{self.target.card} has format {self.card.get('format')}, this version reads 1")
+        self.require("bytes", self.target.beton.stat().st_size)
+        self.data = np.memmap(self.target.beton, np.uint8, "r")
+        header = self.data[: HEADER.itemsize].view(HEADER)[0]
+        if header["version"] != VERSION or header["num_fields"] != 3:
+            raise ValueError(f"{path} is no FFCV file with the fields image, index, label")
+        self.require("samples", int(header["num_samples"]))
+        dtype = sample_table(0, multi).dtype
+        start = HEADER.itemsize + 3 * FIELD.itemsize
+        table = self.data[start : start + self.samples * dtype.itemsize].view(dtype)
+        self.images, self.index, self.labels = (table[name] for name in dtype.names)
+        allocations = self.data[int(header["alloc_table_ptr"]) :].view(ALLOCATION).reshape(self.samples, -1)
+        self.sizes = allocations["size"][:, 0]
+        if multi:
+            self.labels = np.stack([self.data[p : p + 4 * len(classes)].view("<f4") for p in self.labels.tolist()])
+
+    def require(self, key: str, found) -> None:
+        if self.card[key] != found:
+            raise ValueError(f"{self.target.beton} does not match its data card: {key} is {found}, the card says "
+                             f"{self.card[key]}: convert or copy it again")
+
+    def image(self, row: int) -> np.ndarray | None:
+        """RGB pixels (height, width, 3), or None where they cannot be decoded."""
+        mode, width, height, pointer = self.images[row].item()
+        data = self.data[pointer : pointer + int(self.sizes[row])]
+        if mode == RAW:
+            return data.reshape(height, width, 3) if data.size == height * width * 3 else None
+        return decode_jpeg(data, height, width)
+
+    def caption(self, row: int) -> str:
+        classes, label = self.card["classes"], self.labels[row]
+        if self.card["label"] == "multi":
+            return " ".join(name for name, value in zip(classes, label) if value == 1)
+        return classes[label] if classes else f"{row}"
+
+
+def check(path: str | Path, *, workers: int = 1, progress: Progress = lambda *_: None) -> str:
+    """Verify everything and return a report of a few lines.  ValueError with one line for a file that is damaged."""
+    beton = Beton(path)
+    beton.require("sha256", sha256(beton.target.beton, progress))
+    for key, value in geometry(beton.images["mode"], beton.images["height"], beton.images["width"]).items():
+        beton.require(key, value)
+    if not np.array_equal(beton.index, np.arange(beton.samples)):
+        raise ValueError(f"{path} is damaged: the index of its samples is not 0, 1, 2, ...")
+    _check_labels(beton)
+    rate = _decode_all(beton, workers, progress)
+    sheet = beton.target.beton.with_suffix(".png")
+    contact_sheet(beton).save(sheet)
+    card = beton.card
+    return "\n".join([
+        f"{path}: sound. {card['samples']} images ({card['jpeg']} JPEG, {card['raw']} raw), sizes up to "
+        f"{card['max_height']}x{card['max_width']}, {card['bytes'] / 1e6:.1f} MB, hash and every image verified",
+        f"decoded {rate:.0f} images/s, {rate * card['bytes'] / card['samples'] / 1e6:.1f} MB/s on {workers} threads, "
+        "from the page cache",
+        f"contact sheet: {sheet}"])
+
+
+def _check_labels(beton: Beton) -> None:
+    kind, classes = beton.card["label"], beton.card["classes"]
+    allowed = {"none": (-1, -1), "multi": (-1, 1)}.get(kind) or (0, len(classes) - 1)
+    low, high = beton.labels.min(), beton.labels.max()
+    if low < allowed[0] or high > allowed[1]:
+        raise ValueError(f"{beton.target.beton} is damaged: labels from {low} to {high}, the data card allows "
+                         f"{allowed[0]} to {allowed[1]}")
+
+
+def _decode_all(beton: Beton, workers: int, progress: Progress) -> float:
+    """Images per second; ValueError names the first that does not decode.  The decoder releases the GIL."""
+    def decode(start: int) -> list[int]:
+        return [row for row in range(start, min(start + CHUNK, beton.samples)) if beton.image(row) is None]
+
+    broken: list[int] = []
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque(pool.submit(decode, start) for start in range(0, beton.samples, CHUNK))
+        for chunk in range(len(waiting)):
+            broken += waiting.popleft().result()
+            progress("images", min((chunk + 1) * CHUNK, beton.samples), beton.samples)
+    if broken:
+        raise ValueError(f"{beton.target.beton} is damaged: {len(broken)} images do not decode, the first is row "
+                         f"{broken[0]}")
+    return beton.samples / (time.perf_counter() - begin)
+
+
+def contact_sheet(beton: Beton) -> Image.Image:
+    """Up to 80 images, evenly spread over the file, each with its label."""
+    count = min(COLUMNS * ROWS, beton.samples)
+    columns = min(COLUMNS, count)
+    rows = -(-count // columns)
+    sheet = Image.new("RGB", (columns * CELL, rows * (CELL + CAPTION)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    for cell, row in enumerate(np.linspace(0, beton.samples - 1, count).astype(int).tolist()):
+        image = Image.fromarray(np.ascontiguousarray(beton.image(row)))
+        scale = (CELL - 4) / max(image.size)
+        size = tuple(max(1, round(side * scale)) for side in image.size)
+        # enlarged pixels stay visible as such: a blurred 8x8 digit would look like a bad conversion
+        image = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
+        x, y = cell % columns * CELL, cell // columns * (CELL + CAPTION)
+        sheet.paste(image, (x + (CELL - size[0]) // 2, y + 2 + (CELL - 4 - size[1]) // 2))
+        text = beton.caption(row)
+        while font.getlength(text) > CELL - 4:
+            text = text[:-1]
+        draw.text((x + 3, y + CELL), text, fill="black", font=font)
+    return sheet
