@@ -1,0 +1,88 @@
+"""Recipes: what each method shows its network, as tuples of `View` (pure data; kernels/views applies them).
+
+Figures are those of OpenSelfSup's configs (224 pixels); solo-learn's CIFAR-10 recipes are the same operations with
+bicubic crops, e.g. simclr(32, interpolation="bicubic", **CIFAR10).  Keywords are fields of View and go to every view.
+"""
+
+from dataclasses import replace
+
+from fastssl.kernels.views import View
+
+CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+CIFAR100 = {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)}
+
+
+def _views(*views: View, **changes) -> tuple[View, ...]:
+    return tuple(replace(view, **changes) for view in views)
+
+
+def simclr(size: int = 224, **changes) -> tuple[View, ...]:
+    """Two strongly jittered views (solo-learn's "symmetric")."""
+    view = View(size, flip=0.5, jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8, gray=0.2, blur=0.5)
+    return _views(view, view, **changes)
+
+
+def moco_v1(size: int = 224, **changes) -> tuple[View, ...]:
+    """Two views, grayscale before a jitter that always acts."""
+    return npid(size, **changes) * 2
+
+
+def moco_v2(size: int = 224, **changes) -> tuple[View, ...]:
+    """Two views of moderate jitter, also SimSiam's (solo-learn's "symmetric_weak" has scale=(0.08, 1))."""
+    view = View(size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray=0.2, blur=0.5)
+    return _views(view, view, **changes)
+
+
+def byol(size: int = 224, *, blur: tuple[float, float] = (1.0, 0.1), solarize: tuple[float, float] = (0.0, 0.2),
+         **changes) -> tuple[View, ...]:
+    """Two views of different blur and solarize probability, also MoCo v3's and Barlow Twins' (solo-learn's
+    "asymmetric"; at 32 pixels it has blur=(0, 0))."""
+    view = View(size, interpolation="bicubic", flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2)
+    return _views(*(replace(view, blur=b, solarize=s) for b, s in zip(blur, solarize)), **changes)
+
+
+def swav(size: int = 224, *, crops: int = 2, small: int = 96, small_crops: int = 6,
+         scale: tuple[float, float] = (0.14, 1.0), small_scale: tuple[float, float] = (0.05, 0.14),
+         **changes) -> tuple[View, ...]:
+    """Multi-crop: `crops` large views, then `small_crops` small ones."""
+    view = simclr(size)[0]
+    large, local = replace(view, scale=scale), replace(view, size=small, scale=small_scale)
+    return _views(*[large] * crops, *[local] * small_crops, **changes)
+
+
+def npid(size: int = 224, **changes) -> tuple[View, ...]:
+    """One view, that of MoCo v1."""
+    return _views(View(size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray=0.2,
+                       order=("gray", "jitter", "blur", "solarize")), **changes)
+
+
+def rotation(size: int = 224, **changes) -> tuple[View, ...]:
+    """ONE crop of each image at 0, 90, 180 and 270 degrees; the view's place is the label."""
+    return _views(*(View(size, flip=0.5, quarter_turns=k, stream=0) for k in range(4)), **changes)
+
+
+def patches(size: int = 64, *, resize: int = 292, window: int = 255, **changes) -> tuple[View, ...]:
+    """The 3x3 cells of one random crop, row by row, each cropped with jitter: relative location; 4 is the centre."""
+    return _views(*(View(size, crop="patch", resize=resize, window=window, cell=cell, gray=0.66, stream=0)
+                    for cell in range(9)), **changes)
+
+
+def deepcluster(size: int = 224, **changes) -> tuple[View, ...]:
+    """One view, also ODC's: rotation by up to 2 degrees and any hue."""
+    return _views(View(size, flip=0.5, rotate=2.0, jitter=(0.4, 0.4, 1.0, 0.5), jitter_p=1.0, gray=0.2), **changes)
+
+
+def supervised(size: int = 224, **changes) -> tuple[View, ...]:
+    """One random-resized crop and flip: supervised training and linear probes."""
+    return _views(View(size, flip=0.5), **changes)
+
+
+def padded(size: int = 32, *, pad: int = 4, **changes) -> tuple[View, ...]:
+    """One crop of the padded image and flip: supervised CIFAR."""
+    return _views(View(size, crop="random", pad=pad, flip=0.5), **changes)
+
+
+def center(size: int = 224, resize: int | None = None, **changes) -> tuple[View, ...]:
+    """One deterministic view for evaluation: Resize(resize) on the short side, then CenterCrop(size).  Without
+    `resize` the pixels are cut as they are, e.g. center(32) of CIFAR-10; ImageNet's protocol is center(224, 256)."""
+    return _views(View(size, crop="center", resize=resize), **changes)

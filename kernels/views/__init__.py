@@ -1,0 +1,32 @@
+"""All views of a batch, cut on the device from images that were decoded once.
+
+uint8 images of any size in, normalised channels_last views out.  A sample's views depend on (seed, epoch, its index,
+the view's stream) alone: not on the batch, the rank count or the restart point.
+"""
+
+import torch
+from torch import Tensor
+
+from fastssl.kernels.views import reference
+from fastssl.kernels.views.params import COL, COLUMNS, IMAGENET_MEAN, IMAGENET_STD, View, draw
+
+__all__ = ["COL", "COLUMNS", "IMAGENET_MEAN", "IMAGENET_STD", "View", "draw", "make_views"]
+
+
+@torch.no_grad()
+def make_views(pixels: Tensor, sizes: Tensor, index: Tensor, views, *, seed: int, epoch: int,
+               dtype: torch.dtype = torch.float32, impl: str = "auto") -> list[Tensor]:
+    """One (B, 3, size, size) tensor in channels_last layout for each of `views`.
+
+    pixels: uint8 (B, P, 3), image i in its first h * w pixels, row-major.  sizes: int (B, 2), (h, w) of each.
+    index: int64 (B,), the samples' numbers in the data set, the key of their random numbers with seed and epoch.
+    impl: "reference" (anywhere), "triton" (CUDA), or "auto"."""
+    views = tuple(views)
+    if pixels.dtype != torch.uint8 or pixels.dim() != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"pixels must be uint8 of shape (B, P, 3), got {pixels.dtype} {tuple(pixels.shape)}")
+    if sizes.shape != (len(pixels), 2) or index.shape != (len(pixels),):
+        raise ValueError(f"for {len(pixels)} images sizes must be (B, 2) and index (B,), "
+                         f"got {tuple(sizes.shape)} and {tuple(index.shape)}")
+    if impl not in ("auto", "reference", "triton"):
+        raise ValueError(f"impl={impl!r}: choose auto, reference or triton")
+    return reference.make_views(pixels, sizes, views, draw(sizes, index, views, seed=seed, epoch=epoch), dtype)
