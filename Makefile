@@ -23,6 +23,7 @@ help:
 	@echo "make clean        remove what was built and installed here (not your data or runs)"
 
 setup: $(VENV)/.installed
+	@:
 
 $(VENV)/.installed: setup.py pyproject.toml tools/setup.sh
 	@EXTRAS="$${EXTRAS:-test$(if $(GPU),$(comma)gpu)}" bash tools/setup.sh $(VENV)

@@ -52,6 +52,8 @@ install_packages() { # names...
         { tail -n 15 "$log" >&2; fail "apt-get did not succeed: $advice. $offline"; }
 }
 
+exec 9<"${BASH_SOURCE[0]}"
+flock 9 # `make test` beside `make quickstart`: the second waits, and then finds everything there
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 if suitable "$venv/bin/python"; then python=$venv/bin/python; else python=$(find_python); fi

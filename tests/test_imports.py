@@ -1,0 +1,93 @@
+"""Imports point one way: a module may import ours from the lines above its own in LAYERS, and nothing beside it."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("kernels", "data_prep", "configs")  # imported as fastssl.kernels, ...
+# A package (kernels, data_prep, eval) is one word; inside it modules may import each other.
+LAYERS = """
+    kernels data_prep
+    config dist
+    decode
+    loader backbones optim checkpoint log meters cluster
+    state
+    views
+    methods.parts
+    methods.*
+    engine
+    eval
+    hooks report
+    train
+    __main__
+""".splitlines()
+CONFIGS_MAY_USE = {"config", "methods.*", "views", "hooks"}
+KERNELS_MAY_USE = {"torch", "triton", "numpy", "pytest", *sys.stdlib_module_names}  # pytest: in testing.py
+
+MODULES = {  # dotted name -> file
+    ".".join((package, *file.relative_to(folder).with_suffix("").parts)).removesuffix(".__init__"): file
+    for package, folder in [("fastssl", ROOT / "fastssl"), *((f"fastssl.{f}", ROOT / f) for f in FOLDERS)]
+    for file in folder.rglob("*.py")
+}
+
+
+def word(name: str) -> str:
+    """The word in LAYERS: fastssl.eval.knn -> eval, fastssl.methods.simclr -> methods.*"""
+    first, *rest = [*name.split(".")[1:], "__init__"]
+    return first if first != "methods" else "methods.parts" if rest[0] == "parts" else "methods.*"
+
+
+def level(name: str) -> int:
+    return next((i for i, line in enumerate(LAYERS) if word(name) in line.split()), -1)
+
+
+def imports(source: str, package: str) -> set[str]:
+    """What source in that package imports, anywhere in it, in full; members of packages that are modules as modules."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            found |= {name if (name := f"{base}.{a.name}") in MODULES else base for a in node.names}
+    return found
+
+
+def imports_of(name: str) -> set[str]:
+    file = MODULES[name]
+    return imports(file.read_text(), name if file.name == "__init__.py" else name.rpartition(".")[0])
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_point_one_way(name):
+    ours = {i for i in imports_of(name) if i.split(".")[0] == "fastssl"}
+    if word(name) == "__init__":
+        assert not ours
+    elif word(name) == "configs":
+        assert {word(i) for i in ours} <= CONFIGS_MAY_USE
+    else:
+        assert level(name) >= 0, f"{name} has no place in LAYERS of {Path(__file__).name}: give it one"
+        beside = set() if word(name) == "methods.*" else {word(name)}
+        wrong = {i for i in ours if word(i) not in beside and not 0 <= level(i) < level(name)}
+        wrong |= {i for i in ours if word(i) == "data_prep" and word(name) not in ("data_prep", "__main__")}
+        assert not wrong, f"{name} imports {sorted(wrong)}, which LAYERS does not put above it"
+
+
+@pytest.mark.parametrize("name", [m for m in sorted(MODULES) if word(m) == "kernels"])
+def test_kernels_need_torch_and_triton_only(name):
+    assert {i.split(".")[0] for i in imports_of(name)} <= {"fastssl", *KERNELS_MAY_USE}
+
+
+def test_no_folder_is_imported_by_its_bare_name():
+    """`import kernels` would find the package of that name on PyPI, or nothing, once installed."""
+    assert not [(name, i) for name in MODULES for i in imports_of(name) if i.split(".")[0] in FOLDERS]
+
+
+def test_the_check_sees_every_form_of_import():
+    source = "import torch.nn\nfrom . import parts\ndef f():\n from ..config import Run\n from fastssl import dist"
+    found = imports(source, "fastssl.methods")
+    assert found == {"torch.nn", "fastssl.methods.parts", "fastssl.config", "fastssl.dist"}

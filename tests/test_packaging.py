@@ -1,0 +1,140 @@
+"""The wheel holds every module, imports from anywhere beside the `kernels` of PyPI, and set-up says what it lacks."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+INSTALLED = ("fastssl", "kernels", "data_prep", "configs")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """A wheel built from a copy: setuptools leaves build folders behind."""
+    source = tmp_path_factory.mktemp("source")
+    for folder in INSTALLED:
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "--no-build-isolation", "-w", "out", "."]
+    subprocess.run(command, cwd=source, check=True)
+    return zipfile.ZipFile(next((source / "out").glob("*.whl")))
+
+
+def test_wheel_holds_every_module(wheel):
+    expected = set()
+    for folder in INSTALLED:
+        prefix = "" if folder == "fastssl" else "fastssl/"
+        expected |= {prefix + f.relative_to(ROOT).as_posix() for f in (ROOT / folder).rglob("*.py")}
+    assert expected == {name for name in wheel.namelist() if name.endswith(".py")}
+    assert any(name.endswith("LICENSE") for name in wheel.namelist())
+
+
+def run_python(code: str, cwd: Path, *path: Path) -> str:
+    """Run in a folder whose `kernels` and `data_prep` are not ours, as with PyPI's package `kernels` installed."""
+    for name in ("kernels", "data_prep"):
+        (cwd / name).mkdir(exist_ok=True)
+        (cwd / name / "__init__.py").write_text("decoy = True\n")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    return subprocess.check_output([sys.executable, "-c", code], cwd=cwd, env=env, text=True)
+
+
+IMPORT = """
+import kernels, data_prep, fastssl.kernels, fastssl.data_prep, fastssl.configs
+assert kernels.decoy and data_prep.decoy
+print(fastssl.__file__, fastssl.kernels.__file__, fastssl.data_prep.__file__, fastssl.configs.__file__)
+"""
+
+
+def test_editable_install_imports_from_any_folder(tmp_path):
+    found = [Path(f).parent for f in run_python(IMPORT, tmp_path).split()]
+    assert found == [ROOT / folder for folder in INSTALLED]
+
+
+def test_wheel_imports_from_any_folder(wheel, tmp_path):
+    wheel.extractall(tmp_path / "site")
+    found = run_python(IMPORT, tmp_path, tmp_path / "site").split()
+    assert [Path(f).relative_to(tmp_path / "site").parts[:-1] for f in found] == [
+        ("fastssl",), ("fastssl", "kernels"), ("fastssl", "data_prep"), ("fastssl", "configs"),
+    ]
+
+
+def test_command_and_script_start_from_any_folder(tmp_path):
+    """Also `python fastssl/train.py`, whose first import path is the folder that holds config.py, views.py, ..."""
+    command = Path(sys.executable).with_name("fastssl")
+    for start in ([command], [sys.executable, "-m", "fastssl", "train"], [sys.executable, ROOT / "fastssl/train.py"]):
+        done = subprocess.run([*start, "--help"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "usage" in done.stdout.lower()
+
+
+def test_make_is_silent_when_all_is_installed(tmp_path):
+    (tmp_path / ".installed").touch()
+    done = subprocess.run(["make", "setup", f"VENV={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def stub(folder: Path, **programs: str) -> dict[str, str]:
+    """An environment whose PATH holds these shell scripts and the basic tools alone."""
+    folder.mkdir()
+    for tool in ("bash", "env", "tail", "mktemp", "rm", "ls", "flock"):
+        (folder / tool).symlink_to(shutil.which(tool))
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    return {"PATH": str(folder)}
+
+
+def setup(env: dict[str, str], tmp_path: Path) -> str:
+    command, nobody = ["bash", "tools/setup.sh", str(tmp_path / "venv")], subprocess.DEVNULL
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, stdin=nobody)
+    assert done.returncode == 1 and not (tmp_path / "venv").exists()
+    return done.stderr
+
+
+def test_setup_names_the_pythons_it_cannot_use(tmp_path):
+    env = stub(tmp_path / "bin", **{"python3": "echo 3.9", "python3.13": "exit 127"})
+    message = setup(env, tmp_path)
+    assert "3.10 to 3.13" in message and "python3 is 3.9" in message and "PYTHON=" in message
+    assert "python3.13" not in message.replace("3.10 to 3.13", "")
+
+
+COMPLETE = """if [ "$1" = - ]; then exit 0; fi; if [[ "$2" == *ctypes* ]]; then exit 0; fi; echo 3.12"""
+
+
+def test_setup_names_the_packages_where_there_is_no_apt(tmp_path):
+    env = stub(tmp_path / "bin", **{"python3.12": COMPLETE, "pkg-config": "exit 1"})
+    message = setup(env, tmp_path)
+    assert "no apt" in message and "g++ libopencv-dev libturbojpeg0-dev." in message
+
+
+def test_setup_names_the_packages_where_there_is_no_root(tmp_path):
+    bare = COMPLETE.replace("exit 0", "exit 1", 1)  # Debian's interpreter without python3.12-venv
+    env = stub(tmp_path / "bin", **{"python3.12": bare, "apt-get": "exit 99", "id": "echo 1000"})
+    message = setup(env, tmp_path)
+    wanted = "apt-get install -y g++ pkg-config libopencv-dev libturbojpeg0-dev python3.12-venv python3.12-dev"
+    assert "no sudo" in message and wanted in message
+
+
+def test_setup_uses_sudo_without_asking_where_there_is_no_terminal(tmp_path):
+    sudo = 'echo "sudo $*"; exit 1'
+    env = stub(tmp_path / "bin", **{"python3.12": COMPLETE, "apt-get": "", "id": "echo 1000", "sudo": sudo})
+    message = setup(env, tmp_path)
+    assert "sudo -n env" in message and "apt-get did not succeed" in message
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_documents_name_targets_and_files_that_exist(document):
+    text = (ROOT / document).read_text()
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"\bmake ([a-z]+)", " ".join(re.findall(r"`[^`]+`|^    .*$", text, re.M))))
+    assert named <= targets, named - targets
+    links = {link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link}
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert not missing
