@@ -1,0 +1,62 @@
+"""Fixtures that several test folders share: small .beton files written by stock FFCV."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def photo(rng, h, w):
+    """A smooth colour image, as JPEG likes them; uint8 (h, w, 3)."""
+    small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((w, h), Image.BICUBIC))
+
+
+def jpeg(image, **options):
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "JPEG", **{"quality": 90, **options})
+    return out.getvalue()
+
+
+def write_beton(path, images, labels=None, fields=("image", "index", "label")):
+    """Images are uint8 arrays (stored raw) or JPEG bytes (passed through); labels ints or float32 rows."""
+    from ffcv.fields import IntField, NDArrayField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    labels = [i % 10 for i in range(len(images))] if labels is None else labels
+    image_field = RGBImageField(write_mode="raw")
+    encode_raw = image_field.encode
+
+    def encode(destination, image, malloc):
+        if not isinstance(image, bytes):
+            return encode_raw(destination, image, malloc)
+        destination["mode"] = 0
+        destination["width"], destination["height"] = Image.open(io.BytesIO(image)).size
+        destination["data_ptr"], storage = malloc(len(image))
+        storage[:] = np.frombuffer(image, np.uint8)
+
+    image_field.encode = encode
+    many = isinstance(labels[0], np.ndarray)
+    label_field = NDArrayField(np.dtype("float32"), labels[0].shape) if many else IntField()
+    kinds = {"image": image_field, "index": IntField(), "label": label_field}
+    rows = [dict(zip(kinds, row)) for row in zip(images, range(len(images)), labels)]
+    writer = DatasetWriter(str(path), {name: kinds[name] for name in fields}, num_workers=1)
+    writer.from_indexed_dataset([[row[name] for name in fields] for row in rows])
+    return path
+
+
+@pytest.fixture(scope="session")
+def photos():
+    """103 sources of 20 to 60 pixels a side: JPEG bytes (three kinds of subsampling, some gray) and raw arrays."""
+    rng = np.random.default_rng(0)
+    images = [photo(rng, *rng.integers(20, 60, 2)) for _ in range(103)]
+    gray = {7: images[7][:, :, 0], 50: images[50][:, :, 1]}
+    return [im if i % 4 == 3 and i not in gray else jpeg(gray.get(i, im), subsampling=i % 3)
+            for i, im in enumerate(images)]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def beton(tmp_path_factory, photos):
+    """`photos` as a .beton without a card."""
+    return write_beton(tmp_path_factory.mktemp("beton") / "photos.beton", photos)

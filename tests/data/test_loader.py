@@ -1,0 +1,345 @@
+"""The loader: every image once, the same global batch on any number of ranks, resume without decoding, clear errors."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from conftest import jpeg, photo, write_beton
+from PIL import Image
+
+import fastssl.loader
+from fastssl.decode import Beton
+from fastssl.loader import AHEAD, Loader, permutation
+
+
+def open_loader(path, batch=16, **options):
+    return Loader(path, batch, **{"device": "cpu", "rank": 0, "world": 1, "workers": 2, **options})
+
+
+def image(batch, i):
+    h, w = batch.sizes[i].tolist()
+    return batch.pixels[i, : h * w].reshape(h, w, 3)
+
+
+def images(batches):
+    return {int(b.index[i]): image(b, i) for b in batches for i in range(len(b.index))}
+
+
+def equal(one, two):
+    return torch.equal(one.index, two.index) and torch.equal(one.sizes, two.sizes) and all(
+        torch.equal(image(one, i), image(two, i)) for i in range(len(one.index)))  # fmt: skip
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The rows that were decoded, in any order."""
+    rows, decode = [], Beton.decode
+
+    def record(self, r, pixels, sizes):
+        rows.extend(r.tolist())
+        decode(self, r, pixels, sizes)
+
+    monkeypatch.setattr(Beton, "decode", record)
+    return rows
+
+
+# Pixels
+
+
+def test_pixels_are_those_of_the_files(beton, photos):
+    got = images(open_loader(beton, shuffle=False, drop_last=False).epoch(0))
+    assert sorted(got) == list(range(103))
+    for i, source in enumerate(photos):
+        if isinstance(source, np.ndarray):
+            assert np.array_equal(got[i], source), f"raw image {i}"
+        else:
+            pillow = np.asarray(Image.open(io.BytesIO(source)).convert("RGB")).astype(int)
+            off = np.abs(got[i].numpy().astype(int) - pillow)
+            # FFCV's fast DCT is 5 levels from Pillow's accurate one at worst and 1.08 on average
+            assert got[i].shape == pillow.shape and off.max() <= 6 and off.mean() < 1.2, f"JPEG {i}: {off.max()}"
+
+
+def test_the_operation_in_ffcv_s_own_loader_equals_ffcv_s_decoder(tmp_path):
+    import ffcv
+    from ffcv.fields.decoders import SimpleRGBImageDecoder
+    from ffcv.pipeline import PipelineSpec
+
+    from fastssl.decode import DecodeOnce
+
+    rng = np.random.default_rng(1)
+    path = write_beton(tmp_path / "same.beton", [jpeg(photo(rng, 40, 56)) for _ in range(12)])
+    threads = torch.get_num_threads()
+    pipelines = {"image": [SimpleRGBImageDecoder()], "once": PipelineSpec("image", DecodeOnce(), []),
+                 "index": None, "label": None}  # fmt: skip
+    (stock, (pixels, sizes)), = ffcv.Loader(str(path), 12, num_workers=1, pipelines=pipelines)
+    torch.set_num_threads(threads)
+    assert (sizes == [40, 56]).all() and np.array_equal(stock.reshape(12, -1, 3), pixels)
+    ours, = open_loader(path, 12, shuffle=False).epoch(0)
+    assert np.array_equal(ours.pixels, pixels)
+
+
+def test_canvas_is_as_large_as_the_largest_image(beton):
+    metadata = Beton(beton).image
+    batch = next(open_loader(beton).epoch(0))
+    assert batch.pixels.shape == (16, int((metadata["height"].astype(int) * metadata["width"]).max()), 3)
+    assert batch.pixels.dtype == torch.uint8 and batch.sizes.dtype == torch.int32
+    assert batch.index.dtype == batch.label.dtype == torch.int64
+
+
+def test_labels(beton, tmp_path):
+    for b in open_loader(beton).epoch(0):
+        assert torch.equal(b.label, b.index % 10)
+    several = [np.array([1, 0, -1], np.float32) * (i % 2) + i for i in range(8)]
+    path = write_beton(tmp_path / "multi.beton", [photo(np.random.default_rng(0), 8, 8)] * 8, several)
+    batch = next(open_loader(path, 8).epoch(0))
+    assert batch.label.dtype == torch.float32
+    assert torch.equal(batch.label, torch.from_numpy(np.stack(several))[batch.index])
+
+
+# Order
+
+
+def test_permutation_is_fixed_for_ever():
+    assert permutation(10, 0, 0).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    assert permutation(10, 3, 7).tolist() == [5, 0, 6, 9, 8, 7, 4, 2, 3, 1]
+    for n in (1, 2, 1000):
+        assert sorted(permutation(n, 1, 2)) == list(range(n))
+    orders = {tuple(permutation(50, seed, epoch)) for seed in range(4) for epoch in range(4)}
+    assert len(orders) == 16
+    first = np.array([permutation(20, 0, e)[0] for e in range(4000)])
+    assert np.bincount(first, minlength=20).min() > 130  # 200 expected, 13.8 the standard deviation
+    with pytest.raises(ValueError, match="seed=-1"):
+        permutation(10, -1, 0)
+
+
+@pytest.mark.parametrize("world, micro", [(2, 1), (1, 4), (2, 2), (4, 4)])
+def test_any_ranks_and_micro_batches_make_the_same_global_batches(beton, world, micro):
+    whole = list(open_loader(beton, seed=5).epoch(3))
+    assert [b.step for b in whole] == list(range(103 // 16)) and {b.epoch for b in whole} == {3}
+    ranks = [list(open_loader(beton, seed=5, rank=r, world=world, micro=micro).epoch(3)) for r in range(world)]
+    for step, one in enumerate(whole):
+        parts = [b for r in ranks for b in r if b.step == step]
+        assert [len(p.index) for p in parts] == [16 // world // micro] * (world * micro)
+        assert torch.equal(torch.cat([p.index for p in parts]), one.index)
+        assert torch.equal(torch.cat([p.label for p in parts]), one.label)
+        theirs, ours = images(parts), images([one])
+        assert all(torch.equal(theirs[i], ours[i]) for i in ours)
+
+
+def test_epochs_and_seeds_differ_and_repeat(beton):
+    loader = open_loader(beton)
+    first, second = ([b.index.tolist() for b in loader.epoch(e)] for e in (0, 1))
+    assert first != second and first == [b.index.tolist() for b in loader.epoch(0)]
+    assert first != [b.index.tolist() for b in open_loader(beton, seed=1).epoch(0)]
+    assert list(chain(*first)) == permutation(103, 0, 0)[:96].tolist()  # the incomplete batch is dropped
+
+
+def test_resume_gives_the_rest_and_decodes_nothing_before_it(beton, decoded):
+    loader = open_loader(beton, micro=2)
+    all_of_it = [b.index.tolist() for b in loader.epoch(2)]
+    decoded.clear()
+    rest = list(loader.epoch(2, start=4))
+    assert [b.index.tolist() for b in rest] == all_of_it[8:] and [b.step for b in rest] == [4, 4, 5, 5]
+    assert sorted(decoded) == sorted(chain(*all_of_it[8:]))
+    assert list(loader.epoch(2, start=6)) == []
+
+
+@pytest.mark.parametrize("world, batch", [(1, 16), (2, 16), (4, 100), (8, 8), (1, 500)])
+def test_evaluation_sees_every_sample_once(beton, world, batch):
+    ranks = [open_loader(beton, batch, rank=r, world=world, shuffle=False, drop_last=False) for r in range(world)]
+    assert {r.steps for r in ranks} == {-(-103 // batch)}
+    per_rank = [list(r.epoch(0)) for r in ranks]
+    assert all(len(b.index) for bs in per_rank for b in bs)
+    ordered = sorted((b.step, r, b.index.tolist()) for r, bs in enumerate(per_rank) for b in bs)
+    assert list(chain(*(index for _, _, index in ordered))) == list(range(103))
+    if (world, batch) == (4, 100):
+        assert min(len(bs) for bs in per_rank) == 1  # three samples are left for four ranks
+
+
+# Memory and threads
+
+
+def test_batches_that_are_kept_stay_as_they_are(beton):
+    loader = open_loader(beton, 8)
+    kept, again = list(loader.epoch(0)), loader.epoch(0)
+    assert len(kept) == 12 and all(equal(one, two) for one, two in zip(kept, again))
+
+
+def test_canvases_are_used_again(beton):
+    loader = open_loader(beton, 4)
+    places = {b.pixels.data_ptr() for e in range(3) for b in loader.epoch(e)}
+    assert len(places) <= AHEAD + 3  # of 75 batches
+
+
+def test_leaving_in_mid_epoch_stops_the_decoding(beton, decoded):
+    loader = open_loader(beton, 4)
+    for _ in loader.epoch(0):
+        break
+    loader._feeder.submit(lambda: None).result(10)  # what was under way is done
+    assert len(decoded) <= 4 * (AHEAD + 2)
+    assert len(list(loader.epoch(0))) == 25
+
+
+def test_two_epochs_at_a_time(beton):
+    train, test = open_loader(beton), open_loader(beton, shuffle=False, drop_last=False)
+    expected = [b.index.tolist() for b in train.epoch(0)]
+    got = []
+    for b in train.epoch(0):
+        got.append(b.index.tolist())
+        assert sum(len(t.index) for t in test.epoch(0)) == 103
+    assert got == expected
+
+
+def test_an_error_of_the_decoder_reaches_the_consumer(beton, monkeypatch):
+    loader = open_loader(beton)
+    monkeypatch.setattr(loader._beton, "labels", lambda rows: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(loader.epoch(0))
+
+
+def test_waiting_is_measured(beton, monkeypatch):
+    decode = Beton.decode
+
+    def slow(self, *args):
+        time.sleep(0.2)
+        decode(self, *args)
+
+    loader = open_loader(beton, 4)
+    list(loader.epoch(0))
+    monkeypatch.setattr(Beton, "decode", slow)
+    epoch = loader.epoch(0)
+    next(epoch)
+    assert loader.wait_ms >= 200
+    time.sleep(0.2 * (AHEAD + 1) + 1)
+    next(epoch)
+    assert loader.wait_ms < 100
+
+
+def test_importing_is_cheap_and_leaves_torch_s_threads_alone():
+    code = """if 1:
+        import sys, torch, fastssl.loader
+        assert "ffcv" not in sys.modules and "numba" not in sys.modules
+        torch.set_num_threads(3)
+        import fastssl.decode
+        assert torch.get_num_threads() == 3, torch.get_num_threads()
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+# Resident
+
+
+def test_resident_gives_the_same_batches_and_decodes_once(beton, decoded):
+    streamed = list(open_loader(beton, micro=2).epoch(1))
+    decoded.clear()
+    loader = open_loader(beton, micro=2, resident=True)
+    assert sorted(decoded) == list(range(103))
+    for _ in range(2):
+        held = list(loader.epoch(1))
+        assert len(held) == len(streamed) == 12 and all(equal(a, b) for a, b in zip(held, streamed))
+        assert all(torch.equal(a.label, b.label) for a, b in zip(held, streamed))
+    assert len(decoded) == 103
+
+
+def test_resident_says_when_the_set_does_not_fit(beton, monkeypatch):
+    monkeypatch.setattr(fastssl.loader, "_free_memory", lambda device: 500_000)
+    with pytest.warns(UserWarning, match=r"resident: .*photos.beton needs 0.00 GiB .*streaming it instead"):
+        loader = open_loader(beton, resident=True)
+    assert len(list(loader.epoch(0))) == 6
+
+
+# Errors and the data card
+
+
+def test_wrong_batches_are_answered_with_the_fix(beton):
+    for options, message in [
+        ({"batch": 20, "world": 2, "micro": 4}, r"batch=20 .*2 \* 4; the nearest batch that is: 16"),
+        ({"batch": 0}, "batch=0 "),
+        ({"batch": 128}, r"batch=128 is larger than .*\(103 samples\); use at most 103"),
+        ({"batch": 128, "world": 4}, "use at most 100"),
+        ({"rank": 2, "world": 2}, "rank=2"),
+        ({"workers": -1}, "workers=-1"),
+        ({"micro": 0}, "micro=0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            open_loader(beton, **{"batch": 16, **options})
+    loader = open_loader(beton)
+    for start in (-1, 7):
+        with pytest.raises(ValueError, match=f"start={start}"):
+            loader.epoch(0, start=start)
+
+
+def test_missing_and_damaged_files_are_named(beton, tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.beton: no such file; `fastssl convert"):
+        open_loader(tmp_path / "nowhere.beton")
+    whole, path = beton.read_bytes(), tmp_path / "part.beton"
+    for length in (0, 10, 24, 500, 5000, len(whole) // 2, len(whole) - 24, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"part.beton.*(truncated|damaged)"):
+            open_loader(path)
+    path.write_bytes(np.random.default_rng(0).bytes(10_000))
+    with pytest.raises(ValueError, match=r"no \.beton"):
+        open_loader(path)
+
+
+def test_a_damaged_image_is_named(beton, photos, tmp_path):
+    whole, victim = beton.read_bytes(), photos[5]
+    at = whole.index(victim)
+    path = tmp_path / "hurt.beton"
+    for hurt in (b"\0" * len(victim), victim[:200] + b"\0" * (len(victim) - 200)):
+        path.write_bytes(whole[:at] + hurt + whole[at + len(victim) :])
+        with pytest.raises(ValueError, match=r"hurt.beton: image 5 is damaged"):
+            list(open_loader(path, shuffle=False).epoch(0))
+
+
+def test_jpeg_with_stray_bytes_is_read(tmp_path):
+    good = jpeg(photo(np.random.default_rng(0), 30, 40))
+    path = write_beton(tmp_path / "stray.beton", [good[:-2] + b"stray bytes" + good[-2:], good])
+    batch, = open_loader(path, 2, shuffle=False).epoch(0)
+    off = (image(batch, 0).int() - image(batch, 1).int()).abs()
+    assert off.max() <= 6
+
+
+def test_missing_fields_are_named(tmp_path):
+    path = write_beton(tmp_path / "old.beton", [photo(np.random.default_rng(0), 8, 8)] * 4, fields=("image", "label"))
+    with pytest.raises(ValueError, match="'index' missing"):
+        open_loader(path, 4)
+
+
+def test_card(beton, tmp_path):
+    path, card = tmp_path / "photos.beton", tmp_path / "photos.json"
+    path.write_bytes(beton.read_bytes())
+    assert open_loader(path).card == {} and open_loader(path).classes is None
+    good = {"format": 1, "samples": 103, "max_pixels": Beton(path).max_pixels,
+            "bytes": path.stat().st_size, "classes": ["cat", "dog"]}  # fmt: skip
+    card.write_text(json.dumps(good))
+    assert open_loader(path).classes == ["cat", "dog"] and open_loader(path).card == good
+    for change in ({"samples": 102}, {"format": 2}, {"bytes": 5}, {"max_pixels": None}):
+        card.write_text(json.dumps({**good, **change}))
+        with pytest.raises(ValueError, match=r"photos\.beton is not this file's"):
+            open_loader(path)
+    card.write_text("{")
+    with pytest.raises(ValueError, match=r"photos\.json is no JSON"):
+        open_loader(path)
+
+
+@pytest.mark.gpu
+def test_on_cuda_the_batches_are_those_of_the_cpu(beton):
+    """The consumer's stream is kept busy, so that a missing wait or a memory reused too early would show."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    expected = list(open_loader(beton, 8, micro=2).epoch(0))
+    for resident in (False, True):
+        loader, got = open_loader(beton, 8, micro=2, device="cuda", resident=resident), []
+        for b in loader.epoch(0):
+            torch.cuda._sleep(20_000_000)
+            got.append([t.clone() for t in (b.pixels, b.sizes, b.index, b.label)])
+        for (pixels, sizes, index, label), e in zip(got, expected, strict=True):
+            b = type(e)(pixels.cpu(), sizes.cpu(), index.cpu(), label.cpu(), e.epoch, e.step)
+            assert equal(b, e) and torch.equal(b.label, e.label)
