@@ -1,0 +1,183 @@
+"""config.Backbone -> a module with .spec, .dim, .stages, forward(x) -> (B, dim) pooled and forward_stages(x) -> maps.
+
+The torchvision ResNet family by its names and state-dict keys, thin and shallow ones too (resnet10, width=16), and any
+timm model.  Nothing here knows about self-supervision.  Source of the ResNets: https://arxiv.org/abs/1512.03385
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
+
+from fastssl.config import Backbone
+
+# name: block, blocks per stage, groups, width of a group at 64 channels
+RESNETS = {
+    "resnet10": (BasicBlock, (1, 1, 1, 1), 1, 64),  # not in torchvision: for smoke runs on a CPU
+    "resnet18": (BasicBlock, (2, 2, 2, 2), 1, 64),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), 1, 64),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), 1, 64),
+    "resnet101": (Bottleneck, (3, 4, 23, 3), 1, 64),
+    "resnet152": (Bottleneck, (3, 8, 36, 3), 1, 64),
+    "resnext50_32x4d": (Bottleneck, (3, 4, 6, 3), 32, 4),
+    "resnext101_32x8d": (Bottleneck, (3, 4, 23, 3), 32, 8),
+    "resnext101_64x4d": (Bottleneck, (3, 4, 23, 3), 64, 4),
+    "wide_resnet50_2": (Bottleneck, (3, 4, 6, 3), 1, 128),
+    "wide_resnet101_2": (Bottleneck, (3, 4, 23, 3), 1, 128),
+}
+
+
+def build(spec: Backbone) -> nn.Module:
+    """The backbone that `spec` describes, freshly initialised: `spec.pretrained` is weights.load_backbone's business.
+
+    A name in RESNETS is torchvision's network, any other is timm's, as is "timm/resnet50".
+    """
+    if spec.name in RESNETS:
+        return ResNet(spec)
+    import timm  # takes seconds; most runs are ResNets
+
+    name = spec.name.removeprefix("timm/")
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*RESNETS, *timm.list_models()], 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown backbone {spec.name!r}{hint} (known: {', '.join(RESNETS)} and timm's models)")
+    return Timm(name, spec)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """At most 32 groups of at least two channels (one-channel groups would erase the channel's mean everywhere)."""
+    return nn.GroupNorm(math.gcd(32, max(channels // 2, 1)), channels)
+
+
+class ResNet(nn.Module):
+    """torchvision's ResNet without fc: the same keys, initialisation and outputs; `width` scales all channels."""
+
+    def __init__(self, spec: Backbone) -> None:
+        super().__init__()
+        self.spec = spec
+        block, blocks, groups, group_width = RESNETS[spec.name]
+        if spec.width < 1:
+            raise ValueError(f"backbone.width={spec.width} must be positive")
+        if spec.width != 64 and (groups, group_width) != (1, 64):
+            raise ValueError(f"backbone.width={spec.width}: {spec.name} has its width in its name; leave 64")
+        norm = {"bn": nn.BatchNorm2d, "gn": group_norm}.get(spec.norm)
+        if norm is None:
+            raise ValueError(f"backbone.norm={spec.norm!r} is neither 'bn' nor 'gn'")
+        self.conv1 = _stem(spec)
+        self.bn1 = norm(spec.width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if spec.stem == "imagenet" else nn.Identity()
+        make = partial(block, groups=groups, base_width=group_width, norm_layer=norm)
+        channels = spec.width
+        for i, count in enumerate(blocks):
+            planes = spec.width << i
+            setattr(self, f"layer{i + 1}", _stage(make, channels, planes, count, 2 if i else 1, norm))
+            channels = planes * block.expansion
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.dim = channels
+        self.stages = (spec.width, *(channels >> i for i in (3, 2, 1, 0)))
+        self._init(spec.zero_init_residual)
+
+    def _init(self, zero_init_residual: bool) -> None:
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            elif zero_init_residual and isinstance(m, BasicBlock | Bottleneck):
+                nn.init.zeros_((m.bn2 if isinstance(m, BasicBlock) else m.bn3).weight)
+
+    def forward_stages(self, x: Tensor) -> list[Tensor]:
+        """Maps of the stem (after ReLU, before the max-pool) and of stages 1 to 4; their channels are .stages."""
+        maps = [self.relu(self.bn1(self.conv1(x)))]
+        maps.append(self.layer1(self.maxpool(maps[0])))
+        for layer in (self.layer2, self.layer3, self.layer4):
+            maps.append(layer(maps[-1]))
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.avgpool(self.forward_stages(x)[-1]).flatten(1)
+
+
+def _stem(spec: Backbone) -> nn.Conv2d:
+    if spec.stem == "imagenet":
+        return nn.Conv2d(spec.in_channels, spec.width, 7, stride=2, padding=3, bias=False)
+    if spec.stem == "cifar":
+        return nn.Conv2d(spec.in_channels, spec.width, 3, stride=1, padding=1, bias=False)
+    raise ValueError(f"backbone.stem={spec.stem!r} is neither 'imagenet' nor 'cifar'")
+
+
+def _stage(make, channels: int, planes: int, count: int, stride: int, norm) -> nn.Sequential:
+    out = planes * make.func.expansion
+    shortcut = None
+    if stride != 1 or channels != out:
+        shortcut = nn.Sequential(conv1x1(channels, out, stride), norm(out))
+    return nn.Sequential(make(channels, planes, stride, shortcut), *(make(out, planes) for _ in range(count - 1)))
+
+
+class Timm(nn.Module):
+    """A timm model without its classifier, as `body`: timm's own modules may be called `stages`."""
+
+    def __init__(self, name: str, spec: Backbone) -> None:
+        super().__init__()
+        import timm
+
+        self.spec = spec
+        plain = Backbone()
+        for key in ("stem", "norm", "width", "zero_init_residual"):
+            if getattr(spec, key) != getattr(plain, key):
+                raise ValueError(f"backbone.{key}={getattr(spec, key)!r} does not apply to timm's {name}; leave it out")
+        options = {"num_classes": 0, "in_chans": spec.in_channels}
+        with torch.device("meta"):
+            kind = type(timm.create_model(name, **options))
+        if "dynamic_img_size" in inspect.signature(kind).parameters:
+            options["dynamic_img_size"] = True  # transformers take crops of any size (multi-crop, 32 px)
+        self.body = timm.create_model(name, **options)
+        self.dim = getattr(self.body, "head_hidden_size", self.body.num_features)
+        self.stages = tuple(f["num_chs"] for f in self.body.feature_info)
+
+    def forward_stages(self, x: Tensor) -> list[Tensor]:
+        return self.body.forward_intermediates(x, intermediates_only=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d that stores its weight as a contiguous (O, H, W, I) Parameter and convolves with a channels_last view.
+
+    DeepSpeed 0.19.8 crashes on parameters whose memory is not contiguous; cuDNN and oneDNN want this layout.  Its
+    state dict holds the ordinary (O, I, H, W).  Not in torch.autocast's safe list of DeepSpeed: name it there.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight.permute(0, 3, 1, 2), self.bias)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = destination[prefix + "weight"]
+        if weight.ndim == 4:  # ZeRO-3 leaves an empty placeholder outside its gathering context
+            destination[prefix + "weight"] = weight.permute(0, 3, 1, 2)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        weight = state_dict.get(prefix + "weight")
+        if isinstance(weight, Tensor) and weight.ndim == 4:
+            state_dict = {**state_dict, prefix + "weight": weight.permute(0, 2, 3, 1).contiguous()}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def channels_last_(module: nn.Module) -> nn.Module:
+    """Turn every plain nn.Conv2d of `module` into `Conv2d` above, in place; Parameters keep name and identity.
+
+    Call it after initialisation and before wrapping.  Subclasses of nn.Conv2d (timm's weight standardisation) keep
+    their own layout, which is slower and equally right.
+    """
+    for m in module.modules():
+        if type(m) is nn.Conv2d:
+            m.weight.data = m.weight.data.permute(0, 2, 3, 1).contiguous()
+            m.__class__ = Conv2d
+    return module
