@@ -1,0 +1,272 @@
+"""Weights from outside are loaded completely or refused, and exports are what torchvision reads."""
+
+import io
+import os
+import pickle
+import zipfile
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from torch import nn
+
+from fastssl import backbones, checkpoint, weights
+from fastssl.config import Backbone
+
+
+def build(name="resnet18", seed=0, **options):
+    torch.manual_seed(seed)
+    net = backbones.build(Backbone(name=name, **options)).eval()
+    for m in net.modules():  # so that a statistic left out shows
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_()
+            m.running_var.uniform_(0.5, 2)
+            m.num_batches_tracked.fill_(7)
+    return net
+
+
+def same(a, b):
+    return all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def small():
+    return build("resnet10", width=8, stem="cifar")
+
+
+def other(net):
+    return build(seed=1, **{k: getattr(net.spec, k) for k in ("name", "width", "stem")})
+
+
+def prefixed(net, prefix):
+    return {prefix + k: v for k, v in net.state_dict().items()}
+
+
+# ---- export ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("ohwi", [False, True])
+def test_export_is_what_torchvision_loads(tmp_path, name, ohwi):
+    net = build(name)
+    if ohwi:
+        backbones.channels_last_(net)
+    weights.export(net, tmp_path / "a.pth", to="torchvision")
+    theirs = getattr(torchvision.models, name)().eval()
+    result = theirs.load_state_dict(torch.load(tmp_path / "a.pth", weights_only=True), strict=False)
+    assert result.missing_keys == ["fc.weight", "fc.bias"] and result.unexpected_keys == []
+    theirs.fc = nn.Identity()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.double)  # in fp32 the two memory layouts differ by 1e-4 from rounding
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.double()(x), net.double()(x), rtol=0, atol=1e-6)
+    assert os.listdir(tmp_path) == ["a.pth"], "no temporary file stays"
+
+
+@pytest.mark.parametrize("options", [{"stem": "cifar"}, {"norm": "gn"}, {"in_channels": 1, "norm": "gn"}])
+def test_the_recipe_of_an_export_runs(tmp_path, options):
+    net = build(**options)
+    scope = {}
+    exec(weights.export(net, tmp_path / "a.pth"), scope)
+    theirs = scope["net"].eval()
+    theirs.fc = nn.Identity()
+    x = torch.randn(2, options.get("in_channels", 3), 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x), net(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, options", [
+    ("resnet10", {"width": 8, "stem": "cifar"}), ("vit_tiny_patch16_224", {}), ("resnet18", {}),
+])
+def test_safetensors_round_trip(tmp_path, name, options):
+    net = backbones.channels_last_(build(name, **options))
+    file = tmp_path / "deep" / "a.safetensors"
+    weights.export(net, file, to="safetensors")
+    spec = weights.spec_of(file)
+    assert spec == net.spec
+    torch.manual_seed(5)
+    twin = backbones.build(spec)
+    report = weights.load_backbone(file, twin)
+    assert same(net, twin) and report.loaded == len(net.state_dict()) and not report.heads and not report.other
+
+
+@pytest.mark.parametrize("options, to, text", [
+    ({"name": "resnet10"}, "torchvision", "torchvision has no resnet10"),
+    ({"width": 8}, "torchvision", "torchvision has no resnet18 of width 8"),
+    ({}, "onnx", "known are 'torchvision' and 'safetensors'"),
+])
+def test_export_refuses(tmp_path, options, to, text):
+    with pytest.raises(ValueError, match=text):
+        weights.export(build(**options), tmp_path / "a", to)
+    assert os.listdir(tmp_path) == []
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_torchvision_state_dict_names_its_classifier(tmp_path):
+    theirs = torchvision.models.resnet18()
+    torch.save(theirs.state_dict(), tmp_path / "a.pth")
+    net = build()
+    report = weights.load_backbone(tmp_path / "a.pth", net)
+    assert report.heads == ["fc.weight", "fc.bias"] and report.prefix == "" and "fc.weight" in str(report)
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in net.state_dict().items())
+
+
+MOCO = {"epoch": 3, "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}}}
+
+
+@pytest.mark.parametrize("wrap, prefix", [
+    (lambda n, o: n.state_dict(), ""),
+    (lambda n, o: prefixed(n, "module."), "module."),
+    (lambda n, o: {"state_dict": prefixed(n, "backbone.") | {"neck.0.weight": torch.ones(2)}}, "state_dict.backbone."),
+    (lambda n, o: {**MOCO, "state_dict": prefixed(o, "module.encoder_k.") | prefixed(n, "module.encoder_q.")
+                   | {"module.encoder_q.fc.0.weight": torch.ones(2), "module.queue": torch.ones(2)}},
+     "state_dict.module.encoder_q."),
+    (lambda n, o: {"student": prefixed(o, "module.backbone."), "teacher": prefixed(n, "backbone.")},
+     "teacher.backbone."),
+    (lambda n, o: prefixed(o, "target.0.") | prefixed(n, "backbone.") | {"queue": torch.ones(2)}, "backbone."),
+    (lambda n, o: {"a": {"very": {"deep": n.state_dict()}}}, "a.very.deep."),
+])  # fmt: skip
+@pytest.mark.parametrize("ohwi", [False, True])
+def test_prefixes_are_found_by_keys(tmp_path, small, wrap, prefix, ohwi):
+    torch.save(wrap(small, other(small)), tmp_path / "a.pt")
+    net = other(small)
+    if ohwi:
+        backbones.channels_last_(net)
+    report = weights.load_backbone(tmp_path / "a.pt", net)
+    assert report.prefix == prefix and same(small, net)
+
+
+def test_two_equal_copies_need_a_choice(tmp_path, small):
+    torch.save(prefixed(small, "one.") | prefixed(other(small), "two."), tmp_path / "a.pt")
+    net = other(small)
+    with pytest.raises(ValueError, match=r"'one\.' and at 'two\.'"):
+        weights.load_backbone(tmp_path / "a.pt", net)
+    weights.load_backbone(tmp_path / "a.pt", net, prefix="one")
+    assert same(small, net)
+
+
+def drop(key):
+    return lambda state: state.pop(key)
+
+
+def put(key, value):
+    return lambda state: state.__setitem__(key, value)
+
+
+@pytest.mark.parametrize("damage, text", [
+    (drop("layer3.0.conv2.weight"), r"1 of the backbone's \d+ tensors are not in it: layer3.0.conv2.weight"),
+    (drop("layer4.0.bn1.running_mean"), "layer4.0.bn1.running_mean"),
+    (put("layer1.1.conv1.weight", torch.ones(8, 8, 3, 3)), "1 of its tensors load nowhere: layer1.1.conv1.weight"),
+    (put("mystery", torch.ones(2)), "load nowhere: mystery"),
+    (put("conv1.weight", torch.ones(8, 3, 7, 7)), r"conv1.weight is \(8, 3, 7, 7\) in the file.*stem"),
+    (put("bn1.weight", torch.full((8,), float("nan"))), "bn1.weight holds NaN"),
+])  # fmt: skip
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_incomplete_weights_are_refused_and_change_nothing(tmp_path, small, damage, text, prefix):
+    state = dict(small.state_dict())
+    damage(state)
+    torch.save({prefix + k: v for k, v in state.items()}, tmp_path / "a.pt")
+    net = other(small)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(ValueError, match=text):
+        weights.load_backbone(tmp_path / "a.pt", net)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_old_files_without_batch_counts(tmp_path, small):
+    state = {k: v for k, v in small.state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "a.pt")
+    net = other(small)
+    assert weights.load_backbone(tmp_path / "a.pt", net).loaded == len(state)
+    assert same(small, net)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["BOMB"],)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, small, monkeypatch):
+    monkeypatch.setenv("BOMB", str(tmp_path / "ran"))
+    torch.save({"state_dict": small.state_dict(), "args": Bomb()}, tmp_path / "zip.pth")
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"model": Bomb()}, protocol=2))
+    for name in ("zip.pth", "plain.pkl"):
+        with pytest.raises(ValueError, match=r"refused.*mkdir[\s\S]*weights_only=False"):
+            weights.load_backbone(tmp_path / name, other(small))
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "zip.pth", weights_only=False)
+    assert (tmp_path / "ran").exists(), "the bomb is live: the test above would see it go off"
+
+
+def _torn(file):
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("make, text", [
+    (lambda f: None, "no weights at"),
+    (lambda f: f.write_bytes(b""), "no complete PyTorch file"),
+    (lambda f: f.write_text("not a checkpoint at all"), "no pickle of tensors alone"),
+    (lambda f: torch.save([torch.ones(2)], f), "holds a list"),
+    (lambda f: torch.save({"x": torch.ones(2)}, f), "none of the backbone's keys .conv1.weight.*it has x"),
+    (lambda f: (torch.save({"x": torch.ones(2000)}, f), _torn(f)), "no complete PyTorch file"),
+    (lambda f: torch.jit.script(nn.Linear(2, 2)).save(str(f)), "TorchScript"),
+])  # fmt: skip
+def test_files_that_are_no_weights(tmp_path, small, make, text):
+    make(tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=text):
+        weights.load_backbone(tmp_path / "a.pth", small)
+
+
+def test_torn_safetensors(tmp_path, small):
+    weights.export(small, tmp_path / "a.safetensors", "safetensors")
+    _torn(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="no complete safetensors file"):
+        weights.load_backbone(tmp_path / "a.safetensors", small)
+
+
+def test_run_folder_and_checkpoint(tmp_path, small):
+    nets = {1: other(small), 2: small}
+    for step, net in nets.items():
+        temporary = checkpoint.begin(tmp_path, step)
+        state = prefixed(net, "backbone.") | prefixed(other(small), "target.0.") | {"queue": torch.ones(3)}
+        safetensors.torch.save_file({k: v.clone() for k, v in state.items()}, temporary / "weights.safetensors")
+        path = checkpoint.commit(temporary, keep=2)
+    for source in (tmp_path, path):
+        net = build(seed=2, name="resnet10", width=8, stem="cifar")
+        report = weights.load_backbone(source, net)
+        assert same(small, net) and report.other == {"target": len(net.state_dict()), "queue": 1}
+    _torn(path / "weights.safetensors")
+    with pytest.raises(ValueError, match="is damaged: weights"):
+        weights.load_backbone(path, small)
+    net = build(seed=2, name="resnet10", width=8, stem="cifar")
+    weights.load_backbone(tmp_path, net)
+    assert same(nets[1], net), "a run folder falls back to the checkpoint before"
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        weights.load_backbone(tmp_path / "checkpoints", small)
+
+
+def test_the_conversion_that_the_refusal_proposes(tmp_path, small, monkeypatch):
+    """The command in the message is run as a user would."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BOMB", str(tmp_path / "ran"))
+    torch.save({"state_dict": small.state_dict(), "args": Bomb()}, "a.pth")
+    net = other(small)
+    with pytest.raises(ValueError) as error:
+        weights.load_backbone("a.pth", net)
+    exec(str(error.value).split('-c "')[1].removesuffix('"'))
+    weights.load_backbone("weights.pth", net)
+    assert same(small, net)
+
+
+def test_an_archive_with_a_foreign_pickle_inside(tmp_path, small):
+    buffer = io.BytesIO()
+    torch.save(small.state_dict(), buffer)
+    with zipfile.ZipFile(buffer) as good, zipfile.ZipFile(tmp_path / "a.pth", "w") as bad:
+        for item in good.infolist():
+            data = pickle.dumps(print, protocol=2) if item.filename.endswith("data.pkl") else good.read(item)
+            bad.writestr(item, data)
+    with pytest.raises(ValueError, match=r"refused.*print"):
+        weights.load_backbone(tmp_path / "a.pth", small)
