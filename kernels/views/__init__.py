@@ -7,8 +7,8 @@ the view's stream) alone: not on the batch, the rank count or the restart point.
 import torch
 from torch import Tensor
 
-from fastssl.kernels.views import reference
-from fastssl.kernels.views.params import COL, COLUMNS, IMAGENET_MEAN, IMAGENET_STD, View, draw
+from . import reference
+from .params import COL, COLUMNS, IMAGENET_MEAN, IMAGENET_STD, View, draw
 
 __all__ = ["COL", "COLUMNS", "IMAGENET_MEAN", "IMAGENET_STD", "View", "draw", "make_views"]
 
