@@ -62,7 +62,7 @@ class Beton:
         mode, width, height, pointer = self.images[row].item()
         data = self.data[pointer : pointer + int(self.sizes[row])]
         if mode == RAW:
-            return data.reshape(height, width, 3) if data.size == height * width * 3 else None
+            return np.array(data).reshape(height, width, 3) if data.size == height * width * 3 else None
         return decode_jpeg(data, height, width)
 
     def caption(self, row: int) -> str:

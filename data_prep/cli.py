@@ -150,28 +150,40 @@ def _check(argv: list[str]) -> int:
 @contextlib.contextmanager
 def progress_bar(every_s: float = 10.0) -> Iterator[Progress]:
     """A bar on a terminal; elsewhere a plain line every ten seconds, hence none in a short run."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
+    bar, tasks, begin = None, {}, time.monotonic()
+    last = begin
 
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-            tasks: dict = {}
-
-            def show(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    tasks[what] = bar.add_task(what, total=total)
-                bar.update(tasks[what], completed=done)
-
-            yield show
-        return
-    start = last = time.monotonic()
-
-    def line(what: str, done: int, total: int) -> None:
+    def lines(what: str, done: int, total: int) -> None:
         nonlocal last
         if (now := time.monotonic()) - last >= every_s:
             last = now
-            print(f"{what}: {done} of {total}, {now - start:.0f} s", file=sys.stderr, flush=True)
+            print(f"{what}: {done} of {total}, {now - begin:.0f} s", file=sys.stderr, flush=True)
 
-    yield line
+    def draw(what: str, done: int, total: int) -> None:
+        nonlocal bar, last
+        if bar is None:  # only now: the thread that it starts must not exist when the workers are forked
+            bar = _bar()
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total)
+        elif (now := time.monotonic()) - last < 0.1 and done < total:
+            return
+        else:
+            last = now
+        bar.update(tasks[what], completed=done)
+
+    try:
+        yield draw if sys.stderr.isatty() else lines
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def _bar():
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    bar = Bar(*columns, console=Console(stderr=True), transient=True)
+    bar.start()
+    return bar

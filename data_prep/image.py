@@ -50,19 +50,18 @@ def target_size(width: int, height: int, options: Options) -> tuple[int, int, bo
 
     The largest image of a file sets the canvas of every batch in the loader.  With a short side S asked for, a
     panorama would set it alone; it is shrunk to the area of an image of max_aspect * S by S, and loses no content."""
-    area, scale = width * height, 1.0
+    scale, limit, bounded = 1.0, options.max_pixels or math.inf, False
     if options.short_side:
         wanted = options.short_side / min(width, height)
         scale = wanted if options.upscale else min(wanted, 1.0)
-    limit, bounded = options.max_pixels or math.inf, False
-    if options.short_side and options.max_aspect * options.short_side**2 < limit:
-        bounded = area * scale**2 > options.max_aspect * options.short_side**2
-        limit = options.max_aspect * options.short_side**2
-    if area * scale**2 <= limit:
-        return round(width * scale), round(height * scale), False
-    scale = math.sqrt(limit / area)
+        panorama = options.max_aspect * options.short_side**2
+        limit, bounded = (panorama, True) if panorama < limit else (limit, False)
+    new_width, new_height = round(width * scale), round(height * scale)
+    if new_width * new_height <= limit:
+        return new_width, new_height, False
+    scale = math.sqrt(limit / (width * height))
     short = max(1, int(min(width, height) * scale))
-    long = max(1, min(int(max(width, height) * scale), int(limit // short)))
+    long = min(int(max(width, height) * scale), int(limit // short))
     return (long, short, bounded) if width >= height else (short, long, bounded)
 
 

@@ -45,9 +45,8 @@ def _from_tree(kind: str, tree: Tree, given: str, labels: dict[str, object], lab
     return Source(kind, given, label, classes, len(labels), items, notes)
 
 
-def open_images(kind: str, path: str, split: str | None = None, labels: str = "auto") -> Source:
+def open_images(kind: str, path: str, tree: Tree, split: str | None = None, labels: str = "auto") -> Source:
     """Images in a folder, tar or zip.  With `labels="auto"` the first folder names the class, if there are folders."""
-    tree = open_tree(Path(path))
     images = [name for name in tree.names if name.lower().endswith(SUFFIXES)]
     notes = []
     if other := len(tree.names) - len(images):
@@ -69,8 +68,8 @@ def open_images(kind: str, path: str, split: str | None = None, labels: str = "a
     classes = sorted({rest.split("/")[0] for rest in inner.values()})
     if len(set(classes) & SPLIT_NAMES) > 1:
         raise ValueError(f"{path} holds the splits {', '.join(classes)}: choose one, such as --split {classes[-1]}")
-    if not split and not tree.archive:
-        empty = sorted(entry.name for entry in Path(path).iterdir()
+    if not tree.archive:
+        empty = sorted(entry.name for entry in Path(path, split or "").iterdir()
                        if entry.is_dir() and not entry.name.startswith(".") and entry.name not in classes)
         if empty:
             raise ValueError(f"the class folder {empty[0]!r} in {path} holds no image: remove or fill it (an empty "
@@ -175,11 +174,15 @@ CIFAR = {  # batches of each split, the file with the class names, its key, the 
 def open_cifar(kind: str, path: str, split: str | None = None) -> Source:
     """CIFAR-10 or CIFAR-100: the original python archive (packed or not), or class folders of images below splits."""
     batches, meta, names_key, labels_key = CIFAR[kind]
-    split = split or "train"
     tree = open_tree(Path(path))
     metas = [name for name in tree.names if name.split("/")[-1] == meta]
     if not metas:
-        return open_images(kind, path, split)
+        splits = any("train" in name.split("/")[:-1] for name in tree.names)
+        source = open_images(kind, path, tree, split or ("train" if splits else None))
+        if len(source.classes or []) != int(kind[5:]):
+            raise ValueError(f"{path} is no {kind}: it holds {len(source.classes or [])} class folders")
+        return source
+    split = split or "train"
     if split not in batches:
         raise ValueError(f"{kind} has no split {split!r}: train or test")
     base = metas[0][: -len(meta)]
@@ -212,6 +215,8 @@ def open_digits(path: str, split: str | None = None) -> Source:
     """scikit-learn's 1,797 grey 8x8 digits.  PATH is the split: train (the first 1,437), test (the rest) or all."""
     from sklearn.datasets import load_digits  # a second to import, and only this source needs it
 
+    if split and path not in ("-", split):
+        raise ValueError(f"PATH is {path!r} and --split is {split!r}: for digits, PATH is the split")
     split = split or (path if path != "-" else "train")
     rows = {"train": slice(0, DIGITS_TRAIN), "test": slice(DIGITS_TRAIN, None), "all": slice(None)}.get(split)
     if rows is None:
@@ -258,7 +263,8 @@ def open_voc2007(path: str, split: str | None = None) -> Source:
                 raise ValueError(f"{path}: {name} has a line that is no 'image 1|0|-1': {' '.join(words)!r}")
             table[rows[words[0]], column] = value
     images = {f"{base}JPEGImages/{name}.jpg": table[row] for name, row in rows.items()}
-    if missing := [name for name in images if name not in set(tree.names)]:
+    names = set(tree.names)
+    if missing := [name for name in images if name not in names]:
         raise ValueError(f"{path} lacks {len(missing)} images of {split}.txt, such as {missing[0]}")
     return _from_tree("voc2007", tree, path, images, "multi", classes, [])
 
@@ -298,4 +304,4 @@ def open_source(kind: str, path: str, *, split: str | None = None, root: str | N
         return open_voc2007(path, split)
     if (kind == "imagefolder") != Path(path).is_dir():
         raise ValueError(f"{path} is {'a folder' if Path(path).is_dir() else 'a file'}: not a source for {kind!r}")
-    return open_images(kind, path, split, labels)
+    return open_images(kind, path, open_tree(Path(path)), split, labels)

@@ -112,7 +112,7 @@ class Tar(Tree):
         except tarfile.ReadError:
             self.mode, self.streams = "r|*", True
         size = path.stat().st_size
-        for name, member, _ in self._members():
+        for name, member, _ in self._members(set()):
             if self.mode == "r:" and member.offset_data + member.size > size:
                 raise ValueError(f"{path} is cut off inside {name!r}: copy or download it again")
             if name in self.slices:
@@ -120,7 +120,8 @@ class Tar(Tree):
             if self._add(name):
                 self.slices[name] = (member.offset_data, member.size)
 
-    def _members(self) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]:
+    def _members(self, wanted: set[str]) -> Iterator[tuple[str, tarfile.TarInfo, bytes]]:
+        """Every ordinary file: its name, its entry, and its bytes if it is wanted."""
         try:
             with tarfile.open(self.path, self.mode) as tar:
                 for member in tar:
@@ -131,7 +132,7 @@ class Tar(Tree):
                         inside(self.path, member.name, target=str(base / member.linkname))
                         self.hidden += 1
                     elif member.isreg() and not member.issparse():
-                        yield name, member, tar
+                        yield name, member, tar.extractfile(member).read() if name in wanted else b""
                     elif not member.isdir():
                         raise ValueError(f"{self.path}: member {name!r} is no ordinary file")
         except ARCHIVE_ERRORS as error:
@@ -145,9 +146,9 @@ class Tar(Tree):
             yield from super().read(names)
             return
         wanted = set(names)
-        for name, member, tar in self._members():
+        for name, _, data in self._members(wanted):
             if name in wanted:
-                yield name, tar.extractfile(member).read()
+                yield name, data
 
 
 class Zip(Tree):

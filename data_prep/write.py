@@ -15,6 +15,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -113,7 +114,7 @@ def convert(source: Source, out: str | Path, options: Options, *, workers: int =
     check_target(target, force)
     if source.count == 0:
         raise ValueError(f"{source.path} holds no image")
-    with _exclusive(target) as file:
+    with _exclusive(target, force) as file:
         beton = BetonFile(file, source.count, len(source.classes) if source.label == "multi" else None)
         facts = dict.fromkeys(("copied", "resized", "bounded", "distrusted"), 0)
         bad: list[tuple[str, str]] = []
@@ -154,23 +155,28 @@ def check_target(target: Target, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def _exclusive(target: Target) -> Iterator:
+def _exclusive(target: Target, force: bool) -> Iterator:
     """The temporary file, locked against a second conversion to the same name and removed unless it was renamed."""
     made = []
     for folder in [target.part.parent, *target.part.parent.parents]:
         if folder.exists():
             break
         made.append(folder)
-    target.part.parent.mkdir(parents=True, exist_ok=True)
     try:
+        target.part.parent.mkdir(parents=True, exist_ok=True)
         with open(target.part, "ab+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"another process is writing {target.beton}") from None
+            check_target(target, force)  # again: the other process may have finished just now
             try:
                 with open(target.part, "wb", buffering=1 << 22) as file:
                     yield file
+            except OSError as error:
+                if error.filename:
+                    raise
+                raise OSError(error.errno, f"{error.strerror}; nothing was kept", str(target.beton)) from error
             finally:
                 target.part.unlink(missing_ok=True)
     finally:
@@ -197,6 +203,8 @@ def _encode(source: Source, options: Options, workers: int) -> Iterator[tuple[st
                     yield from _join(chunk, future.result())
             for chunk, future in waiting:
                 yield from _join(chunk, future.result())
+        except BrokenProcessPool:
+            raise ValueError("a worker process was killed, likely for memory: try fewer --workers") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
