@@ -78,7 +78,7 @@ def fit(run: Run, hooks: list = (), *, resume: bool = False, device: str | None 
     """Train `run` to its end; `resume` continues from the newest complete checkpoint of its folder."""
     t = build(run, hooks, device)
     log = Log(t.folder, every=run.log.every, total_steps=t.total_steps, tensorboard=run.log.tensorboard)
-    meter = Meter(t.device, batch=run.optim.batch)
+    meter = Meter(t.device, batch=run.optim.batch, precision=run.optim.precision)
     if resume:
         state.load(t, log.text)
         log.truncate(t.step)
@@ -106,12 +106,14 @@ def fit(run: Run, hooks: list = (), *, resume: bool = False, device: str | None 
                     hook.after_step(t, out, batch)
                 log.step(t.step, t.epoch, t.scalars, meter.end_step(t.step))
                 if checkpoint_due(t):
-                    log.flush()
+                    log.flush(meter.flush())
                     state.save(t)
         if t.step % t.loader.steps == 0 or t.step == t.total_steps:
+            t.scalars = {}
             for hook in t.hooks:
                 hook.after_epoch(t)
-    log.close()
+            log.epoch(t.step, t.epoch, t.scalars)
+    log.close(meter.flush())
     return t
 
 
@@ -146,7 +148,7 @@ def cached_step(t: Trainer, batches: list[Batch], batch: Batch, meter: Meter):
     for micro in batches:
         with meter.phase("views"):
             views = make(t, micro)
-        with meter.phase("forward"), torch.no_grad(), statistics.frozen():
+        with meter.phase("forward", counted=False), torch.no_grad(), statistics.frozen():
             states.append(state.random_states(t.device))
             outs.append(t.ds(views))
     with meter.phase("forward"):
