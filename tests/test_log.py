@@ -1,0 +1,176 @@
+"""Every step has one whole line, on time or late, through kills and resumes; a lost loss ends the run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastssl import dist
+from fastssl.log import Log, read
+
+TIMING = {"data_ms": 1.0, "views_ms": 1.0, "forward_ms": 2.0, "backward_ms": 4.0, "optimizer_ms": 1.0, "other_ms": 1.0,
+          "total_ms": 10.0, "images_per_s": 800.0, "memory_gib": 0.5, "mfu": None}
+
+
+def timing(step):
+    return TIMING | {"step": step}
+
+
+def make(folder, **options):
+    return Log(folder, **{"every": 5, "total_steps": 20, "tensorboard": False, **options})
+
+
+def run(log, steps, lag=0):
+    for step in steps:
+        accuracy = torch.tensor(step, dtype=torch.float64)
+        scalars = {"lr": 0.1 * step, "loss": torch.tensor(1.0 / step), "accuracy": accuracy}
+        log.step(step, step // 10, scalars, [timing(step - lag)] if step > lag else [])
+
+
+def test_every_step_has_a_line_with_everything(tmp_path):
+    log = make(tmp_path)
+    run(log, range(1, 21), lag=3)
+    log.close([timing(s) for s in (18, 19, 20)])
+    records = read(tmp_path)
+    assert [r["step"] for r in records] == list(range(1, 21))
+    for r in records:
+        assert r["loss"] == torch.tensor(1.0 / r["step"]).item()  # the same float32
+        assert r["lr"] == 0.1 * r["step"] and r["accuracy"] == r["step"] and r["epoch"] == r["step"] // 10
+        assert {k: r[k] for k in TIMING} == TIMING
+
+
+def test_lines_wait_for_their_timings_and_flush_does_not(tmp_path):
+    log = make(tmp_path)
+    run(log, range(1, 6))
+    log.step(6, 0, {"loss": 1.0})
+    log.step(7, 0, {"loss": 1.0})
+    log.epoch(7, 0, {"knn": 80.0})
+    assert [r["step"] for r in read(tmp_path)] == [1, 2, 3, 4, 5]
+    log.flush([timing(6)])
+    records = read(tmp_path)
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6, 7, 7]
+    assert records[5]["total_ms"] == 10.0 and "total_ms" not in records[6]
+    assert records[7] == {"step": 7, "epoch": 0, "knn": 80.0}
+
+
+def test_scalars_are_fetched_together(tmp_path, monkeypatch):
+    """Tensors wait for one copy every few steps: here, one all-reduce of all of them."""
+    sizes = []
+    monkeypatch.setattr(dist, "sum_", lambda x: sizes.append(x.numel()) or x)
+    log = make(tmp_path, every=50, total_steps=40)
+    run(log, range(1, 41))
+    assert sizes == [20, 20, 20, 20]
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path):
+    log = make(tmp_path)
+    run(log, range(1, 13))
+    log.epoch(12, 1, {"knn": 1.0})
+    log.close()
+    with open(tmp_path / "log.jsonl", "a") as f:
+        f.write('{"step": 13, "lo')  # cut short
+    assert [r["step"] for r in read(tmp_path)][-1] == 12
+    resumed = make(tmp_path)
+    resumed.truncate(7)
+    assert [r["step"] for r in read(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+    run(resumed, range(8, 21))
+    resumed.close()
+    assert [r["step"] for r in read(tmp_path)] == list(range(1, 21))
+
+
+def test_a_new_run_starts_a_new_log(tmp_path):
+    for _ in range(2):
+        log = make(tmp_path, tensorboard=True)
+        run(log, range(1, 21))
+        log.close()
+    assert [r["step"] for r in read(tmp_path)] == list(range(1, 21))
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
+
+
+def test_a_kill_leaves_whole_lines(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import test_log
+log = test_log.make({str(tmp_path)!r}, total_steps=10**9, every=10**9)
+print("ready", flush=True)
+test_log.run(log, range(1, 10**9))
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    path = tmp_path / "log.jsonl"
+    while not path.exists() or path.stat().st_size < 200_000:
+        assert child.poll() is None
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    lines = path.read_text().split("\n")
+    assert lines[-1] == ""
+    assert [json.loads(line)["step"] for line in lines[:-1]] == list(range(1, len(lines)))
+
+
+def test_tensorboard_has_the_scalars(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = make(tmp_path, tensorboard=True)
+    run(log, range(1, 21))
+    log.epoch(20, 1, {"knn": torch.tensor(0.5)})
+    log.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert {"loss", "lr", "total_ms", "knn"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("loss")] == [5, 10, 15, 20]
+    assert events.Scalars("loss")[1].value == pytest.approx(0.1)
+
+
+def test_plain_lines_say_how_it_goes(tmp_path, capsys):
+    log = make(tmp_path)
+    run(log, range(1, 11))
+    log.epoch(10, 1, {"knn": 81.25})
+    log.text("[bold] is not markup")
+    log.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == ("step 10/20  epoch 1  loss 0.1  lr 1  accuracy 10  800 images/s  data 10 %  0.5 GiB  "
+                        "eta 00:00:00")
+    assert lines[2:] == ["step 10/20  epoch 1  knn 81.25", "[bold] is not markup"]
+    assert (tmp_path / "log.txt").read_text().splitlines() == lines
+
+
+def test_only_rank_0_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dist, "is_main", lambda: False)
+    log = make(tmp_path / "run")
+    run(log, range(1, 21))
+    log.text("hello")
+    log.truncate(3)
+    log.close()
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_lost_loss_ends_the_run_and_names_the_step(tmp_path):
+    log, nan = make(tmp_path), torch.tensor(float("nan"))
+    log.step(1, 0, {"loss": nan})
+    log.step(2, 0, {"loss": torch.tensor(1.0)})  # one bad step is not the end
+    with pytest.raises(ValueError, match="the loss is nan since step 3"):
+        for step in range(3, 20):
+            log.step(step, 0, {"loss": nan}, [timing(step)])
+    assert step == 5
+
+
+def test_steps_that_fp16_skips_are_no_reason_to_stop(tmp_path):
+    log, inf = make(tmp_path), torch.tensor(float("inf"))
+    for step in range(1, 11):
+        log.step(step, 0, {"loss": inf, "applied": False, "loss_scale": 2.0**16}, [timing(step)])
+    assert read(tmp_path)[0]["loss"] == "inf"
+    with pytest.raises(ValueError, match="since step 11"):
+        for step in range(11, 21):
+            log.step(step, 0, {"loss": inf, "applied": False, "loss_scale": 1.0}, [timing(step)])
+
+
+def test_only_scalars_are_logged(tmp_path):
+    log = make(tmp_path)
+    with pytest.raises(ValueError, match=r"'z' has shape \(2, 3\)"):
+        log.step(20, 0, {"z": torch.zeros(2, 3)})
