@@ -35,7 +35,7 @@ class View:
     by `pad` pixels of `pad_mode`), "patch" (cell 0..8 of the 3x3 split of a random crop of side `window`, itself
     randomly cropped to size), "squash" (the whole image, aspect ratio ignored).
     A pixel whose centre falls outside the image is black, or mirrored with pad_mode="reflect".
-    Operations apply as crop, flip, rotate, then `order`, then `quarter_turns` (counter-clockwise), then normalise.
+    Operations apply as crop, flip, rotate, then `order` (jitter before blur), then `quarter_turns` (counter-clockwise), then normalise.
     Views with the same `stream` draw the same numbers; None is the view's place in the list.
     """
 
@@ -89,6 +89,7 @@ class View:
         require(0 < self.blur_sigma[0] <= self.blur_sigma[1], "blur_sigma", "needs 0 < low <= high")
         require(self.rotate >= 0, "rotate", "is the largest angle in degrees, >= 0")
         require(sorted(self.order) == sorted(OPS), "order", f"must name each of {', '.join(OPS)} once")
+        require(self.order.index("jitter") < self.order.index("blur"), "order", "must have jitter before blur")
         require(self.quarter_turns in (0, 1, 2, 3), "quarter_turns", "is 0, 1, 2 or 3")
         require(self.stream is None or 0 <= self.stream < 2**32, "stream", "is None or a number from 0")
         require(min(self.std) > 0, "std", "must be above 0")

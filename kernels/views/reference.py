@@ -96,7 +96,7 @@ def _taps(step: Tensor, start: Tensor, length: Tensor, low: Tensor, high: Tensor
     support = stretch * (1 if view.interpolation == "bilinear" else 2)
     first = torch.floor(centre - support + 0.5).maximum(low)
     last = torch.floor(centre + support + 0.5).minimum(high)
-    taps = 2 * math.ceil(float(support.max())) + 1
+    taps = math.ceil(2 * float(support.max()))
     j = first[..., None] + torch.arange(taps, device=step.device)
     weight = _FILTERS[view.interpolation]((j + 0.5 - centre[..., None]) / stretch[..., None])
     weight = weight * ((j < last[..., None]) & inside[..., None])

@@ -134,7 +134,7 @@ ONE_OP = {
     "random_resized_first": View(24, crop="random", resize=36), "random_padded": View(32, crop="random", pad=4),
     "random_reflected": View(32, crop="random", pad=4, pad_mode="reflect"),
     "order": View(24, jitter=(0.4,) * 4, jitter_p=1.0, gray=0.5, blur=0.5, solarize=0.5,
-                  order=("solarize", "blur", "gray", "jitter")),
+                  order=("solarize", "jitter", "blur", "gray")),
 }
 
 
@@ -230,7 +230,8 @@ def test_empty_batch_and_no_views():
 
 @pytest.mark.parametrize("bad, named", [
     ({"crop": "middle"}, "crop='middle'"), ({"scale": (0.0, 1.0)}, "scale"), ({"flip": 1.5}, "flip=1.5"),
-    ({"jitter": (0.4, 0.4, 0.4, 0.6)}, "jitter"), ({"order": ("gray",)}, "order"), ({"pad": 4}, "pad=4"),
+    ({"jitter": (0.4, 0.4, 0.4, 0.6)}, "jitter"), ({"order": ("gray",)}, "order"),
+    ({"order": ("blur", "jitter", "gray", "solarize")}, "jitter before blur"), ({"pad": 4}, "pad=4"),
     ({"crop": "center", "resize": 20}, "resize=20"), ({"crop": "patch", "cell": 9, "window": 90}, "cell=9"),
     ({"quarter_turns": 4}, "quarter_turns=4"), ({"resize": 256}, "resize=256"),
     ({"blur_sigma": (0.0, 2.0)}, "blur_sigma"),

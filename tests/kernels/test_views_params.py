@@ -89,8 +89,10 @@ def test_colour_jitter_is_torchvisions():
     assert sum(counts) == len(code)
 
 
-@pytest.mark.parametrize("column, field, p", [("flip", "flip", 0.5), ("gray", "gray", 0.2), ("solarize", "solarize", 0.2),
-                                              ("sigma", "blur", 0.5), ("order", "jitter_p", 0.8)])  # fmt: skip
+@pytest.mark.parametrize("column, field, p", [
+    ("flip", "flip", 0.5), ("gray", "gray", 0.2), ("solarize", "solarize", 0.2), ("sigma", "blur", 0.5),
+    ("order", "jitter_p", 0.8),
+])
 def test_probabilities(column, field, p):
     def drew(probability):
         values = columns(View(24, **{field: probability}))[column]
