@@ -1,0 +1,224 @@
+"""Observers of a run: kNN accuracy, an online linear probe, and measures of collapse.
+
+A run without hooks trains to the same bits: they draw no random numbers, give no gradient to the method and put back
+every mode that they change.  What they measure goes through `t.log`; tensors must then be logged on every rank.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl import dist
+from fastssl.config import Run
+from fastssl.eval import features, knn
+from fastssl.loader import Loader
+
+
+class Hook(Protocol):
+    """`t` is the engine's Trainer; `out` the detached outputs and `batch` the labels of this rank's share of the step.
+
+    A hook with `state_dict` and `load_state_dict` has its state in the checkpoints.
+    """
+
+    def before_epoch(self, t) -> None: ...
+    def after_step(self, t, out: dict[str, Tensor], batch) -> None: ...
+    def after_epoch(self, t) -> None: ...
+
+
+def of(run: Run) -> list[Hook]:
+    """The hooks that `run.log` asks for; `run.hooks` are more."""
+    hooks: list[Hook] = []
+    extract = Extract()
+    if run.log.knn_epochs:
+        hooks.append(KnnMonitor(run.log.knn_epochs, extract=extract))
+    if run.log.probe:
+        hooks.append(LinearProbe(run.log.knn_epochs, extract=extract))
+    if run.log.collapse_every:
+        hooks.append(Collapse(run.log.collapse_every))
+    return hooks
+
+
+class Extract:
+    """Features of a file by the backbone in training, computed once per step whoever asks."""
+
+    def __init__(self):
+        self._loaders: dict[str, Loader] = {}
+        self._features: dict[str, tuple[Tensor, Tensor]] = {}
+        self._step = -1
+
+    def loader(self, t, path: str) -> Loader:
+        if path not in self._loaders:
+            batch = min(128, t.run.optim.batch) * dist.world()
+            loader = Loader(path, batch, device=t.device, workers=t.run.speed.workers, shuffle=False, drop_last=False)
+            if not loader.classes:
+                raise ValueError(f"{path} has no classes: kNN and the probe need labelled data (data.bank, data.test); "
+                                 "or set log.knn_epochs=0 log.probe=False")
+            if loader.card.get("label") == "multi":
+                raise ValueError(f"{path} has several labels per image: kNN and the probe need one class each")
+            self._loaders[path] = loader
+        return self._loaders[path]
+
+    def __call__(self, t, path: str) -> tuple[Tensor, Tensor]:
+        if self._step != t.step:
+            self._features, self._step = {}, t.step
+        if path not in self._features:
+            loader, data = self.loader(t, path), t.run.data
+            view = data.eval_view or features.default_view(data.views[0], loader.card)
+            with t.plain_backbone() as backbone:
+                self._features[path] = features.extract(backbone, loader, view, precision=t.run.optim.precision)
+        return self._features[path]
+
+
+def _due(t, every: int) -> bool:
+    return bool(every) and ((t.epoch + 1) % every == 0 or t.step == t.total_steps)
+
+
+class KnnMonitor:
+    """Top-1 of weighted kNN every n epochs and at the end: data.test among data.bank (default: the training file), or
+    without data.test each image of the bank among the others."""
+
+    def __init__(self, every_epochs: int, k: int = 20, temperature: float = 0.07, extract: Extract | None = None):
+        if every_epochs < 1 or k < 1:
+            raise ValueError(f"KnnMonitor(every_epochs={every_epochs}, k={k}): both must be 1 or more")
+        self.every, self.k, self.temperature = every_epochs, k, temperature
+        self.extract = extract or Extract()
+
+    def before_epoch(self, t) -> None:
+        for path in self._files(t):  # unlabelled data fails now and not after an epoch
+            self.extract.loader(t, path)
+
+    def after_step(self, t, out: dict[str, Tensor], batch) -> None:
+        pass
+
+    def after_epoch(self, t) -> None:
+        if not _due(t, self.every):
+            return
+        sets = [part for path in self._files(t) for part in self.extract(t, path)]
+        k = min(self.k, len(sets[0]) - 1)
+        result = knn.knn(*sets, k=(k,), temperature=self.temperature)
+        t.log({"knn_top1": result["results"][0]["top1"]})
+
+    def _files(self, t) -> list[str]:
+        return [t.run.data.bank or t.run.data.train, *([t.run.data.test] if t.run.data.test else [])]
+
+
+class LinearProbe:
+    """A linear classifier that learns online from the features that training computes anyway.
+
+    Logs probe_loss and probe_top1_train (of the augmented view 0, before its update) every step, and probe_top1 on
+    data.test every n epochs.  Its gradient is that of the global batch; unlabelled samples (-1) do not count.
+    """
+
+    def __init__(self, every_epochs: int = 0, lr: float = 0.1, momentum: float = 0.9, extract: Extract | None = None):
+        self.every, self.lr, self.momentum = every_epochs, lr, momentum
+        self.extract = extract or Extract()
+        self.classifier: Tensor | None = None  # (classes, dim + 1), the last column is the bias
+        self.buffer: Tensor | None = None
+
+    def before_epoch(self, t) -> None:
+        classes = t.loader.classes
+        if not classes or t.loader.card.get("label") == "multi":
+            raise ValueError(f"log.probe=True needs one class per image and {t.run.data.train} has "
+                             f"{'several' if classes else 'none'}; set log.probe=False")
+        if self.classifier is None:  # zeros: convex, so nothing needs to be drawn
+            self.classifier = torch.zeros(len(classes), t.method.backbone.dim + 1, device=t.device)
+            self.buffer = torch.zeros_like(self.classifier)
+        self.classifier, self.buffer = self.classifier.to(t.device), self.buffer.to(t.device)
+        if t.run.data.test and self.every:
+            self.extract.loader(t, t.run.data.test)
+
+    @torch.no_grad()
+    def after_step(self, t, out: dict[str, Tensor], batch) -> None:
+        x = _with_ones(out["features"])
+        known = (batch.label >= 0) & x.isfinite().all(1)  # fp16 may overflow, and the classifier would keep the NaN
+        x = torch.where(known[:, None], x, 0.0)
+        label = batch.label.clamp(min=0)
+        log_p = self._logits(x).log_softmax(1)
+        loss = -log_p.gather(1, label[:, None])[:, 0] * known
+        right = (log_p.argmax(1) == label) & known
+        error = (log_p.exp() - F.one_hot(label, len(log_p[0]))) * known[:, None]
+        # One all-reduce: the gradient's sum and three counts; dividing afterwards makes it the global mean.
+        sums = dist.sum_(torch.cat([(error.T @ x).flatten(), torch.stack([loss.sum(), right.sum(), known.sum()])]))
+        grad, (loss, right, count) = sums[:-3].view_as(self.classifier), sums[-3:]
+        count = count.clamp(min=1)
+        self.buffer.mul_(self.momentum).add_(grad / count)
+        self.classifier.sub_(self.buffer, alpha=self.lr)
+        t.log({"probe_loss": loss / count, "probe_top1_train": 100 * right / count})
+
+    def after_epoch(self, t) -> None:
+        if not t.run.data.test or not _due(t, self.every):
+            return
+        x, labels = self.extract(t, t.run.data.test)
+        right = self._logits(_with_ones(x)).argmax(1) == labels
+        t.log({"probe_top1": 100 * right.float().mean().item()})
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return x @ self.classifier.T
+
+    def state_dict(self) -> dict:
+        if self.classifier is None:
+            return {}
+        return {"classifier": self.classifier.cpu(), "buffer": self.buffer.cpu()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.classifier, self.buffer = state["classifier"], state["buffer"]
+
+
+def _with_ones(x: Tensor) -> Tensor:
+    return F.pad(x.detach().float(), (0, 1), value=1.0)
+
+
+class Collapse:
+    """How far the features (and the embeddings "z" or "q") of the global batch fill their space, every n steps.
+
+    std: of the L2-normalised rows, per dimension, times sqrt(dim): 1 where they spread evenly, 0 where all are equal
+    (https://arxiv.org/abs/2011.10566).  rank: exp of the entropy of the singular values, 1 to min(rows, dim)
+    (RankMe, https://arxiv.org/abs/2210.02885), of the first ROWS / ranks rows of each rank.
+    """
+
+    ROWS = 512  # more would cost more than the step on small images; the rank cannot exceed it
+
+    def __init__(self, every_steps: int = 50):
+        if every_steps < 1:
+            raise ValueError(f"Collapse(every_steps={every_steps}) must be 1 or more")
+        self.every = every_steps
+
+    def before_epoch(self, t) -> None:
+        pass
+
+    @torch.no_grad()
+    def after_step(self, t, out: dict[str, Tensor], batch) -> None:
+        if t.step % self.every:
+            return
+        measured = {"feature": out["features"]}
+        for name in ("z", "q"):
+            if name in out:
+                measured.setdefault("embedding", out[name] if out[name].ndim == 2 else out[name][:, 0])  # view 0
+        for name, x_ND in measured.items():
+            t.log({f"{name}_std": spread(x_ND), f"{name}_rank": effective_rank(x_ND, self.ROWS)})
+
+    def after_epoch(self, t) -> None:
+        pass
+
+
+def spread(x_ND: Tensor) -> Tensor:
+    """Mean over dimensions of the standard deviation of the normalised rows of all ranks, times sqrt(D)."""
+    x = F.normalize(x_ND.double(), dim=1)
+    count, total, squares = x.new_full((1,), len(x)), x.sum(0), x.square().sum(0)
+    sums = dist.sum_(torch.cat([count, total, squares]))
+    n, (mean, square) = sums[0], sums[1:].view(2, -1) / sums[0]
+    variance = ((square - mean.square()) * n / (n - 1).clamp(min=1)).clamp(min=0)
+    return variance.sqrt().mean() * x.shape[1] ** 0.5
+
+
+def effective_rank(x_ND: Tensor, rows: int) -> Tensor:
+    """exp(entropy of the singular values) of at most `rows` rows, as many from each rank."""
+    x = dist.gather(x_ND[: max(1, rows // dist.world())].contiguous()).double()
+    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x  # in float64: its square root halves the digits
+    s = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    p = s / s.sum().clamp(min=torch.finfo(s.dtype).tiny)
+    return torch.special.entr(p).sum().exp()
