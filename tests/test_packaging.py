@@ -138,3 +138,13 @@ def test_documents_name_targets_and_files_that_exist(document):
     links = {link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link}
     missing = [link for link in links if not (ROOT / link).exists()]
     assert not missing
+
+
+def test_the_config_in_the_readme_loads(tmp_path):
+    from fastssl import config
+
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (tmp_path / "configs" / "mine").mkdir(parents=True)
+    (tmp_path / "configs" / "mine" / "r50.py").write_text(code)
+    run = config.load(tmp_path / "configs" / "mine" / "r50.py", ["optim.lr=0.6"])
+    assert (run.name, run.optim.lr, len(run.data.views)) == ("mine/r50", 0.6, 2)
