@@ -102,6 +102,17 @@ class Folder(Tree):
         return FileRef(str(self.path / name))
 
 
+class _Member(tarfile.TarInfo):
+    """A tar that stops between two members reads like a complete one; only its end mark tells."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EmptyHeaderError:
+            raise tarfile.ReadError("it has no end mark, so it is cut off; copy or download it again") from None
+
+
 class Tar(Tree):
     def __init__(self, path: Path):
         super().__init__(path)
@@ -123,7 +134,7 @@ class Tar(Tree):
     def _members(self, wanted: set[str]) -> Iterator[tuple[str, tarfile.TarInfo, bytes]]:
         """Every ordinary file: its name, its entry, and its bytes if it is wanted."""
         try:
-            with tarfile.open(self.path, self.mode) as tar:
+            with tarfile.open(self.path, self.mode, tarinfo=_Member) as tar:
                 for member in tar:
                     tar.members = []  # TarFile remembers every member: 1 GB of memory for ImageNet
                     name = inside(self.path, member.name)

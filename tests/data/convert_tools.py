@@ -1,0 +1,76 @@
+"""What the conversion tests share: running the command, and reading its file with stock FFCV's own Reader."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastssl import data_prep
+
+DATA = Path(os.environ.get("FASTSSL_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data")
+
+
+def shared(name: str) -> Path:
+    """A file of the shared data folder; skips the test where it is absent."""
+    if not (DATA / name).exists():
+        pytest.skip(f"{name} is not in {DATA} (set FASTSSL_DATA)")
+    return DATA / name
+
+
+def convert(*argv, workers=1) -> int:
+    return data_prep.main([*map(str, argv), "--workers", str(workers)])
+
+
+class Stock:
+    """The tables and the stored bytes of a file as stock FFCV sees them, and its card."""
+
+    def __init__(self, path):
+        from ffcv.memory_managers import OSCacheManager
+        from ffcv.reader import Reader
+
+        self.reader = Reader(str(path))
+        self.sizes = OSCacheManager(self.reader).ptr_to_size
+        self.table = {name: self.reader.metadata[f"f{i}"] for i, name in enumerate(self.reader.field_names)}
+        self.data = np.memmap(path, np.uint8, "r")
+        self.card = json.loads(Path(path).with_suffix(".json").read_text())
+
+    def payload(self, row) -> bytes:
+        pointer = self.table["image"]["data_ptr"][row]
+        return bytes(self.data[pointer : pointer + self.sizes[pointer]])
+
+    def pixels(self, row) -> np.ndarray:
+        image = self.table["image"][row]
+        if image["mode"] == 1:
+            return np.frombuffer(self.payload(row), np.uint8).reshape(image["height"], image["width"], 3)
+        return np.asarray(Image.open(io.BytesIO(self.payload(row))).convert("RGB"))
+
+    def vector(self, row) -> np.ndarray:
+        pointer = self.table["label"][row]
+        return self.data[pointer : pointer + self.sizes[pointer]].view("<f4")
+
+
+def photo(seed=0, height=48, width=64) -> np.ndarray:
+    """A smooth colour image whose corners differ, so that a rotation or a swap of channels shows."""
+    y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
+    red, green, blue = 255 * x, 255 * y, 255 * (0.5 + 0.5 * np.sin(seed + 3 * x + 2 * y))
+    return np.stack([red, green, blue], -1).astype(np.uint8)
+
+
+def save(path, pixels=None, **options) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(photo() if pixels is None else pixels)
+    image.save(path, **options)
+    return path
+
+
+def folder(root, count=6, classes=("cat", "dog")) -> Path:
+    """`count` JPEGs of different sizes in each class folder."""
+    for c, name in enumerate(classes):
+        for i in range(count):
+            save(Path(root) / name / f"{i}.jpg", photo(10 * c + i, 40 + 3 * (i % 11), 60 - 2 * (i % 13)), quality=90)
+    return Path(root)

@@ -1,0 +1,203 @@
+"""What each kind of image becomes: against the original bytes, and against Pillow's decoding of them."""
+
+import io
+
+import numpy as np
+import pytest
+from convert_tools import Stock, convert, photo, save, shared
+from PIL import Image
+
+from fastssl.data_prep.image import Options, store, target_size
+
+
+def one(tmp_path, *options) -> Stock:
+    assert convert("imagefolder", tmp_path / "in", tmp_path / "out.beton", *options) == 0
+    return Stock(tmp_path / "out.beton")
+
+
+@pytest.mark.parametrize("options", [
+    {"quality": 75}, {"quality": 90, "progressive": True}, {"quality": 100, "subsampling": 0},
+    {"quality": 80, "keep_rgb": True}, {"quality": 80, "restart_marker_blocks": 2}], ids=str)
+def test_jpeg_bytes_pass_through(tmp_path, options):
+    path = save(tmp_path / "in" / "a.jpg", photo(height=37, width=51), **options)
+    stock = one(tmp_path)
+    assert stock.payload(0) == path.read_bytes()
+    assert stock.table["image"][0].item()[:3] == (0, 51, 37)
+    assert stock.card["copied"] == stock.card["jpeg"] == 1
+
+
+def test_grey_jpeg_passes_through_and_ffcv_decodes_it_to_rgb(tmp_path):
+    from fastssl.data_prep.layout import decode_jpeg
+
+    path = save(tmp_path / "in" / "a.jpg", photo()[..., 0], quality=90)
+    stock = one(tmp_path)
+    assert stock.payload(0) == path.read_bytes()
+    decoded = decode_jpeg(stock.payload(0), 48, 64)
+    grey = np.asarray(Image.open(path)).astype(int)
+    assert np.ptp(decoded, axis=2).max() == 0
+    assert abs(decoded[..., 0] - grey).max() <= 2  # two implementations of the inverse cosine transform
+
+
+def test_the_sample_photographs_pass_through():
+    import tarfile
+
+    with tarfile.open(shared("imagenet_sample_1000.tar")) as tar:
+        members = [(m.name, tar.extractfile(m).read()) for m in tar]
+    changed = []
+    for name, data in members:
+        stored = store(data, Options())
+        if stored.payload != data:
+            changed.append((name, Image.open(io.BytesIO(data)).getexif().get(0x0112)))
+    assert len(members) == 1000
+    assert [turn for _, turn in changed] == [6], changed  # the one photograph whose EXIF says that it lies on its side
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_exif_rotation_comes_out_upright(tmp_path, turn):
+    upright = photo(height=40, width=64)
+    inverse = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+               5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, 1),
+               7: lambda a: a[::-1, ::-1].transpose(1, 0, 2), 8: lambda a: np.rot90(a, -1)}[turn]
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    path = save(tmp_path / "in" / "a.jpg", np.ascontiguousarray(inverse(upright)), quality=98, subsampling=0, exif=exif)
+    stock = one(tmp_path)
+    assert stock.pixels(0).shape == upright.shape
+    assert abs(stock.pixels(0).astype(int) - upright).mean() < 2
+    assert (stock.payload(0) == path.read_bytes()) == (turn == 1)
+
+
+def test_an_orientation_that_makes_no_sense_changes_nothing(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 0
+    path = save(tmp_path / "in" / "a.jpg", quality=90, exif=exif)
+    assert one(tmp_path).payload(0) == path.read_bytes()
+
+
+def test_png_is_stored_losslessly(tmp_path):
+    save(tmp_path / "in" / "a.png")
+    stock = one(tmp_path)
+    assert np.array_equal(stock.pixels(0), photo())
+    assert stock.card["raw"] == 1
+
+
+def test_cmyk(tmp_path):
+    rgb = photo()
+    path = save(tmp_path / "in" / "a.jpg", Image.fromarray(rgb).convert("CMYK"), quality=98, subsampling=0)
+    assert Image.open(path).mode == "CMYK"
+    assert abs(one(tmp_path).pixels(0).astype(int) - rgb).mean() < 3
+
+
+@pytest.mark.parametrize("name", ["rgba.png", "la.png", "palette.gif", "rgba.webp"])
+def test_transparency_is_white(tmp_path, name):
+    pixels = np.zeros((20, 30, 4), np.uint8)
+    pixels[:, :10] = (200, 0, 0, 255)
+    pixels[:, 20:] = (0, 0, 0, 128)  # black, half transparent
+    image = Image.fromarray(pixels)
+    if name == "la.png":
+        image = image.convert("LA")
+    save(tmp_path / "in" / name, image, **({"lossless": True} if name.endswith("webp") else {}))
+    out = one(tmp_path).pixels(0)
+    assert (out[:, 10:20] == 255).all()
+    assert tuple(out[5, 5]) == ((60, 60, 60) if name == "la.png" else (200, 0, 0))
+    if name != "palette.gif":  # GIF knows no half transparency
+        assert (abs(out[:, 20:].astype(int) - 127) <= 1).all()
+
+
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
+    grey = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
+    for suffix in ("png", "tif", "pgm"):
+        save(tmp_path / "in" / f"a.{suffix}", Image.fromarray(grey))
+    stock = one(tmp_path)
+    for row in range(3):
+        assert abs(stock.pixels(row)[..., 1] - grey / 257.0).max() <= 0.51
+
+
+def test_16_bit_rgb_png(tmp_path):
+    import cv2
+
+    rgb = photo().astype(np.uint16) * 257
+    (tmp_path / "in").mkdir()
+    cv2.imwrite(str(tmp_path / "in" / "a.png"), rgb[..., ::-1])
+    assert abs(one(tmp_path).pixels(0).astype(int) - photo()).max() <= 1
+
+
+def test_palette_bilevel_and_float(tmp_path):
+    save(tmp_path / "in" / "a.png", Image.fromarray(photo()).quantize(16))
+    save(tmp_path / "in" / "b.png", Image.fromarray(photo()[..., 0]).convert("1"))
+    save(tmp_path / "in" / "c.tif", Image.fromarray(photo()[..., 0].astype(np.float32) / 255))
+    stock = one(tmp_path)
+    assert np.array_equal(stock.pixels(0), np.asarray(Image.open(tmp_path / "in" / "a.png").convert("RGB")))
+    assert set(np.unique(stock.pixels(1))) == {0, 255}
+    assert np.array_equal(stock.pixels(2)[..., 0], photo()[..., 0])
+
+
+def test_a_jpeg_that_only_pillow_reads_is_decoded_and_counted(tmp_path, capsys):
+    path = save(tmp_path / "in" / "a.jpg", quality=95, subsampling=0)
+    data = path.read_bytes()
+    scan = data.index(b"\xff\xda")
+    path.write_bytes(data[:scan] + b"\x00\x17\x2a" + data[scan:])  # libjpeg warns: extraneous bytes before marker
+    expected = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    stock = one(tmp_path)
+    assert stock.card["distrusted"] == 1 and "decoded by Pillow" in capsys.readouterr().out
+    assert abs(stock.pixels(0) - expected).mean() < 1
+
+
+def test_modes(tmp_path):
+    path = save(tmp_path / "in" / "a.jpg", quality=90)
+    save(tmp_path / "in" / "b.png")
+    stock = one(tmp_path, "--mode", "raw")
+    assert (stock.table["image"]["mode"] == 1).all()
+    assert np.array_equal(stock.pixels(0), np.asarray(Image.open(path)))
+    stock = one(tmp_path, "--mode", "jpg", "--quality", "97", "--force")
+    assert (stock.table["image"]["mode"] == 0).all() and stock.payload(0) == path.read_bytes()
+    assert abs(stock.pixels(1).astype(int) - photo()).mean() < 1.5
+    assert len(one(tmp_path, "--mode", "jpg", "--quality", "50", "--force").payload(1)) < len(stock.payload(1)) / 2
+
+
+def test_short_side_shrinks_and_leaves_the_rest_alone(tmp_path):
+    big = save(tmp_path / "in" / "a.jpg", photo(height=100, width=150), quality=95)
+    small = save(tmp_path / "in" / "b.jpg", photo(height=30, width=40), quality=95)
+    stock = one(tmp_path, "--short-side", 40)
+    assert stock.pixels(0).shape == (40, 60, 3) and stock.payload(1) == small.read_bytes()
+    expected = Image.open(big).resize((60, 40), Image.Resampling.BOX)
+    assert abs(stock.pixels(0).astype(int) - np.asarray(expected)).mean() < 3
+    assert stock.card["resized"] == stock.card["copied"] == 1
+    assert one(tmp_path, "--short-side", 40, "--upscale", "--force").pixels(1).shape == (40, 53, 3)
+
+
+def test_short_side_that_changes_nothing_says_so(tmp_path, capsys):
+    save(tmp_path / "in" / "a.png")
+    one(tmp_path, "--short-side", 500)
+    assert "none is larger (--upscale" in capsys.readouterr().out
+
+
+def test_long_images_are_bounded_and_announced(tmp_path, capsys):
+    save(tmp_path / "in" / "a.png", photo(height=50, width=1000))
+    stock = one(tmp_path, "--short-side", 40)
+    height, width, _ = stock.pixels(0).shape
+    assert 0.9 * 4 * 40 * 40 < height * width <= 4 * 40 * 40 and 19 < width / height < 22
+    assert "--max-aspect 4: 1 long images were shrunk to the area of 160 by 40" in capsys.readouterr().out
+    assert one(tmp_path, "--short-side", 40, "--max-aspect", 30, "--force").pixels(0).shape == (40, 800, 3)
+    assert one(tmp_path, "--force").pixels(0).shape == (50, 1000, 3)
+
+
+def test_target_size_never_exceeds_its_bounds():
+    rng = np.random.default_rng(0)
+    for _ in range(5000):
+        width, height = (int(v) for v in np.exp(rng.uniform(0, 9, 2)).astype(int))
+        side, limit = int(rng.integers(1, 400)), int(rng.integers(1, 100_000))
+        options = Options(short_side=side, max_pixels=limit, upscale=bool(rng.integers(2)))
+        new_width, new_height, _ = target_size(width, height, options)
+        assert min(new_width, new_height) >= 1 and new_width * new_height <= min(limit, 4 * side * side)
+        new_width, new_height, bounded = target_size(width, height, Options(short_side=side))
+        assert bounded or min(new_width, new_height) == min(side, width, height)
+        if width * height <= limit:
+            assert target_size(width, height, Options(max_pixels=limit)) == (width, height, False)
+
+
+def test_a_side_beyond_16_bits_is_bad(tmp_path, capsys):
+    save(tmp_path / "in" / "a.png", np.zeros((1, 70000, 3), np.uint8))
+    assert convert("imagefolder", tmp_path / "in", tmp_path / "out.beton") == 2
+    assert "--max-pixels" in capsys.readouterr().err
+    assert one(tmp_path, "--max-pixels", 5000).pixels(0).shape == (1, 5000, 3)
