@@ -1,0 +1,149 @@
+"""Where the time of a training step goes, with real and with synthetic data:
+python bench/step.py configs/simclr/r50_in1k_200ep.py [a.b=value ...]
+
+It is the engine's own step on the config's own data, in blocks that alternate with blocks on random pixels of the same
+sizes that already lie on the device.  real / synthetic is what loading costs.  torchrun and deepspeed start it too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from common import append, environment, spread
+
+from fastssl import config, dist
+from fastssl.meters import PHASES, Meter
+
+COLUMNS = (*PHASES, "other", "total")
+WARM = 3  # steps of a block that do not count: the loader has batches in store from before it
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a config file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value")
+    parser.add_argument("--steps", type=int, default=30, help="counted steps of a block")
+    parser.add_argument("--blocks", type=int, default=4, help="of each kind")
+    parser.add_argument("--seconds", type=float, default=400, help="after which blocks end early")
+    parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args()
+    start = time.perf_counter()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from fastssl import engine  # DeepSpeed picks its accelerator when it is imported
+
+    try:
+        env = environment("torchvision", "triton", "ffcv", "deepspeed")
+        run = config.load(args.config, args.overrides)
+        t = engine.build(run)
+        results = measure(t, engine, args, start + args.seconds)
+        if dist.is_main():
+            report(run, results)
+            if not args.dry:
+                facts = describe(t)
+                print(f"appended to {append('step', env, **facts, **results)}")
+    except ValueError as error:
+        print(f"bench/step.py: {error}", file=sys.stderr)
+        return 2
+    finally:
+        dist.shutdown()
+    return 0
+
+
+def measure(t, engine, args: argparse.Namespace, deadline: float) -> dict[str, dict]:
+    """{"real": ..., "synthetic": ...}: images/s over the blocks, median milliseconds of each phase, MFU, memory."""
+    count = t.run.optim.batch // dist.world() // engine.micro_batch(t.run)
+    meter = Meter(t.device, batch=t.run.optim.batch, precision=t.run.optim.precision)
+    steps = real_batches(t, count)
+    sources = {"real": steps, "synthetic": synthetic_batches(next(steps))}
+    blocks: dict[str, list] = {name: [] for name in sources}
+    for name in sources:  # compiles, tunes, fills caches
+        run_block(t, engine, meter, sources[name], 2)
+    for _ in range(args.blocks):
+        for name, source in sources.items():
+            if dist.sum_(torch.tensor(float(time.perf_counter() < deadline), device=t.device)) or not blocks[name]:
+                blocks[name].append(run_block(t, engine, meter, source, args.steps))
+    return {name: summarise(t, meter, parts) for name, parts in blocks.items()}
+
+
+def real_batches(t, count: int) -> Iterator[list]:
+    """The micro-batches of one step after the other, epoch after epoch."""
+    for epoch in itertools.count():
+        source = t.loader.epoch(epoch)
+        while len(step := list(itertools.islice(source, count))) == count:
+            yield step
+
+
+def synthetic_batches(like: list) -> Iterator[list]:
+    """Random pixels with the sizes and labels of a real step, always the same."""
+    noise = [replace(batch, pixels=torch.randint_like(batch.pixels, 256)) for batch in like]
+    return itertools.repeat(noise)
+
+
+def run_block(t, engine, meter: Meter, source: Iterator[list], steps: int) -> list[dict]:
+    """The loop of engine.fit without hooks, log and checkpoints; the records of the last `steps` steps."""
+    records = []
+    for _ in range(WARM + steps):
+        with meter.phase("data"):
+            batches = next(source)
+        t.schedule.set_lr(t.ds.optimizer, min(t.step, t.total_steps - 1))
+        out, batch, applied = engine.train_step(t, batches, meter)
+        t.step += 1
+        if applied:
+            with meter.phase("optimizer"):
+                t.method.after_step(out, batch, min(1.0, t.step / t.total_steps))
+        records += meter.end_step(t.step)
+    return (records + meter.flush())[WARM:]
+
+
+def summarise(t, meter: Meter, blocks: list[list[dict]]) -> dict:
+    records = [record for block in blocks for record in block]
+    rates = [t.run.optim.batch * len(block) / sum(r["total_ms"] for r in block) * 1e3 for block in blocks]
+    total = statistics.mean(r["total_ms"] for r in records)
+    return {
+        "images_per_s": spread(rates),
+        "ms": {name: round(statistics.median(r[f"{name}_ms"] for r in records), 3) for name in COLUMNS},
+        "steps": len(records),
+        "mfu": round(statistics.mean(r["mfu"] for r in records), 4) if meter.flops else None,
+        "gflop_per_rank": round(meter.flops / 1e9, 1) if meter.flops else None,
+        "total_ms_mean": round(total, 3),
+        "memory_gib": round(max(r["memory_gib"] for r in records), 2),
+    }
+
+
+def describe(t) -> dict:
+    run = t.run
+    return {
+        "config": run.name, "method": type(run.method).__module__.rsplit(".", 1)[-1], "backbone": run.backbone.name,
+        "stem": run.backbone.stem, "view_sizes": [view.size for view in run.data.views], "ranks": dist.world(),
+        "batch": run.optim.batch, "optimizer": run.optim.name, "precision": run.optim.precision,
+        "zero": run.speed.zero, "micro_batch": run.speed.micro_batch, "workers": t.loader.workers,
+        "resident": run.speed.resident, "channels_last": run.speed.channels_last, "compile": run.speed.compile,
+        "kernels": run.speed.kernels, "samples": t.loader.samples, "mean_pixels": t.loader.card.get("mean_pixels"),
+    }  # fmt: skip
+
+
+def report(run, results: dict[str, dict]) -> None:
+    print(f"\n{run.name}: batch {run.optim.batch}, {len(run.data.views)} views, {run.optim.precision}, "
+          f"{dist.world()} rank(s), ZeRO {run.speed.zero}; median ms of a step")  # fmt: skip
+    print(f"{'':10}" + "".join(f"{name:>11}" for name in (*COLUMNS, "images/s", "from", "to", "MFU %", "GiB")))
+    for name, r in results.items():
+        rate, mfu = r["images_per_s"], "-" if r["mfu"] is None else f"{100 * r['mfu']:.1f}"
+        cells = [f"{r['ms'][column]:.2f}" for column in COLUMNS]
+        cells += [*(f"{rate[key]:.1f}" for key in ("median", "min", "max")), mfu, f"{r['memory_gib']:.2f}"]
+        print(f"{name:10}" + "".join(f"{cell:>11}" for cell in cells))
+    ratio = results["real"]["images_per_s"]["median"] / results["synthetic"]["images_per_s"]["median"]
+    print(f"real data runs at {100 * ratio:.1f} % of the speed of synthetic data")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
