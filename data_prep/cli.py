@@ -59,8 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--mode", choices=("jpg", "raw"),
         help="how to store what cannot be stored as it is, raw also decodes JPEGs (default: jpg for JPEG sources, raw "
              "for lossless ones)")
-    add("--quality", type=_positive, default=95, help="of JPEGs that are written here; 95 and more keep full chroma "
-                                                      "resolution (default 95)")
+    add("--quality", type=_positive, default=95, help="of JPEGs that are written here (default 95)")
     add("--max-bad", type=_count, default=0, metavar="N", help="skip up to N unreadable images (default 0); they are "
                                                                "listed in NAME.bad.txt")
     add("--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: one "

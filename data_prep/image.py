@@ -17,8 +17,6 @@ from PIL import Image, ImageOps
 
 from .layout import JPG, MAX_SIDE, RAW, decode_jpeg
 
-FULL_CHROMA_QUALITY = 95
-
 
 @dataclass(frozen=True)
 class Options:
@@ -89,7 +87,8 @@ def store(source: bytes | np.ndarray, options: Options) -> Stored:
     if (options.mode or ("jpg" if jpeg else "raw")) == "raw":
         return Stored(rgb.tobytes(), RAW, new_height, new_width, **facts)
     buffer = io.BytesIO()
-    rgb.save(buffer, "JPEG", quality=options.quality, subsampling=0 if options.quality >= FULL_CHROMA_QUALITY else 2)
+    # full chroma: at short side 256, quality 92 so is 37.6 dB in 42 kB, quality 95 with 4:2:0 is 35.8 dB in 43 kB
+    rgb.save(buffer, "JPEG", quality=options.quality, subsampling=0)
     return Stored(buffer.getvalue(), JPG, new_height, new_width, **facts)
 
 

@@ -310,3 +310,34 @@ def test_help_names_every_source(capsys):
     for word in ("imagefolder", "list", "tar", "zip", "cifar10", "cifar100", "voc2007", "digits", "--short-side",
                  "--max-pixels", "--quality", "--mode", "--max-bad", "--force", "check"):
         assert word in text
+
+
+def test_progress_is_quiet_in_a_short_run_and_plain_without_a_terminal(capsys):
+    from fastssl.data_prep.cli import progress_bar
+
+    with progress_bar() as progress:
+        progress("images", 1, 2)
+    assert capsys.readouterr().err == ""
+    with progress_bar(every_s=0) as progress:
+        progress("images", 1, 2)
+    assert capsys.readouterr().err == "images: 1 of 2, 0 s\n"
+
+
+def test_progress_on_a_terminal(mixed, tmp_path):
+    """A pseudo-terminal shows a bar, and the workers were forked before its thread started."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-W", "error::DeprecationWarning", "-m", "fastssl.data_prep", "imagefolder", str(mixed),
+               str(tmp_path / "o.beton"), "--workers", "2"]
+    env = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    with subprocess.Popen(command, stderr=theirs, stdout=subprocess.PIPE, text=True, env=env) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # how a closed terminal reads on Linux
+            while block := os.read(ours, 1 << 16):
+                shown += block
+        out, _ = process.communicate(timeout=60)
+    os.close(ours)
+    assert process.returncode == 0 and "300 images" in out
+    assert b"images" in shown and "300/300" in shown.decode(errors="replace")
