@@ -1,4 +1,4 @@
-"""Fused kernels: one folder an op, with its definition in plain PyTorch and its Triton implementation (docs/kernels.md).
+"""Fused kernels: one folder an op, its definition in plain PyTorch beside its Triton form (docs/kernels.md).
 
 Depends on torch and triton only.  impl="auto" picks Triton on CUDA and the definition elsewhere.
 """

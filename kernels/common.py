@@ -62,3 +62,18 @@ def l2_normalize(x: torch.Tensor) -> torch.Tensor:
     square = x.square().sum(-1, keepdim=True)
     alive = square > 0
     return x * torch.where(alive, torch.where(alive, square, 1.0).rsqrt(), 0.0)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def pow2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors to fill.  On a CPU a few are pretended, so that small tests split work too; meta is an H200."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if device.type == "meta" else 4

@@ -93,16 +93,28 @@ class Launch(NamedTuple):
 
 @contextmanager
 def record_launches():
-    """Inside, kernels do not run: the list that this yields gets each launch.  Meta tensors will do as arguments."""
+    """Inside, kernels do not run: the list that this yields gets every launch that would be a build of its own.
+
+    Meta tensors will do as arguments; a launch's own are let go when it repeats one before it.
+    """
     from triton.runtime.jit import JITFunction
 
     launches: list[Launch] = []
-    run = JITFunction.run
-    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launches.append(Launch(self, grid, args, kwargs))
+    seen = set()
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        types = tuple(x.dtype if isinstance(x, torch.Tensor) else type(x) for x in args)
+        key = (kernel.__name__, types, tuple(sorted(kwargs.items())))
+        if key not in seen:
+            seen.add(key)
+            launches.append(Launch(kernel, grid, args, kwargs))
+
+    original = JITFunction.run
+    JITFunction.run = run
     try:
         yield launches
     finally:
-        JITFunction.run = run
+        JITFunction.run = original
 
 
 @dataclass(frozen=True)
@@ -119,7 +131,7 @@ class Build:
 
 
 def compile_launch(launch: Launch, arch: int) -> Build:
-    """Compile for compute capability `arch` (80, 90) as the launch itself would: same signature, same specialisation."""
+    """Compile for compute capability `arch` (80, 90) with the signature and specialisation of the launch itself."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend

@@ -1,0 +1,211 @@
+"""InfoNCE whose keys get no gradient: loss and dq in ONE pass over the keys, like attention whose values are its keys.
+
+dq_i = (sum_j p_ij k_j - k_i) / (N temperature): the softmax runs online, split over the keys when queries are few, and
+the backward is a scaling.  4 N K D operations, no logits in memory.  Not measured yet on a GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..collectives import group_name, named_group, rank_world
+from ..common import cdiv, l2_normalize, pow2
+from ..ntxent.launch import HELD, Form, gradient_tiles, matmul_float32, n_splits, precision, prepare
+from ..ntxent.rows import LN2, inverse_norm
+from ..ntxent.tiles import dot
+
+PARTIAL_BYTES = 8 << 20  # of the partial sums of split keys; beyond that, writing them costs more than idle processors
+LOGIT_BYTES = 64 << 20  # of logits held at a time where rows are too wide for one pass
+SIZES = ("m", "n", "tiles_split", "splits")
+
+
+@triton.jit
+def _softmax_step(b_q, b_k, b_max, b_sum, b_acc, m_col, c, BM: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
+                  PEXP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    b_x = dot(b_q, tl.trans(b_k), tl.zeros([BM, BN], tl.float32), PRECISION) * c
+    if MASK:
+        b_x = tl.where(m_col[None, :], b_x, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_x, 1))
+    b_p = tl.exp2(b_x - (b_new - PEXP)[:, None])
+    b_scale = tl.exp2(b_max - b_new)
+    b_sum = b_sum * b_scale + tl.sum(b_p, 1)
+    b_acc = dot(b_p.to(b_k.dtype), b_k, b_acc * b_scale[:, None], PRECISION)
+    return b_new, b_sum, b_acc
+
+
+@triton.jit(do_not_specialize=SIZES)
+def one_pass_kernel(
+    p_q, p_k, sk_r, sk_d, p_stat, p_acc, m, n, tiles_split, c,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PEXP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q (m, DP) cast, keys (n, D) of any float and strides; stat (2, splits, m) maxima and sums, acc (splits, m, DP).
+
+    Sums and acc are relative to 2^(maximum - PEXP): the small p of a large queue stay normal numbers in float16.
+    """
+    i_row, i_split = tl.program_id(0), tl.program_id(1)
+    o_row, o_n, o_d = i_row * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP)
+    m_row, m_d = o_row < m, (o_d < D)[None, :]
+    b_q = tl.load(p_q + o_row.to(tl.int64)[:, None] * DP + o_d[None, :], mask=m_row[:, None], other=0.0)
+    b_max = tl.full([BM], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+    b_acc = tl.zeros([BM, DP], tl.float32)
+
+    n_whole = n // BN
+    lo = i_split * tiles_split
+    hi = tl.minimum(lo + tiles_split, n_whole)
+    o_key = o_n.to(tl.int64)[:, None] * sk_r + o_d.to(tl.int64)[None, :] * sk_d
+    for t in range(lo, hi):
+        p = p_k + tl.cast(t, tl.int64) * BN * sk_r + o_key
+        b_k = (tl.load(p) if D == DP else tl.load(p, mask=m_d, other=0.0)).to(b_q.dtype)
+        b_max, b_sum, b_acc = _softmax_step(
+            b_q, b_k, b_max, b_sum, b_acc, None, c, BM, BN, False, PEXP, PRECISION
+        )  # fmt: skip
+    if (n_whole * BN < n) & (n_whole >= lo) & (n_whole < lo + tiles_split):
+        m_col = n_whole * BN + o_n < n
+        p = p_k + n_whole.to(tl.int64) * BN * sk_r + o_key
+        b_k = tl.load(p, mask=m_col[:, None] & m_d, other=0.0).to(b_q.dtype)
+        b_max, b_sum, b_acc = _softmax_step(b_q, b_k, b_max, b_sum, b_acc, m_col, c, BM, BN, True, PEXP, PRECISION)
+
+    o_stat = i_split * m + o_row
+    tl.store(p_stat + o_stat, b_max, mask=m_row)
+    tl.store(p_stat + tl.num_programs(1) * m + o_stat, b_sum, mask=m_row)
+    tl.store(p_acc + o_stat.to(tl.int64)[:, None] * DP + o_d[None, :], b_acc, mask=m_row[:, None])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def combine_kernel(
+    p_stat, p_acc, p_dot, p_positive, sp_r, sp_d, p_q, sq_r, sq_d, p_inv, p_loss, p_dq, m, splits, c, factor,
+    D: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr, PEXP: tl.constexpr, NORMALIZE: tl.constexpr,
+    EXTRA: tl.constexpr, LN2: tl.constexpr,
+):  # fmt: skip
+    """Joins the splits and (EXTRA) the positive, then a raw row and no key; loss of each block of rows, dq (m, D)."""
+    o_row, o_d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, DP)
+    m_row = o_row < m
+    b_positive_x = tl.load(p_dot + o_row, mask=m_row, other=0.0) * c
+    m_tile = m_row[:, None] & (o_d < D)[None, :]
+    p_positive += o_row.to(tl.int64)[:, None] * sp_r + o_d.to(tl.int64)[None, :] * sp_d
+    b_positive = tl.load(p_positive, mask=m_tile, other=0.0).to(tl.float32)
+    if EXTRA:
+        b_positive *= inverse_norm(b_positive, NORMALIZE)[:, None]
+
+    b_max = b_positive_x if EXTRA else tl.full([BR], float("-inf"), tl.float32)
+    for s in range(0, splits):
+        b_max = tl.maximum(b_max, tl.load(p_stat + s * m + o_row, mask=m_row, other=0.0))
+    b_sum = tl.zeros([BR], tl.float32)
+    b_acc = tl.zeros([BR, DP], tl.float32)
+    if EXTRA:
+        b_sum = tl.exp2(b_positive_x - b_max + PEXP)
+        b_acc = b_sum[:, None] * b_positive
+    p_acc += o_row.to(tl.int64)[:, None] * DP + o_d[None, :]
+    for s in range(0, splits):
+        b_scale = tl.exp2(tl.load(p_stat + s * m + o_row, mask=m_row, other=0.0) - b_max)
+        b_sum += b_scale * tl.load(p_stat + (splits + s) * m + o_row, mask=m_row, other=1.0)
+        b_acc += b_scale[:, None] * tl.load(p_acc, mask=m_row[:, None], other=0.0)
+        p_acc += m.to(tl.int64) * DP
+    b_loss = (b_max - PEXP + tl.log2(b_sum) - b_positive_x) * LN2
+    tl.store(p_loss + tl.program_id(0), tl.sum(tl.where(m_row, b_loss, 0.0), 0))
+
+    b_g = b_acc / b_sum[:, None] - b_positive
+    if NORMALIZE:
+        b_inv = tl.load(p_inv + o_row, mask=m_row, other=0.0)
+        p_q += o_row.to(tl.int64)[:, None] * sq_r + o_d.to(tl.int64)[None, :] * sq_d
+        b_u = tl.load(p_q, mask=m_tile, other=0.0).to(tl.float32) * b_inv[:, None]
+        b_g = (b_g - b_u * tl.sum(b_u * b_g, 1)[:, None]) * b_inv[:, None]
+    tl.store(p_dq + o_row.to(tl.int64)[:, None] * D + o_d[None, :], b_g * factor, mask=m_tile)
+
+
+def forward(q, k, queue, temperature, normalize, group):
+    """-> loss, dloss/dq in float32 (in q's dtype it would lose what a loss scale is there to keep)."""
+    m, d = q.shape
+    rank, world = rank_world(group)
+    form = Form(temperature, normalize, diagonal=False, decoupled=False, half=0)
+    extra = queue is not None
+    # a positive among the keys is the cast row that the tiles see, so that what cancels does; another is left exact
+    u, inv, positive_dot = prepare(q, k, form, None, cast=not extra)
+    width = u.shape[1]
+    if extra:
+        positive, keys, n = k, queue, queue.shape[0]
+    else:
+        keys, n = prepare(k, None, form, group)[0], m * world
+        positive = keys[rank * m : (rank + 1) * m]
+    if width > HELD or u.dtype.itemsize == 4:
+        if extra:
+            keys = torch.nn.functional.pad(queue.to(u.dtype), (0, width - d))
+            positive = torch.nn.functional.pad(l2_normalize(k) if normalize else k, (0, width - d))
+        return chunked(q, u[:m], inv, positive, positive_dot, keys[:n], extra, form)
+
+    t = gradient_tiles(width)
+    programs, tiles = cdiv(m, t.bm), max(cdiv(n, t.bn), 1)
+    splits, each = n_splits(programs, tiles, q.device, max(1, PARTIAL_BYTES // (m * width * 4)))
+    stat = torch.empty((2, splits, m), dtype=torch.float32, device=q.device)
+    acc = torch.empty((splits, m, width), dtype=torch.float32, device=q.device)
+    pexp = 14 if u.dtype == torch.float16 else 0
+    one_pass_kernel[(programs, splits)](
+        u, keys, *keys.stride(), stat, acc, m, n, each, form.c, D=keys.shape[1], DP=width, BM=t.bm, BN=t.bn,
+        PEXP=pexp, PRECISION=precision(u), num_warps=t.warps, num_stages=t.stages,
+    )  # fmt: skip
+    block = max(1, 2048 // width)
+    loss = torch.empty(cdiv(m, block), dtype=torch.float32, device=q.device)
+    dq = torch.empty((m, d), dtype=torch.float32, device=q.device)
+    combine_kernel[(cdiv(m, block),)](
+        stat, acc, positive_dot, positive, *positive.stride(), q, *q.stride(), inv, loss, dq, m, splits, form.c,
+        1 / (m * temperature), D=d, DP=pow2(width), BR=block, PEXP=pexp, NORMALIZE=normalize, EXTRA=extra, LN2=LN2,
+    )  # fmt: skip
+    return loss.sum() / m, dq
+
+
+def chunked(q, u, inv, positive, positive_dot, keys, extra, form):
+    """The same by matmuls over blocks of queries, where a row is wider than the tiles hold, or float32 is asked for."""
+    m, d = q.shape
+    total = torch.zeros((), device=q.device)
+    dq = torch.empty((m, d), dtype=torch.float32, device=q.device)
+    block = max(1, min(m, LOGIT_BYTES // (4 * max(keys.shape[0], 1))))
+    for first in range(0, m, block):
+        rows = slice(first, first + block)
+        y, y_dot = positive[rows].float(), positive_dot[rows, None] / form.temperature
+        logits = matmul_float32(u[rows], keys.T) / form.temperature
+        if extra:
+            logits = torch.cat([logits, y_dot], 1)
+        lse = logits.logsumexp(1, keepdim=True)
+        total += (lse - y_dot).sum()
+        p = logits.sub_(lse).exp_()
+        g = matmul_float32((p[:, : keys.shape[0]] * 2.0**14).to(keys.dtype), keys) * 2.0**-14 - y
+        if extra:
+            g += p[:, -1:] * y
+        g = g[:, :d]
+        if form.normalize:
+            direction = q[rows].float() * inv[rows, None]
+            g = (g - direction * (direction * g).sum(1, keepdim=True)) * inv[rows, None]
+        dq[rows] = g / (m * form.temperature)
+    return total / m, dq
+
+
+@torch.library.custom_op("fastssl::infonce", mutates_args=())
+def infonce_op(
+    q: Tensor, k: Tensor, queue: Tensor | None, temperature: float, normalize: bool, group: str
+) -> tuple[Tensor, Tensor]:
+    return forward(q, k, queue, temperature, normalize, named_group(group))
+
+
+@infonce_op.register_fake
+def _(q, k, queue, temperature, normalize, group):
+    return q.new_empty((), dtype=torch.float32), torch.empty(q.shape, dtype=torch.float32, device=q.device)
+
+
+def _setup(ctx, inputs, output):
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx, grad, _):
+    return (grad * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None, None, None
+
+
+infonce_op.register_autograd(_backward, setup_context=_setup)
+
+
+def infonce(q, k, queue, temperature, normalize, group):
+    queue = None if queue is None else queue.detach()
+    return infonce_op(q, k.detach(), queue, float(temperature), normalize, group_name(group))[0]

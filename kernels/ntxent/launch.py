@@ -1,0 +1,189 @@
+"""Launches of the kernels of tiles.py and rows.py: tile sizes, splits, workspaces.  Shared by ntxent and the symmetric
+InfoNCE; `u` are rows of this rank, `v` the columns of all ranks, both normalised, cast and padded.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from ..common import cdiv, pow2, processors
+from . import rows as rk
+from . import tiles as tk
+
+PAD = 128  # rows of v are padded with zeros to a multiple of this, so that no tile needs a mask to load
+HELD = 256  # widest row whose block of gradients is held in registers; above it, the gradient goes through a matmul
+WORKSPACE = 16 << 20  # bytes of logit gradients held at a time where a row is wider than that (or half of v)
+SPLIT_BYTES = 32 << 20  # bytes of partial gradients when the columns are split over programs
+
+
+class Form(NamedTuple):
+    """What the loss is: which entries count, and how their exponentials are kept in range."""
+
+    temperature: float
+    normalize: bool
+    diagonal: bool  # leave out a row's similarity with itself
+    decoupled: bool
+    half: int  # row i's partner is (i + half) mod m
+    both: bool = True  # columns are rows too: their softmax sends gradient here
+
+    @property
+    def online(self):
+        return not self.normalize or self.temperature < tk.LOWEST_FIXED
+
+    @property
+    def c(self):
+        return 1 / (math.log(2) * self.temperature)
+
+
+class Tiles(NamedTuple):
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+
+
+def tile_dtype(dtype: torch.dtype, normalize: bool) -> torch.dtype:
+    """float16 for unit rows: 8 times more exact than bfloat16 and twice as fast as TF32, with |u| <= 1 always in range.
+
+    float32 rows stay float32 while torch.set_float32_matmul_precision is "highest" (its default).
+    """
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return dtype
+    return torch.float16 if normalize else dtype
+
+
+def padded_width(d: int, dtype: torch.dtype) -> int:
+    return pow2(max(d, 16)) if dtype.itemsize == 2 and d <= HELD else cdiv(d, 64) * 64
+
+
+def sums_tiles(width: int, dtype: torch.dtype) -> Tiles:
+    if dtype.itemsize == 4:
+        return Tiles(64, 64, 32, 4, 2)
+    if width > HELD:
+        return Tiles(128, 128, 64, 8, 3)
+    return Tiles(128, 128 if width <= 128 else 64, width, 8, 3 if width <= 128 else 2)
+
+
+def gradient_tiles(width: int) -> Tiles:
+    return Tiles(128, 64, width, 4 if width <= 64 else 8, 3 if width <= 128 else 2)
+
+
+def precision(v) -> str:
+    if v.dtype == torch.bfloat16 and v.device.type == "cpu":
+        return "emulate"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def n_splits(programs: int, tiles: int, device, limit: int = 1 << 30) -> tuple[int, int]:
+    """Over how many programs to split `tiles` columns so that about two a multiprocessor run: (splits, tiles each)."""
+    wanted = max(1, min(2 * processors(device) // programs, tiles, limit))
+    each = cdiv(tiles, wanted)
+    return cdiv(tiles, each), each
+
+
+def prepare(x, y, form: Form, group, cast=True):
+    """v (N padded, width), the inverse norms of x (m,), and <x_i, y_partner> (m,), or without y nothing."""
+    m, d = x.shape
+    dtype = tile_dtype(x.dtype, form.normalize)
+    width = padded_width(d, dtype)
+    world = 1 if group is None else dist.get_world_size(group)
+    padded = cdiv(m * world, PAD) * PAD
+    v = torch.empty((padded, width), dtype=dtype, device=x.device)
+    u = v if world == 1 else torch.empty((m, width), dtype=dtype, device=x.device)
+    inv = torch.empty(m, dtype=torch.float32, device=x.device)
+    dot = torch.empty(m if y is not None else 0, dtype=torch.float32, device=x.device)
+    block_d = pow2(width)
+    block_r = max(1, 4096 // block_d)
+    other = x if y is None else y
+    rk.prepare_kernel[(cdiv(u.shape[0], block_r),)](
+        x, *x.stride(), other, *other.stride(), u, inv, dot, m, u.shape[0], form.half,
+        D=d, DP=width, BD=block_d, BR=block_r, NORMALIZE=form.normalize, DOT=y is not None, CAST=cast,
+    )  # fmt: skip
+    if world > 1:
+        dist.all_gather_into_tensor(v[: m * world], u, group=group)
+        v[m * world :].zero_()
+    return v, inv, dot
+
+
+def row_losses(u, v, m, n, offset, labels, dot, form: Form):
+    """Sum of this rank's row losses, the weights w (m,), and one over the number of positives (m,) with labels."""
+    t = sums_tiles(v.shape[1], v.dtype)
+    programs = cdiv(m, t.bm)
+    splits, each = n_splits(programs, cdiv(n, t.bn), v.device)
+    planes = 4 if labels is not None else 2 if form.online else 1
+    stat = torch.empty((planes, splits, m), dtype=torch.float32, device=v.device)
+    tk.row_sums_kernel[(programs, splits)](
+        u, v, labels, stat, m, n, form.half, offset, each, form.c,
+        D=v.shape[1], BM=t.bm, BN=t.bn, BK=t.bk, PRECISION=precision(v), DIAG=form.diagonal, DECOUPLED=form.decoupled,
+        LABELS=labels is not None, ONLINE=form.online, num_warps=t.warps, num_stages=t.stages,
+    )  # fmt: skip
+    w = torch.empty(m, dtype=torch.float32, device=v.device)
+    a = torch.empty(m if labels is not None else 0, dtype=torch.float32, device=v.device)
+    block = 256
+    loss = torch.empty(cdiv(m, block), dtype=torch.float32, device=v.device)
+    rk.row_losses_kernel[(cdiv(m, block),)](
+        stat, dot, w, a, loss, m, splits, form.c,
+        BR=block, LABELS=labels is not None, ONLINE=form.online, LN2=rk.LN2,
+    )  # fmt: skip
+    return loss.sum(), w, a
+
+
+def row_gradients(grad, x, inv, y, u, v, w_row, w_col, a, n, offset, labels, form: Form, factor):
+    """The gradient with respect to x (m, D), times factor and grad; y are the partners' rows, cast like u's."""
+    m = x.shape[0]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    has_labels = labels is not None
+    gexp = 13 if v.dtype == torch.float16 else 0  # gradients of a logit lie in [-2, 2]: use fp16's whole range
+    flags = {
+        "DIAG": form.diagonal, "DECOUPLED": form.decoupled, "LABELS": has_labels, "ONLINE": form.online, "GEXP": gexp,
+        "PRECISION": precision(v),
+    }  # fmt: skip
+    partner = not has_labels and not (form.decoupled and n == 2)  # two rows, decoupled: every sum is empty
+
+    def end(acc, first, rows, splits):
+        block_d = pow2(v.shape[1])
+        block_r = max(1, 2048 // block_d)
+        rk.row_gradients_end_kernel[(cdiv(rows, block_r),)](
+            acc, x, *x.stride(), y, inv, grad, out, m, rows, first, form.half, splits, factor,
+            D=x.shape[1], DP=v.shape[1], BD=block_d, BR=block_r, NORMALIZE=form.normalize, PARTNER=partner,
+            SCALE=2.0**-gexp,
+        )  # fmt: skip
+
+    width = v.shape[1]
+    if width <= HELD and v.dtype.itemsize == 2 and form.both:
+        t = gradient_tiles(width)
+        programs = cdiv(m, t.bm)
+        limit = max(1, SPLIT_BYTES // (m * width * 4))
+        splits, each = n_splits(programs, cdiv(n, t.bn), v.device, limit)
+        acc = torch.empty((splits, m, width), dtype=torch.float32, device=v.device)
+        tk.row_gradients_kernel[(programs, splits)](
+            u, v, labels, w_row, w_col, a, acc, m, n, form.half, offset, each, form.c,
+            D=width, BM=t.bm, BN=t.bn, **flags, num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+        end(acc, 0, m, splits)
+        return out
+
+    t = sums_tiles(max(width, HELD + 1), v.dtype)
+    budget = max(WORKSPACE, v.nbytes // 2) // (v.shape[0] * v.dtype.itemsize)
+    chunk = min(max(budget // t.bm, 1), cdiv(m, t.bm)) * t.bm
+    g = torch.empty((chunk, v.shape[0]), dtype=v.dtype, device=v.device)
+    for first in range(0, m, chunk):
+        tk.gradient_chunk_kernel[(chunk // t.bm, v.shape[0] // t.bn)](
+            u, v, labels, w_row, w_col, a, g, first, m, n, v.shape[0], form.half, offset, form.c,
+            D=width, BM=t.bm, BN=t.bn, BK=t.bk if width % t.bk == 0 else 16, **flags,
+            BOTH=form.both, num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+        end(matmul_float32(g, v), first, chunk, 1)
+    return out
+
+
+def matmul_float32(a, b):
+    """a @ b summed and returned in float32."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.device.type == "cpu":
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)

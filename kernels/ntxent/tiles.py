@@ -1,0 +1,253 @@
+"""The two passes over the tiles of a similarity matrix that is never held: row sums, then row-owned gradients.
+
+Row i of u against all columns j of v (docs/kernels.md has the algebra; c = log2(e) / temperature):
+  row sums   r_i = sum_j e_ij, with e_ij = 2^(c s_ij): unit rows need no maximum, 2^c and 2^-c are far from the limits,
+  gradients  acc_i = sum_j e_ij (w_i + w_j) v_j, with w = 1/r: one exponential serves both directions.
+Below LOWEST_FIXED, or for rows of any length, ONLINE keeps a running maximum, and w holds log2 of the row sum instead.
+
+Names: i_ program index, o_ offsets, m_ mask, p_ pointer, b_ values of a tile.  m rows of this rank, n columns of all.
+"""
+
+import triton
+import triton.language as tl
+
+LOWEST_FIXED = 0.015  # |c s| <= 96.2 there: neither e nor 1/r leaves float32's [2^-126, 2^127], for 2^30 rows
+SIZES = ("m", "n", "half", "offset", "tiles_split", "first")  # one build for all sizes
+
+
+@triton.jit
+def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
+    """b_a @ b_b + b_acc.  "emulate": in float32, because Triton's interpreter multiplies bfloat16 as integers."""
+    if PRECISION == "emulate":
+        return tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), b_acc)
+    else:
+        return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _masks(o_row, o_col, p_label, m, n, half, offset, DIAG: tl.constexpr, DECOUPLED: tl.constexpr,
+           LABELS: tl.constexpr):  # fmt: skip
+    """Which logits the sum has, which are positives."""
+    inside = (o_col < n)[None, :] & (o_row < m)[:, None]
+    other = (o_row + offset)[:, None] != o_col[None, :]
+    if LABELS:
+        b_row = tl.load(p_label + offset + o_row, mask=o_row < m, other=0)
+        b_col = tl.load(p_label + o_col, mask=o_col < n, other=0)
+        positive = (b_row[:, None] == b_col[None, :]) & other & inside
+    else:
+        positive = (((o_row + half) % m + offset)[:, None] == o_col[None, :]) & inside
+    keep = inside
+    if DIAG:
+        keep = keep & other
+    if DECOUPLED:
+        keep = keep & (positive == 0)
+    return keep, positive
+
+
+@triton.jit
+def _similarity(b_u, p_u, p_v, m_row, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
+    """The tile u v^T in float32; p_u and p_v point at its first row and column.
+
+    BK = D: b_u is the whole row block, held.  BK < D: both sides are read chunk by chunk, and b_u is not used.
+    """
+    o_u, o_v, o_k = tl.arange(0, BM)[:, None] * D, tl.arange(0, BN)[:, None] * D, tl.arange(0, BK)[None, :]
+    b_s = tl.zeros([BM, BN], tl.float32)
+    if BK == D:
+        b_s = dot(b_u, tl.trans(tl.load(p_v + o_v + o_k)), b_s, PRECISION)
+    else:
+        for k in range(0, D, BK):
+            b_uk = tl.load(p_u + o_u + (k + o_k), mask=m_row[:, None], other=0.0)
+            b_s = dot(b_uk, tl.trans(tl.load(p_v + o_v + (k + o_k))), b_s, PRECISION)
+    return b_s
+
+
+@triton.jit
+def _add(b_s, keep, positive, b_sum, b_max, b_pos, b_count, c, MASK: tl.constexpr, LABELS: tl.constexpr,
+         ONLINE: tl.constexpr):  # fmt: skip
+    b_x = b_s * c
+    if ONLINE:
+        if MASK:
+            b_x = tl.where(keep, b_x, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_x, 1))
+        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_sum = b_sum * tl.exp2(b_max - b_safe) + tl.sum(tl.exp2(b_x - b_safe[:, None]), 1)
+        b_max = b_new
+    else:
+        b_e = tl.exp2(b_x)
+        if MASK:
+            b_e = tl.where(keep, b_e, 0.0)
+        b_sum += tl.sum(b_e, 1)
+    if LABELS:
+        b_pos += tl.sum(tl.where(positive, b_s, 0.0), 1)
+        b_count += tl.sum(tl.where(positive, 1.0, 0.0), 1)
+    return b_sum, b_max, b_pos, b_count
+
+
+@triton.jit
+def _tile_range(i_row, i_split, n, offset, tiles_split, BM: tl.constexpr, BN: tl.constexpr, DIAG: tl.constexpr):
+    """The column tiles of this program: [lo, hi) whole ones, of which [d0, d1) meet the diagonal, and 0 or 1 ragged."""
+    n_whole = n // BN
+    lo = i_split * tiles_split
+    hi = tl.minimum(lo + tiles_split, n_whole)
+    d0, d1 = lo, lo
+    if DIAG:
+        d0 = tl.minimum(tl.maximum((offset + i_row * BM) // BN, lo), tl.maximum(hi, lo))
+        d1 = tl.minimum(tl.maximum(tl.cdiv(offset + (i_row + 1) * BM, BN), d0), tl.maximum(hi, lo))
+    owns_ragged = (n_whole * BN < n) & (n_whole >= lo) & (n_whole < lo + tiles_split)
+    return lo, tl.maximum(hi, lo), d0, d1, n_whole, tl.where(owns_ragged, 1, 0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def row_sums_kernel(
+    p_u, p_v, p_label, p_stat, m, n, half, offset, tiles_split, c,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    DIAG: tl.constexpr, DECOUPLED: tl.constexpr, LABELS: tl.constexpr, ONLINE: tl.constexpr,
+):  # fmt: skip
+    """p_stat (4, splits, m): sum, maximum (ONLINE), sum and number of positives (LABELS)."""
+    i_row, i_split = tl.program_id(0), tl.program_id(1)
+    o_row = i_row * BM + tl.arange(0, BM)
+    m_row = o_row < m
+    p_u += i_row.to(tl.int64) * BM * D
+    b_u = o_row  # stands in for the row block where it is read chunk by chunk
+    if BK == D:
+        b_u = tl.load(p_u + tl.arange(0, BM)[:, None] * D + tl.arange(0, D)[None, :], mask=m_row[:, None], other=0.0)
+    b_sum = tl.zeros([BM], tl.float32)
+    b_max = tl.full([BM], float("-inf"), tl.float32)
+    b_pos = tl.zeros([BM], tl.float32)
+    b_count = tl.zeros([BM], tl.float32)
+
+    lo, hi, d0, d1, n_whole, ragged = _tile_range(i_row, i_split, n, offset, tiles_split, BM, BN, DIAG)
+    if DECOUPLED or LABELS:
+        n_plain, n_masked = 0, hi - lo + ragged
+        d0, d1 = lo, hi
+    else:
+        n_plain, n_masked = hi - lo - (d1 - d0), d1 - d0 + ragged
+    for j in range(0, n_plain):
+        t = lo + j
+        t += tl.where(t >= d0, d1 - d0, 0)
+        b_s = _similarity(b_u, p_u, p_v + t.to(tl.int64) * BN * D, m_row, D, BM, BN, BK, PRECISION)
+        b_sum, b_max, b_pos, b_count = _add(
+            b_s, None, None, b_sum, b_max, b_pos, b_count, c, False, LABELS, ONLINE
+        )
+    for j in range(0, n_masked):
+        t = tl.where(d0 + j < d1, d0 + j, n_whole)
+        o_col = t * BN + tl.arange(0, BN)
+        keep, positive = _masks(o_row, o_col, p_label, m, n, half, offset, DIAG, DECOUPLED, LABELS)
+        b_s = _similarity(b_u, p_u, p_v + t.to(tl.int64) * BN * D, m_row, D, BM, BN, BK, PRECISION)
+        b_sum, b_max, b_pos, b_count = _add(
+            b_s, keep, positive, b_sum, b_max, b_pos, b_count, c, True, LABELS, ONLINE
+        )
+
+    plane = tl.num_programs(1) * m
+    p_stat += i_split * m + o_row
+    tl.store(p_stat, b_sum, mask=m_row)
+    if ONLINE:
+        tl.store(p_stat + plane, b_max, mask=m_row)
+    if LABELS:
+        tl.store(p_stat + 2 * plane, b_pos, mask=m_row)
+        tl.store(p_stat + 3 * plane, b_count, mask=m_row)
+
+
+@triton.jit
+def _row_weight(p_w, o, mask, ONLINE: tl.constexpr, GEXP: tl.constexpr):
+    """w scaled by 2^GEXP (as a factor, or ONLINE as an exponent), nothing where masked."""
+    if ONLINE:
+        return tl.load(p_w + o, mask=mask, other=float("inf")) - GEXP
+    return tl.load(p_w + o, mask=mask, other=0.0) * (2.0**GEXP)
+
+
+@triton.jit
+def _gradient_tile(b_s, b_wr, o_row, o_col, p_w, p_a, p_label, m, n, half, offset, c, MASK: tl.constexpr,
+                   DIAG: tl.constexpr, DECOUPLED: tl.constexpr, LABELS: tl.constexpr, ONLINE: tl.constexpr,
+                   GEXP: tl.constexpr, BOTH: tl.constexpr):  # fmt: skip
+    """The gradient with respect to the logits, both directions together (BOTH), times 2^GEXP."""
+    b_wc = _row_weight(p_w, o_col, o_col < n, ONLINE, GEXP)
+    b_x = b_s * c
+    if ONLINE:
+        b_g = tl.exp2(b_x - b_wr[:, None])
+        if BOTH:
+            b_g += tl.exp2(b_x - b_wc[None, :])
+    else:
+        b_e = tl.exp2(b_x)
+        b_g = b_e * (b_wr[:, None] + b_wc[None, :]) if BOTH else b_e * b_wr[:, None]
+    if MASK:
+        keep, positive = _masks(o_row, o_col, p_label, m, n, half, offset, DIAG, DECOUPLED, LABELS)
+        b_g = tl.where(keep, b_g, 0.0)
+        if LABELS:
+            b_ar = tl.load(p_a + offset + o_row, mask=o_row < m, other=0.0)
+            b_ac = tl.load(p_a + o_col, mask=o_col < n, other=0.0)
+            b_g -= tl.where(positive, (b_ar[:, None] + b_ac[None, :]) * (2.0**GEXP), 0.0)
+    return b_g
+
+
+@triton.jit(do_not_specialize=SIZES)
+def row_gradients_kernel(
+    p_u, p_v, p_label, p_w_row, p_w_col, p_a, p_acc, m, n, half, offset, tiles_split, c,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    DIAG: tl.constexpr, DECOUPLED: tl.constexpr, LABELS: tl.constexpr, ONLINE: tl.constexpr,
+    GEXP: tl.constexpr,
+):  # fmt: skip
+    """p_acc (splits, m, D) float32; w_row (m,), w_col and a (n,)."""
+    i_row, i_split = tl.program_id(0), tl.program_id(1)
+    o_row, o_d = i_row * BM + tl.arange(0, BM), tl.arange(0, D)
+    m_row = o_row < m
+    o_v = tl.arange(0, BN)[:, None] * D + o_d[None, :]
+    p_u += i_row.to(tl.int64) * BM * D
+    b_u = tl.load(p_u + tl.arange(0, BM)[:, None] * D + o_d[None, :], mask=m_row[:, None], other=0.0)
+    b_wr = _row_weight(p_w_row, o_row, m_row, ONLINE, GEXP)
+    b_acc = tl.zeros([BM, D], tl.float32)
+
+    lo, hi, d0, d1, n_whole, ragged = _tile_range(i_row, i_split, n, offset, tiles_split, BM, BN, DIAG)
+    if DECOUPLED or LABELS:
+        n_plain, n_masked = 0, hi - lo + ragged
+        d0, d1 = lo, hi
+    else:
+        n_plain, n_masked = hi - lo - (d1 - d0), d1 - d0 + ragged
+    for j in range(0, n_plain):
+        t = lo + j
+        t += tl.where(t >= d0, d1 - d0, 0)
+        o_col = t * BN + tl.arange(0, BN)
+        b_v = tl.load(p_v + t.to(tl.int64) * BN * D + o_v)
+        b_s = dot(b_u, tl.trans(b_v), tl.zeros([BM, BN], tl.float32), PRECISION)
+        b_g = _gradient_tile(
+            b_s, b_wr, o_row, o_col, p_w_col, p_a, p_label, m, n, half, offset, c,
+            False, DIAG, DECOUPLED, LABELS, ONLINE, GEXP, True,
+        )  # fmt: skip
+        b_acc = dot(b_g.to(b_v.dtype), b_v, b_acc, PRECISION)
+    for j in range(0, n_masked):
+        t = tl.where(d0 + j < d1, d0 + j, n_whole)
+        o_col = t * BN + tl.arange(0, BN)
+        b_v = tl.load(p_v + t.to(tl.int64) * BN * D + o_v)
+        b_s = dot(b_u, tl.trans(b_v), tl.zeros([BM, BN], tl.float32), PRECISION)
+        b_g = _gradient_tile(
+            b_s, b_wr, o_row, o_col, p_w_col, p_a, p_label, m, n, half, offset, c,
+            True, DIAG, DECOUPLED, LABELS, ONLINE, GEXP, True,
+        )  # fmt: skip
+        b_acc = dot(b_g.to(b_v.dtype), b_v, b_acc, PRECISION)
+
+    p_acc += (i_split.to(tl.int64) * m + i_row * BM) * D
+    tl.store(p_acc + tl.arange(0, BM)[:, None] * D + o_d[None, :], b_acc, mask=m_row[:, None])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def gradient_chunk_kernel(
+    p_u, p_v, p_label, p_w_row, p_w_col, p_a, p_g, first, m, n, n_padded, half, offset, c,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    DIAG: tl.constexpr, DECOUPLED: tl.constexpr, LABELS: tl.constexpr, ONLINE: tl.constexpr,
+    GEXP: tl.constexpr, BOTH: tl.constexpr,
+):  # fmt: skip
+    """Where D is too wide to hold a row block of gradients: logit gradients of rows `first`.., for a matmul."""
+    i_row, i_col = tl.program_id(0), tl.program_id(1)
+    o_local = i_row * BM + tl.arange(0, BM)
+    o_row, o_col = first + o_local, i_col * BN + tl.arange(0, BN)
+    b_wr = _row_weight(p_w_row, o_row, o_row < m, ONLINE, GEXP)
+    p_u += (first + i_row * BM).to(tl.int64) * D
+    p_v += i_col.to(tl.int64) * BN * D
+    b_s = _similarity(o_row, p_u, p_v, o_row < m, D, BM, BN, BK, PRECISION)
+    b_g = _gradient_tile(
+        b_s, b_wr, o_row, o_col, p_w_col, p_a, p_label, m, n, half, offset, c,
+        True, DIAG, DECOUPLED, LABELS, ONLINE, GEXP, BOTH,
+    )  # fmt: skip
+    p_g += o_local.to(tl.int64)[:, None] * n_padded + o_col[None, :]
+    tl.store(p_g, b_g.to(p_g.dtype.element_ty))
