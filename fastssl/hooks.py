@@ -110,66 +110,68 @@ class LinearProbe:
     """A linear classifier that learns online from the features that training computes anyway.
 
     Logs probe_loss and probe_top1_train (of the augmented view 0, before its update) every step, and probe_top1 on
-    data.test every n epochs.  Its gradient is that of the global batch; unlabelled samples (-1) do not count.
+    data.test every n epochs.  Statistics and gradient are those of the global batch; unlabelled samples (-1) do not
+    count.  Features are standardised by running statistics and divided by sqrt(dim), so that one lr fits any network.
     """
 
-    def __init__(self, every_epochs: int = 0, lr: float = 0.1, momentum: float = 0.9, extract: Extract | None = None):
+    def __init__(self, every_epochs: int = 0, lr: float = 1.0, momentum: float = 0.9, extract: Extract | None = None):
         self.every, self.lr, self.momentum = every_epochs, lr, momentum
         self.extract = extract or Extract()
-        self.classifier: Tensor | None = None  # (classes, dim + 1), the last column is the bias
-        self.buffer: Tensor | None = None
+        # classifier (classes, dim + 1) with the bias in the last column, its momentum buffer, mean and variance (dim,)
+        self.state: dict[str, Tensor] = {}
 
     def before_epoch(self, t) -> None:
         classes = t.loader.classes
         if not classes or t.loader.card.get("label") == "multi":
             raise ValueError(f"log.probe=True needs one class per image and {t.run.data.train} has "
                              f"{'several' if classes else 'none'}; set log.probe=False")
-        if self.classifier is None:  # zeros: convex, so nothing needs to be drawn
-            self.classifier = torch.zeros(len(classes), t.method.backbone.dim + 1, device=t.device)
-            self.buffer = torch.zeros_like(self.classifier)
-        self.classifier, self.buffer = self.classifier.to(t.device), self.buffer.to(t.device)
+        if not self.state:  # zeros: convex, so nothing needs to be drawn
+            weights = torch.zeros(len(classes), t.method.backbone.dim + 1)
+            self.state = {"classifier": weights, "buffer": weights.clone()}
+        self.state = {name: value.to(t.device) for name, value in self.state.items()}
         if t.run.data.test and self.every:
             self.extract.loader(t, t.run.data.test)
 
     @torch.no_grad()
     def after_step(self, t, out: dict[str, Tensor], batch) -> None:
-        x = _with_ones(out["features"])
+        x = out["features"].detach().float()
         known = (batch.label >= 0) & x.isfinite().all(1)  # fp16 may overflow, and the classifier would keep the NaN
-        x = torch.where(known[:, None], x, 0.0)
-        label = batch.label.clamp(min=0)
-        log_p = self._logits(x).log_softmax(1)
+        x, label = torch.where(known[:, None], x, 0.0), batch.label.clamp(min=0)
+        self._track(*moments(x, known)[1:])
+        x = self._prepare(x)
+        log_p = (x @ self.state["classifier"].T).log_softmax(1)
         loss = -log_p.gather(1, label[:, None])[:, 0] * known
         right = (log_p.argmax(1) == label) & known
-        error = (log_p.exp() - F.one_hot(label, len(log_p[0]))) * known[:, None]
+        error = (log_p.exp() - F.one_hot(label, log_p.shape[1])) * known[:, None]
         # One all-reduce: the gradient's sum and three counts; dividing afterwards makes it the global mean.
         sums = dist.sum_(torch.cat([(error.T @ x).flatten(), torch.stack([loss.sum(), right.sum(), known.sum()])]))
-        grad, (loss, right, count) = sums[:-3].view_as(self.classifier), sums[-3:]
+        grad, (loss, right, count) = sums[:-3].view_as(self.state["classifier"]), sums[-3:]
         count = count.clamp(min=1)
-        self.buffer.mul_(self.momentum).add_(grad / count)
-        self.classifier.sub_(self.buffer, alpha=self.lr)
+        self.state["buffer"].mul_(self.momentum).add_(grad / count)
+        self.state["classifier"].sub_(self.state["buffer"], alpha=self.lr)
         t.log({"probe_loss": loss / count, "probe_top1_train": 100 * right / count})
 
     def after_epoch(self, t) -> None:
-        if not t.run.data.test or not _due(t, self.every):
+        if not t.run.data.test or not _due(t, self.every) or "mean" not in self.state:
             return
         x, labels = self.extract(t, t.run.data.test)
-        right = self._logits(_with_ones(x)).argmax(1) == labels
+        right = (self._prepare(x) @ self.state["classifier"].T).argmax(1) == labels
         t.log({"probe_top1": 100 * right.float().mean().item()})
 
-    def _logits(self, x: Tensor) -> Tensor:
-        return x @ self.classifier.T
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        for name, value in {"mean": mean.float(), "variance": variance.float()}.items():
+            self.state[name] = self.state[name].lerp(value, 0.1) if name in self.state else value
+
+    def _prepare(self, x_ND: Tensor) -> Tensor:
+        """Standardised, of length about 1, with a column of ones for the bias."""
+        x = (x_ND - self.state["mean"]) / (self.state["variance"] + 1e-5).sqrt() / x_ND.shape[1] ** 0.5
+        return F.pad(x, (0, 1), value=1.0)
 
     def state_dict(self) -> dict:
-        if self.classifier is None:
-            return {}
-        return {"classifier": self.classifier.cpu(), "buffer": self.buffer.cpu()}
+        return {name: value.cpu() for name, value in self.state.items()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.classifier, self.buffer = state["classifier"], state["buffer"]
-
-
-def _with_ones(x: Tensor) -> Tensor:
-    return F.pad(x.detach().float(), (0, 1), value=1.0)
+        self.state = dict(state)
 
 
 class Collapse:
@@ -205,14 +207,20 @@ class Collapse:
         pass
 
 
+def moments(x_ND: Tensor, keep_N: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Number, mean and variance (over n - 1) per dimension of the rows of all ranks, in float64; `keep_N` counts."""
+    x = x_ND.double()
+    keep = torch.ones(len(x), dtype=x.dtype, device=x.device) if keep_N is None else keep_N.double()
+    x = x * keep[:, None]
+    sums = dist.sum_(torch.cat([keep.sum()[None], x.sum(0), x.square().sum(0)]))
+    n = sums[0]
+    mean, square = sums[1:].view(2, -1) / n.clamp(min=1)
+    return n, mean, ((square - mean.square()) * n / (n - 1).clamp(min=1)).clamp(min=0)
+
+
 def spread(x_ND: Tensor) -> Tensor:
     """Mean over dimensions of the standard deviation of the normalised rows of all ranks, times sqrt(D)."""
-    x = F.normalize(x_ND.double(), dim=1)
-    count, total, squares = x.new_full((1,), len(x)), x.sum(0), x.square().sum(0)
-    sums = dist.sum_(torch.cat([count, total, squares]))
-    n, (mean, square) = sums[0], sums[1:].view(2, -1) / sums[0]
-    variance = ((square - mean.square()) * n / (n - 1).clamp(min=1)).clamp(min=0)
-    return variance.sqrt().mean() * x.shape[1] ** 0.5
+    return moments(F.normalize(x_ND.double(), dim=1))[2].sqrt().mean() * x_ND.shape[1] ** 0.5
 
 
 def effective_rank(x_ND: Tensor, rows: int) -> Tensor:

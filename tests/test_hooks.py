@@ -69,7 +69,7 @@ def worker(out: str) -> None:
 
     dist.init("cpu")
     probe = hooks.LinearProbe()
-    results = {"probe": observe(probe), "classifier": probe.classifier, "collapse": observe(hooks.Collapse(1))}
+    results = {"probe": observe(probe), "classifier": probe.state["classifier"], "collapse": observe(hooks.Collapse(1))}
     log = Log(Path(out).parent, every=5, total_steps=2, tensorboard=False)
     for step in (1, 2):
         log.step(step, 0, {"loss": torch.tensor(10.0 * step + dist.rank()), "lr": 0.5})
@@ -89,8 +89,8 @@ def test_the_probe_learns_from_the_global_batch(two_ranks):
     probe = hooks.LinearProbe()
     for ours, theirs in zip(observe(probe), two_ranks[1]["probe"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
-    torch.testing.assert_close(probe.classifier, two_ranks[1]["classifier"], rtol=0, atol=1e-6)
-    assert probe.classifier.abs().max() > 0.05
+    torch.testing.assert_close(probe.state["classifier"], two_ranks[1]["classifier"], rtol=0, atol=1e-6)
+    assert probe.state["classifier"].abs().max() > 0.05
 
 
 def test_collapse_is_that_of_the_global_batch(two_ranks):
@@ -105,19 +105,23 @@ def test_the_log_averages_tensors_over_ranks(two_ranks):
 # ---- the probe -------------------------------------------------------------------------------------------------------
 
 
-def test_the_probe_is_sgd_on_cross_entropy():
+def test_the_probe_is_batch_norm_and_sgd_on_cross_entropy():
+    norm = nn.BatchNorm1d(DIM, affine=False)
     probe, plain = hooks.LinearProbe(lr=0.3, momentum=0.8), nn.Linear(DIM, CLASSES)
     nn.init.zeros_(plain.weight), nn.init.zeros_(plain.bias)
     sgd = torch.optim.SGD(plain.parameters(), lr=0.3, momentum=0.8)
     seen = observe(probe)
     for (x, label), logged in zip(steps(5), seen, strict=True):
-        logits = plain(x)
+        norm.momentum = 0.1 if norm.num_batches_tracked else 1.0  # the first batch's statistics are taken as they are
+        norm.train()(x[label >= 0])
+        logits = plain(norm.eval()(x) / DIM**0.5)
         loss = nn.functional.cross_entropy(logits, label, ignore_index=-1)
         known = label >= 0
         top1 = 100 * (logits.argmax(1) == label)[known].float().mean()
         assert logged == pytest.approx({"probe_loss": loss.item(), "probe_top1_train": top1.item()}, rel=1e-4)
         sgd.zero_grad(), loss.backward(), sgd.step()
-    torch.testing.assert_close(probe.classifier, torch.cat([plain.weight, plain.bias[:, None]], 1).detach())
+    weights = torch.cat([plain.weight, plain.bias[:, None]], 1).detach()
+    torch.testing.assert_close(probe.state["classifier"], weights, rtol=1e-4, atol=1e-5)
 
 
 def test_the_probe_continues_where_it_was(tmp_path):
@@ -136,7 +140,8 @@ def test_the_probe_continues_where_it_was(tmp_path):
     torch.save(first.state_dict(), tmp_path / "state.pt")
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     run(second, data[2:])
-    assert torch.equal(whole.classifier, second.classifier) and torch.equal(whole.buffer, second.buffer)
+    assert set(whole.state) == {"classifier", "buffer", "mean", "variance"}
+    assert all(torch.equal(value, second.state[name]) for name, value in whole.state.items())
     assert hooks.LinearProbe().state_dict() == {}
 
 
@@ -147,8 +152,9 @@ def test_the_probe_survives_overflow_and_gives_no_gradient():
     with torch.no_grad():
         x[1] = torch.inf
     probe.after_step(t, {"features": x}, SimpleNamespace(label=torch.tensor([0, 1, 2, 0])))
-    assert probe.classifier.isfinite().all() and probe.classifier.abs().max() > 0
-    assert x.grad is None and not probe.classifier.requires_grad
+    assert all(value.isfinite().all() and not value.requires_grad for value in probe.state.values())
+    assert probe.state["classifier"].abs().max() > 0
+    assert x.grad is None
 
 
 def test_labels_are_asked_for_before_training():
