@@ -31,7 +31,7 @@ class Method(Protocol):
     views: int | None  # how many views its recipe must give; None: any number
     backbone: nn.Module
 
-    def forward(self, views: list[Tensor]) -> dict[str, Tensor]: ...  # every trainable parameter acts here
+    def forward(self, views: list[Tensor], batch: Batch) -> dict[str, Tensor]: ...  # every trainable parameter acts
     def loss(self, out: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]: ...  # "loss", and scalars to log
     def after_step(self, out: dict[str, Tensor], batch: Batch, progress: float) -> None: ...  # EMA, queue, bank
 
@@ -128,7 +128,7 @@ def train_step(t: Trainer, batches: list[Batch], meter: Meter) -> tuple[dict[str
         with meter.phase("views"):
             views = make(t, batch)
         with meter.phase("forward"):
-            out = t.ds(views)
+            out = t.ds(views, batch)
             losses = t.method.loss(out, batch)
         with meter.phase("backward"):
             t.scale.backward(t.ds, losses["loss"])
@@ -150,7 +150,7 @@ def cached_step(t: Trainer, batches: list[Batch], batch: Batch, meter: Meter):
             views = make(t, micro)
         with meter.phase("forward", counted=False), torch.no_grad(), statistics.frozen():
             states.append(state.random_states(t.device))
-            outs.append(t.ds(views))
+            outs.append(t.ds(views, micro))
     with meter.phase("forward"):
         leaves = {name: torch.cat([o[name] for o in outs]) for name in outs[0]}
         for leaf in leaves.values():
@@ -166,7 +166,7 @@ def cached_step(t: Trainer, batches: list[Batch], batch: Batch, meter: Meter):
             views = make(t, micro)
         with meter.phase("forward"), statistics.shared(i, len(batches)):
             state.set_random_states(states[i], t.device)
-            out = t.ds(views)
+            out = t.ds(views, micro)
             surrogate = sum((out[name] * g[i]).sum() for name, g in grads.items() if out[name].requires_grad)
         with meter.phase("backward"):
             t.scale.backward(t.ds, surrogate)
@@ -326,10 +326,10 @@ def prepare(method: nn.Module, run: Run, device: torch.device) -> nn.Module:
             raise ValueError("speed.compile=True: the hooks of speed.zero=3 break the graph; use ZeRO 0 to 2")
         forward = torch.compile(forward)
 
-    def precise(views: list[Tensor]) -> dict[str, Tensor]:
+    def precise(views: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         # Autocast here and not in DeepSpeed: weights, normalisation and statistics stay fp32 at every ZeRO stage.
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            out = forward(views)
+            out = forward(views, batch)
         return {name: v.float() if v.dtype in (torch.bfloat16, torch.float16) else v for name, v in out.items()}
 
     method.forward = precise

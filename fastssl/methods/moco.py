@@ -47,7 +47,7 @@ class MoCo(nn.Module):
         self.register_buffer("queue", queue)
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, views: list[Tensor]) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
         x_q, x_k = views
         h = self.backbone(x_q)
         q = self.projector(h)

@@ -35,7 +35,7 @@ class SimCLR(nn.Module):
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_norm=config.norm,
                                    bias=not config.norm, last_bias=not config.norm)
 
-    def forward(self, views: list[Tensor]) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
         h = self.backbone(torch.cat(views))
         z = self.projector(h)
         return {"z": torch.stack(z.chunk(2), 1), "features": h.detach()[: len(h) // 2]}
