@@ -15,7 +15,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from fastssl import backbones, dist, optim, state
+from fastssl import backbones, dist, optim, state, weights
 from fastssl.config import Run
 from fastssl.kernels.views import make_views
 from fastssl.loader import Batch, Loader
@@ -283,7 +283,12 @@ def build(run: Run, hooks: list = (), device: str | None = None) -> Trainer:
     loader = Loader(run.data.train, run.optim.batch, seed=run.seed, device=where, workers=run.speed.workers,
                     micro=run.optim.batch // dist.world() // micro, resident=run.speed.resident)
     torch.manual_seed(run.seed)  # the same weights, queue and bank on every rank
-    method = run.method.build(backbones.build(run.backbone), samples=loader.samples, classes=loader.classes,
+    backbone = backbones.build(run.backbone)
+    if run.backbone.pretrained:
+        report = weights.load_backbone(run.backbone.pretrained, backbone)
+        if dist.is_main():
+            print(report)
+    method = run.method.build(backbone, samples=loader.samples, classes=loader.classes,
                               batch=run.optim.batch, kernels=run.speed.kernels)
     check_views(method, run.data.views)
     method = prepare(method, run, where)

@@ -15,7 +15,7 @@ LAYERS = """
     decode
     loader backbones optim checkpoint log meters cluster
     state weights
-    views
+    views pictures
     methods.parts
     methods.*
     engine

@@ -1,0 +1,60 @@
+"""Pictures of what a run does: the views that its recipe draws, and the nearest neighbours of its features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, normalize
+
+from fastssl.kernels.views import View, make_views
+
+SIDE = 64  # pixels of one tile
+
+
+def tiles(x: Tensor, view: View) -> Tensor:
+    """Normalised views (B, 3, S, S) -> (B, SIDE, SIDE, 3) in [0, 1]; small ones keep their pixels visible."""
+    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (view.mean, view.std))
+    x = (x.float() * std + mean).clamp(0, 1)
+    x = interpolate(x, size=(SIDE, SIDE), mode="nearest" if view.size < SIDE else "area")
+    return x.permute(0, 2, 3, 1).cpu()
+
+
+def view_rows(batch, views: tuple[View, ...], seed: int, epochs: int = 3) -> Tensor:
+    """(B, 1 + epochs * V, SIDE, SIDE, 3): each image whole, then its views in the first epochs."""
+    whole = View(max(v.size for v in views), crop="squash", mean=views[0].mean, std=views[0].std)
+    columns = [tiles(make_views(batch.pixels, batch.sizes, batch.index, (whole,), seed=seed, epoch=0)[0], whole)]
+    for epoch in range(epochs):
+        made = make_views(batch.pixels, batch.sizes, batch.index, views, seed=seed, epoch=epoch)
+        columns += [tiles(x, view) for x, view in zip(made, views)]
+    return torch.stack(columns, 1)
+
+
+def neighbours(bank: Tensor, queries: Tensor, count: int) -> Tensor:
+    """(Q, count) rows of the bank nearest to each query by cosine similarity, nearest first."""
+    return (normalize(queries, dim=1) @ normalize(bank, dim=1).T).topk(count).indices
+
+
+def sheet(path: Path, panels: list[tuple[str, Tensor]]) -> None:
+    """Draw titled grids of tiles (rows, columns, SIDE, SIDE, 3) side by side; the first column stands apart."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    widths = [t.shape[1] for _, t in panels]
+    figure, axes = pyplot.subplots(1, len(panels), width_ratios=widths, squeeze=False, layout="constrained",
+                                   figsize=(0.6 * sum(widths) + len(panels), 0.6 * panels[0][1].shape[0] + 0.6))
+    for axis, (title, grid) in zip(axes[0], panels):
+        rows, columns, gap = grid.shape[0], grid.shape[1], SIDE // 8
+        canvas = torch.ones(rows * SIDE, columns * SIDE + gap, 3)
+        for c in range(columns):
+            left = c * SIDE + (gap if c else 0)
+            canvas[:, left : left + SIDE] = grid[:, c].reshape(rows * SIDE, SIDE, 3)
+        axis.imshow(canvas.numpy())
+        axis.set_title(title, fontsize=10)
+        axis.set_axis_off()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,113 @@
+"""`fastssl quickstart`: the whole product on scikit-learn's digits, without a download.
+
+Converts, pretrains through DeepSpeed on whatever the machine has, and compares raw pixels, the untrained network and
+the trained one.  With all labels raw digits are already easy; few labels show what pretraining is for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import backbones, config, data_prep, dist, pictures, train, weights
+from fastssl.eval import features, knn, linear
+from fastssl.loader import Loader
+
+ROOT = Path(__file__).resolve().parent.parent
+DRAWS = 20  # of few labelled images; their accuracies are averaged
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("fastssl quickstart", description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="as for fastssl train")
+    args = parser.parse_args(argv)
+    began = time.time()
+    try:
+        run = config.load(ROOT / config.QUICKSTART, args.overrides)
+        convert(run)
+        pretrain(run, args.overrides)
+        report(run)
+    except (ValueError, subprocess.CalledProcessError) as error:
+        print(f"fastssl quickstart: {error}", file=sys.stderr)
+        return 2
+    finally:
+        dist.shutdown()
+    print(f"\n{time.time() - began:.0f} s in all.  Next: fastssl convert --help, and configs/ for real recipes.")
+    return 0
+
+
+def convert(run: config.Run) -> None:
+    for split, out in (("train", run.data.train), ("test", run.data.test)):
+        if not Path(out).exists():
+            print(f"\n$ fastssl convert digits {split} {out}", flush=True)
+            if data_prep.main(["digits", split, out]):
+                raise ValueError("conversion failed")
+
+
+def pretrain(run: config.Run, overrides: list[str]) -> None:
+    folder = Path(run.log.root) / run.name
+    if (folder / "checkpoints").exists():
+        print(f"\n{folder} is already trained; delete it to train again")
+        return
+    count = torch.cuda.device_count() or min(2, os.cpu_count())
+    command = ["--num_gpus", str(count), str(Path(train.__file__)), str(ROOT / config.QUICKSTART), *overrides]
+    print(f"\n$ deepspeed {' '.join(command)}", flush=True)
+    env = os.environ if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ}
+    subprocess.run([sys.executable, "-m", "deepspeed.launcher.runner", *command], env=env, check=True)
+
+
+def report(run: config.Run) -> None:
+    """Print the comparison and draw the picture."""
+    device = dist.init()
+    loaders = [Loader(path, 256, device=device, shuffle=False, drop_last=False)
+               for path in (run.data.train, run.data.test)]
+    torch.manual_seed(run.seed)
+    untrained, trained = backbones.build(run.backbone), backbones.build(run.backbone)
+    folder = Path(run.log.root) / run.name
+    weights.load_backbone(folder, trained)
+    networks = {"raw pixels": features.Pixels(run.data.eval_view.size), "untrained network": untrained,
+                "trained, without labels": trained}
+    print(f"\n{'accuracy in %':26}{'1 label a class':>18}{'5 labels a class':>18}{'kNN, all labels':>18}"
+          f"{'linear, all labels':>20}")
+    for name, network in networks.items():
+        sets = [part for loader in loaders for part in extract(network.to(device), loader, run)]
+        few = [sum(few_labels(*sets, count, seed) for seed in range(DRAWS)) / DRAWS for count in (1, 5)]
+        everything = knn.knn(*sets, k=(10,))["results"][0]["top1"]
+        probe = linear.probe(*sets)["results"][0]["top1"]
+        print(f"{name:26}{few[0]:18.1f}{few[1]:18.1f}{everything:18.1f}{probe:20.1f}", flush=True)
+    picture = folder / "quickstart.png"
+    draw(picture, loaders, trained, run)
+    print(f"\nviews and nearest neighbours: {picture}")
+
+
+def extract(network: nn.Module, loader: Loader, run: config.Run) -> tuple[Tensor, Tensor]:
+    return features.extract(network, loader, run.data.eval_view)
+
+
+def few_labels(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, count: int, seed: int) -> float:
+    """Accuracy of the nearest neighbour among `count` random labelled images of each class."""
+    order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(seed)).to(bank.device)
+    pick = torch.cat([order[bank_labels[order] == c][:count] for c in bank_labels.unique()])
+    return knn.knn(bank[pick], bank_labels[pick], queries, labels, k=(1,))["results"][0]["top1"]
+
+
+def draw(path: Path, loaders: list[Loader], network: nn.Module, run: config.Run) -> None:
+    rows = 8
+    first = next(iter(loaders[0].epoch(0)))
+    first.pixels, first.sizes, first.index = first.pixels[:rows], first.sizes[:rows], first.index[:rows]
+    views = pictures.view_rows(first, run.data.views, run.seed)
+    (bank, _), (queries, _) = (extract(network, loader, run) for loader in loaders)
+    plain = [extract(features.Pixels(run.data.eval_view.size), loader, run)[0] for loader in loaders]
+    images = [pictures.tiles(x.view(-1, 3, run.data.eval_view.size, run.data.eval_view.size), run.data.eval_view)
+              for x in plain]
+    some = torch.arange(0, len(queries), len(queries) // rows)[:rows]
+    near = pictures.neighbours(bank, queries[some.to(queries.device)], 6).cpu()
+    grid = torch.cat([images[1][some][:, None], images[0][near]], 1)
+    pictures.sheet(path, [("an image and its views", views), ("a test image and its nearest neighbours", grid)])
