@@ -20,7 +20,7 @@ LAYERS = """
     methods.*
     engine
     eval
-    hooks report
+    hooks report pictures
     train
     quickstart
     __main__

