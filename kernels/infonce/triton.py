@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..collectives import group_name, named_group, rank_world
-from ..common import cdiv, l2_normalize, pow2
+from ..common import cdiv, l2_normalize
 from ..ntxent.launch import HELD, Form, gradient_tiles, matmul_float32, n_splits, precision, prepare
 from ..ntxent.rows import LN2, inverse_norm
 from ..ntxent.tiles import dot
@@ -78,17 +78,16 @@ def one_pass_kernel(
 def combine_kernel(
     p_stat, p_acc, p_dot, p_positive, sp_r, sp_d, p_q, sq_r, sq_d, p_inv, p_loss, p_dq, m, splits, c, factor,
     D: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr, PEXP: tl.constexpr, NORMALIZE: tl.constexpr,
-    EXTRA: tl.constexpr, LN2: tl.constexpr,
+    NORMALIZE_POSITIVE: tl.constexpr, EXTRA: tl.constexpr, LN2: tl.constexpr,
 ):  # fmt: skip
-    """Joins the splits and (EXTRA) the positive, then a raw row and no key; loss of each block of rows, dq (m, D)."""
+    """Joins the splits and (EXTRA) the positive, then no key itself; loss of each block of rows, dq (m, D)."""
     o_row, o_d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, DP)
     m_row = o_row < m
     b_positive_x = tl.load(p_dot + o_row, mask=m_row, other=0.0) * c
     m_tile = m_row[:, None] & (o_d < D)[None, :]
     p_positive += o_row.to(tl.int64)[:, None] * sp_r + o_d.to(tl.int64)[None, :] * sp_d
     b_positive = tl.load(p_positive, mask=m_tile, other=0.0).to(tl.float32)
-    if EXTRA:
-        b_positive *= inverse_norm(b_positive, NORMALIZE)[:, None]
+    b_positive *= inverse_norm(b_positive, NORMALIZE_POSITIVE)[:, None]
 
     b_max = b_positive_x if EXTRA else tl.full([BR], float("-inf"), tl.float32)
     for s in range(0, splits):
@@ -116,14 +115,15 @@ def combine_kernel(
     tl.store(p_dq + o_row.to(tl.int64)[:, None] * D + o_d[None, :], b_g * factor, mask=m_tile)
 
 
-def forward(q, k, queue, temperature, normalize, group):
+def forward(q, k, queue, temperature, normalize, group, normalize_k=None):
     """-> loss, dloss/dq in float32 (in q's dtype it would lose what a loss scale is there to keep)."""
+    normalize_k = normalize if normalize_k is None else normalize_k
     m, d = q.shape
     rank, world = rank_world(group)
     form = Form(temperature, normalize, diagonal=False, decoupled=False, half=0)
     extra = queue is not None
     # a positive among the keys is the cast row that the tiles see, so that what cancels does; another is left exact
-    u, inv, positive_dot = prepare(q, k, form, None, cast=not extra)
+    u, inv, positive_dot = prepare(q, k, form, None, not extra, normalize_k)
     width = u.shape[1]
     if extra:
         positive, keys, n = k, queue, queue.shape[0]
@@ -133,7 +133,7 @@ def forward(q, k, queue, temperature, normalize, group):
     if width > HELD or u.dtype.itemsize == 4:
         if extra:
             keys = torch.nn.functional.pad(queue.to(u.dtype), (0, width - d))
-            positive = torch.nn.functional.pad(l2_normalize(k) if normalize else k, (0, width - d))
+            positive = torch.nn.functional.pad(l2_normalize(k) if normalize_k else k, (0, width - d))
         return chunked(q, u[:m], inv, positive, positive_dot, keys[:n], extra, form)
 
     t = gradient_tiles(width)
@@ -146,12 +146,19 @@ def forward(q, k, queue, temperature, normalize, group):
         u, keys, *keys.stride(), stat, acc, m, n, each, form.c, D=keys.shape[1], DP=width, BM=t.bm, BN=t.bn,
         PEXP=pexp, PRECISION=precision(u), num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
+    return combine(stat, acc, positive_dot, positive, q, inv, form, pexp, normalize_k and extra, extra)
+
+
+def combine(stat, acc, positive_dot, positive, q, inv, form, pexp, normalize_positive, extra):
+    m, d = q.shape
+    splits, width = stat.shape[1], acc.shape[2]
     block = max(1, 2048 // width)
     loss = torch.empty(cdiv(m, block), dtype=torch.float32, device=q.device)
     dq = torch.empty((m, d), dtype=torch.float32, device=q.device)
     combine_kernel[(cdiv(m, block),)](
         stat, acc, positive_dot, positive, *positive.stride(), q, *q.stride(), inv, loss, dq, m, splits, form.c,
-        1 / (m * temperature), D=d, DP=pow2(width), BR=block, PEXP=pexp, NORMALIZE=normalize, EXTRA=extra, LN2=LN2,
+        1 / (m * form.temperature), D=d, DP=width, BR=block, PEXP=pexp, NORMALIZE=form.normalize,
+        NORMALIZE_POSITIVE=normalize_positive, EXTRA=extra, LN2=LN2,
     )  # fmt: skip
     return loss.sum() / m, dq
 

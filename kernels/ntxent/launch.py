@@ -84,7 +84,7 @@ def n_splits(programs: int, tiles: int, device, limit: int = 1 << 30) -> tuple[i
     return cdiv(tiles, each), each
 
 
-def prepare(x, y, form: Form, group, cast=True):
+def prepare(x, y, form: Form, group, cast=True, normalize_y=None):
     """v (N padded, width), the inverse norms of x (m,), and <x_i, y_partner> (m,), or without y nothing."""
     m, d = x.shape
     dtype = tile_dtype(x.dtype, form.normalize)
@@ -101,6 +101,7 @@ def prepare(x, y, form: Form, group, cast=True):
     rk.prepare_kernel[(cdiv(u.shape[0], block_r),)](
         x, *x.stride(), other, *other.stride(), u, inv, dot, m, u.shape[0], form.half,
         D=d, DP=width, BD=block_d, BR=block_r, NORMALIZE=form.normalize, DOT=y is not None, CAST=cast,
+        NORMALIZE_Y=form.normalize if normalize_y is None else normalize_y,
     )  # fmt: skip
     if world > 1:
         dist.all_gather_into_tensor(v[: m * world], u, group=group)

@@ -29,7 +29,7 @@ def inverse_norm(b_x, NORMALIZE: tl.constexpr):
 def prepare_kernel(
     p_x, sx_r, sx_d, p_y, sy_r, sy_d, p_u, p_inv, p_dot, m, rows, half,
     D: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr,
-    CAST: tl.constexpr,
+    NORMALIZE_Y: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
     """u = rows of x at unit length, cast, padded with zeros to (rows, DP); dot_i = <u_i, the same of y_(i + half)>.
 
@@ -46,7 +46,7 @@ def prepare_kernel(
     tl.store(p_inv + o_row, b_inv, mask=m_row)
     if DOT:
         b_y = _load_rows(p_y, sy_r, sy_d, (o_row + half) % m, o_d, m_row, D)
-        b_x, b_y = b_x * b_inv[:, None], b_y * inverse_norm(b_y, NORMALIZE)[:, None]
+        b_x, b_y = b_x * b_inv[:, None], b_y * inverse_norm(b_y, NORMALIZE_Y)[:, None]
         if CAST:
             b_x, b_y = b_u.to(tl.float32), b_y.to(b_u.dtype).to(tl.float32)
         tl.store(p_dot + o_row, tl.sum(b_x * b_y, 1), mask=m_row)

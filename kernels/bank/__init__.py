@@ -1,0 +1,59 @@
+"""A memory bank of one row per sample (NPID, ODC): momentum update of the rows of a batch, and class centroids."""
+
+import torch
+from torch import Tensor
+
+from ..common import check_rows, check_triton_dtype, choose
+from . import reference
+
+
+def update_(bank: Tensor, index: Tensor, rows: Tensor, momentum: float, *, impl: str = "auto") -> Tensor:
+    """bank[i] = unit((1 - momentum) * bank[i] + momentum * row) for i in index (B,), in place; returns bank (S, D).
+
+    An index that occurs twice takes its last row alone, mixed with the bank as it was.  A zero mix stays zero.
+    Indices in [0, S): the Triton kernel skips others, since checking would have to wait for the device.  No gradient.
+    """
+    check_rows("bank.update_", bank=bank, rows=rows)
+    _check_index("bank.update_", index, (rows.shape[0],), bank)
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"bank.update_: momentum={momentum}: the weight of the new row, in [0, 1]")
+    if rows.shape[0] == 0:
+        return bank
+    with torch.no_grad():
+        if choose(impl, bank) == "reference":
+            reference.update_(bank, index, rows, momentum)
+        else:
+            check_triton_dtype("bank.update_", bank=bank, rows=rows)
+            from . import triton
+
+            triton.update_(bank, index, rows, float(momentum))
+    return bank
+
+
+def centroids_(centroids: Tensor, bank: Tensor, labels: Tensor, *, impl: str = "auto") -> Tensor:
+    """centroids[k] = mean of the bank's rows with label k, in place; one without rows keeps its value; returns (K, D).
+
+    bank (S, D), labels (S,): int64 in [0, K); a negative label belongs to no centroid.  Sums are float32, in the order
+    of the rows, so the result does not change from run to run.
+    """
+    check_rows("bank.centroids_", centroids=centroids, bank=bank)
+    _check_index("bank.centroids_", labels, (bank.shape[0],), bank)
+    if bank.shape[0] == 0 or centroids.shape[0] == 0:
+        return centroids
+    with torch.no_grad():
+        if choose(impl, bank) == "reference":
+            reference.centroids_(centroids, bank, labels)
+        else:
+            check_triton_dtype("bank.centroids_", centroids=centroids, bank=bank)
+            from . import triton
+
+            triton.centroids_(centroids, bank, labels)
+    return centroids
+
+
+def _check_index(op: str, index: Tensor, shape: tuple, bank: Tensor) -> None:
+    if index.dtype != torch.int64 or index.shape != shape or index.device != bank.device:
+        raise ValueError(
+            f"{op}: the index is {index.dtype} {tuple(index.shape)} on {index.device}: "
+            f"expected int64 {shape} on {bank.device}"
+        )
