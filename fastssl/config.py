@@ -205,7 +205,7 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         return tuple(_coerce(v, element(i), key) for i, v in enumerate(value))
     elif (origin or hint) is dict and isinstance(value, dict):
         return value
-    elif isinstance(hint, type) and isinstance(value, hint):
+    elif isinstance(hint, type) and isinstance(value, hint) and not isinstance(value, bool):  # True is no 1
         return value
     raise ValueError(f"{key}: wants {getattr(hint, '__name__', hint)}, got {value!r}")
 
