@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -60,7 +61,10 @@ def pretrain(run: config.Run, overrides: list[str]) -> None:
     command = ["--num_gpus", str(count), str(Path(train.__file__)), str(ROOT / config.QUICKSTART), *overrides]
     print(f"\n$ deepspeed {' '.join(command)}", flush=True)
     env = os.environ if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ}
-    subprocess.run([sys.executable, "-m", "deepspeed.launcher.runner", *command], env=env, check=True)
+    with socket.create_server(("localhost", 0)) as probe:  # DeepSpeed's own default, 29500, may be another run's
+        port = str(probe.getsockname()[1])
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", port]
+    subprocess.run([*launcher, *command], env=env, check=True)
 
 
 def report(run: config.Run) -> None:
