@@ -3,8 +3,23 @@
 Depends on torch and triton only.  impl="auto" picks Triton on CUDA and the definition elsewhere.
 """
 
+from .bank import centroids_, update_
+from .gathered import gathered_nce
 from .infonce import infonce, infonce_symmetric
 from .ntxent import ntxent
 from .queue import push_
+from .sinkhorn import sinkhorn, sinkhorn_center
+from .softxent import softxent
 
-__all__ = ["infonce", "infonce_symmetric", "ntxent", "push_"]
+__all__ = [
+    "centroids_",
+    "gathered_nce",
+    "infonce",
+    "infonce_symmetric",
+    "ntxent",
+    "push_",
+    "sinkhorn",
+    "sinkhorn_center",
+    "softxent",
+    "update_",
+]

@@ -15,15 +15,23 @@ def choose(impl: str, x: torch.Tensor) -> str:
         raise ValueError(f"impl={impl!r}: choose one of {', '.join(IMPLS)}")
     if impl == "auto":
         return "triton" if x.is_cuda else "reference"
-    if impl == "triton" and not x.is_cuda:
-        import triton
-
-        if not triton.knobs.runtime.interpret:
-            raise ValueError(
-                f"impl='triton' needs a CUDA tensor, got one on {x.device}; use impl='auto', "
-                "or set TRITON_INTERPRET=1 before the first import of triton to run it (slowly) on the CPU"
-            )
+    if impl == "triton" and not x.is_cuda and not _interpreting():
+        raise ValueError(
+            f"impl='triton' needs a CUDA tensor, got one on {x.device}; use impl='auto', "
+            "or set TRITON_INTERPRET=1 before the first import of triton to run it (slowly) on the CPU"
+        )
     return impl
+
+
+@torch.compiler.assume_constant_result  # Dynamo cannot trace the knob
+def _interpreting() -> bool:
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        from .interpreter import repair
+
+        repair()
+    return triton.knobs.runtime.interpret
 
 
 def check_rows(op: str, temperature: float | None = None, **tensors: torch.Tensor) -> None:

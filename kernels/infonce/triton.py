@@ -13,7 +13,6 @@ from ..collectives import group_name, named_group, rank_world
 from ..common import cdiv, l2_normalize
 from ..ntxent.launch import HELD, Form, gradient_tiles, matmul_float32, n_splits, precision, prepare
 from ..ntxent.rows import LN2, inverse_norm
-from ..ntxent.tiles import dot
 
 PARTIAL_BYTES = 8 << 20  # of the partial sums of split keys; beyond that, writing them costs more than idle processors
 LOGIT_BYTES = 64 << 20  # of logits held at a time where rows are too wide for one pass
@@ -23,14 +22,14 @@ SIZES = ("m", "n", "tiles_split", "splits")
 @triton.jit
 def _softmax_step(b_q, b_k, b_max, b_sum, b_acc, m_col, c, BM: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
                   PEXP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    b_x = dot(b_q, tl.trans(b_k), tl.zeros([BM, BN], tl.float32), PRECISION) * c
+    b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * c
     if MASK:
         b_x = tl.where(m_col[None, :], b_x, float("-inf"))
     b_new = tl.maximum(b_max, tl.max(b_x, 1))
     b_p = tl.exp2(b_x - (b_new - PEXP)[:, None])
     b_scale = tl.exp2(b_max - b_new)
     b_sum = b_sum * b_scale + tl.sum(b_p, 1)
-    b_acc = dot(b_p.to(b_k.dtype), b_k, b_acc * b_scale[:, None], PRECISION)
+    b_acc = tl.dot(b_p.to(b_k.dtype), b_k, b_acc * b_scale[:, None], input_precision=PRECISION)
     return b_new, b_sum, b_acc
 
 
@@ -144,7 +143,7 @@ def forward(q, k, queue, temperature, normalize, group, normalize_k=None):
     pexp = 14 if u.dtype == torch.float16 else 0
     one_pass_kernel[(programs, splits)](
         u, keys, *keys.stride(), stat, acc, m, n, each, form.c, D=keys.shape[1], DP=width, BM=t.bm, BN=t.bn,
-        PEXP=pexp, PRECISION=precision(u), num_warps=t.warps, num_stages=t.stages,
+        PEXP=pexp, PRECISION=precision(), num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     return combine(stat, acc, positive_dot, positive, q, inv, form, pexp, normalize_k and extra, extra)
 

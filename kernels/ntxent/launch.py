@@ -71,9 +71,7 @@ def gradient_tiles(width: int) -> Tiles:
     return Tiles(128, 64, width, 4 if width <= 64 else 8, 3 if width <= 128 else 2)
 
 
-def precision(v) -> str:
-    if v.dtype == torch.bfloat16 and v.device.type == "cpu":
-        return "emulate"
+def precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
@@ -118,7 +116,7 @@ def row_losses(u, v, m, n, offset, labels, dot, form: Form):
     stat = torch.empty((planes, splits, m), dtype=torch.float32, device=v.device)
     tk.row_sums_kernel[(programs, splits)](
         u, v, labels, stat, m, n, form.half, offset, each, form.c,
-        D=v.shape[1], BM=t.bm, BN=t.bn, BK=t.bk, PRECISION=precision(v), DIAG=form.diagonal, DECOUPLED=form.decoupled,
+        D=v.shape[1], BM=t.bm, BN=t.bn, BK=t.bk, PRECISION=precision(), DIAG=form.diagonal, DECOUPLED=form.decoupled,
         LABELS=labels is not None, ONLINE=form.online, num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     w = torch.empty(m, dtype=torch.float32, device=v.device)
@@ -140,7 +138,7 @@ def row_gradients(grad, x, inv, y, u, v, w_row, w_col, a, n, offset, labels, for
     gexp = 13 if v.dtype == torch.float16 else 0  # gradients of a logit lie in [-2, 2]: use fp16's whole range
     flags = {
         "DIAG": form.diagonal, "DECOUPLED": form.decoupled, "LABELS": has_labels, "ONLINE": form.online, "GEXP": gexp,
-        "PRECISION": precision(v),
+        "PRECISION": precision(),
     }  # fmt: skip
     partner = not has_labels and not (form.decoupled and n == 2)  # two rows, decoupled: every sum is empty
 

@@ -16,15 +16,6 @@ SIZES = ("m", "n", "half", "offset", "tiles_split", "first")  # one build for al
 
 
 @triton.jit
-def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
-    """b_a @ b_b + b_acc.  "emulate": in float32, because Triton's interpreter multiplies bfloat16 as integers."""
-    if PRECISION == "emulate":
-        return tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), b_acc)
-    else:
-        return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
-
-
-@triton.jit
 def _masks(o_row, o_col, p_label, m, n, half, offset, DIAG: tl.constexpr, DECOUPLED: tl.constexpr,
            LABELS: tl.constexpr):  # fmt: skip
     """Which logits the sum has, which are positives."""
@@ -54,11 +45,11 @@ def _similarity(b_u, p_u, p_v, m_row, D: tl.constexpr, BM: tl.constexpr, BN: tl.
     o_u, o_v, o_k = tl.arange(0, BM)[:, None] * D, tl.arange(0, BN)[:, None] * D, tl.arange(0, BK)[None, :]
     b_s = tl.zeros([BM, BN], tl.float32)
     if BK == D:
-        b_s = dot(b_u, tl.trans(tl.load(p_v + o_v + o_k)), b_s, PRECISION)
+        b_s = tl.dot(b_u, tl.trans(tl.load(p_v + o_v + o_k)), b_s, input_precision=PRECISION)
     else:
         for k in range(0, D, BK):
             b_uk = tl.load(p_u + o_u + (k + o_k), mask=m_row[:, None], other=0.0)
-            b_s = dot(b_uk, tl.trans(tl.load(p_v + o_v + (k + o_k))), b_s, PRECISION)
+            b_s = tl.dot(b_uk, tl.trans(tl.load(p_v + o_v + (k + o_k))), b_s, input_precision=PRECISION)
     return b_s
 
 
@@ -209,22 +200,22 @@ def row_gradients_kernel(
         t += tl.where(t >= d0, d1 - d0, 0)
         o_col = t * BN + tl.arange(0, BN)
         b_v = tl.load(p_v + t.to(tl.int64) * BN * D + o_v)
-        b_s = dot(b_u, tl.trans(b_v), tl.zeros([BM, BN], tl.float32), PRECISION)
+        b_s = tl.dot(b_u, tl.trans(b_v), tl.zeros([BM, BN], tl.float32), input_precision=PRECISION)
         b_g = _gradient_tile(
             b_s, b_wr, o_row, o_col, p_w_col, p_a, p_label, m, n, half, offset, c,
             False, DIAG, DECOUPLED, LABELS, ONLINE, GEXP, True,
         )  # fmt: skip
-        b_acc = dot(b_g.to(b_v.dtype), b_v, b_acc, PRECISION)
+        b_acc = tl.dot(b_g.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
     for j in range(0, n_masked):
         t = tl.where(d0 + j < d1, d0 + j, n_whole)
         o_col = t * BN + tl.arange(0, BN)
         b_v = tl.load(p_v + t.to(tl.int64) * BN * D + o_v)
-        b_s = dot(b_u, tl.trans(b_v), tl.zeros([BM, BN], tl.float32), PRECISION)
+        b_s = tl.dot(b_u, tl.trans(b_v), tl.zeros([BM, BN], tl.float32), input_precision=PRECISION)
         b_g = _gradient_tile(
             b_s, b_wr, o_row, o_col, p_w_col, p_a, p_label, m, n, half, offset, c,
             True, DIAG, DECOUPLED, LABELS, ONLINE, GEXP, True,
         )  # fmt: skip
-        b_acc = dot(b_g.to(b_v.dtype), b_v, b_acc, PRECISION)
+        b_acc = tl.dot(b_g.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
 
     p_acc += (i_split.to(tl.int64) * m + i_row * BM) * D
     tl.store(p_acc + tl.arange(0, BM)[:, None] * D + o_d[None, :], b_acc, mask=m_row[:, None])

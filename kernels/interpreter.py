@@ -1,0 +1,42 @@
+"""Two repairs of Triton 3.6's interpreter, so that bfloat16 means there what it means on a GPU: it multiplies bfloat16
+matrices as integers, and casts to bfloat16 by cutting bits off instead of rounding to nearest.
+"""
+
+import functools
+
+import numpy as np
+
+
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """float32 to bfloat16 bits (uint16), to nearest, ties to even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(x), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32)
+
+
+@functools.cache
+def repair() -> None:
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def cast_impl(self, src, dst_type):
+        kinds = (src.dtype.scalar, dst_type.scalar)
+        if kinds == (tl.float32, tl.bfloat16):
+            return TensorHandle(to_bfloat16(src.data), tl.bfloat16)
+        if kinds == (tl.bfloat16, tl.float32):
+            return TensorHandle(from_bfloat16(src.data), tl.float32)
+        return cast(self, src, dst_type)
+
+    def create_dot(self, a, b, d, *rest):
+        a, b = (
+            TensorHandle(from_bfloat16(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)
+        )
+        return dot(self, a, b, d, *rest)
+
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot

@@ -1,0 +1,28 @@
+"""The definition in plain PyTorch, in the logarithms of the scaling vectors: exact for logits of any range."""
+
+import torch
+import torch.distributed as dist
+
+from ..collectives import all_reduce
+from ..common import at_least_float32
+
+
+def sinkhorn_center(logits, epsilon, iterations, group):
+    x_BK = at_least_float32(logits.detach()) / epsilon
+    row_B = torch.zeros(x_BK.shape[0], dtype=x_BK.dtype, device=x_BK.device)
+    for _ in range(iterations):
+        column_K = _logsumexp(x_BK + row_B[:, None], group)
+        row_B = -(x_BK - column_K).logsumexp(1)
+    return column_K * epsilon
+
+
+def assign(logits, center, epsilon):
+    return ((at_least_float32(logits.detach()) - center) / epsilon).softmax(1)
+
+
+def _logsumexp(x, group):
+    """Over the rows of all ranks."""
+    if group is None:
+        return x.logsumexp(0)
+    top = all_reduce(x.amax(0), group, dist.ReduceOp.MAX)
+    return top + all_reduce((x - top).exp().sum(0), group).log()

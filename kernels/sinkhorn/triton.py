@@ -1,0 +1,159 @@
+"""Sinkhorn by scaling vectors: each half iteration reads the logits once, as they are, and nothing else is B x K.
+
+Sums are kept as a running maximum and a sum relative to it, so logits of any range are exact.  Not measured yet.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..collectives import all_reduce, group_name, named_group
+from ..common import cdiv, pow2
+from ..ntxent.launch import n_splits
+
+BLOCK = 2048  # columns that a program of a row pass reads at a time
+SIZES = ("b", "k", "rows_split", "splits")
+
+
+@triton.jit(do_not_specialize=SIZES)
+def column_kernel(
+    p_x, sx_r, sx_k, p_row, p_part, b, k, rows_split, c, BR: tl.constexpr, BK: tl.constexpr, FIRST: tl.constexpr
+):
+    """part (2, splits, K): over a part of the rows, the maximum of c x + row and the sum of 2^ relative to it."""
+    o_k = tl.program_id(0) * BK + tl.arange(0, BK)
+    i_split = tl.program_id(1)
+    m_k = o_k < k
+    b_max = tl.full([BK], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BK], tl.float32)
+    stop = tl.minimum((i_split + 1) * rows_split, b)
+    for first in range(i_split * rows_split, stop, BR):
+        o_r = first + tl.arange(0, BR)
+        m_r = o_r < stop
+        p = p_x + o_r.to(tl.int64)[:, None] * sx_r + o_k.to(tl.int64)[None, :] * sx_k
+        b_x = tl.load(p, mask=m_r[:, None] & m_k[None, :], other=0.0).to(tl.float32) * c
+        if not FIRST:
+            b_x += tl.load(p_row + o_r, mask=m_r, other=0.0)[:, None]
+        b_x = tl.where(m_r[:, None], b_x, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_x, 0))
+        b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_x - b_new[None, :]), 0)
+        b_max = b_new
+    tl.store(p_part + i_split * k + o_k, b_max, mask=m_k)
+    tl.store(p_part + (tl.num_programs(1) + i_split) * k + o_k, b_sum, mask=m_k)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def column_end_kernel(p_part, p_max, p_column, k, splits, BK: tl.constexpr, LOG: tl.constexpr):
+    """Joins the splits.  LOG: column = maximum + log2 of the sum; else the maximum and the sum, for other ranks."""
+    o_k = tl.program_id(0) * BK + tl.arange(0, BK)
+    m_k = o_k < k
+    b_max = tl.full([BK], float("-inf"), tl.float32)
+    for s in range(0, splits):
+        b_max = tl.maximum(b_max, tl.load(p_part + s * k + o_k, mask=m_k, other=0.0))
+    b_sum = tl.zeros([BK], tl.float32)
+    for s in range(0, splits):
+        b_part_max = tl.load(p_part + s * k + o_k, mask=m_k, other=0.0)
+        b_sum += tl.exp2(b_part_max - b_max) * tl.load(p_part + (splits + s) * k + o_k, mask=m_k, other=1.0)
+    if LOG:
+        tl.store(p_column + o_k, b_max + tl.log2(b_sum), mask=m_k)
+    else:
+        tl.store(p_max + o_k, b_max, mask=m_k)
+        tl.store(p_column + o_k, b_sum, mask=m_k)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def row_kernel(
+    p_x, sx_r, sx_k, p_column, p_row, p_out, k, c, column_scale, BK: tl.constexpr, WRITE: tl.constexpr
+):
+    """row = -log2 sum_k 2^(c x - column); WRITE: instead the softmax of the row, out (B, K)."""
+    i = tl.program_id(0)
+    p_x += i.to(tl.int64) * sx_r
+    b_max = tl.full([BK], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BK], tl.float32)
+    for first in range(0, k, BK):
+        o_k = first + tl.arange(0, BK)
+        m_k = o_k < k
+        b_x = tl.load(p_x + o_k.to(tl.int64) * sx_k, mask=m_k, other=0.0).to(tl.float32) * c
+        b_x = tl.where(m_k, b_x - tl.load(p_column + o_k, mask=m_k, other=0.0) * column_scale, float("-inf"))
+        b_new = tl.maximum(b_max, b_x)
+        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_sum = b_sum * tl.exp2(b_max - b_safe) + tl.exp2(b_x - b_safe)
+        b_max = b_new
+    top = tl.max(b_max, 0)
+    total = top + tl.log2(tl.sum(b_sum * tl.exp2(b_max - top), 0))
+    if WRITE:
+        p_out += i.to(tl.int64) * k
+        for first in range(0, k, BK):
+            o_k = first + tl.arange(0, BK)
+            m_k = o_k < k
+            b_x = tl.load(p_x + o_k.to(tl.int64) * sx_k, mask=m_k, other=0.0).to(tl.float32) * c
+            b_x -= tl.load(p_column + o_k, mask=m_k, other=0.0) * column_scale
+            tl.store(p_out + o_k, tl.exp2(b_x - total), mask=m_k)
+    else:
+        tl.store(p_row + i, -total)
+
+
+def center(logits, epsilon, iterations, group):
+    b, k = logits.shape
+    c = 1 / (math.log(2) * epsilon)
+    f32 = {"dtype": torch.float32, "device": logits.device}
+    row, column, top = torch.empty(b, **f32), torch.empty(k, **f32), torch.empty(k, **f32)
+    block_r, block_k = 16, 128
+    programs = cdiv(k, block_k)
+    splits, each = n_splits(programs, max(cdiv(b, block_r), 1), logits.device)
+    part = torch.empty((2, splits, k), **f32)
+    for i in range(iterations):
+        column_kernel[(programs, splits)](
+            logits, *logits.stride(), row, part, b, k, each * block_r, c, BR=block_r, BK=block_k, FIRST=i == 0
+        )
+        column_end_kernel[(cdiv(k, 1024),)](part, top, column, k, splits, BK=1024, LOG=group is None)
+        if group is not None:
+            own = top.clone()
+            all_reduce(top, group, dist.ReduceOp.MAX)
+            column = top + all_reduce(column * torch.exp2(own - top), group).log2()
+        if i < iterations - 1:  # the last scaling of the rows is the softmax of whoever uses the center
+            row_kernel[(b,)](
+                logits, *logits.stride(), column, row, row, k, c, 1.0, BK=min(BLOCK, pow2(k)), WRITE=False
+            )
+    return column / c
+
+
+def assignments(logits, center, epsilon):
+    b, k = logits.shape
+    c = 1 / (math.log(2) * epsilon)
+    out = torch.empty((b, k), dtype=torch.float32, device=logits.device)
+    row_kernel[(b,)](
+        logits, *logits.stride(), center, out, out, k, c, c, BK=min(BLOCK, pow2(k)), WRITE=True
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("fastssl::sinkhorn_center", mutates_args=())
+def center_op(logits: Tensor, epsilon: float, iterations: int, group: str) -> Tensor:
+    return center(logits, epsilon, iterations, named_group(group))
+
+
+@center_op.register_fake
+def _(logits, epsilon, iterations, group):
+    return logits.new_empty(logits.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("fastssl::sinkhorn_assign", mutates_args=())
+def assign_op(logits: Tensor, center: Tensor, epsilon: float) -> Tensor:
+    return assignments(logits, center, epsilon)
+
+
+@assign_op.register_fake
+def _(logits, center, epsilon):
+    return torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+
+
+def sinkhorn_center(logits, epsilon, iterations, group):
+    return center_op(logits.detach(), float(epsilon), iterations, group_name(group))
+
+
+def assign(logits, center, epsilon):
+    return assign_op(logits.detach(), center, float(epsilon))
