@@ -6,12 +6,14 @@ whatever the prefix; what matched is reported, and a parameter that would stay a
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
 import os
 import pickle
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fastssl import checkpoint
+from fastssl import backbones, checkpoint
 from fastssl.config import Backbone
 
 # Beside the backbone, under its own prefix, a file may hold these; they are named in the report and not loaded.
@@ -94,13 +96,23 @@ def read(path: str | Path) -> tuple[str, dict[str, Tensor]]:
     return str(path), _flat(_read_pickle(path))
 
 
+def run_config(path: str | Path) -> dict | None:
+    """The config of the run that a run folder or one of its checkpoints belongs to; None for anything else."""
+    for folder in (Path(path), *Path(path).parents[:2]) if Path(path).is_dir() else ():
+        if (folder / "config.json").is_file():
+            return json.loads((folder / "config.json").read_text())
+    return None
+
+
 def spec_of(path: str | Path) -> Backbone | None:
-    """The architecture that one of our safetensors exports carries in its metadata; None for any other file."""
-    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
-        return None
-    with safetensors.safe_open(path, "pt") as f:
-        meta = f.metadata() or {}
-    return Backbone(**json.loads(meta[META])) if META in meta else None
+    """The architecture, where a run's config or the metadata of our safetensors exports says it; None elsewhere."""
+    config, path = run_config(path), Path(path)
+    spec = Backbone(**config["backbone"]) if config else None
+    if path.suffix == ".safetensors" and path.is_file():
+        with safetensors.safe_open(path, "pt") as f:
+            meta = f.metadata() or {}
+        spec = Backbone(**json.loads(meta[META])) if META in meta else None
+    return spec and dataclasses.replace(spec, pretrained=None)
 
 
 def _read(path: str | Path, spec: Backbone) -> tuple[str, dict[str, Tensor]]:
@@ -233,3 +245,26 @@ def _complete(path: Path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`fastssl export RUN --to torchvision|safetensors`"""
+    parser = argparse.ArgumentParser("fastssl export", description="Write the backbone of a run for other tools.")
+    parser.add_argument("run", help="run folder, checkpoint folder or one of our .safetensors exports")
+    parser.add_argument("--to", choices=("torchvision", "safetensors"), default="torchvision")
+    parser.add_argument("--out", help="default: backbone.pth or backbone.safetensors in the run folder")
+    parser.add_argument("--prefix", help="export another copy, e.g. target.0. for MoCo's momentum encoder")
+    args = parser.parse_args(argv)
+    try:
+        spec = spec_of(args.run)
+        if spec is None:
+            raise ValueError(f"{args.run} is no run folder and no export of ours: what its backbone is stands nowhere")
+        folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+        out = args.out or folder / f"backbone.{'pth' if args.to == 'torchvision' else 'safetensors'}"
+        backbone = backbones.build(spec)
+        print(load_backbone(args.run, backbone, prefix=args.prefix))
+        print(f"wrote {out}; load it with\n\n{export(backbone, out, args.to)}")
+    except (ValueError, OSError) as error:
+        print(f"fastssl export: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,182 @@
+"""Features in file order, the same on one and two ranks, and the network left as it was."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import ranks
+
+from fastssl import backbones, dist, views
+from fastssl.config import Backbone
+from fastssl.eval import features, knn, linear
+from fastssl.kernels.views import View, make_views
+from fastssl.loader import Loader
+
+(VIEW,) = views.center(16, 18)
+
+
+def net(**options):
+    torch.manual_seed(0)
+    return backbones.build(Backbone("resnet10", **{"stem": "cifar", "width": 8, **options}))
+
+
+def load(path, batch=32, **options):
+    return Loader(path, batch, **{"device": "cpu", "workers": 1, "shuffle": False, "drop_last": False, **options})
+
+
+def one_by_one(backbone, path, view=VIEW):
+    """By definition: each sample on its own, in evaluation mode, at the row that its index says."""
+    backbone.eval()
+    rows = {}
+    with torch.no_grad():
+        for batch in load(path, 1).epoch(0):
+            (x,) = make_views(batch.pixels, batch.sizes, batch.index, (view,), seed=0, epoch=0)
+            rows[int(batch.index)] = backbone(x)[0], batch.label[0]
+    return [torch.stack([rows[i][part] for i in range(len(rows))]) for part in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def want(beton):
+    return one_by_one(net(), beton)
+
+
+@pytest.mark.parametrize("batch", [1, 10, 102, 103, 500])
+def test_every_sample_in_file_order(beton, want, batch):
+    x, y = features.extract(net().train(), load(beton, batch), VIEW)
+    assert x.dtype == torch.float32 and y.dtype == torch.int64
+    torch.testing.assert_close(x, want[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(y, want[1]) and torch.equal(y, torch.arange(103) % 10)
+
+
+def test_order_comes_from_the_index(beton, want):
+    source = load(beton, 32)
+    batches = list(source.epoch(0))
+    source.epoch = lambda epoch: reversed(batches)
+    x, y = features.extract(net(), source, VIEW)
+    torch.testing.assert_close(x, want[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(y, want[1])
+    source.epoch = lambda epoch: iter(batches[:-1])
+    with pytest.raises(ValueError, match="gave 96 samples that are not 0 to 102"):
+        features.extract(net(), source, VIEW)
+
+
+@pytest.mark.parametrize("options", [{"shuffle": True}, {"drop_last": True}])
+def test_a_training_loader_is_refused(beton, options):
+    with pytest.raises(ValueError, match="shuffle=False, drop_last=False"):
+        features.extract(net(), load(beton, **options), VIEW)
+
+
+def test_modes_and_statistics_stay(beton):
+    backbone = net().train()
+    backbone.layer2.eval()  # a user's frozen part
+    modes = [m.training for m in backbone.modules()]
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    features.extract(backbone, load(beton), VIEW)
+    assert [m.training for m in backbone.modules()] == modes and True in modes and False in modes
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+
+    class Broken(nn.Module):
+        dim = 3
+
+        def forward(self, x):
+            raise RuntimeError("out of luck")
+
+    broken = Broken().train()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        features.extract(broken, load(beton), VIEW)
+    assert broken.training
+
+
+def test_precision(beton, want):
+    x, _ = features.extract(backbones.channels_last_(net()), load(beton), VIEW, precision="bf16")
+    error = (x - want[0]).abs().max() / want[0].abs().max()
+    assert x.dtype == torch.float32 and 1e-5 < error < 3e-2, "bf16 acts, and only so far"
+
+
+def test_pixels(beton):
+    x, _ = features.extract(features.Pixels(16), load(beton), VIEW)
+    assert x.shape == (103, features.Pixels(16).dim)
+    (batch,) = load(beton, 103).epoch(0)
+    (view,) = make_views(batch.pixels, batch.sizes, batch.index, (VIEW,), seed=0, epoch=0)
+    assert torch.equal(x, view.flatten(1))
+
+
+@pytest.mark.parametrize("size, sides, resize", [
+    (224, (375, 500, 500), 256), (224, (), 256), (32, (32, 32, 32), None), (16, (8, 8, 8), 16), (64, (96, 96, 96), 64),
+    (32, (20, 32, 32), 37),
+])  # fmt: skip
+def test_default_view(size, sides, resize):
+    training = replace(views.simclr(size)[0], mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
+    view = features.default_view(training, dict(zip(("min_side", "max_height", "max_width"), sides)))
+    assert view == View(size, crop="center", resize=resize, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
+
+
+def test_hits():
+    scores = torch.tensor([[3.0, 1.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
+    for n, first, last in ((1, [0], [0]), (2, [0, 2], [0, 1]), (4, [0, 1, 2, 3], [0, 1, 2, 3])):
+        for label in range(4):
+            got = features.hits(scores, torch.tensor([label, label]), n).tolist()
+            assert got == [label in first, label in last], "of equal scores the lower class counts"
+    g = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(50, 9, generator=g), torch.randint(9, (50,), generator=g)
+    for n in (1, 3):
+        assert torch.equal(features.hits(scores, labels, n), (scores.topk(n).indices == labels[:, None]).any(1))
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def worker(out, beton, tiny):
+    dist.init("cpu")
+    torch.set_num_threads(1)
+    name = out if dist.is_main() else f"{out}.1"
+    torch.save(compute(beton, tiny), name)
+    dist.barrier()
+    dist.shutdown()
+
+
+def compute(beton, tiny):
+    result = {}
+    for batch in (10, 102):  # 102: the last batch has one sample, the second rank none of it
+        result[f"features {batch}"] = features.extract(net(), load(beton, batch), VIEW)
+    result["tiny"] = features.extract(net(), load(tiny, 2), VIEW)  # one sample: the second rank has no batch at all
+    x, y = result["features 10"]
+    result["knn"] = knn.knn(x[:80], y[:80], x[80:], y[80:], k=(1, 5, 20))
+    result["alone"] = knn.knn(x, y, k=(1, 5, 20))
+    for solver, options in (("sgd", {"batch": 33}), ("lbfgs", {"grid": (1e-3, 1e-2)})):
+        result[solver] = linear.probe(x[:80], y[:80], x[80:], y[80:], solver=solver, epochs=30, **options)
+        fit = {"sgd": linear._sgd, "lbfgs": linear._lbfgs}[solver]
+        result[f"{solver} weights"] = fit(linear._scaled(x, *linear._standard(x)), y, (0.01, 1.0), 10, 20, 33, 0)
+    return result
+
+
+def close(name, a, b):
+    if isinstance(a, dict):
+        assert a == b, name
+    else:  # L-BFGS stops where fp32 products no longer descend: its path, not its minimum, depends on their rounding
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-3 if name == "lbfgs weights" else 1e-5)
+
+
+def test_two_ranks_are_one(beton, tmp_path_factory):
+    from conftest import photo, write_beton
+
+    folder = tmp_path_factory.mktemp("ranks")
+    tiny = write_beton(folder / "tiny.beton", [photo(np.random.default_rng(1), 20, 30)])
+    two = ranks.launch(__file__, 2, folder / "two", str(beton), str(tiny))
+    other = torch.load(folder / "two.1", weights_only=False)
+    one = compute(beton, tiny)
+    assert set(one) == set(two) == set(other) and len(one) == 9
+    for name in one:
+        close(name, two[name], one[name])
+        close(name, two[name], other[name])
+    assert one["tiny"][0].shape == (1, 64) and one["features 10"][0].shape == (103, 64)
+
+
+if __name__ == "__main__":
+    ranks.main(worker)
