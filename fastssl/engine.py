@@ -153,12 +153,11 @@ def cached_step(t: Trainer, batches: list[Batch], batch: Batch, meter: Meter):
             outs.append(t.ds(views, micro))
     with meter.phase("forward"):
         leaves = {name: torch.cat([o[name] for o in outs]) for name in outs[0]}
-        for leaf in leaves.values():
-            leaf.requires_grad_(leaf.is_floating_point())
+        floats = {name: leaf.requires_grad_() for name, leaf in leaves.items() if leaf.is_floating_point()}
         losses = t.method.loss(leaves, batch)
     with meter.phase("backward"):
-        grads = torch.autograd.grad(losses["loss"], list(leaves.values()), allow_unused=True)
-        grads = {name: g.chunk(len(batches)) for name, g in zip(leaves, grads) if g is not None}
+        grads = torch.autograd.grad(losses["loss"], list(floats.values()), allow_unused=True)
+        grads = {name: g.chunk(len(batches)) for name, g in zip(floats, grads) if g is not None}
     for i, micro in enumerate(batches):
         last = i == len(batches) - 1
         t.ds.set_gradient_accumulation_boundary(last)
