@@ -28,9 +28,7 @@ class Config:
     shuffle: bool = True  # shuffled batch norm
 
     def build(self, backbone: nn.Module, *, batch: int, kernels: str = "auto", **_) -> MoCo:
-        if batch > self.queue:
-            raise ValueError(f"method.queue={self.queue} is smaller than optim.batch={batch}: "
-                             f"a step would overwrite its own keys; raise method.queue to at least {batch}")
+        parts.need_queue(self.queue, batch)
         return MoCo(self, backbone, kernels)
 
 
@@ -43,8 +41,7 @@ class MoCo(nn.Module):
         self.backbone = backbone
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=False)
         self.target = parts.frozen_copy(self.backbone, self.projector)
-        queue = nn.functional.normalize(torch.randn(config.queue, config.dims[-1]), dim=1)
-        self.register_buffer("queue", queue)
+        self.register_buffer("queue", parts.random_directions(config.queue, config.dims[-1]))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
     def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:

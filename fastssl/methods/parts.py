@@ -1,21 +1,30 @@
-"""The pieces that several methods share: projection heads, the momentum encoder, balanced shuffling over ranks."""
+"""The pieces that several methods share: projection heads, prototypes, the momentum encoder, multi-crop, statistics of
+the global batch, shuffling over ranks.
+
+Shapes: n samples of this rank, V views, D features, K prototypes.
+"""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as td
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import dist
 
+RELU = partial(nn.ReLU, inplace=True)
+
 
 def mlp(*dims: int, norm: bool = True, last_norm: bool = False, bias: bool = True, last_bias: bool = True,
-        last_affine: bool = True) -> nn.Sequential:
-    """Linear layers of the widths `dims` with ReLU between them; `norm` puts batch norm before each ReLU,
+        last_affine: bool = True, act: Callable[[], nn.Module] = RELU) -> nn.Sequential:
+    """Linear layers of the widths `dims` with `act` between them; `norm` puts batch norm before each activation,
     `last_norm` one after the last layer (`last_affine`: with scale and shift)."""
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(itertools.pairwise(dims)):
@@ -24,7 +33,7 @@ def mlp(*dims: int, norm: bool = True, last_norm: bool = False, bias: bool = Tru
         if last_norm if last else norm:
             layers.append(nn.BatchNorm1d(b, affine=last_affine if last else True))
         if not last:
-            layers.append(nn.ReLU(inplace=True))
+            layers.append(act())
     return nn.Sequential(*layers)
 
 
@@ -49,6 +58,91 @@ def ema_(target: nn.Module, online: list[nn.Module], momentum: float) -> None:
 def cosine(start: float, end: float, progress: float) -> float:
     """Half a cosine from `start` (progress 0) to `end` (progress 1): BYOL's momentum schedule."""
     return end - (end - start) * (math.cos(math.pi * progress) + 1) / 2
+
+
+def similarity(p: Tensor, z: Tensor) -> Tensor:
+    """Mean cosine of the rows of p with those of z."""
+    return F.cosine_similarity(p, z, dim=-1).mean()
+
+
+def multi_crop(module: nn.Module, views: list[Tensor], large: int) -> Tensor:
+    """(n, V, D) of views of mixed sizes, of which the first `large` are the large ones; views of one size that follow
+    each other run as one batch (and share batch statistics, as in SwAV)."""
+    if len(views) < max(large, 2) or len({x.shape for x in views[:large]}) > 1:
+        raise ValueError(f"data.views gives views of {[x.shape[-1] for x in views]} pixels: "
+                         f"needed are at least {max(large, 2)}, the first {large} of one size")
+    out = []
+    for _, group in itertools.groupby(views, key=lambda x: x.shape[-1]):
+        group = list(group)
+        out.append(module(torch.cat(group)).unflatten(0, (len(group), -1)))
+    return torch.cat(out).transpose(0, 1)
+
+
+def standardize(z: Tensor, eps: float = 1e-5) -> Tensor:
+    """Batch norm without scale and shift over the samples of all ranks (equally many on each), with exact gradients."""
+    z = z - dist.mean(z.mean(0))
+    return z * (dist.mean(z.square().mean(0)) + eps).rsqrt()
+
+
+def off_diagonal(c: Tensor) -> Tensor:
+    """The entries of a square matrix beside its diagonal, as a vector."""
+    n = len(c)
+    return c.flatten()[:-1].view(n - 1, n + 1)[:, 1:].flatten()
+
+
+class Prototypes(nn.Module):
+    """Dot products with K directions of unit length: (..., D) -> (..., K).
+
+    The length is taken out in forward (weight norm with g = 1, as in DINO and solo-learn's SwAV).  Overwriting the
+    weights with normalised ones after each step, as the original SwAV does, would be lost under ZeRO, whose optimizer
+    keeps weights of its own.
+    """
+
+    def __init__(self, dim: int, count: int):
+        super().__init__()
+        self.weight = nn.Parameter(random_directions(count, dim))
+
+    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """`frozen`: the weights get a gradient of zero, not none: ZeRO reduces every parameter on every step."""
+        weight = self.directions()
+        return F.linear(x, weight.detach() + 0.0 * weight if frozen else weight)
+
+    def directions(self) -> Tensor:
+        return F.normalize(self.weight, dim=1)
+
+
+def fixed_positions(backbone: nn.Module) -> nn.Module:
+    """Give a vision transformer fixed 2-d sine-cosine position embeddings; returns timm's model."""
+    body = getattr(backbone, "body", None)
+    if not all(hasattr(body, name) for name in ("patch_embed", "pos_embed", "blocks")):
+        raise ValueError(f"backbone.name={backbone.spec.name!r} is not a vision transformer; "
+                         "use one of timm's, such as 'vit_small_patch16_224'")
+    from timm.layers import build_sincos2d_pos_embed
+
+    prefix = body.pos_embed.shape[1] - body.patch_embed.num_patches
+    positions = build_sincos2d_pos_embed(body.patch_embed.grid_size, body.embed_dim)
+    body.pos_embed.data.copy_(F.pad(positions, (0, 0, prefix, 0))[None])
+    body.pos_embed.requires_grad_(False)
+    return body
+
+
+def need_labels(method: str, classes: list | None) -> int:
+    """The number of classes, or an error before any step."""
+    if not classes:
+        raise ValueError(f"{method} learns from labels and data.train has no classes: convert a labelled source, "
+                         "or choose a method that needs none")
+    return len(classes)
+
+
+def need_queue(queue: int, batch: int) -> None:
+    if batch > queue:
+        raise ValueError(f"method.queue={queue} is smaller than optim.batch={batch}: "
+                         f"a step would overwrite its own rows; raise method.queue to at least {batch}")
+
+
+def random_directions(*shape: int) -> Tensor:
+    """What a queue holds before it is filled."""
+    return F.normalize(torch.randn(*shape), dim=-1)
 
 
 class Shuffle:

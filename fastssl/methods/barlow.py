@@ -1,0 +1,52 @@
+"""Barlow Twins: the cross-correlation of two views' projections becomes the identity.  https://arxiv.org/abs/2103.03230
+
+Means, variances and correlations are those of the global batch with exact gradients on any number of ranks: the
+original's are smaller by the number of ranks, which only LARS forgives, and only for weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import dist
+from fastssl.methods import parts
+
+
+@dataclass(frozen=True)
+class Config:
+    dims: tuple[int, ...] = (8192, 8192, 8192)
+    redundancy: float = 0.0051  # weight of the off-diagonal entries, lambda
+    scale: float = 1.0  # of the loss (solo-learn: 0.1)
+    norm: bool = True  # batch norm in the projector
+
+    def build(self, backbone: nn.Module, **_) -> BarlowTwins:
+        return BarlowTwins(self, backbone)
+
+
+class BarlowTwins(nn.Module):
+    views = 2
+
+    def __init__(self, config: Config, backbone: nn.Module):
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, bias=not config.norm, last_bias=False)
+
+    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+        h = [self.backbone(x) for x in views]
+        z = [self.projector(h_i) for h_i in h]
+        return {"z": torch.stack(z, 1), "features": h[0].detach()}
+
+    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+        z_0, z_1 = (parts.standardize(z) for z in out["z"].unbind(1))
+        c_DD = dist.mean(z_0.T @ z_1 / len(z_0))
+        on_diagonal = (c_DD.diagonal() - 1).square().sum()
+        off_diagonal = parts.off_diagonal(c_DD).square().sum()
+        loss = self.config.scale * (on_diagonal + self.config.redundancy * off_diagonal)
+        return {"loss": loss, "on_diagonal": on_diagonal, "off_diagonal": off_diagonal}
+
+    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+        pass

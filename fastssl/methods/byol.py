@@ -1,0 +1,53 @@
+"""BYOL: predict the momentum encoder's projection of the other view.  https://arxiv.org/abs/2006.07733
+
+Both directions are summed, 2 - 2 cos each.  The momentum encoder takes batch statistics of its own, and moves once per
+optimizer step (OpenSelfSup: a hook that could be forgotten, which trained against a frozen target).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.methods import parts
+
+
+@dataclass(frozen=True)
+class Config:
+    dims: tuple[int, ...] = (4096, 256)  # hidden and output widths of the projector
+    predictor: int = 4096  # hidden width
+    momentum: float = 0.996
+    momentum_end: float = 1.0  # reached by half a cosine over the run
+    norm: bool = True  # batch norm in the heads
+
+    def build(self, backbone: nn.Module, **_) -> BYOL:
+        return BYOL(self, backbone)
+
+
+class BYOL(nn.Module):
+    views = 2
+
+    def __init__(self, config: Config, backbone: nn.Module):
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm)
+        self.predictor = parts.mlp(config.dims[-1], config.predictor, config.dims[-1], norm=config.norm)
+        self.target = parts.frozen_copy(self.backbone, self.projector)
+
+    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+        h = [self.backbone(x) for x in views]
+        p = [self.predictor(self.projector(h_i)) for h_i in h]
+        with torch.no_grad():
+            z = [self.target(x) for x in views]
+        return {"p": torch.stack(p, 1), "z": torch.stack(z, 1), "features": h[0].detach()}
+
+    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+        (p_0, p_1), (z_0, z_1) = out["p"].unbind(1), out["z"].detach().unbind(1)
+        return {"loss": 4 - 2 * (parts.similarity(p_0, z_1) + parts.similarity(p_1, z_0))}
+
+    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+        momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
+        parts.ema_(self.target, [self.backbone, self.projector], momentum)

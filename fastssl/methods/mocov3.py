@@ -1,0 +1,66 @@
+"""MoCo v3: MoCo without a queue, keys are those of the batch, with a predictor.  https://arxiv.org/abs/2104.02057
+
+Keys are those of the global batch.  They come from the momentum encoder after the last optimizer step, which is where
+the original moves it, at the start of the next forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import dist
+from fastssl.kernels import infonce
+from fastssl.methods import parts
+
+
+@dataclass(frozen=True)
+class Config:
+    temperature: float = 1.0  # ViT: 0.2
+    dims: tuple[int, ...] = (4096, 256)  # of the projector; ViT: (4096, 4096, 256)
+    predictor: int = 4096  # hidden width
+    predictor_norm: bool = False  # batch norm after the predictor's last layer; ViT: True
+    momentum: float = 0.99
+    momentum_end: float = 1.0  # reached by half a cosine over the run
+    norm: bool = True  # batch norm in the heads
+    freeze_patch_embed: bool = False  # ViT: True, a random patch projection trains more stably; fixed sine positions
+
+    def build(self, backbone: nn.Module, *, kernels: str = "auto", **_) -> MoCoV3:
+        if self.freeze_patch_embed:
+            parts.fixed_positions(backbone)
+            backbone.body.patch_embed.requires_grad_(False)
+        return MoCoV3(self, backbone, kernels)
+
+
+class MoCoV3(nn.Module):
+    views = 2
+
+    def __init__(self, config: Config, backbone: nn.Module, kernels: str):
+        super().__init__()
+        self.config, self.kernels = config, kernels
+        self.backbone = backbone
+        bias = not config.norm
+        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_norm=config.norm,
+                                   last_affine=False, bias=bias, last_bias=bias)
+        self.predictor = parts.mlp(config.dims[-1], config.predictor, config.dims[-1], norm=config.norm,
+                                   last_norm=config.norm and config.predictor_norm, last_affine=False, bias=bias, last_bias=bias)
+        self.target = parts.frozen_copy(self.backbone, self.projector)
+
+    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+        h = [self.backbone(x) for x in views]
+        q = [self.predictor(self.projector(h_i)) for h_i in h]
+        with torch.no_grad():
+            k = [self.target(x) for x in views]
+        return {"q": torch.stack(q, 1), "k": torch.stack(k, 1), "features": h[0].detach()}
+
+    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+        (q_0, q_1), (k_0, k_1) = out["q"].unbind(1), out["k"].detach().unbind(1)
+        t = self.config.temperature
+        both = [infonce(q, k, None, t, group=dist.group(), impl=self.kernels) for q, k in ((q_0, k_1), (q_1, k_0))]
+        return {"loss": 2 * t * sum(both)}
+
+    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+        momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
+        parts.ema_(self.target, [self.backbone, self.projector], momentum)

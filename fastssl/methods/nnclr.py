@@ -1,0 +1,63 @@
+"""NNCLR: the positive of a view is the nearest neighbour of the other view in a queue.  https://arxiv.org/abs/2104.14548
+
+Neighbours against predictions among the global batch, and predictions against neighbours (the paper's symmetric form).
+The queue holds the first view's projections of the last steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl import dist
+from fastssl.kernels import infonce_symmetric, push_
+from fastssl.methods import parts
+
+
+@dataclass(frozen=True)
+class Config:
+    temperature: float = 0.1
+    dims: tuple[int, ...] = (2048, 2048, 256)
+    predictor: int = 4096  # hidden width
+    queue: int = 98304
+    norm: bool = True  # batch norm in the heads
+
+    def build(self, backbone: nn.Module, *, batch: int, kernels: str = "auto", **_) -> NNCLR:
+        parts.need_queue(self.queue, batch)
+        return NNCLR(self, backbone, kernels)
+
+
+class NNCLR(nn.Module):
+    views = 2
+
+    def __init__(self, config: Config, backbone: nn.Module, kernels: str):
+        super().__init__()
+        self.config, self.kernels = config, kernels
+        self.backbone = backbone
+        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_norm=config.norm)
+        self.predictor = parts.mlp(config.dims[-1], config.predictor, config.dims[-1], norm=config.norm)
+        self.register_buffer("queue", parts.random_directions(config.queue, config.dims[-1]))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+        h = [self.backbone(x) for x in views]
+        z = [self.projector(h_i) for h_i in h]
+        p = [self.predictor(z_i) for z_i in z]
+        return {"z": torch.stack(z, 1), "p": torch.stack(p, 1), "features": h[0].detach()}
+
+    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+        (p_0, p_1), (nn_0, nn_1) = out["p"].unbind(1), (self.nearest(z) for z in out["z"].unbind(1))
+        t = self.config.temperature
+        both = [infonce_symmetric(near, p, t, group=dist.group(), impl=self.kernels)
+                for near, p in ((nn_0, p_1), (nn_1, p_0))]
+        return {"loss": sum(both) / 2}
+
+    @torch.no_grad()
+    def nearest(self, z: Tensor) -> Tensor:
+        return self.queue[(F.normalize(z, dim=1) @ self.queue.T).argmax(1)]
+
+    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+        push_(self.queue, self.pointer, dist.gather(out["z"][:, 0].contiguous()))

@@ -1,0 +1,49 @@
+"""SimSiam: predict the other view's projection, through which no gradient flows.  https://arxiv.org/abs/2011.10566
+
+No negatives, no momentum encoder: the stop-gradient and the predictor alone prevent collapse.  The predictor's learning
+rate stays constant: `optim.paramwise={r"^predictor": dict(schedule="constant")}`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.methods import parts
+
+
+@dataclass(frozen=True)
+class Config:
+    dims: tuple[int, ...] = (2048, 2048, 2048)  # of the projector
+    predictor: int = 512  # hidden width
+    norm: bool = True  # batch norm in the heads
+
+    def build(self, backbone: nn.Module, **_) -> SimSiam:
+        return SimSiam(self, backbone)
+
+
+class SimSiam(nn.Module):
+    views = 2
+
+    def __init__(self, config: Config, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_norm=config.norm,
+                                   last_affine=False, bias=not config.norm, last_bias=not config.norm)
+        self.predictor = parts.mlp(config.dims[-1], config.predictor, config.dims[-1], norm=config.norm,
+                                   bias=not config.norm)
+
+    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+        h = [self.backbone(x) for x in views]
+        z = [self.projector(h_i) for h_i in h]
+        p = [self.predictor(z_i) for z_i in z]
+        return {"p": torch.stack(p, 1), "z": torch.stack(z, 1), "features": h[0].detach()}
+
+    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+        (p_0, p_1), (z_0, z_1) = out["p"].unbind(1), out["z"].detach().unbind(1)
+        return {"loss": -(parts.similarity(p_0, z_1) + parts.similarity(p_1, z_0)) / 2}
+
+    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+        pass
