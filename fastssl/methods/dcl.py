@@ -1,0 +1,49 @@
+"""DCL: SimCLR whose positive leaves the denominator, so that small batches learn as well as large ones.
+https://arxiv.org/abs/2110.06848
+
+Negatives are those of the global batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import dist
+from fastssl.kernels import ntxent
+from fastssl.methods import parts
+
+
+@dataclass(frozen=True)
+class Config:
+    temperature: float = 0.1
+    dims: tuple[int, ...] = (2048, 128)  # hidden and output widths of the projector
+    norm: bool = True  # batch norm in the projector
+
+    def build(self, backbone: nn.Module, *, kernels: str = "auto", **_) -> DCL:
+        return DCL(self, backbone, kernels)
+
+
+class DCL(nn.Module):
+    views = 2
+
+    def __init__(self, config: Config, backbone: nn.Module, kernels: str):
+        super().__init__()
+        self.config, self.kernels = config, kernels
+        self.backbone = backbone
+        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_norm=config.norm,
+                                   bias=not config.norm, last_bias=not config.norm)
+
+    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+        h = self.backbone(torch.cat(views))
+        z = self.projector(h)
+        return {"z": torch.stack(z.chunk(2), 1), "features": h.detach()[: len(h) // 2]}
+
+    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+        z = out["z"].transpose(0, 1).flatten(0, 1)  # (n, 2, D) -> rows of view 0, then rows of view 1
+        return {"loss": ntxent(z, self.config.temperature, decoupled=True, group=dist.group(), impl=self.kernels)}
+
+    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+        pass

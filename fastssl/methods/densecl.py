@@ -1,0 +1,80 @@
+"""DenseCL: MoCo v2, and the same loss between the places of two views that look alike.
+https://arxiv.org/abs/2011.09157
+
+Each place of a query's last feature map is paired with the key's place of the most similar backbone features; its
+negatives are a second queue, of keys pooled after the dense projection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl import dist
+from fastssl.kernels import infonce, push_
+from fastssl.methods import parts
+
+
+@dataclass(frozen=True)
+class Config:
+    temperature: float = 0.2
+    dims: tuple[int, ...] = (2048, 128)  # of both projectors
+    dense: float = 0.5  # weight of the dense loss, lambda
+    queue: int = 65536
+    momentum: float = 0.999
+    shuffle: bool = True  # shuffled batch norm
+
+    def build(self, backbone: nn.Module, *, batch: int, kernels: str = "auto", **_) -> DenseCL:
+        parts.need_queue(self.queue, batch)
+        return DenseCL(self, backbone, kernels)
+
+
+class DenseCL(nn.Module):
+    views = 2
+
+    def __init__(self, config: Config, backbone: nn.Module, kernels: str):
+        super().__init__()
+        self.config, self.kernels = config, kernels
+        self.backbone = backbone
+        self.projector = parts.mlp(backbone.dim, *config.dims, norm=False)
+        self.dense_projector = parts.mlp(backbone.dim, *config.dims, norm=False)
+        self.target = parts.frozen_copy(self.backbone, self.projector, self.dense_projector)
+        for name in ("queue", "dense_queue"):
+            self.register_buffer(name, parts.random_directions(config.queue, config.dims[-1]))
+        self.register_buffer("pointers", torch.zeros(2, dtype=torch.int64))
+
+    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+        x_q, x_k = views
+        h, q, q_dense, f_q = self.embed(x_q, self.backbone, self.projector, self.dense_projector)
+        with torch.no_grad():
+            if self.config.shuffle:
+                shuffle = parts.Shuffle(len(x_k), x_k.device)
+                _, *key = self.embed(shuffle.deal(x_k), *self.target)
+                k, k_dense, f_k = (shuffle.collect(t) for t in key)
+            else:
+                _, k, k_dense, f_k = self.embed(x_k, *self.target)
+            match = (F.normalize(f_q, dim=2) @ F.normalize(f_k, dim=2).mT).argmax(2)
+        return {"q": q, "k": k, "q_dense": q_dense, "k_dense": k_dense, "match": match, "features": h.detach()}
+
+    @staticmethod
+    def embed(x: Tensor, backbone: nn.Module, projector: nn.Module, dense_projector: nn.Module) -> tuple[Tensor, ...]:
+        """Pooled features (n, C), embedding (n, D), dense embeddings (n, S, D) and features (n, S, C) of S places."""
+        f = backbone.forward_stages(x)[-1].flatten(2).transpose(1, 2)
+        h = f.mean(1)
+        return h, projector(h), dense_projector(f), f
+
+    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+        t, d = self.config.temperature, self.config.dense
+        k_dense = out["k_dense"].detach()
+        paired = k_dense.gather(1, out["match"][:, :, None].expand_as(k_dense))
+        single = infonce(out["q"], out["k"].detach(), self.queue, t, impl=self.kernels)
+        dense = infonce(out["q_dense"].flatten(0, 1), paired.flatten(0, 1), self.dense_queue, t, impl=self.kernels)
+        return {"loss": (1 - d) * single + d * dense, "single": single, "dense": dense}
+
+    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+        parts.ema_(self.target, [self.backbone, self.projector, self.dense_projector], self.config.momentum)
+        push_(self.queue, self.pointers[0], dist.gather(out["k"]))
+        push_(self.dense_queue, self.pointers[1], dist.gather(out["k_dense"].mean(1)))

@@ -1,0 +1,107 @@
+"""MAE: rebuild the pixels of masked patches from the few that are left.  https://arxiv.org/abs/2111.06377
+
+The encoder sees the visible patches alone.  Masks are keyed by (seed, epoch, sample), so that any number of ranks and
+micro-batches masks the same patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.kernels import philox
+from fastssl.methods import parts
+
+STREAM = 0x4D4145  # of the counter-based generator; views use small numbers
+
+
+@dataclass(frozen=True)
+class Config:
+    mask: float = 0.75  # share of the patches that is hidden
+    decoder: int = 512  # width
+    depth: int = 8  # of the decoder
+    heads: int = 16  # of the decoder
+    norm_pixels: bool = True  # targets are normalised patch by patch
+
+    def build(self, backbone: nn.Module, **_) -> MAE:
+        if not 0 < self.mask < 1:
+            raise ValueError(f"method.mask={self.mask} must be between 0 and 1")
+        return MAE(self, backbone)
+
+
+class MAE(nn.Module):
+    views = 1
+
+    def __init__(self, config: Config, backbone: nn.Module):
+        super().__init__()
+        from timm.models.vision_transformer import Block
+
+        body = parts.fixed_positions(backbone)
+        self.config, self.backbone = config, backbone
+        self.patch = body.patch_embed.patch_size[0]
+        self.embed = nn.Linear(body.embed_dim, config.decoder)
+        self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(config.decoder), std=0.02))
+        self.decoder = nn.Sequential(*[Block(config.decoder, config.heads, qkv_bias=True) for _ in range(config.depth)])
+        self.head = nn.Sequential(nn.LayerNorm(config.decoder), nn.Linear(config.decoder, 3 * self.patch**2))
+        for layer in (m for part in (self.embed, self.decoder, self.head) for m in part.modules()):
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        nn.init.xavier_uniform_(body.patch_embed.proj.weight.data.flatten(1))
+        self.seed = int(torch.randint(2**31, ()))  # follows the run's seed
+
+    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+        target = patchify(views[0].float(), self.patch)
+        if self.config.norm_pixels:
+            target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
+        visible, masked = self.draw(batch.index, batch.epoch, target.shape[1])
+        latent = self.encode(views[0], visible)
+        pred = self.decode(latent, visible, masked, views[0].shape[-2:])
+        return {"pred": pred, "target": take(target, masked), "features": latent[:, 0].detach()}
+
+    def draw(self, index: Tensor, epoch: int, patches: int) -> tuple[Tensor, Tensor]:
+        """(n, kept) and (n, hidden): which patches of each sample are visible and which masked."""
+        place = torch.arange(patches, device=index.device)
+        order = philox.philox4x32(place, STREAM, index[:, None], epoch, self.seed)[0].argsort(dim=1, stable=True)
+        kept = int(patches * (1 - self.config.mask))
+        if not 0 < kept < patches:
+            raise ValueError(f"method.mask={self.config.mask} leaves {kept} of {patches} patches of {self.patch} "
+                             "pixels: use larger views, a smaller patch or another share")
+        return order[:, :kept], order[:, kept:]
+
+    def encode(self, x: Tensor, visible: Tensor) -> Tensor:
+        body = self.backbone.body
+        x = body._pos_embed(body.patch_embed(x))
+        prefix = body.num_prefix_tokens
+        x = torch.cat([x[:, :prefix], take(x[:, prefix:], visible)], 1)
+        return body.norm(body.blocks(body.norm_pre(x)))
+
+    def decode(self, latent: Tensor, visible: Tensor, masked: Tensor, size: tuple[int, int]) -> Tensor:
+        from timm.layers import build_sincos2d_pos_embed
+
+        x = self.embed(latent)
+        prefix = x.shape[1] - visible.shape[1]
+        hidden = self.mask_token.to(x.dtype).expand(*masked.shape, -1)
+        positions = build_sincos2d_pos_embed([s // self.patch for s in size], x.shape[2], device=x.device)
+        places = torch.cat([visible, masked], 1)  # attention does not care about the order
+        x = torch.cat([x, hidden], 1) + nn.functional.pad(positions[places], (0, 0, prefix, 0)).to(x.dtype)
+        return self.head(self.decoder(x)[:, -masked.shape[1] :])
+
+    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+        return {"loss": (out["pred"] - out["target"].detach()).square().mean()}
+
+    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+        pass
+
+
+def patchify(x: Tensor, p: int) -> Tensor:
+    """(n, 3, H, W) -> (n, patches, 3 p p), row by row."""
+    n, c, h, w = x.shape
+    return x.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * p * p)
+
+
+def take(x: Tensor, places: Tensor) -> Tensor:
+    """(n, L, D) -> (n, l, D): the given places of each sample."""
+    return x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))

@@ -1,0 +1,42 @@
+"""Rotation prediction: by how many quarter turns was the image turned?  https://arxiv.org/abs/1803.07728
+
+All four turns of one crop are in the batch, 4 n images with the views' places as labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Config:
+    def build(self, backbone: nn.Module, **_) -> Rotation:
+        return Rotation(backbone)
+
+
+class Rotation(nn.Module):
+    views = 4
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.dim, 4)
+        nn.init.kaiming_normal_(self.head.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+        h = self.backbone(torch.cat(views)).unflatten(0, (4, -1)).transpose(0, 1)
+        return {"logits": self.head(h), "features": h[:, 0].detach()}
+
+    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+        logits = out["logits"].flatten(0, 1)
+        turns = torch.arange(4, device=logits.device).repeat(len(logits) // 4)
+        right = (logits.detach().argmax(1) == turns).float().mean()
+        return {"loss": F.cross_entropy(logits, turns), "top1": right}
+
+    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+        pass

@@ -1,0 +1,49 @@
+"""Supervised classification: cross entropy of one linear layer, the yardstick of all others.
+
+Images without a label (-1) do not count; the mean is over the labelled ones of the global batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl import dist
+from fastssl.methods import parts
+
+
+@dataclass(frozen=True)
+class Config:
+    label_smoothing: float = 0.0
+
+    def build(self, backbone: nn.Module, *, classes: list | None, **_) -> Supervised:
+        return Supervised(self, backbone, parts.need_labels("supervised", classes))
+
+
+class Supervised(nn.Module):
+    views = 1
+
+    def __init__(self, config: Config, backbone: nn.Module, classes: int):
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.dim, classes)
+
+    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+        h = self.backbone(views[0])
+        return {"logits": self.head(h), "features": h.detach()}
+
+    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+        logits, label = out["logits"], batch.label
+        if label.is_floating_point():
+            raise ValueError("supervised takes one class per image; data.train has several labels per image")
+        summed = F.cross_entropy(logits, label, ignore_index=-1, label_smoothing=self.config.label_smoothing,
+                                 reduction="sum")
+        labelled = dist.mean((label >= 0).float().sum()).clamp(min=1.0)  # of the average rank
+        right = (logits.detach().argmax(1) == label).float().sum()
+        return {"loss": summed / labelled, "top1": right / labelled}
+
+    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+        pass
