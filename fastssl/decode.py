@@ -115,7 +115,7 @@ class Beton:
         try:
             if field["mode"] == IMAGE_MODES["raw"]:
                 raise OSError("raw image of a wrong length")
-            image = np.asarray(Image.open(io.BytesIO(self._bytes(field["data_ptr"]))).convert("RGB"))
+            image = np.asarray(Image.open(io.BytesIO(self.stored(field["data_ptr"]))).convert("RGB"))
             if image.shape[:2] != (field["height"], field["width"]):
                 raise OSError(f"its size is {image.shape[:2]}, the file says {field['height'], field['width']}")
         except (OSError, SyntaxError) as error:
@@ -123,14 +123,14 @@ class Beton:
         pixels[: image.shape[0] * image.shape[1]] = image.reshape(-1, 3)
         return image.shape[:2]
 
-    def _bytes(self, pointer: np.uint64) -> np.ndarray:
+    def stored(self, pointer: np.uint64) -> np.ndarray:
         return self.bytes[pointer : pointer + self.lengths[np.searchsorted(self.pointers, pointer)]]
 
     def labels(self, rows: np.ndarray) -> np.ndarray:
         """int64 (n,), or float32 (n, C) for multi-labels."""
         if isinstance(self._label_field, IntField):
             return self._label[rows]
-        parts = [self._bytes(p).view(self._label_field.dtype) for p in self._label[rows]]
+        parts = [self.stored(p).view(self._label_field.dtype) for p in self._label[rows]]
         return np.array(parts, dtype=np.float32).reshape(len(rows), -1)
 
 

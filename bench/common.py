@@ -1,0 +1,57 @@
+"""What every benchmark shares: where the data is, what the machine is, and one JSON line per run in bench/results."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import statistics
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("FASTSSL_DATA", ROOT.parent / "shared" / "data"))
+
+
+def device_name() -> str:
+    """The GPU, or the CPU with the number of cores this process may use; fit for a file name."""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    else:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        name = f"{found[1] if found else 'cpu'} {len(os.sched_getaffinity(0))} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "").replace("(tm)", "")).strip("-")
+
+
+def environment(*packages: str) -> dict:
+    """Commit (marked when the checkout differs from it), versions and device, for a result line."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": (commit or "unknown") + ("+changes" if changed else ""),
+        "device": device_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 1),  # of the machine before the run: above 0.5 the figures are doubtful
+        "versions": {name: version(name) for name in ("torch", *packages)},
+    }
+
+
+def spread(values: list[float], digits: int = 1) -> dict:
+    """Median, extremes and count: what a figure is quoted with."""
+    return {"median": round(statistics.median(values), digits), "min": round(min(values), digits),
+            "max": round(max(values), digits), "n": len(values)}  # fmt: skip
+
+
+def append(bench: str, env: dict, **result) -> Path:
+    """Add one line to bench/results/<device>.jsonl."""
+    path = ROOT / "bench" / "results" / f"{env['device']}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({"bench": bench, **env, **result}) + "\n")
+    return path

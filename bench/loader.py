@@ -1,0 +1,172 @@
+"""Images per second into host memory, two views an image: python bench/loader.py [--data TAR_OR_FOLDER]
+
+ours            fastssl.loader: one decode; delivers the decoded uint8 image, views are then cut on the device
+ffcv            FFCV's loader with a decoder per view: two decodes, two RandomResizedCrop(224) + flip, uint8
+torchvision     ImageFolder and DataLoader: one decode (Pillow), two RandomResizedCrop(224) + flip, uint8
+Two more rows separate the decoding from the cropping, which ours leaves to the device: `ffcv, one decoder` and
+`torchvision, decode only`.  All read the same bytes, with one worker a core, in interleaved repetitions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import shutil
+import tarfile
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import DATA, append, environment, spread
+from PIL import Image
+from torchvision import datasets, transforms
+
+from fastssl.data_prep import main as convert
+from fastssl.loader import Loader
+
+SIZE, PASSES = 224, 3  # pixels of a view; passes over the data in one repetition
+WORKERS = len(os.sched_getaffinity(0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA / "imagenet_sample_1000.tar")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    if not args.data.exists():
+        raise SystemExit(f"{args.data}: no such tar or folder of images; give --data, or set FASTSSL_DATA")
+    env = environment("torchvision", "ffcv", "numba", "pillow")
+    with tempfile.TemporaryDirectory() as folder:
+        files = unpack(args.data, Path(folder, "files"))
+        for name, options in {"as they are": [], "short side 256": ["--short-side", "256", "--quality", "90"]}.items():
+            beton = str(Path(folder, f"{name}.beton"))
+            with contextlib.redirect_stdout(io.StringIO()):
+                if convert(["imagefolder", str(files), beton, *options]):
+                    raise SystemExit("the conversion failed")
+            jpegs = files_of(beton, Path(folder, name))
+            card = Loader(beton, args.batch, device="cpu").card
+            rates = measure(contestants(beton, jpegs, args.batch), args.repeats)
+            report(name, card, rates)
+            append("loader", env, images=name, batch=args.batch, workers=WORKERS, view=SIZE, samples=card["samples"],
+                   mean_pixels=card["mean_pixels"], max_pixels=card["max_pixels"],
+                   images_per_s={k: spread(v) for k, v in rates.items()})  # fmt: skip
+    if env["load"] > 1:
+        print(f"\nThe machine was busy before this run (load {env['load']}): repeat it when it is calm.")
+
+
+def unpack(source: Path, target: Path) -> Path:
+    """Every image in a class folder of its own, as ImageFolder wants it."""
+    target.mkdir()
+    if source.is_dir():
+        images = [p for p in sorted(source.rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg")]
+        for i, path in enumerate(images):
+            (target / f"{i:06d}").mkdir()
+            shutil.copy(path, target / f"{i:06d}" / "image.jpg")
+        return target
+    with tarfile.open(source) as tar:
+        for i, member in enumerate(m for m in tar if m.isfile()):
+            (target / f"{i:06d}").mkdir()
+            (target / f"{i:06d}" / "image.jpg").write_bytes(tar.extractfile(member).read())
+    return target
+
+
+def files_of(beton: str, target: Path) -> Path:
+    """The images of a .beton as files, so that torchvision reads the same bytes."""
+    from fastssl.decode import Beton
+
+    opened = Beton(beton)
+    for i, field in enumerate(opened.image):
+        (target / f"{i:06d}").mkdir(parents=True)
+        name, data = target / f"{i:06d}" / "image.jpg", opened.stored(field["data_ptr"])
+        if field["mode"]:  # a source that FFCV cannot decode was stored raw
+            Image.fromarray(data.reshape(field["height"], field["width"], 3)).save(name, quality=95)
+        else:
+            name.write_bytes(data.tobytes())
+    return target
+
+
+def contestants(beton: str, jpegs: Path, batch: int) -> dict:
+    """name -> function that goes PASSES times over the data and returns the number of images."""
+    return {
+        "ours": ours(beton, batch),
+        "ffcv": ffcv(beton, batch, 2),
+        "torchvision": torchvision(jpegs, batch, 2),
+        "ffcv, one decoder": ffcv(beton, batch, 1),
+        "torchvision, decode only": torchvision(jpegs, batch, 0),
+    }
+
+
+def ours(beton: str, batch: int):
+    loader = Loader(beton, batch, device="cpu", rank=0, world=1, workers=WORKERS)
+    return lambda: sum(len(b.index) for epoch in range(PASSES) for b in loader.epoch(epoch))
+
+
+def ffcv(beton: str, batch: int, views: int):
+    from ffcv import Loader
+    from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import OrderOption
+    from ffcv.pipeline import PipelineSpec
+    from ffcv.reader import Reader
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor
+
+    def pipeline():
+        transforms = [RandomHorizontalFlip(), ToTensor()]
+        return PipelineSpec("image", RandomResizedCropRGBImageDecoder((SIZE, SIZE)), transforms)
+
+    names = ["image", *(f"view{v}" for v in range(1, views))]
+    rows = np.arange(Reader(beton).num_samples, dtype=np.uint64)  # any other type, and FFCV's thread dies silently
+    loader = Loader(beton, batch, num_workers=WORKERS, order=OrderOption.RANDOM, seed=0, drop_last=True,
+                    indices=np.tile(rows, PASSES),  # one long epoch: no gaps between passes
+                    pipelines={"index": None, "label": None, **{n: pipeline() for n in names}})  # fmt: skip
+    return lambda: sum(len(out[0]) for out in loader)
+
+
+def torchvision(jpegs: Path, batch: int, views: int):
+    data = datasets.ImageFolder(str(jpegs), Views(views))
+    order = torch.cat([torch.randperm(len(data)) for _ in range(PASSES)]).tolist()
+    loader = torch.utils.data.DataLoader(data, batch, sampler=order, num_workers=WORKERS, drop_last=True,
+                                         persistent_workers=True, multiprocessing_context="forkserver")  # fmt: skip
+    return lambda: sum(len(labels) for _, labels in loader)
+
+
+class Views:
+    """A list of `views` uint8 crops; none: the image is only decoded."""
+
+    def __init__(self, views: int):
+        self.views = views
+        self.view = transforms.Compose([transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(),
+                                        transforms.PILToTensor()])  # fmt: skip
+
+    def __call__(self, image: Image.Image):
+        return [self.view(image) for _ in range(self.views)] or np.asarray(image).shape
+
+
+def measure(runs: dict, repeats: int) -> dict[str, list[float]]:
+    """Images/s, after one repetition that compiles and fills caches; interleaved, so that a slow minute hits all."""
+    rates = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            n = run()
+            if repeat:
+                rates[name].append(n / (time.perf_counter() - start))
+    return rates
+
+
+def report(name: str, card: dict, rates: dict) -> None:
+    print(f"\n{card['samples']} images {name}, {card['mean_pixels']:.0f} pixels on average, {WORKERS} workers")
+    ours = np.median(rates["ours"])
+    for row, values in rates.items():
+        print(f"  {row:26}{np.median(values):8.0f} images/s ({min(values):.0f} to {max(values):.0f}, n={len(values)})"
+              f"   ours is {ours / np.median(values):.2f} times as fast")  # fmt: skip
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", module="numba")
+    main()
