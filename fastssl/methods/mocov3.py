@@ -41,11 +41,10 @@ class MoCoV3(nn.Module):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.backbone = backbone
-        bias = not config.norm
-        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_norm=config.norm,
-                                   last_affine=False, bias=bias, last_bias=bias)
-        self.predictor = parts.mlp(config.dims[-1], config.predictor, config.dims[-1], norm=config.norm,
-                                   last_norm=config.norm and config.predictor_norm, last_affine=False, bias=bias, last_bias=bias)
+        norm, dim = config.norm, config.dims[-1]
+        common = {"norm": norm, "last_affine": False, "bias": not norm, "last_bias": not norm}
+        self.projector = parts.mlp(backbone.dim, *config.dims, last_norm=norm, **common)
+        self.predictor = parts.mlp(dim, config.predictor, dim, last_norm=norm and config.predictor_norm, **common)
         self.target = parts.frozen_copy(self.backbone, self.projector)
 
     def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:

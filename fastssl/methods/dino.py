@@ -1,0 +1,90 @@
+"""DINO: all crops match the momentum encoder's view of the large ones, over many prototypes.
+https://arxiv.org/abs/2104.14294
+
+The centre, which keeps one prototype from winning everywhere, is the mean over the global batch.  Collapse is held off
+by it and by the teacher's temperature; the prototypes stand still for the first epochs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl import dist
+from fastssl.kernels.softxent import softxent
+from fastssl.methods import parts
+
+
+@dataclass(frozen=True)
+class Config:
+    prototypes: int = 65536
+    dims: tuple[int, ...] = (2048, 2048, 256)  # with GELU between
+    temperature: float = 0.1  # the student's
+    teacher_temperature: float = 0.04
+    teacher_temperature_end: float = 0.04  # reached linearly in `teacher_epochs` epochs (ViT: 0.07 in 30)
+    teacher_epochs: int = 0
+    momentum: float = 0.996
+    momentum_end: float = 1.0  # reached by half a cosine over the run
+    center_momentum: float = 0.9
+    freeze_epochs: int = 1  # the prototypes' gradient is zero for so long
+    norm: bool = False  # batch norm in the head
+    large: int = 2  # crops that the teacher sees, the first of the recipe
+
+    def build(self, backbone: nn.Module, *, kernels: str = "auto", **_) -> DINO:
+        return DINO(self, backbone, kernels)
+
+
+class Head(nn.Module):
+    def __init__(self, dim: int, config: Config):
+        super().__init__()
+        self.mlp = parts.mlp(dim, *config.dims, norm=config.norm, act=nn.GELU)
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        self.prototypes = parts.Prototypes(config.dims[-1], config.prototypes)
+        self.prototypes.weight.data *= 3**-0.5  # nn.Linear's length, on which the effective learning rate depends
+
+    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
+        return self.prototypes(F.normalize(self.mlp(x), dim=-1), frozen)
+
+
+class DINO(nn.Module):
+    views = None  # any number of crops
+
+    def __init__(self, config: Config, backbone: nn.Module, kernels: str):
+        super().__init__()
+        self.config, self.kernels = config, kernels
+        self.backbone = backbone
+        self.head = Head(backbone.dim, config)
+        self.target = parts.frozen_copy(self.backbone, self.head)
+        self.register_buffer("center", torch.zeros(config.prototypes))
+
+    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+        large, frozen = self.config.large, batch.epoch < self.config.freeze_epochs
+        h = parts.multi_crop(self.backbone, views, large)
+        student = self.head(h.flatten(0, 1), frozen).unflatten(0, h.shape[:2])
+        with torch.no_grad():
+            teacher = self.target(torch.cat(views[:large])).unflatten(0, (large, -1)).transpose(0, 1)
+        return {"student": student, "teacher": teacher, "features": h[:, 0].detach()}
+
+    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+        temperatures = self.config.temperature, self.teacher_temperature(batch.epoch)
+        student, teacher = out["student"].unbind(1), out["teacher"].unbind(1)
+        pairs = [softxent(s, t, *temperatures, center=self.center, impl=self.kernels)
+                 for i, t in enumerate(teacher) for j, s in enumerate(student) if i != j]
+        return {"loss": sum(pairs) / len(pairs)}
+
+    def teacher_temperature(self, epoch: int) -> float:
+        c = self.config
+        done = min(1.0, epoch / (c.teacher_epochs - 1)) if c.teacher_epochs > 1 else 1.0
+        return c.teacher_temperature + (c.teacher_temperature_end - c.teacher_temperature) * done
+
+    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+        momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
+        parts.ema_(self.target, [self.backbone, self.head], momentum)
+        mean = dist.mean(out["teacher"].mean((0, 1)))
+        self.center.lerp_(mean, 1 - self.config.center_momentum)

@@ -1,0 +1,87 @@
+"""SwAV: crops predict the prototypes to which a balanced assignment sends the other crops of their image.
+https://arxiv.org/abs/2006.09882
+
+The assignment is balanced over the global batch, and over a queue of earlier embeddings when the batch is small.  The
+queue holds the same rows on any number of ranks; each brings its share of them into the assignment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl import dist
+from fastssl.kernels import push_
+from fastssl.kernels.sinkhorn import sinkhorn_center
+from fastssl.kernels.softxent import softxent
+from fastssl.methods import parts
+
+
+@dataclass(frozen=True)
+class Config:
+    temperature: float = 0.1
+    dims: tuple[int, ...] = (2048, 128)
+    prototypes: int = 3000
+    epsilon: float = 0.05
+    iterations: int = 3
+    queue: int = 0  # embeddings of earlier batches for each large crop (batch 256: 3840)
+    queue_epoch: int = 15  # the queue counts from this epoch on
+    freeze_epochs: int = 1  # the prototypes' gradient is zero for so long
+    norm: bool = True  # batch norm in the projector
+    large: int = 2  # crops that are assigned, the first of the recipe
+
+    def build(self, backbone: nn.Module, *, batch: int, kernels: str = "auto", **_) -> SwAV:
+        if self.queue:
+            parts.need_queue(self.queue, batch)
+            if self.queue % dist.world():
+                raise ValueError(f"method.queue={self.queue} is not a multiple of the {dist.world()} ranks")
+        return SwAV(self, backbone, kernels)
+
+
+class SwAV(nn.Module):
+    views = None  # any number of crops
+
+    def __init__(self, config: Config, backbone: nn.Module, kernels: str):
+        super().__init__()
+        self.config, self.kernels = config, kernels
+        self.backbone = backbone
+        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm)
+        self.prototypes = parts.Prototypes(config.dims[-1], config.prototypes)
+        self.register_buffer("queue", parts.random_directions(config.large, config.queue, config.dims[-1]))
+        self.register_buffer("pointers", torch.zeros(config.large, dtype=torch.int64))
+
+    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+        h = parts.multi_crop(self.backbone, views, self.config.large)
+        z = F.normalize(self.projector(h.flatten(0, 1)), dim=1)
+        scores = self.prototypes(z, frozen=batch.epoch < self.config.freeze_epochs)
+        z, scores = z.unflatten(0, h.shape[:2]), scores.unflatten(0, h.shape[:2])
+        return {"scores": scores, "z": z[:, : self.config.large].detach(), "features": h[:, 0].detach()}
+
+    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+        c, scores = self.config, out["scores"].unbind(1)
+        pairs = []
+        for i, center in enumerate(self.centers(scores[: c.large], batch.epoch)):
+            pairs += [softxent(s, scores[i], c.temperature, c.epsilon, center=center, impl=self.kernels)
+                      for j, s in enumerate(scores) if j != i]
+        return {"loss": sum(pairs) / len(pairs)}
+
+    @torch.no_grad()
+    def centers(self, scores: tuple[Tensor, ...], epoch: int) -> list[Tensor]:
+        """(K,) of each large crop: softmax((scores - center) / epsilon) are its balanced assignments."""
+        c = self.config
+        if c.queue and epoch >= c.queue_epoch:
+            with deepspeed.zero.GatheredParameters(list(self.prototypes.parameters())):
+                scores = [torch.cat([s, rows.chunk(dist.world())[dist.rank()] @ self.prototypes.directions().T])
+                          for s, rows in zip(scores, self.queue)]
+        return [sinkhorn_center(s, c.epsilon, iterations=c.iterations, group=dist.group(), impl=self.kernels)
+                for s in scores]
+
+    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+        if self.config.queue:
+            z = dist.gather(out["z"])
+            for i in range(self.config.large):
+                push_(self.queue[i], self.pointers[i], z[:, i].contiguous())

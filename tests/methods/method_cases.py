@@ -1,0 +1,92 @@
+"""Every method at a size that two CPU cores train in a blink, and a stand-in for the loader.  Not a test.
+
+`CASES[name]` gives the Config's settings, views, and the runs that are exact: batch norm in a head sees the samples of
+all ranks (sync_bn) but those of one micro-batch, so ranks are compared with it and micro-batches without.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+
+import torch
+
+from fastssl import dist, views
+from fastssl.config import Backbone, Data, Log, Optim, Run, Speed
+from fastssl.loader import Batch, permutation
+
+SAMPLES, SIDE, CLASSES = 72, 20, 5
+PLAIN = Backbone("resnet10", stem="cifar", norm="gn", width=8)
+VIT = Backbone("test_vit")
+
+
+@dataclass
+class Case:
+    settings: dict = field(default_factory=dict)
+    views: tuple = views.simclr(16)
+    backbone: Backbone = field(default_factory=lambda: PLAIN)
+    norm: bool = False  # its heads have a switch for batch norm
+    module: str = ""  # fastssl.methods.<module>, if not its own name
+
+
+CROPS = views.swav(16, small=8, small_crops=2)
+CASES = {
+    "simclr": Case({"dims": (24, 12), "temperature": 0.5}, norm=True),
+    "moco": Case({"dims": (24, 12), "queue": 48, "momentum": 0.9}),
+    "byol": Case({"dims": (24, 12), "predictor": 24, "momentum": 0.9}, norm=True),
+    "simsiam": Case({"dims": (24, 24, 12), "predictor": 8}, norm=True),
+    "mocov3": Case({"dims": (24, 12), "predictor": 24, "momentum": 0.9}, norm=True),
+    "mocov3 vit": Case({"dims": (24, 12), "predictor": 24, "momentum": 0.9, "predictor_norm": True,
+                        "freeze_patch_embed": True, "temperature": 0.2}, views.byol(32), VIT, True, "mocov3"),
+    "barlow": Case({"dims": (24, 24, 12), "scale": 0.1}, norm=True),
+    "vicreg": Case({"dims": (24, 24, 12), "invariance": 1.0, "variance": 1.0, "covariance": 0.04}, norm=True),
+    "nnclr": Case({"dims": (24, 24, 12), "predictor": 24, "queue": 48, "temperature": 0.5}, norm=True),
+    "dino": Case({"dims": (24, 12), "prototypes": 20, "freeze_epochs": 0, "momentum": 0.9}, CROPS, norm=True),
+    "swav": Case({"dims": (24, 12), "prototypes": 10, "freeze_epochs": 0}, CROPS, norm=True),
+    "swav queue": Case({"dims": (24, 12), "prototypes": 10, "freeze_epochs": 0, "queue": 32, "queue_epoch": 0}, CROPS,
+                       norm=True, module="swav"),
+    "supcon": Case({"dims": (24, 12), "temperature": 0.5}, norm=True),
+    "dcl": Case({"dims": (24, 12), "temperature": 0.5}, norm=True),
+    "densecl": Case({"dims": (24, 12), "queue": 48, "momentum": 0.9}, views.moco_v2(32)),
+    "supervised": Case({}, views.supervised(16)),
+    "mae": Case({"mask": 0.5, "decoder": 32, "depth": 1, "heads": 2}, views.supervised(32), VIT),
+    "lejepa": Case({"dims": (24, 24, 12), "directions": 16}, CROPS, norm=True),
+    "rotation": Case({}, views.rotation(16)),
+    "relative_loc": Case({"hidden": 24, "dropout": 0.0}, views.patches(5, resize=18, window=18), norm=True),
+}
+
+
+def config(name: str, **changes):
+    case = CASES[name]
+    return importlib.import_module(f"fastssl.methods.{case.module or name}").Config(**{**case.settings, **changes})
+
+
+def run(name: str, *, norm: bool = False, batch: int = 16, micro: int | None = None, zero: int = 0,
+        steps: int = 2) -> Run:
+    case = CASES[name]
+    method = config(name, norm=norm) if case.norm else config(name)
+    return Run(method=method, backbone=case.backbone, data=Data(train="memory", views=case.views), seed=3, sync_bn=True,
+               optim=Optim(lr=0.05, batch=batch, epochs=1, steps=steps, weight_decay=1e-4, schedule="constant"),
+               speed=Speed(zero=zero, micro_batch=micro, workers=1), log=Log(tensorboard=False))
+
+
+class Memory:
+    """fastssl.loader.Loader over a few images in memory: the same order, shares and micro-batches without FFCV."""
+
+    def __init__(self, path, batch, *, seed=0, device=None, workers=None, micro=1, resident=False):
+        g = torch.Generator().manual_seed(7)
+        small = torch.randint(0, 256, (SAMPLES, 3, 4, 4), generator=g).float()
+        images = torch.nn.functional.interpolate(small, size=SIDE, mode="bicubic").clamp(0, 255)
+        self.pixels = images.permute(0, 2, 3, 1).contiguous().flatten(1, 2).to(torch.uint8)
+        self.labels = torch.randint(-1, CLASSES, (SAMPLES,), generator=g)
+        self.samples, self.classes, self.card = SAMPLES, [str(i) for i in range(CLASSES)], {"label": "int"}
+        self.batch, self.seed, self.micro, self.steps = batch, seed, micro, SAMPLES // batch
+
+    def epoch(self, epoch, start=0):
+        order, n = torch.from_numpy(permutation(SAMPLES, self.seed, epoch)), self.batch // dist.world() // self.micro
+        for step in range(start, self.steps):
+            for k in range(self.micro):
+                first = step * self.batch + (dist.rank() * self.micro + k) * n
+                index = order[first : first + n]
+                sizes = torch.full((n, 2), SIDE, dtype=torch.int32)
+                yield Batch(self.pixels[index], sizes, index, self.labels[index], epoch, step)

@@ -1,0 +1,157 @@
+"""Every method on W ranks and with K micro-batches against one rank with one batch: loss, every gradient, and all state
+after two steps.  `python tests/methods/test_exact.py docs/exactness.md` measures and writes the table."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import method_cases as cases
+import ranks
+
+STEPS, BATCH = 2, 16
+# (ranks, micro-batches) against (1, 1), for a method without batch norm in its heads, and with it
+PLAIN, WITH_NORM = ((1, 1), (1, 4), (2, 1), (2, 2), (4, 1)), ((1, 1), (2, 1), (4, 1))
+MICRO = ((1, 1), (1, 4), (2, 2))
+RUNS = {}  # (name, norm, world, micro-batches)
+for _name, _case in cases.CASES.items():
+    RUNS.update({(_name, False, *s): None for s in (MICRO if _case.norm else PLAIN)})
+    RUNS.update({(_name, True, *s): None for s in (WITH_NORM if _case.norm else ())})
+
+
+def in_double(engine) -> None:
+    """Let the engine train in float64: what is exact then differs by 1e-15 times its conditioning, and what is not
+    stays where it is.  (In float32, two steps of a sharp softmax turn one rounding into 1e-2.)"""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    DeepSpeedEngine.communication_data_type = torch.float64
+    prepare, make, dtypes = engine.prepare, engine.make, get_accelerator().supported_dtypes()
+    get_accelerator().supported_dtypes = lambda: [*dtypes, torch.float64]
+    engine.prepare = lambda *args: prepare(*args).double()
+    engine.make = lambda *args: [view.double() for view in make(*args)]
+    engine.Loader = cases.Memory
+
+
+def measure(name: str, norm: bool, micro: int, zero: int = 0) -> dict:
+    """Losses of both steps, the gradients of the first, the state after the last."""
+    from fastssl import dist, engine, state
+    from fastssl.meters import Meter
+
+    t = engine.build(cases.run(name, norm=norm, batch=BATCH, micro=BATCH // dist.world() // micro, zero=zero),
+                     device="cpu")
+    meter, step, losses, grads = Meter(t.device, batch=BATCH), t.scale.step, [], {}
+
+    def spy(ds):
+        if not grads:
+            grads.update({n: p.grad.clone() for n, p in t.method.named_parameters() if p.grad is not None})
+        return step(ds)
+
+    t.scale.step = spy
+    source = t.loader.epoch(0)
+    for _ in range(STEPS):
+        t.schedule.set_lr(t.ds.optimizer, t.step)
+        out, batch, _ = engine.train_step(t, list(itertools.islice(source, micro)), meter)
+        t.step += 1
+        t.method.after_step(out, batch, t.step / t.total_steps)
+        losses.append(dist.mean(t.scalars["loss"]).item())
+    dist.sync_buffers(t.method)
+    trainable = [n for n, p in t.method.named_parameters() if p.requires_grad]
+    return {"losses": losses, "grads": grads, "trainable": trainable, "state": state.whole(t.method)}
+
+
+def worker(out: str) -> None:
+    from fastssl import dist, engine
+
+    dist.init("cpu")
+    torch.set_num_threads(1)
+    in_double(engine)
+    results = {key: measure(key[0], key[1], key[3]) for key in RUNS if key[2] == dist.world()}
+    if dist.is_main():
+        torch.save(results, out)
+    dist.shutdown()
+
+
+def all_results(folder: Path) -> dict:
+    found = {}
+    for world in (1, 2, 4):
+        found.update(ranks.launch(__file__, world, folder / f"{world}.pt"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return all_results(tmp_path_factory.mktemp("exact"))
+
+
+def difference(got: dict, want: dict) -> float:
+    """Largest difference of two dicts of tensors, in units of the largest entry (at least 1)."""
+    assert got.keys() == want.keys()
+    worst = 0.0
+    for key, value in want.items():
+        scale = max(1.0, value.double().abs().max().item()) if value.numel() else 1.0
+        off = (got[key].double() - value.double()).abs().max().item() / scale if value.numel() else 0.0
+        assert off == off, f"{key} has NaN"
+        worst = max(worst, off)
+    return worst
+
+
+def compare(results: dict, key: tuple) -> tuple[float, float, float]:
+    """Loss, gradients, state."""
+    got, want = results[key], results[(*key[:2], 1, 1)]
+    loss = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(got["losses"], want["losses"]))
+    return loss, difference(got["grads"], want["grads"]), difference(got["state"], want["state"])
+
+
+OTHERS = [key for key in RUNS if key[2:] != (1, 1)]
+
+
+@pytest.mark.parametrize("key", OTHERS, ids=lambda k: f"{k[0]}{' bn' * k[1]} {k[2]}x{k[3]}")
+def test_ranks_and_micro_batches_are_exact(results, key):
+    reference = results[(*key[:2], 1, 1)]
+    assert len(set(reference["losses"])) == STEPS
+    loss, grads, state = compare(results, key)
+    assert loss <= 1e-11 and grads <= 1e-11 and state <= 1e-8, (loss, grads, state)
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_every_parameter_learns_and_all_state_moves(results, name):
+    """Otherwise the comparison above would be empty."""
+    norm = (name, True, 1, 1) in results
+    found = results[(name, norm, 1, 1)]
+    assert set(found["grads"]) == set(found["trainable"]) and len(found["grads"]) > 10
+    silent = [n for n, g in found["grads"].items() if not g.abs().max() > 1e-7]
+    # a bias before batch norm has no effect
+    assert all(n.endswith("bias") and norm for n in silent), silent
+
+
+def table(results: dict) -> str:
+    rows = ["| method | heads | ranks x micro-batches | loss | gradients | state after two steps |",
+            "|---|---|---|---|---|---|"]
+    for key in OTHERS:
+        name, norm, world, micro = key
+        heads = "batch norm over all ranks" if norm else "no batch norm" if cases.CASES[name].norm else "its own"
+        rows.append(f"| {name} | {heads} | {world} x {micro} | " + " | ".join(f"{v:.1e}" for v in compare(results, key))
+                    + " |")
+    return "\n".join(rows)
+
+
+def write_table(file: str) -> None:
+    import re
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        text = table(all_results(Path(folder)))
+    path = Path(file)
+    marks = "<!-- methods: begin -->", "<!-- methods: end -->"
+    path.write_text(re.sub(f"{marks[0]}.*{marks[1]}", f"{marks[0]}\n{text}\n{marks[1]}", path.read_text(), flags=re.S))
+
+
+if __name__ == "__main__":
+    if sys.argv[1].endswith(".md"):
+        write_table(sys.argv[1])
+    else:
+        ranks.main(worker)

@@ -1,0 +1,449 @@
+"""Each loss against its paper's formula written out in float64, and where no gradient may flow."""
+
+import math
+from types import SimpleNamespace
+
+import method_cases as cases
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+N, D = 6, 5
+LABEL = torch.tensor([0, 1, 0, 2, -1, 1])
+
+
+class Tiny(nn.Module):
+    """A backbone that is one linear layer over the pooled image, with a feature map of four places."""
+
+    def __init__(self):
+        super().__init__()
+        self.dim = 8
+        self.spec = SimpleNamespace(name="tiny")
+        self.conv = nn.Conv2d(3, 8, 1)
+
+    def forward_stages(self, x):
+        return [F.adaptive_avg_pool2d(self.conv(x), 2)]
+
+    def forward(self, x):
+        return self.forward_stages(x)[-1].mean((2, 3))
+
+
+def build(name, backbone=None, **settings):
+    torch.manual_seed(0)
+    config = cases.config(name, **settings)
+    return config.build(backbone or Tiny(), samples=60, classes=["a", "b", "c"], batch=N).double()
+
+
+def rows(*shape, seed=1):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def batch(n=N, epoch=0, step=0):
+    return SimpleNamespace(index=torch.arange(n), label=LABEL[:n], epoch=epoch, step=step)
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def log_softmax(x):
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def close(got, want):
+    np.testing.assert_allclose(float(torch.as_tensor(got).detach()), want, rtol=1e-12)
+
+
+def array(x):
+    return x.detach().numpy()
+
+
+# ---- formulas --------------------------------------------------------------------------------------------------------
+
+
+def test_byol_is_the_squared_distance_of_unit_vectors_both_ways():
+    p, z = rows(N, 2, D), rows(N, 2, D, seed=2)
+    u, v = unit(array(p)), unit(array(z))
+    want = ((u[:, 0] - v[:, 1]) ** 2).sum(1).mean() + ((u[:, 1] - v[:, 0]) ** 2).sum(1).mean()
+    close(build("byol").loss({"p": p, "z": z}, batch())["loss"], want)
+
+
+def test_simsiam_is_half_the_negative_cosine_of_each_view():
+    p, z = rows(N, 2, D), rows(N, 2, D, seed=2)
+    u, v = unit(array(p)), unit(array(z))
+    want = -0.5 * (u[:, 0] * v[:, 1]).sum(1).mean() - 0.5 * (u[:, 1] * v[:, 0]).sum(1).mean()
+    close(build("simsiam").loss({"p": p, "z": z}, batch())["loss"], want)
+
+
+def test_mocov3_contrasts_with_the_other_views_keys_of_the_batch():
+    q, k = rows(N, 2, D), rows(N, 2, D, seed=2)
+    want = 0.0
+    for a, b in ((0, 1), (1, 0)):
+        logits = unit(array(q))[:, a] @ unit(array(k))[:, b].T / 0.3
+        want += -np.diag(log_softmax(logits)).mean() * 2 * 0.3
+    close(build("mocov3", temperature=0.3).loss({"q": q, "k": k}, batch())["loss"], want)
+
+
+def test_barlow_twins_is_that_of_its_pseudocode():
+    z = rows(N, 2, D)
+    norm = nn.BatchNorm1d(D, affine=False).double()
+    c = norm(z[:, 0]).T @ norm(z[:, 1]) / N
+    want = sum((c[i, j] - 1) ** 2 if i == j else 0.0051 * c[i, j] ** 2 for i in range(D) for j in range(D))
+    out = build("barlow", scale=0.3).loss({"z": z}, batch())
+    close(out["loss"], 0.3 * float(want))
+    close(out["on_diagonal"] + 0.0051 * out["off_diagonal"], float(want))
+    for ours, theirs in zip(*(torch.autograd.grad(x, z) for x in (out["loss"], 0.3 * want))):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_vicreg_is_that_of_its_three_terms():
+    z = rows(N, 2, D)
+    x = array(z)
+    cov = [np.cov(x[:, v].T) for v in (0, 1)]
+    std = [np.sqrt(x[:, v].var(0, ddof=1) + 1e-4) for v in (0, 1)]
+    want = {"invariance": ((x[:, 0] - x[:, 1]) ** 2).mean(),
+            "variance": sum(np.maximum(0, 1 - s).mean() for s in std) / 2,
+            "covariance": sum((c**2).sum() - (np.diag(c) ** 2).sum() for c in cov) / D}
+    out = build("vicreg", invariance=25.0, variance=24.0, covariance=2.0).loss({"z": z}, batch())
+    for name, value in want.items():
+        close(out[name], value)
+    assert want["variance"] > 0.01
+    close(out["loss"], 25 * want["invariance"] + 24 * want["variance"] + 2 * want["covariance"])
+
+
+def test_nnclr_takes_the_nearest_row_of_the_queue_as_positive():
+    method = build("nnclr", dims=(D,), predictor=4, queue=8, temperature=0.3)
+    z, p = rows(N, 2, D), rows(N, 2, D, seed=2)
+    queue, u, v, want = array(method.queue), unit(array(z)), unit(array(p)), 0.0
+    np.testing.assert_allclose(np.linalg.norm(queue, axis=1), 1, rtol=1e-6)
+    for a, b in ((0, 1), (1, 0)):
+        near = unit(np.stack([queue[np.argmin(((queue - u[i, a]) ** 2).sum(1))] for i in range(N)]))
+        for x, y in ((near, v[:, b]), (v[:, b], near)):  # both directions of the softmax, halved; both views, halved
+            want += -np.diag(log_softmax(x @ y.T / 0.3)).mean() / 4
+    close(method.loss({"z": z, "p": p}, batch())["loss"], want)
+
+
+def test_dino_compares_all_crops_with_the_centred_teacher_of_the_large_ones():
+    method = build("dino", dims=(D,), prototypes=7, teacher_temperature=0.04, teacher_temperature_end=0.07,
+                   teacher_epochs=4)
+    method.center += torch.randn(7).double()
+    s, t = rows(N, 4, 7), rows(N, 2, 7, seed=2)
+    teacher = np.exp(log_softmax((array(t) - array(method.center)) / 0.06))  # epoch 2 of 0, 1, 2, 3
+    student = log_softmax(array(s) / 0.1)
+    want = [-(teacher[:, i] * student[:, j]).sum(1).mean() for i in range(2) for j in range(4) if i != j]
+    assert len(want) == 6
+    close(method.loss({"student": s, "teacher": t}, batch(epoch=2))["loss"], np.mean(want))
+    assert [round(method.teacher_temperature(e), 6) for e in (0, 1, 2, 3, 9)] == [0.04, 0.05, 0.06, 0.07, 0.07]
+
+    center = method.center.clone()
+    method.after_step({"teacher": t.detach()}, batch(), 0.5)
+    torch.testing.assert_close(method.center, 0.9 * center + 0.1 * t.detach().mean((0, 1)), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("queue", [0, 8])
+def test_swav_swaps_balanced_assignments(queue):
+    method = build("swav", dims=(4, D), prototypes=3, queue=queue, queue_epoch=1)
+    scores = rows(N, 3, 3, seed=4)
+    want = []
+    for i in range(2):
+        own = array(scores)[:, i]
+        if queue:
+            w = array(method.prototypes.weight)
+            own = np.concatenate([own, array(method.queue)[i] @ unit(w).T])
+        q = np.exp(own / 0.05).T  # as in the paper's appendix: prototypes x samples
+        q /= q.sum()
+        for _ in range(3):
+            q /= q.sum(1, keepdims=True) * 3
+            q /= q.sum(0, keepdims=True) * q.shape[1]
+        q = (q * q.shape[1]).T[:N]
+        np.testing.assert_allclose(q.sum(1), 1, rtol=1e-12)
+        want += [-(q * log_softmax(array(scores)[:, j] / 0.1)).sum(1).mean() for j in range(3) if j != i]
+    close(method.loss({"scores": scores}, batch(epoch=1))["loss"], np.mean(want))
+    before = method.loss({"scores": scores}, batch(epoch=0))["loss"]
+    assert (abs(float(before) - np.mean(want)) > 1e-3) == bool(queue), "the queue counts from queue_epoch on"
+
+
+@pytest.mark.parametrize("name", ["supcon", "dcl", "simclr"])
+def test_simclr_and_its_relatives_are_sums_over_pairs(name):
+    z = rows(N, 2, D)
+    u = unit(array(z)).transpose(1, 0, 2).reshape(2 * N, D)  # view 0, then view 1
+    s, want = u @ u.T / 0.5, 0.0
+    for i in range(2 * N):
+        label = LABEL[i % N]
+        positives = [j for j in range(2 * N) if j != i and (
+            j % N == i % N or (name == "supcon" and label >= 0 and LABEL[j % N] == label))]
+        others = [j for j in range(2 * N) if j != i and not (name == "dcl" and j in positives)]
+        want += np.log(np.exp(s[i, others]).sum()) - s[i, positives].mean()
+    close(build(name, temperature=0.5).loss({"z": z}, batch())["loss"], want / (2 * N))
+
+
+def test_densecl_pairs_the_places_that_look_alike():
+    method = build("densecl", dims=(4, D), queue=7, temperature=0.3, dense=0.25)
+    q, k, qd, kd = rows(N, D), rows(N, D, seed=2), rows(N, 4, D, seed=3), rows(N, 4, D, seed=4)
+    match = torch.randint(0, 4, (N, 4), generator=torch.Generator().manual_seed(0))
+
+    def info(a, b, queue):
+        return -log_softmax(np.concatenate([[a @ b], queue @ a]) / 0.3)[0]
+
+    single = np.mean([info(a, b, array(method.queue)) for a, b in zip(unit(array(q)), unit(array(k)))])
+    dense = np.mean([info(unit(array(qd))[i, s], unit(array(kd))[i, match[i, s]], array(method.dense_queue))
+                     for i in range(N) for s in range(4)])
+    out = method.loss({"q": q, "k": k, "q_dense": qd, "k_dense": kd, "match": match}, batch())
+    close(out["loss"], 0.75 * single + 0.25 * dense)
+
+    method.after_step({"k": k.detach(), "k_dense": kd.detach()}, batch(), 0.5)
+    np.testing.assert_allclose(array(method.dense_queue[:N]), unit(array(kd).mean(1)), rtol=1e-12)
+    assert method.pointers.tolist() == [N, N]
+
+
+def test_densecl_matches_by_backbone_features():
+    method = build("densecl", dims=(4, D), queue=7)
+    x = torch.rand(2, 3, 4, 4).double()
+    out = method([x, x.flip(3)], batch(2))  # the same image mirrored: each place matches its mirror image
+    assert out["match"].tolist() == [[1, 0, 3, 2]] * 2
+
+
+def test_supervised_counts_labelled_images_alone():
+    logits = rows(N, 3)
+    some = [i for i in range(N) if LABEL[i] >= 0]
+    want = -np.mean([log_softmax(array(logits))[i, LABEL[i]] for i in some])
+    out = build("supervised").loss({"logits": logits}, batch())
+    close(out["loss"], want)
+    close(out["top1"], np.mean([array(logits)[i].argmax() == int(LABEL[i]) for i in some]))
+    with pytest.raises(ValueError, match="several labels per image"):
+        build("supervised").loss({"logits": logits}, SimpleNamespace(label=torch.zeros(N, 3)))
+
+
+@pytest.mark.parametrize("name, places", [("rotation", 4), ("relative_loc", 8)])
+def test_pretext_tasks_have_the_views_place_as_label(name, places):
+    logits = rows(N, places, places)
+    want = -np.mean([log_softmax(array(logits))[:, v, v].mean() for v in range(places)])
+    close(build(name).loss({"logits": logits}, batch())["loss"], want)
+    perfect = torch.eye(places).double().expand(N, -1, -1) * 50
+    out = build(name).loss({"logits": perfect}, batch())
+    assert out["loss"] < 1e-9 and out["top1"] == 1
+
+
+def test_relative_location_with_nine_passes_is_that_with_sixteen():
+    method = build("relative_loc", hidden=16, dropout=0.0)
+    views = [torch.rand(N, 3, 4, 4).double() for _ in range(9)]
+    loss = method.loss(method(views, batch()), batch())["loss"]
+    ours = torch.autograd.grad(loss, list(method.parameters()))
+    neighbours = [i for i in range(9) if i != 4]
+    pairs = torch.stack([torch.cat([method.backbone(views[i]), method.backbone(views[4])], 1) for i in neighbours], 1)
+    logits = method.head(pairs.flatten(0, 1))
+    theirs = torch.autograd.grad(F.cross_entropy(logits, torch.arange(8).repeat(N)), list(method.parameters()))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert max(g.abs().max() for g in ours) > 1e-4
+
+
+def test_sigreg_is_the_integral_over_characteristic_functions():
+    method = build("lejepa", directions=4, knots=2001, weight=0.3)
+    z = rows(N, 3, D)
+    out = method.loss({"z": z}, batch(epoch=2, step=5))
+    generator = torch.Generator().manual_seed(method.seed + (2 << 32) + 5)
+    a = torch.randn(D, 4, generator=generator).numpy().astype(np.float64)
+    a /= np.linalg.norm(a, axis=0)
+    t = np.linspace(-5, 5, 20001)
+    gauss, found = np.exp(-t**2 / 2), []
+    for v in range(3):
+        for m in range(4):
+            phi = np.exp(1j * np.outer(array(z)[:, v] @ a[:, m], t)).mean(0)
+            found.append(N * np.trapezoid(np.abs(phi - gauss) ** 2 * gauss, t))
+    np.testing.assert_allclose(float(out["sigreg"]), np.mean(found), rtol=1e-6)
+    x = array(z)
+    agreement = np.mean((x - x[:, :2].mean(1, keepdims=True)) ** 2)
+    close(out["loss"], 0.7 * agreement + 0.3 * float(out["sigreg"]))
+    again = [method.loss({"z": z}, batch(epoch=e, step=s))["sigreg"] for e, s in ((2, 5), (2, 6), (5, 2))]
+    assert again[0] == out["sigreg"] and len({float(v) for v in again}) == 3, "new directions on every step"
+
+
+def test_sigreg_tells_a_gaussian_from_a_collapse():
+    method = build("lejepa", directions=64)
+    z = torch.randn(512, 2, 8, generator=torch.Generator().manual_seed(0)).double()
+    good, bad = (method.loss({"z": v}, batch())["sigreg"] for v in (z, z * 0.01))
+    assert good < 1.5 and bad > 50, (good, bad)
+
+
+# ---- MAE -------------------------------------------------------------------------------------------------------------
+
+
+def mae(**settings):
+    from fastssl import backbones
+    from fastssl.config import Backbone
+
+    return build("mae", backbones.build(Backbone("test_vit")), **settings)
+
+
+def test_mae_never_sees_what_it_rebuilds():
+    method = mae(mask=0.5)
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()
+    out = method([x], batch(2))
+    visible, masked = method.draw(torch.arange(2), 0, 16)
+    assert sorted(torch.cat([visible, masked], 1)[0].tolist()) == list(range(16)) and visible.shape == (2, 8)
+    other = x.clone()
+    for i in range(2):
+        for place in masked[i].tolist():
+            r, c = divmod(place, 4)
+            other[i, :, 16 * r : 16 * r + 16, 16 * c : 16 * c + 16] += 3 * torch.randn(3, 16, 16).double()
+    changed = method([other], batch(2))
+    assert torch.equal(changed["pred"], out["pred"]) and torch.equal(changed["features"], out["features"])
+    assert not torch.allclose(changed["target"], out["target"])
+    r, c = divmod(int(masked[1, 3]), 4)
+    patch = array(x)[1, :, 16 * r : 16 * r + 16, 16 * c : 16 * c + 16].reshape(-1)
+    want = (patch - patch.mean()) / np.sqrt(patch.var(ddof=1) + 1e-6)
+    np.testing.assert_allclose(array(out["target"])[1, 3], want, rtol=1e-5, atol=1e-6)  # targets are float32
+    close(method.loss(out, batch())["loss"], ((array(out["pred"]) - array(out["target"])) ** 2).mean())
+
+
+def test_mae_masks_are_keyed_by_sample_and_epoch():
+    method = mae()
+    whole = method.draw(torch.arange(8), 3, 16)[1]
+    assert torch.equal(method.draw(torch.tensor([5, 2]), 3, 16)[1], whole[[5, 2]])
+    assert not torch.equal(method.draw(torch.arange(8), 4, 16)[1], whole)
+    counts = torch.bincount(method.draw(torch.arange(4000), 0, 16)[1].flatten(), minlength=16) / 4000
+    assert (counts - 0.5).abs().max() < 0.05, "every place is masked equally often"
+
+
+# ---- gradients and targets -------------------------------------------------------------------------------------------
+
+# method: (outputs that get no gradient, outputs that do)
+FLOW = {"moco": ("k", "q"), "byol": ("z", "p"), "simsiam": ("z", "p"), "mocov3": ("k", "q"), "nnclr": ("z", "p"),
+        "dino": ("teacher", "student"), "densecl": ("k k_dense", "q q_dense"), "swav": ("z", "scores"),
+        "mae": ("target", "pred"), "barlow": ("", "z"), "vicreg": ("", "z"), "lejepa": ("", "z")}
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_the_target_side_moves_the_loss_and_gets_no_gradient(name):
+    case = cases.CASES[name]
+    method = mae() if name == "mae" else build(name)
+    g = torch.Generator().manual_seed(0)
+    views = [torch.rand(N, 3, v.size, v.size, generator=g).double() for v in case.views]
+    out = {k: v.detach().clone() for k, v in method(views, batch()).items()}
+    for value in out.values():
+        value.requires_grad_(value.is_floating_point())
+    stopped, flowing = (names.split() for names in FLOW[name])
+    loss = method.loss(out, batch())["loss"]
+    for key in stopped:
+        assert torch.autograd.grad(loss, out[key], retain_graph=True, allow_unused=True)[0] is None, key
+        if (name, key) not in {("swav", "z")}:  # the embeddings of SwAV wait for the queue
+            moved = {**out, key: out[key].detach() + torch.randn(out[key].shape, generator=g).double()}
+            assert method.loss(moved, batch())["loss"] != loss, key
+    for key in flowing:
+        grad = torch.autograd.grad(loss, out[key], retain_graph=True)[0]
+        assert grad.abs().max() > 1e-6, key
+        if name in ("barlow", "vicreg", "lejepa", "dino", "swav"):
+            assert (grad.abs().amax((0, 2)) > 1e-9).all(), "every view gets a gradient"
+
+
+@pytest.mark.parametrize("name", ["moco", "byol", "mocov3", "dino", "densecl"])
+def test_the_momentum_encoder_follows_without_gradient(name):
+    method = build(name, momentum=0.8)
+    pairs = [(n, p) for n, p in method.named_parameters() if n.startswith("target.")]
+    assert pairs and not any(p.requires_grad for _, p in pairs)
+    online = {n: p for n, p in method.named_parameters() if not n.startswith("target.")}
+    with torch.no_grad():
+        for p in online.values():
+            p += 1
+    before = {n: p.clone() for n, p in pairs}
+    g = torch.Generator().manual_seed(0)
+    views = [torch.rand(N, 3, v.size, v.size, generator=g).double() for v in cases.CASES[name].views]
+    out = {k: v.detach() for k, v in method(views, batch()).items()}
+    method.after_step(out, batch(), 0.0)
+    names = {"0": "backbone", "1": "head" if name == "dino" else "projector", "2": "dense_projector"}
+    for n, p in pairs:
+        _, part, rest = n.split(".", 2)
+        want = 0.8 * before[n] + 0.2 * online[f"{names[part]}.{rest}"]
+        torch.testing.assert_close(p, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["dino", "swav"])
+def test_prototypes_stand_still_at_first(name):
+    method = build(name, freeze_epochs=2)
+    weights = [p for n, p in method.named_parameters() if n.endswith("prototypes.weight") and p.requires_grad]
+    views = [torch.rand(N, 3, v.size, v.size).double() for v in cases.CASES[name].views]
+    for epoch, frozen in ((0, True), (1, True), (2, False)):
+        loss = method.loss(method(views, batch(epoch=epoch)), batch(epoch=epoch))["loss"]
+        (grad,) = torch.autograd.grad(loss, weights)
+        assert (grad.abs().max() == 0) == frozen
+
+
+def test_prototypes_have_unit_length_whatever_their_weights():
+    from fastssl.methods import parts
+
+    prototypes = parts.Prototypes(D, 4).double()
+    x = rows(N, D)
+    before = prototypes(x)
+    with torch.no_grad():
+        prototypes.weight *= torch.tensor([[0.1], [2.0], [3.0], [40.0]])
+    torch.testing.assert_close(prototypes(x), before)
+    np.testing.assert_allclose(array(before), array(x) @ unit(array(prototypes.weight)).T, rtol=1e-12)
+
+
+def test_nnclr_and_swav_queue_the_embeddings_of_the_step():
+    method = build("nnclr", dims=(D,), predictor=4, queue=8)
+    z = rows(N, 2, D).detach()
+    method.after_step({"z": z}, batch(), 0.5)
+    np.testing.assert_allclose(array(method.queue[:N]), unit(array(z[:, 0])), rtol=1e-12)
+    method = build("swav", dims=(4, D), prototypes=3, queue=8)
+    method.after_step({"z": z}, batch(), 0.5)
+    for i in range(2):
+        np.testing.assert_allclose(array(method.queue[i, :N]), unit(array(z[:, i])), rtol=1e-12)
+    assert method.pointers.tolist() == [N, N]
+
+
+# ---- errors before any step ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["supervised", "supcon"])
+def test_labels_asked_of_an_unlabelled_file(name):
+    with pytest.raises(ValueError, match=f"{name} learns from labels and data.train has no classes"):
+        cases.config(name).build(Tiny(), samples=60, classes=None, batch=N)
+
+
+@pytest.mark.parametrize("name", ["moco", "nnclr", "densecl", "swav"])
+def test_a_queue_smaller_than_the_batch(name):
+    with pytest.raises(ValueError, match=r"method.queue=7 is smaller than optim.batch=8: .* at least 8"):
+        cases.config(name, queue=7).build(Tiny(), samples=60, classes=None, batch=8)
+
+
+@pytest.mark.parametrize("name, sizes", [("dino", [8]), ("swav", [8, 4, 4]), ("lejepa", [8])])
+def test_too_few_large_views(name, sizes):
+    with pytest.raises(ValueError, match=r"data.views gives views of \[8.*needed are at least 2, the first 2 of one"):
+        build(name)([torch.rand(2, 3, s, s).double() for s in sizes], batch(2))
+
+
+def test_a_recipe_of_the_wrong_number_of_views():
+    from fastssl import engine, views
+
+    with pytest.raises(ValueError, match="RelativeLoc needs a recipe of 9 views, data.views gives 2"):
+        engine.check_views(build("relative_loc"), views.simclr(16))
+
+
+def test_transformers_asked_of_a_resnet():
+    for name, settings in (("mae", {}), ("mocov3", {"freeze_patch_embed": True})):
+        with pytest.raises(ValueError, match="'tiny' is not a vision transformer; use one of timm's"):
+            build(name, **settings)
+    with pytest.raises(ValueError, match=r"method.mask=1.0 must be between 0 and 1"):
+        build("mae", mask=1.0)
+    with pytest.raises(ValueError, match=r"method.mask=0.95 leaves 0 of 16 patches of 16 pixels"):
+        mae(mask=0.95)([torch.rand(2, 3, 64, 64).double()], batch(2))
+
+
+def test_mocov3_freezes_the_patch_projection_and_positions():
+    from fastssl import backbones
+    from fastssl.config import Backbone
+
+    backbone = backbones.build(Backbone("test_vit"))
+    method = build("mocov3", backbone, freeze_patch_embed=True)
+    frozen = {n for n, p in method.backbone.named_parameters() if not p.requires_grad}
+    assert frozen == {"body.pos_embed", "body.patch_embed.proj.weight", "body.patch_embed.proj.bias"}
+    position = method.backbone.body.pos_embed[0]
+    assert position[0].abs().max() == 0  # the class token's
+    for row, column in ((0, 3), (7, 2)):
+        values = position[1 + 10 * row + column]
+        for angle in (row, column):  # at the highest frequency
+            assert (values - math.sin(angle)).abs().min() < 1e-5 and (values - math.cos(angle)).abs().min() < 1e-5
