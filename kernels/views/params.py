@@ -6,6 +6,7 @@ Words are Philox4x32-10 at key = seed and counter = (block, stream, sample index
 blocks 0 to 9 are the tries of the random-resized crop (area, ratio, top, left), FLAGS and so on are named below.
 """
 
+import json
 import math
 from dataclasses import dataclass, fields
 
@@ -35,7 +36,8 @@ class View:
     by `pad` pixels of `pad_mode`), "patch" (cell 0..8 of the 3x3 split of a random crop of side `window`, itself
     randomly cropped to size), "squash" (the whole image, aspect ratio ignored).
     A pixel whose centre falls outside the image is black, or mirrored with pad_mode="reflect".
-    Operations apply as crop, flip, rotate, then `order` (jitter before blur), then `quarter_turns` (counter-clockwise), then normalise.
+    Operations apply as crop, flip, rotate, then `order` (jitter before blur), then `quarter_turns`
+    (counter-clockwise), then normalise.
     Views with the same `stream` draw the same numbers; None is the view's place in the list.
     """
 
@@ -68,6 +70,8 @@ class View:
         for f in fields(self):  # lists, as read back from a dumped config, become tuples again
             if isinstance(getattr(self, f.name), list):
                 object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
+        # the name under which the kernels know this view: a custom op takes strings, and torch.compile reads attributes
+        object.__setattr__(self, "json", json.dumps({f.name: getattr(self, f.name) for f in fields(self)}))
 
         def require(ok, field, what):
             if not ok:
@@ -87,7 +91,7 @@ class View:
         require(len(self.jitter) == 4 and min(self.jitter) >= 0 and self.jitter[3] <= 0.5, "jitter",
                 "needs four strengths (brightness, contrast, saturation, hue) >= 0 and hue <= 0.5")
         require(0 < self.blur_sigma[0] <= self.blur_sigma[1], "blur_sigma", "needs 0 < low <= high")
-        require(self.rotate >= 0, "rotate", "is the largest angle in degrees, >= 0")
+        require(0 <= self.rotate <= 180, "rotate", "is the largest angle in degrees, 0 to 180")
         require(sorted(self.order) == sorted(OPS), "order", f"must name each of {', '.join(OPS)} once")
         require(self.order.index("jitter") < self.order.index("blur"), "order", "must have jitter before blur")
         require(self.quarter_turns in (0, 1, 2, 3), "quarter_turns", "is 0, 1, 2 or 3")

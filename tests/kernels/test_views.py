@@ -15,35 +15,10 @@ from torchvision.transforms.v2 import functional as tv
 
 from fastssl import views as recipes
 from fastssl.kernels.views import COL, View, draw, make_views
+from fastssl.kernels.views.cases import ONE_OP, RAW, SHAPES, pack, scenes
 from fastssl.kernels.views.reference import JITTER_ORDERS
 
-RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 DATA = Path(os.environ.get("FASTSSL_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
-
-
-def pack(images):
-    """uint8 (h, w, 3) arrays -> pixels, sizes, index; what follows an image is noise that no view may touch."""
-    room = max(im.shape[0] * im.shape[1] for im in images)
-    pixels = torch.randint(0, 256, (len(images), room, 3), dtype=torch.uint8, generator=torch.manual_seed(1))
-    for row, im in zip(pixels, images):
-        row[: im.shape[0] * im.shape[1]] = torch.from_numpy(np.ascontiguousarray(im)).view(-1, 3)
-    sizes = torch.tensor([im.shape[:2] for im in images], dtype=torch.int32)
-    return pixels, sizes, torch.arange(100, 100 + len(images))
-
-
-def scenes(shapes, seed=0):
-    """Images with edges, gradients, saturated and gray areas: random blocks, smoothed ramps, noise."""
-    rng = np.random.default_rng(seed)
-    out = []
-    for h, w in shapes:
-        y, x = np.mgrid[0:h, 0:w]
-        ramp = np.stack([y * 255 / h, x * 255 / w, (y + x) * 255 / (h + w)], -1)
-        blocks = rng.integers(0, 256, (8, 8, 3))[y * 8 // h, x * 8 // w]
-        im = np.where(((y // 7 + x // 5) % 3 == 0)[..., None], blocks, ramp)
-        im[: h // 8] = im[: h // 8, :, :1]  # gray: no hue
-        im[:, -max(1, w // 10):] = rng.choice([0, 255], (h, max(1, w // 10), 3))
-        out.append(im.astype(np.uint8))
-    return out
 
 
 @pytest.fixture(scope="session")
@@ -112,30 +87,6 @@ def check(images, views, epoch=0, bound=1 / 255):
             worst = max(worst, float(error.max()))
     assert worst <= bound, f"off by {worst * 255:.3f}/255"
     return worst
-
-
-SHAPES = [(48, 64), (64, 48), (40, 40), (33, 90), (57, 41), (32, 32), (120, 100), (47, 31)]
-ONE_OP = {
-    "crop_bilinear": View(32), "crop_bicubic": View(32, interpolation="bicubic"), "crop_odd": View(27),
-    "upsample": View(61), "crop_one_pixel": View(1), "flip": View(24, flip=0.5),
-    "rotate": View(32, rotate=20.0), "gray": View(24, gray=0.5), "blur": View(33, blur=0.7),
-    "blur_wide": View(9, blur=1.0, blur_sigma=(0.05, 4.0)), "solarize": View(24, solarize=0.5),
-    "brightness": View(24, jitter=(0.8, 0, 0, 0), jitter_p=1.0),
-    "contrast": View(24, jitter=(0, 0.8, 0, 0), jitter_p=1.0),
-    "saturation": View(24, jitter=(0, 0, 0.8, 0), jitter_p=1.0),
-    "hue": View(24, jitter=(0, 0, 0, 0.5), jitter_p=1.0),
-    "jitter": View(24, jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8),
-    "jitter_strong": View(24, jitter=(2.0, 2.0, 2.0, 0.5), jitter_p=1.0),
-    "quarter_turn": View(24, flip=0.5, quarter_turns=1), "three_quarters": View(24, quarter_turns=3),
-    "center": View(24, crop="center", resize=28),
-    "center_bicubic": View(24, crop="center", resize=29, interpolation="bicubic"),
-    "center_cut": View(31, crop="center"), "center_padded": View(97, crop="center"),
-    "squash": View(24, crop="squash"), "random": View(24, crop="random"),
-    "random_resized_first": View(24, crop="random", resize=36), "random_padded": View(32, crop="random", pad=4),
-    "random_reflected": View(32, crop="random", pad=4, pad_mode="reflect"),
-    "order": View(24, jitter=(0.4,) * 4, jitter_p=1.0, gray=0.5, blur=0.5, solarize=0.5,
-                  order=("solarize", "jitter", "blur", "gray")),
-}
 
 
 @pytest.mark.parametrize("name", ONE_OP)

@@ -1,0 +1,181 @@
+"""The parameters of one view of one sample, drawn inside a kernel: `draw` of params.py, word for word.
+
+Box arithmetic in float64 as there, so that both choose the same pixels.
+"""
+
+import triton
+import triton.language as tl
+
+from . import params
+
+# what differs between views of one launch: a row of float64 in the table of numbers
+SPEC = ("offset", "stream", "cell", "quarter_turns", "scale0", "scale1", "log_ratio0", "log_ratio1", "ratio0", "ratio1",
+        "flip", "rotate", "jitter_p", "brightness", "contrast", "saturation", "hue", "gray", "blur", "sigma0", "sigma1",
+        "solarize", "threshold", "mean_r", "mean_g", "mean_b", "std_r", "std_g", "std_b")  # fmt: skip
+AT = {name: i for i, name in enumerate(SPEC)}
+WIDTH = tl.constexpr(len(SPEC))
+COLUMNS = tl.constexpr(len(params.COLUMNS))
+STREAM, CELL = tl.constexpr(AT["stream"]), tl.constexpr(AT["cell"])
+SCALE, LOG_RATIO, RATIO = tl.constexpr(AT["scale0"]), tl.constexpr(AT["log_ratio0"]), tl.constexpr(AT["ratio0"])
+FLIP, ROTATE, JITTER_P = tl.constexpr(AT["flip"]), tl.constexpr(AT["rotate"]), tl.constexpr(AT["jitter_p"])
+STRENGTH, GRAY, BLUR = tl.constexpr(AT["brightness"]), tl.constexpr(AT["gray"]), tl.constexpr(AT["blur"])
+SIGMA, SOLARIZE = tl.constexpr(AT["sigma0"]), tl.constexpr(AT["solarize"])
+TRIES, B_FLAGS, B_JITTER = tl.constexpr(params.TRIES), tl.constexpr(params.FLAGS), tl.constexpr(params.JITTER)
+B_OTHER, B_PATCH = tl.constexpr(params.OTHER), tl.constexpr(params.PATCH)
+LANES = tl.constexpr(16)
+RESIZED, PATCH, RANDOM, SQUASH = (tl.constexpr(params.CROPS.index(k)) for k in ("resized", "patch", "random", "squash"))
+
+
+@triton.jit
+def uniform(word):
+    return word.to(tl.float64) * 2.3283064365386963e-10  # 2**-32
+
+
+@triton.jit
+def between(word, low, high):
+    return low + (high - low) * uniform(word)
+
+
+@triton.jit
+def below(word, n):
+    return ((word.to(tl.uint64) * n.to(tl.uint64)) >> 32).to(tl.int32)
+
+
+@triton.jit
+def nearest(x):
+    """float64 to the nearest integer, halves to even: adding 2**52 leaves no room for a fraction."""
+    return ((x + 4503599627370496.0) - 4503599627370496.0).to(tl.int32)
+
+
+@triton.jit
+def centre(n, SIZE: tl.constexpr):
+    d = n - SIZE
+    return tl.where(d < 0, -((-d) // 2), (d >> 1) + ((d & 1) & ((d >> 1) & 1)))
+
+
+@triton.jit
+def offset(n, word, SIZE: tl.constexpr):
+    return tl.where(n < SIZE, centre(n, SIZE), below(word, tl.maximum(n - SIZE + 1, 1)))
+
+
+@triton.jit
+def random_resized(spec, seed, stream, sample, epoch, H, W):
+    lane = tl.arange(0, LANES)
+    block = lane.to(tl.uint32)
+    w_area, w_ratio, w_top, w_left = tl.philox(seed, block, block * 0 + stream, block * 0 + sample, block * 0 + epoch)
+    area = (H * W).to(tl.float64) * between(w_area, tl.load(spec + SCALE), tl.load(spec + SCALE + 1))
+    ratio = tl.exp(between(w_ratio, tl.load(spec + LOG_RATIO), tl.load(spec + LOG_RATIO + 1)))
+    tw, th = nearest(tl.sqrt(area * ratio)), nearest(tl.sqrt(area / ratio))
+    fits = (tw > 0) & (tw <= W) & (th > 0) & (th <= H) & (lane < TRIES)
+    first = tl.min(tl.where(fits, lane, LANES), 0)
+    hit = lane == first
+    w_top = tl.sum(tl.where(hit, w_top.to(tl.int64), 0), 0)
+    w_left = tl.sum(tl.where(hit, w_left.to(tl.int64), 0), 0)
+    th, tw = tl.sum(tl.where(hit, th, 0), 0), tl.sum(tl.where(hit, tw, 0), 0)
+    low, high = tl.load(spec + RATIO), tl.load(spec + RATIO + 1)
+    Hd, Wd = H.to(tl.float64), W.to(tl.float64)
+    fw = tl.where(Wd / Hd > high, nearest(Hd * high), W)
+    fh = tl.where(Wd / Hd < low, nearest(Wd / low), H)
+    found = first < LANES
+    h, w = tl.where(found, th, fh), tl.where(found, tw, fw)
+    top = tl.where(found, below(w_top, H - h + 1), (H - h) // 2)
+    left = tl.where(found, below(w_left, W - w + 1), (W - w) // 2)
+    return top, left, h, w
+
+
+@triton.jit
+def draw_crop(spec, seed, stream, sample, epoch, H, W, CROP: tl.constexpr, SIZE: tl.constexpr, RESIZE: tl.constexpr,
+              PAD: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+    """y0, x0, h, w and the clip region's top, left, bottom, right, float32."""
+    if CROP == RESIZED:
+        y, x, h, w = random_resized(spec, seed, stream, sample, epoch, H, W)
+        y0, x0, bh, bw = y.to(tl.float32), x.to(tl.float32), h.to(tl.float32), w.to(tl.float32)
+        return y0, x0, bh, bw, y0, x0, (y + h).to(tl.float32), (x + w).to(tl.float32)
+    else:
+        Hf, Wf = H.to(tl.float32), W.to(tl.float32)
+        zero = Hf * 0
+        if CROP == SQUASH:
+            return zero, zero, Hf, Wf, zero, zero, Hf, Wf
+        else:
+            nh, nw = H, W
+            if RESIZE > 0:
+                short = tl.minimum(H, W)
+                nh, nw = H * RESIZE // short, W * RESIZE // short
+            _, _, w_top, w_left = tl.philox(seed, sample * 0, stream, sample, epoch)
+            if CROP == PATCH:
+                cell = tl.load(spec + CELL).to(tl.int32)
+                side: tl.constexpr = WINDOW // 3
+                block = sample * 0 + B_PATCH + cell.to(tl.uint32)
+                v_top, v_left, _, _ = tl.philox(seed, block, stream, sample, epoch)
+                top = offset(nh, w_top, WINDOW) + side * (cell // 3) + below(v_top, cell * 0 + (side - SIZE + 1))
+                left = offset(nw, w_left, WINDOW) + side * (cell % 3) + below(v_left, cell * 0 + (side - SIZE + 1))
+            elif CROP == RANDOM:
+                top, left = offset(nh + 2 * PAD, w_top, SIZE) - PAD, offset(nw + 2 * PAD, w_left, SIZE) - PAD
+            else:
+                top, left = centre(nh, SIZE), centre(nw, SIZE)
+            fy, fx = H.to(tl.float64) / nh.to(tl.float64), W.to(tl.float64) / nw.to(tl.float64)
+            y0, x0 = (top.to(tl.float64) * fy).to(tl.float32), (left.to(tl.float64) * fx).to(tl.float32)
+            return y0, x0, (SIZE * fy).to(tl.float32), (SIZE * fx).to(tl.float32), zero, zero, Hf, Wf
+
+
+@triton.jit
+def draw_colour(spec, seed, stream, sample, epoch):
+    """flip, angle, order, brightness, contrast, saturation, hue, gray, sigma, solarize: float32."""
+    zero = sample * 0
+    w_flip, w_jitter, w_gray, w_blur = tl.philox(seed, zero + B_FLAGS, stream, sample, epoch)
+    w_b, w_c, w_s, w_h = tl.philox(seed, zero + B_JITTER, stream, sample, epoch)
+    w_order, w_sigma, w_solarize, w_angle = tl.philox(seed, zero + B_OTHER, stream, sample, epoch)
+    order = tl.where(uniform(w_jitter) < tl.load(spec + JITTER_P), below(w_order, zero + 24), -1)
+    sb, sc, ss = tl.load(spec + STRENGTH), tl.load(spec + STRENGTH + 1), tl.load(spec + STRENGTH + 2)
+    sh, turn = tl.load(spec + STRENGTH + 3), tl.load(spec + ROTATE)
+    b = between(w_b, tl.maximum(1 - sb, 0.0), 1 + sb).to(tl.float32)
+    c = between(w_c, tl.maximum(1 - sc, 0.0), 1 + sc).to(tl.float32)
+    s = between(w_s, tl.maximum(1 - ss, 0.0), 1 + ss).to(tl.float32)
+    h = between(w_h, -sh, sh).to(tl.float32)
+    angle = between(w_angle, -turn, turn).to(tl.float32)
+    sigma = between(w_sigma, tl.load(spec + SIGMA), tl.load(spec + SIGMA + 1)).to(tl.float32)
+    sigma = tl.where(uniform(w_blur) < tl.load(spec + BLUR), sigma, 0.0)
+    flip = (uniform(w_flip) < tl.load(spec + FLIP)).to(tl.float32)
+    gray = (uniform(w_gray) < tl.load(spec + GRAY)).to(tl.float32)
+    solarize = (uniform(w_solarize) < tl.load(spec + SOLARIZE)).to(tl.float32)
+    return flip, angle, order, b, c, s, h, gray, sigma, solarize
+
+
+@triton.jit
+def counter(spec, index, i_b, epoch, epoch_ptr, EPOCH_PTR: tl.constexpr):
+    """Three of the counter's four words: stream, sample, epoch."""
+    if EPOCH_PTR:
+        epoch = tl.load(epoch_ptr)
+    return tl.load(spec + STREAM).to(tl.uint32), tl.load(index + i_b).to(tl.uint32), epoch.to(tl.uint32)
+
+
+@triton.jit(do_not_specialize=["seed", "epoch"])
+def draw_kernel(sizes, index, specs, table, seed, epoch, epoch_ptr, CROP: tl.constexpr, SIZE: tl.constexpr,
+                RESIZE: tl.constexpr, PAD: tl.constexpr, WINDOW: tl.constexpr, EPOCH_PTR: tl.constexpr):  # fmt: skip
+    """One program writes one row of the table; grid (B, views)."""
+    i_b, i_v = tl.program_id(0), tl.program_id(1)
+    spec = specs + i_v * WIDTH
+    stream, sample, epoch = counter(spec, index, i_b, epoch, epoch_ptr, EPOCH_PTR)
+    H, W = tl.load(sizes + 2 * i_b).to(tl.int32), tl.load(sizes + 2 * i_b + 1).to(tl.int32)
+    y0, x0, h, w, top, left, bottom, right = draw_crop(
+        spec, seed, stream, sample, epoch, H, W, CROP, SIZE, RESIZE, PAD, WINDOW)
+    flip, angle, order, b, c, s, u, gray, sigma, solarize = draw_colour(spec, seed, stream, sample, epoch)
+    row = table + (i_v * tl.num_programs(0) + i_b) * COLUMNS
+    tl.store(row, y0)
+    tl.store(row + 1, x0)
+    tl.store(row + 2, h)
+    tl.store(row + 3, w)
+    tl.store(row + 4, top)
+    tl.store(row + 5, left)
+    tl.store(row + 6, bottom)
+    tl.store(row + 7, right)
+    tl.store(row + 8, flip)
+    tl.store(row + 9, angle)
+    tl.store(row + 10, order.to(tl.float32))
+    tl.store(row + 11, b)
+    tl.store(row + 12, c)
+    tl.store(row + 13, s)
+    tl.store(row + 14, u)
+    tl.store(row + 15, gray)
+    tl.store(row + 16, sigma)
+    tl.store(row + 17, solarize)

@@ -1,0 +1,325 @@
+"""The views as a custom op.  Up to 64 pixels one launch does it all, a program a view; above, five launches share
+parameters, contrast means and what is still to be blurred through memory.  Not measured yet on a GPU.
+
+Views that differ only in numbers (probabilities, strengths, streams, mean) share launches: two groups for SwAV's eight
+views.  The maths is in pixels.py, the random numbers in draws.py.
+"""
+
+import functools
+import json
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import cdiv, pow2
+from . import draws, params
+from . import pixels as px
+
+WHOLE_LIMIT = 64  # pixels: up to here a view is one tile
+TILE = 32  # 224 and 96 are multiples
+HALO_LIMIT = 48  # pixels: the widest blur radius of views of several tiles
+COLUMNS, WIDTH = draws.COLUMNS, draws.WIDTH
+OFFSET, TURNS, THRESHOLD = (tl.constexpr(draws.AT[n]) for n in ("offset", "quarter_turns", "threshold"))
+MEAN = tl.constexpr(draws.AT["mean_r"])
+# columns of the table that the passes read
+CLIP, FLIP, ORDER = (tl.constexpr(params.COL[n]) for n in ("top", "flip", "order"))
+ANGLE, GRAY, SIGMA, SOLARIZE = (tl.constexpr(params.COL[n]) for n in ("angle", "gray", "sigma", "solarize"))
+
+
+# ---- kernels
+
+@triton.jit(do_not_specialize=["seed", "epoch"])
+def whole_kernel(pixels, room, sizes, index, specs, out, seed, epoch, epoch_ptr, CROP: tl.constexpr,
+                 SIZE: tl.constexpr, RESIZE: tl.constexpr, PAD: tl.constexpr, WINDOW: tl.constexpr,
+                 BICUBIC: tl.constexpr, REFLECT: tl.constexpr, JITTERS: tl.constexpr, BLURS: tl.constexpr,
+                 OPS: tl.constexpr, JITTER_AT: tl.constexpr, BLUR_AT: tl.constexpr, EPOCH_PTR: tl.constexpr,
+                 TILE: tl.constexpr):  # fmt: skip
+    """A whole view in registers; grid (B, views)."""
+    i_b, i_v = tl.program_id(0), tl.program_id(1)
+    spec = specs + i_v * WIDTH
+    stream, sample, epoch = draws.counter(spec, index, i_b, epoch, epoch_ptr, EPOCH_PTR)
+    H, W = tl.load(sizes + 2 * i_b).to(tl.int32), tl.load(sizes + 2 * i_b + 1).to(tl.int32)
+    y0, x0, h, w, top, left, bottom, right = draws.draw_crop(
+        spec, seed, stream, sample, epoch, H, W, CROP, SIZE, RESIZE, PAD, WINDOW
+    )
+    flip, _, order, fb, fc, fs, fh, gray, sigma, solarize = draws.draw_colour(spec, seed, stream, sample, epoch)
+    i = tl.arange(0, TILE)
+    image = pixels + i_b.to(tl.int64) * room * 3
+    r, g, b = px.crop(image, W, i, i, y0, x0, h, w, top, left, bottom, right, flip, SIZE, BICUBIC, REFLECT)
+    threshold = tl.load(spec + THRESHOLD).to(tl.float32)
+    r, g, b = px.pointwise(r, g, b, gray, solarize, threshold, OPS, 0, JITTER_AT)
+    if JITTERS:  # noqa: SIM102 - one is compiled away, the other is a branch
+        if order >= 0:
+            mask = (i < SIZE)[:, None] & (i < SIZE)[None, :]
+            r, g, b = px.jitter(r, g, b, order, 4, fb, fc, fs, fh, 0.0, mask, SIZE, True)
+    r, g, b = px.pointwise(r, g, b, gray, solarize, threshold, OPS, JITTER_AT + 1, BLUR_AT)
+    if BLURS:  # noqa: SIM102
+        if sigma > 0:
+            r, g, b = px.blur_whole(r, g, b, sigma, SIZE, TILE)
+    r, g, b = px.pointwise(r, g, b, gray, solarize, threshold, OPS, BLUR_AT + 1, 4)
+    view = out + tl.load(spec + OFFSET).to(tl.int64) * tl.num_programs(0) + i_b.to(tl.int64) * (SIZE * SIZE * 3)
+    px.store(view, i, i, r, g, b, tl.load(spec + TURNS).to(tl.int32), spec, MEAN, SIZE)
+
+
+@triton.jit
+def place(B, SIDE: tl.constexpr, STEP: tl.constexpr):
+    """Of program (tile of sample, view): sample, view, image = both, tile number, its first row and column."""
+    pid, i_v = tl.program_id(0), tl.program_id(1)
+    tile, i_b = pid % (SIDE * SIDE), pid // (SIDE * SIDE)
+    return i_b, i_v, (i_v * B + i_b).to(tl.int64), tile, tile // SIDE * STEP, tile % SIDE * STEP
+
+
+@triton.jit
+def cut(pixels, room, sizes, row, i_b, iy, ix, SIZE: tl.constexpr, BICUBIC: tl.constexpr, REFLECT: tl.constexpr):
+    """Pixels (iy, ix) of the crop that the table's row describes."""
+    return px.crop(
+        pixels + i_b.to(tl.int64) * room * 3, tl.load(sizes + 2 * i_b + 1).to(tl.int32), iy, ix,
+        tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3),
+        tl.load(row + CLIP), tl.load(row + CLIP + 1), tl.load(row + CLIP + 2), tl.load(row + CLIP + 3),
+        tl.load(row + FLIP), SIZE, BICUBIC, REFLECT,
+    )  # fmt: skip
+
+
+@triton.jit
+def crop_kernel(pixels, room, sizes, table, crops, B, SIZE: tl.constexpr, BICUBIC: tl.constexpr,
+                REFLECT: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr):  # fmt: skip
+    """Only for views that rotate: the crop in float32, so that the rotation has pixels to interpolate."""
+    i_b, _, image, _, oy, ox = place(B, SIDE, TILE)
+    iy, ix = oy + tl.arange(0, TILE), ox + tl.arange(0, TILE)
+    r, g, b = cut(pixels, room, sizes, table + image * COLUMNS, i_b, iy, ix, SIZE, BICUBIC, REFLECT)
+    px.keep(crops + image * (SIZE * SIZE * 3), iy, ix, r, g, b, SIZE)
+
+
+@triton.jit
+def colour_kernel(pixels, room, sizes, table, specs, crops, sums, unblurred, out, B, SIZE: tl.constexpr,
+                  BICUBIC: tl.constexpr, REFLECT: tl.constexpr, ROTATE: tl.constexpr, JITTERS: tl.constexpr,
+                  BLURS: tl.constexpr, OPS: tl.constexpr, JITTER_AT: tl.constexpr, BLUR_AT: tl.constexpr,
+                  MEANS: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
+    """MEANS: of samples that jitter, the tile's sum of the gray that contrast will meet.  Else the finished tile, or
+    of samples that blur, the tile before its blur, centred and in half precision."""
+    i_b, i_v, image, tile, oy, ox = place(B, SIDE, TILE)
+    row, spec = table + image * COLUMNS, specs + i_v * WIDTH
+    order = tl.load(row + ORDER).to(tl.int32)
+    if MEANS:  # noqa: SIM102
+        if order < 0:
+            return
+    iy, ix = oy + tl.arange(0, TILE), ox + tl.arange(0, TILE)
+    if ROTATE:
+        r, g, b = px.rotated(crops + image * (SIZE * SIZE * 3), iy, ix, tl.load(row + ANGLE), SIZE)
+    else:
+        r, g, b = cut(pixels, room, sizes, row, i_b, iy, ix, SIZE, BICUBIC, REFLECT)
+    gray, solarize, threshold = tl.load(row + GRAY), tl.load(row + SOLARIZE), tl.load(spec + THRESHOLD).to(tl.float32)
+    r, g, b = px.pointwise(r, g, b, gray, solarize, threshold, OPS, 0, JITTER_AT)
+    mask = (iy < SIZE)[:, None] & (ix < SIZE)[None, :]
+    fb, fc = tl.load(row + ORDER + 1), tl.load(row + ORDER + 2)
+    fs, fh = tl.load(row + ORDER + 3), tl.load(row + ORDER + 4)
+    if MEANS:
+        _, steps = px.permutation(order)
+        r, g, b = px.jitter(r, g, b, order, steps, fb, fc, fs, fh, 0.0, mask, SIZE, False)
+        tl.store(sums + image * (SIDE * SIDE) + tile, tl.sum(tl.sum(tl.where(mask, px.luma(r, g, b), 0.0), 1), 0))
+    else:
+        if JITTERS:  # noqa: SIM102
+            if order >= 0:
+                t = tl.arange(0, TILES)
+                mean = tl.sum(tl.load(sums + image * (SIDE * SIDE) + t, mask=t < SIDE * SIDE, other=0.0), 0)
+                mean *= 1.0 / (SIZE * SIZE)
+                r, g, b = px.jitter(r, g, b, order, 4, fb, fc, fs, fh, mean, mask, SIZE, False)
+        r, g, b = px.pointwise(r, g, b, gray, solarize, threshold, OPS, JITTER_AT + 1, BLUR_AT)
+        blurred = False
+        if BLURS:
+            blurred = tl.load(row + SIGMA) > 0
+            if blurred:
+                px.keep(unblurred + image * (SIZE * SIZE * 3), iy, ix, r - 0.5, g - 0.5, b - 0.5, SIZE)
+        if not blurred:
+            r, g, b = px.pointwise(r, g, b, gray, solarize, threshold, OPS, BLUR_AT + 1, 4)
+            view = out + tl.load(spec + OFFSET).to(tl.int64) * B + i_b.to(tl.int64) * (SIZE * SIZE * 3)
+            px.store(view, iy, ix, r, g, b, tl.load(spec + TURNS).to(tl.int32), spec, MEAN, SIZE)
+
+
+@triton.jit
+def blur_kernel(table, specs, unblurred, out, B, SIZE: tl.constexpr, OPS: tl.constexpr, BLUR_AT: tl.constexpr,
+                TILE: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr):  # fmt: skip
+    """Blur and what follows it, for samples that blur; a tile is TILE wide with its halo."""
+    i_b, i_v, image, _, oy, ox = place(B, SIDE, TILE - 2 * HALO)
+    row, spec = table + image * COLUMNS, specs + i_v * WIDTH
+    sigma = tl.load(row + SIGMA)
+    if sigma > 0:
+        r, g, b = px.blur_tile(unblurred + image * (SIZE * SIZE * 3), oy, ox, sigma, SIZE, TILE, HALO)
+        threshold = tl.load(spec + THRESHOLD).to(tl.float32)
+        r, g, b = px.pointwise(r, g, b, tl.load(row + GRAY), tl.load(row + SOLARIZE), threshold, OPS, BLUR_AT + 1, 4)
+        i = tl.arange(0, TILE)
+        iy, ix = tl.where(i < TILE - 2 * HALO, oy + i, SIZE), tl.where(i < TILE - 2 * HALO, ox + i, SIZE)
+        view = out + tl.load(spec + OFFSET).to(tl.int64) * B + i_b.to(tl.int64) * (SIZE * SIZE * 3)
+        px.store(view, iy, ix, r, g, b, tl.load(spec + TURNS).to(tl.int32), spec, MEAN, SIZE)
+
+
+# ---- launches
+
+class Group(NamedTuple):
+    """Views that differ in numbers alone."""
+
+    views: tuple[params.View, ...]
+    first: int  # row of the table of numbers
+
+    @property
+    def jitters(self):
+        return any(v.jitter_p and any(v.jitter) for v in self.views)
+
+    @property
+    def rotates(self):
+        return any(v.rotate for v in self.views)
+
+    @property
+    def halo(self):
+        """The widest blur's radius, 0 without blur."""
+        size = self.views[0].size
+        return max(min(math.ceil(4 * v.blur_sigma[1]), size - 1) if v.blur else 0 for v in self.views)
+
+
+def _kind(view):
+    return (view.size, view.crop, view.resize, view.pad, view.pad_mode, view.window, view.interpolation, view.order,
+            view.rotate > 0)  # fmt: skip
+
+
+def extent(view) -> int:
+    """Elements of one sample's view in the output, padded so that every view starts on 16 bytes."""
+    return cdiv(3 * view.size**2, 8) * 8
+
+
+@functools.lru_cache(maxsize=64)
+def plan(text: str) -> tuple[tuple[Group, ...], list[list[float]]]:
+    """Groups of views, and their numbers in the groups' order."""
+    views = [params.View(**fields) for fields in json.loads(text)]
+    starts = [sum(extent(u) for u in views[:i]) for i in range(len(views))]
+    stream = params.streams(views)
+    kinds, groups, numbers = [_kind(v) for v in views], [], []
+    for kind in dict.fromkeys(kinds):
+        members = [i for i, k in enumerate(kinds) if k == kind]
+        groups.append(Group(tuple(views[i] for i in members), len(numbers)))
+        numbers += [_numbers(views[i], starts[i], stream[i]) for i in members]
+    return tuple(groups), numbers
+
+
+def _numbers(view, start: int, stream: int) -> list[float]:
+    log_ratio = [math.log(r) for r in view.ratio]
+    return [float(x) for x in (
+        start, stream, view.cell or 0, view.quarter_turns, *view.scale, *log_ratio, *view.ratio, view.flip, view.rotate,
+        view.jitter_p, *view.jitter, view.gray, view.blur, *view.blur_sigma, view.solarize, view.solarize_threshold,
+        *view.mean, *view.std)]  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def specs_on(text: str, device: torch.device) -> Tensor:
+    return torch.tensor(plan(text)[1], dtype=torch.float64, device=device)
+
+
+def launch_all(pixels, sizes, index, epoch_ptr, text, seed, epoch, dtype) -> Tensor:
+    out = _empty(pixels, text, dtype)
+    if len(pixels):
+        specs = specs_on(text, pixels.device)
+        for group in plan(text)[0]:
+            small = group.views[0].size <= WHOLE_LIMIT and not group.rotates
+            launch = _launch_whole if small else _launch_tiles
+            launch(group, pixels, sizes, index, specs[group.first :], out, seed, epoch, epoch_ptr)
+    return out
+
+
+@torch.library.custom_op("fastssl::views", mutates_args=())
+def views_op(pixels: Tensor, sizes: Tensor, index: Tensor, epoch_ptr: Tensor | None, text: str, seed: int, epoch: int,
+             dtype: torch.dtype) -> Tensor:  # fmt: skip
+    """All views in one row of memory: view by view, each sample by sample."""
+    return launch_all(pixels, sizes, index, epoch_ptr, text, seed, epoch, dtype)
+
+
+@views_op.register_fake
+def _(pixels, sizes, index, epoch_ptr, text, seed, epoch, dtype):
+    return _empty(pixels, text, dtype)
+
+
+def _empty(pixels, text, dtype):
+    room = sum(extent(v) for group in plan(text)[0] for v in group.views)
+    return torch.empty(len(pixels) * room, dtype=dtype, device=pixels.device)
+
+
+def _drawing(view) -> dict:
+    return {"CROP": params.CROPS.index(view.crop), "SIZE": view.size, "RESIZE": view.resize or 0, "PAD": view.pad,
+            "WINDOW": view.window or 0}  # fmt: skip
+
+
+def _cutting(view) -> dict:
+    return {"BICUBIC": view.interpolation == "bicubic", "REFLECT": view.pad_mode == "reflect"}
+
+
+def _ordering(view) -> dict:
+    ops = sum(params.OPS.index(op) << (2 * i) for i, op in enumerate(view.order))
+    return {"OPS": ops, "JITTER_AT": view.order.index("jitter"), "BLUR_AT": view.order.index("blur")}
+
+
+def _launch_whole(group, pixels, sizes, index, specs, out, seed, epoch, epoch_ptr):
+    view = group.views[0]
+    tile = max(16, pow2(view.size))
+    whole_kernel[(len(pixels), len(group.views))](
+        pixels, pixels.shape[1], sizes, index, specs, out, seed, epoch, epoch_ptr, **_drawing(view), **_cutting(view),
+        **_ordering(view), JITTERS=group.jitters, BLURS=group.halo > 0, EPOCH_PTR=epoch_ptr is not None, TILE=tile,
+        num_warps=8 if tile == 64 else 4,
+    )  # fmt: skip
+
+
+def _launch_tiles(group, pixels, sizes, index, specs, out, seed, epoch, epoch_ptr):
+    view, B, V, device = group.views[0], len(pixels), len(group.views), pixels.device
+    n, S, side = B * V, view.size, cdiv(view.size, TILE)
+    if group.halo > HALO_LIMIT:
+        raise ValueError(
+            f"views: the Triton kernel blurs views of {S} pixels with sigma up to {HALO_LIMIT // 4}, "
+            f"got {max(v.blur_sigma[1] for v in group.views)}; use impl='reference'"
+        )
+
+    def scratch(wanted, *shape, dtype=torch.float32):
+        return torch.empty((n, *shape) if wanted else 0, dtype=dtype, device=device)
+
+    table = scratch(True, len(params.COLUMNS))
+    crops = scratch(group.rotates, S, S, 3)
+    sums = scratch(group.jitters, side * side)
+    unblurred = scratch(group.halo, S, S, 3, dtype=torch.float16)
+    draws.draw_kernel[(B, V)](
+        sizes, index, specs, table, seed, epoch, epoch_ptr, **_drawing(view), EPOCH_PTR=epoch_ptr is not None,
+        num_warps=1,
+    )  # fmt: skip
+    grid = (B * side * side, V)
+    if group.rotates:
+        crop_kernel[grid](
+            pixels, pixels.shape[1], sizes, table, crops, B, SIZE=S, **_cutting(view), TILE=TILE, SIDE=side,
+        )  # fmt: skip
+    for means in (True, False) if group.jitters else (False,):
+        colour_kernel[grid](
+            pixels, pixels.shape[1], sizes, table, specs, crops, sums, unblurred, out, B, SIZE=S, **_cutting(view),
+            ROTATE=group.rotates, JITTERS=group.jitters, BLURS=group.halo > 0, **_ordering(view), MEANS=means,
+            TILE=TILE, SIDE=side, TILES=pow2(side * side), num_warps=4,
+        )  # fmt: skip
+    if group.halo:
+        tile = max(64, pow2(2 * group.halo + 32))
+        over = cdiv(S, tile - 2 * group.halo)
+        blur_kernel[(B * over * over, V)](
+            table, specs, unblurred, out, B, SIZE=S, OPS=_ordering(view)["OPS"], BLUR_AT=_ordering(view)["BLUR_AT"],
+            TILE=tile, HALO=group.halo, SIDE=over, num_warps=8 if tile == 64 else 16,
+        )  # fmt: skip
+
+
+def as_text(views) -> str:
+    return "[" + ", ".join([view.json for view in views]) + "]"
+
+
+def make_views(pixels, sizes, index, views, seed, epoch, dtype) -> list[Tensor]:
+    epoch_ptr, epoch = (epoch, 0) if isinstance(epoch, Tensor) else (None, epoch)
+    flat = views_op(pixels.contiguous(), sizes.contiguous(), index.contiguous(), epoch_ptr, as_text(views), seed, epoch,
+                    dtype)  # fmt: skip
+    B, start, outs = len(pixels), 0, []
+    for view in views:
+        S = view.size
+        outs.append(flat[start : start + B * 3 * S * S].view(B, S, S, 3).permute(0, 3, 1, 2))
+        start += B * extent(view)
+    return outs

@@ -1,0 +1,221 @@
+"""The fused kernels against the reference, by Triton's interpreter on a CPU, natively with `pytest -m gpu`, and
+compiled ahead of time for two architectures without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from kernel_device import DEVICE, needs_triton
+
+from fastssl import views as recipes
+from fastssl.kernels.philox import philox4x32
+from fastssl.kernels.testing import nan_memory
+from fastssl.kernels.views import COL, View, draw, make_views
+from fastssl.kernels.views import triton as fused
+from fastssl.kernels.views.cases import BENCH, ONE_OP, RAW, SHAPES, pack, scenes
+
+SMALL = {k: v for k, v in ONE_OP.items() if v.size > 1}  # one pixel of a whole image is 4,800 taps: slow interpreted
+
+
+def on_device(batch):
+    return [t.to(DEVICE) for t in batch]
+
+
+def assert_same_views(batch, views, seed=5, epoch=3, bound=0.1 / 255, dtype=torch.float32):
+    views = [replace(v, **RAW) for v in views]
+    batch = on_device(batch)
+    with nan_memory():
+        ours = make_views(*batch, views, seed=seed, epoch=epoch, impl="triton", dtype=dtype)
+    theirs = make_views(*batch, views, seed=seed, epoch=epoch, impl="reference")
+    for view, a, b in zip(views, ours, theirs):
+        assert a.is_contiguous(memory_format=torch.channels_last) and a.dtype == dtype and a.shape == b.shape
+        error = (a.float() - b).abs()
+        if view.solarize:  # at the threshold the result itself jumps by 1/255
+            at = torch.minimum((b - view.solarize_threshold).abs(), (1 - b - view.solarize_threshold).abs())
+            assert error[at < 0.2 / 255].le(1.2 / 255).all()
+            error = error[at >= 0.2 / 255]
+        assert error.numel() == 0 or error.max() <= bound, f"off by {error.max() * 255:.3f}/255"  # NaN fails too
+
+
+@triton.jit
+def philox_kernel(out, seed, c1, c2, c3):
+    c0 = tl.arange(0, 8).to(tl.uint32)
+    words = tl.philox(seed, c0, c0 * 0 + c1.to(tl.uint32), c0 * 0 + c2.to(tl.uint32), c0 * 0 + c3.to(tl.uint32))
+    for k in tl.static_range(4):
+        tl.store(out + k * 8 + tl.arange(0, 8), words[k].to(tl.int64))
+
+
+@needs_triton
+@pytest.mark.parametrize("seed, counter", [
+    (3, (1, 2, 3)), (2**40 + 7, (0, 2**31 + 5, 99)), (2**63 - 1, (4, 5, 2**32 - 1)),
+])
+def test_philox_words_are_tritons(seed, counter):
+    out = torch.empty(4, 8, dtype=torch.int64, device=DEVICE)
+    philox_kernel[(1,)](out, seed, *counter)
+    ours = philox4x32(torch.arange(8), *counter, seed)
+    assert torch.equal(out.cpu(), torch.stack(ours))
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ONE_OP)
+def test_parameters_are_the_references(name):
+    view, n = ONE_OP[name], 40
+    sizes = torch.tensor([SHAPES[i % 8] if i % 5 else (20, 300) for i in range(n)], dtype=torch.int32, device=DEVICE)
+    index = torch.arange(n, device=DEVICE) * 97
+    expect = draw(sizes, index, [view], seed=2**33 + 1, epoch=7)[0].cpu()
+    table = torch.full((n, len(COL)), float("nan"), device=DEVICE)
+    specs = fused.specs_on(fused.as_text([view]), torch.device(DEVICE))
+    fused.draws.draw_kernel[(n, 1)](
+        sizes, index, specs, table, 2**33 + 1, 7, None, **fused._drawing(view), EPOCH_PTR=False)  # fmt: skip
+    torch.testing.assert_close(table.cpu(), expect, rtol=2e-7, atol=1e-7)
+    if view.crop == "resized":  # whole pixels: not one may move
+        assert torch.equal(table.cpu()[:, :8], expect[:, :8])
+
+
+@needs_triton
+@pytest.mark.parametrize("name", SMALL)
+def test_each_operation(name):
+    shapes = [s for s in SHAPES[:4] if SMALL[name].crop != "random" or min(s) >= SMALL[name].size]
+    assert_same_views(pack(scenes(shapes)), [SMALL[name]])
+
+
+TILED = {
+    "crop": View(40, flip=0.5), "bicubic": View(40, interpolation="bicubic"), "jitter": recipes.simclr(40)[0],
+    "blur": View(40, blur=0.7), "blur_wide": View(40, blur=1.0, blur_sigma=(3.0, 5.0)),
+    "quarter": View(40, quarter_turns=1),
+    "rotate": recipes.deepcluster(33)[0], "gray_first": recipes.moco_v1(40)[0],
+    "solarize_last": View(40, solarize=0.5, blur=0.5), "order": replace(ONE_OP["order"], size=40),
+}  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.parametrize("name", TILED)
+def test_views_of_several_tiles(name, monkeypatch):
+    """What sizes above 64 pixels do, at 40: a second row and column of tiles that are mostly outside."""
+    monkeypatch.setattr(fused, "WHOLE_LIMIT", 16)
+    assert_same_views(pack(scenes(SHAPES[:3])), [TILED[name]])
+
+
+@needs_triton
+def test_views_of_mixed_size_and_kind(monkeypatch):
+    """Groups of one launch and of several, views of another group in between, shared and own streams."""
+    monkeypatch.setattr(fused, "WHOLE_LIMIT", 16)
+    views = [*recipes.byol(34)[::-1], View(10, flip=0.5), *recipes.rotation(14), View(17, crop="center", resize=20),
+             View(10, crop="squash", flip=0.5)]  # fmt: skip
+    assert_same_views(pack(scenes([(38, 44), (41, 34)])), views)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype, bound", [(torch.float16, 0.2 / 255), (torch.bfloat16, 0.6 / 255)])
+def test_output_dtypes(dtype, bound):
+    assert_same_views(pack(scenes(SHAPES[:2])), [View(24, flip=0.5, gray=0.5)], dtype=dtype, bound=bound)
+
+
+@needs_triton
+def test_normalisation_and_views_own_means():
+    batch = on_device(pack(scenes(SHAPES[:2])))
+    views = [View(16), View(16, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), stream=0)]
+    ours = make_views(*batch, views, seed=0, epoch=0, impl="triton")
+    for a, b in zip(ours, make_views(*batch, views, seed=0, epoch=0, impl="reference")):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@needs_triton
+def test_a_sample_does_not_depend_on_the_batch(monkeypatch):
+    monkeypatch.setattr(fused, "WHOLE_LIMIT", 16)
+    pixels, sizes, index = on_device(pack(scenes([(24, 20), (20, 20), (18, 25)])))
+    views = [*recipes.simclr(16), recipes.byol(18)[0]]
+    whole = make_views(pixels, sizes, index, views, seed=5, epoch=2, impl="triton")
+    part = make_views(pixels[2:3], sizes[2:3], index[2:3], views, seed=5, epoch=2, impl="triton")
+    for w, p in zip(whole, part):
+        assert torch.equal(w[2:3], p)
+
+
+@needs_triton
+def test_empty_batch():
+    pixels, sizes, index = on_device(pack(scenes(SHAPES[:2])))
+    out = make_views(pixels[:0], sizes[:0], index[:0], recipes.simclr(24), seed=0, epoch=0, impl="triton")
+    assert [x.shape for x in out] == [(0, 3, 24, 24)] * 2
+
+
+@needs_triton
+def test_compiles_into_a_full_graph_and_takes_the_epoch_from_the_device():
+    batch, views = on_device(pack(scenes([(20, 24)] * 2))), recipes.simclr(16)
+
+    def step(pixels, sizes, index, epoch):
+        views_ = make_views(pixels, sizes, index, views, seed=1, epoch=epoch, impl="triton", dtype=torch.float16)
+        return [v * 2 for v in views_]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for epoch in (0, 1, 2, torch.tensor(2, device=DEVICE)):
+        eager = step(*batch, epoch)
+        for a, b in zip(eager, compiled(*batch, epoch)):
+            assert torch.equal(a, b)
+    for a, b in zip(eager, step(*batch, 2)):
+        assert torch.equal(a, b)
+    torch.library.opcheck(fused.views_op, (*batch, None, fused.as_text(views), 1, 2, torch.float16))
+
+
+def test_triton_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(ValueError, match="needs a CUDA tensor, got one on cpu"):
+        make_views(*pack(scenes(SHAPES[:2])), recipes.simclr(24), seed=0, epoch=0, impl="triton")
+
+
+BUILD = """
+import json, sys, torch
+from fastssl.kernels import testing
+from fastssl.kernels.views import triton as fused
+from fastssl.kernels.views.cases import BENCH
+views, meta = BENCH[sys.argv[1]].views, {"device": "meta"}
+pixels = torch.empty(64, 1000, 3, dtype=torch.uint8, **meta)
+sizes, index = torch.empty(64, 2, dtype=torch.int32, **meta), torch.empty(64, dtype=torch.int64, **meta)
+text = fused.as_text(views)
+with testing.record_launches() as launches:
+    fused.launch_all(pixels, sizes, index, None, text, 1, 2, torch.float16)
+builds = [testing.compile_launch(launch, arch) for launch in launches for arch in (80, 90)]
+print(json.dumps([b.__dict__ for b in builds]))
+"""
+
+
+@pytest.mark.parametrize("name, launches", [
+    ("simclr_32", 1), ("patches_64", 1), ("byol_224", 4), ("deepcluster_224", 4), ("swav", 8), ("center_224", 2),
+])
+def test_builds_without_a_gpu_and_spills_nothing(name, launches):
+    """Each kernel of a recipe for sm_80 and sm_90; and how many launches the recipe takes."""
+    run = subprocess.run([sys.executable, "-c", BUILD, name], env={**os.environ, "TRITON_INTERPRET": "0"},
+                         capture_output=True, text=True)  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    builds = json.loads(run.stdout.splitlines()[-1])
+    assert len(builds) == 2 * launches
+    for b in builds:
+        assert b["spills"] == 0 and b["fits"], b
+        if b["kernel"] == "blur_kernel":  # its two products belong on the tensor cores
+            assert b["tensor_core"] == ("HGMMA" if b["arch"] == 90 else "HMMA"), b
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BENCH)
+def test_recipes_on_a_gpu(name):
+    case = BENCH[name]
+    assert_same_views(pack(scenes([(case.height, case.width), (case.width, case.height + 3)] * 4)), case.views)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_replays_in_another_epoch():
+    batch, views = on_device(pack(scenes(SHAPES))), [*recipes.simclr(32), *recipes.byol(96)]
+    epoch = torch.zeros((), dtype=torch.int64, device="cuda")
+    make_views(*batch, views, seed=1, epoch=epoch)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = make_views(*batch, views, seed=1, epoch=epoch)
+    epoch.fill_(9)
+    graph.replay()
+    for a, b in zip(out, make_views(*batch, views, seed=1, epoch=9)):
+        assert torch.equal(a, b)
