@@ -107,7 +107,9 @@ class Run:
     name: str = ""  # set by load(): the run folder below log.root
 
 
-QUICKSTART = "configs/quickstart.py"
+def quickstart() -> Path:
+    """The config that is trained when none is named; configs/ of the checkout is installed as fastssl.configs."""
+    return Path(importlib.util.find_spec("fastssl.configs").origin).parent / "quickstart.py"
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:

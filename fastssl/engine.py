@@ -76,14 +76,16 @@ class Trainer:
 
 def fit(run: Run, hooks: list = (), *, resume: bool = False, device: str | None = None) -> Trainer:
     """Train `run` to its end; `resume` continues from the newest complete checkpoint of its folder."""
+    dist.init(device)
+    checkpoint = state.find(run, resume)
     t = build(run, hooks, device)
     log = Log(t.folder, every=run.log.every, total_steps=t.total_steps, tensorboard=run.log.tensorboard)
     meter = Meter(t.device, batch=run.optim.batch, precision=run.optim.precision)
-    if resume:
-        state.load(t, log.text)
+    if checkpoint:
+        state.load(t, checkpoint)
         log.truncate(t.step)
+        log.text(f"continuing {checkpoint}")
     else:
-        state.refuse_to_overwrite(t.folder)
         state.write_config(t)
         log.text(t.schedule.table)
 
@@ -295,7 +297,7 @@ def build(run: Run, hooks: list = (), device: str | None = None) -> Trainer:
     torch.manual_seed(run.seed + 1 + dist.rank())  # dropout and the like differ by rank
     ds = start_deepspeed(method, optimizer, run, micro)
     optim.attach(ds)
-    return Trainer(run, Path(run.log.root) / run.name, where, method, ds, schedule, loader, schedule.total_steps,
+    return Trainer(run, state.run_folder(run), where, method, ds, schedule, loader, schedule.total_steps,
                    scale=LossScale(run.optim.precision), hooks=[*hooks, *run.hooks])
 
 

@@ -21,7 +21,6 @@ from fastssl import backbones, config, data_prep, dist, pictures, train, weights
 from fastssl.eval import features, knn, linear
 from fastssl.loader import Loader
 
-ROOT = Path(__file__).resolve().parent.parent
 DRAWS = 20  # of few labelled images; their accuracies are averaged
 
 
@@ -31,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     began = time.time()
     try:
-        run = config.load(ROOT / config.QUICKSTART, args.overrides)
+        run = config.load(config.quickstart(), args.overrides)
         convert(run)
         pretrain(run, args.overrides)
         report(run)
@@ -58,7 +57,7 @@ def pretrain(run: config.Run, overrides: list[str]) -> None:
         print(f"\n{folder} is already trained; delete it to train again")
         return
     count = torch.cuda.device_count() or min(2, os.cpu_count())
-    command = ["--num_gpus", str(count), str(Path(train.__file__)), str(ROOT / config.QUICKSTART), *overrides]
+    command = ["--num_gpus", str(count), str(Path(train.__file__)), str(config.quickstart()), *overrides]
     print(f"\n$ deepspeed {' '.join(command)}", flush=True)
     env = os.environ if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ}
     with socket.create_server(("localhost", 0)) as probe:  # DeepSpeed's own default, 29500, may be another run's

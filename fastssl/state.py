@@ -6,7 +6,6 @@ export whatever the stage), `state.pt` (step, loss scale, hooks, config) and `ra
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import deepspeed
@@ -16,7 +15,7 @@ import torch.distributed as td
 from torch import Tensor, nn
 
 from fastssl import checkpoint, dist
-from fastssl.config import dump, dumps
+from fastssl.config import Run, dump, dumps
 
 RESULTS = ("method", "backbone", "data", "optim", "seed", "sync_bn")  # sections that a resumed run must share
 
@@ -66,16 +65,27 @@ def save(t) -> Path | None:
     return done
 
 
-def load(t, say=print) -> None:
-    """Continue from the newest complete checkpoint of the run folder."""
-    paths = [checkpoint.newest(t.folder, say)] if dist.is_main() else [None]
+def find(run: Run, resume: bool, say=print) -> Path | None:
+    """The checkpoint to continue from, or None to begin; every reason why `run` cannot is an error here, before
+    anything is built."""
+    folder = run_folder(run)
+    found = [checkpoint.newest(folder, say)] if dist.is_main() else [None]
     if dist.world() > 1:
-        td.broadcast_object_list(paths)
-    path = paths[0]
+        td.broadcast_object_list(found)
+    path = found[0]
+    if not resume:
+        if path is not None:
+            raise ValueError(f"{folder} already holds {path.name}: continue it with --resume, or give another name=...")
+        return None
     if path is None:
-        raise ValueError(f"--resume: no complete checkpoint in {checkpoint.folder(t.folder)}; start without --resume")
+        raise ValueError(f"--resume: no complete checkpoint in {checkpoint.folder(folder)}; start without --resume")
+    _check(torch.load(path / "state.pt", weights_only=True), run, path)
+    return path
+
+
+def load(t, path: Path) -> None:
+    """Bring a freshly built trainer to the state of a checkpoint."""
     values = torch.load(path / "state.pt", weights_only=True)
-    _check(values, t, path)
     t.ds.load_checkpoint(str(path), tag="deepspeed")
     t.step = values["step"]
     t.scale.load_state_dict(values["scale"])
@@ -83,16 +93,15 @@ def load(t, say=print) -> None:
         if hook_state:
             hook.load_state_dict(hook_state)
     file = path / f"rank_{dist.rank()}.pt"
-    if file.exists():
+    if file.exists():  # absent on ranks that joined since
         set_random_states(torch.load(file, weights_only=True), t.device)
-    say(f"continuing {path.name} of {t.folder}")
 
 
-def _check(values: dict, t, path: Path) -> None:
-    if values["world"] != dist.world() and t.run.speed.zero:
-        raise ValueError(f"{path} was written by {values['world']} ranks and ZeRO {t.run.speed.zero} cuts its state by "
+def _check(values: dict, run: Run, path: Path) -> None:
+    if values["world"] != dist.world() and run.speed.zero:
+        raise ValueError(f"{path} was written by {values['world']} ranks and ZeRO {run.speed.zero} cuts its state by "
                          f"rank: resume with {values['world']} ranks (now {dist.world()})")
-    now = dump(t.run)
+    now = dump(run)
     for section in RESULTS:
         then, this = values["config"].get(section), now[section]
         if then != this:
@@ -103,17 +112,11 @@ def _check(values: dict, t, path: Path) -> None:
                              "start a new run (name=...) or restore it")
 
 
-def refuse_to_overwrite(folder: Path) -> None:
-    newest = checkpoint.newest(folder, lambda _: None) if dist.is_main() else None
-    if newest is not None:
-        raise ValueError(f"{folder} already holds {newest.name}: continue it with --resume, or give another name=...")
+def run_folder(run: Run) -> Path:
+    return Path(run.log.root) / run.name
 
 
 def write_config(t) -> None:
     if dist.is_main():
         t.folder.mkdir(parents=True, exist_ok=True)
         (t.folder / "config.json").write_text(dumps(t.run))
-
-
-def read_config(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())

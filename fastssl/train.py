@@ -7,13 +7,13 @@ configs/quickstart.py.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-if sys.path and sys.path[0].rstrip("/").endswith("fastssl"):
+if __name__ == "__main__" and sys.path[0] == str(Path(__file__).resolve().parent):
     del sys.path[0]  # started as a script: our own `config`, `views`, ... must not shadow other packages' modules
 
 import argparse
 import os
-from pathlib import Path
 
 from fastssl import config, dist
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         args.config = None
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at CUDA's start; --deterministic needs it
     try:
-        run = config.load(args.config or Path(__file__).resolve().parent.parent / config.QUICKSTART, args.overrides)
+        run = config.load(args.config or config.quickstart(), args.overrides)
         run.deterministic |= args.deterministic
         run.backbone.pretrained = args.pretrained or run.backbone.pretrained
         if not _accelerator(args.device):
