@@ -21,7 +21,8 @@ from . import pixels as px
 
 WHOLE_LIMIT = 64  # pixels: up to here a view is one tile
 TILE = 32  # 224 and 96 are multiples
-HALO_LIMIT = 48  # pixels: the widest blur radius of views of several tiles
+BLUR_TILE = 64  # with halo; 128 would spill
+HALO_LIMIT = 24  # pixels: the widest blur radius of views of several tiles, sigma 6
 COLUMNS, WIDTH = draws.COLUMNS, draws.WIDTH
 OFFSET, TURNS, THRESHOLD = (tl.constexpr(draws.AT[n]) for n in ("offset", "quarter_turns", "threshold"))
 MEAN = tl.constexpr(draws.AT["mean_r"])
@@ -301,11 +302,10 @@ def _launch_tiles(group, pixels, sizes, index, specs, out, seed, epoch, epoch_pt
             TILE=TILE, SIDE=side, TILES=pow2(side * side), num_warps=4,
         )  # fmt: skip
     if group.halo:
-        tile = max(64, pow2(2 * group.halo + 32))
-        over = cdiv(S, tile - 2 * group.halo)
+        over = cdiv(S, BLUR_TILE - 2 * group.halo)
         blur_kernel[(B * over * over, V)](
             table, specs, unblurred, out, B, SIZE=S, OPS=_ordering(view)["OPS"], BLUR_AT=_ordering(view)["BLUR_AT"],
-            TILE=tile, HALO=group.halo, SIDE=over, num_warps=8 if tile == 64 else 16,
+            TILE=BLUR_TILE, HALO=group.halo, SIDE=over, num_warps=8,
         )  # fmt: skip
 
 

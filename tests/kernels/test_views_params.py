@@ -82,6 +82,8 @@ def test_colour_jitter_is_torchvisions():
     rows = [transform.make_params([]) for _ in range(N)]
     for name in ("brightness", "contrast", "saturation", "hue"):
         assert_same_distribution(ours[name], [row[f"{name}_factor"] for row in rows], name)
+        low, high = (-0.2, 0.2) if name == "hue" else (0.2, 1.8)
+        assert low <= ours[name].min() < low + 0.001 and high - 0.001 < ours[name].max() <= high + 1e-6, name
     code = ours["order"][ours["order"] >= 0]
     assert stats.binomtest(len(code), N, 0.8).pvalue > 1e-3
     counts = [(code == c).sum() for c in range(24)]

@@ -162,6 +162,13 @@ def test_compiles_into_a_full_graph_and_takes_the_epoch_from_the_device():
     torch.library.opcheck(fused.views_op, (*batch, None, fused.as_text(views), 1, 2, torch.float16))
 
 
+@needs_triton
+def test_a_blur_too_wide_for_the_kernel_is_named():
+    batch, view = on_device(pack(scenes(SHAPES[:2]))), View(96, blur=1.0, blur_sigma=(0.1, 7.0))
+    with pytest.raises(ValueError, match=r"sigma up to 6, got 7\.0; use impl='reference'"):
+        make_views(*batch, [view], seed=0, epoch=0, impl="triton")
+
+
 def test_triton_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match="needs a CUDA tensor, got one on cpu"):
