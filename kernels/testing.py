@@ -53,6 +53,42 @@ def nan_memory():
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+def check(op, case, device="cpu", impl="triton"):
+    """Hold one case of an op's cases.py to account: every output and gradient, in memory that starts as NaN.
+
+    Plain is the reference in the case's own dtype: under autocast for half precision, as PyTorch users run it.
+    Where a case asks for torch's "high" float32 matmuls, a CPU has none, and float16 operands stand in: TF32 has as
+    many bits.
+    """
+    before = torch.get_float32_matmul_precision()
+    results = {"ours": [], "plain": [], "truth": []}
+    try:
+        for seed in range(case.seeds):
+            x = op.make(case, device, seed)
+            torch.set_float32_matmul_precision(case.precision)
+            with nan_memory():
+                results["ours"].append(op.call(case, x, impl))
+            half = torch.float16 if case.precision == "high" and device == "cpu" else case.dtype
+            with torch.autocast(torch.device(device).type, dtype=half, enabled=half != torch.float32):
+                results["plain"].append(op.call(case, x, "reference"))
+            torch.set_float32_matmul_precision("highest")
+            double = {k: v.double() if v is not None and v.is_floating_point() else v for k, v in x.items()}
+            results["truth"].append(op.call(case, double, "reference"))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    errors = {}
+    for name in results["ours"][0]:
+        ours, plain, truth = (torch.stack([r[name].detach().double().cpu() for r in results[k]]) for k in results)
+        scale = max(float(truth.abs().max()), op.scale(case, name)) if truth.numel() else None
+        assert_as_good_as(f"{case}: {name}", ours, plain, truth, scale=scale)
+        errors[name] = float((ours - truth).abs().max()) if truth.numel() else 0.0
+    return errors
+
+
+def leaf(x):
+    return x.detach().clone().requires_grad_()
+
+
 class Allocations(TorchDispatchMode):
     """Counts the bytes of storages that operations create and that are still alive: `now`, and `peak`.
 

@@ -1,10 +1,15 @@
 """Fixtures that several test folders share: small .beton files written by stock FFCV."""
 
 import io
+import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # takes effect only before anything imports triton
 
 
 def photo(rng, h, w):

@@ -20,7 +20,7 @@ def gathered_kernel(
     m, n, per_split, c,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """One query, a part of its negatives; the first part takes the positive too.  All float32."""
+    """One query, a part of its negatives; the first part takes the positive's logit too.  All float32."""
     i, i_split = tl.program_id(0), tl.program_id(1)
     o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
     m_d = o_d < D
@@ -32,10 +32,9 @@ def gathered_kernel(
     own = tl.load(p_positive + i.to(tl.int64) * sp)
     b_y = tl.load(p_bank + own * sb_r + o_bank, mask=m_d[None, :], other=0.0).to(tl.float32)
     b_dot = tl.sum(b_q * b_y, 1)
-    first = i_split == 0
-    b_max = tl.where(first, b_dot * c, float("-inf"))
-    b_sum = tl.where(first, tl.full([1], 1.0, tl.float32), 0.0)
-    b_acc = tl.where(first, b_y, 0.0)
+    b_max = tl.full([1], float("-inf"), tl.float32)
+    b_sum = tl.zeros([1], tl.float32)
+    b_acc = tl.zeros([1, BD], tl.float32)
     stop = tl.minimum((i_split + 1) * per_split, n)
     for k in range(i_split * per_split, stop, BN):
         m_n = k + o_n < stop
@@ -55,8 +54,8 @@ def gathered_kernel(
     tl.store(p_stat + o_stat, b_max)
     tl.store(p_stat + tl.num_programs(1) * m + o_stat, b_sum)
     tl.store(p_acc + o_stat.to(tl.int64)[:, None] * BD + o_d[None, :], b_acc)
-    tl.store(p_dot + i + o_one, b_dot, mask=first & (o_one == 0))
-    tl.store(p_inv + i + o_one, b_inv, mask=first & (o_one == 0))
+    tl.store(p_dot + i + o_one, b_dot, mask=(i_split == 0) & (o_one == 0))
+    tl.store(p_inv + i + o_one, b_inv, mask=(i_split == 0) & (o_one == 0))
 
 
 def forward(q, bank, positive, negatives, temperature, normalize):
@@ -77,7 +76,7 @@ def forward(q, bank, positive, negatives, temperature, normalize):
         stat, acc, dot, inv, m, n, each * block_n, form.c,
         D=d, BD=block_d, BN=block_n, NORMALIZE=normalize,
     )  # fmt: skip
-    return infonce.combine(stat, acc, dot, bank[positive], q, inv, form, 0, False, False)
+    return infonce.combine(stat, acc, dot, bank[positive], q, inv, form, 0, False)
 
 
 @torch.library.custom_op("fastssl::gathered_nce", mutates_args=())

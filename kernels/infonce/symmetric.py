@@ -31,8 +31,8 @@ def backward(grad, a, b, va, inv_a, wa, vb, inv_b, wb, temperature, normalize, g
     own = slice(rank * m, (rank + 1) * m)
     rest = (None, m * world, rank * m, None, form, 1 / (2 * m * temperature))
     return (
-        row_gradients(grad, a, inv_a, vb[own], va[own], vb, wa[own], wb, *rest),
-        row_gradients(grad, b, inv_b, va[own], vb[own], va, wb[own], wa, *rest),
+        row_gradients(grad, a, inv_a, va[own], vb, wa[own], wb, *rest),
+        row_gradients(grad, b, inv_b, vb[own], va, wb[own], wa, *rest),
     )
 
 

@@ -16,18 +16,15 @@ from ..ntxent.rows import LN2, inverse_norm
 
 PARTIAL_BYTES = 8 << 20  # of the partial sums of split keys; beyond that, writing them costs more than idle processors
 LOGIT_BYTES = 64 << 20  # of logits held at a time where rows are too wide for one pass
-SIZES = ("m", "n", "tiles_split", "splits")
+SIZES = ("m", "n", "own", "tiles_split", "splits")
 
 
 @triton.jit
-def _softmax_step(b_q, b_k, b_max, b_sum, b_acc, m_col, c, BM: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
-                  PEXP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * c
-    if MASK:
-        b_x = tl.where(m_col[None, :], b_x, float("-inf"))
+def _softmax_step(b_x, b_k, b_max, b_sum, b_acc, PEXP: tl.constexpr, PRECISION: tl.constexpr):
     b_new = tl.maximum(b_max, tl.max(b_x, 1))
-    b_p = tl.exp2(b_x - (b_new - PEXP)[:, None])
-    b_scale = tl.exp2(b_max - b_new)
+    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # a row whose only key so far is its own has no term yet
+    b_p = tl.exp2(b_x - (b_safe - PEXP)[:, None])
+    b_scale = tl.exp2(b_max - b_safe)
     b_sum = b_sum * b_scale + tl.sum(b_p, 1)
     b_acc = tl.dot(b_p.to(b_k.dtype), b_k, b_acc * b_scale[:, None], input_precision=PRECISION)
     return b_new, b_sum, b_acc
@@ -35,13 +32,14 @@ def _softmax_step(b_q, b_k, b_max, b_sum, b_acc, m_col, c, BM: tl.constexpr, BN:
 
 @triton.jit(do_not_specialize=SIZES)
 def one_pass_kernel(
-    p_q, p_k, sk_r, sk_d, p_stat, p_acc, m, n, tiles_split, c,
+    p_q, p_k, sk_r, sk_d, p_stat, p_acc, m, n, own, tiles_split, c,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PEXP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SKIP_OWN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q (m, DP) cast, keys (n, D) of any float and strides; stat (2, splits, m) maxima and sums, acc (splits, m, DP).
 
     Sums and acc are relative to 2^(maximum - PEXP): the small p of a large queue stay normal numbers in float16.
+    SKIP_OWN: key own + i is the positive of row i, which combine_kernel adds.
     """
     i_row, i_split = tl.program_id(0), tl.program_id(1)
     o_row, o_n, o_d = i_row * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP)
@@ -53,19 +51,23 @@ def one_pass_kernel(
 
     n_whole = n // BN
     lo = i_split * tiles_split
-    hi = tl.minimum(lo + tiles_split, n_whole)
     o_key = o_n.to(tl.int64)[:, None] * sk_r + o_d.to(tl.int64)[None, :] * sk_d
-    for t in range(lo, hi):
+    for t in range(lo, tl.minimum(lo + tiles_split, n_whole)):
         p = p_k + tl.cast(t, tl.int64) * BN * sk_r + o_key
         b_k = (tl.load(p) if D == DP else tl.load(p, mask=m_d, other=0.0)).to(b_q.dtype)
-        b_max, b_sum, b_acc = _softmax_step(
-            b_q, b_k, b_max, b_sum, b_acc, None, c, BM, BN, False, PEXP, PRECISION
-        )  # fmt: skip
+        b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * c
+        if SKIP_OWN:
+            b_x = tl.where((own + o_row)[:, None] == (t * BN + o_n)[None, :], float("-inf"), b_x)
+        b_max, b_sum, b_acc = _softmax_step(b_x, b_k, b_max, b_sum, b_acc, PEXP, PRECISION)
     if (n_whole * BN < n) & (n_whole >= lo) & (n_whole < lo + tiles_split):
-        m_col = n_whole * BN + o_n < n
+        o_col = n_whole * BN + o_n
         p = p_k + n_whole.to(tl.int64) * BN * sk_r + o_key
-        b_k = tl.load(p, mask=m_col[:, None] & m_d, other=0.0).to(b_q.dtype)
-        b_max, b_sum, b_acc = _softmax_step(b_q, b_k, b_max, b_sum, b_acc, m_col, c, BM, BN, True, PEXP, PRECISION)
+        b_k = tl.load(p, mask=(o_col < n)[:, None] & m_d, other=0.0).to(b_q.dtype)
+        b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * c
+        b_x = tl.where((o_col < n)[None, :], b_x, float("-inf"))
+        if SKIP_OWN:
+            b_x = tl.where((own + o_row)[:, None] == o_col[None, :], float("-inf"), b_x)
+        b_max, b_sum, b_acc = _softmax_step(b_x, b_k, b_max, b_sum, b_acc, PEXP, PRECISION)
 
     o_stat = i_split * m + o_row
     tl.store(p_stat + o_stat, b_max, mask=m_row)
@@ -77,9 +79,9 @@ def one_pass_kernel(
 def combine_kernel(
     p_stat, p_acc, p_dot, p_positive, sp_r, sp_d, p_q, sq_r, sq_d, p_inv, p_loss, p_dq, m, splits, c, factor,
     D: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr, PEXP: tl.constexpr, NORMALIZE: tl.constexpr,
-    NORMALIZE_POSITIVE: tl.constexpr, EXTRA: tl.constexpr, LN2: tl.constexpr,
+    NORMALIZE_POSITIVE: tl.constexpr, LN2: tl.constexpr,
 ):  # fmt: skip
-    """Joins the splits and (EXTRA) the positive, then no key itself; loss of each block of rows, dq (m, D)."""
+    """Joins the splits and the positive, which is no key of theirs; loss of each block of rows, dq (m, D) float32."""
     o_row, o_d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, DP)
     m_row = o_row < m
     b_positive_x = tl.load(p_dot + o_row, mask=m_row, other=0.0) * c
@@ -88,24 +90,23 @@ def combine_kernel(
     b_positive = tl.load(p_positive, mask=m_tile, other=0.0).to(tl.float32)
     b_positive *= inverse_norm(b_positive, NORMALIZE_POSITIVE)[:, None]
 
-    b_max = b_positive_x if EXTRA else tl.full([BR], float("-inf"), tl.float32)
+    b_max = b_positive_x
     for s in range(0, splits):
         b_max = tl.maximum(b_max, tl.load(p_stat + s * m + o_row, mask=m_row, other=0.0))
-    b_sum = tl.zeros([BR], tl.float32)
+    b_own = tl.exp2(b_positive_x - b_max + PEXP)
+    b_others = tl.zeros([BR], tl.float32)
     b_acc = tl.zeros([BR, DP], tl.float32)
-    if EXTRA:
-        b_sum = tl.exp2(b_positive_x - b_max + PEXP)
-        b_acc = b_sum[:, None] * b_positive
     p_acc += o_row.to(tl.int64)[:, None] * DP + o_d[None, :]
     for s in range(0, splits):
         b_scale = tl.exp2(tl.load(p_stat + s * m + o_row, mask=m_row, other=0.0) - b_max)
-        b_sum += b_scale * tl.load(p_stat + (splits + s) * m + o_row, mask=m_row, other=1.0)
+        b_others += b_scale * tl.load(p_stat + (splits + s) * m + o_row, mask=m_row, other=1.0)
         b_acc += b_scale[:, None] * tl.load(p_acc, mask=m_row[:, None], other=0.0)
         p_acc += m.to(tl.int64) * DP
+    b_sum = b_own + b_others
     b_loss = (b_max - PEXP + tl.log2(b_sum) - b_positive_x) * LN2
     tl.store(p_loss + tl.program_id(0), tl.sum(tl.where(m_row, b_loss, 0.0), 0))
 
-    b_g = b_acc / b_sum[:, None] - b_positive
+    b_g = (b_acc - b_others[:, None] * b_positive) / b_sum[:, None]  # own / sum - 1 = -others / sum, without cancelling
     if NORMALIZE:
         b_inv = tl.load(p_inv + o_row, mask=m_row, other=0.0)
         p_q += o_row.to(tl.int64)[:, None] * sq_r + o_d.to(tl.int64)[None, :] * sq_d
@@ -120,20 +121,17 @@ def forward(q, k, queue, temperature, normalize, group, normalize_k=None):
     m, d = q.shape
     rank, world = rank_world(group)
     form = Form(temperature, normalize, diagonal=False, decoupled=False, half=0)
-    extra = queue is not None
-    # a positive among the keys is the cast row that the tiles see, so that what cancels does; another is left exact
-    u, inv, positive_dot = prepare(q, k, form, None, not extra, normalize_k)
+    u, inv, positive_dot = prepare(q, k, form, None, normalize_k)
     width = u.shape[1]
-    if extra:
-        positive, keys, n = k, queue, queue.shape[0]
+    if queue is None:
+        keys, n, own = prepare(k, None, form, group)[0], m * world, rank * m
     else:
-        keys, n = prepare(k, None, form, group)[0], m * world
-        positive = keys[rank * m : (rank + 1) * m]
+        keys, n, own = queue, queue.shape[0], None
     if width > HELD or u.dtype.itemsize == 4:
-        if extra:
+        if queue is not None:
             keys = torch.nn.functional.pad(queue.to(u.dtype), (0, width - d))
-            positive = torch.nn.functional.pad(l2_normalize(k) if normalize_k else k, (0, width - d))
-        return chunked(q, u[:m], inv, positive, positive_dot, keys[:n], extra, form)
+        positive = torch.nn.functional.pad(l2_normalize(k) if normalize_k else k, (0, width - d))
+        return chunked(q, u[:m], inv, positive, positive_dot, keys[:n], own, form)
 
     t = gradient_tiles(width)
     programs, tiles = cdiv(m, t.bm), max(cdiv(n, t.bn), 1)
@@ -142,13 +140,13 @@ def forward(q, k, queue, temperature, normalize, group, normalize_k=None):
     acc = torch.empty((splits, m, width), dtype=torch.float32, device=q.device)
     pexp = 14 if u.dtype == torch.float16 else 0
     one_pass_kernel[(programs, splits)](
-        u, keys, *keys.stride(), stat, acc, m, n, each, form.c, D=keys.shape[1], DP=width, BM=t.bm, BN=t.bn,
-        PEXP=pexp, PRECISION=precision(), num_warps=t.warps, num_stages=t.stages,
+        u, keys, *keys.stride(), stat, acc, m, n, own or 0, each, form.c, D=keys.shape[1], DP=width, BM=t.bm, BN=t.bn,
+        PEXP=pexp, SKIP_OWN=own is not None, PRECISION=precision(), num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
-    return combine(stat, acc, positive_dot, positive, q, inv, form, pexp, normalize_k and extra, extra)
+    return combine(stat, acc, positive_dot, k, q, inv, form, pexp, normalize_k)
 
 
-def combine(stat, acc, positive_dot, positive, q, inv, form, pexp, normalize_positive, extra):
+def combine(stat, acc, positive_dot, positive, q, inv, form, pexp, normalize_positive):
     m, d = q.shape
     splits, width = stat.shape[1], acc.shape[2]
     block = max(1, 2048 // width)
@@ -157,12 +155,12 @@ def combine(stat, acc, positive_dot, positive, q, inv, form, pexp, normalize_pos
     combine_kernel[(cdiv(m, block),)](
         stat, acc, positive_dot, positive, *positive.stride(), q, *q.stride(), inv, loss, dq, m, splits, form.c,
         1 / (m * form.temperature), D=d, DP=width, BR=block, PEXP=pexp, NORMALIZE=form.normalize,
-        NORMALIZE_POSITIVE=normalize_positive, EXTRA=extra, LN2=LN2,
+        NORMALIZE_POSITIVE=normalize_positive, LN2=LN2,
     )  # fmt: skip
     return loss.sum() / m, dq
 
 
-def chunked(q, u, inv, positive, positive_dot, keys, extra, form):
+def chunked(q, u, inv, positive, positive_dot, keys, own, form):
     """The same by matmuls over blocks of queries, where a row is wider than the tiles hold, or float32 is asked for."""
     m, d = q.shape
     total = torch.zeros((), device=q.device)
@@ -172,14 +170,12 @@ def chunked(q, u, inv, positive, positive_dot, keys, extra, form):
         rows = slice(first, first + block)
         y, y_dot = positive[rows].float(), positive_dot[rows, None] / form.temperature
         logits = matmul_float32(u[rows], keys.T) / form.temperature
-        if extra:
-            logits = torch.cat([logits, y_dot], 1)
-        lse = logits.logsumexp(1, keepdim=True)
+        if own is not None:
+            logits.diagonal(own + first).fill_(-torch.inf)
+        lse = torch.cat([logits, y_dot], 1).logsumexp(1, keepdim=True)
         total += (lse - y_dot).sum()
         p = logits.sub_(lse).exp_()
-        g = matmul_float32((p[:, : keys.shape[0]] * 2.0**14).to(keys.dtype), keys) * 2.0**-14 - y
-        if extra:
-            g += p[:, -1:] * y
+        g = matmul_float32((p * 2.0**14).to(keys.dtype), keys) * 2.0**-14 - p.sum(1, keepdim=True) * y
         g = g[:, :d]
         if form.normalize:
             direction = q[rows].float() * inv[rows, None]

@@ -26,7 +26,6 @@ class Form(NamedTuple):
     diagonal: bool  # leave out a row's similarity with itself
     decoupled: bool
     half: int  # row i's partner is (i + half) mod m
-    both: bool = True  # columns are rows too: their softmax sends gradient here
 
     @property
     def online(self):
@@ -82,8 +81,11 @@ def n_splits(programs: int, tiles: int, device, limit: int = 1 << 30) -> tuple[i
     return cdiv(tiles, each), each
 
 
-def prepare(x, y, form: Form, group, cast=True, normalize_y=None):
-    """v (N padded, width), the inverse norms of x (m,), and <x_i, y_partner> (m,), or without y nothing."""
+def prepare(x, y, form: Form, group, normalize_y=None):
+    """v (N padded, width), the inverse norms of x (m,), and <x_i, y_partner> (m,), or without y nothing.
+
+    normalize_y given: y is no column of v, so its dot product is left exact instead of cast.
+    """
     m, d = x.shape
     dtype = tile_dtype(x.dtype, form.normalize)
     width = padded_width(d, dtype)
@@ -98,7 +100,7 @@ def prepare(x, y, form: Form, group, cast=True, normalize_y=None):
     other = x if y is None else y
     rk.prepare_kernel[(cdiv(u.shape[0], block_r),)](
         x, *x.stride(), other, *other.stride(), u, inv, dot, m, u.shape[0], form.half,
-        D=d, DP=width, BD=block_d, BR=block_r, NORMALIZE=form.normalize, DOT=y is not None, CAST=cast,
+        D=d, DP=width, BD=block_d, BR=block_r, NORMALIZE=form.normalize, DOT=y is not None, CAST=normalize_y is None,
         NORMALIZE_Y=form.normalize if normalize_y is None else normalize_y,
     )  # fmt: skip
     if world > 1:
@@ -130,29 +132,28 @@ def row_losses(u, v, m, n, offset, labels, dot, form: Form):
     return loss.sum(), w, a
 
 
-def row_gradients(grad, x, inv, y, u, v, w_row, w_col, a, n, offset, labels, form: Form, factor):
-    """The gradient with respect to x (m, D), times factor and grad; y are the partners' rows, cast like u's."""
+def row_gradients(grad, x, inv, u, v, w_row, w_col, a, n, offset, labels, form: Form, factor):
+    """The gradient with respect to x (m, D), times factor and grad."""
     m = x.shape[0]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     has_labels = labels is not None
     gexp = 13 if v.dtype == torch.float16 else 0  # gradients of a logit lie in [-2, 2]: use fp16's whole range
     flags = {
         "DIAG": form.diagonal, "DECOUPLED": form.decoupled, "LABELS": has_labels, "ONLINE": form.online, "GEXP": gexp,
+        "PULL": 0.0 if form.decoupled and n == 2 else 2.0,  # of two rows, decoupled, every sum is empty
         "PRECISION": precision(),
     }  # fmt: skip
-    partner = not has_labels and not (form.decoupled and n == 2)  # two rows, decoupled: every sum is empty
 
     def end(acc, first, rows, splits):
         block_d = pow2(v.shape[1])
         block_r = max(1, 2048 // block_d)
         rk.row_gradients_end_kernel[(cdiv(rows, block_r),)](
-            acc, x, *x.stride(), y, inv, grad, out, m, rows, first, form.half, splits, factor,
-            D=x.shape[1], DP=v.shape[1], BD=block_d, BR=block_r, NORMALIZE=form.normalize, PARTNER=partner,
-            SCALE=2.0**-gexp,
+            acc, x, *x.stride(), inv, grad, out, m, rows, first, splits, factor,
+            D=x.shape[1], DP=v.shape[1], BD=block_d, BR=block_r, NORMALIZE=form.normalize, SCALE=2.0**-gexp,
         )  # fmt: skip
 
     width = v.shape[1]
-    if width <= HELD and v.dtype.itemsize == 2 and form.both:
+    if width <= HELD and v.dtype.itemsize == 2:
         t = gradient_tiles(width)
         programs = cdiv(m, t.bm)
         limit = max(1, SPLIT_BYTES // (m * width * 4))
@@ -173,7 +174,7 @@ def row_gradients(grad, x, inv, y, u, v, w_row, w_col, a, n, offset, labels, for
         tk.gradient_chunk_kernel[(chunk // t.bm, v.shape[0] // t.bn)](
             u, v, labels, w_row, w_col, a, g, first, m, n, v.shape[0], form.half, offset, form.c,
             D=width, BM=t.bm, BN=t.bn, BK=t.bk if width % t.bk == 0 else 16, **flags,
-            BOTH=form.both, num_warps=t.warps, num_stages=t.stages,
+            num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
         end(matmul_float32(g, v), first, chunk, 1)
     return out

@@ -98,13 +98,13 @@ def row_losses_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def row_gradients_end_kernel(
-    p_acc, p_x, sx_r, sx_d, p_y, p_inv, p_grad, p_out, m, rows, first, half, splits, factor,
+    p_acc, p_x, sx_r, sx_d, p_inv, p_grad, p_out, m, rows, first, splits, factor,
     D: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, NORMALIZE: tl.constexpr,
-    PARTNER: tl.constexpr, SCALE: tl.constexpr,
+    SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Adds the splits of acc (splits, rows, DP), scaled by SCALE, and the partners; then the normalisation's gradient.
+    """Adds the splits of acc (splits, rows, DP), scaled by SCALE, and applies the gradient of the normalisation.
 
-    acc's row 0 is row `first` of x; y (m, DP) are the partners' cast rows; out (m, D) is contiguous.
+    acc's row 0 is row `first` of x; out (m, D) is contiguous.
     """
     o_local, o_d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BD)
     o_row = first + o_local
@@ -116,9 +116,6 @@ def row_gradients_end_kernel(
         b_acc += tl.load(p_acc, mask=m_tile, other=0.0)
         p_acc += rows.to(tl.int64) * DP
     b_acc *= SCALE
-    if PARTNER:
-        o_partner = (o_row + half) % m
-        b_acc -= 2.0 * _load_rows(p_y, DP, 1, o_partner, o_d, m_row, DP)
     if NORMALIZE:
         b_inv = tl.load(p_inv + o_row, mask=m_row, other=0.0)
         b_u = _load_rows(p_x, sx_r, sx_d, o_row, o_d, m_row, D) * b_inv[:, None]

@@ -2,7 +2,8 @@
 
 Row i of u against all columns j of v (docs/kernels.md has the algebra; c = log2(e) / temperature):
   row sums   r_i = sum_j e_ij, with e_ij = 2^(c s_ij): unit rows need no maximum, 2^c and 2^-c are far from the limits,
-  gradients  acc_i = sum_j e_ij (w_i + w_j) v_j, with w = 1/r: one exponential serves both directions.
+  gradients  acc_i = sum_j (e_ij (w_i + w_j) - 2 [j is i's positive]) v_j, with w = 1/r: one exponential serves both
+             directions, and of a positive the small difference is rounded, not its two halves.
 Below LOWEST_FIXED, or for rows of any length, ONLINE keeps a running maximum, and w holds log2 of the row sum instead.
 
 Names: i_ program index, o_ offsets, m_ mask, p_ pointer, b_ values of a tile.  m rows of this rank, n columns of all.
@@ -54,39 +55,24 @@ def _similarity(b_u, p_u, p_v, m_row, D: tl.constexpr, BM: tl.constexpr, BN: tl.
 
 
 @triton.jit
-def _add(b_s, keep, positive, b_sum, b_max, b_pos, b_count, c, MASK: tl.constexpr, LABELS: tl.constexpr,
-         ONLINE: tl.constexpr):  # fmt: skip
-    b_x = b_s * c
-    if ONLINE:
-        if MASK:
-            b_x = tl.where(keep, b_x, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_x, 1))
-        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_sum = b_sum * tl.exp2(b_max - b_safe) + tl.sum(tl.exp2(b_x - b_safe[:, None]), 1)
-        b_max = b_new
-    else:
-        b_e = tl.exp2(b_x)
-        if MASK:
-            b_e = tl.where(keep, b_e, 0.0)
-        b_sum += tl.sum(b_e, 1)
-    if LABELS:
-        b_pos += tl.sum(tl.where(positive, b_s, 0.0), 1)
-        b_count += tl.sum(tl.where(positive, 1.0, 0.0), 1)
-    return b_sum, b_max, b_pos, b_count
+def _special(t, i_row, n, half, offset, BM: tl.constexpr, BN: tl.constexpr, DIAG: tl.constexpr,
+             POSITIVES: tl.constexpr):  # fmt: skip
+    """Whether column tile t may meet the diagonal, the positives of this row block, or the end: others need no mask."""
+    row, col = i_row * BM, t * BN - offset
+    special = (t + 1) * BN > n
+    if DIAG:
+        special = special | ((col < row + BM) & (col + BN > row))
+    if POSITIVES:
+        special = special | ((col < row + BM + half) & (col + BN > row + half))
+        special = special | ((col < row + BM - half) & (col + BN > row - half))
+    return special
 
 
 @triton.jit
-def _tile_range(i_row, i_split, n, offset, tiles_split, BM: tl.constexpr, BN: tl.constexpr, DIAG: tl.constexpr):
-    """The column tiles of this program: [lo, hi) whole ones, of which [d0, d1) meet the diagonal, and 0 or 1 ragged."""
-    n_whole = n // BN
-    lo = i_split * tiles_split
-    hi = tl.minimum(lo + tiles_split, n_whole)
-    d0, d1 = lo, lo
-    if DIAG:
-        d0 = tl.minimum(tl.maximum((offset + i_row * BM) // BN, lo), tl.maximum(hi, lo))
-        d1 = tl.minimum(tl.maximum(tl.cdiv(offset + (i_row + 1) * BM, BN), d0), tl.maximum(hi, lo))
-    owns_ragged = (n_whole * BN < n) & (n_whole >= lo) & (n_whole < lo + tiles_split)
-    return lo, tl.maximum(hi, lo), d0, d1, n_whole, tl.where(owns_ragged, 1, 0)
+def _masked(b_x, o_row, o_col, p_label, m, n, half, offset, DIAG: tl.constexpr, DECOUPLED: tl.constexpr,
+            LABELS: tl.constexpr):  # fmt: skip
+    keep, positive = _masks(o_row, o_col, p_label, m, n, half, offset, DIAG, DECOUPLED, LABELS)
+    return tl.where(keep, b_x, float("-inf")), positive
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -108,27 +94,25 @@ def row_sums_kernel(
     b_pos = tl.zeros([BM], tl.float32)
     b_count = tl.zeros([BM], tl.float32)
 
-    lo, hi, d0, d1, n_whole, ragged = _tile_range(i_row, i_split, n, offset, tiles_split, BM, BN, DIAG)
-    if DECOUPLED or LABELS:
-        n_plain, n_masked = 0, hi - lo + ragged
-        d0, d1 = lo, hi
-    else:
-        n_plain, n_masked = hi - lo - (d1 - d0), d1 - d0 + ragged
-    for j in range(0, n_plain):
-        t = lo + j
-        t += tl.where(t >= d0, d1 - d0, 0)
-        b_s = _similarity(b_u, p_u, p_v + t.to(tl.int64) * BN * D, m_row, D, BM, BN, BK, PRECISION)
-        b_sum, b_max, b_pos, b_count = _add(
-            b_s, None, None, b_sum, b_max, b_pos, b_count, c, False, LABELS, ONLINE
-        )
-    for j in range(0, n_masked):
-        t = tl.where(d0 + j < d1, d0 + j, n_whole)
+    for t in range(i_split * tiles_split, tl.minimum((i_split + 1) * tiles_split, tl.cdiv(n, BN))):
         o_col = t * BN + tl.arange(0, BN)
-        keep, positive = _masks(o_row, o_col, p_label, m, n, half, offset, DIAG, DECOUPLED, LABELS)
-        b_s = _similarity(b_u, p_u, p_v + t.to(tl.int64) * BN * D, m_row, D, BM, BN, BK, PRECISION)
-        b_sum, b_max, b_pos, b_count = _add(
-            b_s, keep, positive, b_sum, b_max, b_pos, b_count, c, True, LABELS, ONLINE
-        )
+        b_s = _similarity(b_u, p_u, p_v + tl.cast(t, tl.int64) * BN * D, m_row, D, BM, BN, BK, PRECISION)
+        b_x = b_s * c
+        if LABELS or DECOUPLED:
+            b_x, positive = _masked(b_x, o_row, o_col, p_label, m, n, half, offset, DIAG, DECOUPLED, LABELS)
+            if LABELS:
+                b_pos += tl.sum(tl.where(positive, b_s, 0.0), 1)
+                b_count += tl.sum(tl.where(positive, 1.0, 0.0), 1)
+        else:
+            if _special(t, i_row, n, half, offset, BM, BN, DIAG, False):
+                b_x, _ = _masked(b_x, o_row, o_col, p_label, m, n, half, offset, DIAG, False, False)
+        if ONLINE:
+            b_new = tl.maximum(b_max, tl.max(b_x, 1))
+            b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+            b_sum = b_sum * tl.exp2(b_max - b_safe) + tl.sum(tl.exp2(b_x - b_safe[:, None]), 1)
+            b_max = b_new
+        else:
+            b_sum += tl.sum(tl.exp2(b_x), 1)
 
     plane = tl.num_programs(1) * m
     p_stat += i_split * m + o_row
@@ -149,96 +133,83 @@ def _row_weight(p_w, o, mask, ONLINE: tl.constexpr, GEXP: tl.constexpr):
 
 
 @triton.jit
-def _gradient_tile(b_s, b_wr, o_row, o_col, p_w, p_a, p_label, m, n, half, offset, c, MASK: tl.constexpr,
-                   DIAG: tl.constexpr, DECOUPLED: tl.constexpr, LABELS: tl.constexpr, ONLINE: tl.constexpr,
-                   GEXP: tl.constexpr, BOTH: tl.constexpr):  # fmt: skip
-    """The gradient with respect to the logits, both directions together (BOTH), times 2^GEXP."""
+def _gradient_tile(b_s, b_wr, t, i_row, o_row, p_w, p_a, p_label, m, n, half, offset, c, BM: tl.constexpr,
+                   BN: tl.constexpr, DIAG: tl.constexpr, DECOUPLED: tl.constexpr, LABELS: tl.constexpr,
+                   ONLINE: tl.constexpr, GEXP: tl.constexpr, PULL: tl.constexpr):  # fmt: skip
+    """The gradient with respect to the logits of row block i_row and column tile t, both directions, times 2^GEXP."""
+    o_col = t * BN + tl.arange(0, BN)
     b_wc = _row_weight(p_w, o_col, o_col < n, ONLINE, GEXP)
     b_x = b_s * c
     if ONLINE:
-        b_g = tl.exp2(b_x - b_wr[:, None])
-        if BOTH:
-            b_g += tl.exp2(b_x - b_wc[None, :])
+        b_g = tl.exp2(b_x - b_wr[:, None]) + tl.exp2(b_x - b_wc[None, :])
     else:
-        b_e = tl.exp2(b_x)
-        b_g = b_e * (b_wr[:, None] + b_wc[None, :]) if BOTH else b_e * b_wr[:, None]
-    if MASK:
-        keep, positive = _masks(o_row, o_col, p_label, m, n, half, offset, DIAG, DECOUPLED, LABELS)
-        b_g = tl.where(keep, b_g, 0.0)
-        if LABELS:
-            b_ar = tl.load(p_a + offset + o_row, mask=o_row < m, other=0.0)
-            b_ac = tl.load(p_a + o_col, mask=o_col < n, other=0.0)
-            b_g -= tl.where(positive, (b_ar[:, None] + b_ac[None, :]) * (2.0**GEXP), 0.0)
+        b_g = tl.exp2(b_x) * (b_wr[:, None] + b_wc[None, :])
+    if LABELS or DECOUPLED:
+        b_g = _without(b_g, o_row, o_col, p_a, p_label, m, n, half, offset, DIAG, DECOUPLED, LABELS, GEXP, PULL)
+    else:
+        if _special(t, i_row, n, half, offset, BM, BN, DIAG, True):
+            b_g = _without(b_g, o_row, o_col, p_a, p_label, m, n, half, offset, DIAG, False, False, GEXP, PULL)
     return b_g
+
+
+@triton.jit
+def _without(b_g, o_row, o_col, p_a, p_label, m, n, half, offset, DIAG: tl.constexpr, DECOUPLED: tl.constexpr,
+             LABELS: tl.constexpr, GEXP: tl.constexpr, PULL: tl.constexpr):  # fmt: skip
+    """Nothing where the sum has no term, and the pull of positives: PULL, or with labels a_i + a_j."""
+    keep, positive = _masks(o_row, o_col, p_label, m, n, half, offset, DIAG, DECOUPLED, LABELS)
+    b_g = tl.where(keep, b_g, 0.0)
+    if LABELS:
+        b_ar = tl.load(p_a + offset + o_row, mask=o_row < m, other=0.0)
+        b_ac = tl.load(p_a + o_col, mask=o_col < n, other=0.0)
+        return b_g - tl.where(positive, (b_ar[:, None] + b_ac[None, :]) * (2.0**GEXP), 0.0)
+    else:
+        return b_g - tl.where(positive, PULL * (2.0**GEXP), 0.0)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def row_gradients_kernel(
     p_u, p_v, p_label, p_w_row, p_w_col, p_a, p_acc, m, n, half, offset, tiles_split, c,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
-    DIAG: tl.constexpr, DECOUPLED: tl.constexpr, LABELS: tl.constexpr, ONLINE: tl.constexpr,
-    GEXP: tl.constexpr,
+    DIAG: tl.constexpr, DECOUPLED: tl.constexpr, LABELS: tl.constexpr, ONLINE: tl.constexpr, GEXP: tl.constexpr,
+    PULL: tl.constexpr,
 ):  # fmt: skip
     """p_acc (splits, m, D) float32; w_row (m,), w_col and a (n,)."""
     i_row, i_split = tl.program_id(0), tl.program_id(1)
     o_row, o_d = i_row * BM + tl.arange(0, BM), tl.arange(0, D)
     m_row = o_row < m
-    o_v = tl.arange(0, BN)[:, None] * D + o_d[None, :]
-    p_u += i_row.to(tl.int64) * BM * D
-    b_u = tl.load(p_u + tl.arange(0, BM)[:, None] * D + o_d[None, :], mask=m_row[:, None], other=0.0)
+    o_u, o_v = tl.arange(0, BM)[:, None] * D + o_d[None, :], tl.arange(0, BN)[:, None] * D + o_d[None, :]
+    b_u = tl.load(p_u + i_row.to(tl.int64) * BM * D + o_u, mask=m_row[:, None], other=0.0)
     b_wr = _row_weight(p_w_row, o_row, m_row, ONLINE, GEXP)
     b_acc = tl.zeros([BM, D], tl.float32)
-
-    lo, hi, d0, d1, n_whole, ragged = _tile_range(i_row, i_split, n, offset, tiles_split, BM, BN, DIAG)
-    if DECOUPLED or LABELS:
-        n_plain, n_masked = 0, hi - lo + ragged
-        d0, d1 = lo, hi
-    else:
-        n_plain, n_masked = hi - lo - (d1 - d0), d1 - d0 + ragged
-    for j in range(0, n_plain):
-        t = lo + j
-        t += tl.where(t >= d0, d1 - d0, 0)
-        o_col = t * BN + tl.arange(0, BN)
-        b_v = tl.load(p_v + t.to(tl.int64) * BN * D + o_v)
-        b_s = tl.dot(b_u, tl.trans(b_v), tl.zeros([BM, BN], tl.float32), input_precision=PRECISION)
+    for t in range(i_split * tiles_split, tl.minimum((i_split + 1) * tiles_split, tl.cdiv(n, BN))):
+        b_v = tl.load(p_v + tl.cast(t, tl.int64) * BN * D + o_v)
+        b_s = tl.dot(b_u, tl.trans(b_v), input_precision=PRECISION)
         b_g = _gradient_tile(
-            b_s, b_wr, o_row, o_col, p_w_col, p_a, p_label, m, n, half, offset, c,
-            False, DIAG, DECOUPLED, LABELS, ONLINE, GEXP, True,
+            b_s, b_wr, t, i_row, o_row, p_w_col, p_a, p_label, m, n, half, offset, c, BM, BN,
+            DIAG, DECOUPLED, LABELS, ONLINE, GEXP, PULL,
         )  # fmt: skip
         b_acc = tl.dot(b_g.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
-    for j in range(0, n_masked):
-        t = tl.where(d0 + j < d1, d0 + j, n_whole)
-        o_col = t * BN + tl.arange(0, BN)
-        b_v = tl.load(p_v + t.to(tl.int64) * BN * D + o_v)
-        b_s = tl.dot(b_u, tl.trans(b_v), tl.zeros([BM, BN], tl.float32), input_precision=PRECISION)
-        b_g = _gradient_tile(
-            b_s, b_wr, o_row, o_col, p_w_col, p_a, p_label, m, n, half, offset, c,
-            True, DIAG, DECOUPLED, LABELS, ONLINE, GEXP, True,
-        )  # fmt: skip
-        b_acc = tl.dot(b_g.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
-
-    p_acc += (i_split.to(tl.int64) * m + i_row * BM) * D
-    tl.store(p_acc + tl.arange(0, BM)[:, None] * D + o_d[None, :], b_acc, mask=m_row[:, None])
+    tl.store(p_acc + (i_split.to(tl.int64) * m + i_row * BM) * D + o_u, b_acc, mask=m_row[:, None])
 
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient_chunk_kernel(
     p_u, p_v, p_label, p_w_row, p_w_col, p_a, p_g, first, m, n, n_padded, half, offset, c,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    DIAG: tl.constexpr, DECOUPLED: tl.constexpr, LABELS: tl.constexpr, ONLINE: tl.constexpr,
-    GEXP: tl.constexpr, BOTH: tl.constexpr,
+    DIAG: tl.constexpr, DECOUPLED: tl.constexpr, LABELS: tl.constexpr, ONLINE: tl.constexpr, GEXP: tl.constexpr,
+    PULL: tl.constexpr,
 ):  # fmt: skip
     """Where D is too wide to hold a row block of gradients: logit gradients of rows `first`.., for a matmul."""
-    i_row, i_col = tl.program_id(0), tl.program_id(1)
-    o_local = i_row * BM + tl.arange(0, BM)
-    o_row, o_col = first + o_local, i_col * BN + tl.arange(0, BN)
+    i_local, t = tl.program_id(0), tl.program_id(1)
+    i_row = first // BM + i_local
+    o_row = i_row * BM + tl.arange(0, BM)
+    p_u += i_row.to(tl.int64) * BM * D
     b_wr = _row_weight(p_w_row, o_row, o_row < m, ONLINE, GEXP)
-    p_u += (first + i_row * BM).to(tl.int64) * D
-    p_v += i_col.to(tl.int64) * BN * D
-    b_s = _similarity(o_row, p_u, p_v, o_row < m, D, BM, BN, BK, PRECISION)
+    b_s = _similarity(o_row, p_u, p_v + t.to(tl.int64) * BN * D, o_row < m, D, BM, BN, BK, PRECISION)
     b_g = _gradient_tile(
-        b_s, b_wr, o_row, o_col, p_w_col, p_a, p_label, m, n, half, offset, c,
-        True, DIAG, DECOUPLED, LABELS, ONLINE, GEXP, BOTH,
+        b_s, b_wr, t, i_row, o_row, p_w_col, p_a, p_label, m, n, half, offset, c, BM, BN,
+        DIAG, DECOUPLED, LABELS, ONLINE, GEXP, PULL,
     )  # fmt: skip
-    p_g += o_local.to(tl.int64)[:, None] * n_padded + o_col[None, :]
+    o_local = (i_local * BM + tl.arange(0, BM)).to(tl.int64)
+    p_g += o_local[:, None] * n_padded + (t * BN + tl.arange(0, BN))[None, :]
     tl.store(p_g, b_g.to(p_g.dtype.element_ty))

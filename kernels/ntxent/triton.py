@@ -27,7 +27,7 @@ def backward(grad, z, labels, v, inv, w, a, temperature, decoupled, normalize, g
     form = Form(temperature, normalize, diagonal=True, decoupled=decoupled, half=m // 2)
     own = slice(rank * m, (rank + 1) * m)
     return row_gradients(
-        grad, z, inv, v[own], v[own], v, w[own], w, a, m * world, rank * m, labels, form, 1 / (m * temperature)
+        grad, z, inv, v[own], v, w[own], w, a, m * world, rank * m, labels, form, 1 / (m * temperature)
     )
 
 

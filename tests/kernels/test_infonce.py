@@ -1,0 +1,139 @@
+"""InfoNCE against a queue, a batch, both ways and over gathered rows: definitions, kernels against fp64 truth."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_device import DEVICE, needs_triton
+
+from fastssl.kernels import gathered_nce, infonce, infonce_symmetric
+from fastssl.kernels.gathered import cases as gathered_cases
+from fastssl.kernels.infonce import cases
+from fastssl.kernels.testing import check
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=1)
+
+
+def test_definitions_are_cross_entropies():
+    q, k, queue, bank = unit(5, 8), unit(5, 8), unit(20, 8), unit(30, 8)
+    zero, own = torch.zeros(5, dtype=torch.int64), torch.arange(5)
+    positive, negatives = torch.randint(30, (5,)), torch.randint(30, (5, 12))
+    y = (q * k).sum(1, keepdim=True)
+    with_queue = F.cross_entropy(torch.cat([y, q @ queue.T], 1) / 0.2, zero)
+    assert torch.allclose(infonce(3 * q, 2 * k, queue, 0.2), with_queue)
+    in_batch = F.cross_entropy(q @ k.T / 0.2, own)
+    assert torch.allclose(infonce(q, k, None, 0.2), in_batch)
+    both = (in_batch + F.cross_entropy(k @ q.T / 0.2, own)) / 2
+    assert torch.allclose(infonce_symmetric(q, 4 * k, 0.2), both)
+    rows = bank[torch.cat([positive[:, None], negatives], 1)]
+    gathered = F.cross_entropy(torch.einsum("nd,nkd->nk", q, rows) / 0.2, zero)
+    assert torch.allclose(gathered_nce(5 * q, bank, positive, negatives, 0.2), gathered)
+    shared = gathered_nce(q, bank, positive, negatives[0], 0.2)
+    assert torch.allclose(shared, gathered_nce(q, bank, positive, negatives[:1].expand(5, 12), 0.2))
+
+
+def test_keys_get_no_gradient():
+    q, k, queue = (unit(4, 8).requires_grad_() for _ in range(3))
+    infonce(q, k, queue, 0.2).backward()
+    assert q.grad.any() and k.grad is None and queue.grad is None
+
+
+@needs_triton
+@pytest.mark.parametrize("case", cases.SMALL, ids=str)
+def test_kernel_is_as_exact_as_plain_pytorch(case):
+    check(cases, case, DEVICE)
+
+
+@needs_triton
+@pytest.mark.parametrize("case", gathered_cases.SMALL, ids=str)
+def test_gathered_kernel_is_as_exact_as_plain_pytorch(case):
+    check(gathered_cases, case, DEVICE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", cases.FULL, ids=str)
+def test_kernel_at_every_size(case):
+    check(cases, case, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", gathered_cases.FULL, ids=str)
+def test_gathered_kernel_at_every_size(case):
+    check(gathered_cases, case, "cuda")
+
+
+@needs_triton
+def test_kernels_are_deterministic_and_keep_small_gradients_for_a_loss_scale():
+    q, k, queue = (torch.randn(n, 64, device=DEVICE).half() for n in (130, 130, 700))
+    grads = []
+    for scale in (1, 1, 2.0**12):
+        x = q.clone().requires_grad_()
+        (infonce(x, k, queue / 8, 0.2, impl="triton") * scale).backward()
+        grads.append(x.grad.double() / scale)
+    truth = q.double().requires_grad_()
+    infonce(truth, k.double(), queue.double() / 8, 0.2, impl="reference").backward()
+    assert torch.equal(grads[0], grads[1])
+    error = [(g - truth.grad).norm() / truth.grad.norm() for g in grads]
+    assert error[2] < 1e-3 and error[2] <= error[0]
+
+
+@needs_triton
+@pytest.mark.parametrize("op", ["queue", "batch", "both", "gathered"])
+def test_kernels_survive_compile_fullgraph(op):
+    z, queue = torch.randn(20, 32, device=DEVICE), torch.randn(90, 32, device=DEVICE)
+    w = torch.randn(32, 32, device=DEVICE, requires_grad=True)
+    index = torch.arange(20, device=DEVICE)
+
+    def step(w):
+        q = torch.tanh(z @ w)
+        if op == "both":
+            return infonce_symmetric(q, q.flip(0), 0.5, impl="triton")
+        if op == "gathered":
+            return gathered_nce(q, queue, index, index[:, None] + index, 0.5, impl="triton")
+        return infonce(q, z, queue if op == "queue" else None, 0.5, impl="triton")
+
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+    plain, compiled = step(w), torch.compile(step, fullgraph=True, backend=backend)(w)
+    assert torch.allclose(plain, compiled, rtol=1e-6)
+    assert torch.allclose(*(torch.autograd.grad(x, w)[0] for x in (plain, compiled)), rtol=1e-4, atol=1e-7)
+
+
+@needs_triton
+def test_ops_are_registered_properly():
+    from fastssl.kernels.gathered import triton as gathered
+    from fastssl.kernels.infonce import symmetric
+    from fastssl.kernels.infonce import triton as one_pass
+
+    q = torch.randn(10, 32, device=DEVICE, dtype=torch.float16, requires_grad=True)
+    k, index = torch.randn_like(q), torch.arange(10, device=DEVICE)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for op, arguments in (
+        (one_pass.infonce_op, (q, k.detach(), k.detach(), 0.1, True, "")),
+        (symmetric.symmetric_op, (q, k.requires_grad_(), 0.1, True, "")),
+        (gathered.gathered_op, (q, k.detach(), index, index[:, None], 0.1, True)),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=checks)
+
+
+def test_errors_name_what_is_wrong():
+    q, queue = torch.randn(4, 8), torch.randn(10, 8)
+    index = torch.arange(4)
+    for match, call in (
+        (r"k is \(3, 8\)", lambda: infonce(q, q[:3], queue, 0.1)),
+        ("queue is 7 wide", lambda: infonce(q, q, queue[:, :7], 0.1)),
+        ("temperature=-1", lambda: infonce(q, q, queue, -1)),
+        (r"b is \(2, 8\)", lambda: infonce_symmetric(q, q[:2], 0.1)),
+        ("group", lambda: infonce(q, q, queue, 0.1, group="a group")),
+        (r"positive is torch.int64 \(3,\)", lambda: gathered_nce(q, queue, index[:3], index, 0.1)),
+        ("negatives is torch.float32", lambda: gathered_nce(q, queue, index, index.float(), 0.1)),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+@needs_triton
+def test_kernel_refuses_float64():
+    q = torch.randn(4, 8, device=DEVICE)
+    with pytest.raises(ValueError, match="queue is torch.float64"):
+        infonce(q, q, q.double(), 0.1, impl="triton")

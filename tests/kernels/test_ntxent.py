@@ -1,0 +1,156 @@
+"""NT-Xent, SupCon and DCL: the definition against its formulas, the kernel against fp64 truth."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_device import DEVICE, needs_triton
+
+from fastssl.kernels import ntxent
+from fastssl.kernels.ntxent import cases
+from fastssl.kernels.testing import check, nan_memory
+
+
+def test_definition_is_cross_entropy_without_self():
+    z = torch.randn(14, 9, dtype=torch.float64, requires_grad=True)
+    u = F.normalize(z, dim=1)
+    s = (u @ u.T / 0.3).fill_diagonal_(-torch.inf)
+    theirs = F.cross_entropy(s, (torch.arange(14) + 7) % 14)
+    ours = ntxent(z, 0.3)
+    assert torch.allclose(ours, theirs, rtol=1e-12)
+    assert torch.allclose(*(torch.autograd.grad(x, z)[0] for x in (ours, theirs)), rtol=1e-10)
+
+
+def test_definition_of_supcon_and_of_the_decoupled_form():
+    z, y = torch.randn(12, 5, dtype=torch.float64), torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 0, 4, 4, 1])
+    s = F.normalize(z, dim=1) @ F.normalize(z, dim=1).T / 0.2
+    for decoupled in (False, True):
+        rows = []
+        for i in range(12):
+            others = [j for j in range(12) if j != i]
+            positives = [j for j in others if y[j] == y[i]]
+            summed = [j for j in others if not (decoupled and j in positives)]
+            rows.append(s[i, summed].logsumexp(0) - s[i, positives].mean() if positives else torch.zeros(()).double())
+        assert torch.allclose(ntxent(z, 0.2, labels=y, decoupled=decoupled), torch.stack(rows).mean(), rtol=1e-12)
+
+
+def test_labels_of_samples_cover_both_views_and_minus_one_leaves_the_partner():
+    z = torch.randn(8, 5, dtype=torch.float64)
+    y = torch.tensor([3, -1, 3, -1])
+    assert torch.equal(ntxent(z, 0.2, labels=y), ntxent(z, 0.2, labels=torch.tensor([3, 8, 3, 9] * 2)))
+    assert torch.allclose(ntxent(z, 0.2, labels=-torch.ones(4, dtype=torch.int64)), ntxent(z, 0.2), rtol=1e-12)
+
+
+def test_zero_rows_have_zero_gradient():
+    z = torch.randn(6, 4)
+    z[2] = 0
+    z.requires_grad_()
+    ntxent(z, 0.1).backward()
+    assert z.grad.isfinite().all() and not z.grad[2].any() and z.grad[1].any()
+
+
+@needs_triton
+@pytest.mark.parametrize("case", cases.SMALL, ids=str)
+def test_kernel_is_as_exact_as_plain_pytorch(case):
+    check(cases, case, DEVICE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", cases.FULL, ids=str)
+def test_kernel_at_every_size(case):
+    check(cases, case, "cuda")
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["identical", "antipodal", "opposed"])
+@pytest.mark.parametrize("temperature", [0.005, 0.015, 0.1])
+def test_extremes_in_float16_stay_within_the_rounding_of_their_rows(kind, temperature):
+    case = cases.Case(6, 32, torch.float16, temperature, kind=kind)
+    x = cases.make(case._replace(dtype=torch.float32), DEVICE, 0)
+    x["z"] = x["z"].half()
+    ours, truth = cases.call(case, x, "triton"), cases.call(case, {**x, "z": x["z"].double()}, "reference")
+    assert ours["dz"].isfinite().all()
+    assert abs(ours["loss"] - truth["loss"]) <= 2**-11 * 2 / temperature
+    # a gradient through unit rows whose logits are off by 2^-11 / temperature, at |z| = sqrt(32)
+    assert (ours["dz"] - truth["dz"]).abs().max() <= 2**-11 * 2 / temperature * cases.scale(case, "dz")
+
+
+@needs_triton
+def test_kernel_is_deterministic_and_scales_with_the_incoming_gradient():
+    z = torch.randn(300, 64, device=DEVICE, dtype=torch.float16)
+    once, again, scaled = (z.clone().requires_grad_() for _ in range(3))
+    with nan_memory():
+        ntxent(once, 0.1, impl="triton").backward()
+        ntxent(again, 0.1, impl="triton").backward()
+        (ntxent(scaled, 0.1, impl="triton") * 1024).backward()
+    assert torch.equal(once.grad, again.grad)
+    exact = ntxent(z64 := z.double().requires_grad_(), 0.1, impl="reference")
+    exact.backward()
+    # through a loss scale, what float16 gradients would round to nothing survives
+    assert (scaled.grad.double() / 1024 - z64.grad).abs().max() <= (once.grad.double() - z64.grad).abs().max()
+
+
+@needs_triton
+def test_kernel_survives_compile_fullgraph():
+    z = torch.randn(70, 32, device=DEVICE)
+    w = torch.randn(32, 32, device=DEVICE, requires_grad=True)
+
+    def step(w):
+        return ntxent(torch.tanh(z @ w), 0.2, impl="triton")
+
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+    plain, compiled = step(w), torch.compile(step, fullgraph=True, backend=backend)(w)
+    assert torch.allclose(plain, compiled, rtol=1e-6)
+    assert torch.allclose(*(torch.autograd.grad(x, w)[0] for x in (plain, compiled)), rtol=1e-4, atol=1e-7)
+
+
+@needs_triton
+def test_op_is_registered_properly():
+    from fastssl.kernels.ntxent import triton
+
+    z = torch.randn(10, 32, device=DEVICE, dtype=torch.float16, requires_grad=True)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for labels in (None, torch.arange(10, device=DEVICE) % 3):
+        torch.library.opcheck(triton.ntxent_op, (z, labels, 0.1, False, True, ""), test_utils=checks)
+
+
+@pytest.mark.gpu
+def test_kernel_is_captured_in_a_cuda_graph():
+    z = torch.randn(512, 128, device="cuda", dtype=torch.float16, requires_grad=True)
+
+    def step():
+        return torch.autograd.grad(ntxent(z, 0.1, impl="triton"), z)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        z.copy_(torch.randn_like(z))
+    graph.replay()
+    assert torch.equal(captured, step())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"z": torch.randn(3, 4), "temperature": 0.1}, "3 rows"),
+        ({"z": torch.randn(4), "temperature": 0.1}, r"shape \(4,\)"),
+        ({"z": torch.ones(4, 2, dtype=torch.int64), "temperature": 0.1}, "int64"),
+        ({"z": torch.randn(4, 4), "temperature": 0.0}, "temperature=0.0"),
+        ({"z": torch.randn(4, 4), "temperature": 0.1, "labels": torch.zeros(3).long()}, r"\(3,\)"),
+        ({"z": torch.randn(4, 4), "temperature": 0.1, "labels": torch.zeros(4)}, "float32"),
+        ({"z": torch.randn(4, 4), "temperature": 0.1, "impl": "cuda"}, "impl='cuda'"),
+    ],
+)
+def test_errors_name_what_is_wrong(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ntxent(**arguments)
+
+
+@needs_triton
+def test_kernel_refuses_float64():
+    with pytest.raises(ValueError, match="float64"):
+        ntxent(torch.randn(4, 4, device=DEVICE).double(), 0.1, impl="triton")

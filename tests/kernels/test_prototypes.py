@@ -1,0 +1,103 @@
+"""Sinkhorn assignments and cross entropy between prototypes: definitions, kernels against fp64 truth."""
+
+import pytest
+import torch
+from kernel_device import DEVICE, needs_triton
+
+from fastssl.kernels import sinkhorn, sinkhorn_center, softxent
+from fastssl.kernels.sinkhorn import cases as sinkhorn_cases
+from fastssl.kernels.softxent import cases
+from fastssl.kernels.testing import check
+
+
+def test_sinkhorn_is_swavs():
+    logits = torch.randn(20, 30, dtype=torch.float64).tanh()
+    q = (logits / 0.05).exp().T
+    q /= q.sum()
+    for _ in range(3):
+        q /= q.sum(1, keepdim=True) * 30
+        q /= q.sum(0, keepdim=True) * 20
+    assert torch.allclose(sinkhorn(logits, 0.05), (q * 20).T, rtol=1e-9)
+    balanced = sinkhorn(logits, 0.5, iterations=300)
+    assert torch.allclose(balanced.sum(0), torch.full((30,), 20 / 30).double(), rtol=1e-6)
+
+
+def test_softxent_is_cross_entropy_and_takes_sinkhorns_center():
+    s, t, c = torch.randn(6, 40).double(), torch.randn(6, 40).double().tanh(), torch.randn(40).double()
+    p = ((t - c) / 0.04).softmax(1)
+    expected = -(p * (s / 0.1).log_softmax(1)).sum(1).mean()
+    assert torch.allclose(softxent(s, t, 0.1, 0.04, center=c), expected)
+    assert torch.allclose(softxent(s, p, 0.1, None), expected)
+    center = sinkhorn_center(t, 0.05)
+    assert torch.allclose(softxent(s, t, 0.1, 0.05, center=center), softxent(s, sinkhorn(t, 0.05), 0.1, None))
+
+
+@needs_triton
+@pytest.mark.parametrize("case", sinkhorn_cases.SMALL, ids=str)
+def test_sinkhorn_kernel_is_as_exact_as_plain_pytorch(case):
+    check(sinkhorn_cases, case, DEVICE)
+
+
+@needs_triton
+@pytest.mark.parametrize("case", cases.SMALL, ids=str)
+def test_softxent_kernel_is_as_exact_as_plain_pytorch(case):
+    check(cases, case, DEVICE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", sinkhorn_cases.FULL, ids=str)
+def test_sinkhorn_kernel_at_every_size(case):
+    check(sinkhorn_cases, case, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", cases.FULL, ids=str)
+def test_softxent_kernel_at_every_size(case):
+    check(cases, case, "cuda")
+
+
+@needs_triton
+def test_kernels_survive_compile_fullgraph():
+    t, z = torch.randn(6, 100, device=DEVICE), torch.randn(6, 8, device=DEVICE)
+    w = torch.randn(8, 100, device=DEVICE, requires_grad=True)
+
+    def step(w):
+        center = sinkhorn_center(t, 0.5, impl="triton")
+        with_center = softxent(z @ w, t, 0.1, 0.5, center=center, impl="triton")
+        return with_center + softxent(z @ w, sinkhorn(t, 0.5, impl="triton"), 0.1, None, impl="triton")
+
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+    plain, compiled = step(w), torch.compile(step, fullgraph=True, backend=backend)(w)
+    assert torch.allclose(plain, compiled, rtol=1e-6)
+    assert torch.allclose(*(torch.autograd.grad(x, w)[0] for x in (plain, compiled)), rtol=1e-4, atol=1e-6)
+
+
+@needs_triton
+def test_ops_are_registered_properly():
+    from fastssl.kernels.sinkhorn import triton as sk
+    from fastssl.kernels.softxent import triton as sx
+
+    s, t = torch.randn(5, 40, device=DEVICE, requires_grad=True), torch.randn(5, 40, device=DEVICE)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for op, arguments in (
+        (sx.softxent_op, (s, t, None, 0.1, 0.04)),
+        (sx.softxent_op, (s, t, t[0], 0.1, 0.04)),
+        (sk.center_op, (t, 0.05, 3, "")),
+        (sk.assign_op, (t, t[0], 0.05)),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=checks)
+
+
+def test_errors_name_what_is_wrong():
+    s, t = torch.randn(4, 8), torch.randn(4, 9)
+    for match, call in (
+        ("teacher is 9 wide", lambda: softxent(s, t, 0.1, 0.04)),
+        (r"teacher \(3, 8\)", lambda: softxent(s, s[:3], 0.1, 0.04)),
+        ("teacher_temperature=0", lambda: softxent(s, s, 0.1, 0)),
+        ("belongs to teacher logits", lambda: softxent(s, s, 0.1, None, center=s[0])),
+        (r"center is \(4,\)", lambda: softxent(s, s, 0.1, 0.04, center=s[:, 0])),
+        ("epsilon=0", lambda: sinkhorn(s, 0)),
+        ("iterations=0", lambda: sinkhorn(s, 0.05, iterations=0)),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
