@@ -50,6 +50,19 @@ def swav(size: int = 224, *, crops: int = 2, small: int = 96, small_crops: int =
     return _views(*[large] * crops, *[local] * small_crops, **changes)
 
 
+def dino(size: int = 224, *, small: int = 96, small_crops: int = 8, scale: tuple[float, float] = (0.4, 1.0),
+         small_scale: tuple[float, float] = (0.05, 0.4), **changes) -> tuple[View, ...]:
+    """Multi-crop: BYOL's two views large, then `small_crops` small ones (blur 0.5, no solarization)."""
+    large = byol(size, scale=scale)
+    local = replace(large[0], size=small, scale=small_scale, blur=0.5)
+    return _views(*large, *[local] * small_crops, **changes)
+
+
+def mae(size: int = 224, **changes) -> tuple[View, ...]:
+    """One crop and flip, no colours changed."""
+    return _views(View(size, scale=(0.2, 1.0), interpolation="bicubic", flip=0.5), **changes)
+
+
 def npid(size: int = 224, **changes) -> tuple[View, ...]:
     """One view, that of MoCo v1."""
     return _views(View(size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray=0.2,

@@ -38,7 +38,7 @@ class LeJEPA(nn.Module):
         self.config = config
         self.backbone = backbone
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm)
-        self.seed = int(torch.randint(2**31, ()))  # follows the run's seed
+        self.seed = int(torch.randint(2**31, (), device="cpu"))  # follows the run's seed
 
     def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
         h = parts.multi_crop(self.backbone, views, self.config.large)

@@ -50,7 +50,7 @@ class MAE(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
         nn.init.xavier_uniform_(body.patch_embed.proj.weight.data.flatten(1))
-        self.seed = int(torch.randint(2**31, ()))  # follows the run's seed
+        self.seed = int(torch.randint(2**31, (), device="cpu"))  # follows the run's seed
 
     def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
         target = patchify(views[0].float(), self.patch)

@@ -26,6 +26,7 @@ class Config:
     momentum: float = 0.999
     momentum_end: float = 0.999  # reached by half a cosine over the run
     shuffle: bool = True  # shuffled batch norm
+    norm: bool = False  # batch norm in the projector (SimCLR's neck)
 
     def build(self, backbone: nn.Module, *, batch: int, kernels: str = "auto", **_) -> MoCo:
         parts.need_queue(self.queue, batch)
@@ -39,7 +40,8 @@ class MoCo(nn.Module):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.backbone = backbone
-        self.projector = parts.mlp(backbone.dim, *config.dims, norm=False)
+        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_norm=config.norm,
+                                   bias=not config.norm, last_bias=not config.norm)
         self.target = parts.frozen_copy(self.backbone, self.projector)
         self.register_buffer("queue", parts.random_directions(config.queue, config.dims[-1]))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))

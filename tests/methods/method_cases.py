@@ -67,7 +67,8 @@ def run(name: str, *, norm: bool = False, batch: int = 16, micro: int | None = N
     method = config(name, norm=norm) if case.norm else config(name)
     return Run(method=method, backbone=case.backbone, data=Data(train="memory", views=case.views), seed=3, sync_bn=True,
                optim=Optim(lr=0.05, batch=batch, epochs=1, steps=steps, weight_decay=1e-4, schedule="constant"),
-               speed=Speed(zero=zero, micro_batch=micro, workers=1), log=Log(tensorboard=False))
+               speed=Speed(zero=zero, micro_batch=micro, workers=1), log=Log(tensorboard=False),
+               deepspeed={"zero_optimization": {"reduce_scatter": False}})  # with it ZeRO 3 refuses float64
 
 
 class Memory:

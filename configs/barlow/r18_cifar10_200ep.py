@@ -1,0 +1,22 @@
+"""Barlow Twins, ResNet-18, CIFAR-10, 200 epochs.
+solo-learn's recipe for 1000 epochs, run for 200 (its stem pads by 2, this one by 1).
+deepspeed --num_gpus 1 fastssl/train.py configs/barlow/r18_cifar10_200ep.py
+Not measured yet."""
+
+from fastssl import views
+from fastssl.config import Backbone, Data, Log, Optim, Run
+from fastssl.methods import barlow
+
+
+def get_config() -> Run:
+    return Run(
+        method=barlow.Config(dims=(2048, 2048, 2048), scale=0.1),
+        backbone=Backbone("resnet18", stem="cifar"),
+        data=Data(train="data/cifar10_train.beton", test="data/cifar10_test.beton",
+                  views=views.byol(32, blur=(0.0, 0.0), interpolation="bicubic", **views.CIFAR10)),
+        optim=Optim(name="lars", lr=0.3, base_batch=256, batch=256, epochs=200, warmup_epochs=10, weight_decay=1e-4,
+                    precision="fp16", eta=0.02, clip_lr=True, lr_in_momentum=False,
+                    paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}}),
+        log=Log(knn_epochs=20, probe=True),
+        sync_bn=True,
+    )

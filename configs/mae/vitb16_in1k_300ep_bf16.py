@@ -1,0 +1,20 @@
+"""MAE, ViT-B/16, ImageNet, batch 4096, 300 epochs, bf16.
+The paper's recipe (lr 2.4e-3).
+deepspeed --num_gpus 8 fastssl/train.py configs/mae/vitb16_in1k_300ep_bf16.py
+Not measured yet."""
+
+from fastssl import views
+from fastssl.config import Backbone, Data, Log, Optim, Run
+from fastssl.methods import mae
+
+
+def get_config() -> Run:
+    return Run(
+        method=mae.Config(),
+        backbone=Backbone("vit_base_patch16_224"),
+        data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.mae(224)),
+        optim=Optim(name="adamw", lr=1.5e-4, batch=4096, epochs=300, weight_decay=0.05, base_batch=256,
+                    warmup_epochs=40, betas=(0.9, 0.95), paramwise={"ndim<=1": {"weight_decay": 0.0}},
+                    precision="bf16"),
+        log=Log(knn_epochs=20, probe=True),
+    )

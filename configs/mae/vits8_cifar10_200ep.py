@@ -1,0 +1,21 @@
+"""MAE, ViT-S/8 on 64-pixel views, CIFAR-10, 200 epochs.
+64 patches of 8 pixels; timm has no smaller ones. The literature has no such run.
+deepspeed --num_gpus 1 fastssl/train.py configs/mae/vits8_cifar10_200ep.py
+Not measured yet."""
+
+from fastssl import views
+from fastssl.config import Backbone, Data, Log, Optim, Run
+from fastssl.methods import mae
+
+
+def get_config() -> Run:
+    return Run(
+        method=mae.Config(decoder=256, depth=4, heads=8),
+        backbone=Backbone("vit_small_patch8_224"),
+        data=Data(train="data/cifar10_train.beton", test="data/cifar10_test.beton",
+                  views=views.mae(64, **views.CIFAR10)),
+        optim=Optim(name="adamw", lr=1.5e-4, base_batch=256, batch=1024, epochs=200, warmup_epochs=20,
+                    weight_decay=0.05, betas=(0.9, 0.95), precision="bf16",
+                    paramwise={"ndim<=1": {"weight_decay": 0.0}}),
+        log=Log(knn_epochs=20, probe=True),
+    )

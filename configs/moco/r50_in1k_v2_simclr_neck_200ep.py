@@ -1,0 +1,18 @@
+"""MoCo v2 with SimCLR's projector, ResNet-50, ImageNet, 200 epochs.
+OpenSelfSup's recipe.
+deepspeed --num_gpus 8 fastssl/train.py configs/moco/r50_in1k_v2_simclr_neck_200ep.py
+Not measured yet."""
+
+from fastssl import views
+from fastssl.config import Backbone, Data, Log, Optim, Run
+from fastssl.methods import moco
+
+
+def get_config() -> Run:
+    return Run(
+        method=moco.Config(temperature=0.2, dims=(2048, 128), norm=True),
+        backbone=Backbone("resnet50"),
+        data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.moco_v2(224)),
+        optim=Optim(name="sgd", lr=0.03, batch=256, epochs=200, weight_decay=1e-4, schedule="cosine_epoch"),
+        log=Log(knn_epochs=20, probe=True),
+    )

@@ -1,0 +1,21 @@
+"""Rotation prediction, ResNet-18, CIFAR-10, 200 epochs.
+The schedule of the paper's CIFAR-10 runs, stretched to 200 epochs; each image is in the batch at four turns.
+deepspeed --num_gpus 1 fastssl/train.py configs/rotation/r18_cifar10_200ep.py
+Not measured yet."""
+
+from fastssl import views
+from fastssl.config import Backbone, Data, Log, Optim, Run
+from fastssl.methods import rotation
+
+
+def get_config() -> Run:
+    return Run(
+        method=rotation.Config(),
+        backbone=Backbone("resnet18", stem="cifar"),
+        data=Data(train="data/cifar10_train.beton", test="data/cifar10_test.beton",
+                  views=views.rotation(32, scale=(0.2, 1.0), **views.CIFAR10)),
+        optim=Optim(name="sgd", lr=0.1, batch=128, epochs=200, weight_decay=5e-4, schedule="step",
+                    milestones=(60, 120, 160), gamma=0.2),
+        log=Log(knn_epochs=20, probe=True),
+        sync_bn=True,
+    )

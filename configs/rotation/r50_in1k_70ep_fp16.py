@@ -1,0 +1,20 @@
+"""Rotation prediction, ResNet-50, ImageNet, 128 images at four turns, 70 epochs, fp16.
+OpenSelfSup's recipe.
+deepspeed --num_gpus 8 fastssl/train.py configs/rotation/r50_in1k_70ep_fp16.py
+Not measured yet."""
+
+from fastssl import views
+from fastssl.config import Backbone, Data, Log, Optim, Run
+from fastssl.methods import rotation
+
+
+def get_config() -> Run:
+    return Run(
+        method=rotation.Config(),
+        backbone=Backbone("resnet50"),
+        data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.rotation(224)),
+        optim=Optim(name="sgd", lr=0.2, batch=128, epochs=70, weight_decay=1e-4, warmup_epochs=5, warmup_ratio=0.1,
+                    schedule="step", milestones=(30, 50), precision="fp16"),
+        log=Log(knn_epochs=20, probe=True),
+        sync_bn=True,
+    )

@@ -1,0 +1,21 @@
+"""SimCLR, ResNet-50, ImageNet, batch 256, 200 epochs, fp16.
+OpenSelfSup's recipe.
+deepspeed --num_gpus 8 fastssl/train.py configs/simclr/r50_in1k_200ep_fp16.py
+Not measured yet."""
+
+from fastssl import views
+from fastssl.config import Backbone, Data, Log, Optim, Run
+from fastssl.methods import simclr
+
+
+def get_config() -> Run:
+    return Run(
+        method=simclr.Config(temperature=0.1, dims=(2048, 128)),
+        backbone=Backbone("resnet50"),
+        data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.simclr(224)),
+        optim=Optim(name="lars", lr=0.3, batch=256, epochs=200, weight_decay=1e-6, warmup_epochs=10,
+                    schedule="cosine_epoch", paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}},
+                    precision="fp16"),
+        log=Log(knn_epochs=20, probe=True),
+        sync_bn=True,
+    )

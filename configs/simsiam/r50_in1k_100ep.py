@@ -1,0 +1,20 @@
+"""SimSiam, ResNet-50, ImageNet, 100 epochs.
+The paper's recipe.
+deepspeed --num_gpus 8 fastssl/train.py configs/simsiam/r50_in1k_100ep.py
+Not measured yet."""
+
+from fastssl import views
+from fastssl.config import Backbone, Data, Log, Optim, Run
+from fastssl.methods import simsiam
+
+
+def get_config() -> Run:
+    return Run(
+        method=simsiam.Config(),
+        backbone=Backbone("resnet50", zero_init_residual=True),
+        data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.moco_v2(224)),
+        optim=Optim(name="sgd", lr=0.05, batch=256, epochs=100, weight_decay=1e-4,
+                    paramwise={r"^predictor": {"schedule": "constant"}}),
+        log=Log(knn_epochs=20, probe=True),
+        sync_bn=True,
+    )

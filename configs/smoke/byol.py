@@ -1,0 +1,18 @@
+"""BYOL on CIFAR-10 for a minute of two CPU cores: a thin ResNet-10, 150 steps.
+fastssl train configs/smoke/byol.py
+Not measured yet."""
+
+from fastssl import views
+from fastssl.config import Backbone, Data, Log, Optim, Run
+from fastssl.methods import byol
+
+
+def get_config() -> Run:
+    return Run(
+        method=byol.Config(dims=(256, 64), predictor=256, momentum=0.98),
+        backbone=Backbone("resnet10", stem="cifar", width=16),
+        data=Data(train="data/cifar10_train.beton", bank="data/cifar10_test.beton",
+                  views=views.byol(32, blur=(0.0, 0.0), **views.CIFAR10)),
+        optim=Optim(name="adamw", lr=2e-3, batch=128, steps=150, warmup_epochs=0.02, weight_decay=1e-4),
+        log=Log(every=20, checkpoint_epochs=0, knn_epochs=1),
+    )

@@ -1,0 +1,18 @@
+"""MAE on CIFAR-10 for a minute of two CPU cores: timm's smallest ViT, 150 steps.
+fastssl train configs/smoke/mae.py
+Not measured yet."""
+
+from fastssl import views
+from fastssl.config import Backbone, Data, Log, Optim, Run
+from fastssl.methods import mae
+
+
+def get_config() -> Run:
+    return Run(
+        method=mae.Config(decoder=64, depth=2, heads=2),
+        backbone=Backbone("test_vit"),
+        data=Data(train="data/cifar10_train.beton", bank="data/cifar10_test.beton",
+                  views=views.mae(64, **views.CIFAR10)),
+        optim=Optim(name="adamw", lr=2e-3, batch=128, steps=150, warmup_epochs=0.02, weight_decay=1e-4),
+        log=Log(every=20, checkpoint_epochs=0, knn_epochs=1),
+    )

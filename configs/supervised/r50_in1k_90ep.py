@@ -1,0 +1,19 @@
+"""Supervised, ResNet-50, ImageNet, 90 epochs.
+OpenSelfSup's recipe.
+deepspeed --num_gpus 8 fastssl/train.py configs/supervised/r50_in1k_90ep.py
+Not measured yet."""
+
+from fastssl import views
+from fastssl.config import Backbone, Data, Log, Optim, Run
+from fastssl.methods import supervised
+
+
+def get_config() -> Run:
+    return Run(
+        method=supervised.Config(),
+        backbone=Backbone("resnet50"),
+        data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.supervised(224)),
+        optim=Optim(name="sgd", lr=0.1, batch=256, epochs=90, weight_decay=1e-4, schedule="step", milestones=(30, 60)),
+        log=Log(knn_epochs=20, probe=True),
+        sync_bn=True,
+    )

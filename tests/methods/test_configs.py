@@ -1,0 +1,70 @@
+"""Every config loads, is what its path and docstring say, and fits its method; every method has its configs."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastssl import backbones, config, engine, methods, optim
+from fastssl.loader import Batch
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.name != "__init__.py")
+SMOKE = [p for p in FILES if p.parent.name == "smoke"]
+
+
+def name(path):
+    return str(path.relative_to(ROOT / "configs"))
+
+
+def build(run, batch=None):
+    return run.method.build(backbones.build(run.backbone), samples=1_281_167, classes=[str(i) for i in range(10)],
+                            batch=batch or run.optim.batch, kernels=run.speed.kernels)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_config_fits_its_method(path):
+    run = config.load(path)
+    doc = ast.get_docstring(ast.parse(path.read_text()))
+    assert "easured" in doc or path.name == "quickstart.py", "says what to expect, or that it is not measured yet"
+    if path.parent.name not in ("smoke", "configs"):
+        assert type(run.method).__module__ == f"fastssl.methods.{path.parent.name}"
+        assert f"fastssl/train.py configs/{name(path)}" in doc
+        assert f"{run.optim.epochs}ep" in path.stem
+        if "in1k" in path.stem:
+            half = path.stem.rpartition("_")[2]
+            assert (half if half in ("fp16", "bf16") else "fp32") == run.optim.precision
+    with torch.device("meta"):
+        method = build(run)
+    engine.check_views(method, run.data.views)
+    optim.Schedule(method.named_parameters(), run.optim, steps_per_epoch=5004)  # every pattern matches a parameter
+    if run.speed.micro_batch:
+        assert run.optim.batch % (8 * run.speed.micro_batch) == 0, "eight GPUs share the batch"
+
+
+@pytest.mark.parametrize("path", SMOKE, ids=name)
+def test_smoke_config_makes_a_step(path):
+    run = config.load(path)
+    torch.manual_seed(0)
+    method, n = build(run, batch=8), 8
+    views = [torch.randn(n, 3, v.size, v.size) for v in run.data.views]
+    batch = Batch(None, None, torch.arange(n), torch.arange(n) % 3, 0, 0)
+    out = method(views, batch)
+    assert all(len(v) == n for v in out.values()), "one row per sample"
+    assert out["features"].shape == (n, method.backbone.dim) and not out["features"].requires_grad
+    loss = method.loss(out, batch)["loss"]
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters() if p.requires_grad)
+    method.after_step({k: v.detach() for k, v in out.items()}, batch, 0.5)
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_every_method_has_its_configs_and_its_paper(method):
+    stems = [p.stem for p in (ROOT / "configs" / method).glob("*.py")]
+    assert any("cifar10_200ep" in s for s in stems) and any("in1k" in s for s in stems), stems
+    assert (ROOT / "configs" / "smoke" / f"{method}.py").exists()
+    doc = importlib.import_module(f"fastssl.methods.{method}").__doc__
+    assert "https://arxiv.org/abs/" in doc or method == "supervised"
