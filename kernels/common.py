@@ -85,3 +85,14 @@ def processors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 132 if device.type == "meta" else 4
+
+
+PRETENDED = {"capability": 90}  # of meta tensors, which the build tests compile for
+
+
+def capability(device: torch.device) -> int:
+    """80 for an A100, 90 for an H100 or H200."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    return PRETENDED["capability"]

@@ -133,7 +133,7 @@ def forward(q, k, queue, temperature, normalize, group, normalize_k=None):
         positive = torch.nn.functional.pad(l2_normalize(k) if normalize_k else k, (0, width - d))
         return chunked(q, u[:m], inv, positive, positive_dot, keys[:n], own, form)
 
-    t = gradient_tiles(width)
+    t = gradient_tiles(width, q.device)
     programs, tiles = cdiv(m, t.bm), max(cdiv(n, t.bn), 1)
     splits, each = n_splits(programs, tiles, q.device, max(1, PARTIAL_BYTES // (m * width * 4)))
     stat = torch.empty((2, splits, m), dtype=torch.float32, device=q.device)

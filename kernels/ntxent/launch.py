@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..common import cdiv, pow2, processors
+from ..common import capability, cdiv, pow2, processors
 from . import rows as rk
 from . import tiles as tk
 
@@ -66,7 +66,10 @@ def sums_tiles(width: int, dtype: torch.dtype) -> Tiles:
     return Tiles(128, 128 if width <= 128 else 64, width, 8, 3 if width <= 128 else 2)
 
 
-def gradient_tiles(width: int) -> Tiles:
+def gradient_tiles(width: int, device) -> Tiles:
+    """The largest tiles that spill no registers (tests/kernels/test_builds.py)."""
+    if capability(device) < 90:
+        return Tiles(128, 32, width, 8, 3 if width <= 128 else 2)
     return Tiles(128, 64, width, 4 if width <= 64 else 8, 3 if width <= 128 else 2)
 
 
@@ -154,7 +157,7 @@ def row_gradients(grad, x, inv, u, v, w_row, w_col, a, n, offset, labels, form: 
 
     width = v.shape[1]
     if width <= HELD and v.dtype.itemsize == 2:
-        t = gradient_tiles(width)
+        t = gradient_tiles(width, v.device)
         programs = cdiv(m, t.bm)
         limit = max(1, SPLIT_BYTES // (m * width * 4))
         splits, each = n_splits(programs, cdiv(n, t.bn), v.device, limit)

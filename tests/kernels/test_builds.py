@@ -1,0 +1,159 @@
+"""Every kernel as it is shipped compiles for Ampere and Hopper without a GPU: nothing spills, shared memory suffices,
+tensor cores are used; and NT-Xent's memory, by counting what it allocates."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ARCHS = (80, 90)
+
+
+def ntxent(rows=8192, dim=128, dtype=torch.float16, temperature=0.1, labels=False, decoupled=False, precision="high"):
+    from fastssl.kernels.ntxent import triton
+
+    torch.set_float32_matmul_precision(precision)
+    z = torch.empty(rows, dim, device="meta", dtype=dtype)
+    y = torch.empty(rows, device="meta", dtype=torch.int64) if labels else None
+    loss, *saved = triton.forward(z, y, temperature, decoupled, True, None)
+    triton.backward(loss, z, y, *saved, temperature, decoupled, True, None)
+
+
+def infonce(rows=256, dim=128, dtype=torch.float16, keys=65536):
+    from fastssl.kernels.infonce import triton
+
+    q = torch.empty(rows, dim, device="meta", dtype=dtype)
+    triton.forward(q, q, q.new_empty(keys, dim) if keys else None, 0.2, True, None)
+
+
+def symmetric():
+    from fastssl.kernels.infonce import symmetric
+
+    a = torch.empty(4096, 256, device="meta", dtype=torch.float16)
+    loss, *saved = symmetric.forward(a, a, 0.1, True, None)
+    symmetric.backward(loss, a, a, *saved, 0.1, True, None)
+
+
+def gathered():
+    from fastssl.kernels.gathered import triton
+
+    q, bank = (torch.empty(n, 128, device="meta", dtype=torch.float16) for n in (256, 100_000))
+    index = torch.empty(256, 65536, device="meta", dtype=torch.int64)
+    triton.forward(q, bank, index[:, 0], index, 0.07, True)
+
+
+def memory():
+    from fastssl.kernels.bank import triton as bank
+    from fastssl.kernels.queue import triton as queue
+
+    rows, table = (torch.empty(n, 128, device="meta") for n in (256, 65536))
+    index = torch.empty(256, device="meta", dtype=torch.int64)
+    queue.push(table.half(), index[:1], rows, True)
+    bank.update(table, index, rows, 0.5)
+    bank.centroids(rows, table, torch.empty(65536, device="meta", dtype=torch.int64))
+
+
+def prototypes():
+    from fastssl.kernels.sinkhorn import triton as sinkhorn
+    from fastssl.kernels.softxent import triton as softxent
+
+    x = torch.empty(512, 65536, device="meta", dtype=torch.bfloat16)
+    center = sinkhorn.center(x, 0.05, 3, None)
+    sinkhorn.assignments(x, center, 0.05)
+    for teacher, c in ((0.04, center), (0.04, None), (None, None)):
+        loss, end = softxent.forward(x, x, 0.1, teacher, c)
+        softxent.backward(loss, x, x, c, end, 0.1, teacher)
+
+
+SHIPPED = {
+    "ntxent": (lambda: ntxent(), {"row_sums_kernel", "row_gradients_kernel"}),
+    "infonce": (lambda: infonce(), {"one_pass_kernel"}),
+    "gathered": (gathered, set()),
+    "memory": (memory, set()),
+    "prototypes": (prototypes, set()),
+}
+FORMS = {  # the other tile sizes, types and forms
+    "ntxent 32": (lambda: ntxent(dim=32), SHIPPED["ntxent"][1]),
+    "ntxent 64": (lambda: ntxent(dim=64), SHIPPED["ntxent"][1]),
+    "ntxent 256": (lambda: ntxent(dim=256), SHIPPED["ntxent"][1]),
+    "ntxent 768": (lambda: ntxent(dim=768), {"row_sums_kernel", "gradient_chunk_kernel"}),
+    "ntxent labels": (lambda: ntxent(labels=True), SHIPPED["ntxent"][1]),
+    "ntxent decoupled": (lambda: ntxent(decoupled=True), SHIPPED["ntxent"][1]),
+    "ntxent labels decoupled": (lambda: ntxent(labels=True, decoupled=True), SHIPPED["ntxent"][1]),
+    "ntxent cold": (lambda: ntxent(temperature=0.01), SHIPPED["ntxent"][1]),
+    "ntxent float32": (lambda: ntxent(dtype=torch.float32, precision="highest"), set()),
+    "infonce 64": (lambda: infonce(dim=64), SHIPPED["infonce"][1]),
+    "infonce 256": (lambda: infonce(dim=256), SHIPPED["infonce"][1]),
+    "infonce bfloat16": (lambda: infonce(dtype=torch.bfloat16), SHIPPED["infonce"][1]),
+    "infonce batch": (lambda: infonce(keys=None), SHIPPED["infonce"][1]),
+    "symmetric": (symmetric, SHIPPED["ntxent"][1]),
+}
+
+
+def builds(name):
+    from fastssl.kernels.common import PRETENDED
+    from fastssl.kernels.testing import compile_launch, record_launches
+
+    built = []
+    for arch in ARCHS:
+        PRETENDED["capability"] = arch
+        with record_launches() as launches:
+            {**SHIPPED, **FORMS}[name][0]()
+        built += [vars(compile_launch(launch, arch)) for launch in launches]
+    return built
+
+
+def peaks():
+    """Bytes that one forward and backward of ntxent at 2N = 65,536 allocates at most, by dtype."""
+    from fastssl.kernels.testing import Allocations, record_launches
+
+    result = {}
+    for name, arguments in {
+        "float16": {"dtype": torch.float16}, "bfloat16": {"dtype": torch.bfloat16},
+        "float32": {"dtype": torch.float32}, "exact float32": {"dtype": torch.float32, "precision": "highest"},
+    }.items():  # fmt: skip
+        with record_launches(), Allocations() as allocations:
+            ntxent(65536, 128, **arguments)
+        result[name] = allocations.peak - 65536 * 128 * arguments["dtype"].itemsize  # z is the caller's
+    return result
+
+
+def in_compiler(*arguments):
+    """In a process of its own: where the interpreter is on, nothing is compiled."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, __file__, *arguments], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def hold(name, on_tensor_cores):
+    built = in_compiler(name)
+    assert {b["kernel"] for b in built} >= on_tensor_cores and {b["arch"] for b in built} == set(ARCHS)
+    for b in built:
+        assert b["spills"] == 0, b
+        assert b["fits"], b
+        if b["kernel"] in on_tensor_cores:
+            assert b["tensor_core"] == {80: "HMMA", 90: "HGMMA"}[b["arch"]], b
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_kernels_compile_without_spills(name):
+    hold(name, SHIPPED[name][1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMS)
+def test_other_forms_compile_without_spills(name):
+    hold(name, FORMS[name][1])
+
+
+def test_ntxent_at_65536_rows_needs_under_100_megabytes():
+    for name, peak in in_compiler("peaks").items():
+        assert 33e6 < peak < 100e6, f"{name}: {peak / 1e6:.1f} MB"  # no less than what holds the rows and the gradient
+
+
+if __name__ == "__main__":
+    print(json.dumps(peaks() if sys.argv[1] == "peaks" else builds(sys.argv[1])))
