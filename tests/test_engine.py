@@ -11,22 +11,26 @@ sys.path.insert(0, str(Path(__file__).parent))
 import ranks
 
 STEPS, BATCH = 3, 32
-RUNS = {  # name: (method, world, micro-batches, ZeRO stage, optimizer)
-    "simclr 1x1": ("simclr", 1, 1, 0, "sgd"),
-    "simclr 1x4": ("simclr", 1, 4, 0, "sgd"),
-    "simclr 2x1": ("simclr", 2, 1, 0, "sgd"),
-    "simclr 2x2": ("simclr", 2, 2, 0, "sgd"),
-    "moco 1x1": ("moco", 1, 1, 0, "sgd"),
-    "moco 1x4": ("moco", 1, 4, 0, "sgd"),
-    "moco 2x1": ("moco", 2, 1, 0, "sgd"),
-    "moco 2x2": ("moco", 2, 2, 0, "sgd"),
-    "simclr lars 1x1": ("simclr", 1, 1, 0, "lars"),
-    **{f"simclr lars zero{z}": ("simclr", 2, 2, z, "lars") for z in range(4)},
-    **{f"moco zero{z}": ("moco", 2, 2, z, "sgd") for z in (1, 2, 3)},
+RUNS = {  # name: (method, world, micro-batches, optimizer, more of Speed)
+    "simclr 1x1": ("simclr", 1, 1, "sgd", {}),
+    "simclr 1x4": ("simclr", 1, 4, "sgd", {}),
+    "simclr 2x1": ("simclr", 2, 1, "sgd", {}),
+    "simclr 2x2": ("simclr", 2, 2, "sgd", {"resident": True}),
+    "moco 1x1": ("moco", 1, 1, "sgd", {}),
+    "moco 1x4": ("moco", 1, 4, "sgd", {}),
+    "moco 2x1": ("moco", 2, 1, "sgd", {}),
+    "moco 2x2": ("moco", 2, 2, "sgd", {}),
+    "simclr lars 1x1": ("simclr", 1, 1, "lars", {}),
+    **{f"simclr lars zero{z}": ("simclr", 2, 2, "lars", {"zero": z}) for z in range(4)},
+    **{f"moco zero{z}": ("moco", 2, 2, "sgd", {"zero": z}) for z in (1, 2, 3)},
+}
+SWITCHES = {  # Speed must not change results
+    "plain": {"channels_last": False, "kernels": "reference"},
+    "fast": {"channels_last": True, "compile": True, "resident": True, "workers": 2},
 }
 
 
-def make_run(beton: str, method: str, micro: int | None, zero: int, optimizer: str):
+def make_run(beton: str, method: str, micro: int, optimizer: str, speed: dict, precision: str = "fp32"):
     from fastssl import views
     from fastssl.config import Backbone, Data, Log, Optim, Run, Speed
     from fastssl.methods import moco, simclr
@@ -36,13 +40,13 @@ def make_run(beton: str, method: str, micro: int | None, zero: int, optimizer: s
     return Run(method=method, backbone=Backbone("resnet10", stem="cifar", norm="gn", width=8),
                data=Data(train=beton, views=views.simclr(16)),
                optim=Optim(name=optimizer, lr=0.1 if optimizer == "sgd" else 2.0, batch=BATCH, epochs=1,
-                           weight_decay=1e-4, steps=STEPS, schedule="constant"),
-               speed=Speed(zero=zero, micro_batch=micro, workers=1), log=Log(tensorboard=False), seed=3)
+                           weight_decay=1e-4, steps=STEPS, schedule="constant", precision=precision),
+               speed=Speed(**{"workers": 1, "micro_batch": micro, **speed}), log=Log(tensorboard=False), seed=3)
 
 
 def record(t) -> dict:
     """Losses of STEPS steps, the gradients of the first, and the state after the last."""
-    from fastssl import dist, engine, state
+    from fastssl import backbones, dist, engine, state
     from fastssl.meters import Meter
 
     meter, losses, grads = Meter(t.device, batch=BATCH), [], {}
@@ -50,8 +54,11 @@ def record(t) -> dict:
     step = t.scale.step
 
     def spy(ds):
-        if not grads and t.run.speed.zero == 0:
+        if not grads and t.run.speed.zero == 0:  # elsewhere gradients are gone by then
             grads.update({n: p.grad.clone() for n, p in t.method.named_parameters() if p.grad is not None})
+            for n, m in t.method.named_modules():
+                if isinstance(m, backbones.Conv2d) and f"{n}.weight" in grads:  # stored as OHWI
+                    grads[f"{n}.weight"] = grads[f"{n}.weight"].permute(0, 3, 1, 2)
         return step(ds)
 
     t.scale.step = spy
@@ -65,16 +72,61 @@ def record(t) -> dict:
     return {"losses": losses, "grads": grads, "state": state.whole(t.method)}
 
 
+def normalised() -> dict:
+    """Output, gradients and statistics of batch norm over all ranks in fp64: this rank's share, gathered."""
+    from fastssl import dist
+
+    torch.manual_seed(0)
+    x, up = torch.randn(2, 12, 5, 3, 3, dtype=torch.float64).unbind()
+    mine = x.chunk(dist.world())[dist.rank()].clone().requires_grad_()
+    norm = torch.nn.BatchNorm2d(5).double()
+    torch.nn.init.uniform_(norm.weight)
+    norm = dist.convert_sync_bn(norm, torch.device("cpu"))
+    y = norm(mine)
+    (y * up.chunk(dist.world())[dist.rank()]).sum().backward()
+    return {"y": dist.gather(y.detach()), "x": dist.gather(mine.grad), "weight": dist.sum_(norm.weight.grad),
+            "bias": dist.sum_(norm.bias.grad), **dict(norm.named_buffers())}
+
+
+def overflow(t) -> list[dict]:
+    """Three steps in fp16, the second with a loss scale that overflows: what each did to weights, queue and scale."""
+    from fastssl import engine, state
+    from fastssl.meters import Meter
+
+    done, source, meter = [], t.loader.epoch(0), Meter(t.device, batch=BATCH)
+    for step in range(STEPS):
+        if step == 1:
+            t.scale.value = 2.0**60
+        before, scale = state.whole(t.method, everywhere=True), t.scale.value
+        out, batch, applied = engine.train_step(t, list(itertools.islice(source, 2)), meter)
+        if applied:
+            t.method.after_step(out, batch, 0.0)
+        else:
+            t.scale.value = 2.0**10
+        after = state.whole(t.method, everywhere=True)
+        moved = {k for k in after if not torch.equal(before[k], after[k])}
+        done.append({"applied": applied, "moved": moved, "scale": t.scalars["loss_scale"] / scale,
+                     "finite": all(v.isfinite().all() for v in after.values()), "loss": t.scalars["loss"].item()})
+    return done
+
+
 def worker(out: str, beton: str) -> None:
     from fastssl import dist, engine
 
     dist.init("cpu")
     results = {}
-    for name, (method, world, micro, zero, optimizer) in RUNS.items():
-        if world != dist.world():
-            continue
-        run = make_run(beton, method, BATCH // world // micro, zero, optimizer)
-        results[name] = record(engine.build(run, device="cpu"))
+    for name, (method, world, micro, optimizer, speed) in RUNS.items():
+        if world == dist.world():
+            run = make_run(beton, method, BATCH // world // micro, optimizer, speed)
+            results[name] = record(engine.build(run, device="cpu"))
+    if dist.world() == 1:
+        for name, speed in SWITCHES.items():
+            results[name] = record(engine.build(make_run(beton, "simclr", BATCH, "sgd", speed), device="cpu"))
+    results[f"norm {dist.world()}"] = normalised()
+    if dist.world() == 2:
+        for zero in range(4):
+            run = make_run(beton, "moco", BATCH // 4, "sgd", {"zero": zero}, "fp16")
+            results[f"fp16 zero{zero}"] = overflow(engine.build(run, device="cpu"))
     if dist.is_main():
         torch.save(results, out)
     dist.shutdown()
@@ -88,7 +140,7 @@ def results(tmp_path_factory, beton):
 
 
 def reference(name: str) -> str:
-    return {"moco": "moco 1x1"}.get(name.split()[0], "simclr lars 1x1" if "lars" in name else "simclr 1x1")
+    return "simclr lars 1x1" if "lars" in name else f"{name.split()[0]} 1x1"
 
 
 @pytest.mark.parametrize("name", [n for n in RUNS if not n.endswith("1x1")])
@@ -96,7 +148,7 @@ def test_loss_and_every_gradient_are_those_of_one_rank(results, name):
     got, want = results[name], results[reference(name)]
     assert want["losses"][0] > 0.5 and len(set(want["losses"])) == STEPS
     torch.testing.assert_close(got["losses"], want["losses"], rtol=0, atol=1e-6)
-    if RUNS[name][3] == 0:
+    if not RUNS[name][4].get("zero"):
         assert got["grads"].keys() == want["grads"].keys() and len(got["grads"]) > 10
     for key, value in got["grads"].items():
         assert want["grads"][key].abs().max() > 1e-6, f"{key} has no gradient: the comparison would be empty"
@@ -111,6 +163,28 @@ def test_weights_queue_and_momentum_encoder_agree_after_the_last_step(results, n
         torch.testing.assert_close(got[key], want[key], rtol=0, atol=2e-6, msg=lambda m, k=key: f"{k}: {m}")
     if "moco" in name:
         assert got["pointer"].item() == STEPS * BATCH % 96
+
+
+def test_speed_switches_do_not_change_the_loss_curve(results):
+    plain, fast = results["plain"], results["fast"]
+    torch.testing.assert_close(fast["losses"], plain["losses"], rtol=0, atol=1e-5)
+    for key, value in plain["grads"].items():
+        torch.testing.assert_close(fast["grads"][key], value, rtol=0, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_synchronised_batch_norm_is_batch_norm_of_the_global_batch(results):
+    for key, value in results["norm 1"].items():
+        torch.testing.assert_close(results["norm 2"][key], value, rtol=0, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("zero", range(4))
+def test_an_overflow_skips_the_step_and_everything_that_moves_with_it(results, zero):
+    good, skipped, better = results[f"fp16 zero{zero}"]
+    assert (good["applied"], skipped["applied"], better["applied"]) == (True, False, True)
+    assert (good["scale"], skipped["scale"], better["scale"]) == (1, 0.5, 1)
+    assert not skipped["moved"], "fp16 overflowed and yet these moved"
+    assert {"queue", "pointer", "backbone.conv1.weight", "target.0.conv1.weight"} <= good["moved"] & better["moved"]
+    assert better["finite"] and 0.5 < better["loss"] < 10
 
 
 def test_running_statistics_move_once_per_step():
