@@ -151,7 +151,7 @@ class Conv2d(nn.Conv2d):
     """nn.Conv2d that stores its weight as a contiguous (O, H, W, I) Parameter and convolves with a channels_last view.
 
     DeepSpeed 0.19.8 crashes on parameters whose memory is not contiguous; cuDNN and oneDNN want this layout.  Its
-    state dict holds the ordinary (O, I, H, W).  Not in torch.autocast's safe list of DeepSpeed: name it there.
+    state dict holds the ordinary (O, I, H, W).
     """
 
     def forward(self, x: Tensor) -> Tensor:
