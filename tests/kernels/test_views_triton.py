@@ -19,6 +19,8 @@ from fastssl.kernels.testing import nan_memory
 from fastssl.kernels.views import COL, View, draw, make_views
 from fastssl.kernels.views import triton as fused
 from fastssl.kernels.views.cases import BENCH, ONE_OP, RAW, SHAPES, pack, scenes
+from fastssl.kernels.views.pixels import permutation as fused_permutation
+from fastssl.kernels.views.reference import JITTER_ORDERS
 
 SMALL = {k: v for k, v in ONE_OP.items() if v.size > 1}  # one pixel of a whole image is 4,800 taps: slow interpreted
 
@@ -66,7 +68,9 @@ def test_philox_words_are_tritons(seed, counter):
 @pytest.mark.parametrize("name", ONE_OP)
 def test_parameters_are_the_references(name):
     view, n = ONE_OP[name], 40
-    sizes = torch.tensor([SHAPES[i % 8] if i % 5 else (20, 300) for i in range(n)], dtype=torch.int32, device=DEVICE)
+    narrow = [(20, 300), (300, 20)]  # no try of the random-resized crop fits
+    shapes = [SHAPES[i % 8] if i % 5 else narrow[i // 5 % 2] for i in range(n)]
+    sizes = torch.tensor(shapes, dtype=torch.int32, device=DEVICE)
     index = torch.arange(n, device=DEVICE) * 97
     expect = draw(sizes, index, [view], seed=2**33 + 1, epoch=7)[0].cpu()
     table = torch.full((n, len(COL)), float("nan"), device=DEVICE)
@@ -76,6 +80,21 @@ def test_parameters_are_the_references(name):
     torch.testing.assert_close(table.cpu(), expect, rtol=2e-7, atol=1e-7)
     if view.crop == "resized":  # whole pixels: not one may move
         assert torch.equal(table.cpu()[:, :8], expect[:, :8])
+
+
+@triton.jit
+def permutation_kernel(out):
+    packed, place = fused_permutation(tl.program_id(0))
+    tl.store(out + 2 * tl.program_id(0), packed)
+    tl.store(out + 2 * tl.program_id(0) + 1, place)
+
+
+@needs_triton
+def test_jitter_orders_are_the_references():
+    out = torch.empty(24, 2, dtype=torch.int32, device=DEVICE)
+    permutation_kernel[(24,)](out)
+    expect = [[sum(op << (2 * i) for i, op in enumerate(order)), order.index(1)] for order in JITTER_ORDERS]
+    assert out.tolist() == expect
 
 
 @needs_triton
