@@ -19,17 +19,6 @@ LOGIT_BYTES = 64 << 20  # of logits held at a time where rows are too wide for o
 SIZES = ("m", "n", "own", "tiles_split", "splits")
 
 
-@triton.jit
-def _softmax_step(b_x, b_k, b_max, b_sum, b_acc, PEXP: tl.constexpr, PRECISION: tl.constexpr):
-    b_new = tl.maximum(b_max, tl.max(b_x, 1))
-    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # a row whose only key so far is its own has no term yet
-    b_p = tl.exp2(b_x - (b_safe - PEXP)[:, None])
-    b_scale = tl.exp2(b_max - b_safe)
-    b_sum = b_sum * b_scale + tl.sum(b_p, 1)
-    b_acc = tl.dot(b_p.to(b_k.dtype), b_k, b_acc * b_scale[:, None], input_precision=PRECISION)
-    return b_new, b_sum, b_acc
-
-
 @triton.jit(do_not_specialize=SIZES)
 def one_pass_kernel(
     p_q, p_k, sk_r, sk_d, p_stat, p_acc, m, n, own, tiles_split, c,
@@ -49,25 +38,23 @@ def one_pass_kernel(
     b_sum = tl.zeros([BM], tl.float32)
     b_acc = tl.zeros([BM, DP], tl.float32)
 
-    n_whole = n // BN
-    lo = i_split * tiles_split
-    o_key = o_n.to(tl.int64)[:, None] * sk_r + o_d.to(tl.int64)[None, :] * sk_d
-    for t in range(lo, tl.minimum(lo + tiles_split, n_whole)):
-        p = p_k + tl.cast(t, tl.int64) * BN * sk_r + o_key
-        b_k = (tl.load(p) if D == DP else tl.load(p, mask=m_d, other=0.0)).to(b_q.dtype)
+    o_key = o_n[:, None] * sk_r + o_d[None, :] * sk_d  # 32 bits: a tile of 64-bit offsets costs registers
+    for t in range(i_split * tiles_split, tl.minimum((i_split + 1) * tiles_split, tl.cdiv(n, BN))):
+        m_col = t * BN + o_n < n
+        m_tile = m_col[:, None] if D == DP else m_col[:, None] & m_d
+        b_k = tl.load(p_k + tl.cast(t, tl.int64) * (BN * sk_r) + o_key, mask=m_tile, other=0.0).to(b_q.dtype)
         b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * c
+        if (t + 1) * BN > n:
+            b_x = tl.where(m_col[None, :], b_x, float("-inf"))
         if SKIP_OWN:
             b_x = tl.where((own + o_row)[:, None] == (t * BN + o_n)[None, :], float("-inf"), b_x)
-        b_max, b_sum, b_acc = _softmax_step(b_x, b_k, b_max, b_sum, b_acc, PEXP, PRECISION)
-    if (n_whole * BN < n) & (n_whole >= lo) & (n_whole < lo + tiles_split):
-        o_col = n_whole * BN + o_n
-        p = p_k + n_whole.to(tl.int64) * BN * sk_r + o_key
-        b_k = tl.load(p, mask=(o_col < n)[:, None] & m_d, other=0.0).to(b_q.dtype)
-        b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * c
-        b_x = tl.where((o_col < n)[None, :], b_x, float("-inf"))
-        if SKIP_OWN:
-            b_x = tl.where((own + o_row)[:, None] == o_col[None, :], float("-inf"), b_x)
-        b_max, b_sum, b_acc = _softmax_step(b_x, b_k, b_max, b_sum, b_acc, PEXP, PRECISION)
+        b_new = tl.maximum(b_max, tl.max(b_x, 1))
+        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # a row whose only key so far is its own has no term yet
+        b_p = tl.exp2(b_x - (b_safe - PEXP)[:, None])
+        b_scale = tl.exp2(b_max - b_safe)
+        b_sum = b_sum * b_scale + tl.sum(b_p, 1)
+        b_acc = tl.dot(b_p.to(b_k.dtype), b_k, b_acc * b_scale[:, None], input_precision=PRECISION)
+        b_max = b_new
 
     o_stat = i_split * m + o_row
     tl.store(p_stat + o_stat, b_max, mask=m_row)
@@ -134,6 +121,8 @@ def forward(q, k, queue, temperature, normalize, group, normalize_k=None):
         return chunked(q, u[:m], inv, positive, positive_dot, keys[:n], own, form)
 
     t = gradient_tiles(width, q.device)
+    if t.bn * keys.stride(0) + width * keys.stride(1) >= 2**31:
+        keys = keys.contiguous()
     programs, tiles = cdiv(m, t.bm), max(cdiv(n, t.bn), 1)
     splits, each = n_splits(programs, tiles, q.device, max(1, PARTIAL_BYTES // (m * width * 4)))
     stat = torch.empty((2, splits, m), dtype=torch.float32, device=q.device)

@@ -58,16 +58,19 @@ def padded_width(d: int, dtype: torch.dtype) -> int:
     return pow2(max(d, 16)) if dtype.itemsize == 2 and d <= HELD else cdiv(d, 64) * 64
 
 
-def sums_tiles(width: int, dtype: torch.dtype) -> Tiles:
+def sums_tiles(width: int, dtype: torch.dtype, labels: bool, device) -> Tiles:
+    """The largest tiles that spill no registers (tests/kernels/test_builds.py); comparing labels takes many."""
     if dtype.itemsize == 4:
         return Tiles(64, 64, 32, 4, 2)
+    ampere = capability(device) < 90
     if width > HELD:
-        return Tiles(128, 128, 64, 8, 3)
+        return Tiles(128, (32 if ampere else 64) if labels else 64 if ampere else 128, 64, 8, 3)
+    if labels:
+        return Tiles(128, 32 if ampere else 64, width, 8, 3 if width <= 128 else 2)
     return Tiles(128, 128 if width <= 128 else 64, width, 8, 3 if width <= 128 else 2)
 
 
 def gradient_tiles(width: int, device) -> Tiles:
-    """The largest tiles that spill no registers (tests/kernels/test_builds.py)."""
     if capability(device) < 90:
         return Tiles(128, 32, width, 8, 3 if width <= 128 else 2)
     return Tiles(128, 64, width, 4 if width <= 64 else 8, 3 if width <= 128 else 2)
@@ -114,7 +117,7 @@ def prepare(x, y, form: Form, group, normalize_y=None):
 
 def row_losses(u, v, m, n, offset, labels, dot, form: Form):
     """Sum of this rank's row losses, the weights w (m,), and one over the number of positives (m,) with labels."""
-    t = sums_tiles(v.shape[1], v.dtype)
+    t = sums_tiles(v.shape[1], v.dtype, labels is not None, v.device)
     programs = cdiv(m, t.bm)
     splits, each = n_splits(programs, cdiv(n, t.bn), v.device)
     planes = 4 if labels is not None else 2 if form.online else 1
@@ -169,7 +172,7 @@ def row_gradients(grad, x, inv, u, v, w_row, w_col, a, n, offset, labels, form: 
         end(acc, 0, m, splits)
         return out
 
-    t = sums_tiles(max(width, HELD + 1), v.dtype)
+    t = sums_tiles(max(width, HELD + 1), v.dtype, has_labels, v.device)
     budget = max(WORKSPACE, v.nbytes // 2) // (v.shape[0] * v.dtype.itemsize)
     chunk = min(max(budget // t.bm, 1), cdiv(m, t.bm)) * t.bm
     g = torch.empty((chunk, v.shape[0]), dtype=v.dtype, device=v.device)
