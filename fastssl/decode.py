@@ -40,8 +40,8 @@ class DecodeOnce(Operation):
         read, raw = self.memory_read, IMAGE_MODES["raw"]
         imdecode_c, memcpy_c = Compiler.compile(imdecode), Compiler.compile(memcpy)
 
-        # A plain range: the loader runs this on threads of its own, which balances images of unequal size better than
-        # numba's prange and needs none of its threading layers.
+        # A plain range: the loader runs this on threads of its own.  As fast as numba's prange here, and it needs none
+        # of numba's threading layers, which abort on concurrent use (workqueue) or do not survive a fork (OpenMP, TBB).
         def decode(rows, destination, metadata, storage_state):
             pixels, sizes = destination
             for i in range(len(rows)):
