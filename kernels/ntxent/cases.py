@@ -52,7 +52,7 @@ def make(case: Case, device, seed: int) -> dict:
 
 
 def call(case: Case, x: dict, impl: str) -> dict:
-    z = leaf(x["z"]) if not case.strided else x["z"].detach().requires_grad_()
+    z = leaf(x["z"])
     loss = ntxent(
         z, case.temperature, labels=x["labels"], decoupled=case.decoupled, normalize=case.normalize, impl=impl
     )

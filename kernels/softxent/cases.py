@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..testing import leaf
 from . import softxent
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -33,7 +34,7 @@ def make(case: Case, device, seed: int) -> dict:
 
 
 def call(case: Case, x: dict, impl: str) -> dict:
-    student = x["student"].detach().requires_grad_()
+    student = leaf(x["student"])
     loss = softxent(student, x["teacher"], case.student, case.teacher, center=x["center"], impl=impl)
     return {"loss": loss, "dstudent": torch.autograd.grad(loss, student)[0]}
 

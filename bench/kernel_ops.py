@@ -1,0 +1,237 @@
+"""What bench/kernels.py compares: each op's cases, their check, the ways to compute them and the work that they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from fastssl.kernels import push_, update_
+from fastssl.kernels.common import l2_normalize
+from fastssl.kernels.gathered import cases as gathered
+from fastssl.kernels.gathered import reference as gathered_reference
+from fastssl.kernels.infonce import cases as infonce
+from fastssl.kernels.infonce import reference as infonce_reference
+from fastssl.kernels.ntxent import cases as ntxent
+from fastssl.kernels.ntxent import reference as ntxent_reference
+from fastssl.kernels.sinkhorn import cases as sinkhorn
+from fastssl.kernels.softxent import cases as softxent
+from fastssl.kernels.softxent import reference as softxent_reference
+from fastssl.kernels.testing import assert_as_good_as, check, leaf
+
+TRUTH_ROWS = 16384  # above it, fp64 truth is computed chunk by chunk
+
+
+@dataclass
+class Op:
+    cases: list
+    check: Callable  # case -> largest absolute errors by name; raises AssertionError
+    ways: Callable  # case -> {name: function without arguments}, "ours" first
+    work: Callable  # case -> (operations or None, bytes)
+    targets: dict  # case -> microseconds on an H200
+
+
+def under_autocast(case, f):
+    def run():
+        with torch.autocast("cuda", dtype=case.dtype, enabled=case.dtype != torch.float32):
+            return f()
+
+    return run
+
+
+def loss_ways(module, case, extra=None):
+    torch.set_float32_matmul_precision(case.precision)
+    x = module.make(case, "cuda", 0)
+    eager = under_autocast(case, partial(module.call, case, x, "reference"))
+    ways = {"ours": partial(module.call, case, x, "triton"), "eager": eager}
+    ways["compile"] = compiled(module, case, x)
+    ways.update((extra or (lambda *_: {}))(case, x))
+    return ways
+
+
+def compiled(module, case, x):
+    """torch.compile of the definition; the gradient is taken outside, which Dynamo does not trace."""
+    if module is ntxent:
+        inputs, f = [leaf(x["z"])], lambda z: ntxent_reference.ntxent(
+            z, case.temperature, x["labels"], case.decoupled, case.normalize, None
+        )
+    elif module is infonce and case.keys == "both":
+        inputs, f = [leaf(x["q"]), leaf(x["k"])], lambda a, b: infonce_reference.infonce_symmetric(
+            a, b, case.temperature, case.normalize, None
+        )
+    elif module is infonce:
+        inputs, f = [leaf(x["q"])], lambda q: infonce_reference.infonce(
+            q, x["k"], x["queue"], case.temperature, case.normalize, None
+        )
+    elif module is gathered:
+        inputs, f = [leaf(x["q"])], lambda q: gathered_reference.gathered_nce(
+            q, x["bank"], x["positive"], x["negatives"], case.temperature, case.normalize
+        )
+    elif module is softxent:
+        inputs, f = [leaf(x["student"])], lambda s: softxent_reference.softxent(
+            s, x["teacher"], case.student, case.teacher, x["center"]
+        )
+    else:  # sinkhorn has no gradient
+        return under_autocast(case, torch.compile(partial(module.call, case, x, "reference"), dynamic=False))
+    f = torch.compile(f, dynamic=False)
+    return under_autocast(case, lambda: torch.autograd.grad(f(*inputs), inputs))
+
+
+def chunked_ntxent(z, temperature, dtype, rows=2048):
+    """Loss and dz by matmuls over blocks of rows: what one writes without a kernel.  Exact in float64."""
+    z = z.to(torch.promote_types(dtype, torch.float32))
+    m = z.shape[0]
+    v = l2_normalize(z).to(dtype)
+    partner = (torch.arange(m, device=z.device) + m // 2) % m
+
+    def logits(first):
+        block = v[first : first + rows]
+        wide = dtype in (torch.float16, torch.bfloat16)
+        s = torch.mm(block, v.T, out_dtype=torch.float32) if wide else block @ v.T
+        s /= temperature
+        s.diagonal(first).fill_(-torch.inf)
+        return s
+
+    lse, loss = torch.empty(m, dtype=z.dtype, device=z.device), 0
+    for first in range(0, m, rows):
+        s = logits(first)
+        lse[first : first + rows] = s.logsumexp(1)
+        loss = loss - s.gather(1, partner[first : first + rows, None]).sum()
+    g = torch.empty_like(z)
+    for first in range(0, m, rows):
+        s = logits(first)
+        p = (s - lse[first : first + rows, None]).exp_() + (s - lse).exp_()
+        p.scatter_add_(1, partner[first : first + rows, None], p.new_full((1, 1), -2.0).expand(p.shape[0], 1))
+        scale = 2.0**13 if dtype == torch.float16 else 1.0
+        g[first : first + rows] = ((p * scale).to(dtype) @ v).to(z.dtype) / scale
+    norm = z.norm(dim=1, keepdim=True)
+    u = z / norm
+    return {"loss": (loss + lse.sum()) / m, "dz": (g - u * (u * g).sum(1, keepdim=True)) / norm / (m * temperature)}
+
+
+def ntxent_extra(case, x):
+    if case.labels or case.decoupled:
+        return {}
+    return {"chunked matmul": lambda: chunked_ntxent(x["z"], case.temperature, case.dtype)}
+
+
+def ntxent_check(case):
+    if case.rows <= TRUTH_ROWS:
+        return check(ntxent, case, "cuda")
+    z = ntxent.make(case, "cuda", 0)
+    ours = ntxent.call(case, z, "triton")
+    plain, truth = (chunked_ntxent(z["z"], case.temperature, dtype) for dtype in (case.dtype, torch.float64))
+    for name in ours:
+        scale = max(ntxent.scale(case, name), float(truth[name].abs().max()))
+        assert_as_good_as(f"{case}: {name}", ours[name], plain[name], truth[name], scale=scale)
+    return {name: float((ours[name].double() - truth[name]).abs().max()) for name in ours}
+
+
+def infonce_extra(case, x):
+    ways = {}
+    if case.keys in ("batch", "both"):
+        unit = torch.nn.functional.normalize
+        try:
+            from cut_cross_entropy import linear_cross_entropy
+
+            target = torch.arange(case.rows, device="cuda")
+
+            def cce(a, b):
+                return linear_cross_entropy(unit(a, dim=1) / case.temperature, unit(b, dim=1), target, impl="cce_exact")
+
+            ways["cut_cross_entropy"] = both_ways(case, x, cce)
+        except ImportError:
+            pass
+        try:
+            from inf_cl import cal_flash_loss
+
+            ways["inf_cl"] = both_ways(
+                case, x, lambda a, b: cal_flash_loss(unit(a, dim=1), unit(b, dim=1), scale=1 / case.temperature)
+            )
+        except ImportError:
+            pass
+    return ways
+
+
+def both_ways(case, x, loss):
+    def run():
+        a, b = leaf(x["q"]), leaf(x["k"])
+        if case.keys == "batch":
+            return torch.autograd.grad(loss(a, b.detach()), a)
+        return torch.autograd.grad((loss(a, b) + loss(b, a)) / 2, (a, b))
+
+    return run
+
+
+def infonce_work(case):
+    keys = case.keys if isinstance(case.keys, int) else case.rows
+    factor = 10 if case.keys == "both" else 4  # both sums at once, then two gradients; else one pass for both
+    return factor * case.rows * keys * case.dim, keys * case.dim * case.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Update:
+    kind: str
+    rows: int
+    size: int
+    dim: int
+    dtype: torch.dtype
+
+
+UPDATES = [Update("queue", 256, 65536, 128, torch.float16), Update("bank", 256, 1_281_167, 128, torch.float32),
+           Update("bank", 256, 1_281_167, 128, torch.float16)]  # fmt: skip
+
+
+def update_state(case):
+    g = torch.Generator().manual_seed(0)
+    table = torch.nn.functional.normalize(torch.randn(case.size, case.dim, generator=g), dim=1).to(case.dtype).cuda()
+    rows = torch.randn(case.rows, case.dim, generator=g).cuda()
+    return table, torch.zeros(1, dtype=torch.int64, device="cuda"), rows, torch.randint(case.size, (case.rows,)).cuda()
+
+
+def update_step(case, state, impl):
+    table, pointer, rows, index = state
+    if case.kind == "queue":
+        return push_(table, pointer, rows, impl=impl)
+    return update_(table, index, rows, 0.5, impl=impl)
+
+
+def update_check(case):
+    state = update_state(case)
+    tables = {}
+    kinds = ("ours", "triton", None), ("plain", "reference", None), ("truth", "reference", torch.float64)
+    for name, impl, dtype in kinds:
+        copy = tuple(x.clone().to(dtype) if dtype and x.is_floating_point() else x.clone() for x in state)
+        tables[name] = update_step(case, copy, impl)
+    assert_as_good_as(str(case), **tables)
+    return {"table": float((tables["ours"].double() - tables["truth"]).abs().max())}
+
+
+def update_ways(case):
+    state = update_state(case)
+    impls = {"ours": "triton", "eager": "reference"}
+    return {name: partial(update_step, case, state, impl) for name, impl in impls.items()}
+
+
+OPS = {
+    "ntxent": Op(ntxent.BENCH, ntxent_check, lambda c: loss_ways(ntxent, c, ntxent_extra),
+                 lambda c: (6 * c.rows**2 * c.dim, c.rows * c.dim * 6),
+                 {ntxent.Case(8192, 128): 105, ntxent.Case(16384, 128): 400, ntxent.Case(65536, 128): 6200}),
+    "infonce": Op(infonce.BENCH, lambda c: check(infonce, c, "cuda"),
+                  lambda c: loss_ways(infonce, c, infonce_extra), infonce_work,
+                  {infonce.Case(256, 65536, 128): 25, infonce.Case(4096, 65536, 128): 290}),
+    "gathered": Op(gathered.BENCH, lambda c: check(gathered, c._replace(rows=16), "cuda"),
+                   lambda c: loss_ways(gathered, c),
+                   lambda c: (None, (1 if c.shared else c.rows) * c.negatives * (c.dim * c.dtype.itemsize + 8)), {}),
+    "sinkhorn": Op(sinkhorn.BENCH, lambda c: check(sinkhorn, c, "cuda"),
+                   lambda c: loss_ways(sinkhorn, c),
+                   lambda c: (None, c.rows * c.prototypes * (2 * c.iterations * c.dtype.itemsize + 4)),
+                   {sinkhorn.Case(512, 65536): 150}),
+    "softxent": Op(softxent.BENCH, lambda c: check(softxent, c, "cuda"),
+                   lambda c: loss_ways(softxent, c),
+                   lambda c: (None, 5 * c.rows * c.prototypes * c.dtype.itemsize), {}),
+    "memory": Op(UPDATES, update_check, update_ways,
+                 lambda c: (None, 2 * c.rows * c.dim * (c.dtype.itemsize + 4)), dict.fromkeys(UPDATES, 5)),
+}  # fmt: skip

@@ -1,0 +1,163 @@
+"""The fused kernels against eager PyTorch, torch.compile, chunked matmuls and whatever else is installed:
+python bench/kernels.py [OP ...] [--json] [--resume]
+
+Each case is first held to fp64 truth (at most twice plain PyTorch's error); a case that fails gets no time, and the
+exit status is 1.  A time is the GPU's: a captured CUDA graph of loss and gradient, 50 repetitions, with the L2 cache
+warm and cold.  One result line an op in bench/results; --resume skips ops that this commit has already measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+
+import torch
+from common import ROOT, append, device_name, environment
+from kernel_ops import OPS
+
+REPETITIONS = 50
+SECONDS = 500  # after which the ops that remain are left for --resume: one GPU is lent for minutes
+PEAKS = {"h200": (790e12, 4.3e12), "h100": (790e12, 2.9e12)}  # dense half-precision operations/s, bytes/s, as attained
+
+
+def captured(f):
+    """f as a CUDA graph, so that what is timed is the device and not Python; f itself where it cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            f()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            kept = f()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return f, None, False
+    return graph.replay, kept, True
+
+
+def microseconds(run, cold: bool):
+    scratch = torch.empty(256 << 20, dtype=torch.uint8, device="cuda") if cold else None
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPETITIONS)]
+    for start, stop in events:
+        if cold:
+            scratch.zero_()  # larger than any L2
+        start.record()
+        run()
+        stop.record()
+    torch.cuda.synchronize()
+    times = sorted(1e3 * a.elapsed_time(b) for a, b in events)
+    tenth = REPETITIONS // 10
+    return {"median": round(statistics.median(times), 2), "p10": round(times[tenth], 2),
+            "p90": round(times[-1 - tenth], 2), "n": REPETITIONS}  # fmt: skip
+
+
+def measure(op, case):
+    """One result: errors, then each way's times; "red" instead of times where the check fails."""
+    row = {"case": {k: str(v) for k, v in (case._asdict() if hasattr(case, "_asdict") else vars(case)).items()}}
+    try:
+        row["errors"] = op.check(case)
+    except AssertionError as error:
+        return row | {"red": str(error)}
+    operations, nbytes = op.work(case)
+    peak = next((v for k, v in PEAKS.items() if k in device_name()), None)
+    row["ways"] = {}
+    for name, f in op.ways(case).items():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        try:
+            run, kept, graph = captured(f)
+            result = {"warm_us": microseconds(run, False), "cold_us": microseconds(run, True), "graph": graph}
+        except torch.cuda.OutOfMemoryError:
+            row["ways"][name] = {"none": "does not fit in memory"}
+            continue
+        except Exception as error:  # another project's op may refuse a case; ours may not
+            if name == "ours":
+                raise
+            row["ways"][name] = {"none": f"{type(error).__name__}: {str(error)[:200]}"}
+            continue
+        del run, kept
+        seconds = result["warm_us"]["median"] * 1e-6
+        result["extra_mb"] = round((torch.cuda.max_memory_allocated() - base) / 1e6, 1)
+        if operations:
+            result["tflops"] = round(operations / seconds / 1e12, 1)
+        result["gb_s"] = round(nbytes / seconds / 1e9, 1)
+        if peak:
+            bound = max((operations or 0) / peak[0], nbytes / peak[1])
+            result["of_bound"] = round(bound / seconds, 3)
+        row["ways"][name] = result
+    if case in op.targets:
+        row["target_us_h200"] = op.targets[case]
+    return row
+
+
+def show(name, row):
+    print(f"\n{name} {' '.join(f'{k}={v}' for k, v in row['case'].items())}")
+    if "red" in row:
+        print(f"  RED, so no time: {row['red']}")
+        return
+    print("  errors against fp64: " + ", ".join(f"{k} {v:.2g}" for k, v in row["errors"].items()))
+    for way, r in row["ways"].items():
+        if "none" in r:
+            print(f"  {way:18} {r['none']}")
+            continue
+        warm, cold = r["warm_us"], r["cold_us"]
+        rate = f"{r['tflops']:.0f} TFLOP/s" if "tflops" in r else f"{r['gb_s']:.0f} GB/s"
+        bound = f"{100 * r['of_bound']:.0f} % of the bound" if "of_bound" in r else "bound unknown for this device"
+        print(f"  {way:18} {warm['median']:10.1f} us ({warm['p10']} to {warm['p90']}), cold {cold['median']:.1f} us, "
+              f"{rate}, {bound}, {r['extra_mb']:.0f} MB" + ("" if r["graph"] else ", not in a graph"))  # fmt: skip
+    if "target_us_h200" in row:
+        print(f"  target on an H200: {row['target_us_h200']} us")
+
+
+def measured_ops(env) -> set:
+    path = ROOT / "bench" / "results" / f"{env['device']}.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {line["op"] for line in lines if line["bench"] == "kernels" and line["commit"] == env["commit"]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; default: all")
+    parser.add_argument("--json", action="store_true", help="print result lines instead of a table")
+    parser.add_argument("--resume", action="store_true", help="skip ops that this commit has measured here")
+    parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
+    args = parser.parse_args()
+    unknown = set(args.ops) - set(OPS)
+    if unknown:
+        parser.error(f"no op {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")
+    if not torch.cuda.is_available():
+        print("bench/kernels.py times kernels on a CUDA device, and this machine has none: nothing was measured.")
+        return 2
+    start = time.perf_counter()
+    env = environment("triton")
+    done = measured_ops(env) if args.resume else set()
+    red = False
+    for name in args.ops or OPS:
+        if name in done:
+            continue
+        rows = []
+        for case in OPS[name].cases:
+            if time.perf_counter() - start > SECONDS:
+                break
+            rows.append(measure(OPS[name], case))
+            red = red or "red" in rows[-1]
+            print(json.dumps({"op": name, **rows[-1]})) if args.json else show(name, rows[-1])
+            torch._dynamo.reset()
+        if len(rows) < len(OPS[name].cases):
+            print(f"{SECONDS} s are over: {name} and what follows are left for --resume", file=sys.stderr)
+            break
+        if not args.dry:
+            append("kernels", env, op=name, rows=rows)
+    return int(red)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""The kernel benchmark where it can be held to account without a GPU: its baseline is its truth at large sizes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastssl.kernels.ntxent import cases
+
+BENCH = Path(__file__).parents[2] / "bench"
+sys.path.insert(0, str(BENCH))
+
+
+def test_chunked_matmuls_are_the_definition():
+    from kernel_ops import chunked_ntxent
+
+    case = cases.Case(90, 24)
+    z = cases.make(case, "cpu", 0)["z"].double()
+    truth = cases.call(case, {"z": z, "labels": None}, "reference")
+    for name, ours in chunked_ntxent(z, case.temperature, torch.float64, rows=32).items():
+        assert torch.allclose(ours, truth[name], rtol=1e-9, atol=1e-12)
+
+
+def test_every_case_counts_its_work_and_every_target_has_a_case():
+    from kernel_ops import OPS
+
+    for op in OPS.values():
+        assert set(op.targets) <= set(op.cases)
+        for case in op.cases:
+            operations, nbytes = op.work(case)
+            assert nbytes > 0 and (operations is None or operations > 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time on")
+def test_without_a_gpu_it_says_so():
+    run = subprocess.run([sys.executable, BENCH / "kernels.py"], capture_output=True, text=True)
+    assert run.returncode == 2 and "nothing was measured" in run.stdout
