@@ -52,6 +52,9 @@ CASES = {
     "mae": Case({"mask": 0.5, "decoder": 32, "depth": 1, "heads": 2}, views.supervised(32), VIT),
     "lejepa": Case({"dims": (24, 24, 12), "directions": 16}, CROPS, norm=True),
     "rotation": Case({}, views.rotation(16)),
+    "npid": Case({"dims": (12,), "negatives": 30, "temperature": 0.3, "ensure_neg": True}, views.npid(16)),
+    "npid shared": Case({"dims": (12,), "negatives": 30, "temperature": 0.3, "ensure_neg": True, "shared": True},
+                        views.npid(16), module="npid"),
     "relative_loc": Case({"hidden": 24, "dropout": 0.0}, views.patches(5, resize=18, window=18), norm=True),
 }
 

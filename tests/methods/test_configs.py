@@ -19,8 +19,8 @@ def name(path):
     return str(path.relative_to(ROOT / "configs"))
 
 
-def build(run, batch=None):
-    return run.method.build(backbones.build(run.backbone), samples=1_281_167, classes=[str(i) for i in range(10)],
+def build(run, batch=None, samples=1_281_167):
+    return run.method.build(backbones.build(run.backbone), samples=samples, classes=[str(i) for i in range(10)],
                             batch=batch or run.optim.batch, kernels=run.speed.kernels)
 
 
@@ -48,7 +48,7 @@ def test_config_fits_its_method(path):
 def test_smoke_config_makes_a_step(path):
     run = config.load(path)
     torch.manual_seed(0)
-    method, n = build(run, batch=8), 8
+    method, n = build(run, batch=8, samples=50_000), 8
     views = [torch.randn(n, 3, v.size, v.size) for v in run.data.views]
     batch = Batch(None, None, torch.arange(n), torch.arange(n) % 3, 0, 0)
     out = method(views, batch)

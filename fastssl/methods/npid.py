@@ -1,0 +1,89 @@
+"""NPID, instance discrimination: an image is told by its own row in a memory bank from the rows of others.
+https://arxiv.org/abs/1805.01978
+
+The loss is a cross entropy over the positive and the negatives (InfoNCE, as everyone trains it), not the paper's NCE.
+Negatives are drawn by (seed, epoch, sample), so any number of ranks draws the same; the bank is on every rank, updated
+once per optimizer step, and in the checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl import dist
+from fastssl.kernels import gathered_nce, philox, update_
+from fastssl.methods import parts
+
+STREAM = 0x4E504944  # of the counter-based generator; views use small numbers
+
+
+@dataclass(frozen=True)
+class Config:
+    temperature: float = 0.07
+    dims: tuple[int, ...] = (128,)  # of the projector
+    negatives: int = 65536
+    momentum: float = 0.5  # weight of the new embedding in the bank
+    ensure_neg: bool = False  # no negative is the sample itself (shared: nor any other of the global batch)
+    shared: bool = False  # one set of negatives a step for all samples: a matrix product instead of a gather
+
+    def build(self, backbone: nn.Module, *, samples: int, batch: int, kernels: str = "auto", **_) -> NPID:
+        positives = batch if self.shared else 1
+        if self.ensure_neg and samples <= positives:
+            raise ValueError(f"method.ensure_neg=True: data.train has {samples} samples and none is left beside the "
+                             f"{positives} that may not be negatives; use more data or ensure_neg=False")
+        if not 0 < self.momentum <= 1:
+            raise ValueError(f"method.momentum={self.momentum} is the weight of the new embedding, in (0, 1]")
+        return NPID(self, backbone, samples, kernels)
+
+
+class NPID(nn.Module):
+    views = 1
+
+    def __init__(self, config: Config, backbone: nn.Module, samples: int, kernels: str):
+        super().__init__()
+        self.config, self.kernels = config, kernels
+        self.backbone = backbone
+        self.projector = parts.mlp(backbone.dim, *config.dims, norm=False)
+        self.register_buffer("bank", parts.random_directions(samples, config.dims[-1]))
+        self.seed = int(torch.randint(2**31, (), device="cpu"))  # follows the run's seed
+
+    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+        h = self.backbone(views[0])
+        return {"z": self.projector(h), "features": h.detach()}
+
+    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+        negatives = self.draw_shared(batch) if self.config.shared else self.draw(batch)
+        return {"loss": gathered_nce(out["z"], self.bank, batch.index, negatives, self.config.temperature,
+                                     impl=self.kernels)}
+
+    def draw(self, batch) -> Tensor:
+        """(n, K) rows of the bank, uniform with replacement, each sample's own."""
+        return self.spare(self.words(batch.index[:, None], batch.epoch, self.seed), batch.index[:, None])
+
+    def draw_shared(self, batch) -> Tensor:
+        """(K,) rows of the bank, uniform with replacement, the same on every rank."""
+        step = torch.full((1, 1), batch.step, device=batch.index.device)
+        words = self.words(step, batch.epoch, self.seed + (1 << 32))[0]  # another key than that of samples
+        return self.spare(words, dist.gather(batch.index)) if self.config.ensure_neg else self.spare(words, None)
+
+    def words(self, counter: Tensor, epoch: int, seed: int) -> Tensor:
+        """(n, K) words in [0, 2**32)."""
+        place = torch.arange(-(-self.config.negatives // 4), device=counter.device)
+        return torch.cat(philox.philox4x32(place, STREAM, counter, epoch, seed), 1)[:, : self.config.negatives]
+
+    def spare(self, words: Tensor, positives: Tensor | None) -> Tensor:
+        """Words as rows of the bank; with ensure_neg the rows (n, P) or (P,) `positives` are left out, exactly:
+        a number below S - P, plus how many left-out rows lie below the row that it stands for."""
+        if not self.config.ensure_neg:
+            return philox.below(words, len(self.bank))
+        skip = positives.sort(-1).values - torch.arange(positives.shape[-1], device=words.device)
+        row = philox.below(words, len(self.bank) - positives.shape[-1])
+        return row + torch.searchsorted(skip.contiguous(), row.contiguous(), right=True)
+
+    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+        z = F.normalize(out["z"], dim=1)
+        update_(self.bank, dist.gather(batch.index), dist.gather(z), self.config.momentum)
