@@ -2,7 +2,8 @@
 
 ours            fastssl.loader: one decode; delivers the decoded uint8 image, views are then cut on the device
 ffcv            FFCV's loader with a decoder per view: two decodes, two RandomResizedCrop(224) + flip, uint8
-torchvision     ImageFolder and DataLoader: one decode (Pillow), two RandomResizedCrop(224) + flip, uint8
+torchvision     ImageFolder and DataLoader: one decode (Pillow), two RandomResizedCrop(224) + flip + ToTensor + Normalize,
+                as its users write it; ours and FFCV's users normalise on the device
 Two more rows separate the decoding from the cropping, which ours leaves to the device: `ffcv, one decoder` and
 `torchvision, decode only`.  All read the same bytes, with one worker a core, in interleaved repetitions.
 """
@@ -136,12 +137,13 @@ def torchvision(jpegs: Path, batch: int, views: int):
 
 
 class Views:
-    """A list of `views` uint8 crops; none: the image is only decoded."""
+    """A list of `views` normalised crops; none: the image is only decoded."""
 
     def __init__(self, views: int):
         self.views = views
         self.view = transforms.Compose([transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(),
-                                        transforms.PILToTensor()])  # fmt: skip
+                                        transforms.ToTensor(),
+                                        transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
 
     def __call__(self, image: Image.Image):
         return [self.view(image) for _ in range(self.views)] or np.asarray(image).shape
