@@ -2,8 +2,8 @@
 
 ours            fastssl.loader: one decode; delivers the decoded uint8 image, views are then cut on the device
 ffcv            FFCV's loader with a decoder per view: two decodes, two RandomResizedCrop(224) + flip, uint8
-torchvision     ImageFolder and DataLoader: one decode (Pillow), two RandomResizedCrop(224) + flip + ToTensor + Normalize,
-                as its users write it; ours and FFCV's users normalise on the device
+torchvision     ImageFolder and DataLoader: one decode (Pillow), two RandomResizedCrop(224) + flip, then ToTensor and
+                Normalize as its users write them; ours and FFCV's users normalise on the device
 Two more rows separate the decoding from the cropping, which ours leaves to the device: `ffcv, one decoder` and
 `torchvision, decode only`.  All read the same bytes, with one worker a core, in interleaved repetitions.
 """
