@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import kernel_views
 import torch
 
 from fastssl.kernels import push_, update_
@@ -232,6 +233,7 @@ OPS = {
     "softxent": Op(softxent.BENCH, lambda c: check(softxent, c, "cuda"),
                    lambda c: loss_ways(softxent, c),
                    lambda c: (None, 5 * c.rows * c.prototypes * c.dtype.itemsize), {}),
+    "views": Op(kernel_views.CASES, kernel_views.check, kernel_views.ways, kernel_views.work, kernel_views.TARGETS),
     "memory": Op(UPDATES, update_check, update_ways,
                  lambda c: (None, 2 * c.rows * c.dim * (c.dtype.itemsize + 4)), dict.fromkeys(UPDATES, 5)),
 }  # fmt: skip

@@ -1,0 +1,97 @@
+"""The views kernel for bench/kernels.py: against its definition, torchvision v2 and, where installed, kornia.
+
+torchvision draws one set of parameters for the whole batch, which is less work than ours and not the same result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from fastssl import views as recipes
+from fastssl.kernels.views import make_views
+
+MEAN_AREA = 0.434  # of random-resized crops of scale (0.08, 1) in a photograph of 500 x 375
+
+
+@dataclass(frozen=True)
+class Case:
+    recipe: str
+    size: int
+    batch: int
+    height: int
+    width: int
+    dtype: torch.dtype = torch.float16
+
+
+CASES = [Case("simclr", 224, 256, 375, 500), Case("moco_v2", 224, 256, 375, 500), Case("byol", 224, 256, 375, 500),
+         Case("swav", 224, 64, 375, 500), Case("simclr", 32, 512, 32, 32),
+         Case("simclr", 224, 256, 375, 500, torch.bfloat16)]  # fmt: skip
+
+
+def views_of(case):
+    recipe = getattr(recipes, case.recipe)
+    return recipe() if case.recipe == "swav" else recipe(case.size)
+
+
+def inputs(case, batch=None):
+    g = torch.Generator().manual_seed(0)
+    batch = batch or case.batch
+    small = torch.randint(0, 256, (batch, 3, 12, 16), generator=g, dtype=torch.uint8).cuda().float()
+    image = torch.nn.functional.interpolate(small, (case.height, case.width), mode="bilinear").round().byte()
+    sizes = torch.tensor([[case.height, case.width]] * batch, dtype=torch.int32).cuda()
+    return image, (image.permute(0, 2, 3, 1).reshape(batch, -1, 3).contiguous(), sizes, torch.arange(batch).cuda())
+
+
+def check(case):
+    """Within 1/255 before normalisation, of the definition with the same random numbers."""
+    _, x = inputs(case, min(case.batch, 32))
+    views = views_of(case)
+    ours, truth = (make_views(*x, views, seed=0, epoch=1, impl=impl) for impl in ("triton", "reference"))
+    worst = 0.0
+    for view, a, b in zip(views, ours, truth):
+        std = torch.tensor(view.std, device=a.device)[:, None, None]
+        worst = max(worst, float(((a - b) * std).abs().max()))
+    assert worst <= 1 / 255 + 1e-6, f"{case}: off by {worst * 255:.2f}/255"
+    return {"views x 255": worst * 255}
+
+
+def ways(case):
+    image, x = inputs(case)
+    views = views_of(case)
+    step = partial(make_views, *x, views, seed=0, epoch=1, dtype=case.dtype)
+    result = {"ours": partial(step, impl="triton"), "eager": partial(step, impl="reference")}
+    if case.recipe != "simclr":
+        return result
+    mean, std = views[0].mean, views[0].std
+    from torchvision.transforms import v2
+
+    blur = [v2.RandomApply([v2.GaussianBlur(23, (0.1, 2.0))], 0.5)] if case.size > 32 else []
+    one = v2.Compose([
+        v2.RandomResizedCrop(case.size, antialias=True), v2.RandomHorizontalFlip(),
+        v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8), v2.RandomGrayscale(0.2), *blur,
+        v2.ToDtype(case.dtype, scale=True), v2.Normalize(mean, std),
+    ])  # fmt: skip
+    result["torchvision v2"] = lambda: [one(image) for _ in views]
+    try:
+        import kornia.augmentation as K
+    except ImportError:
+        return result
+    blur = [K.RandomGaussianBlur((23, 23), (0.1, 2.0), p=0.5)] if case.size > 32 else []
+    sequence = K.AugmentationSequential(
+        K.RandomResizedCrop((case.size, case.size)), K.RandomHorizontalFlip(),
+        K.ColorJitter(0.8, 0.8, 0.8, 0.2, p=0.8), K.RandomGrayscale(p=0.2), *blur,
+        K.Normalize(torch.tensor(mean), torch.tensor(std)), data_keys=["input"],
+    ).cuda()  # fmt: skip
+    result["kornia"] = lambda: [sequence(image.float() / 255).to(case.dtype) for _ in views]
+    return result
+
+
+def work(case):
+    crop = MEAN_AREA * case.height * case.width * 3
+    return None, int(case.batch * sum(crop + 3 * view.size**2 * case.dtype.itemsize for view in views_of(case)))
+
+
+TARGETS = {CASES[0]: 512}  # one microsecond a view
