@@ -10,7 +10,7 @@ COMMANDS = {
     "train": ("fastssl.train", "pretrain a backbone in one process (several: deepspeed --num_gpus N fastssl/train.py)"),
     "convert": ("fastssl.data_prep", "make a .beton of a dataset, or check one"),
     "eval": ("fastssl.eval", "evaluate a run or weights: knn, linear"),
-    "export": ("fastssl.weights", "write the backbone of a run for other tools"),
+    "export": ("fastssl.export", "write a backbone for torchvision, timm, detectron2, Hugging Face"),
     "methods": ("fastssl.methods", "list the methods"),
     "quickstart": ("fastssl.quickstart", "convert, pretrain and evaluate scikit-learn's digits in three minutes"),
 }

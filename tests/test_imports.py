@@ -14,7 +14,9 @@ LAYERS = """
     config dist
     decode
     loader backbones optim checkpoint log meters cluster
+    foreign
     state weights
+    export
     views pictures
     methods.parts
     methods.*

@@ -10,7 +10,7 @@ import torch
 from conftest import photo, write_beton
 
 import fastssl.eval
-from fastssl import backbones, checkpoint, config, views, weights
+from fastssl import backbones, checkpoint, config, export, views, weights
 from fastssl.config import Backbone, Data, Run
 from fastssl.methods import simclr
 
@@ -75,7 +75,7 @@ def test_knn_of_a_run(run_folder, tmp_path, capsys):
 def test_every_way_to_name_the_same_weights(run_folder, files, tmp_path, capsys):
     """The run folder, its checkpoint, both exports and a bare state dict of the same network give the same numbers."""
     exported, plain = tmp_path / "b.safetensors", tmp_path / "b.pth"
-    assert weights.main([str(run_folder), "--to", "safetensors", "--out", str(exported)]) == 0
+    assert export.main([str(run_folder), "--to", "safetensors", "--out", str(exported)]) == 0
     net = backbones.build(SPEC)
     weights.load_backbone(exported, net)
     torch.save({"state_dict": net.state_dict()}, plain)
@@ -141,15 +141,15 @@ def test_mistakes_are_one_line_and_exit_code_2(run_folder, files, tmp_path, caps
 def test_export(run_folder, tmp_path, capsys):
     net = backbones.build(SPEC)
     weights.load_backbone(run_folder, net)
-    assert weights.main([str(run_folder), "--to", "safetensors"]) == 0
+    assert export.main([str(run_folder), "--to", "safetensors"]) == 0
     assert "load_file" in capsys.readouterr().out
     file = run_folder / "backbone.safetensors"
     assert weights.spec_of(file) == SPEC
     state = safetensors.torch.load_file(file)
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
     file.unlink()
-    assert weights.main([str(run_folder), "--to", "torchvision"]) == 2
+    assert export.main([str(run_folder), "--to", "torchvision"]) == 2
     assert "torchvision has no resnet10" in capsys.readouterr().err
     torch.save(net.state_dict(), tmp_path / "bare.pth")
-    assert weights.main([str(tmp_path / "bare.pth")]) == 2
+    assert export.main([str(tmp_path / "bare.pth")]) == 2
     assert "no run folder" in capsys.readouterr().err

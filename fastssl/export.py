@@ -1,0 +1,296 @@
+"""Writing a backbone for other tools, each with the Python that loads it: `fastssl export RUN --to TARGET`.
+
+"torchvision", "timm": a .pth of their network of that name.  "safetensors": any backbone, with its description.
+"detectron2": a .pkl under its names.  "huggingface": a folder that timm loads, with a model card, ready to upload.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from fastssl import backbones, weights
+from fastssl.config import Backbone
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, where no run says what it trained with
+
+
+def write(backbone: nn.Module, path: str | Path, to: str = "torchvision", *, run: dict | None = None) -> str:
+    """Write the backbone's tensors and return the Python that loads them; `run` is its config.json, for a card."""
+    if to not in WRITERS:
+        raise ValueError(f"export to {to!r}: known are {', '.join(WRITERS)}")
+    path, spec = Path(path), backbone.spec
+    state = {k: v.detach().cpu().contiguous() for k, v in getattr(backbone, "body", backbone).state_dict().items()}
+    empty = [name for name, value in state.items() if value.numel() == 0]
+    if empty:
+        raise ValueError(f"{empty[0]} is empty: this backbone is partitioned by ZeRO-3; export from its run folder")
+    return WRITERS[to][1](state, spec, path, run)
+
+
+def _torchvision(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> str:
+    recipe = _torchvision_recipe(spec)
+    with complete(path) as temporary:
+        torch.save(state, temporary)
+    return f"{recipe}\nnet.load_state_dict(torch.load({str(path)!r}), strict=False)  # misses fc alone"
+
+
+def _torchvision_recipe(spec: Backbone) -> str:
+    if not hasattr(torchvision.models, spec.name) or spec.width != 64:
+        raise ValueError(f"torchvision has no {spec.name} of width {spec.width}: export to safetensors")
+    norm = "norm_layer=lambda c: torch.nn.GroupNorm(32, c)" if spec.norm == "gn" else ""
+    lines = ["import torch, torchvision", f"net = torchvision.models.{spec.name}({norm})"]
+    if spec.stem == "imagenet" and spec.in_channels != 3:
+        lines += [f"net.conv1 = torch.nn.Conv2d({spec.in_channels}, 64, 7, stride=2, padding=3, bias=False)"]
+    return "\n".join(lines + _cifar_stem(spec))
+
+
+def _cifar_stem(spec: Backbone) -> list[str]:
+    if spec.stem != "cifar":
+        return []
+    return [f"net.conv1 = torch.nn.Conv2d({spec.in_channels}, 64, 3, padding=1, bias=False)",
+            "net.maxpool = torch.nn.Identity()"]  # fmt: skip
+
+
+def _timm(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> str:
+    name, options = _timm_model(spec)
+    arguments = ", ".join(f"{key}={value!r}" for key, value in {"num_classes": 0, **options}.items())
+    lines = ["import timm, torch", f"net = timm.create_model({name!r}, {arguments})", *_cifar_stem(spec)]
+    with complete(path) as temporary:
+        torch.save(state, temporary)
+    return "\n".join([*lines, f"net.load_state_dict(torch.load({str(path)!r}))"])
+
+
+def _timm_model(spec: Backbone) -> tuple[str, dict]:
+    """timm's name for this network and create_model's options; its ResNets have torchvision's keys."""
+    import timm
+
+    name = spec.name.removeprefix("timm/")
+    if not timm.is_model(name) or spec.width != 64:
+        raise ValueError(f"timm has no {spec.name} of width {spec.width}: export to safetensors")
+    options: dict = {"in_chans": spec.in_channels} if spec.in_channels != 3 else {}
+    if spec.norm == "gn":
+        options["norm_layer"] = "groupnorm"
+    if name == "resnet50" and spec.norm == "gn":
+        name = "resnet50_gn"
+        del options["norm_layer"]
+    return name, options
+
+
+def _safetensors(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> str:
+    with complete(path) as temporary:
+        safetensors.torch.save_file(state, temporary, weights.metadata(spec))
+    return f"import safetensors.torch\nstate = safetensors.torch.load_file({str(path)!r})"
+
+
+def detectron2_names(keys) -> dict[str, str]:
+    """torchvision's names of a ResNet's tensors -> detectron2's."""
+    rules = ((r"^(?!layer)", "stem."), (r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}"), (r"\bbn(\d)", r"conv\1.norm"),
+             (r"downsample\.0", "shortcut"), (r"downsample\.1", "shortcut.norm"))  # fmt: skip
+    out = {}
+    for key in keys:
+        out[key] = key
+        for pattern, new in rules:
+            out[key] = re.sub(pattern, new, out[key])
+    return out
+
+
+class _Pickler(pickle.Pickler):
+    """Arrays by numpy's public names, which numpy 1 and 2 share: the readers are often old environments."""
+
+    def reducer_override(self, value):
+        if isinstance(value, np.ndarray):
+            return np.ndarray, (value.shape, value.dtype.str, bytearray(value.tobytes()))
+        return NotImplemented
+
+
+def _detectron2(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> str:
+    depth = re.fullmatch(r"resne(?:x)?t(\d+)(?:_(\d+)x(\d+)d)?", spec.name)
+    if not depth or int(depth[1]) < 18 or (spec.stem, spec.width, spec.in_channels) != ("imagenet", 64, 3):
+        raise ValueError(f"detectron2 has no {spec.name} with stem={spec.stem!r}, width={spec.width}, "
+                         f"in_channels={spec.in_channels}: its ResNets and ResNeXts have ImageNet's")  # fmt: skip
+    names = detectron2_names(state)
+    model = {names[key]: value.numpy() for key, value in state.items()}
+    with complete(path) as temporary, open(temporary, "wb") as f:
+        _Pickler(f, protocol=4).dump({"model": model, "__author__": "fastssl", "matching_heuristics": True})
+    mean, std = ([round(255 * v, 3) for v in values] for values in _normalisation(run))
+    resnets = {"DEPTH": int(depth[1]), "STRIDE_IN_1X1": False, "NORM": "GN" if spec.norm == "gn" else "SyncBN"}
+    if depth[2]:
+        resnets |= {"NUM_GROUPS": int(depth[2]), "WIDTH_PER_GROUP": int(depth[3])}
+    if int(depth[1]) < 50:
+        resnets["RES2_OUT_CHANNELS"] = 64
+    lines = ["MODEL:", f'  WEIGHTS: "{path}"', f"  PIXEL_MEAN: {mean}", f"  PIXEL_STD: {std}", "  RESNETS:",
+             *(f"    {key}: {value}" for key, value in resnets.items()), "INPUT:", '  FORMAT: "RGB"']  # fmt: skip
+    return "\n".join(lines)
+
+
+def _huggingface(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> str:
+    name, options = _timm_model(spec)
+    if spec.stem != "imagenet":
+        raise ValueError(f"a Hugging Face folder names a network that timm builds, and timm has no {name} with "
+                         f"stem={spec.stem!r}: export to timm or safetensors")  # fmt: skip
+    import timm
+
+    with torch.device("meta"):
+        net = timm.create_model(name, num_classes=0, **options)
+    if {k: v.shape for k, v in net.state_dict().items()} != {k: v.shape for k, v in state.items()}:
+        raise ValueError(f"timm {timm.__version__} builds another {name} than this one: export to safetensors")
+    mean, std = _normalisation(run)
+    size = _size(run) or net.pretrained_cfg["input_size"][-1]
+    if getattr(getattr(net, "patch_embed", None), "strict_img_size", False):
+        size = net.pretrained_cfg["input_size"][-1]
+    cfg = {"input_size": [spec.in_channels, size, size], "mean": mean, "std": std, "interpolation": "bicubic",
+           "crop_pct": 0.875, "num_classes": 0, "first_conv": None, "classifier": None}  # fmt: skip
+    config = {"architecture": name, "num_classes": 0, "num_features": net.num_features, "pretrained_cfg": cfg}
+    if options:
+        config["model_args"] = options
+    with complete(path / "model.safetensors") as temporary:
+        safetensors.torch.save_file(state, temporary, weights.metadata(spec))
+    recipe = f"import timm\nnet = timm.create_model({'local-dir:' + str(path)!r}, pretrained=True)"
+    texts = {"config.json": json.dumps(config, indent=2) + "\n", "README.md": card(path, name, run)}
+    for file, text in texts.items():
+        with complete(path / file) as temporary:
+            temporary.write_text(text)
+    return recipe
+
+
+CARD = """---
+library_name: timm
+pipeline_tag: image-feature-extraction
+tags:
+- timm
+- self-supervised-learning
+---
+# {title}
+
+A backbone without a classifier; its output are pooled features.
+{training}
+Written by fastssl {version}. SHA-256 of model.safetensors: `{digest}`.
+
+## How to use it
+
+Images are normalised by mean {mean} and standard deviation {std}.
+
+```python
+import timm
+
+net = timm.create_model("local-dir:FOLDER", pretrained=True)  # or "hf-hub:OWNER/NAME"
+features = net.eval()(images)
+```
+
+Licence and accuracy: not stated by whoever exported it.
+"""
+
+
+def card(path: Path, name: str, run: dict | None) -> str:
+    """A model card: what the weights are, how they were made and how to load them, and nothing that nobody measured."""
+    title, training = name, ""
+    if run:
+        method = run["method"]["type"].split(".")[-2]
+        title = f"{name}, {method}"
+        rows = {"method": method} | {f"method.{k}": v for k, v in run["method"].items() if k != "type"}
+        rows |= {f"optim.{k}": run["optim"][k]
+                 for k in ("name", "lr", "batch", "epochs", "weight_decay", "schedule", "precision")}  # fmt: skip
+        rows |= {"data": Path(run["data"]["train"]).name, "seed": run["seed"]}
+        table = "\n".join(f"| {k} | {v} |" for k, v in rows.items())
+        training = f"\n## How it was trained\n\n| | |\n|---|---|\n{table}\n"
+    mean, std = _normalisation(run)
+    digest = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+    return CARD.format(title=title, training=training, version=version("fastssl"), digest=digest, mean=list(mean),
+                       std=list(std))  # fmt: skip
+
+
+def _view(run: dict | None) -> dict:
+    data = (run or {}).get("data", {})
+    return data.get("eval_view") or (data.get("views") or [{}])[0]
+
+
+def _normalisation(run: dict | None) -> tuple[tuple, tuple]:
+    return tuple(_view(run).get("mean", MEAN)), tuple(_view(run).get("std", STD))
+
+
+def _size(run: dict | None) -> int | None:
+    return _view(run).get("size")
+
+
+WRITERS: dict[str, tuple[str, Callable]] = {  # target: default file name, writer
+    "torchvision": ("backbone.pth", _torchvision),
+    "timm": ("backbone_timm.pth", _timm),
+    "safetensors": ("backbone.safetensors", _safetensors),
+    "detectron2": ("backbone_detectron2.pkl", _detectron2),
+    "huggingface": ("huggingface", _huggingface),
+}
+
+
+@contextlib.contextmanager
+def complete(path: Path):
+    """A temporary name beside `path` that is renamed to it when written, and removed when that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def add_backbone_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backbone", metavar="NAME", help="for weights that do not say what they are")
+    parser.add_argument("--stem", choices=("imagenet", "cifar"))
+    parser.add_argument("--norm", choices=("bn", "gn"))
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--in-channels", type=int, dest="in_channels")
+
+
+def spec_from(args: argparse.Namespace, target: str | None) -> Backbone | None:
+    """The architecture that a run or our own export names, else that of --backbone and its options."""
+    given = {k: getattr(args, k) for k in ("stem", "norm", "width", "in_channels") if getattr(args, k) is not None}
+    known = weights.spec_of(target) if target else None
+    if known and (args.backbone or given):
+        raise ValueError(f"{target} names its backbone ({known.name}): leave out --backbone, --stem, --norm, --width "
+                         "and --in-channels")  # fmt: skip
+    if given and not args.backbone:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} describes a backbone: give its --backbone NAME, too")
+    return known or (Backbone(name=args.backbone, **given) if args.backbone else None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`fastssl export RUN_OR_WEIGHTS --to TARGET`"""
+    parser = argparse.ArgumentParser("fastssl export", description="Write a backbone for other tools.")
+    parser.add_argument("run", metavar="RUN_OR_WEIGHTS", help="run or checkpoint folder, .safetensors, .pt or .pth")
+    parser.add_argument("--to", choices=tuple(WRITERS), default="torchvision")
+    parser.add_argument("--out", help="default: backbone.pth, backbone.safetensors, ... in the run's folder")
+    parser.add_argument("--which", choices=("student", "teacher"),
+                        help="the trained network or its moving average; default: what the method evaluates")
+    parser.add_argument("--prefix", help="another copy in the file, e.g. target.0.")
+    add_backbone_options(parser)
+    args = parser.parse_args(argv)
+    try:
+        spec = spec_from(args, args.run)
+        if spec is None:
+            raise ValueError(f"what the backbone in {args.run} is stands nowhere: it is no run folder and no export of "
+                             "ours; give --backbone NAME")  # fmt: skip
+        folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+        out = args.out or folder / WRITERS[args.to][0]
+        backbone = backbones.build(spec)
+        print(weights.load_backbone(args.run, backbone, prefix=args.prefix, which=args.which))
+        recipe = write(backbone, out, args.to, run=weights.run_config(args.run))
+        print(f"wrote {out}; load it with\n\n{recipe}")
+    except (ValueError, OSError) as error:
+        print(f"fastssl export: {error}", file=sys.stderr)
+        return 2
+    return 0
