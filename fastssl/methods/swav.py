@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import deepspeed
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,6 +73,8 @@ class SwAV(nn.Module):
         """(K,) of each large crop: softmax((scores - center) / epsilon) are its balanced assignments."""
         c = self.config
         if c.queue and epoch >= c.queue_epoch:
+            import deepspeed  # late: it picks its accelerator when it is imported
+
             with deepspeed.zero.GatheredParameters(list(self.prototypes.parameters())):
                 scores = [torch.cat([s, rows.chunk(dist.world())[dist.rank()] @ self.prototypes.directions().T])
                           for s, rows in zip(scores, self.queue)]
