@@ -6,12 +6,15 @@ timm model.  Nothing here knows about self-supervision.  Source of the ResNets: 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import math
+from collections.abc import Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
@@ -69,6 +72,7 @@ class ResNet(nn.Module):
         norm = {"bn": nn.BatchNorm2d, "gn": group_norm}.get(spec.norm)
         if norm is None:
             raise ValueError(f"backbone.norm={spec.norm!r} is neither 'bn' nor 'gn'")
+        self.sobel = Sobel() if spec.sobel else nn.Identity()
         self.conv1 = _stem(spec)
         self.bn1 = norm(spec.width)
         self.relu = nn.ReLU(inplace=True)
@@ -93,7 +97,7 @@ class ResNet(nn.Module):
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:
         """Maps of the stem (after ReLU, before the max-pool) and of stages 1 to 4; their channels are .stages."""
-        maps = [self.relu(self.bn1(self.conv1(x)))]
+        maps = [self.relu(self.bn1(self.conv1(self.sobel(x))))]
         maps.append(self.layer1(self.maxpool(maps[0])))
         for layer in (self.layer2, self.layer3, self.layer4):
             maps.append(layer(maps[-1]))
@@ -103,11 +107,24 @@ class ResNet(nn.Module):
         return self.avgpool(self.forward_stages(x)[-1]).flatten(1)
 
 
+class Sobel(nn.Module):
+    """(B, 3, H, W) -> (B, 2, H, W): horizontal and vertical gradient of the mean over channels (DeepCluster)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        x = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
+        self.register_buffer("filters", torch.stack([x, x.T])[:, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x.mean(1, keepdim=True), self.filters.to(x.dtype), padding=1)
+
+
 def _stem(spec: Backbone) -> nn.Conv2d:
+    channels = 2 if spec.sobel else spec.in_channels
     if spec.stem == "imagenet":
-        return nn.Conv2d(spec.in_channels, spec.width, 7, stride=2, padding=3, bias=False)
+        return nn.Conv2d(channels, spec.width, 7, stride=2, padding=3, bias=False)
     if spec.stem == "cifar":
-        return nn.Conv2d(spec.in_channels, spec.width, 3, stride=1, padding=1, bias=False)
+        return nn.Conv2d(channels, spec.width, 3, stride=1, padding=1, bias=False)
     raise ValueError(f"backbone.stem={spec.stem!r} is neither 'imagenet' nor 'cifar'")
 
 
@@ -128,7 +145,7 @@ class Timm(nn.Module):
 
         self.spec = spec
         plain = Backbone()
-        for key in ("stem", "norm", "width", "zero_init_residual"):
+        for key in ("stem", "norm", "width", "zero_init_residual", "sobel"):
             if getattr(spec, key) != getattr(plain, key):
                 raise ValueError(f"backbone.{key}={getattr(spec, key)!r} does not apply to timm's {name}; leave it out")
         options = {"num_classes": 0, "in_chans": spec.in_channels}
@@ -181,3 +198,15 @@ def channels_last_(module: nn.Module) -> nn.Module:
             m.weight.data = m.weight.data.permute(0, 2, 3, 1).contiguous()
             m.__class__ = Conv2d
     return module
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every submodule's own mode again afterwards (a frozen batch norm stays frozen)."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode

@@ -26,6 +26,7 @@ class Backbone:
     width: int = 64  # channels of the first stage (torchvision ResNets)
     zero_init_residual: bool = False
     in_channels: int = 3
+    sobel: bool = False  # two fixed gradient filters on the gray image take the place of colour (ResNets)
     pretrained: str | None = None  # file, run folder, or "torchvision" / "timm"
 
 

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import deepspeed
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastssl import backbones, dist, optim, state, weights
+from fastssl import views as recipes
 from fastssl.config import Run
 from fastssl.kernels.views import make_views
 from fastssl.loader import Batch, Loader
@@ -26,7 +30,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Method(Protocol):
-    """What the engine asks of a method, an nn.Module.  Every tensor that `forward` returns has one row per sample."""
+    """What the engine asks of a method, an nn.Module.  Every tensor that `forward` returns has one row per sample.
+
+    A method that clusters may also have `before_epoch(epoch, survey) -> str to log or None`, called before the first
+    step of an epoch, with `survey` as below; and `order(epoch) -> (N,) sample numbers` to train on instead of the
+    epoch's permutation, a function of `epoch` and of buffers that stay until the next `before_epoch`.
+    """
 
     views: int | None  # how many views its recipe must give; None: any number
     backbone: nn.Module
@@ -94,7 +103,8 @@ def fit(run: Run, hooks: list = (), *, resume: bool = False, device: str | None 
         t.epoch, start = divmod(t.step, t.loader.steps)
         for hook in t.hooks:
             hook.before_epoch(t)
-        with contextlib.closing(t.loader.epoch(t.epoch, start)) as source:
+        order = before_epoch(t, start, log.text)
+        with contextlib.closing(t.loader.epoch(t.epoch, start, order)) as source:
             for _ in range(start, min(t.loader.steps, t.total_steps - t.step + start)):
                 with meter.phase("data"):
                     batches = list(itertools.islice(source, count))
@@ -117,6 +127,39 @@ def fit(run: Run, hooks: list = (), *, resume: bool = False, device: str | None 
             log.epoch(t.step, t.epoch, t.scalars)
     log.close(meter.flush())
     return t
+
+
+def before_epoch(t: Trainer, start: int, say: Callable[[str], None] = print) -> np.ndarray | None:
+    """Let a method that clusters do so; returns its order of the samples.  A run that continues inside an epoch finds
+    the labels in the method's buffers."""
+    if start == 0 and hasattr(t.method, "before_epoch"):
+        note = t.method.before_epoch(t.epoch, partial(survey, t))
+        if note:
+            say(f"epoch {t.epoch}: {note}")
+    return t.method.order(t.epoch) if hasattr(t.method, "order") else None
+
+
+@torch.no_grad()
+def survey(t: Trainer, name: str, augmented: bool = False) -> tuple[Tensor, Tensor]:
+    """Output `name` of the method, in evaluation mode, on this rank's share of the training set: rows (n, ...) and
+    sample numbers (n,).  It is shown the evaluation view, or (`augmented`) the views that it will be trained on."""
+    dist.sync_buffers(t.method)
+    local, data = micro_batch(t.run), t.run.data
+    loader = Loader(data.train, local * dist.world(), seed=t.run.seed, device=t.device, workers=t.run.speed.workers,
+                    shuffle=False, drop_last=False)
+    views = data.views if augmented else (data.eval_view or recipes.default_view(data.views[0], loader.card),)
+    rows, index = [], []
+    with contextlib.closing(loader.epoch(t.epoch)) as source, backbones.evaluating(t.ds):
+        for _ in range(loader.steps):
+            batch = next(source, None)
+            if batch is not None:
+                rows.append(t.ds(make(t, batch, views), batch)[name])
+                index.append(batch.index)
+            else:  # the last batch has no image for this rank, and under ZeRO-3 forward takes all ranks
+                blank = Batch(*[torch.zeros(1, dtype=torch.int64, device=t.device)] * 4, t.epoch, 0)
+                some = t.ds([torch.zeros(1, 3, v.size, v.size, device=t.device) for v in views], blank)[name]
+                rows.append(some[:0])
+    return torch.cat(rows), torch.cat(index or [blank.index[:0]])
 
 
 def train_step(t: Trainer, batches: list[Batch], meter: Meter) -> tuple[dict[str, Tensor], Batch, bool]:
@@ -175,8 +218,11 @@ def cached_step(t: Trainer, batches: list[Batch], batch: Batch, meter: Meter):
     return leaves, losses
 
 
-def make(t: Trainer, batch: Batch) -> list[Tensor]:
-    return make_views(batch.pixels, batch.sizes, batch.index, t.run.data.views, seed=t.run.seed, epoch=batch.epoch,
+def make(t: Trainer, batch: Batch, views: tuple | None = None) -> list[Tensor]:
+    key = batch.index
+    if batch.place is not None:  # a sample that comes twice in an epoch looks different each time
+        key = torch.arange(batch.place, batch.place + len(key), device=key.device)
+    return make_views(batch.pixels, batch.sizes, key, views or t.run.data.views, seed=t.run.seed, epoch=batch.epoch,
                       dtype=DTYPES[t.run.optim.precision], impl=t.run.speed.kernels)
 
 

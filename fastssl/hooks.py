@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl import dist
+from fastssl import dist, views
 from fastssl.config import Run
 from fastssl.eval import features, knn
 from fastssl.loader import Loader
@@ -67,7 +67,7 @@ class Extract:
             self._features, self._step = {}, t.step
         if path not in self._features:
             loader, data = self.loader(t, path), t.run.data
-            view = data.eval_view or features.default_view(data.views[0], loader.card)
+            view = data.eval_view or views.default_view(data.views[0], loader.card)
             with t.plain_backbone() as backbone:
                 self._features[path] = features.extract(backbone, loader, view, precision=t.run.optim.precision)
         return self._features[path]

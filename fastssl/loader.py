@@ -38,6 +38,7 @@ class Batch:
     label: Tensor  # int64 (B,), -1 = none; or float32 (B, C)
     epoch: int
     step: int  # optimizer step inside the epoch
+    place: int | None = None  # of its first sample in the order given for the epoch, which may name a sample twice
 
 
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -114,30 +115,34 @@ class Loader:
                              f"{ {k: card.get(k) for k in facts} }, needed {facts}; convert again")  # fmt: skip
         return card
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """`micro` Batches per step for the steps from `start`; nothing before it is decoded."""
+    def epoch(self, epoch: int, start: int = 0, order: np.ndarray | None = None) -> Iterator[Batch]:
+        """`micro` Batches per step for the steps from `start`; nothing before it is decoded.  `order`: rows to go
+        through instead of the epoch's permutation, as many as there are samples; rows may repeat."""
         if not 0 <= start <= self.steps:
             raise ValueError(f"start={start}: this epoch has steps 0 to {self.steps}")
-        return self._run(epoch, self._plan(epoch, start))
+        if order is not None and (order.shape != (self.samples,) or order.min() < 0 or order.max() >= self.samples):
+            raise ValueError(f"order of shape {order.shape}: expected {self.samples} rows in 0 to {self.samples - 1}")
+        return self._run(epoch, self._plan(epoch, start, order), order is not None)
 
-    def _plan(self, epoch: int, start: int) -> list[tuple[int, np.ndarray]]:
-        """(step, rows) of each micro-batch of this rank."""
-        order = permutation(self.samples, self.seed, epoch) if self.shuffle else np.arange(self.samples)
-        plan = []
+    def _plan(self, epoch: int, start: int, order: np.ndarray | None) -> list[tuple[int, int, np.ndarray]]:
+        """(step, place in the order, rows) of each micro-batch of this rank."""
+        if order is None:
+            order = permutation(self.samples, self.seed, epoch) if self.shuffle else np.arange(self.samples)
+        plan, places = [], np.arange(len(order))
         for step in range(start, self.steps):
-            rows = order[step * self.batch : (step + 1) * self.batch]
-            mine = _slice(rows, self.rank, self.world)
-            plan += [(step, _slice(mine, k, self.micro)) for k in range(self.micro)]
-        return [(step, rows) for step, rows in plan if len(rows)]
+            share = _slice(places[step * self.batch : (step + 1) * self.batch], self.rank, self.world)
+            plan += [(step, _slice(share, k, self.micro)) for k in range(self.micro)]
+        return [(step, int(part[0]), order[part]) for step, part in plan if len(part)]
 
-    def _run(self, epoch: int, plan: list) -> Iterator[Batch]:
-        source = self._stream([rows for _, rows in plan]) if self._held is None else self._pick(plan)
+    def _run(self, epoch: int, plan: list, ordered: bool) -> Iterator[Batch]:
+        parts = [rows for *_, rows in plan]
+        source = self._stream(parts) if self._held is None else self._pick(parts)
         with closing(source):  # also when the consumer leaves in mid-epoch
-            for step, _ in plan:
+            for step, place, _ in plan:
                 before = time.perf_counter()
                 tensors = next(source)
                 self.wait_ms = 1e3 * (time.perf_counter() - before)
-                yield Batch(*tensors, epoch, step)
+                yield Batch(*tensors, epoch, step, place if ordered else None)
 
     def _stream(self, plan: list[np.ndarray]) -> Iterator[tuple[Tensor, ...]]:
         """Decoded and on the device, in order, AHEAD micro-batches beyond the one handed out in the making."""
@@ -212,8 +217,8 @@ class Loader:
             at += len(t)
         return held
 
-    def _pick(self, plan: list) -> Iterator[list[Tensor]]:
-        for _, rows in plan:
+    def _pick(self, parts: list[np.ndarray]) -> Iterator[list[Tensor]]:
+        for rows in parts:
             rows = torch.from_numpy(rows).to(self.device, non_blocking=True)
             yield [t.index_select(0, rows) for t in self._held]
 

@@ -99,3 +99,17 @@ def center(size: int = 224, resize: int | None = None, **changes) -> tuple[View,
     """One deterministic view for evaluation: Resize(resize) on the short side, then CenterCrop(size).  Without
     `resize` the pixels are cut as they are, e.g. center(32) of CIFAR-10; ImageNet's protocol is center(224, 256)."""
     return _views(View(size, crop="center", resize=resize), **changes)
+
+
+def default_view(training: View, card: dict) -> View:
+    """The centre crop at the size of a training view, with its normalisation.
+
+    Square images of one size are shown whole; others are resized to 8/7 of the size on the short side (256 for 224).
+    """
+    sides = {card.get(key) for key in ("min_side", "max_height", "max_width")}
+    same = len(sides) == 1 and None not in sides
+    resize = training.size if same else round(training.size * 8 / 7)
+    if sides == {training.size}:
+        resize = None
+    (view,) = center(training.size, resize)
+    return replace(view, mean=training.mean, std=training.std)

@@ -192,3 +192,14 @@ def test_ohwi_output_is_channels_last():
     x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     for m in net.forward_stages(x):
         assert m.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_sobel_sees_gradients_and_no_colour():
+    net = backbones.build(Backbone("resnet10", width=8, sobel=True))
+    assert net.conv1.in_channels == 2 and not any("sobel" in key for key in net.state_dict())
+    ramp = torch.arange(6.0).expand(1, 3, 6, 6)  # rises by 1 per column
+    inner = net.sobel(ramp)[0, :, 1:-1, 1:-1]
+    assert torch.equal(inner, torch.tensor([-8.0, 0.0])[:, None, None].expand(2, 4, 4))
+    colours = torch.rand(1, 3, 6, 6)
+    torch.testing.assert_close(net.sobel(colours), net.sobel(colours[:, [2, 0, 1]]))
+    assert net(torch.rand(2, 3, 32, 32)).shape == (2, net.dim)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastssl import backbones, dist, weights
+from fastssl import backbones, dist, views, weights
 from fastssl.config import Backbone
 from fastssl.eval import features, knn, linear
 from fastssl.kernels.views import View
@@ -104,7 +104,7 @@ def _view(args, data: dict, spec: Backbone, card: dict) -> View:
     changes = {key: getattr(args, key) for key in ("size", "mean", "std") if getattr(args, key) is not None}
     view = dataclasses.replace(view, **changes)
     if not data.get("eval_view"):
-        view = features.default_view(view, card)
+        view = views.default_view(view, card)
     return view if args.resize is None else dataclasses.replace(view, resize=args.resize or None)
 
 

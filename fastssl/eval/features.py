@@ -4,14 +4,11 @@ that every protocol needs; and how a prediction counts as right.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
-from fastssl import dist, views
+from fastssl import dist
+from fastssl.backbones import evaluating
 from fastssl.kernels.views import View, make_views
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,18 +23,6 @@ class Pixels(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1)
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every submodule's own mode again afterwards (a frozen batch norm stays frozen)."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
 
 
 @torch.no_grad()
@@ -73,20 +58,6 @@ def _no_rows(backbone: nn.Module, loader):
     labels = torch.zeros(0, len(loader.classes)) if multi else torch.zeros(0, dtype=torch.int64)
     parts = torch.zeros(0, backbone.dim), labels, torch.zeros(0, dtype=torch.int64)
     return [[part.to(loader.device)] for part in parts]
-
-
-def default_view(training: View, card: dict) -> View:
-    """The centre crop at the size of a training view, with its normalisation.
-
-    Square images of one size are shown whole; others are resized to 8/7 of the size on the short side (256 for 224).
-    """
-    sides = {card.get(key) for key in ("min_side", "max_height", "max_width")}
-    same = len(sides) == 1 and None not in sides
-    resize = training.size if same else round(training.size * 8 / 7)
-    if sides == {training.size}:
-        resize = None
-    (view,) = views.center(training.size, resize)
-    return replace(view, mean=training.mean, std=training.std)
 
 
 def check(name: str, features: Tensor, labels: Tensor) -> None:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import deepspeed
 import torch
 import torch.distributed as td
 import torch.nn.functional as F
@@ -53,6 +54,22 @@ def ema_(target: nn.Module, online: list[nn.Module], momentum: float) -> None:
     theirs = [getattr(p, "ds_tensor", p) for module in online for p in module.parameters()]
     assert len(ours) == len(theirs), (len(ours), len(theirs))
     torch._foreach_lerp_([p.data for p in ours], [p.data for p in theirs], 1 - momentum)
+
+
+@torch.no_grad()
+def overwrite_(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a trainable parameter a new value, equal on all ranks, at any ZeRO stage: also in the fp32 copy that its
+    optimizer keeps and would write back over it after the next step."""
+    value = value.to(parameter)
+    if hasattr(parameter, "ds_id"):  # ZeRO-3: this rank's shard, and the optimizer's copy of the shard
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)
+        kept, _ = parameter._z3_optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False)
+        kept.view(-1).copy_(parameter.ds_tensor.view(-1)[: kept.numel()])
+        return
+    parameter.copy_(value)
+    if getattr(parameter, "_hp_mapping", None) is not None:  # ZeRO-1 and 2, where this rank owns a piece of it
+        parameter.set_full_hp_param(value)
 
 
 def cosine(start: float, end: float, progress: float) -> float:

@@ -140,6 +140,23 @@ def test_epochs_and_seeds_differ_and_repeat(beton):
     assert list(chain(*first)) == permutation(103, 0, 0)[:96].tolist()  # the incomplete batch is dropped
 
 
+@pytest.mark.parametrize("resident", [False, True])
+def test_a_given_order_is_followed_on_any_number_of_ranks(beton, resident):
+    order = np.random.default_rng(0).integers(0, 103, 103)
+    whole = list(open_loader(beton).epoch(5, 2, order))
+    assert torch.cat([b.index for b in whole]).tolist() == order[32:96].tolist()
+    assert [(b.step, b.place) for b in whole] == [(2, 32), (3, 48), (4, 64), (5, 80)]
+    ranks = [open_loader(beton, rank=r, world=2, micro=2, resident=resident).epoch(5, 2, order) for r in range(2)]
+    for parts in zip(whole, *[zip(r, r) for r in ranks]):
+        assert parts[0].index.tolist() == [i for rank in parts[1:] for b in rank for i in b.index.tolist()]
+        assert [b.place - parts[0].place for rank in parts[1:] for b in rank] == [0, 4, 8, 12]
+        assert torch.equal(image(parts[0], 13), image(parts[2][1], 1))
+    assert next(iter(open_loader(beton).epoch(0))).place is None
+    for wrong in (order[:50], order + 1, order - 103):
+        with pytest.raises(ValueError, match="expected 103 rows in 0 to 102"):
+            open_loader(beton).epoch(0, 0, wrong)
+
+
 def test_resume_gives_the_rest_and_decodes_nothing_before_it(beton, decoded):
     loader = open_loader(beton, micro=2)
     all_of_it = [b.index.tolist() for b in loader.epoch(2)]

@@ -113,7 +113,7 @@ def test_pixels(beton):
 ])  # fmt: skip
 def test_default_view(size, sides, resize):
     training = replace(views.simclr(size)[0], mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
-    view = features.default_view(training, dict(zip(("min_side", "max_height", "max_width"), sides)))
+    view = views.default_view(training, dict(zip(("min_side", "max_height", "max_width"), sides)))
     assert view == View(size, crop="center", resize=resize, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
 
 

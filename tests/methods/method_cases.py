@@ -55,6 +55,9 @@ CASES = {
     "npid": Case({"dims": (12,), "negatives": 30, "temperature": 0.3, "ensure_neg": True}, views.npid(16)),
     "npid shared": Case({"dims": (12,), "negatives": 30, "temperature": 0.3, "ensure_neg": True, "shared": True},
                         views.npid(16), module="npid"),
+    "deepcluster": Case({"clusters": 6, "pca": 8}, views.deepcluster(16)),
+    "deepcluster pic": Case({"clusters": 30, "pca": 8, "algorithm": "pic", "sampling": "all", "reweight": 0.5},
+                            views.deepcluster(16), module="deepcluster"),
     "relative_loc": Case({"hidden": 24, "dropout": 0.0}, views.patches(5, resize=18, window=18), norm=True),
 }
 
@@ -77,20 +80,26 @@ def run(name: str, *, norm: bool = False, batch: int = 16, micro: int | None = N
 class Memory:
     """fastssl.loader.Loader over a few images in memory: the same order, shares and micro-batches without FFCV."""
 
-    def __init__(self, path, batch, *, seed=0, device=None, workers=None, micro=1, resident=False):
+    def __init__(self, path, batch, *, seed=0, device=None, workers=None, micro=1, resident=False, shuffle=True,
+                 drop_last=True):
         g = torch.Generator().manual_seed(7)
         small = torch.randint(0, 256, (SAMPLES, 3, 4, 4), generator=g).float()
         images = torch.nn.functional.interpolate(small, size=SIDE, mode="bicubic").clamp(0, 255)
         self.pixels = images.permute(0, 2, 3, 1).contiguous().flatten(1, 2).to(torch.uint8)
         self.labels = torch.randint(-1, CLASSES, (SAMPLES,), generator=g)
         self.samples, self.classes, self.card = SAMPLES, [str(i) for i in range(CLASSES)], {"label": "int"}
-        self.batch, self.seed, self.micro, self.steps = batch, seed, micro, SAMPLES // batch
+        self.batch, self.seed, self.micro, self.shuffle = batch, seed, micro, shuffle
+        self.steps = SAMPLES // batch if drop_last else -(-SAMPLES // batch)
 
-    def epoch(self, epoch, start=0):
-        order, n = torch.from_numpy(permutation(SAMPLES, self.seed, epoch)), self.batch // dist.world() // self.micro
+    def epoch(self, epoch, start=0, order=None):
+        ordered, places = order is not None, torch.arange(SAMPLES)
+        if not ordered:
+            order = permutation(SAMPLES, self.seed, epoch) if self.shuffle else places.numpy()
+        order = torch.from_numpy(order)
         for step in range(start, self.steps):
-            for k in range(self.micro):
-                first = step * self.batch + (dist.rank() * self.micro + k) * n
-                index = order[first : first + n]
-                sizes = torch.full((n, 2), SIDE, dtype=torch.int32)
-                yield Batch(self.pixels[index], sizes, index, self.labels[index], epoch, step)
+            share = places[step * self.batch : (step + 1) * self.batch].tensor_split(dist.world())[dist.rank()]
+            for part in share.tensor_split(self.micro):
+                if len(part):
+                    index, sizes = order[part], torch.full((len(part), 2), SIDE, dtype=torch.int32)
+                    yield Batch(self.pixels[index], sizes, index, self.labels[index], epoch, step,
+                                int(part[0]) if ordered else None)

@@ -52,7 +52,7 @@ def measure(name: str, norm: bool, micro: int, zero: int) -> dict:
         return step(ds)
 
     t.scale.step = spy
-    source = t.loader.epoch(0)
+    source = t.loader.epoch(0, 0, engine.before_epoch(t, 0))
     for _ in range(STEPS):
         t.schedule.set_lr(t.ds.optimizer, t.step)
         out, batch, _ = engine.train_step(t, list(itertools.islice(source, micro)), meter)
@@ -147,7 +147,7 @@ def test_all_state_is_in_the_state_dict():
                 t = engine.build(run, device="cpu")
                 if resumed:
                     t.method.load_state_dict(saved)
-                source = t.loader.epoch(0, 2 * resumed)
+                source = t.loader.epoch(0, 2 * resumed, engine.before_epoch(t, 2 * resumed))
                 for step in range(2 * resumed, 3):
                     if step == 2:
                         saved = {k: v.clone() for k, v in t.method.state_dict().items()}

@@ -1,0 +1,19 @@
+"""DeepCluster on CIFAR-10 for a minute of two CPU cores: a thin ResNet-10, 150 steps after one clustering.
+fastssl train configs/smoke/deepcluster.py
+Not measured yet."""
+
+from fastssl import views
+from fastssl.config import Backbone, Data, Log, Optim, Run
+from fastssl.methods import deepcluster
+
+
+def get_config() -> Run:
+    return Run(
+        method=deepcluster.Config(clusters=100, pca=32),
+        backbone=Backbone("resnet10", stem="cifar", width=8),
+        data=Data(train="data/cifar10_train.beton", bank="data/cifar10_test.beton",
+                  views=views.deepcluster(32, **views.CIFAR10)),
+        optim=Optim(name="sgd", lr=0.05, batch=64, steps=150, warmup_epochs=0.01, weight_decay=1e-4,
+                    paramwise={"^head": {"momentum": 0.0}}),
+        log=Log(every=20, checkpoint_epochs=0, knn_epochs=1),
+    )

@@ -1,0 +1,88 @@
+"""DeepCluster: classify images by the cluster that their features were in before the epoch.
+https://arxiv.org/abs/1807.05520
+
+Before every epoch the features of the training set are whitened, brought to unit length and clustered on all ranks, and
+the classifier starts anew.  Clusters are drawn equally often, or their losses are weighted.  The labels are in the
+checkpoint, so a run continues inside an epoch with the same ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl import cluster
+from fastssl.methods import parts
+
+
+@dataclass(frozen=True)
+class Config:
+    clusters: int = 10000
+    pca: int = 256  # dimensions of the whitened features; 0: features as they are
+    algorithm: str = "kmeans"  # "faiss": by faiss on rank 0; "pic": power iteration clustering, the largest clusters
+    iterations: int = 20  # of k-means
+    sampling: str = "uniform"  # over clusters; "all": every sample once an epoch
+    reweight: float = 0.0  # power p of loss weights size ** -p; 0.5 is usual with sampling="all"
+
+    def build(self, backbone: nn.Module, *, samples: int, **_) -> DeepCluster:
+        cluster.check_clusters(self.clusters, samples)
+        for name, choices in {"algorithm": ("kmeans", "pic", "faiss"), "sampling": ("uniform", "all")}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"method.{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
+        if self.pca > backbone.dim:
+            raise ValueError(f"method.pca={self.pca} is more than the backbone's {backbone.dim} features; 0 is off")
+        return DeepCluster(self, backbone, samples)
+
+
+class DeepCluster(nn.Module):
+    views = 1
+
+    def __init__(self, config: Config, backbone: nn.Module, samples: int):
+        super().__init__()
+        self.config, self.backbone = config, backbone
+        self.head = nn.Linear(backbone.dim, config.clusters)
+        self.register_buffer("labels", torch.zeros(samples, dtype=torch.int64))
+        self.register_buffer("weights", torch.full((config.clusters,), 1 / config.clusters))
+        self.seed = int(torch.randint(2**31, (), device="cpu"))  # follows the run's seed
+
+    def before_epoch(self, epoch: int, survey) -> str:
+        c = self.config
+        x, index = survey("features")
+        x = F.normalize(cluster.pca_whiten(x, c.pca) if c.pca else x, dim=1)
+        if c.algorithm == "pic":
+            labels = cluster.pic(x, c.clusters, index)
+        else:
+            labels = cluster.kmeans(x, c.clusters, index, iterations=c.iterations, seed=self.seed + epoch,
+                                    backend="faiss" if c.algorithm == "faiss" else "torch").labels
+        self.labels.copy_(cluster.scatter(labels, index, len(self.labels)))
+        counts = torch.bincount(self.labels[self.labels >= 0], minlength=c.clusters)
+        self.weights.copy_(cluster.class_weights(counts, c.reweight, 1e-10))
+        self.restart_head(epoch)
+        return cluster.describe(counts, len(self.labels))
+
+    def restart_head(self, epoch: int) -> None:
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        weight = torch.randn(self.config.clusters, self.backbone.dim, generator=generator) * 0.01
+        parts.overwrite_(self.head.weight, weight)
+        parts.overwrite_(self.head.bias, torch.zeros(self.config.clusters))
+
+    def order(self, epoch: int) -> np.ndarray | None:
+        if self.config.sampling == "all":
+            return None
+        return cluster.uniform_order(self.labels.cpu().numpy(), self.seed, epoch)
+
+    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+        h = self.backbone(views[0])
+        return {"logits": self.head(h), "features": h.detach()}
+
+    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+        labels = self.labels[batch.index]
+        right = (out["logits"].detach().argmax(1) == labels).float().mean()
+        return {"loss": cluster.weighted_cross_entropy(out["logits"], labels, self.weights), "top1": right}
+
+    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+        pass
