@@ -2,6 +2,7 @@
 and launches recorded and compiled ahead of time for a named architecture (no GPU needed, no interpreter).
 """
 
+import os
 import re
 import subprocess
 import tempfile
@@ -15,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch refuses matmuls inside nan_memory on CUDA
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that one program can have
 
 

@@ -120,7 +120,7 @@ def forward(q, k, queue, temperature, normalize, group, normalize_k=None):
         positive = torch.nn.functional.pad(l2_normalize(k) if normalize_k else k, (0, width - d))
         return chunked(q, u[:m], inv, positive, positive_dot, keys[:n], own, form)
 
-    t = gradient_tiles(width, q.device)
+    t = gradient_tiles(width, False, q.device)
     if t.bn * keys.stride(0) + width * keys.stride(1) >= 2**31:
         keys = keys.contiguous()
     programs, tiles = cdiv(m, t.bm), max(cdiv(n, t.bn), 1)

@@ -64,16 +64,17 @@ def sums_tiles(width: int, dtype: torch.dtype, labels: bool, device) -> Tiles:
         return Tiles(64, 64, 32, 4, 2)
     ampere = capability(device) < 90
     if width > HELD:
-        return Tiles(128, (32 if ampere else 64) if labels else 64 if ampere else 128, 64, 8, 3)
+        return Tiles(128, 32 if labels else 64 if ampere else 128, 64, 8, 3)
     if labels:
-        return Tiles(128, 32 if ampere else 64, width, 8, 3 if width <= 128 else 2)
+        return Tiles(128, 32 if ampere or width > 128 else 64, width, 8, 3 if width <= 128 else 2)
     return Tiles(128, 128 if width <= 128 else 64, width, 8, 3 if width <= 128 else 2)
 
 
-def gradient_tiles(width: int, device) -> Tiles:
+def gradient_tiles(width: int, labels: bool, device) -> Tiles:
+    stages = 3 if width <= 128 else 2
     if capability(device) < 90:
-        return Tiles(128, 32, width, 8, 3 if width <= 128 else 2)
-    return Tiles(128, 64, width, 4 if width <= 64 else 8, 3 if width <= 128 else 2)
+        return Tiles(64 if labels and width > 128 else 128, 32, width, 8, stages)
+    return Tiles(128, 64, width, 4 if width <= 64 else 8, stages)
 
 
 def precision() -> str:
@@ -160,7 +161,7 @@ def row_gradients(grad, x, inv, u, v, w_row, w_col, a, n, offset, labels, form: 
 
     width = v.shape[1]
     if width <= HELD and v.dtype.itemsize == 2:
-        t = gradient_tiles(width, v.device)
+        t = gradient_tiles(width, has_labels, v.device)
         programs = cdiv(m, t.bm)
         limit = max(1, SPLIT_BYTES // (m * width * 4))
         splits, each = n_splits(programs, cdiv(n, t.bn), v.device, limit)

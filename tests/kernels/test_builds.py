@@ -12,14 +12,15 @@ import torch
 ARCHS = (80, 90)
 
 
-def ntxent(rows=8192, dim=128, dtype=torch.float16, temperature=0.1, labels=False, decoupled=False, precision="high"):
+def ntxent(rows=8192, dim=128, dtype=torch.float16, temperature=0.1, labels=False, decoupled=False, precision="high",
+           normalize=True):  # fmt: skip
     from fastssl.kernels.ntxent import triton
 
     torch.set_float32_matmul_precision(precision)
     z = torch.empty(rows, dim, device="meta", dtype=dtype)
     y = torch.empty(rows, device="meta", dtype=torch.int64) if labels else None
-    loss, *saved = triton.forward(z, y, temperature, decoupled, True, None)
-    triton.backward(loss, z, y, *saved, temperature, decoupled, True, None)
+    loss, *saved = triton.forward(z, y, temperature, decoupled, normalize, None)
+    triton.backward(loss, z, y, *saved, temperature, decoupled, normalize, None)
 
 
 def infonce(rows=256, dim=128, dtype=torch.float16, keys=65536):
@@ -80,6 +81,9 @@ FORMS = {  # the other tile sizes, types and forms
     "ntxent 64": (lambda: ntxent(dim=64), SHIPPED["ntxent"][1]),
     "ntxent 256": (lambda: ntxent(dim=256), SHIPPED["ntxent"][1]),
     "ntxent 768": (lambda: ntxent(dim=768), {"row_sums_kernel", "gradient_chunk_kernel"}),
+    "ntxent 768 labels": (lambda: ntxent(dim=768, labels=True), {"row_sums_kernel", "gradient_chunk_kernel"}),
+    "ntxent lengths": (lambda: ntxent(dtype=torch.bfloat16, normalize=False), SHIPPED["ntxent"][1]),
+    "ntxent 256 labels": (lambda: ntxent(dim=256, labels=True), SHIPPED["ntxent"][1]),
     "ntxent labels": (lambda: ntxent(labels=True), SHIPPED["ntxent"][1]),
     "ntxent decoupled": (lambda: ntxent(decoupled=True), SHIPPED["ntxent"][1]),
     "ntxent labels decoupled": (lambda: ntxent(labels=True, decoupled=True), SHIPPED["ntxent"][1]),
