@@ -326,6 +326,8 @@ def build(run: Run, hooks: list = (), device: str | None = None) -> Trainer:
     """Everything that a run needs, checked before any step is made."""
     where = dist.init(device)
     deterministic(run.deterministic)
+    if where.type == "cuda":  # losses are computed in fp32; beside a 16-bit network their products may use tensor cores
+        torch.set_float32_matmul_precision("highest" if run.optim.precision == "fp32" else "high")
     micro = micro_batch(run)
     loader = Loader(run.data.train, run.optim.batch, seed=run.seed, device=where, workers=run.speed.workers,
                     micro=run.optim.batch // dist.world() // micro, resident=run.speed.resident)
