@@ -1,4 +1,4 @@
-"""The `fastssl` command.  Each sub-command is the `main(argv)` of the module that does the work."""
+"""The `fastssl` command.  Each sub-command is `main(argv)`, or the function named, of the module that does the work."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ COMMANDS = {
     "convert": ("fastssl.data_prep", "make a .beton of a dataset, or check one"),
     "eval": ("fastssl.eval", "evaluate a run or weights: knn, linear"),
     "export": ("fastssl.export", "write a backbone for torchvision, timm, detectron2, Hugging Face"),
+    "publish": ("fastssl.tools:publish_main", "write weights without the optimizer, their hash in the name"),
+    "params": ("fastssl.tools:params_main", "count parameters and FLOPs of a config or a backbone"),
+    "upgrade": ("fastssl.tools:upgrade_main", "write an old flat state dict in today's form"),
+    "doctor": ("fastssl.doctor", "check this installation and say what is missing and how to get it"),
     "methods": ("fastssl.methods", "list the methods"),
     "quickstart": ("fastssl.quickstart", "convert, pretrain and evaluate scikit-learn's digits in three minutes"),
 }
@@ -28,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(f"fastssl: unknown command {argv[0]!r}{hint}", file=sys.stderr)
         return 2
-    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+    module, _, function = COMMANDS[argv[0]][0].partition(":")
+    return getattr(importlib.import_module(module), function or "main")(argv[1:])
 
 
 if __name__ == "__main__":

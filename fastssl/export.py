@@ -93,8 +93,21 @@ def _timm_model(spec: Backbone) -> tuple[str, dict]:
 
 def _safetensors(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> str:
     with complete(path) as temporary:
-        safetensors.torch.save_file(state, temporary, weights.metadata(spec))
+        save(state, temporary, weights.metadata(spec))
     return f"import safetensors.torch\nstate = safetensors.torch.load_file({str(path)!r})"
+
+
+def save(state: dict[str, Tensor], path: Path, meta: dict[str, str]) -> None:
+    """A safetensors file of the same bytes every time: the library writes metadata in an order drawn by chance."""
+    safetensors.torch.save_file(state, path, meta)
+    with open(path, "r+b") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, "the header is written anew in its place"
+        f.seek(8)
+        f.write(text.ljust(length))
 
 
 def detectron2_names(keys) -> dict[str, str]:
@@ -159,7 +172,7 @@ def _huggingface(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> s
     if options:
         config["model_args"] = options
     with complete(path / "model.safetensors") as temporary:
-        safetensors.torch.save_file(state, temporary, weights.metadata(spec))
+        save(state, temporary, weights.metadata(spec))
     recipe = f"import timm\nnet = timm.create_model({'local-dir:' + str(path)!r}, pretrained=True)"
     texts = {"config.json": json.dumps(config, indent=2) + "\n", "README.md": card(path, name, run)}
     for file, text in texts.items():

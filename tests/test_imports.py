@@ -17,6 +17,7 @@ LAYERS = """
     foreign
     state weights
     export
+    tools doctor
     views pictures
     methods.parts
     methods.*
