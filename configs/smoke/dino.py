@@ -9,8 +9,7 @@ from fastssl.methods import dino
 
 def get_config() -> Run:
     return Run(
-        method=dino.Config(prototypes=512, dims=(256, 64), momentum=0.98, teacher_temperature=0.07,
-                           teacher_temperature_end=0.07, freeze_epochs=0),
+        method=dino.Config(prototypes=64, dims=(256, 64), momentum=0.9, freeze_epochs=0),
         backbone=Backbone("resnet10", stem="cifar", width=16),
         data=Data(train="data/cifar10_train.beton", bank="data/cifar10_test.beton",
                   views=views.dino(32, small=16, small_crops=2, **views.CIFAR10)),
