@@ -166,6 +166,31 @@ def _faiss(x: Tensor, clusters: int, index: Tensor, iterations: int, seed: int, 
     return dist.broadcast_(centroids)
 
 
+def two_means(x: Tensor, least: int) -> Tensor:
+    """bool (n,): which rows are in the second of two clusters, each of at least `least` rows (n >= 2 least).
+
+    Starts from the halves on both sides of the mean along the first principal axis; when a cluster is too small, the
+    upper half along that axis is the second.
+    """
+    centred = x - x.mean(0)
+    axis = centred[centred.square().sum(1).argmax()]
+    for _ in range(10):  # power iteration; far from converged is good enough
+        axis = F.normalize(centred.T @ (centred @ axis), dim=0)
+    along = centred @ axis
+    second = along > 0
+    for _ in range(20):
+        if not least <= int(second.sum()) <= len(x) - least:
+            break
+        means = torch.stack([x[~second].mean(0), x[second].mean(0)])
+        before, second = second, assign(x, means)[0].bool()
+        if torch.equal(before, second):
+            break
+    if not least <= int(second.sum()) <= len(x) - least:
+        second = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        second[along.argsort(stable=True)[(len(x) + 1) // 2 :]] = True
+    return second
+
+
 # ---- PCA -------------------------------------------------------------------------------------------------------------
 
 

@@ -58,6 +58,9 @@ CASES = {
     "deepcluster": Case({"clusters": 6, "pca": 8}, views.deepcluster(16)),
     "deepcluster pic": Case({"clusters": 30, "pca": 8, "algorithm": "pic", "sampling": "all", "reweight": 0.5},
                             views.deepcluster(16), module="deepcluster"),
+    "odc": Case({"clusters": 6, "dims": (24, 12), "least": 6, "every": 2, "dropout": 0.0}, views.deepcluster(16),
+                norm=True),
+    "deepclusterv2": Case({"dims": (24, 12), "clusters": (6, 9, 4)}, CROPS, norm=True),
     "relative_loc": Case({"hidden": 24, "dropout": 0.0}, views.patches(5, resize=18, window=18), norm=True),
 }
 

@@ -127,17 +127,19 @@ def continued(name, folder, monkeypatch):
     return whole, state.whole(t.method)
 
 
-@pytest.mark.parametrize("name", ["deepcluster"])
+@pytest.mark.parametrize("name", ["deepcluster", "odc", "deepclusterv2"])
 def test_a_run_killed_inside_an_epoch_continues_to_the_same_bits(name, tmp_path, monkeypatch):
     whole, resumed = continued(name, tmp_path, monkeypatch)
     for key, value in whole.items():
         assert torch.equal(resumed[key], value), key
 
 
-@pytest.mark.parametrize("name", ["deepcluster"])
-def test_more_clusters_than_the_data_has(name):
-    with pytest.raises(ValueError, match=r"method.clusters=61 .* 60 samples of data.train: set method.clusters to at"):
-        build(name, clusters=61)
+@pytest.mark.parametrize("name, settings, most", [("deepcluster", {"clusters": 61, "pca": 0}, 60),
+                                                  ("odc", {"clusters": 61, "least": 7}, 8),
+                                                  ("deepclusterv2", {"clusters": (9, 61)}, 60)])  # fmt: skip
+def test_more_clusters_than_the_data_has(name, settings, most):
+    with pytest.raises(ValueError, match=f"method.clusters=61 .* 60 samples .* set method.clusters to at most {most}$"):
+        build(name, **settings)
 
 
 def test_deepcluster_settings_that_do_not_exist():
@@ -145,3 +147,135 @@ def test_deepcluster_settings_that_do_not_exist():
                             ({"sampling": "some"}, "method.sampling='some'"), ({"pca": 9}, "method.pca=9 is more")):
         with pytest.raises(ValueError, match=match):
             build("deepcluster", **{"clusters": 5, "pca": 4, **settings})
+
+
+# ---- ODC -------------------------------------------------------------------------------------------------------------
+
+
+def odc(**settings):
+    return build("odc", **{"clusters": 4, "dims": (6, D), "least": 3, "dropout": 0.0, **settings})
+
+
+def set_odc(method, bank, labels):
+    method.bank, method.labels = bank, labels
+    method.centroids.copy_(torch.stack([bank[labels == k].mean(0) for k in range(4)]).nan_to_num())
+
+
+def test_odc_starts_from_kmeans_of_unit_embeddings():
+    method = odc(clusters=5)
+    x, group = groups(dim=D)
+    shuffled = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    assert "5 clusters, 0 empty" in method.before_epoch(0, lambda name: {"z": (x[shuffled], shuffled)}[name])
+    np.testing.assert_allclose(array(method.bank), unit(array(x)), rtol=1e-12)
+    assert len(set(zip(method.labels.tolist(), group.tolist()))) == 5
+    for k in range(5):
+        torch.testing.assert_close(method.centroids[k], method.bank[method.labels == k].mean(0))
+    assert method.before_epoch(1, None) is None, "labels go on from epoch to epoch"
+    assert len(set(method.order(1))) < 50, "drawn with replacement"
+
+
+def test_odc_step_is_that_of_its_description():
+    method = odc(clusters=4, momentum=0.5, every=2, least=1)
+    x, group = groups(40, D)
+    group %= 4
+    bank = torch.nn.functional.normalize(x, dim=1)
+    set_odc(method, bank.clone(), group.clone())
+    logits = rows(N, 4)
+    some = SimpleNamespace(index=torch.tensor([7, 3, 7, 20, 0, 31]), epoch=0, step=0)
+    weight = array(method.weights)
+    logp, own = log_softmax(array(logits)), group[some.index]
+    want = -(weight[own] * logp[np.arange(N), own]).sum() / weight[own].sum()
+    close(method.loss({"logits": logits}, some)["loss"], want)
+
+    z = rows(N, D, seed=4).detach()
+    centroids = array(method.centroids).copy()
+    mixed = unit(0.5 * array(bank) + 0.5 * 0)
+    for i, row in zip(some.index.tolist(), unit(array(z))):  # of the two rows of sample 7 the last one counts
+        mixed[i] = unit(0.5 * array(bank)[i] + 0.5 * row)
+    new = (mixed @ centroids.T).argmax(1)
+    labels = array(group).copy()
+    labels[some.index] = new[some.index]
+    method.after_step({"z": z}, some, 0.1)
+    np.testing.assert_allclose(array(method.bank)[some.index], mixed[some.index], rtol=1e-12)
+    assert method.labels.tolist() == labels.tolist() and labels.tolist() != group.tolist()
+    close(method.loss({"logits": logits}, some)["changed"], (labels != array(group))[some.index].mean())
+    np.testing.assert_allclose(array(method.centroids), centroids, rtol=1e-12)  # every second step
+    sizes = np.bincount(labels, minlength=4) + 1e-5
+    np.testing.assert_allclose(array(method.weights), sizes**-0.5 / (sizes**-0.5).sum(), rtol=1e-6)
+
+    some.step = 1
+    method.after_step({"z": z}, some, 0.2)
+    for k in range(4):
+        torch.testing.assert_close(method.centroids[k], method.bank[method.labels == k].mean(0))
+
+
+def test_odc_dissolves_small_clusters_and_refills_them_from_the_largest():
+    """Cluster 2 has two samples, fewer than three: they go to the nearest, and 0, which is two heaps, is split."""
+    heaps = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-1.0, 0.0]]).double()
+    heap = torch.tensor([0] * 6 + [1] * 4 + [2] * 4 + [3] * 3 + [2, 3])
+    labels = torch.tensor([0] * 10 + [1] * 4 + [3] * 3 + [2, 2])
+    method = odc(dims=(6, 2))
+    set_odc(method, heaps[heap].clone(), labels.clone())
+    method.repair(method.centroids)
+    got = method.labels
+    assert got[17:].tolist() == [1, 3], "each to the most similar centroid"
+    assert len(set(got[:6].tolist())) == len(set(got[6:10].tolist())) == 1
+    assert {int(got[0]), int(got[6])} == {0, 2}, "the two heaps of cluster 0"
+    assert torch.bincount(got).min() >= 3
+    for k in (0, 2):
+        torch.testing.assert_close(method.centroids[k], method.bank[got == k].mean(0))
+    sizes = torch.bincount(got).double() + 1e-5
+    torch.testing.assert_close(method.weights, (sizes**-0.5 / (sizes**-0.5).sum()), rtol=1e-6, atol=0)
+    before = got.clone()
+    method.repair(method.centroids)
+    assert torch.equal(method.labels, before), "nothing is small any more"
+
+
+def test_two_means_never_leaves_a_part_that_would_be_dissolved():
+    from fastssl import cluster
+
+    outlier = torch.cat([0.001 * torch.arange(9.0)[:, None], torch.tensor([[100.0]])])
+    assert cluster.two_means(outlier, 1).sum() == 1
+    assert cluster.two_means(outlier, 3).sum() == 5
+    assert cluster.two_means(torch.zeros(8, 3), 2).sum() == 4
+
+
+# ---- DeepCluster v2 --------------------------------------------------------------------------------------------------
+
+
+def test_deepcluster_v2_predicts_clusters_among_their_centroids():
+    method = build("deepclusterv2", dims=(4, D), clusters=(3, 7), temperature=0.2)
+    method.labels[0], method.labels[1] = torch.arange(60) % 3, torch.arange(60) % 7
+    z, some = rows(N, 3, D), batch()
+    some.index = torch.tensor([59, 3, 4, 20, 0, 41])
+    want = 0.0
+    for i, k in enumerate((3, 7)):
+        prototypes = array(method.get_buffer(f"prototypes_{i}"))
+        for v in range(3):
+            logp = log_softmax(array(z)[:, v] @ prototypes.T / 0.2)
+            want -= logp[np.arange(N), some.index % k].mean() / 6
+    close(method.loss({"z": z}, some)["loss"], want)
+
+    method.after_step({"z": z.detach()}, some, 0.1)
+    for v in range(2):
+        assert torch.equal(method.memory[v, some.index], z.detach()[:, v])
+    assert method.memory[:, 5].abs().max() == 0
+
+
+def test_deepcluster_v2_clusters_each_crops_memory_in_turn():
+    method = build("deepclusterv2", dims=(4, 8), clusters=(5, 5, 5))
+    x, group = groups()
+    x = torch.nn.functional.normalize(x, dim=1)
+    z = torch.stack([x, x.roll(1, 0), x], 1)
+    found = {("z", True): (z.flip(0), torch.arange(60).flip(0))}
+    method.before_epoch(0, lambda name, augmented: found[name, augmented])
+    assert torch.equal(method.memory[1], z[:, 1]) and method.memory.shape[0] == 2
+    for i, of in enumerate((group, group.roll(1), group)):
+        assert len(set(zip(method.labels[i].tolist(), of.tolist()))) == 5
+        prototypes = method.get_buffer(f"prototypes_{i}")
+        torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(5).double())
+        nearest = (method.memory[i % 2] @ prototypes.T).argmax(1)
+        assert torch.equal(nearest, method.labels[i])
+    before = method.labels.clone()
+    method.before_epoch(1, None)
+    assert not torch.equal(method.labels, before), "another start on every epoch"

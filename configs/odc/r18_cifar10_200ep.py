@@ -1,0 +1,21 @@
+"""ODC, ResNet-18, CIFAR-10, 200 epochs.
+OpenSelfSup's recipe with 500 clusters, about as many samples in each as on ImageNet.
+deepspeed --num_gpus 1 fastssl/train.py configs/odc/r18_cifar10_200ep.py
+Not measured yet."""
+
+from fastssl import views
+from fastssl.config import Backbone, Data, Log, Optim, Run
+from fastssl.methods import odc
+
+
+def get_config() -> Run:
+    return Run(
+        method=odc.Config(clusters=500),
+        backbone=Backbone("resnet18", stem="cifar"),
+        data=Data(train="data/cifar10_train.beton", test="data/cifar10_test.beton",
+                  views=views.deepcluster(32, **views.CIFAR10)),
+        optim=Optim(name="sgd", lr=0.06, batch=256, epochs=200, weight_decay=1e-5, schedule="step", milestones=(180,),
+                    gamma=0.4, precision="fp16", paramwise={"^head": {"momentum": 0.0}}),
+        log=Log(knn_epochs=20, probe=True),
+        sync_bn=True,
+    )

@@ -1,0 +1,20 @@
+"""ODC, ResNet-50, ImageNet, 440 epochs, fp16.
+OpenSelfSup's recipe.
+deepspeed --num_gpus 8 fastssl/train.py configs/odc/r50_in1k_440ep_fp16.py
+Not measured yet."""
+
+from fastssl import views
+from fastssl.config import Backbone, Data, Log, Optim, Run
+from fastssl.methods import odc
+
+
+def get_config() -> Run:
+    return Run(
+        method=odc.Config(),
+        backbone=Backbone("resnet50"),
+        data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.deepcluster(224)),
+        optim=Optim(name="sgd", lr=0.06, batch=512, epochs=440, weight_decay=1e-5, schedule="step", milestones=(400,),
+                    gamma=0.4, paramwise={"^head": {"momentum": 0.0}}, precision="fp16"),
+        log=Log(knn_epochs=20, probe=True),
+        sync_bn=True,
+    )

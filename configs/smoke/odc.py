@@ -1,0 +1,19 @@
+"""ODC on CIFAR-10 for a minute of two CPU cores: a thin ResNet-10, 150 steps after one clustering.
+fastssl train configs/smoke/odc.py
+Not measured yet."""
+
+from fastssl import views
+from fastssl.config import Backbone, Data, Log, Optim, Run
+from fastssl.methods import odc
+
+
+def get_config() -> Run:
+    return Run(
+        method=odc.Config(clusters=100, dims=(128, 64)),
+        backbone=Backbone("resnet10", stem="cifar", width=8),
+        data=Data(train="data/cifar10_train.beton", bank="data/cifar10_test.beton",
+                  views=views.deepcluster(32, **views.CIFAR10)),
+        optim=Optim(name="sgd", lr=0.05, batch=64, steps=150, warmup_epochs=0.01, weight_decay=1e-4,
+                    paramwise={"^head": {"momentum": 0.0}}),
+        log=Log(every=20, checkpoint_epochs=0, knn_epochs=1),
+    )

@@ -1,0 +1,80 @@
+"""DeepCluster v2: crops predict the cluster that a crop of their image was in, among centroids instead of a classifier.
+https://arxiv.org/abs/2006.09882 (appendix)
+
+Before every epoch the embeddings that the last one left in a memory are clustered on the sphere, once for each set of
+prototypes.  Memory, labels and prototypes are buffers, equal on all ranks; prototypes have no gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl import cluster, dist
+from fastssl.methods import parts
+
+
+@dataclass(frozen=True)
+class Config:
+    clusters: tuple[int, ...] = (3000, 3000, 3000)  # one clustering each, of the large crops in turn
+    temperature: float = 0.1
+    dims: tuple[int, ...] = (2048, 128)
+    iterations: int = 10  # of k-means
+    norm: bool = True  # batch norm in the projector
+    large: int = 2  # crops that are remembered and clustered, the first of the recipe
+
+    def build(self, backbone: nn.Module, *, samples: int, **_) -> DeepClusterV2:
+        if not self.clusters:
+            raise ValueError("method.clusters=() names no clustering; (3000, 3000, 3000) is usual")
+        for clusters in self.clusters:
+            cluster.check_clusters(clusters, samples)
+        return DeepClusterV2(self, backbone, samples)
+
+
+class DeepClusterV2(nn.Module):
+    views = None  # any number of crops
+
+    def __init__(self, config: Config, backbone: nn.Module, samples: int):
+        super().__init__()
+        self.config, self.backbone = config, backbone
+        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm)
+        self.register_buffer("memory", torch.zeros(config.large, samples, config.dims[-1]))
+        self.register_buffer("labels", torch.zeros(len(config.clusters), samples, dtype=torch.int64))
+        for i, clusters in enumerate(config.clusters):
+            self.register_buffer(f"prototypes_{i}", parts.random_directions(clusters, config.dims[-1]))
+        self.seed = int(torch.randint(2**31, (), device="cpu"))  # follows the run's seed
+
+    def before_epoch(self, epoch: int, survey) -> str:
+        samples = self.memory.shape[1]
+        if epoch == 0:
+            z, index = survey("z", augmented=True)
+            for crop in range(self.config.large):
+                self.memory[crop] = cluster.scatter(z[:, crop], index, samples)
+        mine, notes = torch.arange(dist.rank(), samples, dist.world(), device=self.memory.device), []
+        for i, clusters in enumerate(self.config.clusters):
+            found = cluster.kmeans(self.memory[i % self.config.large][mine], clusters, mine, spherical=True,
+                                   iterations=self.config.iterations, seed=self.seed + epoch * len(self.labels) + i)
+            self.get_buffer(f"prototypes_{i}").copy_(found.centroids)
+            self.labels[i] = cluster.scatter(found.labels, mine, samples)
+            notes.append(cluster.describe(found.counts, samples))
+        return "; ".join(notes)
+
+    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+        h = parts.multi_crop(self.backbone, views, self.config.large)
+        z = F.normalize(self.projector(h.flatten(0, 1)), dim=1).unflatten(0, h.shape[:2])
+        return {"z": z, "features": h[:, 0].detach()}
+
+    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+        z = out["z"].transpose(1, 2)  # (n, D, V): cross entropy wants classes second
+        labels = self.labels[:, batch.index, None].expand(-1, -1, z.shape[2])
+        losses = [F.cross_entropy(self.get_buffer(f"prototypes_{i}") @ z / self.config.temperature, own)
+                  for i, own in enumerate(labels)]
+        return {"loss": sum(losses) / len(losses)}
+
+    @torch.no_grad()
+    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+        z = dist.gather(out["z"][:, : self.config.large].contiguous())
+        self.memory[:, dist.gather(batch.index)] = z.transpose(0, 1)
