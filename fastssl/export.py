@@ -39,6 +39,8 @@ def write(backbone: nn.Module, path: str | Path, to: str = "torchvision", *, run
     empty = [name for name, value in state.items() if value.numel() == 0]
     if empty:
         raise ValueError(f"{empty[0]} is empty: this backbone is partitioned by ZeRO-3; export from its run folder")
+    if spec.sobel and to != "safetensors":
+        raise ValueError(f"{to} has no network that begins with Sobel filters: export to safetensors")
     return WRITERS[to][1](state, spec, path, run)
 
 
@@ -267,15 +269,17 @@ def add_backbone_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--norm", choices=("bn", "gn"))
     parser.add_argument("--width", type=int)
     parser.add_argument("--in-channels", type=int, dest="in_channels")
+    parser.add_argument("--sobel", action="store_true", default=None, help="the network sees gradients (DeepCluster)")
 
 
 def spec_from(args: argparse.Namespace, target: str | None) -> Backbone | None:
     """The architecture that a run or our own export names, else that of --backbone and its options."""
-    given = {k: getattr(args, k) for k in ("stem", "norm", "width", "in_channels") if getattr(args, k) is not None}
+    options = ("stem", "norm", "width", "in_channels", "sobel")
+    given = {key: getattr(args, key) for key in options if getattr(args, key) is not None}
     known = weights.spec_of(target) if target else None
     if known and (args.backbone or given):
-        raise ValueError(f"{target} names its backbone ({known.name}): leave out --backbone, --stem, --norm, --width "
-                         "and --in-channels")  # fmt: skip
+        raise ValueError(f"{target} names its backbone ({known.name}): leave out --backbone, --stem, --norm, --width, "
+                         "--in-channels and --sobel")  # fmt: skip
     if given and not args.backbone:
         raise ValueError(f"--{next(iter(given)).replace('_', '-')} describes a backbone: give its --backbone NAME, too")
     return known or (Backbone(name=args.backbone, **given) if args.backbone else None)

@@ -118,6 +118,10 @@ def test_detectron2_file(tmp_path):
 
 @pytest.mark.parametrize("spec, to, text", [
     ({"name": "resnet10"}, "timm", "timm has no resnet10"),
+    ({"name": "resnet18", "sobel": True}, "torchvision", "Sobel"),
+    ({"name": "resnet18", "sobel": True}, "timm", "Sobel"),
+    ({"name": "resnet18", "sobel": True}, "detectron2", "Sobel"),
+    ({"name": "resnet18", "sobel": True}, "huggingface", "Sobel"),
     ({"name": "resnet18", "width": 8}, "timm", "timm has no resnet18 of width 8"),
     ({"name": "resnet18", "stem": "cifar"}, "huggingface", "no resnet18 with stem='cifar'"),
     ({"name": "resnet18", "stem": "cifar"}, "detectron2", "detectron2 has no resnet18 with stem='cifar'"),
@@ -182,6 +186,17 @@ def test_command_exports_weights_of_others(tmp_path, capsys):
     theirs = loaded(out[out.index("import torch") :])
     theirs.fc = nn.Identity()
     assert_same(theirs, net, 32)
+
+
+def test_command_exports_a_sobel_network_of_others(tmp_path, capsys):
+    net = build(name="resnet10", width=8, sobel=True)
+    state = {f"backbone.{k}": v for k, v in net.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "deepcluster.pth")
+    argv = [str(tmp_path / "deepcluster.pth"), "--to", "safetensors", "--backbone", "resnet10", "--width", "8"]
+    assert export.main(argv) == 2
+    assert "backbone.sobel" in capsys.readouterr().err
+    assert export.main([*argv, "--sobel"]) == 0
+    assert weights.spec_of(tmp_path / "backbone.safetensors") == net.spec
 
 
 @pytest.mark.parametrize("argv, text", [

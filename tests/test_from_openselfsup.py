@@ -1,0 +1,55 @@
+"""docs/from_openselfsup.md names commands, settings, recipes and configs that exist."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from fastssl import config, methods, views
+from fastssl.__main__ import COMMANDS
+from fastssl.export import WRITERS
+from fastssl.kernels.views import View
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs" / "from_openselfsup.md").read_text()
+CODE = re.findall(r"`([^`]+)`", TEXT) + re.findall(r"^    (\S.*)$", TEXT, re.M)
+RIGHT = [line.split("|")[2] for line in TEXT.splitlines() if line.startswith("|")]
+OURS = [code for cell in RIGHT for code in re.findall(r"`([^`]+)`", cell) if code != "log.jsonl"]
+
+
+def test_commands_exist():
+    used = {m[1] for code in CODE if (m := re.match(r"fastssl (\w+)", code))}
+    assert {"train", "export", "publish", "params", "upgrade", "doctor", "convert", "eval"} <= used <= set(COMMANDS)
+    assert {m[1] for code in CODE for m in re.finditer(r"--to (\w+)", code)} <= set(WRITERS)
+
+
+@pytest.mark.parametrize("section, kind", [
+    ("backbone", config.Backbone), ("data", config.Data), ("optim", config.Optim), ("speed", config.Speed),
+    ("log", config.Log),
+])  # fmt: skip
+def test_settings_exist(section, kind):
+    used = {m[1] for code in OURS for m in re.finditer(rf"\b{section}\.(\w+)", code)}
+    assert used and used <= {f.name for f in dataclasses.fields(kind)}
+
+
+def test_methods_and_their_settings_exist():
+    names = {f"configs/{m[1]}" for code in CODE if (m := re.search(r"configs/(\w+/\w+\.py)", code))}
+    assert names and all((ROOT / name).is_file() for name in names)
+    for folder in re.search(r"recipes under ([^.]+)\.", TEXT)[1].split():
+        if name := re.match(r"`(\w+)`", folder):
+            assert name[1] in methods.names() and (ROOT / "configs" / name[1]).is_dir()
+    used = {m[1] for code in OURS for m in re.finditer(r"\bmethod\.(\w+)", code)}
+    known = set()
+    for name in methods.names():
+        module = __import__(f"fastssl.methods.{name}", fromlist=["Config"])
+        known |= {f.name for f in dataclasses.fields(module.Config)}
+    assert used and used <= known
+
+
+def test_views_exist():
+    assert {m[1] for code in OURS for m in re.finditer(r"\bviews\.(\w+)\(", code)} <= set(vars(views))
+    used = {m[1] for code in OURS for m in re.finditer(r"\b(\w+)=\.\.\.", code)}
+    assert {"scale", "flip", "rotate"} <= used
+    fields = {f.name for kind in (View, config.Optim) for f in dataclasses.fields(kind)}
+    assert used <= fields
