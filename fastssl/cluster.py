@@ -122,11 +122,16 @@ def _rows(x: Tensor, index: Tensor, wanted: Tensor, samples: int) -> Tensor:
 
 
 def _farthest(x: Tensor, distances: Tensor, index: Tensor, wanted: int, samples: int) -> Tensor:
-    """The rows of all ranks that are farthest from their centroids."""
-    far, place = distances.topk(min(wanted, len(distances)))
-    far, numbers = dist.gather_ragged(far), dist.gather_ragged(index[place])
-    numbers = numbers[far.argsort(descending=True, stable=True)][:wanted]
+    """The rows of all ranks that are farthest from their centroids; of equally far ones those of the first samples."""
+    far, numbers = _by_distance(distances, index, wanted)
+    far, numbers = _by_distance(dist.gather_ragged(far), dist.gather_ragged(numbers), wanted)
     return _rows(x, index, numbers, samples)
+
+
+def _by_distance(distances: Tensor, index: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+    order = index.argsort()
+    order = order[distances[order].argsort(descending=True, stable=True)][:wanted]
+    return distances[order], index[order]
 
 
 def _start_random(x: Tensor, clusters: int, index: Tensor, samples: int, seed: int) -> Tensor:

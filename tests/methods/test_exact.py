@@ -64,6 +64,27 @@ def measure(name: str, norm: bool, micro: int, zero: int) -> dict:
     return {"losses": losses, "grads": grads, "trainable": trainable, "state": state.whole(t.method)}
 
 
+def clustering() -> dict:
+    """K-means, whitening and power iteration clustering of rows that lie on the ranks unevenly and out of order."""
+    from fastssl import cluster, dist
+
+    g = torch.Generator().manual_seed(0)
+    x, spread = torch.randn(403, 6, generator=g).double(), torch.randperm(403, generator=g)
+    x[200:230] = x[200]  # so many equal starts that clusters run empty
+    cuts = {1: [], 2: [300], 4: [1, 150, 151]}[dist.world()]
+    index = spread.tensor_split(cuts)[dist.rank()]
+    found = {}
+    for name, options in {"random": {}, "++": {"init": "++"}, "spherical": {"spherical": True},
+                          "many": {"clusters": 300}, "faiss": {"backend": "faiss"}}.items():
+        result = cluster.kmeans(x[index], options.pop("clusters", 30), index, seed=4, **options)
+        found |= {f"{name} centroids": result.centroids, f"{name} counts": result.counts,
+                  f"{name} objective": torch.tensor(result.objective, dtype=torch.float64),
+                  f"{name} labels": cluster.scatter(result.labels, index, 403)}
+    found["white"] = cluster.scatter(cluster.pca_whiten(x[index], 4), index, 403)
+    found["pic"] = cluster.scatter(cluster.pic(x[index], 100, index), index, 403)
+    return found
+
+
 def worker(out: str) -> None:
     from fastssl import dist, engine
 
@@ -71,6 +92,7 @@ def worker(out: str) -> None:
     torch.set_num_threads(1)
     in_double(engine)
     results = {key: measure(*key[:2], *key[3:]) for key in RUNS if key[2] == dist.world()}
+    results["clustering", dist.world()] = clustering()
     if dist.is_main():
         torch.save(results, out)
     dist.shutdown()
@@ -119,6 +141,17 @@ def test_ranks_and_micro_batches_are_exact(results, key):
         assert loss <= 1e-6 and state <= 5e-5, (loss, state)
     else:
         assert loss <= 1e-11 and grads <= 1e-11 and state <= 1e-8, (loss, grads, state)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_clusters_of_all_ranks_are_those_of_one(results, world):
+    got, want = results["clustering", world], results["clustering", 1]
+    for key, value in want.items():
+        if "labels" in key or "counts" in key or key == "pic":
+            assert torch.equal(got[key], value), key
+        else:
+            torch.testing.assert_close(got[key], value, rtol=1e-9, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
+    assert want["pic"].unique().numel() > 10 and (want["random counts"] > 0).all()
 
 
 @pytest.mark.parametrize("name", cases.CASES)
