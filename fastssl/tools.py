@@ -108,7 +108,7 @@ def flops(backbone: nn.Module, size: int) -> int:
     return counter.get_total_flops()
 
 
-def params(target: str, overrides: list[str] = (), *, size: int | None = None, samples: int = 50_000,
+def params(target: str, overrides: list[str] = (), *, size: int | None = None, samples: int | None = None,
            spec: Backbone | None = None) -> list[tuple[str, str]]:  # fmt: skip
     """Rows of the table for a config file or a backbone's name.  Nothing is allocated: the network is built without
     memory, so that any size fits."""
@@ -118,17 +118,24 @@ def params(target: str, overrides: list[str] = (), *, size: int | None = None, s
         backbone = backbones.build(spec)
         rows = [("backbone", spec.name), *_parameters("backbone", backbone)]
         if run:
+            samples = samples or _samples(run)
             method = run.method.build(backbone, samples=samples, classes=list(map(str, range(1000))),
                                       batch=run.optim.batch, kernels=run.speed.kernels)  # fmt: skip
             stored = sum(b.numel() * b.element_size() for b in method.buffers())
             rows += [("method", type(run.method).__module__.rpartition(".")[2]), *_parameters("method", method),
-                     ("method's buffers (queues, banks, statistics)", f"{stored / 2**20:.2f} MiB")]  # fmt: skip
+                     (f"method's buffers at {samples:,} samples", f"{stored / 2**20:.2f} MiB")]  # fmt: skip
     sizes = [size] if size else sorted({v.size for v in run.data.views}, reverse=True) if run else [_size(backbone)]
     for side in sizes:
         amount = flops(backbone, side)
         rows += [(f"backbone's forward, one image of {side} x {side}", f"{amount / 1e9:.3f} GFLOPs "
                   f"({amount / 2e9:.3f} GMACs)")]  # fmt: skip
     return rows
+
+
+def _samples(run: config.Run) -> int:
+    """Of the training set's data card; ImageNet's where there is none yet."""
+    card = Path(run.data.train).with_suffix(".json")
+    return json.loads(card.read_text())["samples"] if card.is_file() else 1_281_167
 
 
 def _parameters(name: str, module: nn.Module) -> list[tuple[str, str]]:
@@ -147,7 +154,7 @@ def params_main(argv: list[str] | None = None) -> int:
     parser.add_argument("target", metavar="CONFIG|BACKBONE", help="a config file, or a name such as resnet50")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the config")
     parser.add_argument("--size", type=int, help="side of the images; default: the config's views, or the network's")
-    parser.add_argument("--samples", type=int, default=50_000, help="of the training set: some methods hold a bank")
+    parser.add_argument("--samples", type=int, help="some methods hold a bank; default: the data card's, or ImageNet's")
     parser.add_argument("--stem", choices=("imagenet", "cifar"), default=None)
     parser.add_argument("--norm", choices=("bn", "gn"), default=None)
     parser.add_argument("--width", type=int)

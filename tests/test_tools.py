@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors
@@ -124,6 +125,15 @@ def test_params_of_a_config(tmp_path, capsys):
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in method.parameters())
     assert everything > trained and f"{everything:,}" in out and f"{trained:,}" in out
+
+
+def test_params_count_a_bank_by_the_data_card(tmp_path):
+    file = Path(__file__).parents[1] / "configs/npid/r50_in1k_200ep.py"
+    (tmp_path / "x.json").write_text('{"samples": 1000}')
+    rows = dict(tools.params(str(file), [f"data.train={tmp_path}/x.beton"]))
+    more = dict(tools.params(str(file), [f"data.train={tmp_path}/none.beton"]))
+    mib = [float(r[f"method's buffers at {n} samples"].split()[0]) for r, n in ((rows, "1,000"), (more, "1,281,167"))]
+    assert mib[1] - mib[0] == pytest.approx((1_281_167 - 1000) * 128 * 4 / 2**20, abs=0.02)
 
 
 @pytest.mark.parametrize("argv, text", [
