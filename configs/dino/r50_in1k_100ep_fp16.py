@@ -1,5 +1,5 @@
 """DINO, ResNet-50, ImageNet, 2 x 224 + 8 x 96, 100 epochs, fp16.
-After the authors' ResNet-50 run.
+After the authors' ResNet-50 run; figures not checked against their code.
 deepspeed --num_gpus 8 fastssl/train.py configs/dino/r50_in1k_100ep_fp16.py
 Not measured yet."""
 

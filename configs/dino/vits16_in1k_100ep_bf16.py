@@ -1,5 +1,5 @@
 """DINO, ViT-S/16, ImageNet, 2 x 224 + 8 x 96, 100 epochs, bf16.
-The authors' vanilla run, without drop path.
+After the authors' vanilla run, without drop path; figures not checked against their code.
 deepspeed --num_gpus 8 fastssl/train.py configs/dino/vits16_in1k_100ep_bf16.py
 Not measured yet."""
 

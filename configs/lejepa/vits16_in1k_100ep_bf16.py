@@ -1,5 +1,5 @@
 """LeJEPA, ViT-S/16, ImageNet, 2 x 224 + 6 x 96, 100 epochs, bf16.
-Settings after the paper; no run of ours or theirs to compare with yet.
+Settings after the paper, not checked against it; no run to compare with yet.
 deepspeed --num_gpus 8 fastssl/train.py configs/lejepa/vits16_in1k_100ep_bf16.py
 Not measured yet."""
 

@@ -1,5 +1,5 @@
 """MoCo v3, ResNet-50, ImageNet, batch 4096, 100 epochs, fp16.
-The authors' recipe (lr 9.6).
+The authors' recipe (lr 9.6); weight decay and warm-up not checked against their code.
 deepspeed --num_gpus 8 fastssl/train.py configs/mocov3/r50_in1k_100ep_fp16.py
 Not measured yet."""
 

@@ -1,5 +1,5 @@
 """MoCo v3, ViT-S/16, ImageNet, batch 4096, 300 epochs, bf16.
-The authors' recipe (lr 2.4e-3); timm's ViT-S has 6 heads, theirs 12.
+The authors' recipe (lr 2.4e-3); timm's ViT-S has 6 heads, theirs 12. Warm-up not checked.
 deepspeed --num_gpus 8 fastssl/train.py configs/mocov3/vits16_in1k_300ep_bf16.py
 Not measured yet."""
 

@@ -1,5 +1,5 @@
 """VICReg, ResNet-50, ImageNet, batch 512, 100 epochs, fp16.
-After the authors' 100-epoch run.
+After the authors' 100-epoch run; figures not checked against their code.
 deepspeed --num_gpus 8 fastssl/train.py configs/vicreg/r50_in1k_100ep_fp16.py
 Not measured yet."""
 

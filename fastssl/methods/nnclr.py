@@ -1,6 +1,7 @@
 """NNCLR: the positive of a view is the nearest neighbour of the other view in a queue.  https://arxiv.org/abs/2104.14548
 
-Neighbours against predictions among the global batch, and predictions against neighbours (the paper's symmetric form).
+Neighbours against predictions among the global batch, and predictions against neighbours (half each; some
+implementations take the first alone).
 The queue holds the first view's projections of the last steps.
 """
 
