@@ -18,15 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl import backbones, dist, optim, state, weights
+from fastssl import backbones, dist, norm, optim, state, weights
 from fastssl import views as recipes
+from fastssl.amp import DTYPES, LossScale
 from fastssl.config import Run
 from fastssl.kernels.views import make_views
 from fastssl.loader import Batch, Loader
 from fastssl.log import Log
 from fastssl.meters import Meter
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Method(Protocol):
@@ -189,7 +188,7 @@ def train_step(t: Trainer, batches: list[Batch], meter: Meter) -> tuple[dict[str
 
 def cached_step(t: Trainer, batches: list[Batch], batch: Batch, meter: Meter):
     """Forward and backward of several micro-batches with the loss of all of them together."""
-    statistics, states, outs = RunningStatistics(t.method), [], []
+    statistics, states, outs = norm.RunningStatistics(t.method), [], []
     for micro in batches:
         with meter.phase("views"):
             views = make(t, micro)
@@ -230,93 +229,6 @@ def merge(batches: list[Batch]) -> Batch:
     """Index and labels of all micro-batches; their pixels stay apart."""
     cat = {name: torch.cat([getattr(b, name) for b in batches]) for name in ("sizes", "index", "label")}
     return replace(batches[0], pixels=batches[0].pixels[:0], **cat)
-
-
-class RunningStatistics:
-    """Batch norm's running statistics move once per optimizer step, by the mean over its micro-batches.
-
-    Frozen in the first pass.  In the second, micro-batch i of K moves them by m / (K - (K - 1 - i) m), which makes the
-    product of what is kept 1 - m and the weight of each micro-batch m / K.
-    """
-
-    def __init__(self, module: nn.Module):
-        self.norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-                      and m.track_running_stats and m.momentum is not None]
-        self.momenta = [m.momentum for m in self.norms]
-        self.counts = [m.num_batches_tracked.clone() for m in self.norms]
-
-    @contextlib.contextmanager
-    def _momenta(self, momenta):
-        for norm, momentum in zip(self.norms, momenta):
-            norm.momentum = momentum
-        try:
-            yield
-        finally:
-            for norm, momentum in zip(self.norms, self.momenta):
-                norm.momentum = momentum
-
-    def frozen(self):
-        return self._momenta([0.0] * len(self.norms))
-
-    def shared(self, i: int, count: int):
-        return self._momenta([m / (count - (count - 1 - i) * m) for m in self.momenta])
-
-    def count_once(self) -> None:
-        for norm, count in zip(self.norms, self.counts):
-            if norm.training:
-                norm.num_batches_tracked.copy_(count + 1)
-
-
-class LossScale:
-    """Dynamic loss scale for fp16, otherwise 1: halved when gradients overflow, doubled after 2000 good steps.
-
-    DeepSpeed's own scaler for autocast never lowers its scale under ZeRO (0.19.8: the overflow branch of
-    stage_1_and_2.py returns before GradScaler.update), so this one drives DeepSpeed's override instead.
-    """
-
-    INTERVAL = 2000
-
-    def __init__(self, precision: str):
-        self.dynamic = precision == "fp16"
-        self.value = 2.0**16 if self.dynamic else 1.0
-        self.good = 0
-
-    def announce(self, ds) -> None:
-        """Tell ZeRO's optimizer the scale that it must divide gradients by."""
-        if self.dynamic and hasattr(ds.optimizer, "override_loss_scale"):
-            ds.optimizer.override_loss_scale(self.value)
-
-    def backward(self, ds, loss: Tensor) -> None:
-        if self.dynamic and not hasattr(ds.optimizer, "override_loss_scale"):
-            loss = loss * self.value
-        ds.backward(loss)
-
-    def step(self, ds) -> bool:
-        """The optimizer step, unless gradients overflowed; returns whether it was applied."""
-        if self.dynamic and not hasattr(ds.optimizer, "override_loss_scale"):  # ZeRO 0: nobody else unscales
-            grads = [p.grad for p in ds.module.parameters() if p.grad is not None]
-            torch._foreach_div_(grads, self.value)
-            applied = bool(torch.stack(torch._foreach_norm(grads)).isfinite().all())
-            if applied:
-                ds.step()
-            else:
-                ds.zero_grad()
-        else:
-            ds.step()
-            applied = ds.was_step_applied()
-        if self.dynamic:
-            self.good = self.good + 1 if applied else 0
-            if not applied:
-                self.value = max(1.0, self.value / 2)
-            elif self.good == self.INTERVAL:
-                self.value, self.good = self.value * 2, 0
-        return applied
-
-    def state_dict(self) -> dict:
-        return {"value": self.value, "good": self.good}
-
-    def load_state_dict(self, values: dict) -> None:
-        self.value, self.good = values["value"], values["good"]
 
 
 # ---- building --------------------------------------------------------------------------------------------------------
@@ -370,7 +282,7 @@ def check_views(method: nn.Module, views: tuple) -> None:
 def prepare(method: nn.Module, run: Run, device: torch.device) -> nn.Module:
     """Layout, synchronised batch norm, precision and compilation, in the order in which they must happen."""
     if run.sync_bn:
-        method = dist.convert_sync_bn(method, device)
+        method = norm.convert_sync_bn(method, device)
     if run.speed.channels_last:
         backbones.channels_last_(method)
     method.to(device).train()

@@ -75,13 +75,14 @@ def record(t) -> dict:
 def normalised() -> dict:
     """Output, gradients and statistics of batch norm over all ranks in fp64: this rank's share, gathered."""
     from fastssl import dist
+    from fastssl.norm import convert_sync_bn
 
     torch.manual_seed(0)
     x, up = torch.randn(2, 12, 5, 3, 3, dtype=torch.float64).unbind()
     mine = x.chunk(dist.world())[dist.rank()].clone().requires_grad_()
     norm = torch.nn.BatchNorm2d(5).double()
     torch.nn.init.uniform_(norm.weight)
-    norm = dist.convert_sync_bn(norm, torch.device("cpu"))
+    norm = convert_sync_bn(norm, torch.device("cpu"))
     y = norm(mine)
     (y * up.chunk(dist.world())[dist.rank()]).sum().backward()
     return {"y": dist.gather(y.detach()), "x": dist.gather(mine.grad), "weight": dist.sum_(norm.weight.grad),
@@ -189,7 +190,7 @@ def test_an_overflow_skips_the_step_and_everything_that_moves_with_it(results, z
 
 def test_running_statistics_move_once_per_step():
     """By the mean of the micro-batches' statistics, whatever their number; the first pass leaves no trace."""
-    from fastssl.engine import RunningStatistics
+    from fastssl.norm import RunningStatistics
 
     torch.manual_seed(0)
     norm, x = torch.nn.BatchNorm1d(5), torch.randn(24, 5).double()

@@ -13,7 +13,7 @@ LAYERS = """
     kernels data_prep
     config dist
     decode
-    loader backbones optim checkpoint log meters cluster
+    amp norm loader backbones optim checkpoint log meters cluster
     foreign
     state weights
     export

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fastssl import backbones, dist, views, weights
+from fastssl.amp import DTYPES
 from fastssl.config import Backbone
 from fastssl.eval import features, knn, linear
 from fastssl.kernels.views import View
@@ -162,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--std", type=_numbers(float))
         p.add_argument("--batch", type=int, default=256, help="images per rank and pass")
         p.add_argument("--workers", type=int, help="decoding threads per rank")
-        p.add_argument("--precision", choices=tuple(features.DTYPES), default="fp32")
+        p.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
         p.add_argument("--device", help="cpu or cuda; default: cuda when there is one")
         p.add_argument("--seed", type=int, default=0)
     p = protocols.choices["knn"]

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.amp import DTYPES
 from fastssl.backbones import evaluating
 from fastssl.kernels.views import View, make_views
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Pixels(nn.Module):

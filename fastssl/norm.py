@@ -1,0 +1,84 @@
+"""Batch norm over ranks and over micro-batches: global statistics, and running ones that move once per step."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import dist
+
+
+def convert_sync_bn(module: nn.Module, where: torch.device) -> nn.Module:
+    """Batch norm over the batch of all ranks: torch's on CUDA; on CPU, where torch has none, `SyncBatchNorm`."""
+    if dist.world() == 1:
+        return module
+    if where.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            child.__class__ = SyncBatchNorm
+    return module
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Statistics of all ranks' samples, equally many on each, with exact gradients."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        dims = [d for d in range(x.ndim) if d != 1]
+        shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        average = dist.mean(wide.mean(dims))
+        centred = wide - average.view(shape)
+        variance = dist.mean(centred.square().mean(dims))
+        if self.track_running_stats:
+            n = x.numel() // x.shape[1] * dist.world()
+            momentum = 1 / (int(self.num_batches_tracked) + 1) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(average.detach(), momentum)
+            self.running_var.lerp_(variance.detach() * (n / (n - 1)), momentum)
+            self.num_batches_tracked += 1
+        out = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(x.dtype)
+
+
+class RunningStatistics:
+    """Batch norm's running statistics move once per optimizer step, by the mean over its micro-batches.
+
+    Frozen in the first pass.  In the second, micro-batch i of K moves them by m / (K - (K - 1 - i) m), which makes the
+    product of what is kept 1 - m and the weight of each micro-batch m / K.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+                      and m.track_running_stats and m.momentum is not None]
+        self.momenta = [m.momentum for m in self.norms]
+        self.counts = [m.num_batches_tracked.clone() for m in self.norms]
+
+    @contextlib.contextmanager
+    def _momenta(self, momenta):
+        for norm, momentum in zip(self.norms, momenta):
+            norm.momentum = momentum
+        try:
+            yield
+        finally:
+            for norm, momentum in zip(self.norms, self.momenta):
+                norm.momentum = momentum
+
+    def frozen(self):
+        return self._momenta([0.0] * len(self.norms))
+
+    def shared(self, i: int, count: int):
+        return self._momenta([m / (count - (count - 1 - i) * m) for m in self.momenta])
+
+    def count_once(self) -> None:
+        for norm, count in zip(self.norms, self.counts):
+            if norm.training:
+                norm.num_batches_tracked.copy_(count + 1)
