@@ -1,6 +1,8 @@
 """A config is typed data: a wrong name is answered with the right one, a wrong value with the wanted type."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -87,3 +89,9 @@ def test_the_dump_is_json_and_says_everything(file):
                                 "norm": True}
     assert dumped["backbone"]["name"] == "resnet18"
     assert len(dumped["data"]["views"]) == 2 and dumped["data"]["views"][0]["size"] == 32
+
+
+def test_methods_and_configs_load_without_deepspeed():
+    """It picks CPU or CUDA when it is imported; `fastssl train` decides first."""
+    code = "import sys, fastssl.methods as m; m.main([]); sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-import deepspeed
 import torch
 import torch.distributed as td
 import torch.nn.functional as F
@@ -56,13 +55,20 @@ def ema_(target: nn.Module, online: list[nn.Module], momentum: float) -> None:
     torch._foreach_lerp_([p.data for p in ours], [p.data for p in theirs], 1 - momentum)
 
 
+def gathered(parameters: list[nn.Parameter], modifier_rank: int | None = None):
+    """A context in which ZeRO-3's parameters are whole; at other stages nothing happens."""
+    import deepspeed  # late: it picks its accelerator when it is imported, and a config imports methods
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
+
+
 @torch.no_grad()
 def overwrite_(parameter: nn.Parameter, value: Tensor) -> None:
     """Give a trainable parameter a new value, equal on all ranks, at any ZeRO stage: also in the fp32 copy that its
     optimizer keeps and would write back over it after the next step."""
     value = value.to(parameter)
     if hasattr(parameter, "ds_id"):  # ZeRO-3: this rank's shard, and the optimizer's copy of the shard
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        with gathered([parameter], modifier_rank=0):
             parameter.copy_(value)
         kept, _ = parameter._z3_optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False)
         kept.view(-1).copy_(parameter.ds_tensor.view(-1)[: kept.numel()])

@@ -73,9 +73,7 @@ class SwAV(nn.Module):
         """(K,) of each large crop: softmax((scores - center) / epsilon) are its balanced assignments."""
         c = self.config
         if c.queue and epoch >= c.queue_epoch:
-            import deepspeed  # late: it picks its accelerator when it is imported
-
-            with deepspeed.zero.GatheredParameters(list(self.prototypes.parameters())):
+            with parts.gathered(list(self.prototypes.parameters())):
                 scores = [torch.cat([s, rows.chunk(dist.world())[dist.rank()] @ self.prototypes.directions().T])
                           for s, rows in zip(scores, self.queue)]
         return [sinkhorn_center(s, c.epsilon, iterations=c.iterations, group=dist.group(), impl=self.kernels)
