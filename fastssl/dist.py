@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 
 import torch
 import torch.distributed as td
@@ -40,6 +41,9 @@ def _free_port() -> int:
 
 def shutdown() -> None:
     """Leave the process group; without it the DeepSpeed launcher reports exit code -6."""
+    comm = sys.modules.get("deepspeed.comm")
+    if comm is not None and comm.is_initialized():
+        comm.destroy_process_group()  # also forgets the groups that it keeps, so that another run can start
     if td.is_initialized():
         td.destroy_process_group()
 
