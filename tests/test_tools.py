@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -198,4 +199,5 @@ def test_every_command_has_help(capsys):
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
         assert end.value.code == 0 and f"usage: fastssl {command}" in capsys.readouterr().out
-    assert "fastssl.doctor" not in sys.modules
+    code = "import sys, fastssl.__main__ as m; m.main(['--help']); sys.exit('fastssl.doctor' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
