@@ -15,7 +15,7 @@ def get_config() -> Run:
         backbone=Backbone("resnet10", stem="cifar", width=16),
         data=Data(train="data/digits_train.beton", test="data/digits_test.beton", views=recipe,
                   eval_view=views.center(16, 16)[0]),
-        optim=Optim(name="adamw", lr=3e-3, batch=256, epochs=45, warmup_epochs=4, weight_decay=1e-4),
+        optim=Optim(name="adamw", lr=3e-3, batch=256, epochs=80, warmup_epochs=4, weight_decay=1e-4),
         speed=Speed(resident=True),
-        log=Log(every=25, checkpoint_epochs=0, knn_epochs=15),
+        log=Log(every=25, checkpoint_epochs=0, knn_epochs=20),
     )

@@ -47,11 +47,12 @@ def sheet(path: Path, panels: list[tuple[str, Tensor]]) -> None:
     figure, axes = pyplot.subplots(1, len(panels), width_ratios=widths, squeeze=False, layout="constrained",
                                    figsize=(0.6 * sum(widths) + len(panels), 0.6 * panels[0][1].shape[0] + 0.6))
     for axis, (title, grid) in zip(axes[0], panels):
-        rows, columns, gap = grid.shape[0], grid.shape[1], SIDE // 8
-        canvas = torch.ones(rows * SIDE, columns * SIDE + gap, 3)
-        for c in range(columns):
-            left = c * SIDE + (gap if c else 0)
-            canvas[:, left : left + SIDE] = grid[:, c].reshape(rows * SIDE, SIDE, 3)
+        rows, columns, step, apart = *grid.shape[:2], SIDE + SIDE // 16, SIDE // 8
+        canvas = torch.ones(rows * step, columns * step + apart, 3)
+        for r in range(rows):
+            for c in range(columns):
+                top, left = r * step, c * step + (apart if c else 0)
+                canvas[top : top + SIDE, left : left + SIDE] = grid[r, c]
         axis.imshow(canvas.numpy())
         axis.set_title(title, fontsize=10)
         axis.set_axis_off()
