@@ -6,15 +6,30 @@ distance is computed, in chunks that never hold them all.
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import dist
 from fastssl.eval.features import check, hits
+from fastssl.eval.subject import Subject, numbers
 
 QUERIES = 1024  # rows of the similarity matrix at a time
 SIMILARITIES = 1 << 26  # entries of it at a time: 256 MB
+NEEDS = ("train", "test")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--k", type=numbers(int), default=(10, 20, 100, 200))
+    parser.add_argument("--temperature", type=float, default=0.07)
+    parser.add_argument("--backend", choices=tuple(SEARCH), default="torch")
+
+
+def run(subject: Subject, args: argparse.Namespace) -> dict:
+    return knn(*subject.features(subject.train), *subject.features(subject.test), k=args.k,
+               temperature=args.temperature, backend=args.backend)  # fmt: skip
 
 
 @torch.no_grad()

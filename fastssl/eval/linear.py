@@ -6,6 +6,7 @@ backbone.  The setting is chosen on a tenth of the training set, then refitted o
 
 from __future__ import annotations
 
+import argparse
 import math
 
 import torch
@@ -13,12 +14,29 @@ from torch import Tensor
 
 from fastssl import dist
 from fastssl.eval.features import check, hits
+from fastssl.eval.subject import Subject, numbers
 from fastssl.loader import permutation
 
 LEARNING_RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # solver "sgd"
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # solver "lbfgs": l2 of the weights, loss = mean + l2 / 2 |W|^2
 MOMENTUM = 0.9
 LOGITS = 1 << 26  # entries of (rows, settings, classes) at a time: 256 MB, a few times over
+NEEDS = ("train", "test")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--solver", choices=("sgd", "lbfgs"), default="sgd")
+    parser.add_argument("--grid", type=numbers(float),
+                        help="learning rates (sgd) or l2 penalties (lbfgs) to choose from")
+    parser.add_argument("--epochs", type=int, default=100, help="lbfgs: at most so many iterations")
+    parser.add_argument("--probe-batch", type=int, default=1024)
+    parser.add_argument("--held-out", type=float, default=0.1,
+                        help="share of the training set that chooses the setting")
+
+
+def run(subject: Subject, args: argparse.Namespace) -> dict:
+    return probe(*subject.features(subject.train), *subject.features(subject.test), solver=args.solver, grid=args.grid,
+                 epochs=args.epochs, batch=args.probe_batch, held_out=args.held_out, seed=args.seed)  # fmt: skip
 
 
 @torch.no_grad()

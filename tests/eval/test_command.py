@@ -126,8 +126,8 @@ def test_lbfgs_and_options(run_folder, tmp_path):
     (["knn", "--backbone", "resnet18", "--train", "TRAIN", "--test", "TEST"], "give a run folder or a weight file"),
     (["linear", "RUN", "--held-out", "1"], "held_out=1.0"),
     (["linear", "RUN", "--test", "missing.beton"], "missing.beton"),
-    (["svm", "RUN"], "invalid choice: 'svm'"),
-    ([], "required: knn|linear"),
+    (["liner", "RUN"], "unknown protocol 'liner'; did you mean 'linear'"),
+    (["nothing"], "unknown protocol 'nothing'; known are knn, linear"),
 ], ids=lambda v: " ".join(v) if isinstance(v, list) else "")  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(run_folder, files, tmp_path, capsys, argv, text):
     torch.save(backbones.build(SPEC).state_dict(), tmp_path / "a.pth")

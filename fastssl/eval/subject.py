@@ -1,0 +1,127 @@
+"""What is evaluated, as the command line names it: a backbone with its weights, the view that it sees, the data."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import backbones, dist, export, views, weights
+from fastssl.amp import DTYPES
+from fastssl.config import Backbone
+from fastssl.eval import features
+from fastssl.kernels.views import View
+from fastssl.loader import Loader
+
+
+@dataclass
+class Subject:
+    """`backbone` is on the device; `weights` says in words where its tensors come from; `run` is its run's config."""
+
+    backbone: nn.Module
+    spec: Backbone
+    view: View
+    weights: str
+    run: dict | None
+    train: str | None
+    test: str | None
+    args: argparse.Namespace
+
+    def loader(self, path: str) -> Loader:
+        return _loader(path, self.args)
+
+    def features(self, path: str) -> tuple[Tensor, Tensor]:
+        """float32 features (N, dim) and labels (N,) or (N, C) of a file, the same on all ranks."""
+        return features.extract(self.backbone, self.loader(path), self.view, precision=self.args.precision)
+
+    def describe(self) -> dict:
+        return {"backbone": dataclasses.asdict(self.spec), "features": self.args.features, "weights": self.weights,
+                "train": self.train, "test": self.test, "view": dataclasses.asdict(self.view),
+                "precision": self.args.precision}  # fmt: skip
+
+
+def load(args: argparse.Namespace, needs: tuple[str, ...]) -> Subject:
+    """`needs`: which of "train" and "test" the protocol reads."""
+    if args.target and not Path(args.target).exists():
+        raise ValueError(f"no run folder or weight file {args.target}")
+    run = weights.run_config(args.target) if args.target else None
+    data = run["data"] if run else {}
+    files = {"train": args.train or data.get("bank") or data.get("train"), "test": args.test or data.get("test")}
+    missing = next((name for name in needs if not files[name]), None)
+    if missing:
+        raise ValueError(f"give --{missing} NAME.beton: {args.target or 'the command'} names none")
+    spec = export.spec_from(args, args.target)
+    if spec is None and args.features != "pixels":
+        raise ValueError("bare weights do not say what they are: give --backbone NAME (and --stem, --norm, --width)")
+    spec = spec or Backbone("resnet50")
+    view = _view(args, data, spec, _loader(files[needs[0]], args).card)
+    backbone, source = _backbone(args, spec, view)
+    return Subject(backbone.to(args.device), spec, view, str(source), run, files["train"], files["test"], args)
+
+
+def _loader(path: str, args: argparse.Namespace) -> Loader:
+    return Loader(path, args.batch * dist.world(), device=args.device, workers=args.workers, shuffle=False,
+                  drop_last=False)  # fmt: skip
+
+
+def _view(args, data: dict, spec: Backbone, card: dict) -> View:
+    fields = data.get("eval_view") or (data["views"][0] if data else {"size": 32 if spec.stem == "cifar" else 224})
+    view = View(**{key: value for key, value in fields.items() if key != "type"})
+    changes = {key: getattr(args, key) for key in ("size", "mean", "std") if getattr(args, key) is not None}
+    view = dataclasses.replace(view, **changes)
+    if not data.get("eval_view"):
+        view = views.default_view(view, card)
+    return view if args.resize is None else dataclasses.replace(view, resize=args.resize or None)
+
+
+def _backbone(args, spec: Backbone, view: View) -> tuple[nn.Module, object]:
+    """The module and what to call it."""
+    if args.features == "pixels":
+        return features.Pixels(view.size), "normalised pixels"
+    torch.manual_seed(args.seed)
+    backbone = backbones.build(spec)
+    if args.features == "untrained":
+        return backbone, f"an untrained {spec.name}, seed {args.seed}"
+    if args.target is None:
+        raise ValueError("give a run folder or a weight file, or --features untrained or pixels")
+    report = weights.load_backbone(args.target, backbone, prefix=args.prefix, which=args.which)
+    return backbones.channels_last_(backbone), report
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that all protocols share."""
+    parser.add_argument("target", nargs="?", metavar="RUN_OR_WEIGHTS",
+                        help="run folder, checkpoint folder, .safetensors, .pt or .pth")
+    parser.add_argument("--train", help=".beton of the bank or the training set; default: the run's")
+    parser.add_argument("--test", help=".beton to evaluate on; default: the run's")
+    parser.add_argument("--features", choices=("weights", "untrained", "pixels"), default="weights",
+                        help="the network's, or a baseline on the same images")
+    parser.add_argument("--out", help="write the result as JSON")
+    parser.add_argument("--which", choices=("student", "teacher"),
+                        help="the trained network or its moving average; default: what the method evaluates")
+    parser.add_argument("--prefix", help="where in the file the backbone lies, e.g. teacher.backbone.; default: found")
+    export.add_backbone_options(parser)
+    parser.add_argument("--size", type=int, help="side of the centre crop")
+    parser.add_argument("--resize", type=int,
+                        help="short side before the crop, 0: none; default: by the images' sizes")
+    parser.add_argument("--mean", type=numbers(float), help="R,G,B; default: the run's, else ImageNet's")
+    parser.add_argument("--std", type=numbers(float))
+    parser.add_argument("--batch", type=int, default=256, help="images per rank and pass")
+    parser.add_argument("--workers", type=int, help="decoding threads per rank")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda when there is one")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def numbers(kind):
+    def parse(text: str) -> tuple:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of numbers") from None
+
+    return parse
