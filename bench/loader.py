@@ -4,6 +4,7 @@ ours            fastssl.loader: one decode; delivers the decoded uint8 image, vi
 ffcv            FFCV's loader with a decoder per view: two decodes, two RandomResizedCrop(224) + flip, uint8
 torchvision     ImageFolder and DataLoader: one decode (Pillow), two RandomResizedCrop(224) + flip, then ToTensor and
                 Normalize as its users write them; ours and FFCV's users normalise on the device
+torchvision, SimCLR's views: the same with SimCLR's jitter, grayscale and blur, as its users have them there
 Two more rows separate the decoding from the cropping, which ours leaves to the device: `ffcv, one decoder` and
 `torchvision, decode only`.  All read the same bytes, with one worker a core, in interleaved repetitions.
 """
@@ -97,9 +98,10 @@ def contestants(beton: str, jpegs: Path, batch: int) -> dict:
     return {
         "ours": ours(beton, batch),
         "ffcv": ffcv(beton, batch, 2),
-        "torchvision": torchvision(jpegs, batch, 2),
+        "torchvision": torchvision(jpegs, batch, Views(2)),
+        "torchvision, SimCLR's views": torchvision(jpegs, batch, Views(2, simclr())),
         "ffcv, one decoder": ffcv(beton, batch, 1),
-        "torchvision, decode only": torchvision(jpegs, batch, 0),
+        "torchvision, decode only": torchvision(jpegs, batch, Views(0)),
     }
 
 
@@ -128,8 +130,8 @@ def ffcv(beton: str, batch: int, views: int):
     return lambda: sum(len(out[0]) for out in loader)
 
 
-def torchvision(jpegs: Path, batch: int, views: int):
-    data = datasets.ImageFolder(str(jpegs), Views(views))
+def torchvision(jpegs: Path, batch: int, views: Views):
+    data = datasets.ImageFolder(str(jpegs), views)
     order = torch.cat([torch.randperm(len(data)) for _ in range(PASSES)]).tolist()
     loader = torch.utils.data.DataLoader(data, batch, sampler=order, num_workers=WORKERS, drop_last=True,
                                          persistent_workers=True, multiprocessing_context="forkserver")  # fmt: skip
@@ -139,14 +141,21 @@ def torchvision(jpegs: Path, batch: int, views: int):
 class Views:
     """A list of `views` normalised crops; none: the image is only decoded."""
 
-    def __init__(self, views: int):
+    def __init__(self, views: int, colours: tuple = ()):
         self.views = views
         self.view = transforms.Compose([transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(),
-                                        transforms.ToTensor(),
+                                        *colours, transforms.ToTensor(),
                                         transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
 
     def __call__(self, image: Image.Image):
         return [self.view(image) for _ in range(self.views)] or np.asarray(image).shape
+
+
+def simclr() -> tuple:
+    """What SimCLR does to a crop: https://arxiv.org/abs/2002.05709, appendix A."""
+    jitter = transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)
+    blur = transforms.GaussianBlur(SIZE // 20 * 2 + 1, (0.1, 2.0))
+    return (transforms.RandomApply([jitter], 0.8), transforms.RandomGrayscale(0.2), transforms.RandomApply([blur], 0.5))
 
 
 def measure(runs: dict, repeats: int) -> dict[str, list[float]]:
@@ -165,7 +174,7 @@ def report(name: str, card: dict, rates: dict) -> None:
     print(f"\n{card['samples']} images {name}, {card['mean_pixels']:.0f} pixels on average, {WORKERS} workers")
     ours = np.median(rates["ours"])
     for row, values in rates.items():
-        print(f"  {row:26}{np.median(values):8.0f} images/s ({min(values):.0f} to {max(values):.0f}, n={len(values)})"
+        print(f"  {row:28}{np.median(values):8.0f} images/s ({min(values):.0f} to {max(values):.0f}, n={len(values)})"
               f"   ours is {ours / np.median(values):.2f} times as fast")  # fmt: skip
 
 
