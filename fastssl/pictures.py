@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from fastssl.kernels.views import View, make_views
+from fastssl.loader import Batch, Loader
 
 SIDE = 64  # pixels of one tile
 
@@ -29,6 +33,27 @@ def view_rows(batch, views: tuple[View, ...], seed: int, epochs: int = 3) -> Ten
         made = make_views(batch.pixels, batch.sizes, batch.index, views, seed=seed, epoch=epoch)
         columns += [tiles(x, view) for x, view in zip(made, views)]
     return torch.stack(columns, 1)
+
+
+def batches(path: str, rows: np.ndarray, *, batch: int = 256, device=None, workers: int | None = None) -> Iterator[Batch]:
+    """These rows of a file, each at most once, in their order; all of them on this rank."""
+    loader = Loader(path, batch, device=device, workers=workers, shuffle=False, drop_last=False, rank=0, world=1)
+    left = len(rows)
+    with closing(loader.epoch(0, order=np.resize(rows, loader.samples))) as source:  # an epoch has as many rows as the
+        for made in source:  # file: what comes after ours is not asked for
+            keep = min(left, len(made.index))
+            yield Batch(made.pixels[:keep], made.sizes[:keep], made.index[:keep], made.label[:keep], 0, made.step)
+            left -= keep
+            if not left:
+                return
+
+
+def images(path: str, rows: np.ndarray, view: View, *, device=None, workers: int | None = None) -> Tensor:
+    """Tiles (len(rows), SIDE, SIDE, 3) of these rows of a file, which may repeat, as `view` shows them."""
+    once, places = np.unique(rows, return_inverse=True)
+    made = [tiles(make_views(b.pixels, b.sizes, b.index, (view,), seed=0, epoch=0)[0], view)
+            for b in batches(path, once, batch=min(64, len(once)), device=device, workers=workers)]  # fmt: skip
+    return torch.cat(made)[torch.from_numpy(places)]
 
 
 def neighbours(bank: Tensor, queries: Tensor, count: int) -> Tensor:

@@ -21,8 +21,15 @@ from fastssl.eval import subject as subjects
 PROTOCOLS = {  # name: what it measures
     "knn": "weighted k nearest neighbours on frozen features",
     "linear": "a linear probe on frozen features",
+    "map": "a picture of the features in two dimensions: pca, tsne, umap",
+    "neighbours": "a sheet of images with their nearest neighbours",
 }
-METRICS = {"top1": "top-1 %", "top5": "top-5 %"}  # key of a row: heading; a row's other keys are its setting
+METRICS = {  # key of a row: heading; a row's other keys are its setting
+    "top1": "top-1 %",
+    "top5": "top-5 %",
+    "precision": "precision %",
+    "trustworthiness": "trust %",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

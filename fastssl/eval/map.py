@@ -1,0 +1,173 @@
+"""A map of the features in two dimensions, coloured by class: PCA, t-SNE (https://jmlr.org/papers/v9/vandermaaten08a.html)
+or UMAP (https://arxiv.org/abs/1802.03426), as a picture and as coordinates.
+
+A map shows which images the features hold to be alike; distances between far groups and the groups' sizes mean nothing
+in t-SNE and UMAP.  Rows are scaled to length 1 first, so that what is near on the map is near to the kNN probe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl import dist
+from fastssl.eval.subject import Subject
+from fastssl.loader import permutation
+
+NEEDS = ("test",)
+METHODS = ("pca", "tsne", "umap")
+DIMS = 50  # t-SNE and UMAP start from so many principal components: the distances hardly change, the search is faster
+NEIGHBOURS = 10  # of trustworthiness
+TRUSTED = 10_000  # points: its matrices of N x N numbers are 800 MB each there
+OTHERS = "#9a9a9a"  # classes beyond the colours, and images without a class
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f3fbf", "#a3a500", "#e31a5f")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", default="tsne", help=f"some of {', '.join(METHODS)}, with commas between them")
+    parser.add_argument("--points", type=int, default=5000, help="images drawn from the test file; 0: all")
+    parser.add_argument("--perplexity", type=float, help="t-SNE's; default 30, or a third of fewer than 90 points")
+    parser.add_argument("--near", type=int, default=15, help="UMAP's n_neighbors")
+    parser.add_argument("--min-dist", type=float, default=0.1, help="UMAP's")
+    parser.add_argument("--folder", help="for map_METHOD.png and .npy; default: eval/ in the run's folder")
+
+
+def run(subject: Subject, args: argparse.Namespace) -> dict:
+    methods = tuple(dict.fromkeys(args.method.split(",")))
+    for method in methods:
+        check_method(method)
+    folder = output_folder(args)
+    x, y = subject.features(subject.test)
+    rows = sample(len(x), args.points, args.seed)
+    options = {"points": len(rows), "of_images": len(x), "dim": x.shape[1], "seed": args.seed}
+    results = []
+    if dist.is_main():
+        x, y = x[torch.from_numpy(rows).to(x.device)].cpu(), y[torch.from_numpy(rows).to(y.device)].cpu()
+        labels = y.numpy() if y.ndim == 1 else np.full(len(y), -1)
+        names = subject.loader(subject.test).classes
+        for method in methods:
+            xy, facts = project(x, method, seed=args.seed, perplexity=args.perplexity, near=args.near,
+                                min_dist=args.min_dist)  # fmt: skip
+            if len(x) <= TRUSTED:
+                facts["trustworthiness"] = trustworthiness(x, xy)
+            write(folder, method, xy, labels, rows, names)
+            results.append({"method": method, **facts, "picture": str(folder / f"map_{method}.png")})
+    return {"protocol": "map", "options": options, "results": results}
+
+
+def output_folder(args: argparse.Namespace) -> Path:
+    """--folder, or eval/ of the run that is evaluated."""
+    if args.folder:
+        return Path(args.folder)
+    if args.target and (Path(args.target) / "config.json").is_file():
+        return Path(args.target) / "eval"
+    raise ValueError(f"say where to write the pictures: --folder FOLDER ({args.target or 'the command'} names no run)")
+
+
+def sample(count: int, points: int, seed: int = 0) -> np.ndarray:
+    """`points` of `count` rows (0: all), drawn without repetition, in ascending order; int64."""
+    if points < 0:
+        raise ValueError(f"points={points}: give a number of images, or 0 for all")
+    return np.sort(permutation(count, seed, 0)[: points or count])
+
+
+def check_method(method: str) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: known are {', '.join(METHODS)}")
+    if method == "umap":
+        _umap()
+
+
+def project(features: Tensor, method: str, *, seed: int = 0, perplexity: float | None = None, near: int = 15,
+            min_dist: float = 0.1) -> tuple[np.ndarray, dict]:
+    """float32 coordinates (N, 2) of features (N, dim), and the settings and figures of the method.  Needs N > 4."""
+    check_method(method)
+    if features.ndim != 2 or len(features) < 5:
+        raise ValueError(f"features of shape {tuple(features.shape)}: a map needs (N, dim) with N of 5 or more")
+    if not features.isfinite().all():
+        raise ValueError("some features are NaN or infinite: the training diverged, or precision is too low")
+    x = F.normalize(features.double(), dim=1).cpu().numpy()
+    from sklearn.decomposition import PCA
+
+    dims = min(2 if method == "pca" else DIMS, *x.shape)
+    pca = PCA(dims, random_state=seed)
+    x = pca.fit_transform(x)
+    if method == "pca":
+        xy = np.pad(x, ((0, 0), (0, 2 - dims)))  # one-dimensional features lie on a line
+        return xy.astype(np.float32), {"variance_%": round(100 * float(pca.explained_variance_ratio_.sum()), 2)}
+    if method == "tsne":
+        return _tsne(x, seed, perplexity)
+    if not 1 < near < len(x):
+        raise ValueError(f"near={near}: must be between 2 and {len(x) - 1}, the other points")
+    xy = _umap()(n_neighbors=near, min_dist=min_dist, random_state=seed, n_jobs=1).fit_transform(x)
+    return np.asarray(xy, np.float32), {"near": near, "min_dist": min_dist}
+
+
+def _tsne(x: np.ndarray, seed: int, perplexity: float | None) -> tuple[np.ndarray, dict]:
+    from sklearn.manifold import TSNE
+
+    perplexity = perplexity or min(30.0, (len(x) - 1) / 3)
+    if not 1 <= perplexity < len(x):
+        raise ValueError(f"perplexity={perplexity:g}: must be from 1 to below {len(x)}, the number of points")
+    tsne = TSNE(perplexity=perplexity, init="pca" if x.shape[1] > 1 else "random", random_state=seed)
+    xy = tsne.fit_transform(x.astype(np.float32))
+    return xy.astype(np.float32), {"perplexity": perplexity, "kl": round(float(tsne.kl_divergence_), 4)}
+
+
+def _umap():
+    try:
+        from umap import UMAP  # some seconds: it compiles
+    except ImportError:
+        raise ValueError('method=umap needs umap-learn: pip install "fastssl[umap]", or use tsne or pca') from None
+    return UMAP
+
+
+def trustworthiness(features: Tensor, xy: np.ndarray) -> float:
+    """How far the nearest points on the map are nearest by the features, too, in percent: 100 where all are
+    (https://lvdmaaten.github.io/publications/papers/TR_Dimensionality_Reduction_Review_2009.pdf)."""
+    from sklearn.manifold import trustworthiness as of
+
+    k = min(NEIGHBOURS, (len(xy) - 1) // 2)
+    return 100 * float(of(F.normalize(features.double(), dim=1).cpu().numpy(), xy, n_neighbors=k))
+
+
+def palette(labels: np.ndarray, names: list[str] | None) -> list[tuple[str, str, np.ndarray]]:
+    """(class name, colour, its points) of the classes with most points, then of the rest in gray."""
+    found, counts = np.unique(labels[labels >= 0], return_counts=True)
+    shown = np.sort(found[np.argsort(-counts, kind="stable")[: len(COLOURS)]])
+    name = lambda c: names[c] if names and c < len(names) else f"class {c}"  # noqa: E731
+    out = [(str(name(c)), COLOURS[i], np.flatnonzero(labels == c)) for i, c in enumerate(shown)]
+    rest, none = np.flatnonzero((labels >= 0) & ~np.isin(labels, shown)), np.flatnonzero(labels < 0)
+    out += [(f"{len(found) - len(shown)} more classes", OTHERS, rest)] * bool(len(rest))
+    return out + [("no class", OTHERS, none)] * bool(len(none))
+
+
+def write(folder: Path, method: str, xy: np.ndarray, labels: np.ndarray, rows: np.ndarray, names=None) -> None:
+    """map_METHOD.png; .npy with the coordinates (N, 2); _samples.npy with each point's row in the file and class."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, axis = pyplot.subplots(figsize=(8, 6.2), layout="constrained")
+    groups = palette(labels, names)
+    for name, colour, points in reversed(groups):  # gray below
+        axis.scatter(*xy[points].T, s=max(3, 24 - len(xy) / 200), c=colour, label=name, alpha=0.8, linewidths=0)
+    handles, texts = axis.get_legend_handles_labels()
+    axis.legend(handles[::-1], texts[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
+    axis.set(title=f"{method}, {len(xy):,} images", xticks=[], yticks=[], aspect="equal")
+    stem = folder / f"map_{method}"
+    for path, save in ((f"{stem}.png", lambda f: figure.savefig(f, dpi=130, format="png")),
+                       (f"{stem}.npy", lambda f: np.save(f, xy)),
+                       (f"{stem}_samples.npy", lambda f: np.save(f, np.stack([rows, labels], 1)))):  # fmt: skip
+        with open(path + ".tmp", "wb") as f:
+            save(f)
+        os.replace(path + ".tmp", path)
+    pyplot.close(figure)

@@ -1,0 +1,68 @@
+"""A sheet of test images with their nearest training images by cosine similarity, and how many share their class.
+
+The picture shows what the features hold to be alike, the number how often that is the class: the share of the k
+nearest training images that have the query's class, over all test images (precision at k).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl import dist, pictures
+from fastssl.eval import knn
+from fastssl.eval.map import output_folder, sample
+from fastssl.eval.subject import Subject
+
+NEEDS = ("train", "test")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--k", type=int, default=8, help="neighbours of each image")
+    parser.add_argument("--queries", type=int, default=10, help="test images on the sheet, drawn by --seed")
+    parser.add_argument("--folder", help="for neighbours.png; default: eval/ in the run's folder")
+
+
+def run(subject: Subject, args: argparse.Namespace) -> dict:
+    folder = output_folder(args)
+    if args.queries < 1:
+        raise ValueError(f"queries={args.queries}: give the number of test images on the sheet")
+    bank, bank_labels = subject.features(subject.train)
+    queries, labels = subject.features(subject.test)
+    found = nearest(bank, queries, args.k)
+    row = {"k": args.k}
+    if bank_labels.ndim == 1 and labels.ndim == 1 and (labels >= 0).any():
+        known = labels >= 0
+        row["precision"] = 100 * (bank_labels[found] == labels[:, None])[known].float().mean().item()
+    shown = sample(len(queries), min(args.queries, len(queries)), args.seed)
+    path = folder / "neighbours.png"
+    if dist.is_main():
+        near = found.cpu().numpy()[shown]
+        tiles = [pictures.images(file, rows, subject.view, device=args.device, workers=args.workers)
+                 for file, rows in ((subject.test, shown), (subject.train, near.flatten()))]  # fmt: skip
+        grid = torch.cat([tiles[0][:, None], tiles[1].view(len(shown), args.k, *tiles[1].shape[1:])], 1)
+        temporary = folder / "neighbours.tmp.png"
+        pictures.sheet(temporary, [("a test image and its nearest training images", grid)])
+        os.replace(temporary, path)
+    options = {"bank": len(bank), "queries": len(queries), "dim": bank.shape[1], "seed": args.seed,
+               "shown": shown.tolist()}  # fmt: skip
+    return {"protocol": "neighbours", "options": options, "results": [{**row, "picture": str(path)}]}
+
+
+@torch.no_grad()
+def nearest(bank: Tensor, queries: Tensor, k: int) -> Tensor:
+    """int64 (M, k): rows of bank (N, dim) nearest to queries (M, dim) by cosine similarity, nearest first."""
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k={k}: must be between 1 and {len(bank)}, the samples that can be neighbours")
+    for name, x in (("training set", bank), ("test set", queries)):
+        bad = ~x.isfinite().all(1)
+        if bad.any():
+            raise ValueError(f"{name}: {int(bad.sum())} of {len(x)} features are NaN or infinite (first: sample "
+                             f"{int(bad.nonzero()[0])}): the training diverged, or precision is too low")  # fmt: skip
+    search = knn.SEARCH["torch"](F.normalize(bank.float(), dim=1), k, False)
+    parts = [search(F.normalize(part.float(), dim=1), 0)[1] for part in queries.split(knn.QUERIES)]
+    return torch.cat(parts) if parts else torch.empty(0, k, dtype=torch.int64)
