@@ -96,6 +96,7 @@ def fit(run: Run, hooks: list = (), *, resume: bool = False, device: str | None 
     else:
         state.write_config(t)
         log.text(t.schedule.table)
+    state.note_environment(t)
 
     count = run.optim.batch // dist.world() // micro_batch(run)
     while t.step < t.total_steps:

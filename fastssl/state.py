@@ -6,6 +6,11 @@ export whatever the stage), `state.pt` (step, loss scale, hooks, config) and `ra
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import time
+from importlib import metadata
 from pathlib import Path
 
 import deepspeed
@@ -120,3 +125,29 @@ def write_config(t) -> None:
     if dist.is_main():
         t.folder.mkdir(parents=True, exist_ok=True)
         (t.folder / "config.json").write_text(dumps(t.run))
+
+
+def note_environment(t) -> None:
+    """Add to environment.json where the run is started, or continued: one entry each, with the step."""
+    if not dist.is_main():
+        return
+    path, device = t.folder / "environment.json", t.device
+    try:
+        before = json.loads(path.read_text()) if t.step else []
+    except (OSError, ValueError):  # a run of before this record, or killed while it was written
+        before = []
+    cuda = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    entry = {"step": t.step, "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), "ranks": dist.world(),
+             "device": f"{cuda.name}, {cuda.total_memory / 2**30:.0f} GiB" if cuda else _processor(),
+             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+             "system": platform.platform(), "python": platform.python_version(), "cuda": torch.version.cuda or "none",
+             **{name: metadata.version(name) for name in ("fastssl", "torch", "torchvision", "ffcv", "deepspeed")}}
+    path.write_text(json.dumps([*before, entry], indent=1) + "\n")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or an ARM core, which has no such line
+        return platform.processor() or platform.machine()
