@@ -70,10 +70,10 @@ def config(name: str, **changes):
     return importlib.import_module(f"fastssl.methods.{case.module or name}").Config(**{**case.settings, **changes})
 
 
-def run(name: str, *, norm: bool = False, batch: int = 16, micro: int | None = None, zero: int = 0,
-        steps: int = 2) -> Run:
+def run(name: str, *, norm: bool = False, batch: int = 16, micro: int | None = None, zero: int = 0, steps: int = 2,
+        **changes) -> Run:
     case = CASES[name]
-    method = config(name, norm=norm) if case.norm else config(name)
+    method = config(name, norm=norm, **changes) if case.norm else config(name, **changes)
     return Run(method=method, backbone=case.backbone, data=Data(train="memory", views=case.views), seed=3, sync_bn=True,
                optim=Optim(lr=0.05, batch=batch, epochs=1, steps=steps, weight_decay=1e-4, schedule="constant"),
                speed=Speed(zero=zero, micro_batch=micro, workers=1), log=Log(tensorboard=False),

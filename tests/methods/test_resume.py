@@ -1,0 +1,69 @@
+"""Every method trained by the engine, stopped in the middle of an epoch and continued: the same losses and weights to
+the last bit."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import method_cases as cases
+import ranks
+
+STEPS, SAVED, BATCH = 13, 10, 16  # SAVED is in the middle of an epoch of 72 // 16 steps
+DROPOUT = {"odc": {"dropout": 0.5}, "relative_loc": {"dropout": 0.5}}
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [r for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in r]
+
+
+def train(name: str, root: Path) -> dict:
+    """Straight through; then from the checkpoint at SAVED once more."""
+    import safetensors.torch
+
+    from fastssl import checkpoint, engine
+
+    run = cases.run(name, norm=cases.CASES[name].norm, batch=BATCH, steps=STEPS, **DROPOUT.get(name, {}))
+    run.name, run.log.root, run.deterministic = name, str(root), True
+    run.log.every, run.log.checkpoint_steps, run.log.keep = 1, SAVED, 2
+    found = {}
+    for way in ("whole", "resumed"):
+        t = engine.fit(run, resume=way == "resumed", device="cpu")
+        last = checkpoint.newest(t.folder)
+        assert last.name == f"step_{STEPS:08d}"
+        found[way] = {"log": log_of(t.folder), "weights": safetensors.torch.load_file(last / "weights.safetensors")}
+        shutil.rmtree(last)
+    return found
+
+
+def worker(out: str, root: str) -> None:
+    from fastssl import dist, engine
+
+    dist.init("cpu")
+    engine.Loader = cases.Memory
+    torch.save({name: train(name, Path(root)) for name in cases.CASES}, out)
+    dist.shutdown()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    return ranks.launch(__file__, 1, folder / "out.pt", str(folder))
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_resumes_in_mid_epoch_to_the_same_bits(runs, name):
+    whole, resumed = runs[name]["whole"], runs[name]["resumed"]
+    assert [r["loss"] for r in resumed["log"]] == [r["loss"] for r in whole["log"]]
+    assert len(whole["log"]) == STEPS
+    assert whole["weights"].keys() == resumed["weights"].keys()
+    moved = [key for key, value in whole["weights"].items() if not torch.equal(value, resumed["weights"][key])]
+    assert not moved
+
+
+if __name__ == "__main__":
+    ranks.main(worker)
