@@ -7,21 +7,64 @@ import importlib
 import pkgutil
 import re
 import sys
+import textwrap
+from pathlib import Path
+
+from torch import nn
+
+FAMILIES = {
+    "pretext task": "relative_loc rotation",
+    "clustering": "deepcluster odc deepclusterv2 swav",
+    "instance discrimination": "npid moco simclr dcl nnclr densecl mocov3",
+    "prediction of a target network": "byol simsiam dino",
+    "statistics of the embeddings": "barlow vicreg lejepa",
+    "masked images": "mae",
+    "labels": "supcon supervised",
+}
 
 
 def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "parts")
 
 
+def state(method: nn.Module) -> list[str]:
+    """What the method keeps from step to step beside trained weights, as its checkpoint names it."""
+    buffers = {re.sub(r"_?\d+$", "", name) for name, _ in method.named_buffers(recurse=False)}
+    encoders = {name for name, child in method.named_children()
+                if any(True for _ in child.parameters()) and not any(p.requires_grad for p in child.parameters())}
+    return sorted(encoders) + sorted(buffers)
+
+
+def describe(name: str) -> str:
+    """Title, paper, views, state, settings and configs, all read off the method's file and its configs."""
+    from fastssl import backbones, config  # seconds: torchvision
+
+    module = importlib.import_module(f"{__name__}.{name}")
+    folder = config.quickstart().parent
+    run = config.load(folder / "smoke" / f"{name}.py")
+    built = run.method.build(backbones.build(run.backbone), samples=50_000, batch=run.optim.batch, classes=["a", "b"],
+                             epochs=1, kernels="reference")  # fmt: skip
+    lines = {
+        "": re.sub(r"\s*https?://\S+", "", module.__doc__.split("\n\n")[0]).replace("\n", " ").strip(),
+        "paper": " ".join(re.findall(r"https?://\S+", module.__doc__)),
+        "views": "any number" if built.views is None else str(built.views),
+        "state": ", ".join(state(built)) or "none",
+        "settings": ", ".join(f"{key}={value!r}" for key, value in vars(module.Config()).items()),
+        "configs": " ".join(f"configs/{Path(file).relative_to(folder)}"
+                            for file in [*sorted(folder.glob(f"{name}/*.py")), folder / "smoke" / f"{name}.py"]),
+    }
+    return "\n".join(textwrap.fill(f"{key:9}{text}".strip() if key else text, 118, initial_indent="    ",
+                                   subsequent_indent=" " * (13 if key else 4), break_long_words=False,
+                                   break_on_hyphens=False) for key, text in lines.items())  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> int:
-    """List every method with what it is, its paper and its settings, all read off its file."""
+    """List every method by its family with what it is."""
     argparse.ArgumentParser("fastssl methods", description="List the methods.").parse_args(argv)
-    for name in names():
-        module = importlib.import_module(f"{__name__}.{name}")
-        title = re.sub(r"\s*https?://\S+", "", module.__doc__.split("\n\n")[0]).replace("\n", " ").strip()
-        papers = " ".join(re.findall(r"https?://\S+", module.__doc__))
-        settings = ", ".join(f"{f}={v!r}" for f, v in vars(module.Config()).items())
-        print(f"{name}\n  {title}\n  {papers}\n  {settings}")
+    for family, members in FAMILIES.items():
+        print(f"{family}\n")
+        for name in members.split():
+            print(f"  {name}\n{describe(name)}\n")
     return 0
 
 

@@ -69,3 +69,14 @@ def test_every_method_has_its_configs_and_its_paper(method):
     assert (ROOT / "configs" / "smoke" / f"{method}.py").exists()
     doc = importlib.import_module(f"fastssl.methods.{method}").__doc__
     assert "https://arxiv.org/abs/" in doc or method == "supervised"
+
+
+def test_every_method_is_listed_in_one_family(capsys):
+    families = [name for members in methods.FAMILIES.values() for name in members.split()]
+    assert sorted(families) == methods.names()
+    assert methods.main([]) == 0
+    listed = capsys.readouterr().out
+    assert listed.count("paper    https://arxiv.org/abs/") == len(families) - 1  # "supervised" has none
+    assert all(name(path) in listed.replace("\n", " ") for path in FILES if path.name != "quickstart.py"
+               and path.stem != "simclr_cifar10")  # fmt: skip
+    assert "state    target, pointer, queue" in listed  # MoCo's
