@@ -21,7 +21,7 @@ from fastssl.eval import subject as subjects
 PROTOCOLS = {  # name: what it measures
     "knn": "weighted k nearest neighbours on frozen features",
     "linear": "a linear probe on frozen features",
-    "map": "a picture of the features in two dimensions: pca, tsne, umap",
+    "maps": "pictures of the features in two dimensions: pca, tsne, umap",
     "neighbours": "a sheet of images with their nearest neighbours",
 }
 METRICS = {  # key of a row: heading; a row's other keys are its setting

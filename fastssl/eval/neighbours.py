@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastssl import dist, pictures
 from fastssl.eval import knn
-from fastssl.eval.map import output_folder, sample
+from fastssl.eval.maps import output_folder, sample
 from fastssl.eval.subject import Subject
 
 NEEDS = ("train", "test")

@@ -58,7 +58,7 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
                 facts["trustworthiness"] = trustworthiness(x, xy)
             write(folder, method, xy, labels, rows, names)
             results.append({"method": method, **facts, "picture": str(folder / f"map_{method}.png")})
-    return {"protocol": "map", "options": options, "results": results}
+    return {"protocol": "maps", "options": options, "results": results}
 
 
 def output_folder(args: argparse.Namespace) -> Path:
