@@ -115,6 +115,10 @@ class Loader:
                              f"{ {k: card.get(k) for k in facts} }, needed {facts}; convert again")  # fmt: skip
         return card
 
+    def labels(self) -> np.ndarray:
+        """int64 (N,) or float32 (N, C) of all samples in file order; no image is decoded."""
+        return self._beton.labels(np.arange(self.samples))
+
     def epoch(self, epoch: int, start: int = 0, order: np.ndarray | None = None) -> Iterator[Batch]:
         """`micro` Batches per step for the steps from `start`; nothing before it is decoded.  `order`: rows to go
         through instead of the epoch's permutation, as many as there are samples; rows may repeat."""

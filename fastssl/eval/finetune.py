@@ -1,0 +1,98 @@
+"""Full fine-tuning on all labels, the last epoch's accuracy.
+
+Transformers of timm by MAE's recipe (https://arxiv.org/abs/2111.06377, table 9): AdamW, layer-wise decay of the rate,
+mixup and cutmix when asked for.  Other networks by SimCLR's: SGD without weight decay, one rate.  Views are a
+random-resized crop and a flip alone; MAE's published figures add RandAugment and random erasing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+
+from fastssl import dist
+from fastssl.config import Optim
+from fastssl.eval import tuning
+from fastssl.eval.subject import Subject
+
+NEEDS = ("train", "test")
+TRANSFORMER = {"optimizer": "adamw", "lr": 5e-4, "train_batch": 1024, "epochs": 100, "warmup_epochs": 5.0,
+               "weight_decay": 0.05, "layer_decay": 0.65, "drop_path": 0.1, "smoothing": 0.1}  # fmt: skip
+OTHER = {"optimizer": "sgd", "lr": 0.05, "train_batch": 256, "epochs": 30, "warmup_epochs": 0.0, "weight_decay": 0.0,
+         "layer_decay": 1.0, "drop_path": 0.0, "smoothing": 0.0}  # fmt: skip
+LR_END = 1e-6  # MAE's min_lr
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--optimizer", choices=("adamw", "sgd"), help="default: adamw for transformers, else sgd")
+    add("--lr", type=float, help="for a batch of 256, scaled linearly; default: 5e-4 for transformers, else 0.05")
+    add("--train-batch", type=int, help="of all ranks together; default: 1024 for transformers, else 256")
+    add("--epochs", type=int, help="default: 100 for transformers, else 30")
+    add("--warmup-epochs", type=float, help="default: 5 for transformers, else 0; then a cosine")
+    add("--weight-decay", type=float, help="default: 0.05 for transformers (not on norms and biases), else 0")
+    add("--layer-decay", type=float, help="1: one rate; default: 0.65 for transformers")
+    add("--drop-path", type=float, help="default: 0.1 for transformers")
+    add("--smoothing", type=float, help="of labels; default: 0.1 for transformers, else 0")
+    add("--mixup", type=float, default=0.0, help="alpha (MAE: 0.8)")
+    add("--cutmix", type=float, default=0.0, help="alpha (MAE: 1.0)")
+    add("--clip", type=float, default=0.0, help="norm of the gradient")
+    add("--pool", choices=("avg", "token"), help="transformers: what the head sees (MAE: avg); default: as built")
+    tuning.add_options(parser)
+
+
+def run(subject: Subject, args: argparse.Namespace) -> dict:
+    is_transformer = hasattr(getattr(subject.backbone, "body", None), "patch_embed")
+    chosen = {key: getattr(args, key) if getattr(args, key) is not None else value
+              for key, value in (TRANSFORMER if is_transformer else OTHER).items()}  # fmt: skip
+    _check({**chosen, "mixup": args.mixup, "cutmix": args.cutmix, "clip": args.clip})
+    backbone = copy.deepcopy(subject.backbone)
+    if args.pool:
+        tuning.blocks(backbone, "--pool")
+        backbone.body.reset_classifier(0, args.pool)
+    if chosen["drop_path"]:
+        tuning.drop_path_(backbone, chosen["drop_path"])
+    loader, test = tuning.training_loader(subject, chosen["train_batch"]), subject.loader(subject.test)
+    classes = tuning.classes(loader, test)
+    if (args.mixup or args.cutmix) and loader.batch // dist.world() // loader.micro % 2:
+        raise ValueError("--mixup and --cutmix mix pairs: the images per rank and pass must be even")
+    optim = settings(backbone, chosen, args.clip, args.precision)
+    model = tuning.train(backbone, loader, tuning.training_view(subject.view), optim, classes=classes, seed=args.seed,
+                         smoothing=chosen["smoothing"], mixup=args.mixup, cutmix=args.cutmix,
+                         log=lambda text: dist.is_main() and print(text, flush=True))  # fmt: skip
+    row = tuning.accuracy(model, test, subject.view, classes=classes, precision=args.precision)
+    options = {**chosen, "mixup": args.mixup, "cutmix": args.cutmix, "clip": args.clip, "pool": args.pool,
+               "seed": args.seed, "train": loader.samples, "test": test.samples, "classes": classes}  # fmt: skip
+    return {"protocol": "finetune", "options": options,
+            "results": [{"optimizer": chosen["optimizer"], "epochs": chosen["epochs"], **row}]}  # fmt: skip
+
+
+def settings(backbone, chosen: dict, clip: float, precision: str) -> Optim:
+    """config.Optim of these options; for transformers with the rates of the layers and no decay of norms and biases."""
+    lr, batch = chosen["lr"], chosen["train_batch"]
+    paramwise = {}
+    if chosen["layer_decay"] != 1:
+        paramwise |= tuning.layer_decay(backbone, chosen["layer_decay"])
+    if hasattr(backbone, "body") and chosen["weight_decay"]:
+        exempt = getattr(backbone.body, "no_weight_decay", set)()
+        names = {name for name, _ in backbone.body.named_parameters()}
+        paramwise |= {"ndim<=1": {"weight_decay": 0.0}}
+        paramwise |= {rf"^backbone\.body\.{name}$": {"weight_decay": 0.0} for name in sorted(exempt & names)}
+    return Optim(name=chosen["optimizer"], lr=lr, base_batch=256, batch=batch, epochs=chosen["epochs"],
+                 weight_decay=chosen["weight_decay"], warmup_epochs=chosen["warmup_epochs"], warmup_ratio=0.0,
+                 lr_end=min(1.0, LR_END / (lr * batch / 256)), clip=clip, precision=precision,
+                 paramwise=paramwise)  # fmt: skip
+
+
+def _check(values: dict) -> None:
+    for key in ("lr", "train_batch", "epochs", "layer_decay"):
+        if not values[key] > 0:
+            raise ValueError(f"--{key.replace('_', '-')} {values[key]} must be positive")
+    for key in ("warmup_epochs", "weight_decay", "mixup", "cutmix", "clip"):
+        if not values[key] >= 0:
+            raise ValueError(f"--{key.replace('_', '-')} {values[key]} must not be negative")
+    for key in ("drop_path", "smoothing"):
+        if not 0 <= values[key] < 1:
+            raise ValueError(f"--{key.replace('_', '-')} {values[key]} must be at least 0 and below 1")
+    if values["layer_decay"] > 1:
+        raise ValueError(f"--layer-decay {values['layer_decay']} must be at most 1")

@@ -1,0 +1,189 @@
+"""Semi-supervised classification: the network fine-tuned on 1 % or 10 % of the labels (OpenSelfSup's protocol).
+
+Nine trainings, the backbone's rate x the head's multiple of it; the published figure is the best of the nine ON THE
+TEST SET ("selected_on=test").  Beside it stands the cell that a held-out part of the labelled images chooses; for that
+the nine are trained once more on the rest of the labelled images.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from fastssl import dist
+from fastssl.config import Optim
+from fastssl.eval import tuning
+from fastssl.eval.subject import Subject, numbers
+from fastssl.loader import Loader, permutation
+
+NEEDS = ("train", "test")
+RATES, HEAD_MULTS = (0.001, 0.01, 0.1), (1.0, 10.0, 100.0)
+WEIGHT_DECAY = {1: 5e-4, 10: 1e-4}  # by percent of the labels
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--percent", type=float, help="of the training images of each class, drawn by --seed; default: 1")
+    add("--subset", metavar="FILE", help="the labelled images: on each line a row of the .beton (from 0) or, with "
+        "--names, an image's name (SimCLR's lists); 'all' when --train is the subset itself")
+    add("--names", metavar="FILE", help="names of the .beton's images in its order, 'name' or 'name label' "
+        "on each line: the list that it was converted from")
+    add("--lr", type=numbers(float), help="rates of the backbone; default: 0.001,0.01,0.1 (with Sobel filters 0.01)")
+    add("--head-mult", type=numbers(float), help="the head's rates over those; default: 1,10,100 (Sobel: 1)")
+    add("--held-out", type=float, default=0.2, help="share of the labelled images that chooses the clean cell; 0: none")
+    add("--train-batch", type=int, default=256, help="of all ranks together")
+    add("--epochs", type=int, default=20)
+    add("--milestones", type=numbers(float), default=(12.0, 16.0), help="epochs where the rates fall by --gamma")
+    add("--gamma", type=float, default=0.2)
+    add("--weight-decay", type=float, help="default: 5e-4 for 1 %%, 1e-4 for 10 %%")
+    tuning.add_options(parser)
+
+
+def run(subject: Subject, args: argparse.Namespace) -> dict:
+    rates = args.lr or ((0.01,) if subject.spec.sobel else RATES)
+    mults = args.head_mult or ((1.0,) if subject.spec.sobel else HEAD_MULTS)
+    _check(args, rates, mults)
+    loader, test = tuning.training_loader(subject, args.train_batch), subject.loader(subject.test)
+    classes, rows, percent = tuning.classes(loader, test), *labelled(loader, args)
+    chosen_on, fitted_on = split(rows, tuning.labels(loader), args.held_out, args.seed)
+    decay = args.weight_decay if args.weight_decay is not None else WEIGHT_DECAY.get(round(percent, 1))
+    if decay is None:
+        raise ValueError(f"{percent:g} % of the images are labelled, and a weight decay is published for 1 % and 10 % "
+                         "alone: give --weight-decay, or --percent with --subset all")  # fmt: skip
+    base = Optim(name="sgd", batch=args.train_batch, epochs=args.epochs, momentum=0.9, weight_decay=decay,
+                 schedule="step", milestones=args.milestones, gamma=args.gamma, precision=args.precision)  # fmt: skip
+    view = tuning.training_view(subject.view)
+    held_loader = subject.loader(subject.train)
+
+    def accuracy(lr: float, mult: float, fit: np.ndarray, on: Loader, rows: np.ndarray | None = None) -> dict:
+        optim = tuning.with_head_rate(base, lr, mult)
+        try:
+            model = tuning.train(subject.backbone, loader, view, optim, classes=classes, rows=fit, seed=args.seed)
+        except tuning.Diverged:
+            return {"top1": 0.0, "diverged": True}
+        return tuning.accuracy(model, on, subject.view, classes=classes, rows=rows, precision=args.precision)
+
+    cells = []
+    for lr, mult in ((lr, mult) for lr in rates for mult in mults):
+        cell = {"lr": lr, "head_mult": mult, **accuracy(lr, mult, rows, test)}
+        if len(chosen_on):
+            cell["held_out_top1"] = accuracy(lr, mult, fitted_on, held_loader, chosen_on)["top1"]
+        cells.append(cell)
+        if dist.is_main():
+            print(" ".join(f"{key}={value:g}" for key, value in cell.items()), flush=True)
+    options = {"percent": percent, "labelled": len(rows), "subset": args.subset or "drawn", "epochs": args.epochs,
+               "batch": args.train_batch, "milestones": list(args.milestones), "gamma": args.gamma,
+               "weight_decay": decay, "held_out": len(chosen_on), "seed": args.seed, "train": loader.samples,
+               "test": test.samples, "classes": classes}  # fmt: skip
+    return {"protocol": "semisup", "options": options, "results": results(cells), "selection": cells}
+
+
+def results(cells: list[dict]) -> list[dict]:
+    """The published row, the best cell on the test set, and the clean one where cells have "held_out_top1"; the first
+    of equals."""
+    keys = ("lr", "head_mult", "top1", "top5")
+    by = {"test": "top1"} | ({"held-out": "held_out_top1"} if "held_out_top1" in cells[0] else {})
+    best = {on: max(cells, key=lambda cell: cell[key]) for on, key in by.items()}
+    return [{"selected_on": on, **{key: cell[key] for key in keys if key in cell}} for on, cell in best.items()]
+
+
+def _check(args: argparse.Namespace, rates: tuple[float, ...], mults: tuple[float, ...]) -> None:
+    if min(rates) <= 0 or min(mults) <= 0:
+        raise ValueError(f"--lr {rates} and --head-mult {mults} must be positive")
+    if args.epochs < 1 or not 0 <= args.held_out < 1:
+        raise ValueError(f"--epochs {args.epochs} must be positive, --held-out {args.held_out} at least 0 and below 1")
+    if args.subset not in (None, "all") and args.percent is not None:
+        raise ValueError("--percent and --subset both say which images are labelled: give one of them")
+    if args.names and args.subset in (None, "all"):
+        raise ValueError("--names resolves the names in a --subset FILE: give that, too")
+    if args.percent is not None and not 0 < args.percent <= 100:
+        raise ValueError(f"--percent {args.percent} must be above 0 and at most 100")
+
+
+# ---- the labelled images ---------------------------------------------------------------------------------------------
+
+
+def labelled(loader: Loader, args: argparse.Namespace) -> tuple[np.ndarray, float]:
+    """int64 rows of the labelled images, sorted, and how many percent of all they are."""
+    if args.subset == "all":
+        return np.arange(loader.samples), 100.0 if args.percent is None else args.percent
+    if args.subset is None:
+        percent = 1.0 if args.percent is None else args.percent
+        return balanced(tuning.labels(loader), percent, args.seed), percent
+    rows = read_subset(args.subset, loader, args.names)
+    return rows, 100 * len(rows) / loader.samples
+
+
+def balanced(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
+    """Sorted rows: `percent` of every class, rounded, at least one."""
+    order = permutation(len(labels), seed, 0)
+    parts = [(own := order[labels[order] == c])[: max(1, round(percent / 100 * len(own)))] for c in np.unique(labels)]
+    return np.sort(np.concatenate(parts))
+
+
+def split(rows: np.ndarray, labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(chosen on, fitted on): `share` of each class's rows, rounded, and the rest; every class keeps one at least."""
+    if not share:
+        return rows[:0], rows
+    order = rows[permutation(len(rows), seed, 1)]
+    parts = [(own := order[labels[order] == c])[: min(round(share * len(own)), len(own) - 1)]
+             for c in np.unique(labels[rows])]  # fmt: skip
+    held = np.sort(np.concatenate(parts))
+    if not len(held):
+        raise ValueError(f"{len(rows)} labelled images of {len(parts)} classes leave none to hold out of {share:g}: "
+                         "give --held-out 0 (no clean selection) or a larger share")  # fmt: skip
+    return held, np.setdiff1d(rows, held)
+
+
+def read_subset(path: str, loader: Loader, names: str | None) -> np.ndarray:
+    """Sorted rows of a list of rows or names."""
+    lines = _lines(path)
+    if all(line.isdecimal() for line in lines):
+        rows = np.array([int(line) for line in lines])
+        if rows.max() >= loader.samples:
+            raise ValueError(f"{path} names row {rows.max()}: {loader.path} has rows 0 to {loader.samples - 1}")
+    else:
+        if not names:
+            raise ValueError(f"{path} holds names ({lines[0]!r}) and a .beton keeps none: give --names, the list of "
+                             "all its images in its order, or convert the subset to a .beton of its own (--subset "
+                             "all)")  # fmt: skip
+        known = _names(names, loader)
+        wanted = [Path(line.split()[0]).name for line in lines]
+        if missing := [name for name in wanted if name not in known]:
+            raise ValueError(f"{len(missing)} names of {path} are not in {names}, such as {missing[0]!r}")
+        rows = np.array([known[name] for name in wanted])
+    if len(np.unique(rows)) < len(rows):
+        raise ValueError(f"{path} names {len(rows) - len(np.unique(rows))} images twice")
+    return np.sort(rows)
+
+
+def _names(path: str, loader: Loader) -> dict[str, int]:
+    """File name without folders -> row, checked against the .beton as far as the list allows."""
+    lines, labels = [line.split() for line in _lines(path)], loader.labels()
+    if len(lines) != loader.samples:
+        raise ValueError(f"{path} has {len(lines)} names and {loader.path} {loader.samples} images: is it the list "
+                         "that the file was converted from?")  # fmt: skip
+    for row, (words, label) in enumerate(zip(lines, labels.tolist())):
+        folder = Path(words[0]).parent.name
+        told = int(words[1]) if len(words) > 1 and words[1].isdecimal() else None
+        told = loader.classes.index(folder) if told is None and folder in (loader.classes or ()) else told
+        if told not in (None, label):
+            raise ValueError(f"{path}, line {row + 1}: {words[0]} is of class {told}, and row {row} of {loader.path} "
+                             f"of class {label}: the list is in another order")  # fmt: skip
+    known = {Path(words[0]).name: row for row, words in enumerate(lines)}
+    if len(known) < len(lines):
+        raise ValueError(f"{path} has {len(lines) - len(known)} file names twice, in several folders: give --subset as "
+                         "rows")  # fmt: skip
+    return known
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        lines = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text file") from None
+    if not lines:
+        raise ValueError(f"{path} lists no image")
+    return lines
