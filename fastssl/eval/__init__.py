@@ -21,6 +21,8 @@ from fastssl.eval import subject as subjects
 PROTOCOLS = {  # name: what it measures
     "knn": "weighted k nearest neighbours on frozen features",
     "linear": "a linear probe on frozen features",
+    "semisup": "fine-tuning on 1 % or 10 % of the labels",
+    "finetune": "fine-tuning on all labels",
     "maps": "pictures of the features in two dimensions: pca, tsne, umap",
     "neighbours": "a sheet of images with their nearest neighbours",
 }
