@@ -47,11 +47,11 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
     _check(args, rates, mults)
     loader, test = tuning.training_loader(subject, args.train_batch), subject.loader(subject.test)
     classes, rows, percent = tuning.classes(loader, test), *labelled(loader, args)
-    chosen_on, fitted_on = split(rows, tuning.labels(loader), args.held_out, args.seed)
     decay = args.weight_decay if args.weight_decay is not None else WEIGHT_DECAY.get(round(percent, 1))
     if decay is None:
         raise ValueError(f"{percent:g} % of the images are labelled, and a weight decay is published for 1 % and 10 % "
                          "alone: give --weight-decay, or --percent with --subset all")  # fmt: skip
+    chosen_on, fitted_on = split(rows, tuning.labels(loader), args.held_out, args.seed)
     base = Optim(name="sgd", batch=args.train_batch, epochs=args.epochs, momentum=0.9, weight_decay=decay,
                  schedule="step", milestones=args.milestones, gamma=args.gamma, precision=args.precision)  # fmt: skip
     view = tuning.training_view(subject.view)

@@ -50,8 +50,8 @@ class Classifier(nn.Module):
 
 
 def train(backbone: nn.Module, loader: Loader, view: View, optim: Optim, *, classes: int,
-          rows: np.ndarray | None = None, seed: int = 0, smoothing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0,
-          log: Callable[[str], None] = lambda text: None) -> Classifier:  # fmt: skip
+          rows: np.ndarray | None = None, seed: int = 0, smoothing: float = 0.0, mixup: float = 0.0,
+          cutmix: float = 0.0, log: Callable[[str], None] = lambda text: None) -> Classifier:  # fmt: skip
     """A copy of `backbone` with a head, trained on `rows` of the file (default: all) by `optim`, in evaluation mode.
 
     `loader` shuffles and has the batch of `optim`.  The last batch of an epoch over `rows` is filled up from the
@@ -196,7 +196,7 @@ def labels(loader: Loader) -> np.ndarray:
     """int64 (N,), one class for each image; ValueError for a file that has several labels an image, or none."""
     found = loader.labels()
     if found.ndim != 1 or (found < 0).any():
-        what = f"has {int((found < 0).sum())} images without label" if found.ndim == 1 else "has several labels an image"
+        what = f"has {(found < 0).sum()} images without label" if found.ndim == 1 else "has several labels an image"
         raise ValueError(f"{loader.path} {what}: training a classifier needs one class for each image")
     return found
 
