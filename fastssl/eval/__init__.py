@@ -23,12 +23,16 @@ PROTOCOLS = {  # name: what it measures
     "linear": "a linear probe on frozen features",
     "semisup": "fine-tuning on 1 % or 10 % of the labels",
     "finetune": "fine-tuning on all labels",
+    "detection": "fine-tuning of Faster R-CNN on VOC or COCO",
     "maps": "pictures of the features in two dimensions: pca, tsne, umap",
     "neighbours": "a sheet of images with their nearest neighbours",
 }
 METRICS = {  # key of a row: heading; a row's other keys are its setting
     "top1": "top-1 %",
     "top5": "top-5 %",
+    "ap": "AP %",
+    "ap50": "AP50 %",
+    "ap75": "AP75 %",
     "precision": "precision %",
     "trustworthiness": "trust %",
 }
