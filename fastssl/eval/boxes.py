@@ -1,0 +1,217 @@
+"""Images with boxes, read from the layouts of PASCAL VOC and COCO as they are downloaded, and their average precision.
+
+Boxes are x0, y0, x1, y1 in pixels from 0 (VOC's left and upper edges, which count from 1, are moved by one, as in
+detectron2).  Every mistake in the data is an error that names the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+VOC = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+       "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")  # fmt: skip
+
+
+@dataclass
+class Picture:
+    """One image file and its objects; `labels` count from 1, 0 is the background."""
+
+    file: Path
+    size: tuple[int, int] | None  # (width, height) as annotated
+    boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    areas: list[float] = field(default_factory=list)
+    crowd: list[bool] = field(default_factory=list)  # COCO: a region of many objects, not trained on
+    difficult: list[bool] = field(default_factory=list)  # VOC: trained on, neither right nor wrong in a test
+
+    def add(self, where: str, box: tuple[float, ...], label: int, *, area: float | None = None, crowd: bool = False,
+            difficult: bool = False, drop_empty: bool = False) -> None:  # fmt: skip
+        x0, y0, x1, y1 = box
+        if not all(map(math.isfinite, box)):
+            raise ValueError(f"{where}: the box {box} is not finite")
+        if x1 <= x0 or y1 <= y0:
+            if drop_empty:
+                return
+            raise ValueError(f"{where}: the box {box} (x0, y0, x1, y1) has no area: repair it, or leave such boxes out "
+                             "with --drop-empty")  # fmt: skip
+        self.boxes.append(box)
+        self.labels.append(label)
+        self.areas.append((x1 - x0) * (y1 - y0) if area is None else area)
+        self.crowd.append(crowd)
+        self.difficult.append(difficult)
+
+    def read(self) -> Tensor:
+        """float32 (3, H, W) in 0 to 1."""
+        try:
+            with Image.open(self.file) as image:
+                pixels = np.asarray(image.convert("RGB"))
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{self.file} does not decode: {error}") from None
+        if self.size and pixels.shape[:2] != self.size[::-1]:
+            raise ValueError(f"{self.file} is {pixels.shape[1]} x {pixels.shape[0]} and its annotation says "
+                             f"{self.size[0]} x {self.size[1]}: the boxes are another image's")  # fmt: skip
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+
+    def target(self, flip: bool, width: int) -> dict[str, Tensor]:
+        """What torchvision's detectors train on; crowds left out, mirrored with `flip`."""
+        rows = [i for i, crowd in enumerate(self.crowd) if not crowd]
+        boxes = torch.tensor([self.boxes[i] for i in rows], dtype=torch.float32).view(-1, 4)
+        if flip:
+            boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
+        return {"boxes": boxes, "labels": torch.tensor([self.labels[i] for i in rows], dtype=torch.int64)}
+
+
+# ---- PASCAL VOC ------------------------------------------------------------------------------------------------------
+
+
+def read_voc(root: str, splits: tuple[str, ...], classes: tuple[str, ...] = VOC, drop_empty: bool = False):
+    """Pictures of `splits` such as "VOC2007/trainval" of a VOCdevkit: YEAR/ImageSets/Main/SPLIT.txt,
+    YEAR/Annotations/ID.xml, YEAR/JPEGImages/ID.jpg."""
+    pictures = []
+    for split in splits:
+        year, _, name = split.rpartition("/")
+        base = Path(root) / year
+        listed = base / "ImageSets" / "Main" / f"{name}.txt"
+        if not listed.is_file():
+            raise ValueError(f"there is no {listed}: --voc is the folder that holds VOC2007, and splits are such as "
+                             "VOC2007/trainval")  # fmt: skip
+        ids = [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
+        if not ids:
+            raise ValueError(f"{listed} lists no image")
+        pictures += [_voc(base, name, classes, drop_empty) for name in ids]
+    return pictures
+
+
+def _voc(base: Path, name: str, classes: tuple[str, ...], drop_empty: bool) -> Picture:
+    file, image = base / "Annotations" / f"{name}.xml", base / "JPEGImages" / f"{name}.jpg"
+    for needed in (file, image):
+        if not needed.is_file():
+            raise ValueError(f"{needed} is missing")
+    try:
+        tree = ElementTree.parse(file).getroot()
+    except ElementTree.ParseError as error:
+        raise ValueError(f"{file} is no XML: {error}") from None
+    size = None
+    if tree.find("size") is not None:
+        size = int(_number(file, tree, "size/width")), int(_number(file, tree, "size/height"))
+    picture = Picture(image, size)
+    for item in tree.findall("object"):
+        label = (item.findtext("name") or "").strip()
+        if label not in classes:
+            raise ValueError(f"{file}: {label!r} is none of the {len(classes)} classes ({', '.join(classes[:3])}, "
+                             "...): name all with --classes")  # fmt: skip
+        box = [_number(file, item, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
+        difficult = item.find("difficult") is not None and _number(file, item, "difficult") != 0
+        picture.add(str(file), (box[0] - 1, box[1] - 1, box[2], box[3]), classes.index(label) + 1, difficult=difficult,
+                    drop_empty=drop_empty)  # fmt: skip
+    return picture
+
+
+def _number(file: Path, node: ElementTree.Element, path: str) -> float:
+    text = node.findtext(path)
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        what = "has no" if text is None else f"has {text.strip()!r} for"
+        raise ValueError(f"{file} {what} {node.tag}/{path}") from None
+
+
+# ---- COCO ------------------------------------------------------------------------------------------------------------
+
+
+def read_coco(root: str, split: str, drop_empty: bool = False) -> tuple[list[Picture], tuple[str, ...]]:
+    """Pictures of annotations/instances_SPLIT.json and SPLIT/, and the classes by rising category id."""
+    file = Path(root) / "annotations" / f"instances_{split}.json"
+    if not file.is_file():
+        raise ValueError(f"there is no {file}: --coco is the folder that holds annotations/ and the images' folders")
+    try:
+        data = json.loads(file.read_text())
+        images, found, categories = data["images"], data["annotations"], data["categories"]
+        known = {c["id"]: c["name"] for c in sorted(categories, key=lambda c: c["id"])}
+        pictures = {i["id"]: Picture(Path(root) / split / i["file_name"], (i["width"], i["height"])) for i in images}
+        label = {key: n for n, key in enumerate(known, 1)}
+        for a in found:
+            where = f"{file}, annotation {a['id']}"
+            if a["category_id"] not in known:
+                raise ValueError(f"{where}: there is no category {a['category_id']}")
+            if a["image_id"] not in pictures:
+                raise ValueError(f"{where}: there is no image {a['image_id']}")
+            x, y, w, h = map(float, a["bbox"])
+            pictures[a["image_id"]].add(where, (x, y, x + w, y + h), label[a["category_id"]], area=a.get("area"),
+                                        crowd=bool(a.get("iscrowd", 0)), drop_empty=drop_empty)  # fmt: skip
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no instances file of COCO: {error!r}") from None
+    if not pictures:
+        raise ValueError(f"{file} lists no image")
+    present = set(os.listdir(Path(root) / split)) if (Path(root) / split).is_dir() else set()
+    missing = [p.file for p in pictures.values() if p.file.name not in present and not p.file.is_file()]
+    if missing:
+        raise ValueError(f"{len(missing)} images of {file} are missing, such as {missing[0]}")
+    return list(pictures.values()), tuple(known.values())
+
+
+# ---- average precision -----------------------------------------------------------------------------------------------
+
+
+def average_precision(pictures: list[Picture], classes: int, found: np.ndarray, eleven: bool = False) -> dict:
+    """{"ap", "ap50", "ap75"} in percent by pycocotools: the mean over IoU 0.5 to 0.95, at 0.5 and at 0.75.
+
+    `found`: (n, 7) rows of picture (from 0), label, score, x0, y0, x1, y1; the best 100 of each picture and class
+    count.  `eleven`: precision at 11 recalls instead of 101, VOC2007's measure.  Difficult objects count as absent,
+    what finds them as neither right nor wrong.
+    """
+    COCOeval, COCO = _pycocotools()
+    truth, guess = COCO(), COCO()
+    common = {"images": [{"id": i} for i in range(len(pictures))],
+              "categories": [{"id": c + 1} for c in range(classes)]}  # fmt: skip
+    objects = [(i, p, k) for i, p in enumerate(pictures) for k in range(len(p.boxes))]
+    # an area outside of the range asked for is how COCOeval ignores an object without treating it as a crowd
+    truth.dataset = {**common, "annotations": [
+        {"id": n, "image_id": i, "category_id": p.labels[k], "bbox": _xywh(p.boxes[k]), "iscrowd": int(p.crowd[k]),
+         "area": -1.0 if p.difficult[k] else p.areas[k]} for n, (i, p, k) in enumerate(objects, 1)]}  # fmt: skip
+    guess.dataset = {**common, "annotations": [
+        {"id": n, "image_id": int(row[0]), "category_id": int(row[1]), "score": row[2], "bbox": _xywh(row[3:]),
+         "area": (row[5] - row[3]) * (row[6] - row[4]), "iscrowd": 0}
+        for n, row in enumerate(found.tolist(), 1)]}  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+        truth.createIndex()
+        guess.createIndex()
+        run = COCOeval(truth, guess, "bbox")
+        run.params.areaRng, run.params.areaRngLbl, run.params.maxDets = [[0, 1e10]], ["all"], [100]
+        if eleven:
+            run.params.recThrs = np.linspace(0, 1, 11)
+        run.evaluate()
+        run.accumulate()
+    precision = run.eval["precision"][:, :, :, 0, 0]  # IoU, recall, class; -1 where a class has no object
+    precision = precision[:, :, (precision > -1).all((0, 1))]
+    if not precision.size:
+        raise ValueError("the test images have no object to find")
+    by = 100 * precision.mean((1, 2))
+    return {"ap": float(by.mean()), "ap50": float(by[0]), "ap75": float(by[5])}
+
+
+def _xywh(box) -> list[float]:
+    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+
+def _pycocotools():
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError:
+        raise ValueError("average precision needs pycocotools: pip install 'fastssl[detection]'") from None
+    return COCOeval, COCO
