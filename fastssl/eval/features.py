@@ -1,16 +1,29 @@
 """Features of a whole .beton file in file order, the same on every rank however many ranks computed them; the checks
 that every protocol needs; and how a prediction counts as right.
+
+Layers: "last" is the backbone's pooled output; "stem", "layer1" to "layer4" (other networks: "stage1", ...) are maps,
+pooled to at most 9216 dimensions as OpenSelfSup's extract.py does.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Iterator
+
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import dist
 from fastssl.amp import DTYPES
 from fastssl.backbones import evaluating
 from fastssl.kernels.views import View, make_views
+
+DIMS = 9216  # of a pooled map at most: https://arxiv.org/abs/1905.01235, "about 9,000"
+# (side, grid): kernel, stride, padding of OpenSelfSup's MultiPooling, for a ResNet-50 at 224 pixels
+WINDOWS = {(112, 12): (10, 10, 4), (56, 6): (16, 8, 0), (28, 4): (13, 5, 0), (14, 3): (8, 3, 0), (7, 2): (6, 1, 0)}
 
 
 class Pixels(nn.Module):
@@ -24,39 +37,133 @@ class Pixels(nn.Module):
         return x.flatten(1)
 
 
-@torch.no_grad()
-def extract(backbone: nn.Module, loader, view: View, *, precision: str = "fp32") -> tuple[Tensor, Tensor]:
-    """float32 features (N, dim) and labels (N,) or (N, C) of all samples of `loader`, row i for sample i.
+# ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+def layers_of(backbone: nn.Module) -> tuple[str, ...]:
+    """The names of the backbone's layers in order, "last" at the end."""
+    names = [f"layer{i}" if hasattr(backbone, "layer4") else f"stage{i + 1}"
+             for i in range(len(getattr(backbone, "stages", ())))]  # fmt: skip
+    return (*("stem" if name == "layer0" else name for name in names), "last")
+
+
+def check_layers(backbone: nn.Module, layers: tuple[str, ...]) -> tuple[str, ...]:
+    known = layers_of(backbone)
+    wrong = [name for name in layers if name not in known]
+    if wrong or not layers or len(set(layers)) < len(layers):
+        raise ValueError(f"layers={','.join(layers)}: {'no ' + wrong[0] if wrong else 'each once'}; this backbone has "
+                         f"{', '.join(known)}")  # fmt: skip
+    return tuple(layers)
+
+
+def pooled(x_BCHW: Tensor) -> Tensor:
+    """(B, C, g, g): g the largest with C g^2 <= 9216 that the map has; a ResNet-50 at 224 pixels gets 12, 6, 4, 3, 2
+    and OpenSelfSup's overlapping windows, any other map adaptive average pooling."""
+    side = min(x_BCHW.shape[2:])
+    grid = min(side, max(1, math.isqrt(DIMS // x_BCHW.shape[1])))
+    window = WINDOWS.get((side, grid))
+    return F.avg_pool2d(x_BCHW, *window) if window else F.adaptive_avg_pool2d(x_BCHW, grid)
+
+
+def forward(backbone: nn.Module, x: Tensor, layers: tuple[str, ...]) -> list[Tensor]:
+    """(B, dim) for "last", (B, C, g, g) for maps, of one pass through the network (timm's: one more for "last")."""
+    if layers == ("last",):
+        return [backbone(x)]
+    maps = dict(zip(layers_of(backbone), backbone.forward_stages(x)))
+    if "last" in layers:
+        whole = hasattr(backbone, "avgpool")
+        maps["last"] = backbone.avgpool(maps["layer4"]).flatten(1) if whole else backbone(x)
+    return [maps[name] if name == "last" else pooled(maps[name]) for name in layers]
+
+
+def shapes(backbone: nn.Module, view: View, layers: tuple[str, ...]) -> list[torch.Size]:
+    """Of one sample's features in each layer, before flattening: (dim,) or (C, g, g)."""
+    device = next((p.device for p in backbone.parameters()), None)
+    with torch.no_grad(), evaluating(backbone):
+        return [part.shape[1:] for part in forward(backbone, torch.zeros(1, 3, view.size, view.size, device=device),
+                                                   layers)]  # fmt: skip
+
+
+# ---- extraction ------------------------------------------------------------------------------------------------------
+
+
+def extract(backbone: nn.Module, loader, view: View, *, precision: str = "fp32",
+            layers: tuple[str, ...] = ("last",)) -> tuple[Tensor, ...]:  # fmt: skip
+    """float32 features (N, dim) of each layer, then labels (N,) or (N, C), of all samples of `loader`; row i is sample
+    i's.
 
     `loader` is a Loader with shuffle=False, drop_last=False; each rank computes its share and every rank gets all.
     Not normalised.  On the loader's device, where N * dim * 4 bytes must fit twice.
     """
-    if loader.shuffle or loader.drop_last:
-        raise ValueError("features need a Loader with shuffle=False, drop_last=False: every sample exactly once")
-    rows, labels, index = [], [], []
-    dtype = DTYPES[precision]
+    check_loader(loader)
     with evaluating(backbone):
-        for batch in loader.epoch(0):
-            x = make_views(batch.pixels, batch.sizes, batch.index, (view,), seed=0, epoch=0)[0]
-            with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-                rows.append(backbone(x).float())
-            labels.append(batch.label)
-            index.append(batch.index)
-    if not rows:  # a rank may have no share of a small file; the others' shapes are needed to gather
-        rows, labels, index = _no_rows(backbone, loader)
-    features, labels, index = (dist.gather_ragged(torch.cat(part)) for part in (rows, labels, index))
+        batches = [_of_batch(backbone, batch, view, layers, precision) for batch in loader.epoch(0)]
+    batches = batches or [_no_rows(backbone, loader, view, layers)]  # of a small file a rank may have no share
+    *parts, index = (dist.gather_ragged(torch.cat(part)) for part in zip(*batches))
     order = index.argsort()
     if not torch.equal(index[order], torch.arange(loader.samples, device=index.device)):
         raise ValueError(f"{loader.path}: the loader gave {len(index)} samples that are not 0 to {loader.samples - 1}, "
                          "each once; were all ranks given the same file?")  # fmt: skip
-    return features[order], labels[order]
+    return tuple(part[order] for part in parts)
 
 
-def _no_rows(backbone: nn.Module, loader):
+def extract_rows(backbone: nn.Module, loader, view: View, rows: np.ndarray, *, precision: str = "fp32",
+                 layers: tuple[str, ...] = ("last",)) -> tuple[Tensor, ...]:  # fmt: skip
+    """As `extract`, of the samples `rows` (different ones) alone, in the order of the file."""
+    check_loader(loader)
+    stop = -(-len(rows) // loader.batch)
+    order = np.resize(rows, loader.samples)
+    steps = [parts for _, parts in by_step(backbone, loader, view, layers, precision, stop=stop, order=order)]
+    *parts, index = (dist.gather_ragged(torch.cat(part)) for part in zip(*steps))
+    place = index.argsort(stable=True)
+    first = torch.ones_like(index, dtype=torch.bool)
+    first[1:] = index[place][1:] != index[place][:-1]  # the last batch is filled up with repetitions
+    return tuple(part[place[first]] for part in parts)
+
+
+def check_loader(loader) -> None:
+    if loader.shuffle or loader.drop_last:
+        raise ValueError("features need a Loader with shuffle=False, drop_last=False: every sample exactly once")
+
+
+def by_step(backbone: nn.Module, loader, view: View, layers: tuple[str, ...], precision: str, start: int = 0,
+            stop: int | None = None,
+            order: np.ndarray | None = None) -> Iterator[tuple[int, list[Tensor]]]:  # fmt: skip
+    """(step, [features (n, dim) of each layer, labels, index]) of this rank for the loader's steps from `start` to
+    before `stop`; n may be 0.  Nothing before `start` is decoded."""
+    pending = None
+    with evaluating(backbone), contextlib.closing(loader.epoch(0, start, order)) as source:
+        for step in range(start, loader.steps if stop is None else stop):
+            pending = next(source, None) if pending is None else pending
+            if pending is not None and pending.step == step:
+                yield step, _of_batch(backbone, pending, view, layers, precision)
+                pending = None
+            else:  # this rank has no share of a small last batch
+                yield step, _no_rows(backbone, loader, view, layers)
+
+
+@torch.no_grad()
+def _of_batch(backbone: nn.Module, batch, view: View, layers: tuple[str, ...], precision: str) -> list[Tensor]:
+    x = make_views(batch.pixels, batch.sizes, batch.index, (view,), seed=0, epoch=0)[0]
+    return [*of_view(backbone, x, layers, precision), batch.label, batch.index]
+
+
+@torch.no_grad()
+def of_view(backbone: nn.Module, x: Tensor, layers: tuple[str, ...], precision: str) -> list[Tensor]:
+    """float32 (B, dim) of each layer for images (B, 3, H, W); `backbone` is in evaluation mode."""
+    dtype = DTYPES[precision]
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        return [part.float().flatten(1) for part in forward(backbone, x, layers)]
+
+
+def _no_rows(backbone: nn.Module, loader, view: View, layers: tuple[str, ...]) -> list[Tensor]:
     multi = loader.card.get("label") == "multi"
     labels = torch.zeros(0, len(loader.classes)) if multi else torch.zeros(0, dtype=torch.int64)
-    parts = torch.zeros(0, backbone.dim), labels, torch.zeros(0, dtype=torch.int64)
-    return [[part.to(loader.device)] for part in parts]
+    rows = [torch.zeros(0, shape.numel()) for shape in shapes(backbone, view, layers)]
+    return [part.to(loader.device) for part in (*rows, labels, torch.zeros(0, dtype=torch.int64))]
+
+
+# ---- what every protocol does with them ------------------------------------------------------------------------------
 
 
 def check(name: str, features: Tensor, labels: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastssl import backbones, dist, export, views, weights
 from fastssl.amp import DTYPES
 from fastssl.config import Backbone
-from fastssl.eval import features
+from fastssl.eval import cache, features
 from fastssl.kernels.views import View
 from fastssl.loader import Loader
 
@@ -34,9 +34,24 @@ class Subject:
     def loader(self, path: str) -> Loader:
         return _loader(path, self.args)
 
-    def features(self, path: str) -> tuple[Tensor, Tensor]:
-        """float32 features (N, dim) and labels (N,) or (N, C) of a file, the same on all ranks."""
-        return features.extract(self.backbone, self.loader(path), self.view, precision=self.args.precision)
+    def features(self, path: str, layers: tuple[str, ...] = ("last",)) -> tuple[Tensor, ...]:
+        """float32 features (N, dim) of each layer, then labels (N,) or (N, C), of a file, the same on all ranks:
+        `x, y = subject.features(path)`.  Computed once; then read from the cache (see cache.py)."""
+        layers, loader = features.check_layers(self.backbone, layers), self.loader(path)
+        folder = self.cache_folder()
+        if folder is None:
+            return features.extract(self.backbone, loader, self.view, precision=self.args.precision, layers=layers)
+        return cache.features(folder, self.backbone, loader, self.view, layers, self.args.precision, self.weights)
+
+    def cache_folder(self) -> Path | None:
+        """Where its features are kept: --cache, or features/ beside the run or the weight file; None for none."""
+        if self.args.cache:
+            return Path(self.args.cache)
+        if self.args.no_cache or self.args.features == "pixels" or not self.args.target:
+            return None
+        target = Path(self.args.target)
+        run = next((p for p in (target, *target.parents[:2]) if (p / "config.json").is_file()), None)
+        return (run if run and target.is_dir() else target if target.is_dir() else target.parent) / "features"
 
     def describe(self) -> dict:
         return {"backbone": dataclasses.asdict(self.spec), "features": self.args.features, "weights": self.weights,
@@ -44,21 +59,26 @@ class Subject:
                 "precision": self.args.precision}  # fmt: skip
 
 
-def load(args: argparse.Namespace, needs: tuple[str, ...]) -> Subject:
-    """`needs`: which of "train" and "test" the protocol reads."""
+def load(args: argparse.Namespace, needs: tuple[str, ...] | None) -> Subject:
+    """`needs`: which of "train" and "test" the protocol reads; None: it reads no .beton at all."""
+    if args.cache and args.no_cache:
+        raise ValueError(f"--cache {args.cache} and --no-cache exclude each other: give one of them")
     if args.target and not Path(args.target).exists():
         raise ValueError(f"no run folder or weight file {args.target}")
     run = weights.run_config(args.target) if args.target else None
     data = run["data"] if run else {}
     files = {"train": args.train or data.get("bank") or data.get("train"), "test": args.test or data.get("test")}
-    missing = next((name for name in needs if not files[name]), None)
+    missing = next((name for name in needs or () if not files[name]), None)
     if missing:
         raise ValueError(f"give --{missing} NAME.beton: {args.target or 'the command'} names none")
     spec = export.spec_from(args, args.target)
     if spec is None and args.features != "pixels":
         raise ValueError("bare weights do not say what they are: give --backbone NAME (and --stem, --norm, --width)")
     spec = spec or Backbone("resnet50")
-    view = _view(args, data, spec, _loader(files[needs[0]], args).card)
+    some = next((files[name] for name in (*(needs or ()), *files) if files[name]), None)
+    if needs is not None and not some:
+        raise ValueError(f"give --train or --test NAME.beton: {args.target or 'the command'} names none")
+    view = _view(args, data, spec, {} if needs is None else _loader(some, args).card)
     backbone, source = _backbone(args, spec, view)
     return Subject(backbone.to(args.device), spec, view, str(source), run, files["train"], files["test"], args)
 
@@ -100,6 +120,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test", help=".beton to evaluate on; default: the run's")
     parser.add_argument("--features", choices=("weights", "untrained", "pixels"), default="weights",
                         help="the network's, or a baseline on the same images")
+    parser.add_argument("--cache", metavar="DIR", help="where features are kept, for this and the next evaluation; "
+                        "default: features/ in the run's folder or beside the weight file")
+    parser.add_argument("--no-cache", action="store_true", help="compute the features anew and keep none")
     parser.add_argument("--out", help="write the result as JSON")
     parser.add_argument("--which", choices=("student", "teacher"),
                         help="the trained network or its moving average; default: what the method evaluates")
