@@ -20,7 +20,8 @@ from fastssl.eval import subject as subjects
 
 PROTOCOLS = {  # name: what it measures
     "knn": "weighted k nearest neighbours on frozen features",
-    "linear": "a linear probe on frozen features",
+    "linear": "a linear classifier on frozen features: our probe, MoCo's, OpenSelfSup's five layers, Places205, LARS",
+    "extract": "features of each layer as .npy or .safetensors",
     "semisup": "fine-tuning on 1 % or 10 % of the labels",
     "finetune": "fine-tuning on all labels",
     "detection": "fine-tuning of Faster R-CNN on VOC or COCO",
