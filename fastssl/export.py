@@ -269,7 +269,9 @@ def add_backbone_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--norm", choices=("bn", "gn"))
     parser.add_argument("--width", type=int)
     parser.add_argument("--in-channels", type=int, dest="in_channels")
-    parser.add_argument("--sobel", action="store_true", default=None, help="the network sees gradients (DeepCluster)")
+    parser.add_argument("--sobel", action="store_true", default=None,
+                        help="the network sees gradients (DeepCluster); default: if the weights' first convolution has "
+                        "two channels")
 
 
 def spec_from(args: argparse.Namespace, target: str | None) -> Backbone | None:
@@ -282,6 +284,8 @@ def spec_from(args: argparse.Namespace, target: str | None) -> Backbone | None:
                          "--in-channels and --sobel")  # fmt: skip
     if given and not args.backbone:
         raise ValueError(f"--{next(iter(given)).replace('_', '-')} describes a backbone: give its --backbone NAME, too")
+    if args.backbone in backbones.RESNETS and target and not {"sobel", "in_channels"} & set(given):
+        given["sobel"] = weights.has_sobel(target)
     return known or (Backbone(name=args.backbone, **given) if args.backbone else None)
 
 

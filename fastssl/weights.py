@@ -124,6 +124,15 @@ def spec_of(path: str | Path) -> Backbone | None:
     return spec and dataclasses.replace(spec, pretrained=None)
 
 
+def has_sobel(path: str | Path) -> bool:
+    """Whether a ResNet's weights see the two gradients of Sobel filters: by the channels of the first convolution."""
+    if not Path(path).exists():
+        return False
+    names = r"(?!.*(layer\d|downsample|shortcut)\.)(.*\.)?(conv1|0)\.weight"  # "0": of numbered children
+    return any(value.ndim == 4 and value.shape[1] == 2 and re.fullmatch(names, key)
+               for key, value in read(path)[1].items())  # fmt: skip
+
+
 def metadata(spec: Backbone) -> dict[str, str]:
     """What spec_of reads: the header of our safetensors files."""
     return {"format": "pt", META: json.dumps(dataclasses.asdict(dataclasses.replace(spec, pretrained=None)))}

@@ -1,4 +1,5 @@
-"""The linear probe on frozen, cached features: multinomial logistic regression, all learning rates trained at once.
+"""The linear probe on frozen, cached features: multinomial logistic regression, all learning rates trained at once;
+with --recipe the published protocols, which see augmented images (heads.py).
 
 Features are standardised per dimension and divided by sqrt(dim), so that one grid of learning rates serves every
 backbone.  The setting is chosen on a tenth of the training set, then refitted on all of it; the test set is used once.
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastssl import dist
+from fastssl.eval import heads
 from fastssl.eval.features import check, hits
 from fastssl.eval.subject import Subject, numbers
 from fastssl.loader import permutation
@@ -25,18 +27,41 @@ NEEDS = ("train", "test")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--solver", choices=("sgd", "lbfgs"), default="sgd")
+    parser.add_argument("--recipe", choices=("probe", *heads.RECIPES), default="probe",
+                        help="probe: on cached features, the rate chosen on held-out images; the others as published: "
+                        "moco (OpenSelfSup's Last), multi (five layers), places205, lars (SimSiam, MMSelfSup)")
+    parser.add_argument("--solver", choices=("sgd", "lbfgs"), help="of the probe; default: sgd")
     parser.add_argument("--grid", type=numbers(float),
-                        help="learning rates (sgd) or l2 penalties (lbfgs) to choose from")
-    parser.add_argument("--epochs", type=int, default=100, help="lbfgs: at most so many iterations")
-    parser.add_argument("--probe-batch", type=int, default=1024)
-    parser.add_argument("--held-out", type=float, default=0.1,
-                        help="share of the training set that chooses the setting")
+                        help="learning rates, trained at once (probe with lbfgs: l2 penalties); default: the recipe's")
+    parser.add_argument("--epochs", type=int, help="default: the recipe's; probe: 100 (lbfgs: at most so many "
+                        "iterations)")
+    parser.add_argument("--probe-batch", type=int, help="of all ranks together; default: the recipe's, probe: 1024")
+    parser.add_argument("--held-out", type=float, help="share of the training set that chooses the setting, never on "
+                        "the test set; default: 0.1 for the probe, 0 for the published recipes")
+    parser.add_argument("--layers", type=lambda text: tuple(text.split(",")),
+                        help="of the published recipes: stem,layer1,...,layer4,last; default: the recipe's")
+    parser.add_argument("--no-augment", action="store_true", help="published recipes on the cached features of the "
+                        "test's crop: minutes, and not what the papers report")
 
 
 def run(subject: Subject, args: argparse.Namespace) -> dict:
-    return probe(*subject.features(subject.train), *subject.features(subject.test), solver=args.solver, grid=args.grid,
-                 epochs=args.epochs, batch=args.probe_batch, held_out=args.held_out, seed=args.seed)  # fmt: skip
+    if args.recipe == "probe":
+        if args.layers or args.no_augment:
+            raise ValueError(f"--{'layers' if args.layers else 'no-augment'} is for the published recipes: give "
+                             f"--recipe, one of {', '.join(heads.RECIPES)}")  # fmt: skip
+        return probe(*subject.features(subject.train), *subject.features(subject.test), solver=args.solver or "sgd",
+                     grid=args.grid, epochs=_given(args.epochs, 100), batch=_given(args.probe_batch, 1024),
+                     held_out=_given(args.held_out, 0.1), seed=args.seed)  # fmt: skip
+    if args.solver:
+        raise ValueError(f"--solver is the probe's: leave it out with --recipe {args.recipe}")
+    say = (lambda text: print(text, flush=True)) if dist.is_main() else (lambda text: None)
+    return heads.run(subject, args.recipe, rates=args.grid, epochs=args.epochs, batch=args.probe_batch,
+                     layers=args.layers, held_out=_given(args.held_out, 0.0), augment=not args.no_augment,
+                     say=say)  # fmt: skip
+
+
+def _given(value, default):
+    return default if value is None else value
 
 
 @torch.no_grad()

@@ -1,0 +1,72 @@
+"""Features of every image, layer by layer, as .npy or .safetensors, with labels: rows are in the order of the file.
+
+Maps (stem, layer1 to layer4) are average-pooled to about 9,000 dimensions as OpenSelfSup's tools/extract.py does;
+"last" is the network's output.  Float32, not normalised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastssl import dist, export
+from fastssl.eval import features
+from fastssl.eval.cache import on_main
+from fastssl.eval.maps import output_folder
+from fastssl.eval.subject import Subject
+
+NEEDS = ()  # whichever of the two files there is
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layers", type=lambda text: tuple(text.split(",")), default=("last",),
+                        help="stem,layer1,layer2,layer3,layer4,last (other networks than ResNets: stage1, ...) or all")
+    parser.add_argument("--only", choices=("train", "test"), help="one of the two files; default: both")
+    parser.add_argument("--to", choices=("npy", "safetensors"), default="npy",
+                        help="a file for each layer and one of the labels, or one of all")
+    parser.add_argument("--folder", help="default: eval/ in the run's folder")
+    parser.add_argument("--force", action="store_true", help="replace files that are there")
+
+
+def run(subject: Subject, args: argparse.Namespace) -> dict:
+    layers = features.layers_of(subject.backbone) if args.layers == ("all",) else args.layers
+    layers = features.check_layers(subject.backbone, layers)
+    files = {name: getattr(subject, name) for name in ("train", "test") if args.only in (None, name)}
+    files = {name: path for name, path in files.items() if path}
+    if not files:
+        raise ValueError(f"give --{args.only} NAME.beton: {args.target or 'the command'} names none")
+    folder = output_folder(args)
+    targets = {name: _targets(folder, name, layers, args.to) for name in files}
+    there = [path for paths in targets.values() for path in paths.values() if path.exists()]
+    if there and not args.force:
+        raise ValueError(f"{there[0]} exists: give another --folder, or --force to replace it")
+    dist.barrier()  # no rank may write what another has still to look for
+    rows, about = [], subject.describe()
+    for name, path in files.items():
+        *parts, labels = subject.features(path, layers)
+        on_main(partial(_write, targets[name], dict(zip(layers, parts)), labels, {**about, "file": path}))
+        rows += [{"file": name, "layer": layer, "rows": len(part), "dim": part.shape[1],
+                  "path": str(targets[name][layer])} for layer, part in zip(layers, parts)]  # fmt: skip
+    return {"protocol": "extract", "options": {"layers": list(layers), "to": args.to}, "results": rows}
+
+
+def _targets(folder: Path, name: str, layers: tuple[str, ...], to: str) -> dict[str, Path]:
+    parts = (*layers, "labels")
+    return {part: folder / (f"{name}.safetensors" if to == "safetensors" else f"{name}_{part}.npy") for part in parts}
+
+
+def _write(paths: dict[str, Path], parts: dict[str, torch.Tensor], labels: torch.Tensor, about: dict) -> None:
+    parts = {**parts, "labels": labels}
+    if len(set(paths.values())) == 1:
+        state = {name: part.cpu().contiguous() for name, part in parts.items()}
+        with export.complete(paths["labels"]) as temporary:
+            export.save(state, temporary, {"format": "pt", "fastssl.features": json.dumps(about)})
+        return
+    for name, part in parts.items():
+        with export.complete(paths[name]) as temporary, open(temporary, "wb") as f:
+            np.save(f, part.cpu().numpy())

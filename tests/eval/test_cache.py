@@ -1,0 +1,246 @@
+"""Features kept on disk: the same bits as computed, read for the same key alone, resumed, and never read damaged."""
+
+import json
+import re
+import shutil
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import ranks
+
+from fastssl import backbones, dist, views
+from fastssl.config import Backbone
+from fastssl.eval import cache, features
+from fastssl.loader import Loader
+
+(VIEW,) = views.center(16, 18)
+LAYERS = ("stem", "layer4", "last")
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(cache, "ROWS", 20)  # 103 samples: five shards and one of three rows
+
+
+def net(seed=0, **options):
+    torch.manual_seed(seed)
+    return backbones.build(Backbone("resnet10", **{"stem": "cifar", "width": 8, **options}))
+
+
+class Watched(Loader):
+    """Notes the rows that were decoded."""
+
+    def _feed(self, rows):
+        self.__dict__.setdefault("rows", []).extend(rows.tolist())
+        return super()._feed(rows)
+
+
+def load(path, batch=16):
+    return Watched(path, batch, device="cpu", workers=1, shuffle=False, drop_last=False)
+
+
+def kept(folder, loader, backbone=None, layers=LAYERS, view=VIEW, precision="fp32"):
+    return cache.features(folder, backbone or net(), loader, view, layers, precision)
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.fixture(scope="module")
+def want(beton):
+    return features.extract(net(), load(beton), VIEW, layers=LAYERS)
+
+
+def key(folder):
+    (only,) = folder.iterdir()
+    return only
+
+
+def test_what_is_kept_is_what_was_computed(beton, want, tmp_path, capsys):
+    assert same(kept(tmp_path, load(beton)), want)
+    assert "computing 6 of 6 shards" in capsys.readouterr().out
+    loader = load(beton)
+    assert same(kept(tmp_path, loader), want) and not hasattr(loader, "rows"), "nothing was decoded"
+    assert "read from" in capsys.readouterr().out
+    folder = key(tmp_path)
+    assert sorted(p.name for p in folder.iterdir()) == [*(f"{k:05d}" for k in range(6)), "manifest.json"]
+    shard = np.load(folder / "00005" / "layer4.npy", mmap_mode="r")
+    assert shard.shape == (3, 64 * 4) and isinstance(shard, np.memmap)
+    about = json.loads((folder / "manifest.json").read_text())
+    assert about["samples"] == 103 and about["dims"] == {"stem": 8 * 256, "layer4": 256, "last": 64}
+
+
+@pytest.mark.parametrize("batch", [7, 20, 200])
+def test_shards_and_batches_need_not_agree(beton, want, tmp_path, batch):
+    got = kept(tmp_path, load(beton, batch))
+    for x, y in zip(got, want):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+    assert same(got, features.extract(net(), load(beton, batch), VIEW, layers=LAYERS)), "bit for bit, of equal batches"
+
+
+def test_the_key_is_all_that_decides_the_values(beton, tmp_path):
+    loader, few = load(beton), ("last",)
+    kept(tmp_path, loader, layers=few)
+    nudged = net()
+    with torch.no_grad():
+        nudged.layer4[0].bn2.running_mean[0] += 1e-3  # a buffer counts as well
+    for change in ({"backbone": nudged}, {"backbone": net(1)}, {"view": replace(VIEW, mean=(0.5, 0.5, 0.5))},
+                   {"precision": "bf16"}, {"layers": ("stem", "last")}, {"backbone": net(norm="gn")}):  # fmt: skip
+        before = len(list(tmp_path.iterdir()))
+        kept(tmp_path, loader, **{"layers": few, **change})
+        assert len(list(tmp_path.iterdir())) == before + 1, change
+    before = len(list(tmp_path.iterdir()))
+    loader.card = {"sha256": "0" * 64}
+    kept(tmp_path, loader, layers=few)
+    assert len(list(tmp_path.iterdir())) == before + 1, "other data"
+    kept(tmp_path, load(beton, 50), layers=few)
+    kept(tmp_path, load(beton), backbones.channels_last_(net()), layers=few)
+    assert len(list(tmp_path.iterdir())) == before + 1, "neither the batch nor the memory layout"
+
+
+def test_an_interrupted_extraction_goes_on(beton, want, tmp_path, monkeypatch):
+    write, written = cache.Store.write, []
+
+    def interrupted(self, k, parts):
+        if k == 3:
+            raise KeyboardInterrupt
+        write(self, k, parts)
+        written.append(k)
+
+    monkeypatch.setattr(cache.Store, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kept(tmp_path, load(beton))
+    folder = key(tmp_path)
+    assert written == [0, 1, 2] and not (folder / "manifest.json").exists()
+    (folder / "00003.tmp.left").mkdir()  # of a killed process: no shard
+    monkeypatch.setattr(cache.Store, "write", write)
+    loader = load(beton)
+    assert same(kept(tmp_path, loader), want)
+    assert min(loader.rows) == 48, "the batch that holds row 60 begins at 48; nothing before was decoded"
+    assert (folder / "manifest.json").exists()
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def wrong_shape(file):
+    np.save(file, np.load(file)[:-1])
+
+
+def wrong_type(file):
+    np.save(file, np.load(file).astype(np.float64))
+
+
+def nan(file):
+    x = np.load(file)
+    x[0, 0] = np.nan
+    np.save(file, x)
+    seal = file.parent / "crc32.json"
+    seal.write_text(json.dumps({**json.loads(seal.read_text()), file.stem: zlib.crc32(x)}))
+
+
+def flip(file):
+    x = np.load(file)
+    x[2, 1] += 1e-3
+    np.save(file, x)
+
+
+def without_sums(file):
+    (file.parent / "crc32.json").unlink()
+
+
+@pytest.mark.parametrize("damage, text", [
+    (truncate, ""), (empty, ""), (wrong_shape, r"holds float32 \(19, 64\), not float32 \(20, 64\)"),
+    (wrong_type, "holds float64"), (nan, "NaN or infinite"), (flip, "has changed"), (without_sums, ""),
+    (lambda file: file.unlink(), "No such file"),
+], ids=lambda v: getattr(v, "__name__", ""))  # fmt: skip
+def test_a_damaged_shard_is_named_and_computed_again(beton, tmp_path, capsys, damage, text):
+    want = kept(tmp_path, load(beton), layers=("last",))
+    file = key(tmp_path) / "00002" / "last.npy"
+    damage(file)
+    capsys.readouterr()
+    loader = load(beton)
+    assert same(kept(tmp_path, loader, layers=("last",)), want)
+    printed = capsys.readouterr().out
+    name = str(file if damage is not without_sums else file.parent)
+    assert f"features: {name} is damaged" in printed and re.search(text, printed), printed
+    assert "computing 1 of 6 shards" in printed
+    assert min(loader.rows) == 32, "the other shards were read"
+    assert same(kept(tmp_path, load(beton), layers=("last",)), want)
+    assert "read from" in capsys.readouterr().out
+
+
+def test_features_that_are_no_numbers_are_not_kept(beton, tmp_path):
+    broken = net()
+    with torch.no_grad():
+        broken.layer4[0].bn2.bias[0] = torch.nan
+    with pytest.raises(ValueError, match="features of 20 samples are NaN or infinite .first: sample 0.: the training"):
+        kept(tmp_path, load(beton), broken, layers=("last",))
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_no_room_and_no_folder(beton, tmp_path, monkeypatch):
+    full = lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.shutil, "disk_usage", full)
+        with pytest.raises(ValueError, match=r"needs 0.0 GiB .* give --cache DIR elsewhere, or --no-cache"):
+            kept(tmp_path, load(beton))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file/.*--no-cache"):
+        kept(tmp_path / "file", load(beton), layers=("last",))
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def worker(out, beton, folder):
+    dist.init("cpu")
+    torch.set_num_threads(1)
+    cache.ROWS = 20
+    result = {}
+    for batch in (16, 102):  # 102: the last batch has one sample, the second rank none of it
+        result[batch] = kept(Path(folder) / str(batch), load(beton, batch))
+    result["again"] = kept(Path(folder) / "16", load(beton, 16))
+    file = next((Path(folder) / "16").glob("*/00001/stem.npy"))
+    if dist.is_main():
+        file.write_bytes(b"")
+    dist.barrier()
+    result["repaired"] = kept(Path(folder) / "16", load(beton, 16))
+    try:
+        kept(Path(beton), load(beton, 16))
+    except ValueError as error:
+        result["error"] = str(error)
+    torch.save(result, out if dist.is_main() else f"{out}.1")
+    dist.barrier()
+    dist.shutdown()
+
+
+def test_two_ranks_are_one(beton, tmp_path):
+    two = ranks.launch(__file__, 2, tmp_path / "two", str(beton), str(tmp_path / "ranks"))
+    other = torch.load(tmp_path / "two.1", weights_only=False)
+    for batch in (16, 102):
+        for x, y in zip(two[batch], kept(tmp_path / "one", load(beton, batch))):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+    assert same(two["again"], two[16]) and same(two["repaired"], two[16])
+    for name in (16, 102, "again", "repaired"):
+        assert same(two[name], other[name])
+    assert two["error"] == other["error"] and "--no-cache" in two["error"]
+    loader = load(beton)  # what two ranks wrote, one reads
+    assert same(kept(tmp_path / "ranks" / "16", loader), two[16]) and not hasattr(loader, "rows")
+
+
+if __name__ == "__main__":
+    ranks.main(worker)
