@@ -175,14 +175,27 @@ def average_precision(pictures: list[Picture], classes: int, found: np.ndarray, 
     what finds them as neither right nor wrong.
     """
     COCOeval, COCO = _pycocotools()
+
+    class Evaluation(COCOeval):
+        """Difficult objects are crowds, which any number of detections may find, but overlap as objects do."""
+
+        def computeIoU(self, *key):
+            kept = [(g, g["iscrowd"]) for g in self._gts[key]]
+            for g, crowd in kept:
+                g["iscrowd"] = int(crowd and not g["difficult"])
+            out = super().computeIoU(*key)
+            for g, crowd in kept:
+                g["iscrowd"] = crowd
+            return out
+
     truth, guess = COCO(), COCO()
     common = {"images": [{"id": i} for i in range(len(pictures))],
               "categories": [{"id": c + 1} for c in range(classes)]}  # fmt: skip
     objects = [(i, p, k) for i, p in enumerate(pictures) for k in range(len(p.boxes))]
-    # an area outside of the range asked for is how COCOeval ignores an object without treating it as a crowd
     truth.dataset = {**common, "annotations": [
-        {"id": n, "image_id": i, "category_id": p.labels[k], "bbox": _xywh(p.boxes[k]), "iscrowd": int(p.crowd[k]),
-         "area": -1.0 if p.difficult[k] else p.areas[k]} for n, (i, p, k) in enumerate(objects, 1)]}  # fmt: skip
+        {"id": n, "image_id": i, "category_id": p.labels[k], "bbox": _xywh(p.boxes[k]), "area": p.areas[k],
+         "iscrowd": int(p.crowd[k] or p.difficult[k]), "difficult": p.difficult[k]}
+        for n, (i, p, k) in enumerate(objects, 1)]}  # fmt: skip
     guess.dataset = {**common, "annotations": [
         {"id": n, "image_id": int(row[0]), "category_id": int(row[1]), "score": row[2], "bbox": _xywh(row[3:]),
          "area": (row[5] - row[3]) * (row[6] - row[4]), "iscrowd": 0}
@@ -190,7 +203,7 @@ def average_precision(pictures: list[Picture], classes: int, found: np.ndarray, 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         truth.createIndex()
         guess.createIndex()
-        run = COCOeval(truth, guess, "bbox")
+        run = Evaluation(truth, guess, "bbox")
         run.params.areaRng, run.params.areaRngLbl, run.params.maxDets = [[0, 1e10]], ["all"], [100]
         if eleven:
             run.params.recThrs = np.linspace(0, 1, 11)

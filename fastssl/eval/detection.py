@@ -38,6 +38,7 @@ SCHEDULES = {  # steps of 16 images, the steps where the rate falls tenfold, ste
     "1x": (90_000, (60_000.0, 80_000.0), 1000),
     "2x": (180_000, (120_000.0, 160_000.0), 1000),
 }
+CHANNELS = 256  # of the pyramid
 EVERY = 20  # steps between looks at the loss
 AHEAD = 2  # batches decoded before they are asked for
 
@@ -142,12 +143,12 @@ def schedule(args: argparse.Namespace) -> tuple[int, tuple[float, ...], int]:
 
 def build(backbone: ResNet, classes: int, *, bn: str, min_size: tuple[int, ...], max_size: int, mean, std,
           seed: int) -> FasterRCNN:  # fmt: skip
-    """Faster R-CNN with a pyramid of 256 channels on a copy of `backbone`, whose layer1 to layer4 it sees."""
+    """Faster R-CNN with a feature pyramid on a copy of `backbone`, whose layer1 to layer4 it sees."""
     torch.manual_seed(seed)
     net = copy.deepcopy(backbone)
     if bn == "frozen":
         freeze(net)
-    body = BackboneWithFPN(net, {f"layer{i}": str(i - 1) for i in range(1, 5)}, list(net.stages[1:]), 256,
+    body = BackboneWithFPN(net, {f"layer{i}": str(i - 1) for i in range(1, 5)}, list(net.stages[1:]), CHANNELS,
                            norm_layer=nn.BatchNorm2d if bn == "sync" else None)  # fmt: skip
     return FasterRCNN(body, classes + 1, min_size=min_size, max_size=max_size, image_mean=mean, image_std=std)
 
