@@ -28,8 +28,9 @@ setup(
     ],
     extras_require={
         "gpu": ["faiss-gpu==1.15.1", "cupy-cuda13x>=14"],  # large, and of use with an NVIDIA GPU only
+        "detection": ["pycocotools>=2.0.8"],
         "test": [
-            "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff>=0.8", "scipy",
+            "pytest>=8", "pytest-timeout", "pytest-xdist", "pycocotools>=2.0.8", "ruff>=0.8", "scipy",
             "setuptools>=77",  # tests/test_packaging.py builds a wheel
         ],
     },
