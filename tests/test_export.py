@@ -193,10 +193,11 @@ def test_command_exports_a_sobel_network_of_others(tmp_path, capsys):
     state = {f"backbone.{k}": v for k, v in net.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "deepcluster.pth")
     argv = [str(tmp_path / "deepcluster.pth"), "--to", "safetensors", "--backbone", "resnet10", "--width", "8"]
-    assert export.main(argv) == 2
+    assert export.main([*argv, "--in-channels", "3"]) == 2
     assert "backbone.sobel" in capsys.readouterr().err
-    assert export.main([*argv, "--sobel"]) == 0
-    assert weights.spec_of(tmp_path / "backbone.safetensors") == net.spec
+    for given in ([], ["--sobel"]):  # the first convolution's two channels say so
+        assert export.main([*argv, *given]) == 0
+        assert weights.spec_of(tmp_path / "backbone.safetensors") == net.spec
 
 
 @pytest.mark.parametrize("argv, text", [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", choices=("train", "test"), help="one of the two files; default: both")
     parser.add_argument("--to", choices=("npy", "safetensors"), default="npy",
                         help="a file for each layer and one of the labels, or one of all")
+    parser.add_argument("--squash", action="store_true",
+                        help="the whole image at the view's size instead of a crop, as OpenSelfSup does for VOC07")
     parser.add_argument("--folder", help="default: eval/ in the run's folder")
     parser.add_argument("--force", action="store_true", help="replace files that are there")
 
@@ -46,6 +49,8 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
     if there and not args.force:
         raise ValueError(f"{there[0]} exists: give another --folder, or --force to replace it")
     dist.barrier()  # no rank may write what another has still to look for
+    if args.squash:
+        subject.view = replace(subject.view, crop="squash", resize=None)
     rows, about = [], subject.describe()
     for name, path in files.items():
         *parts, labels = subject.features(path, layers)

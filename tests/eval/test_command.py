@@ -12,6 +12,9 @@ from conftest import photo, write_beton
 import fastssl.eval
 from fastssl import backbones, checkpoint, config, export, views, weights
 from fastssl.config import Backbone, Data, Run
+from fastssl.eval import features
+from fastssl.kernels.views import View
+from fastssl.loader import Loader
 from fastssl.methods import simclr
 
 SPEC = Backbone("resnet10", stem="cifar", width=8)
@@ -125,6 +128,11 @@ def test_lbfgs_and_options(run_folder, tmp_path):
     (["knn", "PTH", "--backbone", "resnet1", "--train", "TRAIN", "--test", "TEST"], "did you mean 'resnet1[08]'"),
     (["knn", "--backbone", "resnet18", "--train", "TRAIN", "--test", "TEST"], "give a run folder or a weight file"),
     (["linear", "RUN", "--held-out", "1"], "held_out=1.0"),
+    (["linear", "RUN", "--recipe", "moco", "--solver", "sgd"], "leave it out with --recipe moco"),
+    (["linear", "RUN", "--recipe", "moco"], "batch=256.*use at most 60"),
+    (["linear", "RUN", "--layers", "stem"], "--layers is for the published recipes"),
+    (["linear", "RUN", "--epochs", "0"], "epochs=0"),
+    (["knn", "RUN", "--cache", "x", "--no-cache"], "exclude each other"),
     (["linear", "RUN", "--test", "missing.beton"], "missing.beton"),
     (["liner", "RUN"], "unknown protocol 'liner'; did you mean 'linear'"),
     (["nothing"], "unknown protocol 'nothing'; known are knn, linear"),
@@ -136,6 +144,98 @@ def test_mistakes_are_one_line_and_exit_code_2(run_folder, files, tmp_path, caps
     err = capsys.readouterr().err
     assert "Traceback" not in err
     assert re.search(text, err), err
+
+
+def test_features_are_kept_beside_the_run(run_folder, files, tmp_path, capsys):
+    assert call("knn", run_folder, "--k", "3", "--no-cache") == 0
+    assert "features of" not in capsys.readouterr().out
+    folders = lambda folder: {p.name for p in (folder / "features").glob("*")}  # noqa: E731
+    before = folders(run_folder)
+    checkpointed = checkpoint.newest(run_folder)
+    assert call("knn", checkpointed, "--k", "3", "--mean", "0.3,0.3,0.3") == 0
+    assert "computing 1 of 1 shards" in capsys.readouterr().out
+    assert len(folders(run_folder) - before) == 2, "also of the run's checkpoint"
+    assert call("linear", run_folder, "--epochs", 2, "--mean", "0.3,0.3,0.3") == 0, "the other protocol reads them"
+    printed = capsys.readouterr().out
+    assert printed.count("read from") == 2 and "computing" not in printed
+    assert call("knn", run_folder, "--k", "3", "--cache", tmp_path / "c") == 0
+    assert len(list((tmp_path / "c").iterdir())) == 2
+    plain = tmp_path / "weights" / "a.pth"
+    plain.parent.mkdir()
+    torch.save(backbones.build(SPEC).state_dict(), plain)
+    data = ["--train", files[0], "--test", files[1], "--size", 16, "--backbone", "resnet10", "--stem", "cifar"]
+    assert call("knn", plain, *data, "--width", 8, "--k", "3") == 0
+    assert len(folders(plain.parent)) == 2
+    assert call("knn", plain, *data, "--width", 8, "--k", "3", "--features", "pixels", "--no-cache") == 0
+
+
+@pytest.mark.parametrize("recipe, more", [("moco", ["--held-out", "0.2"]), ("multi", ["--no-augment"])])
+def test_published_linear_protocols(run_folder, tmp_path, capsys, recipe, more):
+    out = tmp_path / "a.json"
+    assert call("linear", run_folder, "--recipe", recipe, "--epochs", 2, "--probe-batch", 20, "--grid", "0.1,1", *more,
+                "--out", out) == 0  # fmt: skip
+    result = json.loads(out.read_text())
+    assert result["options"]["recipe"] == recipe and result["options"]["published"] in ("test", "none")
+    selected = [row["selected_on"] for row in result["results"]]
+    want = ["none", "none", "test"] + ["held-out"] * (recipe == "moco")
+    assert selected == want * (1 if recipe == "moco" else 5)
+    printed = capsys.readouterr().out
+    assert "selected_on=test" in printed and "epoch=2" in printed
+
+
+def test_extract(run_folder, files, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["extract", run_folder, "--layers", "layer4,last", "--folder", out]
+    assert call(*command, "--out", tmp_path / "a.json") == 0
+    names = {f"{split}_{part}.npy" for split in ("train", "test") for part in ("layer4", "last", "labels")}
+    assert {p.name for p in out.iterdir()} == names
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert [(r["file"], r["layer"], r["rows"], r["dim"]) for r in result["results"]] == [
+        ("train", "layer4", 60, 256), ("train", "last", 60, 64), ("test", "layer4", 33, 256), ("test", "last", 33, 64)]
+    arrays = {name: np.load(out / name) for name in names}
+    assert arrays["test_labels.npy"].tolist() == [i % 6 for i in range(33)]
+    layer4 = torch.from_numpy(arrays["test_layer4.npy"]).view(33, 64, 4)
+    torch.testing.assert_close(layer4.mean(2), torch.from_numpy(arrays["test_last.npy"]))  # rows belong together
+    (out / "train_last.npy").unlink()
+    assert call(*command) == 2 and not (out / "train_last.npy").exists(), "nothing half-written"
+    assert re.search(r"train_layer4.npy exists: .*--force", capsys.readouterr().err)
+    assert call(*command, "--force") == 0 and {p.name for p in out.iterdir()} == names
+    assert call(*command, "--only", "test", "--to", "safetensors") == 0
+    state = safetensors.torch.load_file(out / "test.safetensors")
+    assert set(state) == {"layer4", "last", "labels"} and np.array_equal(state["last"], arrays["test_last.npy"])
+    assert call("extract", run_folder, "--layers", "all") == 0
+    assert len(list((run_folder / "eval").glob("*.npy"))) == 2 * 7
+    assert call("extract", run_folder, "--layers", "stem,top", "--folder", out) == 2
+    assert "no top; this backbone has stem" in capsys.readouterr().err
+
+
+def test_one_file_is_enough_for_extract(files, tmp_path, capsys):
+    torch.save(backbones.build(SPEC).state_dict(), tmp_path / "a.pth")
+    bare = ["extract", tmp_path / "a.pth", "--backbone", "resnet10", "--stem", "cifar", "--width", 8, "--size", 16]
+    assert call(*bare, "--test", files[1], "--folder", tmp_path / "out") == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"test_last.npy", "test_labels.npy"}
+    assert call(*bare, "--test", files[1], "--folder", tmp_path / "whole", "--squash", "--size", 12) == 0
+    net, sheet = backbones.build(SPEC), View(12, crop="squash")
+    weights.load_backbone(tmp_path / "a.pth", net)
+    loader = Loader(files[1], 33, device="cpu", workers=1, shuffle=False, drop_last=False)
+    want = features.extract(net, loader, sheet)[0]
+    got = torch.from_numpy(np.load(tmp_path / "whole" / "test_last.npy"))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert call(*bare, "--folder", tmp_path / "out") == 2
+    assert "give --train or --test NAME.beton" in capsys.readouterr().err
+    assert call(*bare, "--test", files[1], "--only", "train", "--folder", tmp_path / "none") == 2
+    assert "give --train NAME.beton" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("prefix", ["", "module.encoder_q."])
+def test_bare_weights_say_by_themselves_that_they_see_sobel_filters(files, tmp_path, prefix):
+    out = tmp_path / "a.json"
+    for sobel in (True, False):
+        net = backbones.build(Backbone("resnet10", stem="cifar", width=8, sobel=sobel))
+        torch.save({prefix + key: value for key, value in net.state_dict().items()}, tmp_path / "a.pth")
+        assert call("knn", tmp_path / "a.pth", "--backbone", "resnet10", "--stem", "cifar", "--width", 8, "--size", 16,
+                    "--train", files[0], "--test", files[1], "--k", "3", "--out", out) == 0  # fmt: skip
+        assert json.loads(out.read_text())["of"]["backbone"]["sobel"] is sobel
 
 
 def test_export(run_folder, tmp_path, capsys):

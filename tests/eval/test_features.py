@@ -107,6 +107,81 @@ def test_pixels(beton):
     assert torch.equal(x, view.flatten(1))
 
 
+# ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+def mean_of_windows(x, kernel, stride, padding):
+    """Average pooling by definition; zeros beyond the edge count (OpenSelfSup's nn.AvgPool2d)."""
+    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding)))
+    starts = range(0, x.shape[1] - kernel + 1, stride)
+    rows = [np.stack([x[:, i : i + kernel, j : j + kernel].mean((1, 2)) for j in starts], -1) for i in starts]
+    return np.stack(rows, -2)
+
+
+@pytest.mark.parametrize("channels, side, window, dim", [
+    (64, 112, (10, 10, 4), 9216), (256, 56, (16, 8, 0), 9216), (512, 28, (13, 5, 0), 8192), (1024, 14, (8, 3, 0), 9216),
+    (2048, 7, (6, 1, 0), 8192),
+])  # fmt: skip
+def test_a_resnet50_is_pooled_as_openselfsup_does(channels, side, window, dim):
+    x = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(side))
+    got = features.pooled(x)
+    assert got[0].numel() == dim
+    some = slice(0, 64)  # of the channels
+    np.testing.assert_allclose(got[0, some], mean_of_windows(x[0, some].numpy(), *window), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels, side, grid", [(64, 32, 12), (512, 4, 4), (2048, 2, 2), (10000, 5, 1), (64, 56, 12)])
+def test_other_maps_are_pooled_adaptively(channels, side, grid):
+    x = torch.randn(2, channels, side, side)
+    got = features.pooled(x)
+    assert got.shape == (2, channels, grid, grid)
+    i, j = grid - 1, grid // 2
+    rows, columns = (slice(k * side // grid, -(-(k + 1) * side // grid)) for k in (i, j))
+    torch.testing.assert_close(got[:, :, i, j], x[:, :, rows, columns].mean((2, 3)))
+
+
+def test_layers_of_one_pass(beton, want):
+    """Each layer against the map that a hook on the network sees, one image at a time, flattened (C, g, g)."""
+    names = ("layer2", "last", "stem")
+    parts = features.extract(net(), load(beton), VIEW, layers=names)
+    backbone, seen = net().eval(), {}
+    backbone.layer2.register_forward_hook(lambda m, i, out: seen.update(layer2=out))
+    backbone.layer1.register_forward_pre_hook(lambda m, i: seen.update(stem=i[0]))  # no max-pool in this stem
+    for batch in list(load(beton, 1).epoch(0))[:5]:
+        (x,) = make_views(batch.pixels, batch.sizes, batch.index, (VIEW,), seed=0, epoch=0)
+        with torch.no_grad():
+            seen["last"] = backbone(x)
+        assert seen["layer2"].shape == (1, 16, 8, 8) and seen["stem"].shape == (1, 8, 16, 16), "small: left as they are"
+        for name, part in zip(names, parts):
+            torch.testing.assert_close(part[int(batch.index)], seen[name][0].flatten(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(parts[3], want[1])
+    assert [shape.numel() for shape in features.shapes(net(), VIEW, names)] == [p.shape[1] for p in parts[:3]]
+
+
+def test_layers_of_other_networks():
+    torch.manual_seed(0)
+    vit = backbones.build(Backbone("test_vit"))
+    names = features.layers_of(vit)
+    assert names[0] == "stage1" and names[-1] == "last" and len(names) == len(vit.stages) + 1
+    x = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        parts = features.forward(vit.eval(), x, names)
+        torch.testing.assert_close(parts[-1], vit(x))
+    assert [p.shape[:2] for p in parts[:-1]] == [(2, c) for c in vit.stages]
+    with pytest.raises(ValueError, match="no stem; this backbone has last"):
+        features.check_layers(features.Pixels(4), ("stem",))
+    with pytest.raises(ValueError, match="no layer5; this backbone has stem, layer1, .*, last"):
+        features.check_layers(net(), ("last", "layer5"))
+
+
+def test_some_rows_alone(beton, want):
+    rows = np.array([101, 3, 50, 4, 102, 0, 77])
+    for batch in (3, 7, 50):
+        x, y = features.extract_rows(net(), load(beton, batch), VIEW, rows)
+        torch.testing.assert_close(x, want[0][np.sort(rows)], rtol=1e-4, atol=1e-4)
+        assert torch.equal(y, want[1][np.sort(rows)])
+
+
 @pytest.mark.parametrize("size, sides, resize", [
     (224, (375, 500, 500), 256), (224, (), 256), (32, (32, 32, 32), None), (16, (8, 8, 8), 16), (64, (96, 96, 96), 64),
     (32, (20, 32, 32), 37),
@@ -145,6 +220,8 @@ def compute(beton, tiny):
     result = {}
     for batch in (10, 102):  # 102: the last batch has one sample, the second rank none of it
         result[f"features {batch}"] = features.extract(net(), load(beton, batch), VIEW)
+        result[f"rows {batch}"] = features.extract_rows(net(), load(beton, batch), VIEW, np.arange(100, 0, -3))
+        result[f"layers {batch}"] = features.extract(net(), load(beton, batch), VIEW, layers=("last", "layer3"))
     result["tiny"] = features.extract(net(), load(tiny, 2), VIEW)  # one sample: the second rank has no batch at all
     x, y = result["features 10"]
     result["knn"] = knn.knn(x[:80], y[:80], x[80:], y[80:], k=(1, 5, 20))
@@ -171,7 +248,7 @@ def test_two_ranks_are_one(beton, tmp_path_factory):
     two = ranks.launch(__file__, 2, folder / "two", str(beton), str(tiny))
     other = torch.load(folder / "two.1", weights_only=False)
     one = compute(beton, tiny)
-    assert set(one) == set(two) == set(other) and len(one) == 9
+    assert set(one) == set(two) == set(other) and len(one) == 13
     for name in one:
         close(name, two[name], one[name])
         close(name, two[name], other[name])
