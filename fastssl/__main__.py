@@ -15,6 +15,7 @@ COMMANDS = {
     "params": ("fastssl.tools:params_main", "count parameters and FLOPs of a config or a backbone"),
     "upgrade": ("fastssl.tools:upgrade_main", "write an old flat state dict in today's form"),
     "doctor": ("fastssl.doctor", "check this installation and say what is missing and how to get it"),
+    "report": ("fastssl.report", "write one HTML page of runs: curves, speed, pictures, evaluations, settings"),
     "methods": ("fastssl.methods", "list the methods"),
     "quickstart": ("fastssl.quickstart", "convert, pretrain and evaluate scikit-learn's digits in three minutes"),
 }

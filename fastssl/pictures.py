@@ -35,7 +35,8 @@ def view_rows(batch, views: tuple[View, ...], seed: int, epochs: int = 3) -> Ten
     return torch.stack(columns, 1)
 
 
-def batches(path: str, rows: np.ndarray, *, batch: int = 256, device=None, workers: int | None = None) -> Iterator[Batch]:
+def batches(path: str, rows: np.ndarray, *, batch: int = 256, device=None,
+            workers: int | None = None) -> Iterator[Batch]:  # fmt: skip
     """These rows of a file, each at most once, in their order; all of them on this rank."""
     loader = Loader(path, batch, device=device, workers=workers, shuffle=False, drop_last=False, rank=0, world=1)
     left = len(rows)

@@ -162,7 +162,8 @@ def write(folder: Path, method: str, xy: np.ndarray, labels: np.ndarray, rows: n
         axis.scatter(*xy[points].T, s=max(3, 24 - len(xy) / 200), c=colour, label=name, alpha=0.8, linewidths=0)
     handles, texts = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], texts[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
-    axis.set(title=f"{method}, {len(xy):,} images", xticks=[], yticks=[], aspect="equal")
+    axis.set(title=f"{method}, {len(xy):,} images", xticks=[], yticks=[])
+    axis.set_aspect("equal", adjustable="datalim")
     stem = folder / f"map_{method}"
     for path, save in ((f"{stem}.png", lambda f: figure.savefig(f, dpi=130, format="png")),
                        (f"{stem}.npy", lambda f: np.save(f, xy)),

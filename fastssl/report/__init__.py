@@ -1,0 +1,295 @@
+"""`fastssl report RUN [RUN...]`: one HTML page of one or several runs, side by side, that opens without a network.
+
+Made from the run folders: log.jsonl, config.json, environment.json, checkpoints and evaluations (*.json and
+eval/*.json).  A part that cannot be made is said so where it would stand, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+
+from fastssl import dist
+from fastssl.report import runs as reading
+from fastssl.report import tables
+from fastssl.report.charts import Line, label, legend, line_chart, share_chart
+from fastssl.report.runs import PHASES, RunData
+
+RUNS = 8  # colours that can be told apart
+HERE = Path(__file__).parent
+CURVES = {  # key of the log: title, unit, what it says
+    "loss": ("Loss", "", "Losses of different methods or temperatures cannot be compared with each other."),
+    "knn_top1": ("kNN, top-1", "%", "Weighted k nearest neighbours on frozen features."),
+    "probe_top1": ("Probe, top-1", "%", "The online linear probe, on the test file."),
+    "probe_top1_train": ("Probe, top-1 in training", "%", "The online probe on augmented views, before its update."),
+    "probe_loss": ("Probe, loss", "", ""),
+    "lr": ("Learning rate", "", ""),
+    "feature_std": ("Spread of the features", "", "1: evenly in all directions. 0: collapsed."),
+    "feature_rank": ("Effective rank of the features", "", "RankMe; low or falling hints at dimensional collapse."),
+    "embedding_std": ("Spread of the embeddings", "", "1: evenly in all directions. 0: collapsed."),
+    "embedding_rank": ("Effective rank of the embeddings", "", ""),
+}
+MAIN = ("loss", "knn_top1", "probe_top1")  # said to be missing where no run has them
+HINTS = {"knn_top1": "log.knn_epochs=10 log it", "probe_top1": "log.probe=True log.knn_epochs=10 log it"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("fastssl report", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, below work_dirs/")
+    parser.add_argument("--out", default="report.html", metavar="FILE", help="default: report.html")
+    parser.add_argument("--eval", nargs="+", default=[], metavar="FILE",
+                        help="results of fastssl eval --out that lie elsewhere")
+    parser.add_argument("--train", help=".beton for the views; default: each run's")
+    parser.add_argument("--test", help=".beton for neighbours and maps; default: each run's")
+    parser.add_argument("--points", type=int, default=1000,
+                        help="images of the map and among which neighbours are looked for; 0: no pictures at all")
+    parser.add_argument("--batch", type=int, default=64, help="images per pass")
+    parser.add_argument("--workers", type=int, help="decoding threads")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda when there is one")
+    args = parser.parse_args(argv)
+    try:
+        runs = load(args)
+        args.device = dist.init(args.device) if args.points else None
+        page = render(runs, args)
+        out = Path(args.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_name(out.name + ".tmp")
+        temporary.write_text(page)
+        os.replace(temporary, out)
+    except (ValueError, OSError) as error:
+        print(f"fastssl report: {error}", file=sys.stderr)
+        return 2
+    finally:
+        dist.shutdown()
+    for run in runs:
+        for note in run.notes:
+            print(f"{run.label}: {note}")
+    print(f"{out} ({out.stat().st_size / 2**20:.1f} MB): {', '.join(run.label for run in runs)}")
+    return 0
+
+
+def load(args: argparse.Namespace) -> list[RunData]:
+    if len(args.runs) > RUNS:
+        raise ValueError(f"{len(args.runs)} runs: a page holds at most {RUNS}, whose colours can be told apart")
+    if args.points < 0 or 0 < args.points < 5:
+        raise ValueError(f"points={args.points}: a map needs 5 or more images; 0 leaves the pictures out")
+    same = {str(Path(folder).resolve()) for folder in args.runs}
+    if len(same) < len(args.runs):
+        raise ValueError(f"a run is named twice: {' '.join(args.runs)}")
+    runs = [reading.read(folder) for folder in args.runs]
+    reading.name_runs(runs)
+    for file in args.eval:
+        try:
+            result = json.loads(Path(file).read_text())
+        except ValueError as error:
+            raise ValueError(f"--eval {file}: is no JSON ({error})") from None
+        if not reading.is_evaluation(result):
+            raise ValueError(f"--eval {file}: is no result of fastssl eval --out (no protocol and results)")
+        owner = tables.owner(runs, result)
+        if owner is None:
+            weights = tables.weights_of(result) or "weights without a name"
+            raise ValueError(f"--eval {file}: was computed from {weights}, which are none of these runs'")
+        if all(Path(known).resolve() != Path(file).resolve() for known, _ in owner.evaluations):
+            owner.evaluations.append((file, result))
+    return runs
+
+
+def render(runs: list[RunData], args: argparse.Namespace) -> str:
+    sections = [("Training", training(runs)), ("Speed", speed(runs))]
+    if args.points:
+        sections += pictures(runs, args)
+    sections += [("Evaluations", tables.evaluations(runs)), ("Configuration", tables.configuration(runs)),
+                 ("Environment", tables.environment(runs))]  # fmt: skip
+    script, style = ((HERE / name).read_text() for name in ("page.js", "page.css"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
+    places = {name: name.lower().replace(" ", "-") for name, _ in sections}
+    body = "".join(f'<section id="{places[name]}"><h2>{name}</h2>{text}</section>' for name, text in sections)
+    links = "".join(f'<a href="#{place}">{name}</a>' for name, place in places.items())
+    toggles = [f'<label class="s{i}"><input type="checkbox" checked data-run="{i}"><i class="swatch"></i>'
+               f"{escape(run.label)}</label>" for i, run in enumerate(runs) if len(runs) > 1]  # fmt: skip
+    made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    # The policy lets no script run but page.js, and nothing be fetched, whatever a run may be called.
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; \
+script-src 'sha256-{digest}'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)} - fastssl report</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+</head>
+<body>
+<header><h1>{escape(title)}</h1><p class="meta">fastssl report, {made}</p></header>
+<div class="bar"><div><nav aria-label="Sections">{links}</nav>\
+<div class="toggles" role="group" aria-label="Runs that are shown">{"".join(toggles)}</div></div></div>
+<main><section id="summary"><h2>Summary</h2>{summary(runs)}</section>{body}</main>
+<footer>Made with fastssl {version("fastssl")}, Python {platform.python_version()}, torch {version("torch")}.</footer>
+<div id="tip" role="status" hidden></div>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def summary(runs: list[RunData]) -> str:
+    cards = []
+    for i, run in enumerate(runs):
+        kind = str(run.setting("method.type", "")).split(".")[-2:-1]
+        what = ", ".join(filter(None, [*kind, str(run.setting("backbone.name", "")),
+                                       f"batch {run.setting('optim.batch')}" if run.config else ""]))  # fmt: skip
+        facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)} <small>{escape(more)}</small></dd></div>"
+                        for name, value, more in key_figures(run))  # fmt: skip
+        notes = "".join(note(text) for text in run.notes)
+        cards.append(f'<article class="card s{i} r{i}"><h3>{escape(run.label)}</h3><p class="meta">{escape(what)}'
+                     f'{"<br>" if what else ""}{escape(run.status)}</p><dl class="tiles">{facts}</dl>{notes}</article>')
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def key_figures(run: RunData) -> list[tuple[str, str, str]]:
+    """(name, value, in small): the last of each curve, with the best where it is another, and the meter's figures."""
+    out = []
+    for key in MAIN:
+        if key not in run.scalars:
+            continue
+        y = run.scalars[key][1]
+        unit = CURVES[key][1]
+        better = f"best {y.max():.1f}" if unit and y.max() - y[-1] >= 0.05 else ""
+        value = f"{y[-1]:.1f} {unit}" if unit else f"{y[-max(1, min(len(y) // 20, 50)) :].mean():.4g}"
+        out.append((CURVES[key][0], value, better))
+    if "total_ms" in run.scalars:
+        total = run.scalars["total_ms"][1]
+        rate = reading.binned(run, "images_per_s", 1, "total_ms")[1] if "images_per_s" in run.scalars else []
+        out += [("Images/s", f"{rate.mean():,.0f}", "")] if len(rate) else []
+        out.append(("Time in steps", _hours(total.sum() / 1e3), f"{len(total):,} steps"))
+    for key, name, factor, unit in (("mfu", "MFU", 100, "%"), ("memory_gib", "Peak memory", 1, "GiB")):
+        if key in run.scalars:
+            y = run.scalars[key][1]
+            value = y.max() if key == "memory_gib" else y[len(y) // 10 :].mean()
+            out.append((name, f"{value * factor:.1f} {unit}", ""))
+    if run.skipped:
+        out.append(("Skipped steps", f"{run.skipped:,}", "fp16 overflow"))
+    return out
+
+
+def _hours(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def lines_of(runs: list[RunData], key: str, factor: float = 1.0, weight: str | None = None) -> tuple[list[Line], str]:
+    """The runs' curves over epochs, or over steps while one of them is in its first epoch."""
+    having = [(i, run) for i, run in enumerate(runs) if key in run.scalars]
+    epochs = all(run.steps_per_epoch for _, run in having)
+    out = []
+    for i, run in having:
+        x, y, low, high = reading.binned(run, key, weight=weight)
+        band = (None, None) if weight else (factor * low, factor * high)
+        out.append(Line(run.label, i, x * (run.x_per_step if epochs else 1.0), factor * y, *band))
+    return out, "epoch" if epochs else "step"
+
+
+def training(runs: list[RunData]) -> str:
+    keys = list(dict.fromkeys([*CURVES, *(key for run in runs for key in reading.curves(run))]))
+    drawn, still, missing = [], [], []
+    for key in keys:
+        lines, x_label = lines_of(runs, key)
+        if not lines:
+            if key in MAIN:
+                missing.append(note(f"{CURVES[key][0]}: no run has logged it"
+                                    + (f"; {HINTS[key]}." if key in HINTS else ".")))  # fmt: skip
+            continue
+        values = {float(v) for line in lines for v in (line.low.min(), line.high.max())}
+        if len(values) == 1 and key not in CURVES:
+            still.append(f"{key} = {label(values.pop())}")
+            continue
+        title, unit, about = CURVES.get(key, (key, "", ""))
+        absent = [run.label for run in runs if key not in run.scalars] if key in MAIN else []
+        about += f" Not logged by {', '.join(absent)}." if absent else ""
+        drawn.append(line_chart(title, lines, x_label=x_label, unit=unit, about=about))
+    same = f'<p class="about">Constant: {escape("; ".join(still))}.</p>' if still else ""
+    binned = any(len(x) > 400 for run in runs for x, _ in run.scalars.values())
+    lead = ("Each point is the mean of a stretch of steps, the pale band its least and greatest value." if binned
+            else "Every logged value.")  # fmt: skip
+    charts = f'<div class="charts">{"".join(drawn)}</div>'
+    return f'<p class="lead">{lead}</p>{_legend(runs)}{"".join(missing)}{charts}{same}'
+
+
+def speed(runs: list[RunData]) -> str:
+    out, timed = [], [run for run in runs if "total_ms" in run.scalars]
+    if not timed:
+        return note("No step has been timed yet.")
+    for key, title, unit, factor in (("images_per_s", "Throughput", "images/s", 1.0), ("mfu", "MFU", "%", 100.0),
+                                     ("memory_gib", "Memory", "GiB", 1.0)):  # fmt: skip
+        lines, x_label = lines_of(runs, key, factor, "total_ms")
+        if lines:
+            out.append(line_chart(title, lines, x_label=x_label, unit=unit))
+    unknown = [run.label for run in runs if "mfu" not in run.scalars]
+    notes = note(f"MFU of {', '.join(unknown)}: not known; it needs a GPU whose peak FLOP/s are listed in "
+                 "fastssl/meters.py.") if unknown else ""  # fmt: skip
+    splits = []
+    for i, run in enumerate(runs):
+        if run in timed:
+            x, shares = reading.split(run)
+            splits.append(share_chart(f"Split of the step: {run.label}", i, x * run.x_per_step, shares, PHASES,
+                                      x_label="epoch" if run.steps_per_epoch else "step"))  # fmt: skip
+    names = ("data wait", *PHASES[1:])
+    parts = legend([(f"p{i}", name) for i, name in enumerate(names)])
+    return (f'{_legend(runs)}{notes}<div class="charts">{"".join(out)}</div><h3>Where the time of a step goes</h3>'
+            f'<p class="about">other: hooks, logging, evaluations and checkpoints between two steps.</p>{parts}'
+            f'<div class="charts">{"".join(splits)}</div>{tables.timings(timed, runs)}')  # fmt: skip
+
+
+def _legend(runs: list[RunData]) -> str:
+    return legend([(f"s{i}", run.label) for i, run in enumerate(runs)]) if len(runs) > 1 else ""
+
+
+def pictures(runs: list[RunData], args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Views, neighbours and maps of each run, or why there are none."""
+    from fastssl.report import samples
+
+    parts: dict[str, list[str]] = {"Views": [], "Nearest neighbours": [], "Embedding map": []}
+    for i, run in enumerate(runs):
+        features, why = _made(lambda run=run: samples.Features(run, args) if reading.has_checkpoint(run) else None)
+        why = why or note("there is no complete checkpoint: features need one")
+
+        def of(part: Callable[[], str], features=features, why=why) -> str:
+            html, failed = _made(part) if features else (None, why)
+            return html or failed
+
+        maps = f'<div class="charts">{of(lambda f=features: f.map("pca"))}{of(lambda f=features: f.map("tsne"))}</div>'
+        groups = features.groups() if features else []
+        key = legend([(colour, name) for name, colour, _ in groups]) if groups else ""
+        made, failed = _made(lambda run=run: samples.views(run, args))
+        near = of(lambda f=features: f.neighbours())
+        for name, html in zip(parts, (made or failed, near, key + maps if features else why)):
+            title = f'<h3><i class="swatch"></i>{escape(run.label)}</h3>'
+            parts[name].append(f'<div class="run s{i} r{i}">{title}{html}</div>')
+    return [(name, f'<div class="runs">{"".join(text)}</div>') for name, text in parts.items()]
+
+
+def _made(part: Callable):
+    """(what it returns, "") or (None, why not).  A part that fails must not take the page with it, whatever it met:
+    damaged files, an architecture of another version, too little memory."""
+    try:
+        return part(), ""
+    except Exception as error:
+        return None, note(f"not made: {error if isinstance(error, (ValueError, OSError)) else repr(error)}")

@@ -1,0 +1,194 @@
+"""A run folder as the report reads it: log, config, environment and evaluations, whatever of them is there.
+
+A run may be in training, or killed while a line was being written: what cannot be read is left out and said in `notes`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastssl import checkpoint
+from fastssl.log import TIMING_KEYS
+
+PHASES = ("data", "views", "forward", "backward", "optimizer", "other")
+
+
+@dataclass(eq=False)
+class RunData:
+    """`scalars`: key -> (steps int64 (n,), values float64 (n,)), in order of steps; no value is NaN or infinite."""
+
+    folder: Path
+    label: str = ""
+    config: dict = field(default_factory=dict)
+    scalars: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    steps: int = 0  # the last one logged
+    epochs: int = 0  # the last one begun, from 0
+    steps_per_epoch: float | None = None  # None before the second epoch
+    skipped: int = 0  # steps whose update fp16 left out
+    environment: list[dict] = field(default_factory=list)
+    evaluations: list[tuple[str, dict]] = field(default_factory=list)  # file and result
+    notes: list[str] = field(default_factory=list)
+
+    def setting(self, key: str, otherwise: Any = None) -> Any:
+        value = self.config
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return otherwise if value is None else value
+
+    @property
+    def total_steps(self) -> int | None:
+        epochs = self.setting("optim.epochs")
+        if steps := self.setting("optim.steps"):
+            return steps
+        return round(epochs * self.steps_per_epoch) if self.steps_per_epoch and epochs else None
+
+    @property
+    def status(self) -> str:
+        if not self.steps:
+            return "no step logged yet"
+        total = self.total_steps
+        if total and self.steps >= total:
+            return f"finished: {total:,} steps"
+        log = self.folder / "log.jsonl"
+        ago = max(0, time.time() - log.stat().st_mtime)
+        since = f"{ago:.0f} s" if ago < 120 else f"{ago / 60:.0f} min" if ago < 7200 else f"{ago / 3600:.0f} h"
+        return f"at step {self.steps:,}" + (f" of {total:,}" if total else "") + f", last written {since} ago"
+
+    @property
+    def x_per_step(self) -> float:
+        return 1 / self.steps_per_epoch if self.steps_per_epoch else 1.0
+
+
+def read(folder: str | Path) -> RunData:
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"no run folder {folder}")
+    if not any((folder / name).exists() for name in ("log.jsonl", "config.json")):
+        raise ValueError(f"{folder} is no run folder: it has neither log.jsonl nor config.json; give the folder that "
+                         "`fastssl train` wrote, below work_dirs/")  # fmt: skip
+    run = RunData(folder)
+    config = _json(folder / "config.json", run)
+    run.config = config if isinstance(config, dict) else {}
+    environment = _json(folder / "environment.json", run)
+    run.environment = [e for e in environment if isinstance(e, dict)] if isinstance(environment, list) else []
+    _read_log(folder / "log.jsonl", run)
+    for file in sorted([*folder.glob("*.json"), *folder.glob("eval/**/*.json")]):
+        result = _json(file, run) if file.name not in ("config.json", "environment.json") else None
+        if is_evaluation(result):
+            run.evaluations.append((str(file), result))
+    return run
+
+
+def is_evaluation(value: Any) -> bool:
+    rows = value.get("results") if isinstance(value, dict) and isinstance(value.get("protocol"), str) else None
+    return isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+
+
+def has_checkpoint(run: RunData) -> bool:
+    return checkpoint.newest(run.folder, warn=run.notes.append) is not None
+
+
+def name_runs(runs: list[RunData]) -> None:
+    """Labels: the names in the configs, or the folders where these are absent or equal."""
+    names = [run.setting("name") for run in runs]
+    for run, name in zip(runs, names):
+        run.label = str(name) if name and names.count(name) == 1 else str(run.folder)
+
+
+def _json(path: Path, run: RunData) -> Any:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        run.notes.append(f"{path.name} cannot be read ({error})")
+        return None
+
+
+def _read_log(path: Path, run: RunData) -> None:
+    """A log of an ImageNet run has a million lines: numbers go into flat arrays, line by line."""
+    if not path.exists():
+        run.notes.append("there is no log.jsonl: nothing has been logged yet")
+        return
+    steps: dict[str, array] = {}
+    values: dict[str, array] = {}
+    bad, starts = 0, {}
+    lost: dict[str, tuple[int, int]] = {}  # key -> how many, first step
+    with open(path, "rb") as f:
+        for line in f:
+            try:
+                record = json.loads(line)
+                step, epoch = int(record["step"]), int(record["epoch"])
+            except (ValueError, KeyError, TypeError):
+                bad += bool(line.strip()) and line.endswith(b"\n")  # a last line without its end is being written
+                continue
+            run.steps, run.epochs = max(run.steps, step), max(run.epochs, epoch)
+            starts[epoch] = min(step, starts.get(epoch, step))
+            run.skipped += record.get("applied") is False
+            for key, value in record.items():
+                if key in ("step", "epoch") or value is None or isinstance(value, bool):
+                    continue
+                if not isinstance(value, (int, float)):
+                    if value in ("nan", "inf", "-inf"):
+                        count, first = lost.get(key, (0, step))
+                        lost[key] = count + 1, first
+                    continue
+                steps.setdefault(key, array("q")).append(step)
+                values.setdefault(key, array("d")).append(value)
+    for key in steps:
+        x, y = np.array(steps[key]), np.array(values[key])
+        order = np.argsort(x, kind="stable")
+        run.scalars[key] = x[order], y[order]
+    later = [e for e in starts if e > 0]
+    if later:  # the second epoch's first line is of its first step; with steps of another run's resume, still nearly
+        run.steps_per_epoch = (starts[max(later)] - 1) / max(later)
+    if bad:
+        run.notes.append(f"{bad} lines of log.jsonl are no complete records and were left out")
+    for key, (count, first) in lost.items():
+        run.notes.append(f"{key} was not finite in {count} records, first at step {first}")
+
+
+def binned(run: RunData, key: str, bins: int = 400, weight: str | None = None):
+    """(steps, means, least, most) of at most `bins` equal stretches of the run; with `weight`, weighted means."""
+    x, y = run.scalars[key]
+    w = _aligned(run, weight, x) if weight else np.ones(len(x))
+    if len(x) <= bins:
+        return x.astype(float), y, y, y
+    place = ((x - x[0]) * bins // (x[-1] - x[0] + 1)).astype(int)
+    edges = np.flatnonzero(np.r_[True, np.diff(place) > 0])
+    total = np.add.reduceat(w, edges)
+    mean = np.add.reduceat(y * w, edges) / np.where(total > 0, total, 1)
+    middle = np.add.reduceat(x.astype(float), edges) / np.diff(np.r_[edges, len(x)])
+    return middle, mean, np.minimum.reduceat(y, edges), np.maximum.reduceat(y, edges)
+
+
+def split(run: RunData, bins: int = 120) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (n,) and the share of each of PHASES in the time of a step (n, 6), in percent."""
+    x = run.scalars["total_ms"][0]
+    parts = np.stack([_aligned(run, f"{name}_ms", x) for name in PHASES], 1)
+    place = ((x - x[0]) * bins // (x[-1] - x[0] + 1)).astype(int) if len(x) > bins else np.arange(len(x))
+    edges = np.flatnonzero(np.r_[True, np.diff(place) > 0])
+    middle = np.add.reduceat(x.astype(float), edges) / np.diff(np.r_[edges, len(x)])
+    sums = np.add.reduceat(parts, edges, axis=0)
+    return middle, 100 * sums / np.maximum(sums.sum(1, keepdims=True), 1e-12)
+
+
+def _aligned(run: RunData, key: str, steps: np.ndarray) -> np.ndarray:
+    """The values of `key` at `steps`, 0 where it has none."""
+    if key not in run.scalars:
+        return np.zeros(len(steps))
+    x, y = run.scalars[key]
+    at = np.searchsorted(x, steps).clip(max=len(x) - 1)
+    return np.where(x[at] == steps, y[at], 0.0)
+
+
+def curves(run: RunData) -> list[str]:
+    """Keys that are drawn under Training: all but those of the meter."""
+    return [key for key in run.scalars if key not in TIMING_KEYS]

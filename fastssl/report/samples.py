@@ -1,0 +1,157 @@
+"""What the report shows of data and features: views, nearest neighbours and maps, of a few images drawn from the files.
+
+All runs on a file show the same images.  Each part is a function that returns HTML and raises where it cannot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fastssl import pictures
+from fastssl.backbones import evaluating
+from fastssl.eval import maps
+from fastssl.eval import subject as subjects
+from fastssl.kernels.views import View, make_views
+from fastssl.loader import Loader
+from fastssl.report import charts
+from fastssl.report.runs import RunData
+
+ROWS = 6  # images on a sheet
+COLUMNS = 12  # views on a sheet, at most
+NEIGHBOURS = 8
+
+
+def views(run: RunData, args: argparse.Namespace) -> str:
+    """Some training images, whole, and the views of their first epochs."""
+    path = _file(args.train or run.setting("data.train"), "--train")
+    recipe = tuple(View(**{k: v for k, v in view.items() if k != "type"}) for view in run.setting("data.views", ()))
+    if not recipe:
+        raise ValueError("config.json names no views")
+    rows = maps.sample(_samples(path, args), ROWS)
+    batch = next(pictures.batches(path, rows, batch=len(rows), device=args.device, workers=args.workers))
+    epochs = max(1, min(3, COLUMNS // len(recipe)))
+    grid = pictures.view_rows(batch, recipe[:COLUMNS], run.setting("seed", 0), epochs)
+    names = ["image"] + [f"view {v + 1}, epoch {e + 1}" for e in range(epochs) for v in range(len(recipe[:COLUMNS]))]
+    lines = [[_tile(tile, f"image {row}: {name}", " first" * (name == "image"))
+              for tile, name in zip(tiles, names)]
+             for row, tiles in zip(rows, grid)]  # fmt: skip
+    left_out = f" (the first {COLUMNS} of {len(recipe)})" if len(recipe) > COLUMNS else ""
+    return _sheet(lines, f"Images of {Path(path).name}, each whole and then as its {len(recipe)} "
+                         f"view{'s' * (len(recipe) > 1)}{left_out} of the first {epochs} epoch{'s' * (epochs > 1)}.")
+
+
+class Features:
+    """Features of `args.points` images of a run's test file (its training file, if it names none)."""
+
+    def __init__(self, run: RunData, args: argparse.Namespace):
+        parser = argparse.ArgumentParser()
+        subjects.add_options(parser)
+        options = parser.parse_args([str(run.folder), "--batch", str(args.batch)])
+        options.device, options.workers, options.train, options.test = args.device, args.workers, args.train, args.test
+        which = "test" if args.test or run.setting("data.test") else "train"
+        self.path = _file(getattr(args, which) or run.setting(f"data.{which}"), f"--{which}")
+        self.subject = subjects.load(options, (which,))
+        loader = self.subject.loader(self.path)
+        self.names, self.args = loader.classes, args
+        self.rows = maps.sample(loader.samples, min(args.points, loader.samples))
+        self.x, labels = self._extract()
+        self.labels = labels.numpy() if labels.ndim == 1 else np.full(len(labels), -1)
+
+    @torch.no_grad()
+    def _extract(self) -> tuple[Tensor, Tensor]:
+        out, labels = [], []
+        with evaluating(self.subject.backbone):
+            for b in pictures.batches(self.path, self.rows, batch=min(self.args.batch, len(self.rows)),
+                                      device=self.args.device, workers=self.args.workers):  # fmt: skip
+                x = make_views(b.pixels, b.sizes, b.index, (self.subject.view,), seed=0, epoch=0)[0]
+                out.append(self.subject.backbone(x).float().cpu())
+                labels.append(b.label.cpu())
+        x = torch.cat(out)
+        if not x.isfinite().all():
+            raise ValueError("some features are NaN or infinite: the training diverged")
+        return x, torch.cat(labels)
+
+    def name(self, label: int) -> str:
+        if label < 0:
+            return "no class"
+        return str(self.names[label]) if self.names and label < len(self.names) else f"class {label}"
+
+    def neighbours(self) -> str:
+        """Some of the images with those nearest by cosine similarity among the others."""
+        x = F.normalize(self.x, dim=1)
+        some = np.arange(0, len(x), max(1, len(x) // (ROWS + 2)))[: ROWS + 2]
+        near = x[some] @ x.T
+        near[torch.arange(len(some)), torch.from_numpy(some)] = -torch.inf
+        similarity, found = near.topk(min(NEIGHBOURS, len(x) - 1))
+        shown = np.concatenate([some[:, None], found.numpy()], 1)
+        tiles = pictures.images(self.path, self.rows[shown.flatten()], self.subject.view, device=self.args.device,
+                                workers=self.args.workers)  # fmt: skip
+        tiles = tiles.view(*shown.shape, pictures.SIDE, pictures.SIDE, 3)
+        lines = []
+        for r, places in enumerate(shown):
+            own = self.labels[places[0]]
+            line = [_tile(tiles[r, 0], f"image {self.rows[places[0]]}, {self.name(own)}", " first")]
+            for c, place in enumerate(places[1:]):
+                label = self.labels[place]
+                mark = "" if own < 0 or label < 0 else " same" if label == own else " other"
+                said = ", the same class" if mark == " same" else ", another class" if mark else ""
+                line.append(_tile(tiles[r, c + 1], f"image {self.rows[place]}, {self.name(label)}{said}, "
+                                                   f"similarity {similarity[r, c]:.3f}", mark))  # fmt: skip
+            lines.append(line)
+        marked = " A dashed frame and a cross mark another class." if (self.labels >= 0).any() else ""
+        return _sheet(lines, f"An image and its nearest among {len(x):,} of {Path(self.path).name}, by cosine "
+                             f"similarity of the features.{marked}")  # fmt: skip
+
+    def map(self, method: str) -> str:
+        xy, facts = maps.project(self.x, method)
+        said = {"pca": f"{facts.get('variance_%', 0):g} % of the variance",
+                "tsne": f"perplexity {facts.get('perplexity', 0):g}; distances between far groups mean nothing"}[method]
+        title = {"pca": "PCA", "tsne": "t-SNE"}[method]
+        return charts.scatter(title, xy, self.groups(), f"{len(xy):,} images of {Path(self.path).name}; {said}.")
+
+    def groups(self) -> list[tuple[str, str, np.ndarray]]:
+        return maps.palette(self.labels, self.names)
+
+
+def _file(path: str | None, option: str) -> str:
+    if not path:
+        raise ValueError(f"the run names no such file: give {option} NAME.beton")
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not here: start the report where the run was started, or give {option} NAME.beton")
+    return path
+
+
+def _samples(path: str, args: argparse.Namespace) -> int:
+    return Loader(path, 1, device=args.device, workers=1, shuffle=False, drop_last=False, rank=0, world=1).samples
+
+
+def _sheet(lines: list[list[str]], about: str) -> str:
+    columns = len(lines[0])
+    inside = "".join("".join(line) for line in lines)
+    return (f'<div class="scroll"><div class="sheet" style="--n:{columns}">{inside}'
+            f'</div></div><p class="about">{escape(about)}</p>')  # fmt: skip
+
+
+def _tile(pixels: Tensor, said: str, mark: str = "") -> str:
+    """pixels: (SIDE, SIDE, 3) in [0, 1].  PNG where it is the smaller: of images that were enlarged."""
+    image = Image.fromarray((pixels.numpy() * 255).round().astype(np.uint8))
+    best = None
+    for kind, options in (("jpeg", {"quality": 88}), ("png", {"optimize": True})):
+        out = io.BytesIO()
+        image.save(out, kind, **options)
+        if best is None or out.tell() < len(best[1]):
+            best = kind, out.getvalue()
+    data = base64.b64encode(best[1]).decode()
+    side = pictures.SIDE
+    return (f'<span class="tile{mark}"><img src="data:image/{best[0]};base64,{data}" width="{side}" height="{side}" '
+            f'alt="{escape(said)}" title="{escape(said)}"></span>')  # fmt: skip
