@@ -18,6 +18,8 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=packages,
     package_dir={f"fastssl.{folder}": folder for folder in FOLDERS},
+    package_data={"fastssl.configs.detection": ["*.yaml"]},
+    package_data={"fastssl.report": ["page.css", "page.js"]},
     install_requires=[
         "torch>=2.11,<2.12", "torchvision>=0.26,<0.27",
         "numpy>=2,<2.4",  # Triton 3.6's interpreter breaks on 2.4
@@ -28,9 +30,11 @@ setup(
     ],
     extras_require={
         "gpu": ["faiss-gpu==1.15.1", "cupy-cuda13x>=14"],  # large, and of use with an NVIDIA GPU only
+        "umap": ["umap-learn>=0.5.9"],
         "detection": ["pycocotools>=2.0.8"],
         "test": [
-            "pytest>=8", "pytest-timeout", "pytest-xdist", "pycocotools>=2.0.8", "ruff>=0.8", "scipy",
+            "pytest>=8", "pytest-timeout", "pytest-xdist", "pycocotools>=2.0.8", "pyyaml", "ruff>=0.8", "scipy",
+            "umap-learn>=0.5.9",
             "setuptools>=77",  # tests/test_packaging.py builds a wheel
         ],
     },

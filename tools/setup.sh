@@ -52,6 +52,29 @@ install_packages() { # names...
         { tail -n 15 "$log" >&2; fail "apt-get did not succeed: $advice. $offline"; }
 }
 
+install_browser() { # for tests/test_report.py: about 100 MB; without it everything else is installed and works
+    local name root=() why="this machine's apt knows no chromium-headless-shell"
+    for name in chromium-headless-shell chromium google-chrome; do
+        if command -v "$name" >/dev/null; then return; fi
+    done
+    if ! command -v apt-get >/dev/null; then
+        why="this machine has no apt"
+    elif [ "$(id -u)" -ne 0 ] && ! sudo -n true 2>/dev/null; then
+        why="it needs root"
+    else
+        [ "$(id -u)" -eq 0 ] || root=(sudo -n)
+        root+=(env DEBIAN_FRONTEND=noninteractive)
+        "${root[@]}" apt-get update >"$log" 2>&1 || true
+        if apt-cache show chromium-headless-shell >/dev/null 2>&1; then
+            say "installing chromium-headless-shell for the tests: about 100 MB"
+            if "${root[@]}" apt-get install -y --no-install-recommends chromium-headless-shell >"$log" 2>&1; then return; fi
+            why="apt-get did not succeed: $(tail -n 1 "$log")"
+        fi
+    fi
+    say "no Chromium is installed ($why): the test that opens the report's page is skipped here, and fails with CI set." \
+        "Debian: apt-get install chromium-headless-shell; elsewhere FASTSSL_BROWSER=/path/to/chrome names one"
+}
+
 exec 9<"${BASH_SOURCE[0]}"
 flock 9 # `make test` beside `make quickstart`: the second waits, and then finds everything there
 log=$(mktemp)
@@ -61,6 +84,7 @@ if [ -z "${WHEELHOUSE:-}" ]; then
     missing=$(missing_packages)
     # shellcheck disable=SC2086
     [ -z "$missing" ] || install_packages $missing
+    if [[ ",${EXTRAS:-test}," == *,test,* ]]; then install_browser; fi
     source=()
 else
     ls "$WHEELHOUSE"/ffcv-*.whl >/dev/null 2>&1 || fail "WHEELHOUSE=$WHEELHOUSE holds no wheel of ffcv: make wheelhouse"
