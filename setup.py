@@ -18,8 +18,7 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=packages,
     package_dir={f"fastssl.{folder}": folder for folder in FOLDERS},
-    package_data={"fastssl.configs.detection": ["*.yaml"]},
-    package_data={"fastssl.report": ["page.css", "page.js"]},
+    package_data={"fastssl.configs.detection": ["*.yaml"], "fastssl.report": ["page.css", "page.js"]},
     install_requires=[
         "torch>=2.11,<2.12", "torchvision>=0.26,<0.27",
         "numpy>=2,<2.4",  # Triton 3.6's interpreter breaks on 2.4
