@@ -34,6 +34,8 @@ def test_wheel_holds_every_module(wheel):
         expected |= {prefix + f.relative_to(ROOT).as_posix() for f in (ROOT / folder).rglob("*.py")}
     assert expected == {name for name in wheel.namelist() if name.endswith(".py")}
     assert any(name.endswith("LICENSE") for name in wheel.namelist())
+    recipes = {f"fastssl/{f.relative_to(ROOT).as_posix()}" for f in (ROOT / "configs/detection").iterdir()}
+    assert recipes and recipes <= set(wheel.namelist())
 
 
 def run_python(code: str, cwd: Path, *path: Path) -> str:
