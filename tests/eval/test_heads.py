@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ranks
 
 from fastssl import dist, optim
-from fastssl.eval import features, heads, linear
+from fastssl.eval import augment, features, heads, linear
 from fastssl.eval import subject as subjects
 from fastssl.eval.heads import RECIPES, Heads
 from fastssl.kernels.views import View
@@ -104,16 +104,16 @@ def test_the_published_settings():
 
 
 def test_lighting_is_noise_along_the_colours_components():
-    noise = heads.lighting(torch.arange(200_000), 3, 0)
-    vectors, values = np.array(heads.EIGENVECTORS), np.array(heads.EIGENVALUES)
+    noise = augment.lighting(torch.arange(200_000), 3, 0)
+    vectors, values = np.array(augment.EIGENVECTORS), np.array(augment.EIGENVALUES)
     want = vectors @ np.diag((0.1 * values) ** 2) @ vectors.T
     np.testing.assert_allclose(np.cov(noise.numpy().T), want, atol=0.02 * want.max())
     assert noise.mean(0).abs().max() < 1e-3
     some = torch.tensor([5, 77])
-    assert torch.equal(heads.lighting(some, 3, 0), noise[some]), "keyed by the sample, not by its place"
-    assert not torch.equal(heads.lighting(some, 4, 0), noise[some])
+    assert torch.equal(augment.lighting(some, 3, 0), noise[some]), "keyed by the sample, not by its place"
+    assert not torch.equal(augment.lighting(some, 4, 0), noise[some])
     view = View(8, crop="center", mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.5))
-    jitter, finish = heads.jittered(view)
+    jitter, finish = augment.jittered(view)
     assert (jitter.jitter, jitter.jitter_p, jitter.flip, jitter.crop) == ((0.4, 0.4, 0.4, 0.0), 1.0, 0.5, "resized")
     rgb = torch.rand(2, 3, 8, 8, dtype=torch.double)
     mean, std = (torch.tensor(v, dtype=torch.double)[:, None, None] for v in (view.mean, view.std))
@@ -122,7 +122,7 @@ def test_lighting_is_noise_along_the_colours_components():
 
 
 def test_window_is_a_random_crop_and_flip():
-    view, finish = heads.window(View(14, crop="center", resize=20))
+    view, finish = augment.window(View(14, crop="center", resize=20))
     assert (view.size, view.resize, view.crop) == (16, 16, "center")
     x = torch.arange(16 * 16).view(16, 16).expand(300, 3, 16, 16) + 1000 * torch.arange(3)[:, None, None]
     seen = []
