@@ -144,9 +144,7 @@ def survey(t: Trainer, name: str, augmented: bool = False) -> tuple[Tensor, Tens
     """Output `name` of the method, in evaluation mode, on this rank's share of the training set: rows (n, ...) and
     sample numbers (n,).  It is shown the evaluation view, or (`augmented`) the views that it will be trained on."""
     dist.sync_buffers(t.method)
-    local, data = micro_batch(t.run), t.run.data
-    loader = Loader(data.train, local * dist.world(), seed=t.run.seed, device=t.device, workers=t.run.speed.workers,
-                    shuffle=False, drop_last=False)
+    loader, data = t.loader.in_file_order(), t.run.data
     views = data.views if augmented else (data.eval_view or recipes.default_view(data.views[0], loader.card),)
     rows, index = [], []
     with contextlib.closing(loader.epoch(t.epoch)) as source, backbones.evaluating(t.ds):

@@ -7,6 +7,7 @@ micro-batches ahead; on CUDA it writes into pinned memory, from which a side str
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
@@ -127,6 +128,14 @@ class Loader:
         if order is not None and (order.shape != (self.samples,) or order.min() < 0 or order.max() >= self.samples):
             raise ValueError(f"order of shape {order.shape}: expected {self.samples} rows in 0 to {self.samples - 1}")
         return self._run(epoch, self._plan(epoch, start, order), order is not None)
+
+    def in_file_order(self) -> Loader:
+        """Every sample once, a micro-batch a rank and step, by the same threads and from the same resident set; not
+        while an epoch of this loader is under way."""
+        other = copy.copy(self)
+        other.batch, other.micro, other.shuffle, other.drop_last = self._canvas_shape[0] * self.world, 1, False, False
+        other.steps = -(-self.samples // other.batch)
+        return other
 
     def _plan(self, epoch: int, start: int, order: np.ndarray | None) -> list[tuple[int, int, np.ndarray]]:
         """(step, place in the order, rows) of each micro-batch of this rank."""

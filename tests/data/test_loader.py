@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -262,6 +263,21 @@ def test_resident_gives_the_same_batches_and_decodes_once(beton, decoded):
         assert len(held) == len(streamed) == 12 and all(equal(a, b) for a, b in zip(held, streamed))
         assert all(torch.equal(a.label, b.label) for a, b in zip(held, streamed))
     assert len(decoded) == 103
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_in_file_order_every_sample_comes_once_from_the_same_source(beton, decoded, resident):
+    plain = list(open_loader(beton, 4, shuffle=False, drop_last=False).epoch(2))
+    loaders = [open_loader(beton, rank=r, world=2, micro=4, resident=resident) for r in range(2)]  # 2 images a pass
+    decoded.clear()
+    ranks = [list(loader.in_file_order().epoch(2)) for loader in loaders]
+    assert torch.cat([b.index for b in plain]).tolist() == list(range(103))
+    assert [len(ranks[0]), len(ranks[1])] == [26, 26]
+    for want, *parts in zip(plain, *ranks):
+        joined = {k: torch.cat([getattr(p, k) for p in parts]) for k in ("pixels", "sizes", "index")}
+        assert equal(want, replace(want, **joined))
+    assert len(decoded) == (0 if resident else 103)
+    assert loaders[0].steps == 6 and len(next(loaders[0].epoch(0)).index) == 2  # what it came from is as it was
 
 
 def test_resident_says_when_the_set_does_not_fit(beton, monkeypatch):

@@ -94,6 +94,10 @@ class Memory:
         self.batch, self.seed, self.micro, self.shuffle = batch, seed, micro, shuffle
         self.steps = SAMPLES // batch if drop_last else -(-SAMPLES // batch)
 
+    def in_file_order(self):
+        local = self.batch // dist.world() // self.micro
+        return Memory(None, local * dist.world(), seed=self.seed, shuffle=False, drop_last=False)
+
     def epoch(self, epoch, start=0, order=None):
         ordered, places = order is not None, torch.arange(SAMPLES)
         if not ordered:
