@@ -138,7 +138,7 @@ def _samples(path: str, args: argparse.Namespace) -> int:
 def _sheet(lines: list[list[str]], about: str) -> str:
     columns = len(lines[0])
     inside = "".join("".join(line) for line in lines)
-    return (f'<div class="scroll"><div class="sheet" style="--n:{columns}">{inside}'
+    return (f'<div class="scroll"><div class="sheet" style="--n:{columns - 1}">{inside}'
             f'</div></div><p class="about">{escape(about)}</p>')  # fmt: skip
 
 
