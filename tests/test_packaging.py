@@ -150,3 +150,24 @@ def test_the_config_in_the_readme_loads(tmp_path):
     (tmp_path / "configs" / "mine" / "r50.py").write_text(code)
     run = config.load(tmp_path / "configs" / "mine" / "r50.py", ["optim.lr=0.6"])
     assert (run.name, run.optim.lr, len(run.data.views)) == ("mine/r50", 0.6, 2)
+
+
+READY = {"python3.12": COMPLETE, "pkg-config": "exit 0", "g++": "exit 0"}
+
+
+@pytest.mark.parametrize("extras, programs, said", [
+    ("test", {}, "no Chromium is installed (this machine has no apt)"),
+    ("test,gpu", {"apt-get": "", "id": "echo 1000", "sudo": "exit 1"}, "no Chromium is installed (it needs root)"),
+    ("test", {"apt-get": "", "id": "echo 0", "apt-cache": "exit 1"}, "apt knows no chromium-headless-shell"),
+    ("test", {"apt-get": "[[ $1 == update ]] || { echo broken; exit 1; }", "id": "echo 0", "apt-cache": ""},
+     "no Chromium is installed (apt-get did not succeed: broken)"),
+    ("test", {"apt-get": "", "id": "echo 0", "apt-cache": ""}, "installing chromium-headless-shell"),
+    ("test", {"chromium": ""}, ""),
+    ("gpu", {"apt-get": "exit 99", "id": "echo 0"}, ""),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+def test_setup_brings_a_browser_for_the_tests_alone(tmp_path, extras, programs, said):
+    """It goes on without one: the stub of Python then fails to make the environment."""
+    env = stub(tmp_path / "bin", **READY, **programs) | {"EXTRAS": extras}
+    message = setup(env, tmp_path)
+    assert said in message and ("hromium" in message) == bool(said)
+    assert ("no Chromium" in message) == ("no Chromium" in said or "knows no" in said) and "installing into" in message
