@@ -11,14 +11,24 @@ from fastssl import dist
 
 
 def convert_sync_bn(module: nn.Module, where: torch.device) -> nn.Module:
-    """Batch norm over the batch of all ranks: torch's on CUDA; on CPU, where torch has none, `SyncBatchNorm`."""
+    """Batch norm over the batch of all ranks: torch's on CUDA; on CPU, where torch has none, `SyncBatchNorm`.
+
+    timm's batch norm that ends with an activation keeps it."""
     if dist.world() == 1:
         return module
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)]
+    for m in norms:
+        if type(m).__module__ != nn.BatchNorm2d.__module__ and not hasattr(m, "act"):
+            raise ValueError(f"sync_bn=True: {type(m).__name__} is a batch norm that does more than PyTorch's, which "
+                             "would be lost; set sync_bn=False")
     if where.type == "cuda":
+        if any(hasattr(m, "act") for m in norms):  # torch's own converter drops the activation
+            from timm.layers import convert_sync_batchnorm
+
+            return convert_sync_batchnorm(module)
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for child in module.modules():
-        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-            child.__class__ = SyncBatchNorm
+    for m in norms:
+        m.__class__ = SyncBatchNormAct if hasattr(m, "act") else SyncBatchNorm
     return module
 
 
@@ -47,6 +57,13 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
         return out.to(x.dtype)
+
+
+class SyncBatchNormAct(SyncBatchNorm):
+    """Of timm's BatchNormAct2d, whose dropout and activation it holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
 
 
 class RunningStatistics:
