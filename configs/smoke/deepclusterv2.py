@@ -1,6 +1,6 @@
 """DeepCluster v2 on CIFAR-10 for a minute of two CPU cores: a thin ResNet-10, 150 steps after one clustering.
 fastssl train configs/smoke/deepclusterv2.py
-Not measured yet."""
+kNN (k=20) 33.8 %, the untrained network 29.7 %: docs/results.md."""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

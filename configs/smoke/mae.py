@@ -1,6 +1,6 @@
-"""MAE on CIFAR-10 for a minute of two CPU cores: timm's smallest ViT, 150 steps.
+"""MAE on CIFAR-10 for a minute of two CPU cores: timm's smallest ViT, 600 steps.
 fastssl train configs/smoke/mae.py
-Not measured yet."""
+kNN (k=20) 29.9 %, the untrained network 28.8 %: docs/results.md."""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run
@@ -13,6 +13,6 @@ def get_config() -> Run:
         backbone=Backbone("test_vit"),
         data=Data(train="data/cifar10_train.beton", bank="data/cifar10_test.beton",
                   views=views.mae(64, **views.CIFAR10)),
-        optim=Optim(name="adamw", lr=2e-3, batch=64, steps=150, warmup_epochs=0.01, weight_decay=1e-4),
+        optim=Optim(name="adamw", lr=2e-3, batch=64, steps=600, warmup_epochs=0.01, weight_decay=1e-4),
         log=Log(every=20, checkpoint_epochs=0, knn_epochs=1),
     )

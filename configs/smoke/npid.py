@@ -1,6 +1,6 @@
-"""NPID on CIFAR-10 for a minute of two CPU cores: a thin ResNet-10, 150 steps.
+"""NPID on CIFAR-10 for a minute of two CPU cores: a thin ResNet-10, 400 steps.
 fastssl train configs/smoke/npid.py
-Not measured yet."""
+kNN (k=20) 32.0 %, the untrained network 29.7 %: docs/results.md."""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run
@@ -13,6 +13,6 @@ def get_config() -> Run:
         backbone=Backbone("resnet10", stem="cifar", width=8),
         data=Data(train="data/cifar10_train.beton", bank="data/cifar10_test.beton",
                   views=views.npid(32, **views.CIFAR10)),
-        optim=Optim(name="adamw", lr=2e-3, batch=64, steps=150, warmup_epochs=0.01, weight_decay=1e-4),
+        optim=Optim(name="adamw", lr=2e-3, batch=64, steps=400, warmup_epochs=0.01, weight_decay=1e-4),
         log=Log(every=20, checkpoint_epochs=0, knn_epochs=1),
     )

@@ -1,6 +1,6 @@
 """VICReg on CIFAR-10 for a minute of two CPU cores: a thin ResNet-10, 150 steps.
 fastssl train configs/smoke/vicreg.py
-Not measured yet."""
+kNN (k=20) 40.1 %, the untrained network 31.2 %: docs/results.md."""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

@@ -1,0 +1,104 @@
+"""Every method on CIFAR-10, trained and evaluated as a user would, in one table:  python bench/methods.py [METHOD ...]
+
+Each run is `fastssl train configs/smoke/METHOD.py` (or configs/METHOD/SET.py), then `fastssl eval knn` of the trained
+and of the untrained network, the test set among the whole training set.  Finished runs are not repeated; `--table`
+writes all that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common import append, environment
+
+from fastssl import config, methods
+
+ROOT = Path(__file__).parents[1]
+K = 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", metavar="METHOD", default=methods.names())
+    parser.add_argument("--set", default="smoke", help="smoke, or the name of a file in each method's folder")
+    parser.add_argument("--train", default="data/cifar10_train.beton")
+    parser.add_argument("--test", default="data/cifar10_test.beton")
+    parser.add_argument("--override", action="append", default=[], metavar="a.b=value", help="for every run")
+    parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
+    parser.add_argument("--table", type=Path, help="write the table between the marks of this file")
+    args = parser.parse_args()
+    env = environment("torch", "deepspeed", "ffcv")
+    unknown = [name for name in args.methods if name not in methods.names()]
+    if unknown:
+        raise SystemExit(f"bench/methods.py: no method {unknown[0]!r}; known are {', '.join(methods.names())}")
+    results = []
+    for name in methods.names():
+        file = ROOT / "configs" / (f"smoke/{name}.py" if args.set == "smoke" else f"{name}/{args.set}.py")
+        run = config.load(file, args.override)
+        folder = Path(run.log.root) / run.name
+        if name in args.methods and not (folder / "result.json").exists():
+            measure(name, file, folder, run, args, env)
+        if (folder / "result.json").exists():
+            results.append(json.loads((folder / "result.json").read_text()))
+    if args.table:
+        write_table(args.table, args.set, results)
+
+
+def measure(name: str, file: Path, folder: Path, run, args, env: dict) -> None:
+    print(f"{name}: training", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    began = time.perf_counter()
+    call("train", str(file), f"data.train={args.train}", *args.override)
+    seconds = time.perf_counter() - began
+    steps = [r for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in r]
+    tenth = max(1, len(steps) // 10)
+    first, last = (sum(r["loss"] for r in part) / len(part) for part in (steps[:tenth], steps[-tenth:]))
+    result = {"method": name, "config": str(file.relative_to(ROOT)), "overrides": args.override,
+              "backbone": run.backbone.name + (f", width {run.backbone.width}" if run.backbone.width != 64 else ""),
+               "batch": run.optim.batch,
+              "steps": steps[-1]["step"], "train_s": round(seconds, 1), "loss_first": first, "loss_last": last,
+              "knn_untrained": knn(folder, args, "untrained"), "knn": knn(folder, args, "weights")}  # fmt: skip
+    (folder / "result.json").write_text(json.dumps({**env, **result}, indent=1) + "\n")
+    if not args.dry:
+        append("methods", env, **result)
+    print(f"{name}: loss {first:.3f} to {last:.3f}, kNN {result['knn']:.1f} % "
+          f"(untrained {result['knn_untrained']:.1f} %), {seconds:.0f} s", flush=True)  # fmt: skip
+
+
+def knn(folder: Path, args, features: str) -> float:
+    out = folder / f"knn_{features}.json"
+    call("eval", "knn", str(folder), "--train", args.train, "--test", args.test, "--k", str(K), "--features", features,
+         "--out", str(out))  # fmt: skip
+    return json.loads(out.read_text())["results"][0]["top1"]
+
+
+def write_table(path: Path, name: str, results: list[dict]) -> None:
+    """Replace what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`."""
+    rows = ["| method | backbone | steps x batch | loss, first to last tenth | kNN untrained | kNN trained | seconds |",
+            "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for r in results:
+        rows.append(f"| {r['method']} | {r['backbone']} | {r['steps']} x {r['batch']} | {r['loss_first']:.3f}, "
+                    f"{r['loss_last']:.3f} | {r['knn_untrained']:.1f} | **{r['knn']:.1f}** | {r['train_s']:.0f} |")
+    made = sorted({(r["device"], r["date"], *(f"{k} {v}" for k, v in r["versions"].items())) for r in results})
+    rows += ["", *(f"Measured on {device}, {date}, {', '.join(versions)}." for device, date, *versions in made)]
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    head, rest = path.read_text().split(begin)
+    path.write_text(head + "\n".join([begin, *rows, end]) + rest.split(end)[1])
+
+
+def call(*argv: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "fastssl", *argv], capture_output=True, text=True, env=os.environ)
+    if done.returncode:
+        end = (done.stdout + done.stderr)[-3000:]
+        raise SystemExit(f"fastssl {' '.join(argv)} ended with {done.returncode}:\n{end}")
+
+
+if __name__ == "__main__":
+    main()
