@@ -1,0 +1,158 @@
+"""ODC's and NPID's memory banks against the algorithms of OpenSelfSup, in one run:  python bench/banks.py
+
+centroids   ODC's means of all clusters; published: sort the labels, then a Python loop that gathers each cluster's rows
+odc step    what ODC does to its bank after a step; published: the same on the CPU, counting all labels twice
+npid loss   forward and backward; published: an alias table's draws, and all negatives gathered into one tensor.  Ours
+            with each sample's own negatives, and with one set for all
+Both sides get the same data and threads; the published algorithms are written anew here, as they ran: on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import append, environment, spread
+
+from fastssl.kernels import centroids_
+from fastssl.methods import npid, odc
+
+CLUSTERS = 10_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_281_167, help="samples of the data set")
+    parser.add_argument("--negatives", type=int, default=65_536)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of our side")
+    parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
+    args = parser.parse_args()
+    env = environment("numpy", "triton")
+    torch.manual_seed(0)
+    for name, make in {"centroids": centroids, "odc step": odc_step, "npid loss": npid_loss}.items():
+        times = {side: spread(timed(run, args), 2) for side, run in make(args).items()}
+        result = {"rows": args.rows, "threads": torch.get_num_threads(), "ours_on": args.device, "ms": times}
+        print(f"\n{name}")
+        for side, ms in result["ms"].items():
+            ratio = result["ms"]["published"]["median"] / ms["median"]
+            print(f"  {side:22}{ms['median']:12.2f} ms ({ms['min']:.2f} to {ms['max']:.2f}, n={ms['n']})"
+                  f"{ratio:10.1f} times as fast as published")
+        if not args.dry:
+            append(name, env, **result)
+
+
+def timed(run, args) -> list[float]:
+    """Milliseconds of each repetition after one that warms up."""
+    out = []
+    for _ in range(args.repeats + 1):
+        start = clock(args.device)
+        run()
+        out.append(1e3 * (clock(args.device) - start))
+    return out[1:]
+
+
+def clock(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def directions(rows: int, dim: int) -> torch.Tensor:
+    return F.normalize(torch.randn(rows, dim), dim=1)
+
+
+def equal(name: str, ours: torch.Tensor, theirs: torch.Tensor, bound: float) -> None:
+    error = float((ours.cpu() - theirs).abs().max())
+    if not error < bound:
+        raise SystemExit(f"bench/banks.py: the two sides of {name} differ by {error:.1e}; no times")
+
+
+def centroids(args) -> dict:
+    bank, labels = directions(args.rows, 256), torch.randint(CLUSTERS, (args.rows,))
+    theirs, ours = torch.zeros(CLUSTERS, 256), torch.zeros(CLUSTERS, 256, device=args.device)
+    moved = bank.to(args.device), labels.to(args.device)
+
+    def published() -> None:
+        order = np.argsort(labels.numpy())
+        edges = np.searchsorted(labels.numpy()[order], np.arange(CLUSTERS + 1))
+        for k in range(CLUSTERS):
+            if edges[k + 1] > edges[k]:
+                theirs[k] = bank[order[edges[k] : edges[k + 1]], :].mean(dim=0)
+
+    published()
+    equal("centroids", centroids_(ours, *moved), theirs, 1e-6)
+    return {"published": published, "ours": lambda: centroids_(ours, *moved)}
+
+
+def odc_step(args, batch: int = 512) -> dict:
+    backbone = torch.nn.Identity()
+    backbone.dim = 2048
+    method = odc.Config().build(backbone, samples=args.rows, batch=batch).to(args.device)
+    method.bank.copy_(directions(args.rows, 256))
+    method.labels.copy_(torch.arange(args.rows) % CLUSTERS)
+    centroids_(method.centroids, method.bank, method.labels)
+    bank, labels, means = (t.cpu().clone() for t in (method.bank, method.labels, method.centroids))
+    index, z = torch.randperm(args.rows)[:batch], torch.randn(batch, 256)
+    given = SimpleNamespace(index=index.to(args.device), epoch=0, step=0)  # step 0: no means of all clusters are due
+    out = {"z": z.to(args.device)}
+
+    def published() -> None:
+        mixed = 0.5 * bank[index] + 0.5 * z / (z.norm(dim=1, keepdim=True) + 1e-10)
+        bank[index] = mixed / (mixed.norm(dim=1, keepdim=True) + 1e-10)
+        labels[index] = torch.mm(means, bank[index].T).argmax(0)
+        assert not (np.bincount(labels.numpy(), minlength=CLUSTERS) < 20).any(), "no cluster is to be repaired here"
+        counts = np.bincount(labels.numpy(), minlength=CLUSTERS) + 1e-5
+        weights = 1 / np.sqrt(counts)
+        torch.from_numpy(weights / weights.sum())
+
+    published()
+    method.after_step(out, given, 0.0)
+    equal("odc step", method.bank, bank, 1e-5)
+    return {"published": published, "ours": lambda: method.after_step(out, given, 0.0)}
+
+
+def npid_loss(args, batch: int = 32, dim: int = 128, temperature: float = 0.07) -> dict:
+    backbone = torch.nn.Identity()
+    backbone.dim = dim
+    config = npid.Config(negatives=args.negatives, temperature=temperature)
+    methods = {name: replace(config, shared=shared).build(backbone, samples=args.rows, batch=batch)
+               for name, shared in (("ours", False), ("ours, shared negatives", True))}  # fmt: skip
+    bank = directions(args.rows, dim)
+    for method in methods.values():
+        method.to(args.device).bank.copy_(bank)
+    z = torch.randn(batch, dim, requires_grad=True)
+    index = torch.randperm(args.rows)[:batch]
+    given = SimpleNamespace(index=index.to(args.device), epoch=0, step=0)
+    probability, alias = torch.ones(args.rows), torch.zeros(args.rows, dtype=torch.int64)  # of a uniform distribution
+
+    def published(drawn: torch.Tensor | None = None) -> torch.Tensor:
+        if drawn is None:
+            pick = torch.randint(args.rows, (batch * args.negatives,))
+            keep = torch.bernoulli(probability.index_select(0, pick)).to(torch.int64)
+            drawn = pick * keep + alias.index_select(0, pick) * (1 - keep)
+        q = F.normalize(z, dim=1)
+        negatives = bank.index_select(0, drawn.flatten()).view(batch, args.negatives, dim)
+        near = torch.einsum("nc,nc->n", bank.index_select(0, index), q)[:, None]
+        far = torch.bmm(negatives, q[:, :, None]).squeeze(2)
+        logits = torch.cat([near, far], 1) / temperature
+        loss = F.cross_entropy(logits, torch.zeros(batch, dtype=torch.int64))
+        loss.backward()
+        return loss.detach()
+
+    def ours(method) -> torch.Tensor:
+        loss = method.loss({"z": z.to(args.device)}, given)["loss"]
+        loss.backward()
+        return loss.detach()
+
+    equal("npid loss", ours(methods["ours"]), published(methods["ours"].draw(given).cpu()), 1e-4)
+    return {"published": published, **{name: lambda m=method: ours(m) for name, method in methods.items()}}
+
+
+if __name__ == "__main__":
+    main()
