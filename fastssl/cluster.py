@@ -92,16 +92,37 @@ def scatter(values: Tensor, index: Tensor, samples: int) -> Tensor:
     return dist.sum_(out)
 
 
+def scatter_block(values: Tensor, index: Tensor, samples: int) -> Tensor:
+    """This rank's block (dist.share) of the samples' rows, which lie on all ranks in any order."""
+    for r in range(dist.world()):
+        block = dist.share(samples, r)
+        here = (index >= block.start) & (index < block.stop)
+        out = values.new_zeros(block.stop - block.start, *values.shape[1:])
+        out[index[here] - block.start] = values[here]
+        dist.sum_(out)
+        if r == dist.rank():
+            mine = out
+    return mine
+
+
 def _blocks(x: Tensor, width: int) -> tuple[Tensor, ...]:
     return x.split(max(1, CHUNK // width))
 
 
+def means(x: Tensor, labels: Tensor, old: Tensor, kernels: str = "auto") -> tuple[Tensor, Tensor]:
+    """(K, D) means over all ranks' rows of each label, `old` where there are none, and (K,) their counts."""
+    counts = torch.bincount(labels, minlength=len(old))
+    own = centroids_(old.clone(), x, labels, impl=kernels)
+    if dist.world() == 1:
+        return own, counts
+    sums = dist.sum_(own * counts[:, None])
+    counts = dist.sum_(counts)
+    return torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], old), counts
+
+
 def _update(x: Tensor, labels: Tensor, old: Tensor, spherical: bool) -> tuple[Tensor, Tensor]:
     """Means of the clusters over all ranks, none of them empty."""
-    local = torch.bincount(labels, minlength=len(old))
-    sums = centroids_(torch.zeros_like(old), x, labels) * local[:, None]
-    counts, sums = dist.sum_(local.clone()), dist.sum_(sums)
-    new = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], old)
+    new, counts = means(x, labels, old)
     empty = (counts == 0).nonzero()[:, 0]
     if len(empty):
         large = counts.argsort(descending=True, stable=True)[: len(old) - len(empty)][: len(empty)]

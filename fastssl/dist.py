@@ -70,6 +70,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def share(rows: int, of: int | None = None) -> slice:
+    """The rows that this rank (or rank `of`) holds of a table that is cut into one block a rank."""
+    of = rank() if of is None else of
+    return slice(rows * of // world(), rows * (of + 1) // world())
+
+
 def barrier() -> None:
     if world() > 1:
         td.barrier()
@@ -155,11 +161,15 @@ def sum_(x: Tensor) -> Tensor:
 def sync_buffers(module: nn.Module) -> None:
     """Make buffers equal on all ranks: floating ones by their mean, others from rank 0.
 
-    Batch-norm running statistics differ by rank after the first step and DeepSpeed never synchronises them.
+    Batch-norm running statistics differ by rank after the first step and DeepSpeed never synchronises them.  Those that
+    `module.sharded` names are blocks of one table, and stay.
     """
     if world() == 1:
         return
+    blocks = {id(getattr(module, name)) for name in getattr(module, "sharded", ())}
     for buffer in module.buffers():
+        if id(buffer) in blocks:
+            continue
         if buffer.is_floating_point():
             sum_(buffer).div_(world())
         else:

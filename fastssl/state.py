@@ -10,10 +10,13 @@ import json
 import os
 import platform
 import time
+from collections import deque
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import deepspeed
+import safetensors
 import safetensors.torch
 import torch
 import torch.distributed as td
@@ -37,7 +40,21 @@ def whole(module: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
                 child._save_to_state_dict(own, name + "." if name else "", False)
                 out.update({key: value.detach().clone(memory_format=torch.contiguous_format)
                             for key, value in own.items()})
+    for name in getattr(module, "sharded", ()):
+        blocks = _blocks(getattr(module, name))
+        if mine:
+            out[name] = torch.cat([block.cpu() for block in blocks])
+        else:
+            deque(blocks, maxlen=0)
     return out
+
+
+def _blocks(mine: Tensor) -> Iterator[Tensor]:
+    """The blocks of a table that is cut by dist.share, one at a time, since the whole may not fit on a device."""
+    sizes = dist.gather(torch.tensor([len(mine)], device=mine.device)).tolist()
+    for source, size in enumerate(sizes):
+        block = mine.clone() if source == dist.rank() else mine.new_empty(size, *mine.shape[1:])
+        yield dist.broadcast_(block, source)
 
 
 def random_states(device: torch.device) -> list[Tensor]:
@@ -94,6 +111,10 @@ def load(t, path: Path) -> None:
     t.ds.load_checkpoint(str(path), tag="deepspeed")
     t.step = values["step"]
     t.scale.load_state_dict(values["scale"])
+    with safetensors.safe_open(path / "weights.safetensors", "pt") as weights:
+        for name in getattr(t.method, "sharded", ()):
+            table = weights.get_slice(name)
+            getattr(t.method, name).copy_(table[dist.share(table.get_shape()[0])])
     for hook, hook_state in zip(t.hooks, values["hooks"], strict=True):
         if hook_state:
             hook.load_state_dict(hook_state)

@@ -1,9 +1,10 @@
 """ODC, online deep clustering: classify images by labels that change with every step instead of every epoch.
 https://arxiv.org/abs/2006.10645
 
-A bank of embeddings, labels and centroids lives on the device, on every rank, in the checkpoint, and moves once per
-optimizer step with what all ranks saw.  A cluster below `least` samples is dissolved and takes part of the largest one;
-where the two means of that leave less than `least` on a side, it is cut at the median (the original: only if empty).
+Labels and centroids are on every rank, the bank of embeddings is cut into a block of samples a rank; all live on the
+device and in the checkpoint, and move once per optimizer step with what all ranks saw.  A cluster below `least` samples
+is dissolved and takes part of the largest one; where the two means of that leave less than `least` on a side, it is cut
+at the median (the original: only if empty).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import cluster, dist
-from fastssl.kernels import centroids_, update_
+from fastssl.kernels import update_
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Config:
 
 class ODC(nn.Module):
     views = 1
+    sharded = ("bank",)
 
     def __init__(self, config: Config, backbone: nn.Module, samples: int, steps: int, kernels: str):
         super().__init__()
@@ -52,7 +54,8 @@ class ODC(nn.Module):
         for layer in (self.neck[0], self.neck[4], self.head):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
-        self.register_buffer("bank", torch.zeros(samples, dim))
+        self.mine = dist.share(samples)
+        self.register_buffer("bank", torch.zeros(self.mine.stop - self.mine.start, dim), persistent=False)
         self.register_buffer("labels", torch.arange(samples) % config.clusters)
         self.register_buffer("centroids", torch.zeros(config.clusters, dim))
         self.register_buffer("weights", torch.full((config.clusters,), 1 / config.clusters))
@@ -65,13 +68,14 @@ class ODC(nn.Module):
         x, index = survey("z")
         x = F.normalize(x, dim=1)
         found = cluster.kmeans(x, self.config.clusters, index, iterations=self.config.iterations, seed=self.seed)
-        self.bank.copy_(cluster.scatter(x, index, len(self.bank)))
-        self.labels.copy_(cluster.scatter(found.labels, index, len(self.bank)))
-        self.repair(centroids_(self.centroids, self.bank, self.labels, impl=self.kernels))
-        return cluster.describe(found.counts, len(self.bank))
+        self.bank.copy_(cluster.scatter_block(x, index, len(self.labels)))
+        self.labels.copy_(cluster.scatter(found.labels, index, len(self.labels)))
+        self.renew()
+        self.repair(self.centroids)
+        return cluster.describe(found.counts, len(self.labels))
 
     def order(self, epoch: int) -> np.ndarray:
-        return cluster.replacement_order(len(self.bank), self.seed, epoch)
+        return cluster.replacement_order(len(self.labels), self.seed, epoch)
 
     def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
         h = self.backbone(views[0])
@@ -85,13 +89,30 @@ class ODC(nn.Module):
     @torch.no_grad()
     def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
         index, z = dist.gather(batch.index), dist.gather(F.normalize(out["z"], dim=1))
-        update_(self.bank, index, z, self.config.momentum, impl=self.kernels)
-        labels = (self.bank[index] @ self.centroids.T).argmax(1)
+        here = self.here(index)
+        update_(self.bank, index[here] - self.mine.start, z[here], self.config.momentum, impl=self.kernels)
+        labels = (self.rows(index) @ self.centroids.T).argmax(1)
         self.changed.copy_((labels != self.labels[index]).to(self.changed.dtype).mean())
         self.labels[index] = labels
         if (batch.epoch * self.steps + batch.step + 1) % self.config.every == 0:
-            centroids_(self.centroids, self.bank, self.labels, impl=self.kernels)
+            self.renew()
         self.repair(self.centroids)
+
+    def here(self, index: Tensor) -> Tensor:
+        return (index >= self.mine.start) & (index < self.mine.stop)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """(n, D) of the bank, from the ranks that hold them."""
+        here = self.here(index)
+        if dist.world() == 1:
+            return self.bank[index]
+        out = self.bank.new_zeros(len(index), self.bank.shape[1])
+        out[here] = self.bank[index[here] - self.mine.start]
+        return dist.sum_(out)
+
+    def renew(self) -> None:
+        """Bring the centroids to the means of their clusters."""
+        self.centroids.copy_(cluster.means(self.bank, self.labels[self.mine], self.centroids, self.kernels)[0])
 
     def repair(self, centroids: Tensor) -> None:
         """Dissolve and refill the clusters below `least`, then weight all by their sizes.  (Waits for the device once,
@@ -100,7 +121,7 @@ class ODC(nn.Module):
         small = counts < self.config.least
         if small.any():
             homeless = small[self.labels].nonzero()[:, 0]
-            scores = (self.bank[homeless] @ centroids.T).masked_fill(small, -torch.inf)
+            scores = (self.rows(homeless) @ centroids.T).masked_fill(small, -torch.inf)
             self.labels[homeless] = scores.argmax(1)
             counts = torch.bincount(self.labels, minlength=len(centroids))
             for empty in small.nonzero()[:, 0]:
@@ -110,7 +131,8 @@ class ODC(nn.Module):
     def split(self, counts: Tensor, large: Tensor, empty: Tensor) -> None:
         """Give part of cluster `large` to cluster `empty`."""
         members = (self.labels == large).nonzero()[:, 0]
-        second = cluster.two_means(self.bank[members], self.config.least)
+        x = self.rows(members)
+        second = cluster.two_means(x, self.config.least)
         self.labels[members[second]] = empty
-        for one, rows in ((large, members[~second]), (empty, members[second])):
-            self.centroids[one], counts[one] = self.bank[rows].mean(0), len(rows)
+        for one, part in ((large, x[~second]), (empty, x[second])):
+            self.centroids[one], counts[one] = part.mean(0), len(part)

@@ -1,7 +1,5 @@
 """Methods with a memory of the whole training set: their losses in float64, their banks, labels and sampling orders."""
 
-import shutil
-from dataclasses import replace
 from types import SimpleNamespace
 
 import method_cases as cases
@@ -108,30 +106,6 @@ def test_deepcluster_draws_clusters_equally_often():
     method.labels.copy_(torch.tensor([0] * 40 + [3] * 20))
     assert np.bincount(method.labels[method.order(2)]).tolist() == [30, 0, 0, 30]
     assert torch.equal(method.weights, torch.full((5,), 0.2).double())
-
-
-def continued(name, folder, monkeypatch):
-    """Final state of a run over two epochs and a half, and of its continuation from inside the second epoch."""
-    from fastssl import dist, engine, state
-
-    dist.init("cpu")
-    monkeypatch.setattr(engine, "Loader", cases.Memory)
-    run = cases.run(name, steps=10)
-    run.log = replace(run.log, root=str(folder), checkpoint_steps=1, keep=99, collapse_every=0)
-    run.name = "run"
-    whole = state.whole(engine.fit(run, device="cpu").method)
-    for step in range(7, 11):
-        shutil.rmtree(folder / "run" / "checkpoints" / f"step_{step:08d}")
-    t = engine.fit(run, resume=True, device="cpu")
-    assert t.step == 10
-    return whole, state.whole(t.method)
-
-
-@pytest.mark.parametrize("name", ["deepcluster", "odc", "deepclusterv2"])
-def test_a_run_killed_inside_an_epoch_continues_to_the_same_bits(name, tmp_path, monkeypatch):
-    whole, resumed = continued(name, tmp_path, monkeypatch)
-    for key, value in whole.items():
-        assert torch.equal(resumed[key], value), key
 
 
 @pytest.mark.parametrize("name, settings, most", [("deepcluster", {"clusters": 61, "pca": 0}, 60),

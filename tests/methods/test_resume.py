@@ -40,19 +40,30 @@ def train(name: str, root: Path) -> dict:
     return found
 
 
-def worker(out: str, root: str) -> None:
+def cut(root: str) -> dict:
+    """The state of ODC, whose bank is cut over the ranks: after five steps, or as a checkpoint of them gives it."""
+    from fastssl import engine, state
+
+    run = cases.run("odc", batch=BATCH, steps=5)
+    run.name, run.log.root = "cut", root
+    return state.whole(engine.fit(run, resume=(Path(root) / "cut").exists(), device="cpu").method)
+
+
+def worker(out: str, root: str, what: str) -> None:
     from fastssl import dist, engine
 
     dist.init("cpu")
     engine.Loader = cases.Memory
-    torch.save({name: train(name, Path(root)) for name in cases.CASES}, out)
+    found = cut(root) if what == "cut" else {name: train(name, Path(root)) for name in cases.CASES}
+    if dist.is_main():
+        torch.save(found, out)
     dist.shutdown()
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
-    return ranks.launch(__file__, 1, folder / "out.pt", str(folder))
+    return ranks.launch(__file__, 1, folder / "out.pt", str(folder), "resume")
 
 
 @pytest.mark.parametrize("name", cases.CASES)
@@ -63,6 +74,15 @@ def test_resumes_in_mid_epoch_to_the_same_bits(runs, name):
     assert whole["weights"].keys() == resumed["weights"].keys()
     moved = [key for key, value in whole["weights"].items() if not torch.equal(value, resumed["weights"][key])]
     assert not moved
+
+
+def test_a_table_that_is_cut_over_ranks_is_read_by_any_number_of_them(tmp_path):
+    made, *read = (ranks.launch(__file__, world, tmp_path / "out.pt", str(tmp_path), "cut") for world in (2, 1, 4))
+    assert made["bank"].shape == (cases.SAMPLES, 12)
+    torch.testing.assert_close(made["bank"].norm(dim=1), torch.ones(cases.SAMPLES))
+    for state in read:
+        assert state.keys() == made.keys()
+        assert all(torch.equal(state[key], value) for key, value in made.items())
 
 
 if __name__ == "__main__":
