@@ -1,5 +1,5 @@
 """VICReg, ResNet-50, ImageNet, batch 512, 100 epochs, fp16.
-After the authors' 100-epoch run; figures not checked against their code.
+As in facebookresearch/vicreg: README's single-node run, main_vicreg.py, augmentations.py.
 deepspeed --num_gpus 8 fastssl/train.py configs/vicreg/r50_in1k_100ep_fp16.py
 Not measured yet."""
 
@@ -11,10 +11,11 @@ from fastssl.methods import vicreg
 def get_config() -> Run:
     return Run(
         method=vicreg.Config(dims=(8192, 8192, 8192)),
-        backbone=Backbone("resnet50"),
+        backbone=Backbone("resnet50", zero_init_residual=True),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.byol(224)),
         optim=Optim(name="lars", lr=0.3, batch=512, epochs=100, weight_decay=1e-6, base_batch=256, warmup_epochs=10,
-                    lr_end=1e-3, paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}}, precision="fp16"),
+                    lr_end=1e-3, lr_in_momentum=False, precision="fp16",
+                    paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}}),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,
     )
