@@ -1,5 +1,6 @@
 """LeJEPA, ViT-S/16, ImageNet, 2 x 224 + 6 x 96, 100 epochs, bf16.
-Settings after the paper, not checked against it; no run to compare with yet.
+After rbalestr-lab/lejepa's README and code, which leave batch, warm-up, projector and lambda open; its local views have
+98 pixels. No run to compare with yet.
 deepspeed --num_gpus 8 fastssl/train.py configs/lejepa/vits16_in1k_100ep_bf16.py
 Not measured yet."""
 
@@ -10,10 +11,11 @@ from fastssl.methods import lejepa
 
 def get_config() -> Run:
     return Run(
-        method=lejepa.Config(),
+        method=lejepa.Config(end=3.0),
         backbone=Backbone("vit_small_patch16_224"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton",
-                  views=views.dino(224, small_crops=6, scale=(0.3, 1.0), small_scale=(0.05, 0.3))),
+                  views=views.dino(224, small_crops=6, scale=(0.3, 1.0), small_scale=(0.05, 0.3), blur=0.5,
+                                   solarize=0.2, interpolation="bilinear")),
         optim=Optim(name="adamw", lr=5e-4, batch=512, epochs=100, weight_decay=5e-2, warmup_epochs=10, lr_end=1e-3,
                     precision="bf16"),
         log=Log(knn_epochs=20, probe=True),
