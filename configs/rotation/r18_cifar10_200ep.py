@@ -1,5 +1,6 @@
 """Rotation prediction, ResNet-18, CIFAR-10, 200 epochs.
-A usual CIFAR-10 schedule, not checked against the paper's; each image is in the batch at four turns.
+As in gidariss/FeatureLearningRotNet's config for CIFAR-10, but for the network (network in network there); each image
+is in the batch at four turns.
 deepspeed --num_gpus 1 fastssl/train.py configs/rotation/r18_cifar10_200ep.py
 Not measured yet."""
 
@@ -13,9 +14,9 @@ def get_config() -> Run:
         method=rotation.Config(),
         backbone=Backbone("resnet18", stem="cifar"),
         data=Data(train="data/cifar10_train.beton", test="data/cifar10_test.beton",
-                  views=views.rotation(32, scale=(0.2, 1.0), **views.CIFAR10)),
-        optim=Optim(name="sgd", lr=0.1, batch=128, epochs=200, weight_decay=5e-4, schedule="step",
-                    milestones=(60, 120, 160), gamma=0.2),
+                  views=views.rotation(32, crop="random", pad=4, **views.CIFAR10)),
+        optim=Optim(name="sgd", lr=0.1, batch=128, epochs=200, weight_decay=5e-4, nesterov=True,
+                    schedule="step", milestones=(60, 120, 160), gamma=0.2),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,
     )
