@@ -1,5 +1,6 @@
 """DeepCluster v2, ResNet-50, ImageNet, 2 x 224, batch 4096, 400 epochs, fp16.
-The official recipe; eight GPUs take the batch in eight micro-batches of 64.
+As in facebookresearch/swav's scripts/deepclusterv2_400ep_2x224_pretrain.sh (fp32 there): LARS and weight decay for all
+parameters, norms and biases too. Eight GPUs take the batch in eight micro-batches of 64.
 deepspeed --num_gpus 8 fastssl/train.py configs/deepclusterv2/r50_in1k_400ep_fp16.py
 Not measured yet."""
 
@@ -14,8 +15,7 @@ def get_config() -> Run:
         backbone=Backbone("resnet50"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.simclr(224)),
         optim=Optim(name="lars", lr=4.8, batch=4096, epochs=400, weight_decay=1e-6, warmup_epochs=10,
-                    warmup_ratio=0.0625, lr_end=1e-3,
-                    paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}}, precision="fp16"),
+                    warmup_ratio=0.0625, lr_end=1e-3, lr_in_momentum=False, precision="fp16"),
         speed=Speed(micro_batch=64),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,

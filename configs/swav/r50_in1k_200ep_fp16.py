@@ -1,5 +1,6 @@
 """SwAV, ResNet-50, ImageNet, 2 x 224 + 6 x 96, batch 256, 200 epochs, fp16.
-MMSelfSup's recipe.
+As in facebookresearch/swav's scripts/swav_200ep_bs256_pretrain.sh and main_swav.py: LARS and weight decay for all
+parameters, norms and biases too.
 deepspeed --num_gpus 8 fastssl/train.py configs/swav/r50_in1k_200ep_fp16.py
 Not measured yet."""
 
@@ -14,7 +15,7 @@ def get_config() -> Run:
         backbone=Backbone("resnet50"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.swav(224)),
         optim=Optim(name="lars", lr=0.6, batch=256, epochs=200, weight_decay=1e-6, lr_end=1e-3,
-                    paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}}, precision="fp16"),
+                    lr_in_momentum=False, precision="fp16"),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,
     )
