@@ -1,5 +1,5 @@
 """DenseCL, ResNet-50, ImageNet, 200 epochs.
-MoCo v2's recipe, as in the paper.
+As in WXinlong/DenseCL's config.
 deepspeed --num_gpus 8 fastssl/train.py configs/densecl/r50_in1k_200ep.py
 Not measured yet."""
 
@@ -13,6 +13,6 @@ def get_config() -> Run:
         method=densecl.Config(temperature=0.2, dims=(2048, 128), dense=0.5),
         backbone=Backbone("resnet50"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.moco_v2(224)),
-        optim=Optim(name="sgd", lr=0.03, batch=256, epochs=200, weight_decay=1e-4),
+        optim=Optim(name="sgd", lr=0.03, batch=256, epochs=200, weight_decay=1e-4, schedule="cosine_epoch"),
         log=Log(knn_epochs=20, probe=True),
     )
