@@ -148,7 +148,7 @@ def draw(labels: np.ndarray, k: int, classes: int, rng: np.random.Generator) -> 
     for value, n in ((1, k), (0, (classes - 1) * k)):
         known = np.flatnonzero(labels == value)
         parts.append(rng.choice(known, min(n, len(known)), replace=False))
-    return np.concatenate(parts)
+    return np.sort(np.concatenate(parts))
 
 
 def _choose(k: int, ap_SCA: np.ndarray, held_SCA: np.ndarray, costs) -> list[dict]:

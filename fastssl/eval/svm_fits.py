@@ -69,26 +69,21 @@ class Fast:
         return self.rows.fit(y_CN, 2 * cost_C[:, None] * np.where(y_CN > 0, positive_weight, 1)) @ self.x_test.T
 
     def few(self, problems, costs, positive_weight) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        none = np.zeros((0, 0), np.float32)
+        A, At = self.rows.operator
+        if not len(At) and self._test is None:
+            self._test = self.rows.x_NE @ self.x_test.T
 
         def work(problem):
             rows, positive = problem
-            y = np.where(positive, 1, -1)
-            e = 2 * np.asarray(costs)[:, None] * np.where(positive, positive_weight, 1)
-            b = svm_solver.solve(self.rows.part(rows), none, np.broadcast_to(y, e.shape), e)
-            return self.scores(rows, b)
+            y, weight = np.where(positive, 1, -1), np.where(positive, positive_weight, 1)
+            mine = A[rows]
+            b = svm_solver.solve_few(mine @ mine.T if len(At) else mine.take(rows, 1), y, weight, costs)
+            if len(At):
+                w = b @ mine
+                return w @ self.x_test.T, w @ At
+            return b @ self._test[rows], b @ mine
 
         return svm_solver.each(work, problems)
-
-    def scores(self, rows: np.ndarray, b_AR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(A, M) and (A, N) of coefficients of some rows."""
-        A, At = self.rows.operator
-        if len(At):
-            w = b_AR @ A[rows]
-            return w @ self.x_test.T, w @ At
-        if self._test is None:
-            self._test = self.rows.x_NE @ self.x_test.T
-        return b_AR @ self._test[rows], b_AR @ A[rows]
 
 
 class Sklearn:

@@ -21,6 +21,8 @@ from threadpoolctl import threadpool_limits
 
 TOLERANCE = 1e-5  # duality gap over the objective
 NEWTONS, GRADIENTS = 60, 400  # at most so many steps, and conjugate gradients in each
+DIRECT, PRODUCTS = 0.8, 60  # share of rows below which, and products above which, a system is factored
+BATCH = 0.1  # costs up to this are solved at once, larger ones each from where the last ended
 
 
 @njit(nogil=True, cache=True)
@@ -47,12 +49,13 @@ def newton(A, At, y_FN, e_FN, b_FN, f_FN, tolerance, newtons, gradients):
             gap, objective = _gap(y_FN[c], e_FN[c], b_FN[c], f_FN[c], g_LN[i], kg_LN[i])
             gap_F[c] = gap / max(objective, 1e-30)  # 0 where every row is left out
             kept[i] = gap > tolerance * objective
-            target[i] = max(0.3 * tolerance * objective, 0.02 * gap)
+            target[i] = max(0.3 * tolerance * objective, 0.02 * min(gap, 0.1 * objective))
         if not kept.any():
             break
         live, target, g_LN, kg_LN = live[kept], target[kept], g_LN[kept], kg_LN[kept]
         end_LN, fend_LN = _start(A, At, y_FN, e_FN, b_FN, f_FN, live)
-        _conjugate_gradients(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live, target, gradients)
+        done = _direct(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live)
+        _conjugate_gradients(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live, done, target, gradients)
         for i, c in enumerate(live):
             d, fd = end_LN[i] - b_FN[c], fend_LN[i] - f_FN[c]
             t = _line_search(y_FN[c], e_FN[c], b_FN[c], f_FN[c], d, fd)
@@ -96,7 +99,43 @@ def _start(A, At, y_FN, e_FN, b_FN, f_FN, live):
 
 
 @njit(nogil=True, fastmath=True, cache=True)
-def _conjugate_gradients(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live, target, gradients):
+def _direct(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live):
+    """Solve by Cholesky's factors where few rows are inside the margin, and 1 / e keeps them well conditioned; which
+    fits it did.  At large costs conjugate gradients would need more operations."""
+    L, N = end_LN.shape
+    done, step_LN = np.zeros(L, np.bool_), np.zeros((L, N), np.float32)
+    for i, c in enumerate(live if At.shape[0] == 0 else live[:0]):
+        y, e = y_FN[c], e_FN[c]
+        inside = np.nonzero((e > 0) & (1 - y * f_FN[c] > 0))[0]
+        n = len(inside)
+        if n == 0 or n > DIRECT * (e > 0).sum() or n**3 > 3 * PRODUCTS * 2 * N**2 or e.max() > 500:
+            continue
+        system = np.empty((n, n), np.float32)
+        x = y[inside] - fend_LN[i][inside] - end_LN[i][inside] / e[inside]  # what is left: rounding, where no row moved
+        for j in range(n):
+            row = A[inside[j]]
+            for k in range(n):
+                system[j, k] = row[inside[k]]
+            system[j, j] += 1 / e[inside[j]]
+        U = np.ascontiguousarray(np.linalg.cholesky(system).T)
+        for j in range(n):
+            x[j] /= U[j, j]
+            x[j + 1 :] -= x[j] * U[j, j + 1 :]
+        for j in range(n - 1, -1, -1):
+            x[j] = (x[j] - (U[j, j + 1 :] * x[j + 1 :]).sum()) / U[j, j]
+        step_LN[i][inside] = x
+        done[i] = True
+    rows = np.nonzero(done)[0]
+    if len(rows):
+        change = _times(step_LN[rows], A, At)
+        for k, i in enumerate(rows):
+            end_LN[i] += step_LN[i]
+            fend_LN[i] += change[k]
+    return done
+
+
+@njit(nogil=True, fastmath=True, cache=True)
+def _conjugate_gradients(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live, done, target, gradients):
     """Solve (K + 1 / e) b = y on the rows inside the margin, preconditioned by e; a fit stops when the duality gap that
     its solution would have, were the rows to stay, is below its target."""
     L, N = end_LN.shape
@@ -108,7 +147,7 @@ def _conjugate_gradients(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live, target,
                 r_LN[i, j] = y_FN[c, j] - fend_LN[i, j] - end_LN[i, j] / e_FN[c, j]
                 p_LN[i, j] = r_LN[i, j] * e_FN[c, j]
                 rz[i] += r_LN[i, j] * p_LN[i, j]
-    open_ = np.nonzero(rz > 0)[0]
+    open_ = np.nonzero((rz > 0) & ~done)[0]
     for _ in range(gradients):
         if not len(open_):
             return
@@ -181,11 +220,6 @@ class Rows:
         else:
             self.operator = self.x_NE, np.ascontiguousarray(self.x_NE.T)
 
-    def part(self, rows: np.ndarray) -> np.ndarray:
-        """The Gram matrix of some rows."""
-        A, At = self.operator
-        return A[np.ix_(rows, rows)] if not len(At) else self.x_NE[rows] @ self.x_NE[rows].T
-
     def path(self, y_FN: np.ndarray, weight_FN: np.ndarray, costs: Iterable[float],
              tolerance: float = TOLERANCE) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:  # fmt: skip
         """(cost, b (F, N), f (F, N)) by rising cost, each from where the last ended, in the same memory.  `weight`: of
@@ -205,11 +239,28 @@ class Rows:
 
 def solve(A: np.ndarray, At: np.ndarray, y_FN: np.ndarray, e_FN: np.ndarray,
           tolerance: float = TOLERANCE) -> np.ndarray:  # fmt: skip
-    """b (F, N) from nothing."""
+    """b (F, N) from nothing, all fits at once."""
     y_FN, e_FN = np.ascontiguousarray(y_FN, np.float32), np.ascontiguousarray(e_FN, np.float32)
     b_FN, f_FN = np.zeros_like(y_FN), np.zeros_like(y_FN)
     check(newton(A, At, y_FN, e_FN, b_FN, f_FN, tolerance, NEWTONS, GRADIENTS), tolerance)
     return b_FN
+
+
+def solve_few(K: np.ndarray, y_N: np.ndarray, weight_N: np.ndarray, costs: tuple[float, ...],
+              tolerance: float = TOLERANCE) -> np.ndarray:  # fmt: skip
+    """b (costs, N) of one small problem, its costs rising."""
+    none = np.zeros((0, 0), np.float32)
+    b_AN, f_AN = (np.zeros((len(costs), len(K)), np.float32) for _ in range(2))
+    y_AN = np.repeat(np.asarray(y_N, np.float32)[None], len(costs), 0)
+    e_AN = (2 * np.asarray(costs)[:, None] * weight_N).astype(np.float32)
+    small = sum(cost <= BATCH for cost in costs)
+    for part in [slice(0, small), *(slice(i, i + 1) for i in range(small, len(costs)))]:
+        y, e, b, f = y_AN[part], e_AN[part], b_AN[part], f_AN[part]
+        if part.start:
+            b[:], f[:] = b_AN[part.start - 1], f_AN[part.start - 1]
+            _rescale(y, e, b, f)
+        check(newton(K, none, y, e, b, f, tolerance, NEWTONS, GRADIENTS), tolerance)
+    return b_AN
 
 
 def _rescale(y_FN, e_FN, b_FN, f_FN) -> None:
@@ -222,7 +273,7 @@ def _rescale(y_FN, e_FN, b_FN, f_FN) -> None:
 
 
 def check(gaps: np.ndarray, tolerance: float) -> None:
-    if not (gaps <= max(100 * tolerance, 1e-3)).all():
+    if len(gaps) and not (gaps <= max(100 * tolerance, 1e-3)).all():
         raise ValueError(f"a fit stopped at a relative duality gap of {np.max(gaps):.1e}, {tolerance:.0e} was asked "
                          "for: are the features normalised? --solver sklearn takes any")  # fmt: skip
 
