@@ -35,8 +35,8 @@ def moco_v2(size: int = 224, **changes) -> tuple[View, ...]:
 
 def byol(size: int = 224, *, blur: tuple[float, float] = (1.0, 0.1), solarize: tuple[float, float] = (0.0, 0.2),
          **changes) -> tuple[View, ...]:
-    """Two views of different blur and solarize probability, also MoCo v3's and Barlow Twins' (solo-learn's
-    "asymmetric"; at 32 pixels it has blur=(0, 0))."""
+    """Two views of different blur and solarize probability, also Barlow Twins' and VICReg's, and MoCo v3's with
+    bilinear crops (solo-learn's "asymmetric"; at 32 pixels it has blur=(0, 0))."""
     view = View(size, interpolation="bicubic", flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2)
     return _views(*(replace(view, blur=b, solarize=s) for b, s in zip(blur, solarize)), **changes)
 

@@ -22,7 +22,7 @@ class Config:
     weight: float = 0.05  # of SIGReg, lambda; the rest is of the agreement
     directions: int = 1024
     knots: int = 17  # of the integral over [0, end]
-    end: float = 5.0
+    end: float = 5.0  # the paper's; the authors' code has 3
     norm: bool = True  # batch norm in the projector
     large: int = 2  # views whose mean the others are drawn to, the first of the recipe
 
