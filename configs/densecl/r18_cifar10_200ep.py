@@ -1,5 +1,6 @@
 """DenseCL, ResNet-18, CIFAR-10, 200 epochs.
-solo-learn's MoCo recipe with the dense loss on the last map, 4x4 places.
+solo-learn's MoCo recipe with the dense loss on the last map, 4x4 places, and a constant momentum (there it rises to
+0.999).
 deepspeed --num_gpus 1 fastssl/train.py configs/densecl/r18_cifar10_200ep.py
 Not measured yet."""
 
