@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
+from torchvision.ops import FrozenBatchNorm2d
 
 from fastssl.config import Backbone
 
@@ -69,9 +70,12 @@ class ResNet(nn.Module):
             raise ValueError(f"backbone.width={spec.width} must be positive")
         if spec.width != 64 and (groups, group_width) != (1, 64):
             raise ValueError(f"backbone.width={spec.width}: {spec.name} has its width in its name; leave 64")
-        norm = {"bn": nn.BatchNorm2d, "gn": group_norm}.get(spec.norm)
+        norm = {"bn": nn.BatchNorm2d, "gn": group_norm, "frozen": FrozenBatchNorm2d}.get(spec.norm)
         if norm is None:
-            raise ValueError(f"backbone.norm={spec.norm!r} is neither 'bn' nor 'gn'")
+            raise ValueError(f"backbone.norm={spec.norm!r} is none of 'bn', 'gn' and 'frozen'")
+        if not 0 <= spec.frozen < 5:
+            raise ValueError(f"backbone.frozen={spec.frozen}: a {spec.name} has five stages with its stem, of which 0 "
+                             "to 4 can stay as they are")
         self.sobel = Sobel() if spec.sobel else nn.Identity()
         self.conv1 = _stem(spec)
         self.bn1 = norm(spec.width)
@@ -87,6 +91,8 @@ class ResNet(nn.Module):
         self.dim = channels
         self.stages = (spec.width, *(channels >> i for i in (3, 2, 1, 0)))
         self._init(spec.zero_init_residual)
+        for part in self._frozen():
+            part.requires_grad_(False)
 
     def _init(self, zero_init_residual: bool) -> None:
         for m in self.modules():
@@ -94,6 +100,16 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
             elif zero_init_residual and isinstance(m, BasicBlock | Bottleneck):
                 nn.init.zeros_((m.bn2 if isinstance(m, BasicBlock) else m.bn3).weight)
+
+    def _frozen(self) -> list[nn.Module]:
+        stages = [[self.conv1, self.bn1], [self.layer1], [self.layer2], [self.layer3]][: self.spec.frozen]
+        return [part for stage in stages for part in stage]
+
+    def train(self, mode: bool = True) -> ResNet:
+        super().train(mode)
+        for part in self._frozen():
+            part.eval()
+        return self
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:
         """Maps of the stem (after ReLU, before the max-pool) and of stages 1 to 4; their channels are .stages."""
@@ -145,7 +161,7 @@ class Timm(nn.Module):
 
         self.spec = spec
         plain = Backbone()
-        for key in ("stem", "norm", "width", "zero_init_residual", "sobel"):
+        for key in ("stem", "norm", "width", "zero_init_residual", "sobel", "frozen"):
             if getattr(spec, key) != getattr(plain, key):
                 raise ValueError(f"backbone.{key}={getattr(spec, key)!r} does not apply to timm's {name}; leave it out")
         options = {"num_classes": 0, "in_chans": spec.in_channels}

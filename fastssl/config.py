@@ -22,11 +22,12 @@ from typing import Any
 class Backbone:
     name: str = "resnet50"  # torchvision ResNet family, or any timm model
     stem: str = "imagenet"  # "cifar": 3x3 stride 1, no max-pool
-    norm: str = "bn"  # "bn", "gn"
+    norm: str = "bn"  # "bn", "gn", "frozen": batch norm that keeps the statistics and scales of `pretrained`
     width: int = 64  # channels of the first stage (torchvision ResNets)
     zero_init_residual: bool = False
     in_channels: int = 3
     sobel: bool = False  # two fixed gradient filters on the gray image take the place of colour (ResNets)
+    frozen: int = 0  # stages that keep the weights and statistics of `pretrained`: 1 is the stem, 2 the first stage too
     pretrained: str | None = None  # file, run folder, or "torchvision" / "timm"
 
 

@@ -244,6 +244,9 @@ def build(run: Run, hooks: list = (), device: str | None = None) -> Trainer:
                     micro=run.optim.batch // dist.world() // micro, resident=run.speed.resident)
     torch.manual_seed(run.seed)  # the same weights, queue and bank on every rank
     backbone = backbones.build(run.backbone)
+    if (run.backbone.frozen or run.backbone.norm == "frozen") and not run.backbone.pretrained:
+        raise ValueError("backbone.frozen and backbone.norm='frozen' keep pretrained weights as they are: give "
+                         "backbone.pretrained")
     if run.backbone.pretrained:
         report = weights.load_backbone(run.backbone.pretrained, backbone)
         if dist.is_main():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -36,6 +37,10 @@ def write(backbone: nn.Module, path: str | Path, to: str = "torchvision", *, run
         raise ValueError(f"export to {to!r}: known are {', '.join(WRITERS)}")
     path, spec = Path(path), backbone.spec
     state = {k: v.detach().cpu().contiguous() for k, v in getattr(backbone, "body", backbone).state_dict().items()}
+    if spec.norm == "frozen":  # elsewhere it is batch norm like any other
+        spec = dataclasses.replace(spec, norm="bn")
+        state |= {re.sub("running_mean$", "num_batches_tracked", k): torch.tensor(0)
+                  for k in state if k.endswith("running_mean")}  # fmt: skip
     empty = [name for name, value in state.items() if value.numel() == 0]
     if empty:
         raise ValueError(f"{empty[0]} is empty: this backbone is partitioned by ZeRO-3; export from its run folder")
@@ -266,7 +271,7 @@ def complete(path: Path):
 def add_backbone_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", metavar="NAME", help="for weights that do not say what they are")
     parser.add_argument("--stem", choices=("imagenet", "cifar"))
-    parser.add_argument("--norm", choices=("bn", "gn"))
+    parser.add_argument("--norm", choices=("bn", "gn", "frozen"))
     parser.add_argument("--width", type=int)
     parser.add_argument("--in-channels", type=int, dest="in_channels")
     parser.add_argument("--sobel", action="store_true", default=None,

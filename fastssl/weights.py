@@ -121,7 +121,7 @@ def spec_of(path: str | Path) -> Backbone | None:
         with safetensors.safe_open(path, "pt") as f:
             meta = f.metadata() or {}
         spec = Backbone(**json.loads(meta[META])) if META in meta else None
-    return spec and dataclasses.replace(spec, pretrained=None)
+    return spec and dataclasses.replace(spec, pretrained=None, frozen=0)  # how it was trained, not what it is
 
 
 def has_sobel(path: str | Path) -> bool:
@@ -135,7 +135,7 @@ def has_sobel(path: str | Path) -> bool:
 
 def metadata(spec: Backbone) -> dict[str, str]:
     """What spec_of reads: the header of our safetensors files."""
-    return {"format": "pt", META: json.dumps(dataclasses.asdict(dataclasses.replace(spec, pretrained=None)))}
+    return {"format": "pt", META: json.dumps(dataclasses.asdict(dataclasses.replace(spec, pretrained=None, frozen=0)))}
 
 
 def _read(path: str | Path, spec: Backbone) -> tuple[str, dict[str, Tensor]]:
@@ -227,7 +227,8 @@ def _find_prefix(file: str, state: dict[str, Tensor], needed: list[str], which: 
 def _check(file: str, prefix: str, found: dict[str, Tensor], needed: list[str], own: dict[str, Tensor]) -> None:
     where = f"{file}" + (f" (prefix {prefix!r})" if prefix else "")
     missing = [name for name in needed if name not in found]
-    extra = [name for name in found if name not in own and name.split(".")[0] not in HEADS]
+    extra = [name for name in found if name not in own and name.split(".")[0] not in HEADS
+             and not name.endswith("num_batches_tracked")]  # a frozen batch norm has none
     if missing or extra:
         parts = []
         if missing:

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from fastssl import backbones
+from fastssl import backbones, weights
 from fastssl.config import Backbone
 
 TORCHVISION = [n for n in backbones.RESNETS if n != "resnet10"]
@@ -88,11 +88,37 @@ def test_in_channels():
     assert build("resnet10", in_channels=1, width=8)(torch.randn(2, 1, 16, 16)).shape == (2, 64)
 
 
+def test_frozen_stages_keep_weights_and_statistics():
+    net = build("resnet10", width=8, frozen=2)
+    net.eval().train()
+    before = copy.deepcopy(net.state_dict())
+    net(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    torch.optim.SGD([p for p in net.parameters() if p.grad is not None], lr=0.1).step()
+    moved = {k for k, v in net.state_dict().items() if not torch.equal(v, before[k])}
+    assert {k.split(".")[0] for k in moved} == {"layer2", "layer3", "layer4"}
+    assert any("running_mean" in k for k in moved) and any("conv1.weight" in k for k in moved)
+
+
+def test_frozen_batch_norm_is_that_of_the_checkpoint(tmp_path):
+    bn, frozen = build("resnet10", width=8), build("resnet10", width=8, norm="frozen")
+    for m in bn.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            for tensor in (m.weight.data, m.bias.data, m.running_mean, m.running_var):
+                tensor.uniform_(0.5, 1.5)
+    torch.save(bn.state_dict(), tmp_path / "bn.pth")
+    weights.load_backbone(tmp_path / "bn.pth", frozen)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(frozen.train()(x), bn.eval()(x))
+    assert not any("bn" in name or "downsample.1" in name for name, _ in frozen.named_parameters())
+
+
 @pytest.mark.parametrize("options, text", [
     ({"name": "resnet81"}, "did you mean 'resnet18'"),
     ({"name": "vit_smal_patch16_224"}, "did you mean 'vit_small_patch16_224'"),
     ({"stem": "cifra"}, "backbone.stem='cifra'"),
     ({"norm": "ln"}, "backbone.norm='ln'"),
+    ({"frozen": 5}, "backbone.frozen=5: a resnet18 has five stages"),
+    ({"name": "vit_tiny_patch16_224", "frozen": 1}, "backbone.frozen=1 does not apply"),
     ({"width": 0}, "backbone.width=0"),
     ({"name": "wide_resnet50_2", "width": 32}, "backbone.width=32"),
     ({"name": "vit_tiny_patch16_224", "stem": "cifar"}, "backbone.stem='cifar' does not apply"),

@@ -2,12 +2,14 @@
 
 import ast
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
+import method_cases as cases
 import pytest
 import torch
 
-from fastssl import backbones, config, engine, methods, optim
+from fastssl import backbones, config, dist, engine, methods, optim
 from fastssl.loader import Batch
 
 ROOT = Path(__file__).parents[2]
@@ -80,3 +82,13 @@ def test_every_method_is_listed_in_one_family(capsys):
     assert all(name(path) in listed.replace("\n", " ") for path in FILES if path.name != "quickstart.py"
                and path.stem != "simclr_cifar10")  # fmt: skip
     assert "state    target, pointer, queue" in listed  # MoCo's
+
+
+@pytest.mark.parametrize("what", [{"frozen": 1}, {"norm": "frozen"}])
+def test_what_is_frozen_must_have_been_trained(what, monkeypatch):
+    dist.init("cpu")
+    monkeypatch.setattr(engine, "Loader", cases.Memory)
+    run = cases.run("simclr")
+    run.backbone = replace(run.backbone, **what)
+    with pytest.raises(ValueError, match="keep pretrained weights as they are: give backbone.pretrained"):
+        engine.build(run, device="cpu")
