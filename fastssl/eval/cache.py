@@ -32,6 +32,7 @@ from fastssl.kernels.views import View
 
 ROWS = 4096  # of a shard: 32 MB of 2048 dimensions, and what an interruption may cost
 FORMAT = 1
+ELSEWHERE = "give --cache DIR elsewhere, or --no-cache"
 STALE = 24 * 3600  # seconds after which an unfinished temporary shard is nobody's
 
 
@@ -41,22 +42,41 @@ def features(folder: Path, backbone: nn.Module, loader, view: View, layers: tupl
 
     `weights` says in words what they are, for the manifest.  ValueError when a feature is NaN or infinite.
     """
-    whole.check_loader(loader)
     sizes = [shape.numel() for shape in whole.shapes(backbone, view, layers)]
     out = [torch.empty(loader.samples, dim, device=loader.device) for dim in sizes]
-    labels = torch.from_numpy(loader.labels()).to(loader.device)  # from the file's table: costs no decoding
+
+    def take(first: int, parts: list[Tensor]) -> None:
+        for part, layer in zip(parts, out):
+            layer[first : first + len(part)] = part
+
+    visit(folder, backbone, loader, view, layers, precision, take, weights)
+    return (*out, labels(loader))
+
+
+def labels(loader) -> Tensor:
+    """(N,) or (N, C) on the loader's device, from the file's table: costs no decoding."""
+    return torch.from_numpy(loader.labels()).to(loader.device)
+
+
+def visit(folder: Path | None, backbone: nn.Module, loader, view: View, layers: tuple[str, ...], precision: str,
+          take: Callable[[int, list[Tensor]], None], weights: str = "") -> None:  # fmt: skip
+    """`features` shard by shard, for sets that no memory holds: take(first row, [(n, dim) of each layer]) on all ranks
+    for every shard, those that were kept before the others.  No folder: none is kept.
+    """
+    whole.check_loader(loader)
+    sizes = [shape.numel() for shape in whole.shapes(backbone, view, layers)]
     made: list[Store] = []
-    on_main(lambda: made.append(Store(folder, backbone, loader, view, layers, precision, sizes, weights)))
-    store = made[0] if made else None
-    missing = [k for k in range(-(-loader.samples // ROWS)) if not _read(store, k, out)]
+    if folder is not None:
+        on_main(lambda: made.append(Store(folder, backbone, loader, view, layers, precision, sizes, weights)))
+    store, shards = made[0] if made else None, range(-(-loader.samples // ROWS))
+    missing = [k for k in shards if folder is None or not _read(store, k, sizes, loader, take)]
+    place = f" into {store.folder}" if store else ""
     if missing:
-        _say(f"features of {loader.path}: computing {len(missing)} of {-(-loader.samples // ROWS)} shards into "
-             f"{store.folder}" if store else "")  # fmt: skip
-        _compute(store, missing, out, backbone, loader, view, layers, precision)
-        on_main(lambda: store.finish())
+        _say(f"features of {loader.path}: computing {len(missing)} of {len(shards)} shards{place}")
+        _compute(store, missing, backbone, loader, view, layers, precision, take)
+        on_main(lambda: store and store.finish())
     else:
         _say(f"features of {loader.path}: read from {store.folder}" if store else "")
-    return (*out, labels)
 
 
 class Store:
@@ -123,13 +143,17 @@ class Store:
 
     def room(self, shards: int) -> None:
         """ValueError when the disk cannot hold that many."""
-        need, place = shards * ROWS * sum(self.sizes) * 4, self.folder
-        while not place.exists():
-            place = place.parent
-        free = shutil.disk_usage(place).free
-        if need > free:
-            raise ValueError(f"{self.folder} needs {need / 2**30:.1f} GiB and its disk has {free / 2**30:.1f} GiB "
-                             "free: give --cache DIR elsewhere, or --no-cache")  # fmt: skip
+        room(self.folder, shards * ROWS * sum(self.sizes) * 4, ELSEWHERE)
+
+
+def room(folder: Path, need: int, fix: str) -> None:
+    """ValueError with the fix when the disk of `folder` has less than `need` bytes."""
+    place = folder
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if need > free:
+        raise ValueError(f"{folder} needs {need / 2**30:.1f} GiB and its disk has {free / 2**30:.1f} GiB free: {fix}")
 
 
 def hash_weights(backbone: nn.Module) -> str:
@@ -161,23 +185,21 @@ def _sums(folder: Path, layers: tuple[str, ...]) -> list[int]:
     return [sums[name] for name in layers]
 
 
-def _read(store: Store | None, k: int, out: list[Tensor]) -> bool:
-    """Fill the rows of shard k on all ranks, if the first has it."""
-    rows = slice(k * ROWS, (k + 1) * ROWS)
+def _read(store: Store | None, k: int, sizes: list[int], loader, take) -> bool:
+    """Hand shard k to `take` on all ranks, if the first has it."""
+    first, stop = k * ROWS, min((k + 1) * ROWS, loader.samples)
     parts = store.read(k) if store else None
-    found = dist.broadcast_(torch.tensor([parts is not None], dtype=torch.uint8, device=dist.device()))
-    if not found:
+    if not dist.broadcast_(torch.tensor([parts is not None], dtype=torch.uint8, device=dist.device())):
         return False
-    for i, whole_layer in enumerate(out):
-        if parts:
-            whole_layer[rows].copy_(torch.from_numpy(parts[i]))
-        dist.broadcast_(whole_layer[rows])
+    rows = ([torch.from_numpy(part).to(loader.device) for part in parts] if parts else
+            [torch.empty(stop - first, dim, device=loader.device) for dim in sizes])  # fmt: skip
+    take(first, [dist.broadcast_(part) for part in rows])
     return True
 
 
-def _compute(store: Store | None, missing: list[int], out: list[Tensor], backbone: nn.Module, loader, view: View,
-             layers: tuple[str, ...], precision: str) -> None:  # fmt: skip
-    on_main(lambda: store.room(len(missing)))
+def _compute(store: Store | None, missing: list[int], backbone: nn.Module, loader, view: View, layers: tuple[str, ...],
+             precision: str, take) -> None:  # fmt: skip
+    on_main(lambda: store and store.room(len(missing)))
     for run in _runs(missing):
         start, stop = run[0] * ROWS // loader.batch, -(-min((run[-1] + 1) * ROWS, loader.samples) // loader.batch)
         held, coming = [], list(run)
@@ -186,12 +208,12 @@ def _compute(store: Store | None, missing: list[int], out: list[Tensor], backbon
             while coming and min((coming[0] + 1) * ROWS, loader.samples) <= (step + 1) * loader.batch:
                 joined = [torch.cat(part) for part in zip(*held)]
                 mine = joined[-1] < (coming[0] + 1) * ROWS  # held is what no shard has taken yet
-                _emit(store, coming.pop(0), [part[mine] for part in joined], out, loader)
+                _emit(store, coming.pop(0), [part[mine] for part in joined], loader, take)
                 held = [[part[~mine] for part in joined]]
 
 
-def _emit(store: Store | None, k: int, mine: list[Tensor], out: list[Tensor], loader) -> None:
-    """One shard: from all ranks into `out` on all ranks, and from the first to disk."""
+def _emit(store: Store | None, k: int, mine: list[Tensor], loader, take) -> None:
+    """One shard: from all ranks to `take` on all ranks, and from the first to disk."""
     first, stop = k * ROWS, min((k + 1) * ROWS, loader.samples)
     mine = [part[mine[-1] >= first] for part in mine]  # a batch may begin in the shard before
     *parts, _, index = (dist.gather_ragged(part) for part in mine)
@@ -199,14 +221,15 @@ def _emit(store: Store | None, k: int, mine: list[Tensor], out: list[Tensor], lo
     if not torch.equal(index[order], torch.arange(first, stop, device=index.device)):
         raise ValueError(f"{loader.path}: the ranks gave {len(index)} samples that are not {first} to {stop - 1}, each "
                          "once; were all given the same file?")  # fmt: skip
-    for part, whole_layer in zip(parts, out):
-        whole_layer[first:stop] = part[order]
-        bad = ~whole_layer[first:stop].isfinite().all(1)
+    parts = [part[order] for part in parts]
+    for part in parts:
+        bad = ~part.isfinite().all(1)
         if bad.any():
             raise ValueError(f"{loader.path}: features of {int(bad.sum())} samples are NaN or infinite (first: sample "
                              f"{first + int(bad.nonzero()[0])}): the training diverged, or precision is too low; "
                              "nothing of them was kept")  # fmt: skip
-    on_main(lambda: store.write(k, [whole_layer[first:stop].cpu().numpy() for whole_layer in out]))
+    on_main(lambda: store and store.write(k, [part.cpu().numpy() for part in parts]))
+    take(first, parts)
 
 
 def _runs(numbers: list[int]) -> list[list[int]]:
@@ -220,15 +243,14 @@ def _runs(numbers: list[int]) -> list[list[int]]:
     return out
 
 
-def on_main(work: Callable[[], None]) -> None:
-    """Do it on the first rank; its error becomes every rank's, so that none waits for it."""
+def on_main(work: Callable[[], None], fix: str = ELSEWHERE) -> None:
+    """Do it on the first rank; its error becomes every rank's, so that none waits for it; `fix` ends that of a file."""
     problem = b""
     if dist.is_main():
         try:
             work()
         except (OSError, ValueError) as error:
-            hint = "; give --cache DIR elsewhere, or --no-cache" if isinstance(error, OSError) else ""
-            problem = f"{error}{hint}".encode()
+            problem = f"{error}; {fix}".encode() if isinstance(error, OSError) else str(error).encode()
     size = int(dist.broadcast_(torch.tensor([len(problem)], device=dist.device())))
     if size:
         text = torch.tensor(list(problem) or [0] * size, dtype=torch.uint8, device=dist.device())

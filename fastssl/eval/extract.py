@@ -1,12 +1,13 @@
 """Features of every image, layer by layer, as .npy or .safetensors, with labels: rows are in the order of the file.
 
 Maps (stem, layer1 to layer4) are average-pooled to about 9,000 dimensions as OpenSelfSup's tools/extract.py does;
-"last" is the network's output.  Float32, not normalised.
+"last" is the network's output.  Float32, not normalised.  .npy is written shard by shard, .safetensors from memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from dataclasses import replace
 from functools import partial
@@ -16,12 +17,13 @@ import numpy as np
 import torch
 
 from fastssl import dist, export
-from fastssl.eval import features
+from fastssl.eval import cache, features
 from fastssl.eval.cache import on_main
 from fastssl.eval.maps import output_folder
 from fastssl.eval.subject import Subject
 
 NEEDS = ()  # whichever of the two files there is
+ELSEWHERE = "give another --folder"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -52,11 +54,17 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
     if args.squash:
         subject.view = replace(subject.view, crop="squash", resize=None)
     rows, about = [], subject.describe()
+    dims = [shape.numel() for shape in features.shapes(subject.backbone, subject.view, layers)]
     for name, path in files.items():
-        *parts, labels = subject.features(path, layers)
-        on_main(partial(_write, targets[name], dict(zip(layers, parts)), labels, {**about, "file": path}))
-        rows += [{"file": name, "layer": layer, "rows": len(part), "dim": part.shape[1],
-                  "path": str(targets[name][layer])} for layer, part in zip(layers, parts)]  # fmt: skip
+        samples = subject.loader(path).samples
+        if args.to == "npy":
+            _write_npy(subject, path, targets[name], layers, [(samples, dim) for dim in dims])
+        else:
+            *parts, labels = subject.features(path, layers)
+            state = {**dict(zip(layers, parts)), "labels": labels}
+            on_main(partial(_write_safetensors, targets[name]["labels"], state, {**about, "file": path}), ELSEWHERE)
+        rows += [{"file": name, "layer": layer, "rows": samples, "dim": dim, "path": str(targets[name][layer])}
+                 for layer, dim in zip(layers, dims)]  # fmt: skip
     return {"protocol": "extract", "options": {"layers": list(layers), "to": args.to}, "results": rows}
 
 
@@ -65,13 +73,34 @@ def _targets(folder: Path, name: str, layers: tuple[str, ...], to: str) -> dict[
     return {part: folder / (f"{name}.safetensors" if to == "safetensors" else f"{name}_{part}.npy") for part in parts}
 
 
-def _write(paths: dict[str, Path], parts: dict[str, torch.Tensor], labels: torch.Tensor, about: dict) -> None:
-    parts = {**parts, "labels": labels}
-    if len(set(paths.values())) == 1:
-        state = {name: part.cpu().contiguous() for name, part in parts.items()}
-        with export.complete(paths["labels"]) as temporary:
-            export.save(state, temporary, {"format": "pt", "fastssl.features": json.dumps(about)})
-        return
-    for name, part in parts.items():
-        with export.complete(paths[name]) as temporary, open(temporary, "wb") as f:
-            np.save(f, part.cpu().numpy())
+def _write_npy(subject: Subject, path: str, targets: dict[str, Path], layers: tuple[str, ...],
+               shapes: list[tuple[int, int]]) -> None:  # fmt: skip
+    """A file for each layer that no memory needs to hold: five of ImageNet's training set are 226 GB."""
+    loader, files, starts = subject.loader(path), [], []
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> None:
+            cache.room(targets[layers[0]].parent, sum(4 * rows * dim for rows, dim in shapes), ELSEWHERE)
+            for layer, shape in zip(layers, shapes):
+                temporary = stack.enter_context(export.complete(targets[layer]))
+                files.append(stack.enter_context(open(temporary, "wb")))
+                header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(files[-1], header)
+                starts.append(files[-1].tell())
+            with export.complete(targets["labels"]) as temporary, open(temporary, "wb") as f:
+                np.save(f, loader.labels())
+
+        def put(first: int, parts: list[torch.Tensor]) -> None:
+            for file, start, part in zip(files, starts, parts):  # not a memory map: a full disk would kill the process
+                file.seek(start + 4 * first * part.shape[1])
+                file.write(part.cpu().contiguous().numpy().astype("<f4", copy=False))
+
+        on_main(begin, ELSEWHERE)
+        cache.visit(subject.cache_folder(), subject.backbone, loader, subject.view, layers, subject.args.precision,
+                    lambda first, parts: on_main(partial(put, first, parts), ELSEWHERE), subject.weights)  # fmt: skip
+
+
+def _write_safetensors(path: Path, parts: dict[str, torch.Tensor], about: dict) -> None:
+    state = {name: part.cpu().contiguous() for name, part in parts.items()}
+    with export.complete(path) as temporary:
+        export.save(state, temporary, {"format": "pt", "fastssl.features": json.dumps(about)})

@@ -218,6 +218,11 @@ def worker(out, beton, folder):
     if dist.is_main():
         file.write_bytes(b"")
     dist.barrier()
+    result["shards"] = {}
+    for name, place in (("none", None), ("kept", Path(folder) / "16")):
+        seen = result["shards"][name] = []
+        cache.visit(place, net(), load(beton, 16), VIEW, LAYERS, "fp32", lambda first, parts, seen=seen: seen.append(
+            (first, [part.clone() for part in parts])))  # fmt: skip
     result["repaired"] = kept(Path(folder) / "16", load(beton, 16))
     try:
         kept(Path(beton), load(beton, 16))
@@ -237,6 +242,12 @@ def test_two_ranks_are_one(beton, tmp_path):
     assert same(two["again"], two[16]) and same(two["repaired"], two[16])
     for name in (16, 102, "again", "repaired"):
         assert same(two[name], other[name])
+    for rank in (two, other):
+        for name, first in (("none", list(range(0, 103, 20))), ("kept", [0, *range(40, 103, 20), 20])):  # damaged: 1
+            seen = rank["shards"][name]
+            assert [start for start, _ in seen] == first
+            whole = zip(*(parts for _, parts in sorted(seen, key=lambda shard: shard[0])))
+            assert same([torch.cat(part) for part in whole], two[16][:-1])
     assert two["error"] == other["error"] and "--no-cache" in two["error"]
     loader = load(beton)  # what two ranks wrote, one reads
     assert same(kept(tmp_path / "ranks" / "16", loader), two[16]) and not hasattr(loader, "rows")
