@@ -83,5 +83,5 @@ def sheet(path: Path, panels: list[tuple[str, Tensor]]) -> None:
         axis.set_title(title, fontsize=10)
         axis.set_axis_off()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
     pyplot.close(figure)

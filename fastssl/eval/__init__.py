@@ -1,7 +1,8 @@
 """`fastssl eval PROTOCOL`: a run folder or a weight file -> the protocol's numbers, printed as a table and as JSON.
 
-Each protocol is a module here with `add_options(parser)`, `NEEDS` (of "train", "test") and `run(subject, args)`, which
-returns {"protocol", "options", "results": [a row, ...]} around the function of features that does the work.
+Each protocol is a module here with `add_options(parser)`, `NEEDS` (of "train", "test"), `WITHOUT` (shared options that
+would have no effect; may be absent) and `run(subject, args)`, which returns {"protocol", "options", "results": [a row,
+...]} around the function of features that does the work.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import argparse
 import difflib
 import importlib
 import json
-import os
+import math
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from fastssl import dist
+from fastssl import dist, export
 from fastssl.eval import subject as subjects
 
 PROTOCOLS = {  # name: what it measures
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     protocol = importlib.import_module(f"fastssl.eval.{argv[0]}")
     parser = argparse.ArgumentParser(f"fastssl eval {argv[0]}", description=protocol.__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    subjects.add_options(parser)
+    subjects.add_options(parser, getattr(protocol, "WITHOUT", ()))
     protocol.add_options(parser)
     args = parser.parse_args(argv[1:])
     try:
@@ -103,7 +104,14 @@ def table(results: list[dict]) -> str:
 
 
 def _write(path: str, result: dict) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(path + ".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(temporary, path)
+    with export.complete(Path(path)) as temporary:
+        temporary.write_text(json.dumps(_plain(result), indent=1) + "\n")
+
+
+def _plain(value):
+    """JSON has no NaN and no infinity: they become "nan", "inf", "-inf", as in log.jsonl."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

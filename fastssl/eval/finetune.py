@@ -16,6 +16,7 @@ from fastssl.eval import tuning
 from fastssl.eval.subject import Subject
 
 NEEDS = ("train", "test")
+WITHOUT = ("cache", "no_cache")  # what is trained has no features to keep
 TRANSFORMER = {"optimizer": "adamw", "lr": 5e-4, "train_batch": 1024, "epochs": 100, "warmup_epochs": 5.0,
                "weight_decay": 0.05, "layer_decay": 0.65, "drop_path": 0.1, "smoothing": 0.1}  # fmt: skip
 OTHER = {"optimizer": "sgd", "lr": 0.05, "train_batch": 256, "epochs": 30, "warmup_epochs": 0.0, "weight_decay": 0.0,

@@ -49,6 +49,8 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
         if args.layers or args.no_augment:
             raise ValueError(f"--{'layers' if args.layers else 'no-augment'} is for the published recipes: give "
                              f"--recipe, one of {', '.join(heads.RECIPES)}")  # fmt: skip
+        if args.solver == "lbfgs" and args.probe_batch is not None:
+            raise ValueError(f"--probe-batch {args.probe_batch} is for --solver sgd: lbfgs sees all rows at once")
         return probe(*subject.features(subject.train), *subject.features(subject.test), solver=args.solver or "sgd",
                      grid=args.grid, epochs=_given(args.epochs, 100), batch=_given(args.probe_batch, 1024),
                      held_out=_given(args.held_out, 0.1), seed=args.seed)  # fmt: skip

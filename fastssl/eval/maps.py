@@ -8,7 +8,6 @@ in t-SNE and UMAP.  Rows are scaled to length 1 first, so that what is near on t
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl import dist
+from fastssl import dist, export
 from fastssl.eval.subject import Subject
 from fastssl.loader import permutation
 
 NEEDS = ("test",)
+WITHOUT = ("train",)
 METHODS = ("pca", "tsne", "umap")
 DIMS = 50  # t-SNE and UMAP start from so many principal components: the distances hardly change, the search is faster
 NEIGHBOURS = 10  # of trustworthiness
@@ -33,8 +33,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="tsne", help=f"some of {', '.join(METHODS)}, with commas between them")
     parser.add_argument("--points", type=int, default=5000, help="images drawn from the test file; 0: all")
     parser.add_argument("--perplexity", type=float, help="t-SNE's; default 30, or a third of fewer than 90 points")
-    parser.add_argument("--near", type=int, default=15, help="UMAP's n_neighbors")
-    parser.add_argument("--min-dist", type=float, default=0.1, help="UMAP's")
+    parser.add_argument("--near", type=int, help="UMAP's n_neighbors; default 15")
+    parser.add_argument("--min-dist", type=float, help="UMAP's; default 0.1")
     parser.add_argument("--folder", help="for map_METHOD.png and .npy; default: eval/ in the run's folder")
 
 
@@ -42,6 +42,10 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
     methods = tuple(dict.fromkeys(args.method.split(",")))
     for method in methods:
         check_method(method)
+    for key, owner in (("perplexity", "tsne"), ("near", "umap"), ("min_dist", "umap")):
+        if getattr(args, key) is not None and owner not in methods:
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} is {owner}'s: leave it out, or add "
+                             f"{owner} to --method")  # fmt: skip
     folder = output_folder(args)
     x, y = subject.features(subject.test)
     rows = sample(len(x), args.points, args.seed)
@@ -52,8 +56,9 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
         labels = y.numpy() if y.ndim == 1 else np.full(len(y), -1)
         names = subject.loader(subject.test).classes
         for method in methods:
-            xy, facts = project(x, method, seed=args.seed, perplexity=args.perplexity, near=args.near,
-                                min_dist=args.min_dist)  # fmt: skip
+            xy, facts = project(x, method, seed=args.seed, perplexity=args.perplexity,
+                                near=15 if args.near is None else args.near,
+                                min_dist=0.1 if args.min_dist is None else args.min_dist)  # fmt: skip
             if len(x) <= TRUSTED:
                 facts["trustworthiness"] = trustworthiness(x, xy)
             write(folder, method, xy, labels, rows, names)
@@ -112,7 +117,7 @@ def project(features: Tensor, method: str, *, seed: int = 0, perplexity: float |
 def _tsne(x: np.ndarray, seed: int, perplexity: float | None) -> tuple[np.ndarray, dict]:
     from sklearn.manifold import TSNE
 
-    perplexity = perplexity or min(30.0, (len(x) - 1) / 3)
+    perplexity = min(30.0, (len(x) - 1) / 3) if perplexity is None else perplexity
     if not 1 <= perplexity < len(x):
         raise ValueError(f"perplexity={perplexity:g}: must be from 1 to below {len(x)}, the number of points")
     tsne = TSNE(perplexity=perplexity, init="pca" if x.shape[1] > 1 else "random", random_state=seed)
@@ -155,7 +160,6 @@ def write(folder: Path, method: str, xy: np.ndarray, labels: np.ndarray, rows: n
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
     figure, axis = pyplot.subplots(figsize=(8, 6.2), layout="constrained")
     groups = palette(labels, names)
     for name, colour, points in reversed(groups):  # gray below
@@ -168,7 +172,6 @@ def write(folder: Path, method: str, xy: np.ndarray, labels: np.ndarray, rows: n
     for path, save in ((f"{stem}.png", lambda f: figure.savefig(f, dpi=130, format="png")),
                        (f"{stem}.npy", lambda f: np.save(f, xy)),
                        (f"{stem}_samples.npy", lambda f: np.save(f, np.stack([rows, labels], 1)))):  # fmt: skip
-        with open(path + ".tmp", "wb") as f:
+        with export.complete(Path(path)) as temporary, open(temporary, "wb") as f:
             save(f)
-        os.replace(path + ".tmp", path)
     pyplot.close(figure)

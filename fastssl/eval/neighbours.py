@@ -7,13 +7,12 @@ nearest training images that have the query's class, over all test images (preci
 from __future__ import annotations
 
 import argparse
-import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl import dist, pictures
+from fastssl import dist, export, pictures
 from fastssl.eval import knn
 from fastssl.eval.maps import output_folder, sample
 from fastssl.eval.subject import Subject
@@ -45,9 +44,8 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
         tiles = [pictures.images(file, rows, subject.view, device=args.device, workers=args.workers)
                  for file, rows in ((subject.test, shown), (subject.train, near.flatten()))]  # fmt: skip
         grid = torch.cat([tiles[0][:, None], tiles[1].view(len(shown), args.k, *tiles[1].shape[1:])], 1)
-        temporary = folder / "neighbours.tmp.png"
-        pictures.sheet(temporary, [("a test image and its nearest training images", grid)])
-        os.replace(temporary, path)
+        with export.complete(path) as temporary:
+            pictures.sheet(temporary, [("a test image and its nearest training images", grid)])
     options = {"bank": len(bank), "queries": len(queries), "dim": bank.shape[1], "seed": args.seed,
                "shown": shown.tolist()}  # fmt: skip
     return {"protocol": "neighbours", "options": options, "results": [{**row, "picture": str(path)}]}

@@ -19,6 +19,7 @@ from fastssl.eval.subject import Subject, numbers
 from fastssl.loader import Loader, permutation
 
 NEEDS = ("train", "test")
+WITHOUT = ("cache", "no_cache")  # what is trained has no features to keep
 RATES, HEAD_MULTS = (0.001, 0.01, 0.1), (1.0, 10.0, 100.0)
 WEIGHT_DECAY = {1: 5e-4, 10: 1e-4}  # by percent of the labels
 

@@ -112,32 +112,39 @@ def _backbone(args, spec: Backbone, view: View) -> tuple[nn.Module, object]:
     return backbones.channels_last_(backbone), report
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that all protocols share."""
-    parser.add_argument("target", nargs="?", metavar="RUN_OR_WEIGHTS",
-                        help="run folder, checkpoint folder, .safetensors, .pt or .pth")
-    parser.add_argument("--train", help=".beton of the bank or the training set; default: the run's")
-    parser.add_argument("--test", help=".beton to evaluate on; default: the run's")
-    parser.add_argument("--features", choices=("weights", "untrained", "pixels"), default="weights",
-                        help="the network's, or a baseline on the same images")
-    parser.add_argument("--cache", metavar="DIR", help="where features are kept, for this and the next evaluation; "
-                        "default: features/ in the run's folder or beside the weight file")
-    parser.add_argument("--no-cache", action="store_true", help="compute the features anew and keep none")
-    parser.add_argument("--out", help="write the result as JSON")
-    parser.add_argument("--which", choices=("student", "teacher"),
-                        help="the trained network or its moving average; default: what the method evaluates")
-    parser.add_argument("--prefix", help="where in the file the backbone lies, e.g. teacher.backbone.; default: found")
+def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
+    """The options that protocols share; those of `without` are unknown to the command and hold their defaults."""
+
+    def add(name: str, **options) -> None:
+        key = name.removeprefix("--").replace("-", "_")
+        if key in without:
+            parser.set_defaults(**{key: options.get("default")})
+        else:
+            parser.add_argument(name, **options)
+
+    add("target", nargs="?", metavar="RUN_OR_WEIGHTS",
+        help="run folder, checkpoint folder, .safetensors, .pt or .pth")
+    add("--train", help=".beton of the bank or the training set; default: the run's")
+    add("--test", help=".beton to evaluate on; default: the run's")
+    add("--features", choices=("weights", "untrained", "pixels"), default="weights",
+        help="the network's, or a baseline on the same images")
+    add("--cache", metavar="DIR", help="where features are kept, for this and the next evaluation; default: "
+        "features/ in the run's folder or beside the weight file")
+    add("--no-cache", action="store_true", help="compute the features anew and keep none")
+    add("--out", help="write the result as JSON")
+    add("--which", choices=("student", "teacher"),
+        help="the trained network or its moving average; default: what the method evaluates")
+    add("--prefix", help="where in the file the backbone lies, e.g. teacher.backbone.; default: found")
     export.add_backbone_options(parser)
-    parser.add_argument("--size", type=int, help="side of the centre crop")
-    parser.add_argument("--resize", type=int,
-                        help="short side before the crop, 0: none; default: by the images' sizes")
-    parser.add_argument("--mean", type=numbers(float), help="R,G,B; default: the run's, else ImageNet's")
-    parser.add_argument("--std", type=numbers(float))
-    parser.add_argument("--batch", type=int, default=256, help="images per rank and pass")
-    parser.add_argument("--workers", type=int, help="decoding threads per rank")
-    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda when there is one")
-    parser.add_argument("--seed", type=int, default=0)
+    add("--size", type=int, help="side of the centre crop")
+    add("--resize", type=int, help="short side before the crop, 0: none; default: by the images' sizes")
+    add("--mean", type=numbers(float), help="R,G,B; default: the run's, else ImageNet's")
+    add("--std", type=numbers(float))
+    add("--batch", type=int, default=256, help="images per rank and pass")
+    add("--workers", type=int, help="decoding threads per rank")
+    add("--precision", choices=tuple(DTYPES), default="fp32")
+    add("--device", help="cpu or cuda; default: cuda when there is one")
+    add("--seed", type=int, default=0)
 
 
 def numbers(kind):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from conftest import photo, write_beton
 import fastssl.eval
 from fastssl import backbones, checkpoint, config, export, views, weights
 from fastssl.config import Backbone, Data, Run
-from fastssl.eval import features
+from fastssl.eval import cache, features
 from fastssl.kernels.views import View
 from fastssl.loader import Loader
 from fastssl.methods import simclr
@@ -130,6 +131,10 @@ def test_lbfgs_and_options(run_folder, tmp_path):
     (["linear", "RUN", "--held-out", "1"], "held_out=1.0"),
     (["linear", "RUN", "--recipe", "moco", "--solver", "sgd"], "leave it out with --recipe moco"),
     (["linear", "RUN", "--recipe", "moco"], "batch=256.*use at most 60"),
+    (["linear", "RUN", "--solver", "lbfgs", "--probe-batch", "8"], "--probe-batch 8 is for --solver sgd"),
+    (["semisup", "RUN", "--no-cache"], "unrecognized arguments: --no-cache"),
+    (["maps", "RUN", "--train", "TRAIN"], "unrecognized arguments: --train"),
+    (["detection", "RUN", "--size", "9"], "unrecognized arguments: --size 9"),
     (["linear", "RUN", "--layers", "stem"], "--layers is for the published recipes"),
     (["linear", "RUN", "--epochs", "0"], "epochs=0"),
     (["knn", "RUN", "--cache", "x", "--no-cache"], "exclude each other"),
@@ -207,6 +212,41 @@ def test_extract(run_folder, files, tmp_path, capsys):
     assert len(list((run_folder / "eval").glob("*.npy"))) == 2 * 7
     assert call("extract", run_folder, "--layers", "stem,top", "--folder", out) == 2
     assert "no top; this backbone has stem" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--no-cache"], []])
+def test_extract_writes_shard_by_shard(run_folder, tmp_path, monkeypatch, capsys, more):
+    argv = ["extract", run_folder, "--layers", "stem,last", "--only", "train", "--batch", 14]
+    assert call(*argv, "--to", "safetensors", "--folder", tmp_path / "whole", "--no-cache") == 0
+    want = safetensors.torch.load_file(tmp_path / "whole" / "train.safetensors")
+    monkeypatch.setattr(cache, "ROWS", 8)
+    for name in ("features", "extract"):  # what holds all rows
+        monkeypatch.setattr({"features": cache, "extract": features}[name], name, None)
+    more = more or ["--cache", tmp_path / "cache"]
+    for _ in range(2):  # computed, then, with a cache, read
+        assert call(*argv, *more, "--folder", tmp_path / "out", "--force") == 0, capsys.readouterr().err
+        for name, part in want.items():
+            assert np.array_equal(np.load(tmp_path / "out" / f"train_{name}.npy"), part)
+    assert len(list((tmp_path / "cache").glob("*/0*"))) == (8 if "--cache" in more else 0)
+    (tmp_path / "out" / "train_last.npy").write_text("old")
+    monkeypatch.setattr(cache, "_emit", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        call(*argv, "--no-cache", "--folder", tmp_path / "out", "--force")
+    assert (tmp_path / "out" / "train_last.npy").read_text() == "old" and not list(tmp_path.glob("out/*.tmp"))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    assert call(*argv, "--no-cache", "--folder", tmp_path / "full") == 2
+    assert "give another --folder" in capsys.readouterr().err and not list(tmp_path.glob("full/*"))
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_numbers_that_json_has_not(tmp_path):
+    result = {"results": [{"loss": float("nan"), "k": 3}], "x": (float("-inf"), 1.5)}
+    fastssl.eval._write(str(tmp_path / "a.json"), result)
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=interrupt) == {
+        "results": [{"loss": "nan", "k": 3}], "x": ["-inf", 1.5]}  # fmt: skip
 
 
 def test_one_file_is_enough_for_extract(files, tmp_path, capsys):

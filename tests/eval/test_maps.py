@@ -34,7 +34,8 @@ def files(tmp_path_factory):
 
 
 def call(protocol, files, *argv):
-    argv = [protocol, "--train", files[0][0], "--test", files[1][0], "--features", "pixels", "--size", SIZE, *argv]
+    train = ["--train", files[0][0]] if protocol == "neighbours" else []
+    argv = [protocol, *train, "--test", files[1][0], "--features", "pixels", "--size", SIZE, *argv]
     return fastssl.eval.main([*map(str, argv), "--resize", "0", "--device", "cpu", "--workers", "1"])
 
 
@@ -114,6 +115,9 @@ def test_umap_absent_is_said_before_anything_is_computed(files, tmp_path, monkey
 @pytest.mark.parametrize("argv, said", [
     (["maps", "--method", "tnse"], "method='tnse': known are pca, tsne, umap"),
     (["maps", "--perplexity", "99"], "perplexity=99: must be from 1 to below 21"),
+    (["maps", "--perplexity", "0"], "perplexity=0: must be from 1"),
+    (["maps", "--method", "pca", "--perplexity", "9"], "--perplexity 9.0 is tsne's"),
+    (["maps", "--near", "9"], "--near 9 is umap's: leave it out, or add umap to --method"),
     (["maps", "--points", "-1"], "points=-1"),
     (["maps", "--points", "3"], "N of 5 or more"),
     (["maps", "--method", "umap", "--near", "40"], "near=40: must be between 2 and 20"),
