@@ -24,7 +24,7 @@ setup(
         "numpy>=2,<2.4",  # Triton 3.6's interpreter breaks on 2.4
         "ffcv==1.0.2", "numba>=0.62,<0.69",
         "deepspeed==0.19.8",  # older releases differ in accumulation and clipping
-        "scikit-learn>=1.5", "pillow>=10", "safetensors", "timm>=1.0.12",
+        "scikit-learn>=1.5", "joblib", "threadpoolctl", "pillow>=10", "safetensors", "timm>=1.0.12",
         "tensorboard", "rich", "matplotlib",
     ],
     extras_require={
