@@ -20,14 +20,15 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 from fastssl import dist
-from fastssl.eval import svm_fits
 from fastssl.eval.cache import on_main
 from fastssl.eval.subject import Subject, numbers
-from fastssl.eval.svm_fits import average_precision
+from fastssl.eval.svm_cuda import Cuda
+from fastssl.eval.svm_fits import Fast, Sklearn, average_precision
 
 NEEDS = ("train", "test")
 COSTS = (*(0.5**n for n in range(19, 3, -1)), 1.0, 10.0, 100.0)
 POSITIVE = 2.0  # weight of the positives' cost
+SOLVERS = {"fast": Fast, "cuda": Cuda, "sklearn": Sklearn}
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
 
 
@@ -35,18 +36,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=lambda text: tuple(text.split(",")), default=("last",),
                         help="stem,layer1,...,layer4,last; published: the best of the five maps")
     parser.add_argument("--low-shot", action="store_true", help="few images a class instead of all")
-    parser.add_argument("--shots", type=numbers(int), default=SHOTS, help="positives a class; negatives: C - 1 times")
-    parser.add_argument("--samples", type=int, default=5, help="independent draws of each number of shots")
+    parser.add_argument("--shots", type=numbers(int), help="positives a class, C - 1 times as many negatives; "
+                        "default: 1,2,4,8,16,32,64,96")
+    parser.add_argument("--samples", type=int, help="independent draws of each number of shots; default: 5")
     parser.add_argument("--costs", type=numbers(float), default=COSTS, help="default: the published 19")
-    parser.add_argument("--folds", type=int, default=3)
-    parser.add_argument("--solver", choices=tuple(svm_fits.SOLVERS), help="default: cuda on a GPU, else fast")
+    parser.add_argument("--folds", type=int, help="of the cross-validation; default: 3")
+    parser.add_argument("--solver", choices=tuple(SOLVERS), help="default: cuda on a GPU, else fast")
     parser.add_argument("--crop", choices=("squash", "center"), default="squash",
                         help="squash: the whole image whatever its shape, as published")
 
 
 def run(subject: Subject, args: argparse.Namespace) -> dict:
     solver = args.solver or ("cuda" if args.device.type == "cuda" else "fast")
+    unused = ("folds",) if args.low_shot else ("shots", "samples")
+    unused = [name for name in unused if getattr(args, name) is not None]
+    if unused:
+        raise ValueError(f"--{unused[0]} is of the protocol {'without' if args.low_shot else 'with'} --low-shot")
     if args.crop == "squash":
+        if args.resize is not None:
+            raise ValueError(f"--resize {args.resize} is for --crop center: squash shows the whole image at --size")
         subject = dataclasses.replace(subject, view=dataclasses.replace(subject.view, crop="squash", resize=None))
     *train, labels = subject.features(subject.train, args.layers)
     *test, test_labels = subject.features(subject.test, args.layers)
@@ -58,8 +66,9 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
 
 
 def _layers(features: dict[str, tuple[Tensor, Tensor]], labels: Tensor, test_labels: Tensor, solver: str, args) -> dict:
-    call = svm if not args.low_shot else partial(low_shot, shots=args.shots, samples=args.samples, seed=args.seed)
-    options = {"costs": args.costs, "solver": solver} | ({} if args.low_shot else {"folds": args.folds})
+    call = partial(low_shot, seed=args.seed) if args.low_shot else svm
+    given = {name: getattr(args, name) for name in ("shots", "samples", "folds")}
+    options = {"costs": args.costs, "solver": solver} | {k: v for k, v in given.items() if v is not None}
     results = {name: call(train, labels, test, test_labels, **options) for name, (train, test) in features.items()}
     rows = [{"layer": name, **row} for name, result in results.items() for row in result["results"]]
     if len(results) > 1 and not args.low_shot:  # the published number is that of the best layer
@@ -97,7 +106,7 @@ def svm(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, *, cos
     for c in range(y.shape[1]):  # the folds of sklearn's cross_val_score
         for k, (_, rows) in enumerate(StratifiedKFold(folds).split(x, positive_NC[:, c])):
             held_CFN[c, k, rows] = True
-    fits = svm_fits.SOLVERS[solver](x, x_test)
+    fits = SOLVERS[solver](x, x_test)
     cv_AC = fits.cross_validate(positive_NC, held_CFN, costs, POSITIVE)
     best_C = cv_AC.argmax(0)  # the smallest of equals
     scores_CM = fits.refit(positive_NC, np.asarray(costs)[best_C], POSITIVE)
@@ -124,7 +133,7 @@ def low_shot(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, *
         raise ValueError(f"class {short} has no positive or no negative training image to draw")
     problems = [(k, s, c) for k in shots for s in range(samples) for c in range(classes)]
     drawn = [draw(y[:, c], k, classes, np.random.default_rng((seed, k, s, c))) for k, s, c in problems]
-    fits = svm_fits.SOLVERS[solver](x, x_test)
+    fits = SOLVERS[solver](x, x_test)
     ap = {True: np.zeros((len(shots), samples, classes, len(costs)))}
     ap[False] = np.full_like(ap[True], np.nan)
     scored = fits.few([(rows, y[rows, c] > 0) for rows, (_, _, c) in zip(drawn, problems)], costs, POSITIVE)
@@ -169,8 +178,8 @@ def _choose(k: int, ap_SCA: np.ndarray, held_SCA: np.ndarray, costs) -> list[dic
 
 
 def _checked(train, labels, test, test_labels, costs, solver):
-    if solver not in svm_fits.SOLVERS:
-        raise ValueError(f"solver={solver!r}: known are {', '.join(svm_fits.SOLVERS)}")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r}: known are {', '.join(SOLVERS)}")
     if not costs or not min(costs) > 0 or not np.isfinite(costs).all():
         raise ValueError(f"costs={costs}: give positive numbers")
     classes = labels.shape[1] if labels.ndim == 2 else int(max(labels.max(), test_labels.max())) + 1

@@ -133,6 +133,3 @@ def parallel(work, jobs) -> Iterator:
     from joblib import Parallel, delayed
 
     return Parallel(svm_solver.threads(), return_as="generator")(delayed(work)(*job) for job in jobs)
-
-
-SOLVERS = {"fast": Fast, "sklearn": Sklearn}

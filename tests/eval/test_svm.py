@@ -1,0 +1,354 @@
+"""The SVM protocols against scikit-learn: decision values, mAP, folds, draws, average precision; the GPU's kernel."""
+
+import ctypes
+import json
+import re
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from conftest import photo, write_beton
+from sklearn.datasets import make_classification
+from sklearn.metrics import average_precision_score
+from sklearn.model_selection import cross_val_score
+from sklearn.svm import LinearSVC
+
+import fastssl.eval
+from fastssl.eval import svm, svm_cuda, svm_solver
+from fastssl.eval.svm_fits import average_precision
+
+
+def made(n, dim, seed=0):
+    """Unit rows, float32, and +-1 labels that overlap."""
+    x, y = make_classification(n, dim, n_informative=min(dim, 12), n_redundant=0, weights=[0.8], flip_y=0.1,
+                               class_sep=0.7, random_state=seed)  # fmt: skip
+    x = np.maximum(x + 0.5, 0) + 1e-3
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32), np.where(y, 1, -1)
+
+
+def theirs(x, y, cost, tol=1e-10):
+    fitted = LinearSVC(C=cost, class_weight={1: 2, -1: 1}, tol=tol, max_iter=500_000, random_state=0).fit(x, y)
+    return x @ fitted.coef_[0] + fitted.intercept_[0]
+
+
+@pytest.mark.parametrize("n, dim", [(150, 200), (400, 30)], ids=["gram", "features"])
+def test_decision_values_are_linear_svcs(n, dim):
+    x, y = made(n, dim)
+    left_out = np.arange(n) % 5 == 0
+    y_FN, weight = np.stack([y, y, -y]), np.stack([np.where(label > 0, 2.0, 1.0) for label in (y, y, -y)])
+    weight[1, left_out] = 0
+    for cost, b, f in svm_solver.Rows(x).path(y_FN, weight, (0.5**19, 0.5**8, 0.1, 1.0, 30.0), 1e-8):
+        kept = ~left_out
+        w = theirs(x[kept], y[kept], cost)
+        for mine, want in ((f[0], theirs(x, y, cost)), (f[1, kept], w), (f[2], theirs(x, -y, cost))):
+            np.testing.assert_allclose(mine, want, rtol=2e-3, atol=2e-3 * np.abs(want).max(), err_msg=f"cost {cost}")
+        assert not b[1, left_out].any(), "rows left out have no say"
+
+
+def test_one_batch_and_one_path_end_at_the_same_optimum():
+    x, y = made(300, 310)
+    K, weight = svm_solver.Rows(x).operator[0], np.where(y > 0, 2.0, 1.0)
+    few = svm_solver.solve_few(K, y, weight, svm.COSTS, 1e-7)
+    e = 2 * np.array(svm.COSTS)[:, None] * weight
+    cold = svm_solver.solve(K, np.zeros((0, 0), np.float32), np.stack([y] * 19), e, 1e-7)
+    for i, (_, b, f) in enumerate(svm_solver.Rows(x).path(y[None], weight[None], svm.COSTS, 1e-7)):
+        for other in (few[i], cold[i]):
+            np.testing.assert_allclose(other @ K, f[0], rtol=2e-3, atol=2e-3 * np.abs(f).max())
+        np.testing.assert_allclose(b[0] @ K, f[0], rtol=1e-3, atol=1e-4 * np.abs(f).max())
+
+
+def test_the_duality_gap_bounds_the_distance_to_the_optimum():
+    x, y = made(200, 210)
+    K, e = svm_solver.Rows(x).operator[0].astype(np.float64), 2.0 * np.where(y > 0, 2, 1)
+
+    def primal(f, b):
+        return 0.5 * b @ f + 0.5 * (e * np.maximum(0, 1 - y * f) ** 2).sum()
+
+    f32 = [part.astype(np.float32)[None] for part in (y, e)]
+    best = svm_solver.solve(K.astype(np.float32), np.zeros((0, 0), np.float32), *f32, 1e-7)[0].astype(np.float64)
+    b, f = np.zeros((1, 200), np.float32), np.zeros((1, 200), np.float32)
+    for _ in range(6):
+        now = primal(K @ b[0], b[0].astype(np.float64))
+        # dual value at a = e max(0, 1 - y f), computed as text books do
+        a = e * np.maximum(0, 1 - y * f[0])
+        dual = a.sum() - 0.5 * (a * y) @ K @ (a * y) - 0.5 * (a * a / e).sum()
+        norm = 0.5 * b[0] @ K @ b[0]
+        relative = svm_solver.newton(K.astype(np.float32), np.zeros((0, 0), np.float32), *f32, b, f, 1e-9, 1, 3)[0]
+        if norm > 0:
+            assert relative * norm == pytest.approx(now - dual, rel=1e-2, abs=1e-4)
+            assert now - primal(K @ best, best) <= relative * norm + 1e-4
+
+
+def data(seed=0, n=(240, 200), classes=4, dim=300):
+    """Features and labels of 1, 0, -1 that the features tell only in part."""
+    rng = np.random.default_rng(seed)
+    y = (rng.random((sum(n), classes)) < 0.25).astype(np.float32)
+    x = (0.25 * y @ rng.normal(size=(classes, dim)) + 2 * rng.normal(size=(sum(n), dim)) + 0.5).clip(0)
+    y[rng.random(y.shape) < 0.06] = -1
+    parts = x[: n[0]], y[: n[0]], x[n[0] :], y[n[0] :]
+    return [torch.from_numpy(np.ascontiguousarray(part, np.float32)) for part in parts]
+
+
+def test_the_protocol_is_the_published_one():
+    """Written down again with scikit-learn's own cross-validation; difficult images are negatives, then left out."""
+    x, y, x_test, y_test = (part.numpy().astype(np.float64) for part in data())
+    x, x_test = (part / (np.linalg.norm(part, axis=1, keepdims=True) + 1e-5) for part in (x, x_test))
+    costs, aps, chosen = (0.01, 0.5**4, 1.0, 10.0), [], []
+    for c in range(4):
+        label = np.where(y[:, c] == 1, 1, -1)
+        make = lambda cost: LinearSVC(C=cost, class_weight={1: 2, -1: 1}, random_state=0)  # noqa: E731
+        cv = [cross_val_score(make(cost), x, label, cv=3, scoring="average_precision").mean() for cost in costs]
+        chosen.append(costs[int(np.argmax(cv))])
+        scores = make(chosen[-1]).fit(x, label).decision_function(x_test)
+        known = y_test[:, c] != -1
+        aps.append(by_hand(scores[known], y_test[known, c]))
+    for solver in ("fast", "sklearn"):
+        result = svm.svm(*data(), costs=costs, solver=solver)
+        assert [row["cost"] for row in result["classes"]] == chosen
+        assert result["results"][0]["map"] == pytest.approx(100 * np.mean(aps), abs=0.1)
+        assert [row["ap"] for row in result["classes"]] == pytest.approx([100 * ap for ap in aps], abs=0.4)
+    assert 30 < 100 * np.mean(aps) < 95, "neither chance nor perfect"
+
+
+def by_hand(scores, truth):
+    """VOC: precision at each recall, raised to the best at that recall or above."""
+    order = np.argsort(-scores)
+    hits = np.cumsum(truth[order] > 0)
+    precision, recall = hits / np.arange(1, len(hits) + 1), hits / hits[-1]
+    levels = np.unique(recall[recall > 0])
+    return np.mean([precision[recall >= level].max() for level in levels])  # as many levels as positives
+
+
+def test_average_precision():
+    rng = np.random.default_rng(0)
+    scores, truth = rng.normal(size=(6, 80)), rng.integers(-1, 2, (6, 80))
+    mine, steps = (average_precision(scores, truth, interpolated) for interpolated in (True, False))
+    for r in range(6):
+        known = truth[r] != -1
+        assert mine[r] == pytest.approx(by_hand(scores[r, known], truth[r, known]))
+        assert steps[r] == pytest.approx(average_precision_score(truth[r, known], scores[r, known]))
+        tied = np.round(scores[r], 1)
+        assert average_precision(tied[None], truth[r : r + 1], False)[0] == pytest.approx(
+            average_precision_score(truth[r, known], tied[known]))  # fmt: skip
+    assert (mine > steps).all()
+    # right, wrong, right: 1/2 of 1 and 1/2 of 2/3; a difficult one on top changes nothing
+    assert average_precision(np.array([[9, 3, 2, 1.0]]), np.array([[-1, 1, 0, 1]]))[0] == pytest.approx(5 / 6)
+    assert average_precision(np.array([[3, 2, -1, -5.0]]), np.array([[0, 0, 0, 1]]))[0] == 0.25
+
+
+def test_low_shot_solvers_agree_and_choose_apart():
+    results = {s: svm.low_shot(*data(), shots=(2, 8), samples=3, solver=s)["results"] for s in ("fast", "sklearn")}
+    for a, b in zip(*results.values()):
+        assert (a["shots"], a["selected_on"]) == (b["shots"], b["selected_on"])
+        assert a["map"] == pytest.approx(b["map"], abs=0.1) and a["map_std"] == pytest.approx(b["map_std"], abs=0.1)
+        assert a["map_min"] <= a["map"] <= a["map_max"]
+    rows = results["fast"]
+    assert [(r["shots"], r["selected_on"]) for r in rows] == [
+        (2, "test"), (2, "held-out"), (8, "test"), (8, "held-out")]  # fmt: skip
+    assert rows[0]["map"] >= rows[1]["map"] and rows[2]["map"] > rows[0]["map"] + 3
+    assert rows == svm.low_shot(*data(), shots=(8, 2), samples=3)["results"], "the seed decides"
+    assert rows != svm.low_shot(*data(), shots=(2, 8), samples=3, seed=1)["results"]
+
+
+def test_the_clean_cost_is_chosen_on_images_that_were_not_drawn(monkeypatch):
+    seen, drawn = [], []
+    monkeypatch.setattr(svm, "draw", lambda *a, own=svm.draw: drawn.append(own(*a)) or drawn[-1])
+    monkeypatch.setattr(svm, "average_precision", lambda scores, truth: seen.append(truth) or np.zeros(len(scores)))
+    svm.low_shot(*data(), shots=(2,), samples=1)
+    labels = data()[1].numpy()
+    for c, (rows, truth) in enumerate(zip(drawn, seen[1::2])):
+        rest = np.delete(np.arange(len(labels)), rows)
+        assert (truth[:, rows] == -1).all() and (truth[:, rest] == labels[rest, c]).all() and len(rows) == 8
+
+
+def test_the_default_tolerance():
+    """Weights are within 0.3 % of the optimum at every cost: what the duality gap promises."""
+    x, y = made(300, 310)
+    K, weight = svm_solver.Rows(x).operator[0].astype(np.float64), np.where(y > 0, 2.0, 1.0)
+    exact, default = (svm_solver.solve_few(K.astype(np.float32), y, weight, svm.COSTS, *more)
+                      for more in ((1e-8,), ()))  # fmt: skip
+    norm = lambda b: np.sqrt(np.einsum("ai,ij,aj->a", b, K, b))  # noqa: E731
+    assert (norm(default - exact) < 0.0035 * norm(exact)).all()
+
+
+def test_draws():
+    labels = np.array([1] * 10 + [0] * 100 + [-1] * 30)
+    rows = svm.draw(labels, 4, 5, np.random.default_rng(0))
+    assert np.bincount(labels[rows] + 1, minlength=3).tolist() == [0, 16, 4] and len(set(rows)) == 20
+    assert np.bincount(labels[svm.draw(labels, 64, 20, np.random.default_rng(0))]).tolist() == [100, 10]
+
+
+def test_the_chosen_cost_is_by_the_mean_over_samples():
+    ap = np.array([[[50, 90.0]], [[70, 40.0]]])  # (samples, classes, costs)
+    held = np.array([[[10, 20.0]], [[10, np.nan]]])[:, :, :1].repeat(2, 2) + np.array([0, 5])
+    test, clean = svm._choose(3, ap, held, (0.1, 1.0))
+    assert (test["cost"], test["map"], test["map_std"], test["map_min"]) == (1.0, 65.0, 25.0, 40.0)
+    assert (clean["cost"], clean["selected_on"]) == (1.0, "held-out")
+    ap[1, 0] = 80, 40
+    assert svm._choose(3, ap, np.full_like(ap, np.nan), (0.1, 1.0)) == [
+        {"shots": 3, "selected_on": "test", "cost": 0.1, "map": 65.0, "map_std": 15.0, "map_min": 50.0,
+         "map_max": 80.0}]  # fmt: skip
+
+
+def test_one_label_an_image_is_one_against_all():
+    x, _, x_test, _ = data()
+    rng = np.random.default_rng(1)
+    y, y_test = (torch.from_numpy(rng.integers(0, 3, len(part))) for part in (x, x_test))
+    hot, hot_test = (torch.nn.functional.one_hot(part, 3).float() for part in (y, y_test))
+    assert svm.svm(x, y, x_test, y_test)["results"] == svm.svm(x, hot, x_test, hot_test)["results"]
+
+
+# ---- the GPU's kernel ------------------------------------------------------------------------------------------------
+
+SHIM = """
+#include <math.h>
+#define WARP 1
+#define __device__
+#define __global__
+#define __shared__ static
+struct Dim { int x; };
+static Dim threadIdx = {0}, blockDim = {1}, blockIdx = {0};
+static void __syncthreads() {}
+static double __shfl_down_sync(unsigned, double, int) { return 0; }
+%s
+extern "C" void launch(int blocks, const float* K, i64 N, const int* rows, const i64* starts, const float* y,
+                       const float* w, const double* costs, int n_costs, float* b, float* f, double* gaps, float* s) {
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
+        newton(K, N, rows, starts, y, w, costs, n_costs, b, f, gaps, s, 1e-7, 60, 400);
+}
+"""
+
+
+def problems():
+    """A Gram matrix and problems of some of its rows."""
+    x, y = made(160, 170)
+    rng, out = np.random.default_rng(0), []
+    for n in (160, 90, 20):
+        rows = np.sort(rng.permutation(160)[:n])
+        weight = np.where(y[rows] > 0, 2.0, 1.0)
+        weight[:: 3 if n == 160 else n] = 0
+        out.append((rows, y[rows], weight))
+    return svm_solver.Rows(x).operator[0], out
+
+
+def test_the_cuda_source_finds_the_optimum_on_one_thread_of_a_cpu(tmp_path):
+    (tmp_path / "a.cc").write_text(SHIM % svm_cuda.SOURCE)
+    library = tmp_path / "a.so"
+    subprocess.run(["g++", "-O2", "-shared", "-fPIC", "-o", library, tmp_path / "a.cc"], check=True)
+    K, chosen = problems()
+    rows, y, weight = (np.concatenate(part) for part in zip(*chosen))
+    starts, costs, n = np.cumsum([0, *(len(p[0]) for p in chosen)]), np.array(svm.COSTS), len(rows)
+    b, f = np.zeros(19 * n, np.float32), np.zeros(19 * n, np.float32)
+    gaps, scratch = np.zeros((3, 19)), np.full(svm_cuda.SCRATCH * n, np.nan, np.float32)
+    arrays = [K, rows.astype(np.int32), starts.astype(np.int64), y.astype(np.float32), weight.astype(np.float32), costs]
+    pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in (*arrays, b, f, gaps, scratch)]
+    ctypes.CDLL(library).launch(3, pointers[0], ctypes.c_longlong(len(K)), *pointers[1:6], 19, *pointers[6:])
+    assert (gaps <= 1e-6).all(), gaps
+    for i, (some, label, w) in enumerate(chosen):
+        part = slice(19 * starts[i], 19 * starts[i + 1])
+        want = svm_solver.solve_few(K[np.ix_(some, some)], label, w, svm.COSTS, 1e-7) @ K[np.ix_(some, some)]
+        mine = f[part].reshape(19, -1)
+        np.testing.assert_allclose(mine, want, rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(b[part].reshape(19, -1) @ K[np.ix_(some, some)], mine, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_the_cuda_source_compiles(architecture):
+    nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
+    program = nvrtc.createProgram(svm_cuda.SOURCE, "svm.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, (f"--gpu-architecture=sm_{architecture}",))
+    except Exception:
+        pytest.fail(nvrtc.getProgramLog(program))
+    assert len(nvrtc.getCUBIN(program)) > 1000
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_gives_the_numbers_of_the_cpu():
+    for call, options in ((svm.svm, {}), (svm.low_shot, {"shots": (2, 8), "samples": 2})):
+        cpu, gpu = (call(*data(), solver=solver, **options)["results"] for solver in ("fast", "cuda"))
+        for a, b in zip(cpu, gpu):
+            assert a["map"] == pytest.approx(b["map"], abs=0.1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_the_cuda_solver_says_so():
+    with pytest.raises(ValueError, match="--solver cuda needs"):
+        svm.svm(*data(), solver="cuda")
+
+
+# ---- the command and mistakes ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder, rng, out = tmp_path_factory.mktemp("files"), np.random.default_rng(0), []
+    for name, n in (("train", 60), ("test", 50)):
+        labels = [(rng.random(3) < 0.4).astype(np.float32) for _ in range(n)]
+        images = [(photo(rng, 20, 14) // 4 + 120 * y).astype(np.uint8) for y in labels]
+        labels[5][1] = -1
+        out.append(str(write_beton(folder / f"{name}.beton", images, labels)))
+        size = (folder / f"{name}.beton").stat().st_size
+        card = {"format": 1, "samples": n, "bytes": size, "max_pixels": 280, "min_side": 14, "max_height": 20,
+                "max_width": 14, "classes": list("abc"), "label": "multi"}  # fmt: skip
+        (folder / f"{name}.json").write_text(json.dumps(card))
+    return out
+
+
+def call(files, *argv):
+    argv = ["svm", "--train", files[0], "--test", files[1], "--features", "untrained", "--backbone", "resnet10",
+            "--stem", "cifar", "--width", 8, "--size", 16, "--device", "cpu", "--workers", 1, *argv]  # fmt: skip
+    try:
+        return fastssl.eval.main([str(word) for word in argv])
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_the_command(files, tmp_path, capsys):
+    out = tmp_path / "a.json"
+    assert call(files, "--layers", "stem,last", "--out", out) == 0, capsys.readouterr().err
+    result = json.loads(out.read_text())
+    assert [(row["layer"], row.get("selected_on")) for row in result["results"]][:2] == [("stem", None), ("last", None)]
+    assert [row["selected_on"] for row in result["results"][2:]] == ["test", "held-out"]
+    assert result["results"][2]["map"] == max(row["map"] for row in result["results"][:2])
+    assert result["options"]["crop"] == "squash" and len(result["classes"]["last"]) == 3
+    assert "mAP %" in capsys.readouterr().out
+    assert call(files, "--low-shot", "--shots", "1,4", "--samples", 2, "--out", out) == 0, capsys.readouterr().err
+    result = json.loads(out.read_text())
+    assert [row["shots"] for row in result["results"]] == [1, 1, 4, 4] and result["options"]["fits"] == 2 * 2 * 3 * 19
+
+
+@pytest.mark.parametrize("argv, text", [
+    (["--costs", "1,0"], "give positive numbers"),
+    (["--folds", 1], "folds=1"),
+    (["--folds", 50], "50 folds need as many"),
+    (["--shots", 1], "--shots is of the protocol with --low-shot"),
+    (["--low-shot", "--folds", 2], "--folds is of the protocol without --low-shot"),
+    (["--resize", 20], "--resize 20 is for --crop center"),
+    (["--low-shot", "--shots", "0,1"], "shots=.0, 1."),
+    (["--layers", "top"], "this backbone has stem"),
+    (["--solver", "liblinear"], "invalid choice"),
+], ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "")  # fmt: skip
+def test_mistakes(files, capsys, argv, text):
+    assert call(files, *argv) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and re.search(text, err), err
+
+
+BAD = [
+    (lambda d: (d[0], d[1][:, :3], *d[2:]), "4 classes, the other set has 3"),
+    (lambda d: (d[0], d[1] * 0.5, *d[2:]), "labels must be 1"),
+    (lambda d: (d[0][:, :9], *d[1:]), "9 dimensions, the test set 300"),
+    (lambda d: (d[0] * torch.nan, *d[1:]), "training set: 240 of 240 features are NaN"),
+    (lambda d: (d[0][:0], *d[1:]), "training set: 0 features and 240 labels"),
+    (lambda d: (*d[:3], d[3] * torch.tensor([1, 0, 1, 1])), "class 1 has no positive image in the test set"),
+    (lambda d: (d[0], torch.full((240,), -1), d[2], torch.zeros(200, dtype=torch.int64)), "240 of 240 samples have no"),
+]
+
+
+@pytest.mark.parametrize("change, text", BAD, ids=[text for _, text in BAD])
+def test_what_would_mean_nothing_is_refused(change, text):
+    for protocol in (svm.svm, svm.low_shot):
+        with pytest.raises(ValueError, match=text):
+            protocol(*change(data()))
