@@ -212,7 +212,7 @@ class Loader:
 
     def _hold(self) -> list[Tensor] | None:
         """The decoded set on the device: pixels (N, P, 3), sizes, index, label; None when it does not fit."""
-        need, free = self.samples * self._beton.max_pixels * 3, _free_memory(self.device)
+        need, free = self.samples * self._beton.max_pixels * 3, free_memory(self.device)
         if need > RESIDENT_SHARE * free:
             warnings.warn(
                 f"resident: {self.path} needs {need / 2**30:.2f} GiB decoded, {self.device} has {free / 2**30:.2f} GiB "
@@ -254,7 +254,7 @@ def _cores() -> int:
     return max(1, len(os.sched_getaffinity(0)) // dist.local_world())
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes; host memory is shared by the ranks of this node."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

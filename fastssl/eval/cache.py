@@ -43,6 +43,7 @@ def features(folder: Path, backbone: nn.Module, loader, view: View, layers: tupl
     `weights` says in words what they are, for the manifest.  ValueError when a feature is NaN or infinite.
     """
     sizes = [shape.numel() for shape in whole.shapes(backbone, view, layers)]
+    whole.check_memory(loader, sum(sizes))
     out = [torch.empty(loader.samples, dim, device=loader.device) for dim in sizes]
 
     def take(first: int, parts: list[Tensor]) -> None:

@@ -20,6 +20,7 @@ from fastssl import dist
 from fastssl.amp import DTYPES
 from fastssl.backbones import evaluating
 from fastssl.kernels.views import View, make_views
+from fastssl.loader import free_memory
 
 DIMS = 9216  # of a pooled map at most: https://arxiv.org/abs/1905.01235, "about 9,000"
 # (side, grid): kernel, stride, padding of OpenSelfSup's MultiPooling, for a ResNet-50 at 224 pixels
@@ -96,6 +97,7 @@ def extract(backbone: nn.Module, loader, view: View, *, precision: str = "fp32",
     Not normalised.  On the loader's device, where N * dim * 4 bytes must fit twice.
     """
     check_loader(loader)
+    check_memory(loader, 2 * sum(shape.numel() for shape in shapes(backbone, view, layers)))
     with evaluating(backbone):
         batches = [_of_batch(backbone, batch, view, layers, precision) for batch in loader.epoch(0)]
     batches = batches or [_no_rows(backbone, loader, view, layers)]  # of a small file a rank may have no share
@@ -124,6 +126,15 @@ def extract_rows(backbone: nn.Module, loader, view: View, rows: np.ndarray, *, p
 def check_loader(loader) -> None:
     if loader.shuffle or loader.drop_last:
         raise ValueError("features need a Loader with shuffle=False, drop_last=False: every sample exactly once")
+
+
+def check_memory(loader, dims: int) -> None:
+    """ValueError on all ranks when a table of the file's rows x `dims` floats does not fit on one of them."""
+    need, free = 4 * dims * loader.samples, free_memory(loader.device)
+    if dist.sum_(torch.tensor([float(need > free)], device=dist.device())).item():
+        raise ValueError(f"features of {loader.path} need {need / 2**30:.1f} GiB on {loader.device}, and a rank has "
+                         f"less (this one {free / 2**30:.1f} GiB): take fewer --layers, or eval extract --to npy, "
+                         "which holds one shard at a time")  # fmt: skip
 
 
 def by_step(backbone: nn.Module, loader, view: View, layers: tuple[str, ...], precision: str, start: int = 0,

@@ -281,7 +281,7 @@ def test_in_file_order_every_sample_comes_once_from_the_same_source(beton, decod
 
 
 def test_resident_says_when_the_set_does_not_fit(beton, monkeypatch):
-    monkeypatch.setattr(fastssl.loader, "_free_memory", lambda device: 500_000)
+    monkeypatch.setattr(fastssl.loader, "free_memory", lambda device: 500_000)
     with pytest.warns(UserWarning, match=r"resident: .*photos.beton needs 0.00 GiB .*streaming it instead"):
         loader = open_loader(beton, resident=True)
     assert len(list(loader.epoch(0))) == 6

@@ -14,7 +14,7 @@ import ranks
 
 from fastssl import backbones, dist, views
 from fastssl.config import Backbone
-from fastssl.eval import features, knn, linear
+from fastssl.eval import cache, features, knn, linear
 from fastssl.kernels.views import View, make_views
 from fastssl.loader import Loader
 
@@ -190,6 +190,17 @@ def test_default_view(size, sides, resize):
     training = replace(views.simclr(size)[0], mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
     view = views.default_view(training, dict(zip(("min_side", "max_height", "max_width"), sides)))
     assert view == View(size, crop="center", resize=resize, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
+
+
+def test_a_set_that_memory_cannot_hold_is_refused(beton, tmp_path, monkeypatch):
+    loader, need = load(beton, 10), 103 * 64 * 4
+    monkeypatch.setattr(features, "free_memory", lambda device: need)
+    assert len(cache.features(tmp_path, net(), loader, VIEW, ("last",), "fp32")[0]) == 103
+    with pytest.raises(ValueError, match="less .this one 0.0 GiB.: take fewer --layers"):
+        features.extract(net(), loader, VIEW)  # holds them twice while it sorts
+    monkeypatch.setattr(features, "free_memory", lambda device: need - 1)
+    with pytest.raises(ValueError, match="eval extract --to npy"):
+        cache.features(tmp_path, net(), loader, VIEW, ("last",), "fp32")
 
 
 def test_hits():
