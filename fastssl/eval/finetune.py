@@ -1,8 +1,9 @@
 """Full fine-tuning on all labels, the last epoch's accuracy.
 
 Transformers of timm by MAE's recipe (https://arxiv.org/abs/2111.06377, table 9): AdamW, layer-wise decay of the rate,
-mixup and cutmix when asked for.  Other networks by SimCLR's: SGD without weight decay, one rate.  Views are a
-random-resized crop and a flip alone; MAE's published figures add RandAugment and random erasing.
+mixup and cutmix when asked for.  Other networks by SimCLR's (https://arxiv.org/abs/2002.05709, appendix B.5): SGD with
+Nesterov's momentum, no weight decay, one rate.  Views are a random-resized crop and a flip alone; MAE's published
+figures add RandAugment and random erasing.
 """
 
 from __future__ import annotations
@@ -79,9 +80,9 @@ def settings(backbone, chosen: dict, clip: float, precision: str) -> Optim:
         names = {name for name, _ in backbone.body.named_parameters()}
         paramwise |= {"ndim<=1": {"weight_decay": 0.0}}
         paramwise |= {rf"^backbone\.body\.{name}$": {"weight_decay": 0.0} for name in sorted(exempt & names)}
-    return Optim(name=chosen["optimizer"], lr=lr, base_batch=256, batch=batch, epochs=chosen["epochs"],
-                 weight_decay=chosen["weight_decay"], warmup_epochs=chosen["warmup_epochs"], warmup_ratio=0.0,
-                 lr_end=min(1.0, LR_END / (lr * batch / 256)), clip=clip, precision=precision,
+    return Optim(name=chosen["optimizer"], nesterov=chosen["optimizer"] == "sgd", lr=lr, base_batch=256, batch=batch,
+                 epochs=chosen["epochs"], weight_decay=chosen["weight_decay"], warmup_epochs=chosen["warmup_epochs"],
+                 warmup_ratio=0.0, lr_end=min(1.0, LR_END / (lr * batch / 256)), clip=clip, precision=precision,
                  paramwise=paramwise)  # fmt: skip
 
 
