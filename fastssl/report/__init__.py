@@ -10,7 +10,6 @@ import argparse
 import base64
 import hashlib
 import json
-import os
 import platform
 import sys
 import time
@@ -19,7 +18,7 @@ from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
-from fastssl import dist
+from fastssl import dist, export
 from fastssl.report import runs as reading
 from fastssl.report import tables
 from fastssl.report.charts import Line, label, legend, line_chart, share_chart
@@ -63,10 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         args.device = dist.init(args.device) if args.points else None
         page = render(runs, args)
         out = Path(args.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(out.name + ".tmp")
-        temporary.write_text(page)
-        os.replace(temporary, out)
+        with export.complete(out) as temporary:
+            temporary.write_text(page)
     except (ValueError, OSError) as error:
         print(f"fastssl report: {error}", file=sys.stderr)
         return 2

@@ -13,7 +13,7 @@ from fastssl.eval import METRICS
 from fastssl.kernels.views import View
 from fastssl.report.runs import PHASES, RunData
 
-NOT_SHOWN = {"picture"}  # of a row of results: files beside it
+NOT_SHOWN = {"picture", "path"}  # of a row of results: files beside it
 
 
 Row = tuple[list[str], list[str], bool]
