@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import ranks
 
 from fastssl import backbones, dist, views
 from fastssl.config import Backbone
@@ -203,12 +199,10 @@ def test_no_room_and_no_folder(beton, tmp_path, monkeypatch):
         kept(tmp_path / "file", load(beton), layers=("last",))
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
+# ---- ranks: test_two_ranks.py ----------------------------------------------------------------------------------------
 
 
-def worker(out, beton, folder):
-    dist.init("cpu")
-    torch.set_num_threads(1)
+def on_two_ranks(beton, folder):
     cache.ROWS = 20
     result = {}
     for batch in (16, 102):  # 102: the last batch has one sample, the second rank none of it
@@ -228,30 +222,4 @@ def worker(out, beton, folder):
         kept(Path(beton), load(beton, 16))
     except ValueError as error:
         result["error"] = str(error)
-    torch.save(result, out if dist.is_main() else f"{out}.1")
-    dist.barrier()
-    dist.shutdown()
-
-
-def test_two_ranks_are_one(beton, tmp_path):
-    two = ranks.launch(__file__, 2, tmp_path / "two", str(beton), str(tmp_path / "ranks"))
-    other = torch.load(tmp_path / "two.1", weights_only=False)
-    for batch in (16, 102):
-        for x, y in zip(two[batch], kept(tmp_path / "one", load(beton, batch))):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
-    assert same(two["again"], two[16]) and same(two["repaired"], two[16])
-    for name in (16, 102, "again", "repaired"):
-        assert same(two[name], other[name])
-    for rank in (two, other):
-        for name, first in (("none", list(range(0, 103, 20))), ("kept", [0, *range(40, 103, 20), 20])):  # damaged: 1
-            seen = rank["shards"][name]
-            assert [start for start, _ in seen] == first
-            whole = zip(*(parts for _, parts in sorted(seen, key=lambda shard: shard[0])))
-            assert same([torch.cat(part) for part in whole], two[16][:-1])
-    assert two["error"] == other["error"] and "--no-cache" in two["error"]
-    loader = load(beton)  # what two ranks wrote, one reads
-    assert same(kept(tmp_path / "ranks" / "16", loader), two[16]) and not hasattr(loader, "rows")
-
-
-if __name__ == "__main__":
-    ranks.main(worker)
+    return result

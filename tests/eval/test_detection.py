@@ -21,9 +21,6 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import ranks
-
 import fastssl.eval
 from fastssl import backbones, dist
 from fastssl.config import Backbone, Optim
@@ -535,34 +532,21 @@ def test_the_norm_behind_res5(monkeypatch):
     assert heads.res5(torch.randn(2, 4, 3, 3)).mean((0, 2, 3)).abs().max() < 1e-5
 
 
-# ---- several ranks ---------------------------------------------------------------------------------------------------
+# ---- ranks: test_two_ranks.py ----------------------------------------------------------------------------------------
 
 
-def worker(out, root):
-    """Two steps on two ranks: equal weights, and every rank has all detections."""
-    device = dist.init("cpu")
+def on_two_ranks(root):
+    """The weights of every rank after two steps, and what this one has of the detections."""
     shrink(setattr)
+    device = torch.device("cpu")
     torch.manual_seed(0)
     net = backbones.build(Backbone("resnet10", width=8))
     model = detection.build(net, 20, bn="sync", min_size=(64,), max_size=96, seed=0, **NORMS)
     pictures = boxes.read_voc(root, ("VOC2007/test",))
     with ThreadPoolExecutor(1) as pool:
-        detection.fit(model, pictures, Optim(batch=4, epochs=2, lr=0.01, schedule="constant"), device=device, pool=pool,
-                      seed=0)  # fmt: skip
+        optim = Optim(batch=4, epochs=2, lr=0.01, schedule="constant")
+        detection.fit(model, pictures, optim, device=device, pool=pool, seed=0)
         model.roi_heads.score_thresh = 0.0
         found = detection.detect(model, pictures, device=device, pool=pool, batch=2, precision="fp32")
     weights = torch.cat([p.detach().flatten() for p in model.state_dict().values()])
-    both = dist.gather(weights[None].double())
-    if dist.is_main():
-        torch.save((both, found), out)
-    dist.shutdown()
-
-
-def test_two_ranks(voc, tmp_path):
-    both, found = ranks.launch(__file__, 2, tmp_path / "two.pt", str(voc))
-    assert torch.equal(both[0], both[1])
-    assert set(found[:, 0]) == set(range(13)) and (np.diff(found[:, 0]) >= 0).all()
-
-
-if __name__ == "__main__":
-    ranks.main(worker)
+    return dist.gather(weights[None].double()), found

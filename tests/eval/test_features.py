@@ -1,18 +1,13 @@
 """Features in file order, the same on one and two ranks, and the network left as it was."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import ranks
-
-from fastssl import backbones, dist, views
+from fastssl import backbones, views
 from fastssl.config import Backbone
 from fastssl.eval import cache, features, knn, linear
 from fastssl.kernels.views import View, make_views
@@ -215,16 +210,7 @@ def test_hits():
         assert torch.equal(features.hits(scores, labels, n), (scores.topk(n).indices == labels[:, None]).any(1))
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
-
-
-def worker(out, beton, tiny):
-    dist.init("cpu")
-    torch.set_num_threads(1)
-    name = out if dist.is_main() else f"{out}.1"
-    torch.save(compute(beton, tiny), name)
-    dist.barrier()
-    dist.shutdown()
+# ---- ranks: test_two_ranks.py ----------------------------------------------------------------------------------------
 
 
 def compute(beton, tiny):
@@ -242,29 +228,3 @@ def compute(beton, tiny):
         fit = {"sgd": linear._sgd, "lbfgs": linear._lbfgs}[solver]
         result[f"{solver} weights"] = fit(linear._scaled(x, *linear._standard(x)), y, (0.01, 1.0), 10, 20, 33, 0)
     return result
-
-
-def close(name, a, b):
-    if isinstance(a, dict):
-        assert a == b, name
-    else:  # L-BFGS stops where fp32 products no longer descend: its path, not its minimum, depends on their rounding
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-3 if name == "lbfgs weights" else 1e-5)
-
-
-def test_two_ranks_are_one(beton, tmp_path_factory):
-    from conftest import photo, write_beton
-
-    folder = tmp_path_factory.mktemp("ranks")
-    tiny = write_beton(folder / "tiny.beton", [photo(np.random.default_rng(1), 20, 30)])
-    two = ranks.launch(__file__, 2, folder / "two", str(beton), str(tiny))
-    other = torch.load(folder / "two.1", weights_only=False)
-    one = compute(beton, tiny)
-    assert set(one) == set(two) == set(other) and len(one) == 13
-    for name in one:
-        close(name, two[name], one[name])
-        close(name, two[name], other[name])
-    assert one["tiny"][0].shape == (1, 64) and one["features 10"][0].shape == (103, 64)
-
-
-if __name__ == "__main__":
-    ranks.main(worker)

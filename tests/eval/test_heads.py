@@ -1,10 +1,7 @@
 """The published linear protocols: against torch's optimizers and modules, one head at a time, and on files."""
 
 import argparse
-import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import ranks
-
-from fastssl import dist, optim
+from fastssl import optim
 from fastssl.eval import augment, features, heads, linear
 from fastssl.eval import subject as subjects
 from fastssl.eval.heads import RECIPES, Heads
@@ -265,30 +259,10 @@ def test_mistakes(folder, options, text):
         run(folder, **options)
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
+# ---- ranks: test_two_ranks.py ----------------------------------------------------------------------------------------
 
 
 def compute(folder):
     return {"moco": run(folder, rates=(0.3, 30.0), held_out=0.2, argv=("--batch", "5")),
             "multi": run(folder, "multi", batch=22, layers=("stem", "layer4")),
             "cached": run(folder, "lars", augment=False, rates=(400.0,))}  # fmt: skip
-
-
-def worker(out, folder):
-    dist.init("cpu")
-    torch.set_num_threads(1)
-    torch.save(json.loads(json.dumps(compute(folder))), out if dist.is_main() else f"{out}.1")
-    dist.barrier()
-    dist.shutdown()
-
-
-def test_two_ranks_are_one(folder, tmp_path):
-    two = ranks.launch(__file__, 2, tmp_path / "two", str(folder))
-    other, one = torch.load(tmp_path / "two.1", weights_only=False), compute(folder)
-    for name in one:
-        close(one[name], two[name])
-        close(two[name], other[name])
-
-
-if __name__ == "__main__":
-    ranks.main(worker)

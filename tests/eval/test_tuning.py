@@ -4,22 +4,17 @@ must learn to see (directions of stripes)."""
 import argparse
 import json
 import re
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_beton
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import ranks
-from conftest import write_beton
-
 import fastssl.eval
-from fastssl import backbones, dist, optim, views
+from fastssl import backbones, optim, views
 from fastssl.config import Backbone, Optim
 from fastssl.eval import finetune, semisup, tuning
 from fastssl.kernels.views import View
@@ -159,21 +154,6 @@ def trained(train, test):
                          Optim(batch=32, epochs=2, lr=0.02), classes=3, rows=np.arange(75))  # fmt: skip
     held = tuning.accuracy(model, evaluation(test), VIEW, classes=3, rows=np.arange(0, 90, 4))
     return model.state_dict(), held
-
-
-def worker(out, *files):
-    dist.init("cpu")
-    result = trained(*files)
-    if dist.is_main():
-        torch.save(result, out)
-    dist.shutdown()
-
-
-def test_two_ranks_train_the_network_of_one(files, tmp_path):
-    (one, held), (two, held_two) = trained(*files), ranks.launch(__file__, 2, tmp_path / "two.pt", *files)
-    assert held == held_two
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 # ---- rates of transformers -------------------------------------------------------------------------------------------
@@ -390,7 +370,3 @@ def test_files_that_cannot_train_a_classifier(files, tmp_path):
             tuning.labels(load(path))
     with pytest.raises(ValueError, match="class 5 of .*more.beton is not in"):
         tuning.classes(evaluation(files[0]), load(more))
-
-
-if __name__ == "__main__":
-    ranks.main(worker)
