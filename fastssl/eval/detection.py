@@ -106,6 +106,8 @@ def _check(subject: Subject, args: argparse.Namespace) -> None:
         raise ValueError(f"--steps {args.steps} must be positive")
     if args.train_batch < 1 or args.train_batch % dist.world():
         raise ValueError(f"--train-batch {args.train_batch} must be a positive multiple of the {dist.world()} ranks")
+    if args.workers is not None and args.workers < 1:
+        raise ValueError(f"--workers {args.workers} must be positive")
     if args.lr <= 0 or args.weight_decay < 0:
         raise ValueError(f"--lr {args.lr} must be positive, --weight-decay {args.weight_decay} not negative")
     if args.min_size and not 0 < min(args.min_size) <= max(args.min_size) <= args.max_size:

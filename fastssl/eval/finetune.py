@@ -96,5 +96,7 @@ def _check(values: dict) -> None:
     for key in ("drop_path", "smoothing"):
         if not 0 <= values[key] < 1:
             raise ValueError(f"--{key.replace('_', '-')} {values[key]} must be at least 0 and below 1")
+    if values["warmup_epochs"] >= values["epochs"]:
+        raise ValueError(f"--warmup-epochs {values['warmup_epochs']:g} must be less than --epochs {values['epochs']}")
     if values["layer_decay"] > 1:
         raise ValueError(f"--layer-decay {values['layer_decay']} must be at most 1")

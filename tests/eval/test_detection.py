@@ -396,7 +396,7 @@ def small(monkeypatch):
 
 def call(*argv):
     try:
-        return fastssl.eval.main([str(word) for word in ("detection", *NET, *argv, "--device", "cpu", "--workers", 2)])
+        return fastssl.eval.main([str(word) for word in ("detection", *NET, "--workers", 2, "--device", "cpu", *argv)])
     except SystemExit as stop:
         return stop.code
 
@@ -430,6 +430,7 @@ def test_coco_and_frozen_statistics(small, tmp_path, capsys):
     (["--voc", "VOC", "--steps", 9, "--schedule", "1x"], "give one of them"),
     (["--voc", "VOC", "--steps", 0], "--steps 0 must be positive"),
     (["--voc", "VOC", "--train-batch", 0], "--train-batch 0"),
+    (["--voc", "VOC", "--workers", 0], "--workers 0 must be positive"),
     (["--voc", "VOC", "--lr", 0], "--lr 0.0 must be positive"),
     (["--voc", "VOC", "--min-size", "64", "--max-size", 32], "at most --max-size 32"),
     (["--voc", "VOC", "--test-split", "VOC2012/test"], "there is no .*VOC2012/ImageSets/Main/test.txt"),

@@ -348,6 +348,7 @@ def test_finetune_a_transformer(files, tmp_path, capsys):
     (["finetune", "--layer-decay", 0.5, "--train-batch", 32], "layer-wise decay needs a timm transformer"),
     (["finetune", "--pool", "avg", "--train-batch", 32], "--pool needs a timm transformer"),
     (["finetune", "--layer-decay", 1.5], "must be at most 1"),
+    (["finetune", "--warmup-epochs", 5, "--epochs", 5], "--warmup-epochs 5 must be less than --epochs 5"),
     (["finetune", "--smoothing", 1], "below 1"),
     (["finetune", "--mixup", 1, "--train-batch", 15], "must be even"),
     (["finetune", "--lr", 1e20, "--train-batch", 32, "--epochs", 2], "lower the rate"),
