@@ -257,6 +257,7 @@ def _cores() -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes; host memory is shared by the ranks of this node."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch's allocator, unused
+        return torch.cuda.mem_get_info(device)[0] + kept
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024 // dist.local_world()

@@ -97,7 +97,6 @@ def extract(backbone: nn.Module, loader, view: View, *, precision: str = "fp32",
     Not normalised.  On the loader's device, where N * dim * 4 bytes must fit twice.
     """
     check_loader(loader)
-    check_memory(loader, 2 * sum(shape.numel() for shape in shapes(backbone, view, layers)))
     with evaluating(backbone):
         batches = [_of_batch(backbone, batch, view, layers, precision) for batch in loader.epoch(0)]
     batches = batches or [_no_rows(backbone, loader, view, layers)]  # of a small file a rank may have no share

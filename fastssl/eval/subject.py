@@ -40,6 +40,8 @@ class Subject:
         layers, loader = features.check_layers(self.backbone, layers), self.loader(path)
         folder = self.cache_folder()
         if folder is None:
+            sizes = [shape.numel() for shape in features.shapes(self.backbone, self.view, layers)]
+            features.check_memory(loader, 2 * sum(sizes))  # the rows in the ranks' order, and sorted
             return features.extract(self.backbone, loader, self.view, precision=self.args.precision, layers=layers)
         return cache.features(folder, self.backbone, loader, self.view, layers, self.args.precision, self.weights)
 

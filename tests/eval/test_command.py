@@ -238,6 +238,13 @@ def test_extract_writes_shard_by_shard(run_folder, tmp_path, monkeypatch, capsys
     assert "give another --folder" in capsys.readouterr().err and not list(tmp_path.glob("full/*"))
 
 
+def test_a_set_that_memory_cannot_hold_twice_is_refused(run_folder, monkeypatch, capsys):
+    monkeypatch.setattr(features, "free_memory", lambda device: 60 * 64 * 4 * 2 - 1)  # --no-cache holds it twice
+    assert call("knn", run_folder, "--k", 3, "--no-cache") == 2
+    assert "less (this one 0.0 GiB): take fewer --layers, or eval extract" in capsys.readouterr().err
+    assert call("knn", run_folder, "--k", 3) == 0
+
+
 def interrupt(*_):
     raise KeyboardInterrupt
 

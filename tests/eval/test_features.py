@@ -191,8 +191,7 @@ def test_a_set_that_memory_cannot_hold_is_refused(beton, tmp_path, monkeypatch):
     loader, need = load(beton, 10), 103 * 64 * 4
     monkeypatch.setattr(features, "free_memory", lambda device: need)
     assert len(cache.features(tmp_path, net(), loader, VIEW, ("last",), "fp32")[0]) == 103
-    with pytest.raises(ValueError, match="less .this one 0.0 GiB.: take fewer --layers"):
-        features.extract(net(), loader, VIEW)  # holds them twice while it sorts
+    assert len(features.extract(net(), loader, VIEW)[0]) == 103, "the monitors of a training are not asked"
     monkeypatch.setattr(features, "free_memory", lambda device: need - 1)
     with pytest.raises(ValueError, match="eval extract --to npy"):
         cache.features(tmp_path, net(), loader, VIEW, ("last",), "fp32")
