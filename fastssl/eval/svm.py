@@ -41,13 +41,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, help="independent draws of each number of shots; default: 5")
     parser.add_argument("--costs", type=numbers(float), default=COSTS, help="default: the published 19")
     parser.add_argument("--folds", type=int, help="of the cross-validation; default: 3")
-    parser.add_argument("--solver", choices=tuple(SOLVERS), help="default: cuda on a GPU, else fast")
+    parser.add_argument("--solver", choices=tuple(SOLVERS), help="default: cuda on a GPU, fast elsewhere and for "
+                        "more images than twice the dimensions")
     parser.add_argument("--crop", choices=("squash", "center"), default="squash",
                         help="squash: the whole image whatever its shape, as published")
 
 
 def run(subject: Subject, args: argparse.Namespace) -> dict:
-    solver = args.solver or ("cuda" if args.device.type == "cuda" else "fast")
     unused = ("folds",) if args.low_shot else ("shots", "samples")
     unused = [name for name in unused if getattr(args, name) is not None]
     if unused:
@@ -59,15 +59,17 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
     *train, labels = subject.features(subject.train, args.layers)
     *test, test_labels = subject.features(subject.test, args.layers)
     done: list[dict] = []
-    on_main(lambda: done.append(_layers(dict(zip(args.layers, zip(train, test))), labels, test_labels, solver, args)))
+    on_main(lambda: done.append(_layers(dict(zip(args.layers, zip(train, test))), labels, test_labels, args)))
     result = _shared(done[0] if done else None)
     result["options"] |= {"crop": args.crop, "layers": list(args.layers)}
     return result
 
 
-def _layers(features: dict[str, tuple[Tensor, Tensor]], labels: Tensor, test_labels: Tensor, solver: str, args) -> dict:
+def _layers(features: dict[str, tuple[Tensor, Tensor]], labels: Tensor, test_labels: Tensor, args) -> dict:
     call = partial(low_shot, seed=args.seed) if args.low_shot else svm
     given = {name: getattr(args, name) for name in ("shots", "samples", "folds")}
+    few = len(labels) <= 2 * max(part.shape[1] for part, _ in features.values())  # else see svm_solver.Rows
+    solver = args.solver or ("cuda" if args.device.type == "cuda" and few else "fast")
     options = {"costs": args.costs, "solver": solver} | {k: v for k, v in given.items() if v is not None}
     results = {name: call(train, labels, test, test_labels, **options) for name, (train, test) in features.items()}
     rows = [{"layer": name, **row} for name, result in results.items() for row in result["results"]]

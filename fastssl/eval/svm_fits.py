@@ -76,11 +76,11 @@ class Fast:
         def work(problem):
             rows, positive = problem
             y, weight = np.where(positive, 1, -1), np.where(positive, positive_weight, 1)
-            mine = A[rows]
+            mine = self.rows.x_NE[rows] if len(At) else A[rows]
             b = svm_solver.solve_few(mine @ mine.T if len(At) else mine.take(rows, 1), y, weight, costs)
             if len(At):
                 w = b @ mine
-                return w @ self.x_test.T, w @ At
+                return w @ self.x_test.T, w @ self.rows.x_NE.T
             return b @ self._test[rows], b @ mine
 
         return svm_solver.each(work, problems)

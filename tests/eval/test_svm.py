@@ -172,6 +172,18 @@ def test_the_default_tolerance():
     assert (norm(default - exact) < 0.0035 * norm(exact)).all()
 
 
+def test_many_rows_of_few_dimensions_at_large_costs():
+    """Thousands of large coefficients that nearly cancel: fp32 products of them do not tell the optimum."""
+    x, y = made(4000, 12)
+    (_, _, f), = svm_solver.Rows(x).path(y[None], np.where(y > 0, 2.0, 1.0)[None], (100.0,))
+    want = LinearSVC(C=100, class_weight={1: 2, -1: 1}, dual=False, tol=1e-9).fit(x, y).decision_function(x)
+    np.testing.assert_allclose(f[0], want, atol=5e-3 * np.abs(want).max())
+    K = x @ x.T + np.float32(1)  # of rank 13: fp32 gives up, fp64 goes on
+    b = svm_solver.solve_few(K[:600, :600].copy(), y[:600], np.where(y[:600] > 0, 2.0, 1.0), (100.0,))[0]
+    want = LinearSVC(C=100, class_weight={1: 2, -1: 1}, dual=False, tol=1e-9).fit(x[:600], y[:600])
+    np.testing.assert_allclose(b @ K[:600, :600].astype(np.float64), want.decision_function(x[:600]), atol=2e-2)
+
+
 def test_draws():
     labels = np.array([1] * 10 + [0] * 100 + [-1] * 30)
     rows = svm.draw(labels, 4, 5, np.random.default_rng(0))
