@@ -22,6 +22,7 @@ from fastssl.eval import subject as subjects
 PROTOCOLS = {  # name: what it measures
     "knn": "weighted k nearest neighbours on frozen features",
     "linear": "a linear classifier on frozen features: our probe, MoCo's, OpenSelfSup's five layers, Places205, LARS",
+    "classifier": "the classifier that a supervised run brings along",
     "extract": "features of each layer as .npy or .safetensors",
     "svm": "VOC07's linear SVMs on frozen features, or on few images a class",
     "semisup": "fine-tuning on 1 % or 10 % of the labels",

@@ -117,6 +117,39 @@ def test_lbfgs_and_options(run_folder, tmp_path):
     assert [r["l2"] for r in result["selection"]] == [0.001, 0.1] and result["of"]["precision"] == "bf16"
 
 
+def test_the_classifier_that_a_file_brings_along(run_folder, files, tmp_path, capsys):
+    """Set so that it names the class whose mean feature is nearest: computed here from the extracted features."""
+    assert call("extract", run_folder, "--folder", tmp_path / "f") == 0
+    x = {part: torch.from_numpy(np.load(tmp_path / "f" / f"{part}_last.npy")) for part in ("train", "test")}
+    y = {part: torch.from_numpy(np.load(tmp_path / "f" / f"{part}_labels.npy")) for part in ("train", "test")}
+    means = torch.stack([x["train"][y["train"] == c].mean(0) for c in range(6)])
+    means += 2 * means.std(0) * torch.randn(means.shape, generator=torch.Generator().manual_seed(0))  # not too good
+    net = backbones.build(SPEC)
+    weights.load_backbone(run_folder, net)
+    head = {"head.fc_cls.weight": 2 * means, "head.fc_cls.bias": -means.square().sum(1)}
+    file = tmp_path / "theirs.pth"
+    torch.save({"state_dict": {"backbone." + k: v for k, v in net.state_dict().items()} | head}, file)
+    bare = [file, "--test", files[1], "--backbone", "resnet10", "--stem", "cifar", "--width", 8, "--size", 16,
+            "--mean", "0.4,0.4,0.4"]  # fmt: skip
+    assert call("classifier", *bare, "--out", tmp_path / "a.json") == 0
+    (row,) = json.loads((tmp_path / "a.json").read_text())["results"]
+    nearest = torch.cdist(x["test"].double(), means.double()).argsort(1)
+    assert row["top1"] == pytest.approx(100 * (nearest[:, 0] == y["test"]).float().mean().item())
+    assert row["top5"] == pytest.approx(100 * (nearest[:, :5] == y["test"][:, None]).any(1).float().mean().item())
+    assert 20 < row["top1"] < 100
+
+    capsys.readouterr()
+    assert call("classifier", run_folder) == 2
+    assert "holds 0 classifiers on 64 features (none): `fastssl eval linear` trains one" in capsys.readouterr().err
+    assert call("classifier", *bare, "--head", "fc") == 2
+    assert "has no such linear layer on 64 features; it has state_dict.head.fc_cls" in capsys.readouterr().err
+    torch.save(torch.load(file)["state_dict"] | {"fc.weight": means[:2], "fc.bias": torch.zeros(2)}, file)
+    assert call("classifier", *bare) == 2
+    assert "holds 2 classifiers on 64 features (head.fc_cls, fc): choose one" in capsys.readouterr().err
+    assert call("classifier", *bare, "--head", "fc") == 2
+    assert "the test set has class 5, the classifier 2 classes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv, text", [
     (["knn", "nowhere"], "no run folder or weight file nowhere"),
     (["knn", "RUN", "--k", "5,61"], "must be between 1 and 60"),

@@ -1,0 +1,58 @@
+"""The accuracy of the linear classifier that a supervised run or checkpoint brings along (OpenSelfSup's test.py)."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from fastssl import weights
+from fastssl.eval.features import check, hits
+from fastssl.eval.subject import Subject
+
+NEEDS = ("test",)
+WITHOUT = ("train", "features")
+NAMES = ("head", "fc", "fc_cls", "classifier", "linear")  # last word of the layer's name in a file
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--head", metavar="NAME",
+                        help="the linear layer's name in the file, e.g. head.fc_cls; default: found")
+
+
+def run(subject: Subject, args: argparse.Namespace) -> dict:
+    if args.target is None:
+        raise ValueError("give a run folder or a weight file")
+    file, state = weights.read(args.target)
+    weight, bias = (part.to(args.device) for part in head(file, state, subject.backbone.dim, args.head))
+    return classify(*subject.features(subject.test), weight, bias)
+
+
+def head(file: str, state: dict[str, Tensor], dim: int, name: str | None = None) -> tuple[Tensor, Tensor]:
+    """(C, dim) and (C,) of the linear classifier on the backbone's features in a file."""
+    found = [key[: -len(".weight")] for key, value in state.items() if key.endswith(".weight")
+             and value.ndim == 2 and value.shape[1] == dim and f"{key[:-len('weight')]}bias" in state]  # fmt: skip
+    named = [key for key in found if (f".{key}".endswith(f".{name}") if name else key.split(".")[-1] in NAMES)]
+    if name and not named:
+        raise ValueError(f"--head {name}: {file} has no such linear layer on {dim} features"
+                         + (f"; it has {', '.join(found)}" if found else ""))
+    if len(named) != 1:
+        raise ValueError(f"{file} holds {len(named)} classifiers on {dim} features ({', '.join(named) or 'none'}): "
+                         + ("choose one with --head" if named else "`fastssl eval linear` trains one"))
+    return state[f"{named[0]}.weight"].float(), state[f"{named[0]}.bias"].float()
+
+
+@torch.no_grad()
+def classify(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> dict:
+    """Accuracy in percent: features (N, dim), labels (N,), weight (C, dim), bias (C,)."""
+    check("test set", features, labels)
+    classes = len(weight)
+    if int(labels.max()) >= classes:
+        raise ValueError(f"the test set has class {int(labels.max())}, the classifier {classes} classes (0 to "
+                         f"{classes - 1}): is it of the same data?")
+    scores = features @ weight.T + bias
+    tops = (1, 5) if classes > 5 else (1,)
+    row = {f"top{n}": 100 * hits(scores, labels, n).sum().item() / len(labels) for n in tops}
+    options = {"test": len(labels), "dim": features.shape[1], "classes": classes}
+    return {"protocol": "classifier", "options": options, "results": [row]}
