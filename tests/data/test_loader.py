@@ -324,10 +324,10 @@ def test_missing_and_damaged_files_are_named(beton, tmp_path):
 def test_a_damaged_image_is_named(beton, photos, tmp_path):
     whole, victim = beton.read_bytes(), photos[5]
     at = whole.index(victim)
-    path = tmp_path / "hurt.beton"
-    for hurt in (b"\0" * len(victim), victim[:200] + b"\0" * (len(victim) - 200)):
+    for i, hurt in enumerate((b"\0" * len(victim), victim[:200] + b"\0" * (len(victim) - 200))):
+        path = tmp_path / f"hurt{i}.beton"  # its own: threads of the loader before may still read theirs
         path.write_bytes(whole[:at] + hurt + whole[at + len(victim) :])
-        with pytest.raises(ValueError, match=r"hurt.beton: image 5 is damaged"):
+        with pytest.raises(ValueError, match=r"hurt.\.beton: image 5 is damaged"):
             list(open_loader(path, shuffle=False).epoch(0))
 
 
