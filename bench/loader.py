@@ -40,13 +40,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA / "imagenet_sample_1000.tar")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--original", action="store_true", help="the images as they are, and not at short side 256 too")
     args = parser.parse_args()
     if not args.data.exists():
         raise SystemExit(f"{args.data}: no such tar or folder of images; give --data, or set FASTSSL_DATA")
     env = environment("torchvision", "ffcv", "numba", "pillow")
     with tempfile.TemporaryDirectory() as folder:
         files = unpack(args.data, Path(folder, "files"))
-        for name, options in {"as they are": [], "short side 256": ["--short-side", "256", "--quality", "90"]}.items():
+        sizes = {"as they are": [], "short side 256": ["--short-side", "256", "--quality", "90"]}
+        for name, options in list(sizes.items())[: 1 if args.original else 2]:
             beton = str(Path(folder, f"{name}.beton"))
             with contextlib.redirect_stdout(io.StringIO()):
                 if convert(["imagefolder", str(files), beton, *options]):
