@@ -1,6 +1,6 @@
 """Every method on CIFAR-10, trained and evaluated as a user would, in one table:  python bench/methods.py [METHOD ...]
 
-Each run is `fastssl train configs/smoke/METHOD.py` (or configs/METHOD/SET.py), then `fastssl eval knn` of the trained
+Each run is `fastssl train configs/smoke/METHOD.py` (or configs/METHOD/*_SET.py), then `fastssl eval knn` of the trained
 and of the untrained network, the test set among the whole training set.  Finished runs are not repeated; `--table`
 writes all that are there.
 """
@@ -27,20 +27,23 @@ K = 20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", metavar="METHOD", default=methods.names())
-    parser.add_argument("--set", default="smoke", help="smoke, or the name of a file in each method's folder")
+    parser.add_argument("--set", default="smoke", help="smoke, or how a config of each method ends: cifar10_200ep")
     parser.add_argument("--train", default="data/cifar10_train.beton")
     parser.add_argument("--test", default="data/cifar10_test.beton")
     parser.add_argument("--override", action="append", default=[], metavar="a.b=value", help="for every run")
     parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
     parser.add_argument("--table", type=Path, help="write the table between the marks of this file")
     args = parser.parse_args()
-    env = environment("torch", "deepspeed", "ffcv")
+    env = environment("deepspeed", "ffcv")
     unknown = [name for name in args.methods if name not in methods.names()]
     if unknown:
         raise SystemExit(f"bench/methods.py: no method {unknown[0]!r}; known are {', '.join(methods.names())}")
     results = []
     for name in methods.names():
-        file = ROOT / "configs" / (f"smoke/{name}.py" if args.set == "smoke" else f"{name}/{args.set}.py")
+        pattern = f"smoke/{name}.py" if args.set == "smoke" else f"{name}/*_{args.set}.py"
+        file = next(iter(sorted((ROOT / "configs").glob(pattern))), None)
+        if file is None:
+            raise SystemExit(f"bench/methods.py: no configs/{pattern}; --set is smoke or, say, cifar10_200ep")
         run = config.load(file, args.override)
         folder = Path(run.log.root) / run.name
         if name in args.methods and not (folder / "result.json").exists():
@@ -62,8 +65,8 @@ def measure(name: str, file: Path, folder: Path, run, args, env: dict) -> None:
     first, last = (sum(r["loss"] for r in part) / len(part) for part in (steps[:tenth], steps[-tenth:]))
     result = {"method": name, "config": str(file.relative_to(ROOT)), "overrides": args.override,
               "backbone": run.backbone.name + (f", width {run.backbone.width}" if run.backbone.width != 64 else ""),
-               "batch": run.optim.batch,
-              "steps": steps[-1]["step"], "train_s": round(seconds, 1), "loss_first": first, "loss_last": last,
+              "batch": run.optim.batch, "steps": steps[-1]["step"],
+              "train_s": round(seconds, 1), "loss_first": first, "loss_last": last,
               "knn_untrained": knn(folder, args, "untrained"), "knn": knn(folder, args, "weights")}  # fmt: skip
     (folder / "result.json").write_text(json.dumps({**env, **result}, indent=1) + "\n")
     if not args.dry:
