@@ -71,7 +71,7 @@ def is_main() -> bool:
 
 
 def share(rows: int, of: int | None = None) -> slice:
-    """The rows that this rank (or rank `of`) holds of a table that is cut into one block a rank."""
+    """This rank's (or rank `of`'s) block of so many rows, cut into one for each rank."""
     of = rank() if of is None else of
     return slice(rows * of // world(), rows * (of + 1) // world())
 

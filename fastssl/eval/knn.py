@@ -57,10 +57,10 @@ def knn(bank: Tensor, bank_labels: Tensor, queries: Tensor | None = None, labels
 
     classes = int(max(bank_labels.max(), labels.max())) + 1
     search = SEARCH[backend](F.normalize(bank.float(), dim=1), k[-1], alone)
-    first, last = (len(queries) * r // dist.world() for r in (dist.rank(), dist.rank() + 1))
+    mine = dist.share(len(queries))
     right = torch.zeros(len(k), 2, dtype=torch.int64, device=bank.device)
-    for start in range(first, last, QUERIES):
-        stop = min(start + QUERIES, last)
+    for start in range(mine.start, mine.stop, QUERIES):
+        stop = min(start + QUERIES, mine.stop)
         similarity, neighbour = search(F.normalize(queries[start:stop].float(), dim=1), start)
         right += _count(similarity, bank_labels[neighbour], labels[start:stop], k, temperature, classes)
     right = dist.sum_(right.to(dist.device())).tolist()

@@ -103,9 +103,9 @@ class ODC(nn.Module):
 
     def rows(self, index: Tensor) -> Tensor:
         """(n, D) of the bank, from the ranks that hold them."""
-        here = self.here(index)
         if dist.world() == 1:
             return self.bank[index]
+        here = self.here(index)
         out = self.bank.new_zeros(len(index), self.bank.shape[1])
         out[here] = self.bank[index[here] - self.mine.start]
         return dist.sum_(out)
