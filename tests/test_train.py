@@ -18,7 +18,7 @@ from fastssl.methods import moco
 
 def get_config():
     return Run(method=moco.Config(dims=(16,), queue=40, momentum=0.9),
-               backbone=Backbone("resnet10", stem="cifar", width=4),
+               backbone=Backbone("resnet10", stem="cifar", width=8),
                data=Data(train={beton!r}, views=views.moco_v2(16)),
                optim=Optim(lr=0.1, batch=16, epochs=4, warmup_epochs=1, paramwise={{"bias": {{"weight_decay": 0.0}}}}),
                speed=Speed(micro_batch=4, workers=1), seed=1,
@@ -107,6 +107,7 @@ def test_only_the_newest_checkpoints_are_kept(runs):
     (("optim.lrr=0.2",), "did you mean 'lr'"),
     (("name=other", "optim.batch=15"), "speed.micro_batch=4 does not divide a rank's share, 15"),
     (("name=other", "data.train=no.beton"), "no.beton"),
+    (("name=other", "backbone.in_channels=1"), "backbone.in_channels=1: views have 3 channels"),
     (("name=other", "backbone.name=resnet19"), "did you mean 'resnet1"),
     (("name=other", "method.queue=8"), "method.queue=8 is smaller than optim.batch=16"),
 ])
