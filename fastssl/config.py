@@ -1,6 +1,7 @@
 """The run, as typed data.  A config file is Python with `get_config() -> Run`; `load` adds `a.b=value` overrides.
 
-`Data` and `Optim` change results, `Speed` must not (tests/test_speed.py).  An unknown name is answered by the nearest.
+`Data` and `Optim` change results, `Speed` must not (tests/test_engine.py; batch norm alone sees `micro_batch`).
+An unknown name is answered by the nearest.
 """
 
 from __future__ import annotations
@@ -221,7 +222,7 @@ _CHOICES = {
     "speed.zero": (0, 1, 2, 3),
     "speed.kernels": ("auto", "reference", "triton"),
     "backbone.stem": ("imagenet", "cifar"),
-    "backbone.norm": ("bn", "gn"),
+    "backbone.norm": ("bn", "gn", "frozen"),
 }
 
 
@@ -246,6 +247,18 @@ def validate(run: Run) -> None:
         value = getattr(getattr(run, section), name)
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{key}={value!r} must be positive")
+    for key in ("optim.steps", "speed.micro_batch"):
+        section, name = key.split(".")
+        value = getattr(getattr(run, section), name)
+        if value is not None and value < 1:
+            raise ValueError(f"{key}={value!r} must be at least 1, or None")
+    for name in ("weight_decay", "momentum"):
+        value = getattr(run.optim, name)
+        if not 0 <= value < (1 if name == "momentum" else math.inf):
+            raise ValueError(f"optim.{name}={value!r} must be at least 0" + ", below 1" * (name == "momentum"))
+    if run.optim.milestones and run.optim.schedule != "step":
+        raise ValueError(f"optim.milestones={run.optim.milestones} are read by optim.schedule='step' alone, and it is "
+                         f"{run.optim.schedule!r}: set the schedule, or remove the milestones")
     if not run.data.views:
         raise ValueError("data.views is empty: give a recipe, for example views.simclr(224)")
 

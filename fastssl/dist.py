@@ -11,11 +11,15 @@ import os
 import socket
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
+
+# What one rank does alone while the others wait (scikit-learn's SVMs, faiss, t-SNE) may exceed NCCL's ten minutes.
+TIMEOUT = timedelta(hours=2)
 
 
 def init(device: str | None = None) -> torch.device:
@@ -32,7 +36,8 @@ def init(device: str | None = None) -> torch.device:
             os.environ.setdefault(name, str(value))
         if "MASTER_PORT" not in os.environ:
             os.environ["MASTER_PORT"] = str(_free_port())
-        td.init_process_group("nccl" if cuda else "gloo", device_id=torch.device("cuda", local) if cuda else None)
+        td.init_process_group("nccl" if cuda else "gloo", device_id=torch.device("cuda", local) if cuda else None,
+                              timeout=TIMEOUT)
     return torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
@@ -89,7 +94,7 @@ def world() -> int:
 
 def local_world() -> int:
     """Ranks on this node (decides how many cores a rank may use)."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world())))  # torchrun's, DeepSpeed's
 
 
 def group() -> td.ProcessGroup | None:

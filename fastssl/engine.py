@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,7 +34,8 @@ class Method(Protocol):
 
     A method that clusters may also have `before_epoch(epoch, survey) -> str to log or None`, called before the first
     step of an epoch, with `survey` as below; and `order(epoch) -> (N,) sample numbers` to train on instead of the
-    epoch's permutation, a function of `epoch` and of buffers that stay until the next `before_epoch`.
+    epoch's permutation, a function of `epoch` and of buffers that stay until the next `before_epoch`.  `evaluated` is
+    the name of the backbone to evaluate and export where that is another one than `backbone` (a teacher's: "target.0").
     """
 
     views: int | None  # how many views its recipe must give; None: any number
@@ -74,11 +76,12 @@ class Trainer:
     def plain_backbone(self):
         """The backbone as an ordinary module with equal buffers on all ranks, for evaluation; ZeRO-3's is a copy."""
         dist.sync_buffers(self.method)
+        module = self.method.get_submodule(getattr(self.method, "evaluated", "backbone"))
         if self.run.speed.zero < 3:
-            yield self.method.backbone
+            yield module
             return
         copy = backbones.build(self.run.backbone).to(self.device)
-        copy.load_state_dict(state.whole(self.method.backbone, everywhere=True))
+        copy.load_state_dict(state.whole(module, everywhere=True))
         yield copy
 
 
@@ -242,6 +245,9 @@ def build(run: Run, hooks: list = (), device: str | None = None) -> Trainer:
     micro = micro_batch(run)
     loader = Loader(run.data.train, run.optim.batch, seed=run.seed, device=where, workers=run.speed.workers,
                     micro=run.optim.batch // dist.world() // micro, resident=run.speed.resident)
+    if run.backbone.in_channels != 3:
+        raise ValueError(f"backbone.in_channels={run.backbone.in_channels}: views have 3 channels, of grey images too; "
+                         "leave it at 3")
     torch.manual_seed(run.seed)  # the same weights, queue and bank on every rank
     backbone = backbones.build(run.backbone)
     if (run.backbone.frozen or run.backbone.norm == "frozen") and not run.backbone.pretrained:
@@ -268,10 +274,10 @@ def micro_batch(run: Run) -> int:
     batch, world = run.optim.batch, dist.world()
     if batch % world:
         raise ValueError(f"optim.batch={batch} is not a multiple of the {world} ranks")
-    micro = run.speed.micro_batch or batch // world
-    if batch // world % micro:
-        raise ValueError(f"speed.micro_batch={micro} does not divide a rank's share, {batch // world} of "
-                         f"optim.batch={batch}")
+    share = batch // world
+    micro = min(run.speed.micro_batch or share, share)  # with more ranks a share may be smaller: one pass holds it
+    if share % micro:
+        raise ValueError(f"speed.micro_batch={micro} does not divide a rank's share, {share} of optim.batch={batch}")
     return micro
 
 
@@ -313,6 +319,7 @@ def start_deepspeed(method: nn.Module, optimizer: torch.optim.Optimizer, run: Ru
         "gradient_accumulation_steps": 1,  # the engine accumulates, with the loss of the whole batch
         "gradient_clipping": run.optim.clip,  # DeepSpeed 0.19 clips at 1.0 when nothing is said
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step; ours never does
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": run.speed.zero,
@@ -326,6 +333,8 @@ def start_deepspeed(method: nn.Module, optimizer: torch.optim.Optimizer, run: Ru
 
 
 def deterministic(on: bool) -> None:
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(on)
     torch.backends.cudnn.deterministic = on
     torch.backends.cudnn.benchmark = not on

@@ -227,6 +227,6 @@ def effective_rank(x_ND: Tensor, rows: int) -> Tensor:
     """exp(entropy of the singular values) of at most `rows` rows, as many from each rank."""
     x = dist.gather(x_ND[: max(1, rows // dist.world())].contiguous()).double()
     gram = x @ x.T if len(x) < x.shape[1] else x.T @ x  # in float64: its square root halves the digits
-    s = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    s = torch.linalg.eigvalsh(gram.nan_to_num(0, 0, 0)).clamp(min=0).sqrt()  # it would raise, before the log can tell
     p = s / s.sum().clamp(min=torch.finfo(s.dtype).tiny)
-    return torch.special.entr(p).sum().exp()
+    return torch.special.entr(p).sum().exp() + 0 * gram.sum()  # NaN stays NaN

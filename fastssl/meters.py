@@ -77,7 +77,10 @@ class Meter:
         assert name in PHASES, name
         start = self._mark()
         counts = self._counter is not None and counted and name in ("forward", "backward")
-        with self._counter if counts else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if counts:  # under a dispatch mode Dynamo would give a compiled forward up for good: count an eager one
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                stack.enter_context(self._counter)
             yield
         self._phases.append((name, start, self._mark()))
 

@@ -56,7 +56,8 @@ def pretrain(run: config.Run, overrides: list[str]) -> None:
     if (folder / "checkpoints").exists():
         print(f"\n{folder} is already trained; delete it to train again")
         return
-    count = torch.cuda.device_count() or min(2, os.cpu_count())
+    most = torch.cuda.device_count() or min(2, os.cpu_count())
+    count = max(n for n in range(1, most + 1) if run.optim.batch % n == 0)
     command = ["--num_gpus", str(count), str(Path(train.__file__)), str(config.quickstart()), *overrides]
     print(f"\n$ deepspeed {' '.join(command)}", flush=True)
     env = os.environ if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ}

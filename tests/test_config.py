@@ -53,6 +53,11 @@ def test_overrides_reach_every_section_with_the_right_type(file):
     ("log.tensorboard=1", "log.tensorboard: wants bool, got 1"),
     ("optim.name=larz", "did you mean 'lars'"),
     ("speed.zero=4", "speed.zero=4 is none of 0, 1, 2, 3"),
+    ("speed.micro_batch=0", "speed.micro_batch=0 must be at least 1, or None"),
+    ("optim.steps=0", "optim.steps=0 must be at least 1, or None"),
+    ("optim.momentum=2", "optim.momentum=2.0 must be at least 0, below 1"),
+    ("optim.weight_decay=-1", "optim.weight_decay=-1.0 must be at least 0"),
+    ("optim.milestones=(1,2)", "are read by optim.schedule='step' alone"),
     ("optim.lr=0", "optim.lr=0.0 must be positive"),
     ("optim.lr.x=1", "optim.lr.x: float has no settings below it"),
     ("optim.lr", "is not of the form a.b=value"),
@@ -62,6 +67,11 @@ def test_mistakes_are_answered(file, override, message):
     with pytest.raises(ValueError) as error:
         config.load(file, [override])
     assert message in str(error.value)
+
+
+def test_every_norm_that_a_backbone_knows_can_be_asked_for(file):
+    for norm in ("bn", "gn", "frozen"):
+        assert config.load(file, [f"backbone.norm={norm}"]).backbone.norm == norm
 
 
 def test_files_that_are_no_configs(file, tmp_path):

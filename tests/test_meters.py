@@ -115,12 +115,18 @@ def test_flops_are_those_of_forward_and_backward_once(clock):
     assert record["mfu"] == pytest.approx(3 * forward / 2e-3 / 1e9)
 
 
-def test_a_compiled_forward_is_counted_too():
-    net = nn.Linear(10, 20, bias=False)
-    compiled = torch.compile(net, backend="aot_eager")
-    with meters.Flops() as flops:
-        compiled(torch.randn(4, 10)).sum().backward()
-    assert flops.total == 2 * 2 * 4 * 10 * 20
+def test_a_forward_that_was_counted_is_compiled_afterwards():
+    """Dynamo never again compiles a function that it met under the counter."""
+    net, graphs, meter = nn.Linear(10, 20, bias=False), [], Meter(torch.device("cpu"), batch=4, peak=1e9)
+    compiled = torch.compile(net, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for step in range(2):
+        with meter.phase("forward"):
+            loss = compiled(torch.randn(4, 10)).sum()
+        with meter.phase("backward"):
+            loss.backward()
+        meter.end_step(step)
+        assert len(graphs) == step
+    assert meter.flops == 2 * 2 * 4 * 10 * 20
 
 
 def test_flops_of_a_convolutional_network_are_the_published_ones():
