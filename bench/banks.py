@@ -1,6 +1,8 @@
 """ODC's and NPID's memory banks against the algorithms of OpenSelfSup, in one run:  python bench/banks.py
 
-centroids   ODC's means of all clusters; published: sort the labels, then a Python loop that gathers each cluster's rows
+centroids   ODC's means of all clusters, due every ten steps; published: sort the labels, then a Python loop that
+            gathers each cluster's rows.  Ours: what ten steps add to keep the clusters' sums, and the means; also the
+            means from nothing, as k-means takes them
 odc step    what ODC does to its bank after a step; published: the same on the CPU, counting all labels twice
 npid loss   forward and backward; published: an alias table's draws, and all negatives gathered into one tensor.  Ours
             with each sample's own negatives, and with one set for all
@@ -73,10 +75,21 @@ def equal(name: str, ours: torch.Tensor, theirs: torch.Tensor, bound: float) -> 
         raise SystemExit(f"bench/banks.py: the two sides of {name} differ by {error:.1e}; no times")
 
 
-def centroids(args) -> dict:
-    bank, labels = directions(args.rows, 256), torch.randint(CLUSTERS, (args.rows,))
-    theirs, ours = torch.zeros(CLUSTERS, 256), torch.zeros(CLUSTERS, 256, device=args.device)
-    moved = bank.to(args.device), labels.to(args.device)
+def odc_method(args, batch: int) -> odc.ODC:
+    backbone = torch.nn.Identity()
+    backbone.dim = 2048
+    method = odc.Config(clusters=CLUSTERS).build(backbone, samples=args.rows, batch=batch)
+    method.bank.copy_(directions(args.rows, 256))
+    method.labels.copy_(torch.randperm(args.rows) % CLUSTERS)
+    method.to(args.device).add_up()
+    method.renew()
+    return method
+
+
+def centroids(args, batch: int = 512) -> dict:
+    method = odc_method(args, batch)
+    bank, labels, theirs = method.bank.cpu(), method.labels.cpu(), torch.zeros(CLUSTERS, 256)
+    steps = torch.randperm(args.rows)[: 10 * batch].view(10, batch).to(args.device)
 
     def published() -> None:
         order = np.argsort(labels.numpy())
@@ -85,18 +98,22 @@ def centroids(args) -> dict:
             if edges[k + 1] > edges[k]:
                 theirs[k] = bank[order[edges[k] : edges[k + 1]], :].mean(dim=0)
 
+    def ours() -> None:
+        for index in steps:
+            x = method.rows(index)
+            method.move(index, method.labels[index], x, x)
+        method.renew()
+
     published()
-    equal("centroids", centroids_(ours, *moved), theirs, 1e-6)
-    return {"published": published, "ours": lambda: centroids_(ours, *moved)}
+    for run in (ours, lambda: centroids_(method.centroids, method.bank, method.labels)):
+        method.centroids.zero_()
+        run()
+        equal("centroids", method.centroids, theirs, 1e-6)
+    return {"published": published, "ours": ours, "ours, from nothing": run}
 
 
 def odc_step(args, batch: int = 512) -> dict:
-    backbone = torch.nn.Identity()
-    backbone.dim = 2048
-    method = odc.Config().build(backbone, samples=args.rows, batch=batch).to(args.device)
-    method.bank.copy_(directions(args.rows, 256))
-    method.labels.copy_(torch.arange(args.rows) % CLUSTERS)
-    centroids_(method.centroids, method.bank, method.labels)
+    method = odc_method(args, batch)
     bank, labels, means = (t.cpu().clone() for t in (method.bank, method.labels, method.centroids))
     index, z = torch.randperm(args.rows)[:batch], torch.randn(batch, 256)
     given = SimpleNamespace(index=index.to(args.device), epoch=0, step=0)  # step 0: no means of all clusters are due

@@ -2,9 +2,10 @@
 https://arxiv.org/abs/2006.10645
 
 Labels and centroids are on every rank, the bank of embeddings is cut into a block of samples a rank; all live on the
-device and in the checkpoint, and move once per optimizer step with what all ranks saw.  A cluster below `least` samples
-is dissolved and takes part of the largest one; where the two means of that leave less than `least` on a side, it is cut
-at the median (the original: only if empty).
+device and in the checkpoint, and move once per optimizer step with what all ranks saw.  Every cluster's sum of rows is
+kept in whole numbers, so that it is exact in whatever order rows come and go, and new means never read the bank.
+A cluster below `least` samples is dissolved and takes part of the largest one; where the two means of that leave less
+than `least` on a side, it is cut at the median (the original: only if empty).
 """
 
 from __future__ import annotations
@@ -52,12 +53,16 @@ class ODC(nn.Module):
                                   nn.Dropout(config.dropout), nn.Linear(hidden, dim), nn.ReLU(inplace=True))
         self.head = nn.Linear(dim, config.clusters)
         for layer in (self.neck[0], self.neck[4], self.head):
-            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.head.weight, std=0.01)
         self.mine = dist.share(samples)
         self.register_buffer("bank", torch.zeros(self.mine.stop - self.mine.start, dim), persistent=False)
         self.register_buffer("labels", torch.arange(samples) % config.clusters)
         self.register_buffer("centroids", torch.zeros(config.clusters, dim))
+        self.register_buffer("sizes", (samples - torch.arange(config.clusters) - 1) // config.clusters + 1)
+        self.register_buffer("sums", torch.zeros(config.clusters, dim, dtype=torch.int64))  # of rows, in this unit:
+        self.unit = 2.0 ** (samples.bit_length() - 62)  # the finest in which all rows, of length 1, do not overflow
         self.register_buffer("weights", torch.full((config.clusters,), 1 / config.clusters))
         self.register_buffer("changed", torch.zeros(()))  # share of the last step's labels
         self.seed = int(torch.randint(2**31, (), device="cpu"))  # follows the run's seed
@@ -67,11 +72,13 @@ class ODC(nn.Module):
             return None
         x, index = survey("z")
         x = F.normalize(x, dim=1)
-        found = cluster.kmeans(x, self.config.clusters, index, iterations=self.config.iterations, seed=self.seed)
+        found = cluster.kmeans(x, self.config.clusters, index, iterations=self.config.iterations, seed=self.seed,
+                               kernels=self.kernels)
         self.bank.copy_(cluster.scatter_block(x, index, len(self.labels)))
         self.labels.copy_(cluster.scatter(found.labels, index, len(self.labels)))
+        self.add_up()
         self.renew()
-        self.repair(self.centroids)
+        self.repair()
         return cluster.describe(found.counts, len(self.labels))
 
     def order(self, epoch: int) -> np.ndarray:
@@ -84,19 +91,22 @@ class ODC(nn.Module):
 
     def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
         labels = self.labels[batch.index]
-        return {"loss": cluster.weighted_cross_entropy(out["logits"], labels, self.weights), "changed": self.changed}
+        loss = cluster.weighted_cross_entropy(out["logits"], labels, self.weights)
+        return {"loss": loss, "changed": self.changed.clone()}  # the log reads it some steps later
 
     @torch.no_grad()
     def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
         index, z = dist.gather(batch.index), dist.gather(F.normalize(out["z"], dim=1))
-        here = self.here(index)
+        seen, place = index.unique(return_inverse=True)
+        here, before = self.here(index), self.rows(seen)
         update_(self.bank, index[here] - self.mine.start, z[here], self.config.momentum, impl=self.kernels)
-        labels = (self.rows(index) @ self.centroids.T).argmax(1)
-        self.changed.copy_((labels != self.labels[index]).to(self.changed.dtype).mean())
-        self.labels[index] = labels
+        after = self.rows(seen)
+        labels = (after @ self.centroids.T).argmax(1)
+        self.changed.copy_((labels != self.labels[seen])[place].to(self.changed.dtype).mean())
+        self.move(seen, labels, before, after)
         if (batch.epoch * self.steps + batch.step + 1) % self.config.every == 0:
             self.renew()
-        self.repair(self.centroids)
+        self.repair()
 
     def here(self, index: Tensor) -> Tensor:
         return (index >= self.mine.start) & (index < self.mine.stop)
@@ -110,29 +120,46 @@ class ODC(nn.Module):
         out[here] = self.bank[index[here] - self.mine.start]
         return dist.sum_(out)
 
-    def renew(self) -> None:
-        """Bring the centroids to the means of their clusters."""
-        self.centroids.copy_(cluster.means(self.bank, self.labels[self.mine], self.centroids, self.kernels)[0])
+    def move(self, index: Tensor, labels: Tensor, before: Tensor, after: Tensor) -> None:
+        """Samples `index` (n,), each once, whose rows (n, D) were `before` and are `after`, get `labels` (n,)."""
+        clusters, one = torch.cat([self.labels[index], labels]), torch.ones_like(labels)
+        self.sizes.index_add_(0, clusters, torch.cat([-one, one]))
+        self.sums.index_put_((clusters,), torch.cat([-self.whole(before), self.whole(after)]), accumulate=True)
+        self.labels[index] = labels
 
-    def repair(self, centroids: Tensor) -> None:
+    def whole(self, x: Tensor) -> Tensor:
+        return (x / self.unit).long()
+
+    def add_up(self) -> None:
+        """The clusters' sizes and sums from nothing."""
+        self.sizes.copy_(torch.bincount(self.labels, minlength=len(self.sizes)))
+        self.sums.zero_()
+        for x, labels in zip(self.bank.split(1 << 16), self.labels[self.mine].split(1 << 16)):
+            self.sums.index_add_(0, labels, self.whole(x))
+        dist.sum_(self.sums)
+
+    def renew(self) -> None:
+        """Bring the centroids to the means of their clusters; an empty one stays."""
+        dtype, empty = self.centroids.dtype, (self.sizes == 0)[:, None]
+        means = self.sums.to(dtype).mul_((self.unit / self.sizes.clamp(min=1)).to(dtype)[:, None])
+        self.centroids.mul_(empty).add_(means)
+
+    def repair(self) -> None:
         """Dissolve and refill the clusters below `least`, then weight all by their sizes.  (Waits for the device once,
         to learn whether there are any.)"""
-        counts = torch.bincount(self.labels, minlength=len(centroids))
-        small = counts < self.config.least
+        small = self.sizes < self.config.least
         if small.any():
             homeless = small[self.labels].nonzero()[:, 0]
-            scores = (self.rows(homeless) @ centroids.T).masked_fill(small, -torch.inf)
-            self.labels[homeless] = scores.argmax(1)
-            counts = torch.bincount(self.labels, minlength=len(centroids))
+            x = self.rows(homeless)
+            self.move(homeless, (x @ self.centroids.T).masked_fill(small, -torch.inf).argmax(1), x, x)
             for empty in small.nonzero()[:, 0]:
-                self.split(counts, counts.argmax(), empty)
-        self.weights.copy_(cluster.class_weights(counts, self.config.reweight, 1e-5))
+                self.split(self.sizes.argmax(), empty)
+        self.weights.copy_(cluster.class_weights(self.sizes, self.config.reweight, 1e-5))
 
-    def split(self, counts: Tensor, large: Tensor, empty: Tensor) -> None:
+    def split(self, large: Tensor, empty: Tensor) -> None:
         """Give part of cluster `large` to cluster `empty`."""
         members = (self.labels == large).nonzero()[:, 0]
         x = self.rows(members)
         second = cluster.two_means(x, self.config.least)
-        self.labels[members[second]] = empty
-        for one, part in ((large, x[~second]), (empty, x[second])):
-            self.centroids[one], counts[one] = part.mean(0), len(part)
+        self.move(members[second], empty.expand(len(members))[second], x[second], x[second])
+        self.centroids[large], self.centroids[empty] = x[~second].mean(0), x[second].mean(0)

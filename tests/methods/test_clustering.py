@@ -133,6 +133,7 @@ def odc(**settings):
 def set_odc(method, bank, labels):
     method.bank, method.labels = bank, labels
     method.centroids.copy_(torch.stack([bank[labels == k].mean(0) for k in range(4)]).nan_to_num())
+    method.add_up()
 
 
 def test_odc_starts_from_kmeans_of_unit_embeddings():
@@ -190,7 +191,7 @@ def test_odc_dissolves_small_clusters_and_refills_them_from_the_largest():
     labels = torch.tensor([0] * 10 + [1] * 4 + [3] * 3 + [2, 2])
     method = odc(dims=(6, 2))
     set_odc(method, heaps[heap].clone(), labels.clone())
-    method.repair(method.centroids)
+    method.repair()
     got = method.labels
     assert got[17:].tolist() == [1, 3], "each to the most similar centroid"
     assert len(set(got[:6].tolist())) == len(set(got[6:10].tolist())) == 1
@@ -201,8 +202,28 @@ def test_odc_dissolves_small_clusters_and_refills_them_from_the_largest():
     sizes = torch.bincount(got).double() + 1e-5
     torch.testing.assert_close(method.weights, (sizes**-0.5 / (sizes**-0.5).sum()), rtol=1e-6, atol=0)
     before = got.clone()
-    method.repair(method.centroids)
+    method.repair()
     assert torch.equal(method.labels, before), "nothing is small any more"
+
+
+def test_odc_keeps_the_sums_of_its_clusters_exactly():
+    """Thirty steps with repeated samples, dissolved and split clusters; then counted from nothing."""
+    method = odc(every=3, least=4).float()
+    method.before_epoch(0, lambda name: (groups(dim=D)[0].float(), torch.arange(60)))
+    start, sizes = method.labels.clone(), set()
+    for step in range(30):
+        z = rows(N, D, seed=step).detach().float()
+        some = SimpleNamespace(index=torch.randint(60, (N,), generator=torch.Generator().manual_seed(step)),
+                               epoch=0, step=step)
+        method.after_step({"z": z}, some, 0.1)
+        sizes |= set(torch.bincount(method.labels, minlength=4).tolist())
+    assert len(sizes) > 10 and not torch.equal(method.labels, start)
+    kept = method.sums.clone(), method.sizes.clone()
+    method.add_up()
+    assert torch.equal(method.sums, kept[0]) and torch.equal(method.sizes, kept[1])
+    method.renew()
+    for k in range(4):
+        torch.testing.assert_close(method.centroids[k], method.bank[method.labels == k].mean(0))
 
 
 def test_two_means_never_leaves_a_part_that_would_be_dissolved():
