@@ -54,6 +54,9 @@ class Report:
         return text
 
 
+OUR_DINO = "target.1.prototypes.weight"  # no other method's momentum encoder has prototypes; DINO evaluates the teacher
+
+
 def load_backbone(
     path: str | Path, backbone: nn.Module, *, prefix: str | None = None, which: str | None = None
 ) -> Report:
@@ -69,6 +72,8 @@ def load_backbone(
     needed = [name for name in own if not name.endswith("num_batches_tracked")]  # absent before PyTorch 0.4.1
     layout, state = _as_ours(state, needed)
     if prefix is None:
+        if which is None and OUR_DINO in state:
+            which = "teacher"
         prefix = _find_prefix(file, state, needed, which)
     elif which:
         raise ValueError(f"prefix {prefix!r} and which={which!r} both choose a copy: give one of them")

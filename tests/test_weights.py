@@ -270,3 +270,15 @@ def test_an_archive_with_a_foreign_pickle_inside(tmp_path, small):
             bad.writestr(item, data)
     with pytest.raises(ValueError, match=r"refused.*print"):
         weights.load_backbone(tmp_path / "a.pth", small)
+
+
+def test_the_teacher_of_our_dino_is_what_is_evaluated(tmp_path, small):
+    """And of the others the network that learns."""
+    teacher = other(small)
+    state = {**prefixed(small, "backbone."), **prefixed(teacher, "target.0.")}
+    for extra, want in (({}, small), ({"target.1.prototypes.weight": torch.zeros(3, 4)}, teacher)):
+        safetensors.torch.save_file({**state, **extra}, tmp_path / "weights.safetensors")
+        for which, expected in ((None, want), ("student", small), ("teacher", teacher)):
+            found = other(small)
+            weights.load_backbone(tmp_path / "weights.safetensors", found, which=which)
+            assert same(expected, found), (extra.keys(), which)

@@ -1,9 +1,9 @@
 """Full fine-tuning on all labels, the last epoch's accuracy.
 
-Transformers of timm by MAE's recipe (https://arxiv.org/abs/2111.06377, table 9): AdamW, layer-wise decay of the rate,
-mixup and cutmix when asked for.  Other networks by SimCLR's (https://arxiv.org/abs/2002.05709, appendix B.5): SGD with
-Nesterov's momentum, no weight decay, one rate.  Views are a random-resized crop and a flip alone; MAE's published
-figures add RandAugment and random erasing.
+Transformers of timm by the recipe for ViT-B in FINETUNE.md of MAE's repository (https://arxiv.org/abs/2111.06377):
+AdamW, layer-wise decay of the rate, mixup and cutmix when asked for.  Other networks by SimCLR's
+(https://arxiv.org/abs/2002.05709, appendix B.5): SGD with Nesterov's momentum, no weight decay, one rate.  Views are a
+random-resized crop and a flip alone; MAE's published figures add RandAugment and random erasing.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(subject: Subject, args: argparse.Namespace) -> dict:
+    _check(args.k, args.temperature)  # before the features are computed
     return knn(*subject.features(subject.train), *subject.features(subject.test), k=args.k,
                temperature=args.temperature, backend=args.backend)  # fmt: skip
 
@@ -46,10 +47,9 @@ def knn(bank: Tensor, bank_labels: Tensor, queries: Tensor | None = None, labels
         queries, labels = bank, bank_labels
     check("queries", queries, labels)
     k = tuple(sorted(set(k)))
-    if not k or k[0] < 1 or k[-1] > len(bank) - alone:
+    _check(k, temperature)
+    if k[-1] > len(bank) - alone:
         raise ValueError(f"k={k}: must be between 1 and {len(bank) - alone}, the samples that can be neighbours")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be positive")
     if bank.shape[1] != queries.shape[1]:
         raise ValueError(f"the bank has {bank.shape[1]} dimensions, the queries {queries.shape[1]}")
     if backend not in SEARCH:
@@ -69,6 +69,13 @@ def knn(bank: Tensor, bank_labels: Tensor, queries: Tensor | None = None, labels
     options = {"temperature": temperature, "backend": backend, "leave_one_out": alone, "bank": len(bank),
                "queries": len(queries), "dim": bank.shape[1], "classes": classes}  # fmt: skip
     return {"protocol": "knn", "options": options, "results": rows}
+
+
+def _check(k: tuple[int, ...], temperature: float) -> None:
+    if not k or min(k) < 1:
+        raise ValueError(f"k={k}: must be between 1 and the number of samples that can be neighbours")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be positive")
 
 
 def _count(similarity: Tensor, found: Tensor, labels: Tensor, k, temperature: float, classes: int) -> Tensor:

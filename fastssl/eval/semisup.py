@@ -51,7 +51,7 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
     decay = args.weight_decay if args.weight_decay is not None else WEIGHT_DECAY.get(round(percent, 1))
     if decay is None:
         raise ValueError(f"{percent:g} % of the images are labelled, and a weight decay is published for 1 % and 10 % "
-                         "alone: give --weight-decay, or --percent with --subset all")  # fmt: skip
+                         "alone: give --weight-decay")  # fmt: skip
     chosen_on, fitted_on = split(rows, tuning.labels(loader), args.held_out, args.seed)
     base = Optim(name="sgd", batch=args.train_batch, epochs=args.epochs, momentum=0.9, weight_decay=decay,
                  schedule="step", milestones=args.milestones, gamma=args.gamma, precision=args.precision)  # fmt: skip

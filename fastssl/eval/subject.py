@@ -92,12 +92,14 @@ def _loader(path: str, args: argparse.Namespace) -> Loader:
 
 def _view(args, data: dict, spec: Backbone, card: dict) -> View:
     fields = data.get("eval_view") or (data["views"][0] if data else {"size": 32 if spec.stem == "cifar" else 224})
-    view = View(**{key: value for key, value in fields.items() if key != "type"})
     changes = {key: getattr(args, key) for key in ("size", "mean", "std") if getattr(args, key) is not None}
-    view = dataclasses.replace(view, **changes)
-    if not data.get("eval_view"):
-        view = views.default_view(view, card)
-    return view if args.resize is None else dataclasses.replace(view, resize=args.resize or None)
+    view = View(**{key: value for key, value in fields.items() if key != "type"})
+    if not data.get("eval_view"):  # that of the size asked for, whatever crops the training makes
+        plain = {key: changes.pop(key) for key in ("size",) if key in changes}
+        view = views.default_view(View(**{"size": view.size, **plain, "mean": view.mean, "std": view.std}), card)
+    if args.resize is not None:
+        changes["resize"] = args.resize or None
+    return dataclasses.replace(view, **changes)
 
 
 def _backbone(args, spec: Backbone, view: View) -> tuple[nn.Module, object]:

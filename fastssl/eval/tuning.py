@@ -105,7 +105,7 @@ def _mixing(mixup: float, cutmix: float, smoothing: float, classes: int, seed: i
         return None
     from timm.data import Mixup
 
-    np.random.seed(seed)
+    np.random.seed(seed + dist.rank())  # every rank its own
     return Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes)
 
 

@@ -1,6 +1,6 @@
 """Features in file order, the same on one and two ranks, and the network left as it was."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -227,3 +227,20 @@ def compute(beton, tiny):
         fit = {"sgd": linear._sgd, "lbfgs": linear._lbfgs}[solver]
         result[f"{solver} weights"] = fit(linear._scaled(x, *linear._standard(x)), y, (0.01, 1.0), 10, 20, 33, 0)
     return result
+
+
+@pytest.mark.parametrize("data, given, want", [
+    ({"views": [asdict(views.patches(8, resize=36, window=33)[0])]}, {"size": 32, "resize": 36}, (32, 36)),
+    ({"views": [asdict(views.patches(8, resize=36, window=33)[0])]}, {"size": 32}, (32, None)),
+    ({"views": [{"size": 16}], "eval_view": {"size": 16, "crop": "center", "resize": 16}}, {"size": 32, "resize": 32},
+     (32, 32)),
+])
+def test_size_and_resize_hold_together_whatever_the_run_was_trained_on(data, given, want):
+    from argparse import Namespace
+
+    from fastssl.config import Backbone
+    from fastssl.eval import subject
+
+    args = Namespace(**{"size": None, "resize": None, "mean": None, "std": None, **given})
+    view = subject._view(args, data, Backbone("resnet18"), {"min_side": 32, "max_height": 32, "max_width": 32})
+    assert (view.size, view.resize) == want and view.crop == "center"
