@@ -37,7 +37,8 @@ def check_clusters(clusters: int, samples: int, least: int = 1) -> None:
 
 
 def kmeans(x: Tensor, clusters: int, index: Tensor | None = None, *, iterations: int = 20, seed: int = 0,
-           spherical: bool = False, init: str = "random", backend: str = "torch") -> Clusters:
+           spherical: bool = False, init: str = "random", backend: str = "torch",
+           kernels: str = "auto") -> Clusters:
     """Lloyd's algorithm from `clusters` rows drawn at random, or by k-means++ (one pass over the data per cluster).
 
     A cluster that runs empty takes half of a large one, as in faiss, and at the end the farthest row.  `spherical`:
@@ -54,7 +55,7 @@ def kmeans(x: Tensor, clusters: int, index: Tensor | None = None, *, iterations:
         start = _start_random if init == "random" else _start_plus_plus
         centroids = start(x, clusters, index, samples, seed)
         for _ in range(iterations):
-            centroids, _ = _update(x, assign(x, centroids, spherical)[0], centroids, spherical)
+            centroids, _ = _update(x, assign(x, centroids, spherical)[0], centroids, spherical, kernels)
     else:
         raise ValueError(f"init={init!r} is neither 'random' nor '++'")
     labels, distances = assign(x, centroids, spherical)
@@ -120,9 +121,9 @@ def means(x: Tensor, labels: Tensor, old: Tensor, kernels: str = "auto") -> tupl
     return torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], old), counts
 
 
-def _update(x: Tensor, labels: Tensor, old: Tensor, spherical: bool) -> tuple[Tensor, Tensor]:
+def _update(x: Tensor, labels: Tensor, old: Tensor, spherical: bool, kernels: str = "auto") -> tuple[Tensor, Tensor]:
     """Means of the clusters over all ranks, none of them empty."""
-    new, counts = means(x, labels, old)
+    new, counts = means(x, labels, old, kernels)
     empty = (counts == 0).nonzero()[:, 0]
     if len(empty):
         large = counts.argsort(descending=True, stable=True)[: len(old) - len(empty)][: len(empty)]

@@ -28,22 +28,22 @@ class Config:
     sampling: str = "uniform"  # over clusters; "all": every sample once an epoch
     reweight: float = 0.0  # power p of loss weights size ** -p; 0.5 is usual with sampling="all"
 
-    def build(self, backbone: nn.Module, *, samples: int, **_) -> DeepCluster:
+    def build(self, backbone: nn.Module, *, samples: int, kernels: str = "auto", **_) -> DeepCluster:
         cluster.check_clusters(self.clusters, samples)
         for name, choices in {"algorithm": ("kmeans", "pic", "faiss"), "sampling": ("uniform", "all")}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"method.{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
         if self.pca > backbone.dim:
             raise ValueError(f"method.pca={self.pca} is more than the backbone's {backbone.dim} features; 0 is off")
-        return DeepCluster(self, backbone, samples)
+        return DeepCluster(self, backbone, samples, kernels)
 
 
 class DeepCluster(nn.Module):
     views = 1
 
-    def __init__(self, config: Config, backbone: nn.Module, samples: int):
+    def __init__(self, config: Config, backbone: nn.Module, samples: int, kernels: str):
         super().__init__()
-        self.config, self.backbone = config, backbone
+        self.config, self.backbone, self.kernels = config, backbone, kernels
         self.head = nn.Linear(backbone.dim, config.clusters)
         self.register_buffer("labels", torch.zeros(samples, dtype=torch.int64))
         self.register_buffer("weights", torch.full((config.clusters,), 1 / config.clusters))
@@ -57,7 +57,8 @@ class DeepCluster(nn.Module):
             labels = cluster.pic(x, c.clusters, index)
         else:
             labels = cluster.kmeans(x, c.clusters, index, iterations=c.iterations, seed=self.seed + epoch,
-                                    backend="faiss" if c.algorithm == "faiss" else "torch").labels
+                                    backend="faiss" if c.algorithm == "faiss" else "torch",
+                                    kernels=self.kernels).labels
         self.labels.copy_(cluster.scatter(labels, index, len(self.labels)))
         counts = torch.bincount(self.labels[self.labels >= 0], minlength=c.clusters)
         self.weights.copy_(cluster.class_weights(counts, c.reweight, 1e-10))

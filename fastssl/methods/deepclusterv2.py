@@ -26,20 +26,20 @@ class Config:
     norm: bool = True  # batch norm in the projector
     large: int = 2  # crops that are remembered and clustered, the first of the recipe
 
-    def build(self, backbone: nn.Module, *, samples: int, **_) -> DeepClusterV2:
+    def build(self, backbone: nn.Module, *, samples: int, kernels: str = "auto", **_) -> DeepClusterV2:
         if not self.clusters:
             raise ValueError("method.clusters=() names no clustering; (3000, 3000, 3000) is usual")
         for clusters in self.clusters:
             cluster.check_clusters(clusters, samples)
-        return DeepClusterV2(self, backbone, samples)
+        return DeepClusterV2(self, backbone, samples, kernels)
 
 
 class DeepClusterV2(nn.Module):
     views = None  # any number of crops
 
-    def __init__(self, config: Config, backbone: nn.Module, samples: int):
+    def __init__(self, config: Config, backbone: nn.Module, samples: int, kernels: str):
         super().__init__()
-        self.config, self.backbone = config, backbone
+        self.config, self.backbone, self.kernels = config, backbone, kernels
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm)
         self.register_buffer("memory", torch.zeros(config.large, samples, config.dims[-1]))
         self.register_buffer("labels", torch.zeros(len(config.clusters), samples, dtype=torch.int64))
@@ -56,7 +56,8 @@ class DeepClusterV2(nn.Module):
         mine, notes = torch.arange(dist.rank(), samples, dist.world(), device=self.memory.device), []
         for i, clusters in enumerate(self.config.clusters):
             found = cluster.kmeans(self.memory[i % self.config.large][mine], clusters, mine, spherical=True,
-                                   iterations=self.config.iterations, seed=self.seed + epoch * len(self.labels) + i)
+                                   iterations=self.config.iterations, kernels=self.kernels,
+                                   seed=self.seed + epoch * len(self.labels) + i)
             self.get_buffer(f"prototypes_{i}").copy_(found.centroids)
             self.labels[i] = cluster.scatter(found.labels, mine, samples)
             notes.append(cluster.describe(found.counts, samples))
@@ -68,9 +69,9 @@ class DeepClusterV2(nn.Module):
         return {"z": z, "features": h[:, 0].detach()}
 
     def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
-        z = out["z"].transpose(1, 2)  # (n, D, V): cross entropy wants classes second
-        labels = self.labels[:, batch.index, None].expand(-1, -1, z.shape[2])
-        losses = [F.cross_entropy(self.get_buffer(f"prototypes_{i}") @ z / self.config.temperature, own)
+        z = out["z"].flatten(0, 1)  # rows: the cross entropy of maps has no deterministic gradient on CUDA
+        labels = self.labels[:, batch.index].repeat_interleave(out["z"].shape[1], 1)
+        losses = [F.cross_entropy(z @ self.get_buffer(f"prototypes_{i}").T / self.config.temperature, own)
                   for i, own in enumerate(labels)]
         return {"loss": sum(losses) / len(losses)}
 

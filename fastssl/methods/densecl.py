@@ -76,5 +76,5 @@ class DenseCL(nn.Module):
 
     def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
         parts.ema_(self.target, [self.backbone, self.projector, self.dense_projector], self.config.momentum)
-        push_(self.queue, self.pointers[0], dist.gather(out["k"]))
-        push_(self.dense_queue, self.pointers[1], dist.gather(out["k_dense"].mean(1)))
+        push_(self.queue, self.pointers[0], dist.gather(out["k"]), impl=self.kernels)
+        push_(self.dense_queue, self.pointers[1], dist.gather(out["k_dense"].mean(1)), impl=self.kernels)

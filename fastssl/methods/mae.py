@@ -45,11 +45,16 @@ class MAE(nn.Module):
         self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(config.decoder), std=0.02))
         self.decoder = nn.Sequential(*[Block(config.decoder, config.heads, qkv_bias=True) for _ in range(config.depth)])
         self.head = nn.Sequential(nn.LayerNorm(config.decoder), nn.Linear(config.decoder, 3 * self.patch**2))
-        for layer in (m for part in (self.embed, self.decoder, self.head) for m in part.modules()):
+        fresh = [self.embed, self.decoder, self.head]
+        if not backbone.spec.pretrained:
+            fresh.append(body)
+            nn.init.xavier_uniform_(body.patch_embed.proj.weight.data.flatten(1))
+            if body.cls_token is not None:
+                nn.init.normal_(body.cls_token, std=0.02)
+        for layer in (m for part in fresh for m in part.modules()):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        nn.init.xavier_uniform_(body.patch_embed.proj.weight.data.flatten(1))
         self.seed = int(torch.randint(2**31, (), device="cpu"))  # follows the run's seed
 
     def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:

@@ -64,4 +64,4 @@ class MoCo(nn.Module):
     def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
         momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
         parts.ema_(self.target, [self.backbone, self.projector], momentum)
-        push_(self.queue, self.pointer, dist.gather(out["k"]))
+        push_(self.queue, self.pointer, dist.gather(out["k"]), impl=self.kernels)

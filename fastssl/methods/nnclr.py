@@ -61,4 +61,4 @@ class NNCLR(nn.Module):
         return self.queue[(F.normalize(z, dim=1) @ self.queue.T).argmax(1)]
 
     def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
-        push_(self.queue, self.pointer, dist.gather(out["z"][:, 0].contiguous()))
+        push_(self.queue, self.pointer, dist.gather(out["z"][:, 0].contiguous()), impl=self.kernels)

@@ -86,4 +86,4 @@ class NPID(nn.Module):
 
     def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
         z = F.normalize(out["z"], dim=1)
-        update_(self.bank, dist.gather(batch.index), dist.gather(z), self.config.momentum)
+        update_(self.bank, dist.gather(batch.index), dist.gather(z), self.config.momentum, impl=self.kernels)

@@ -83,4 +83,4 @@ class SwAV(nn.Module):
         if self.config.queue:
             z = dist.gather(out["z"])
             for i in range(self.config.large):
-                push_(self.queue[i], self.pointers[i], z[:, i].contiguous())
+                push_(self.queue[i], self.pointers[i], z[:, i].contiguous(), impl=self.kernels)

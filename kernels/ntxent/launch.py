@@ -58,11 +58,16 @@ def padded_width(d: int, dtype: torch.dtype) -> int:
     return pow2(max(d, 16)) if dtype.itemsize == 2 and d <= HELD else cdiv(d, 64) * 64
 
 
+def small_memory(device) -> bool:
+    """Takes Ampere's tiles: Hopper's and data-centre Blackwell's need up to 115 KB, of which sm_120 has 99."""
+    return capability(device) // 10 not in (9, 10)
+
+
 def sums_tiles(width: int, dtype: torch.dtype, labels: bool, device) -> Tiles:
     """The largest tiles that spill no registers (tests/kernels/test_builds.py); comparing labels takes many."""
     if dtype.itemsize == 4:
         return Tiles(64, 64, 32, 4, 2)
-    ampere = capability(device) < 90
+    ampere = small_memory(device)
     if width > HELD:
         return Tiles(128, 32 if labels else 64 if ampere else 128, 64, 8, 3)
     if labels:
@@ -72,7 +77,7 @@ def sums_tiles(width: int, dtype: torch.dtype, labels: bool, device) -> Tiles:
 
 def gradient_tiles(width: int, labels: bool, device) -> Tiles:
     stages = 3 if width <= 128 else 2
-    if capability(device) < 90:
+    if small_memory(device):
         return Tiles(64 if labels and width > 128 else 128, 32, width, 8, stages)
     return Tiles(128, 64, width, 4 if width <= 64 else 8, stages)
 
