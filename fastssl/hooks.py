@@ -69,7 +69,8 @@ class Extract:
             loader, data = self.loader(t, path), t.run.data
             view = data.eval_view or views.default_view(data.views[0], loader.card)
             with t.plain_backbone() as backbone:
-                self._features[path] = features.extract(backbone, loader, view, precision=t.run.optim.precision)
+                self._features[path] = features.extract(backbone, loader, view, precision=t.run.optim.precision,
+                                                        kernels=t.run.speed.kernels)
         return self._features[path]
 
 

@@ -89,7 +89,7 @@ def shapes(backbone: nn.Module, view: View, layers: tuple[str, ...]) -> list[tor
 
 
 def extract(backbone: nn.Module, loader, view: View, *, precision: str = "fp32",
-            layers: tuple[str, ...] = ("last",)) -> tuple[Tensor, ...]:  # fmt: skip
+            layers: tuple[str, ...] = ("last",), kernels: str = "auto") -> tuple[Tensor, ...]:  # fmt: skip
     """float32 features (N, dim) of each layer, then labels (N,) or (N, C), of all samples of `loader`; row i is sample
     i's.
 
@@ -98,7 +98,7 @@ def extract(backbone: nn.Module, loader, view: View, *, precision: str = "fp32",
     """
     check_loader(loader)
     with evaluating(backbone):
-        batches = [_of_batch(backbone, batch, view, layers, precision) for batch in loader.epoch(0)]
+        batches = [_of_batch(backbone, batch, view, layers, precision, kernels) for batch in loader.epoch(0)]
     batches = batches or [_no_rows(backbone, loader, view, layers)]  # of a small file a rank may have no share
     *parts, index = (dist.gather_ragged(torch.cat(part)) for part in zip(*batches))
     order = index.argsort()
@@ -153,8 +153,9 @@ def by_step(backbone: nn.Module, loader, view: View, layers: tuple[str, ...], pr
 
 
 @torch.no_grad()
-def _of_batch(backbone: nn.Module, batch, view: View, layers: tuple[str, ...], precision: str) -> list[Tensor]:
-    x = make_views(batch.pixels, batch.sizes, batch.index, (view,), seed=0, epoch=0)[0]
+def _of_batch(backbone: nn.Module, batch, view: View, layers: tuple[str, ...], precision: str,
+              kernels: str = "auto") -> list[Tensor]:  # fmt: skip
+    x = make_views(batch.pixels, batch.sizes, batch.index, (view,), seed=0, epoch=0, impl=kernels)[0]
     return [*of_view(backbone, x, layers, precision), batch.label, batch.index]
 
 
