@@ -1,4 +1,4 @@
-"""Fixtures that several test folders share: small .beton files written by stock FFCV."""
+"""What several test folders share: where tests run, and small .beton files written by stock FFCV."""
 
 import io
 import os
@@ -10,6 +10,17 @@ from PIL import Image
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # takes effect only before anything imports triton
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without a CUDA device the tests marked gpu are skipped, and asking for them alone is an error."""
+    if torch.cuda.is_available():
+        return
+    if config.option.markexpr == "gpu":
+        raise pytest.UsageError("-m gpu: torch finds no CUDA device on this machine")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 def photo(rng, h, w):
