@@ -24,7 +24,10 @@ PEAKS = {"h200": (790e12, 4.3e12), "h100": (790e12, 2.9e12)}  # dense half-preci
 
 
 def captured(f):
-    """f as a CUDA graph, so that what is timed is the device and not Python; f itself where it cannot be captured."""
+    """f as a CUDA graph, so that what is timed is the device and not Python; f itself where it cannot be captured.
+
+    What waits for the device is found out before: a capture that fails half-way spoils the allocator for what follows.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -32,6 +35,16 @@ def captured(f):
             f()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
+    mode = torch.cuda.get_sync_debug_mode()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        f()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return f, None, False
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):

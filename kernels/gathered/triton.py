@@ -92,11 +92,14 @@ def _(q, bank, positive, negatives, temperature, normalize):
 
 
 def _setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # zeros for the outputs that are only saved would cost memory and time
     ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(output[1])
 
 
 def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 6
     return (grad * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None, None, None
 
 

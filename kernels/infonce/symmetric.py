@@ -69,11 +69,14 @@ def _(grad, a, b, va, inv_a, wa, vb, inv_b, wb, temperature, normalize, group):
 
 
 def _setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # zeros for the outputs that are only saved would cost memory and time
     a, b, *ctx.rest = inputs
     ctx.save_for_backward(a, b, *output[1:])
 
 
 def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 5
     return *symmetric_backward_op(grad, *ctx.saved_tensors, *ctx.rest), None, None, None
 
 

@@ -63,11 +63,14 @@ def _(grad, z, labels, v, inv, w, a, temperature, decoupled, normalize, group):
 
 
 def _setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # zeros for the outputs that are only saved would cost memory and time
     z, labels, *ctx.rest = inputs
     ctx.save_for_backward(z, labels, *output[1:])
 
 
 def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 6
     return ntxent_backward_op(grad, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None
 
 

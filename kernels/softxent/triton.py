@@ -192,11 +192,14 @@ def _(grad, student, teacher, center, end, student_temperature, teacher_temperat
 
 
 def _setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # zeros for the outputs that are only saved would cost memory and time
     student, teacher, center, *ctx.temperatures = inputs
     ctx.save_for_backward(student, teacher, center, *output[1:])
 
 
 def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 5
     return softxent_backward_op(grad, *ctx.saved_tensors, *ctx.temperatures), None, None, None, None
 
 

@@ -100,7 +100,8 @@ def _taps(step: Tensor, start: Tensor, length: Tensor, low: Tensor, high: Tensor
     j = first[..., None] + torch.arange(taps, device=step.device)
     weight = _FILTERS[view.interpolation]((j + 0.5 - centre[..., None]) / stretch[..., None])
     weight = weight * ((j < last[..., None]) & inside[..., None])
-    total = weight.cumsum(-1)[..., -1:]  # in tap order, however many taps the batch's largest box needs
+    # in tap order, however many taps the batch's largest box needs; cumsum is not deterministic on CUDA
+    total = sum(weight.unbind(-1))[..., None]
     weight = weight / total.masked_fill(~inside[..., None], 1.0)
     return j.minimum(high[..., None] - 1).clamp_min(0).long(), weight.float()
 

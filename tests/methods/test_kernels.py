@@ -1,0 +1,56 @@
+"""speed.kernels reaches every op that a method calls: on CUDA, one that is not told would take Triton."""
+
+import importlib
+import pkgutil
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import method_cases as cases
+import pytest
+import torch
+
+from fastssl import backbones, engine, kernels
+
+OPS = [importlib.import_module(f"fastssl.kernels.{module.name}")
+       for module in pkgutil.iter_modules(kernels.__path__) if module.ispkg]  # fmt: skip
+WITHOUT = {"byol", "simsiam", "barlow", "vicreg", "supervised", "mae", "lejepa", "rotation", "relative_loc",
+           "deepcluster pic"}  # no op beyond the views
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """(op, impl) of every call of an op of fastssl.kernels."""
+    calls = []
+    for op in OPS:
+        def choose(impl, x, op=op, true=op.choose):
+            calls.append((op.__name__.rpartition(".")[2], impl))
+            return true(impl, x)
+
+        monkeypatch.setattr(op, "choose", choose)
+    return calls
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_a_method_hands_speed_kernels_to_every_op(name, asked):
+    run, loader = cases.run(name), cases.Memory(None, 12)
+    run = replace(run, speed=replace(run.speed, kernels="reference"))
+    torch.manual_seed(0)
+    method = run.method.build(backbones.build(run.backbone), samples=loader.samples, classes=loader.classes,
+                              batch=loader.batch, kernels=run.speed.kernels)
+    t = SimpleNamespace(run=run, loader=loader, method=method, ds=method, device=torch.device("cpu"), epoch=0)
+    if hasattr(method, "before_epoch"):
+        method.before_epoch(0, partial(engine.survey, t))
+    batch = next(loader.epoch(0))
+    out = method(engine.make(t, batch), batch)
+    method.loss(out, batch)
+    method.after_step(out, batch, 0.0)
+    assert {impl for _, impl in asked} == {"reference"}, asked
+    assert (name in WITHOUT) == ({op for op, _ in asked} == {"views"})
+
+
+def test_every_method_has_a_case():
+    from fastssl import methods
+
+    modules = {module.name for module in pkgutil.iter_modules(methods.__path__)} - {"parts"}
+    assert modules == {case.module or name for name, case in cases.CASES.items()}
