@@ -21,6 +21,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from fastssl.config import Backbone
 
+# kernel, stride and padding of the first convolution; a max-pool follows ImageNet's alone
+STEMS = {"imagenet": (7, 2, 3), "cifar": (3, 1, 1), "cifar_pad2": (3, 1, 2)}
 # name: block, blocks per stage, groups, width of a group at 64 channels
 RESNETS = {
     "resnet10": (BasicBlock, (1, 1, 1, 1), 1, 64),  # not in torchvision: for smoke runs on a CPU
@@ -136,12 +138,10 @@ class Sobel(nn.Module):
 
 
 def _stem(spec: Backbone) -> nn.Conv2d:
-    channels = 2 if spec.sobel else spec.in_channels
-    if spec.stem == "imagenet":
-        return nn.Conv2d(channels, spec.width, 7, stride=2, padding=3, bias=False)
-    if spec.stem == "cifar":
-        return nn.Conv2d(channels, spec.width, 3, stride=1, padding=1, bias=False)
-    raise ValueError(f"backbone.stem={spec.stem!r} is neither 'imagenet' nor 'cifar'")
+    if spec.stem not in STEMS:
+        raise ValueError(f"backbone.stem={spec.stem!r} is none of {', '.join(STEMS)}")
+    kernel, stride, padding = STEMS[spec.stem]
+    return nn.Conv2d(2 if spec.sobel else spec.in_channels, spec.width, kernel, stride, padding, bias=False)
 
 
 def _stage(make, channels: int, planes: int, count: int, stride: int, norm) -> nn.Sequential:

@@ -22,7 +22,7 @@ from typing import Any
 @dataclass
 class Backbone:
     name: str = "resnet50"  # torchvision ResNet family, or any timm model
-    stem: str = "imagenet"  # "cifar": 3x3 stride 1, no max-pool
+    stem: str = "imagenet"  # "cifar": 3x3 stride 1, no max-pool; "cifar_pad2": that padded by 2, as solo-learn's
     norm: str = "bn"  # "bn", "gn", "frozen": batch norm that keeps the statistics and scales of `pretrained`
     width: int = 64  # channels of the first stage (torchvision ResNets)
     zero_init_residual: bool = False
@@ -221,7 +221,7 @@ _CHOICES = {
     "optim.precision": ("fp32", "bf16", "fp16"),
     "speed.zero": (0, 1, 2, 3),
     "speed.kernels": ("auto", "reference", "triton"),
-    "backbone.stem": ("imagenet", "cifar"),
+    "backbone.stem": ("imagenet", "cifar", "cifar_pad2"),
     "backbone.norm": ("bn", "gn", "frozen"),
 }
 

@@ -67,9 +67,10 @@ def _torchvision_recipe(spec: Backbone) -> str:
 
 
 def _cifar_stem(spec: Backbone) -> list[str]:
-    if spec.stem != "cifar":
+    if spec.stem == "imagenet":
         return []
-    return [f"net.conv1 = torch.nn.Conv2d({spec.in_channels}, 64, 3, padding=1, bias=False)",
+    kernel, stride, padding = backbones.STEMS[spec.stem]
+    return [f"net.conv1 = torch.nn.Conv2d({spec.in_channels}, 64, {kernel}, {stride}, {padding}, bias=False)",
             "net.maxpool = torch.nn.Identity()"]  # fmt: skip
 
 
@@ -270,7 +271,7 @@ def complete(path: Path):
 
 def add_backbone_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", metavar="NAME", help="for weights that do not say what they are")
-    parser.add_argument("--stem", choices=("imagenet", "cifar"))
+    parser.add_argument("--stem", choices=tuple(backbones.STEMS))
     parser.add_argument("--norm", choices=("bn", "gn", "frozen"))
     parser.add_argument("--width", type=int)
     parser.add_argument("--in-channels", type=int, dest="in_channels")

@@ -146,7 +146,7 @@ def _parameters(name: str, module: nn.Module) -> list[tuple[str, str]]:
 
 def _size(backbone: nn.Module) -> int:
     timm_cfg = getattr(getattr(backbone, "body", None), "pretrained_cfg", None)
-    return timm_cfg["input_size"][-1] if timm_cfg else 32 if backbone.spec.stem == "cifar" else 224
+    return timm_cfg["input_size"][-1] if timm_cfg else 224 if backbone.spec.stem == "imagenet" else 32
 
 
 def params_main(argv: list[str] | None = None) -> int:
@@ -155,7 +155,7 @@ def params_main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the config")
     parser.add_argument("--size", type=int, help="side of the images; default: the config's views, or the network's")
     parser.add_argument("--samples", type=int, help="some methods hold a bank; default: the data card's, or ImageNet's")
-    parser.add_argument("--stem", choices=("imagenet", "cifar"), default=None)
+    parser.add_argument("--stem", choices=tuple(backbones.STEMS), default=None)
     parser.add_argument("--norm", choices=("bn", "gn"), default=None)
     parser.add_argument("--width", type=int)
     parser.add_argument("--in-channels", type=int, dest="in_channels")

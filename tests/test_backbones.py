@@ -60,14 +60,14 @@ def test_initialisation_is_torchvisions(zero_init_residual):
 
 
 @pytest.mark.parametrize("name", ["resnet10", "resnet18", "resnet50"])
-@pytest.mark.parametrize("stem, first", [("imagenet", 16), ("cifar", 32)])
+@pytest.mark.parametrize("stem, first", [("imagenet", 16), ("cifar", 32), ("cifar_pad2", 34)])
 @pytest.mark.parametrize("width", [16, 64])
 def test_stages(name, stem, first, width):
     net = build(name, stem=stem, width=width).eval()
     x = torch.randn(1, 3, 32, 32)
     maps = net.forward_stages(x)
     assert [m.shape[1] for m in maps] == list(net.stages) and len(maps) == 5
-    sides = [first, *((8, 4, 2, 1) if stem == "imagenet" else (32, 16, 8, 4))]
+    sides = [first, *((8, 4, 2, 1) if stem == "imagenet" else [-(-first // 2**i) for i in range(4)])]
     assert [m.shape[2] for m in maps] == sides
     assert all(m.min() >= 0 for m in maps), "every map is taken after its ReLU"
     torch.testing.assert_close(net(x), maps[-1].mean((2, 3)))

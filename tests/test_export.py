@@ -44,7 +44,8 @@ def assert_same(theirs, ours, size=64, channels=3):
 
 TIMM = [
     {"name": "resnet18"}, {"name": "resnet50"}, {"name": "resnet18", "stem": "cifar"},
-    {"name": "resnet50", "norm": "gn"}, {"name": "resnet18", "norm": "gn", "in_channels": 2},
+    {"name": "resnet18", "stem": "cifar_pad2"}, {"name": "resnet50", "norm": "gn"},
+    {"name": "resnet18", "norm": "gn", "in_channels": 2},
     {"name": "resnet18", "norm": "frozen"}, {"name": "vit_tiny_patch16_224"},
 ]  # fmt: skip
 

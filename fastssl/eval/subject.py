@@ -91,7 +91,7 @@ def _loader(path: str, args: argparse.Namespace) -> Loader:
 
 
 def _view(args, data: dict, spec: Backbone, card: dict) -> View:
-    fields = data.get("eval_view") or (data["views"][0] if data else {"size": 32 if spec.stem == "cifar" else 224})
+    fields = data.get("eval_view") or (data["views"][0] if data else {"size": 224 if spec.stem == "imagenet" else 32})
     changes = {key: getattr(args, key) for key in ("size", "mean", "std") if getattr(args, key) is not None}
     view = View(**{key: value for key, value in fields.items() if key != "type"})
     if not data.get("eval_view"):  # that of the size asked for, whatever crops the training makes
