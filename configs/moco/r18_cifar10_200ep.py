@@ -1,6 +1,5 @@
-"""MoCo v2, ResNet-18, CIFAR-10, 200 epochs.
-solo-learn's recipe for 1000 epochs, run for 200 (its stem pads by 2, this one by 1). solo-learn also asks keys
-about queries, with a second queue; this is MoCo v2, one direction.
+"""MoCo v2, symmetric (solo-learn's MoCo v2+), ResNet-18, CIFAR-10, 200 epochs.
+solo-learn's recipe for 1000 epochs, run for 200 (its stem pads by 2, as backbone.stem=cifar_pad2 does).
 deepspeed --num_gpus 1 fastssl/train.py configs/moco/r18_cifar10_200ep.py
 Not measured yet."""
 
@@ -11,7 +10,8 @@ from fastssl.methods import moco
 
 def get_config() -> Run:
     return Run(
-        method=moco.Config(temperature=0.2, dims=(2048, 256), queue=32768, momentum=0.99, momentum_end=0.999),
+        method=moco.Config(temperature=0.2, dims=(2048, 256), queue=32768, momentum=0.99, momentum_end=0.999,
+                           symmetric=True),
         backbone=Backbone("resnet18", stem="cifar"),
         data=Data(train="data/cifar10_train.beton", test="data/cifar10_test.beton",
                   views=views.moco_v2(32, scale=(0.08, 1.0), interpolation="bicubic", **views.CIFAR10)),

@@ -3,7 +3,8 @@ https://arxiv.org/abs/1911.05722  https://arxiv.org/abs/2003.04297
 
 The momentum encoder and the queue move once per optimizer step, after it: the keys of step t come from the weights
 that the original computes at the start of forward t.  Keys are dealt to the ranks at random before batch norm; on one
-rank that changes nothing, as in the original.
+rank that changes nothing, as in the original.  `symmetric` is solo-learn's MoCo v2+: each view asks about the other,
+with a queue for either direction.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from fastssl.methods import parts
 class Config:
     temperature: float = 0.2
     dims: tuple[int, ...] = (2048, 128)  # v2; v1: (128,)
-    queue: int = 65536
+    queue: int = 65536  # keys of older batches (of each view, if symmetric)
+    symmetric: bool = False  # both views ask, and both are keys; the loss is the mean of the two directions
     momentum: float = 0.999
     momentum_end: float = 0.999  # reached by half a cosine over the run
     shuffle: bool = True  # shuffled batch norm
@@ -43,25 +45,31 @@ class MoCo(nn.Module):
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_norm=config.norm,
                                    bias=not config.norm, last_bias=not config.norm)
         self.target = parts.frozen_copy(self.backbone, self.projector)
-        self.register_buffer("queue", parts.random_directions(config.queue, config.dims[-1]))
-        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+        sides = 1 + config.symmetric
+        self.register_buffer("queue", parts.random_directions(sides, config.queue, config.dims[-1]))
+        self.register_buffer("pointers", torch.zeros(sides, dtype=torch.int64))
 
     def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
-        x_q, x_k = views
-        h = self.backbone(x_q)
-        q = self.projector(h)
+        asked, keyed = (views, views[::-1]) if self.config.symmetric else (views[:1], views[1:])
+        h = [self.backbone(x) for x in asked]
+        q = [self.projector(h_i) for h_i in h]
         with torch.no_grad():
-            if self.config.shuffle:
-                shuffle = parts.Shuffle(len(x_k), x_k.device)
-                k = shuffle.collect(self.target(shuffle.deal(x_k)))
-            else:
-                k = self.target(x_k)
-        return {"q": q, "k": k, "features": h.detach()}
+            k = [self.keys(x) for x in keyed]
+        return {"q": torch.stack(q, 1), "k": torch.stack(k, 1), "features": h[0].detach()}
+
+    def keys(self, x: Tensor) -> Tensor:
+        if not self.config.shuffle:
+            return self.target(x)
+        shuffle = parts.Shuffle(len(x), x.device)
+        return shuffle.collect(self.target(shuffle.deal(x)))
 
     def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
-        return {"loss": infonce(out["q"], out["k"].detach(), self.queue, self.config.temperature, impl=self.kernels)}
+        sides = zip(out["q"].unbind(1), out["k"].detach().unbind(1), self.queue)
+        each = [infonce(q, k, queue, self.config.temperature, impl=self.kernels) for q, k, queue in sides]
+        return {"loss": sum(each) / len(each)}
 
     def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
         momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
         parts.ema_(self.target, [self.backbone, self.projector], momentum)
-        push_(self.queue, self.pointer, dist.gather(out["k"]), impl=self.kernels)
+        for k, queue, pointer in zip(dist.gather(out["k"]).unbind(1), self.queue, self.pointers):
+            push_(queue, pointer, k.contiguous(), impl=self.kernels)

@@ -33,6 +33,7 @@ CROPS = views.swav(16, small=8, small_crops=2)
 CASES = {
     "simclr": Case({"dims": (24, 12), "temperature": 0.5}, norm=True),
     "moco": Case({"dims": (24, 12), "queue": 48, "momentum": 0.9}),
+    "moco symmetric": Case({"dims": (24, 12), "queue": 48, "momentum": 0.9, "symmetric": True}, module="moco"),
     "byol": Case({"dims": (24, 12), "predictor": 24, "momentum": 0.9}, norm=True),
     "simsiam": Case({"dims": (24, 24, 12), "predictor": 8}, norm=True),
     "mocov3": Case({"dims": (24, 12), "predictor": 24, "momentum": 0.9}, norm=True),

@@ -81,7 +81,7 @@ def test_every_method_is_listed_in_one_family(capsys):
     assert listed.count("paper    https://arxiv.org/abs/") == len(families) - 1  # "supervised" has none
     assert all(name(path) in listed.replace("\n", " ") for path in FILES if path.name != "quickstart.py"
                and path.stem != "simclr_cifar10")  # fmt: skip
-    assert "state    target, pointer, queue" in listed  # MoCo's
+    assert "state    target, pointers, queue" in listed  # MoCo's
 
 
 @pytest.mark.parametrize("what", [{"frozen": 1}, {"norm": "frozen"}])

@@ -77,6 +77,35 @@ def test_simsiam_is_half_the_negative_cosine_of_each_view():
     close(build("simsiam").loss({"p": p, "z": z}, batch())["loss"], want)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_moco_finds_the_key_of_its_image_among_those_of_the_queue(symmetric):
+    method = build("moco", dims=(D,), queue=8, temperature=0.3, symmetric=symmetric)
+    sides = 1 + symmetric
+    q, k = rows(N, sides, D), rows(N, sides, D, seed=2)
+    u, v, queue = unit(array(q)), unit(array(k)), array(method.queue)
+    assert queue.shape == (sides, 8, D) and len({row.tobytes() for row in queue.reshape(-1, D)}) == 8 * sides
+    want = 0.0
+    for i in range(sides):
+        logits = np.concatenate([(u[:, i] * v[:, i]).sum(1, keepdims=True), u[:, i] @ queue[i].T], 1) / 0.3
+        want -= log_softmax(logits)[:, 0].mean() / sides
+    close(method.loss({"q": q, "k": k}, batch())["loss"], want)
+    method.after_step({"q": q.detach(), "k": k.detach()}, batch(), 0.5)
+    np.testing.assert_allclose(array(method.queue[:, :N]), v.transpose(1, 0, 2), rtol=1e-12)
+    np.testing.assert_array_equal(array(method.queue[:, N:]), queue[:, N:])
+    assert method.pointers.tolist() == [N] * sides
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_moco_asks_about_the_other_view(symmetric):
+    method = build("moco", symmetric=symmetric, shuffle=False)
+    views = [torch.rand(N, 3, 4, 4).double() for _ in range(2)]
+    out = method(views, batch())
+    asked, keyed = ([0, 1], [1, 0]) if symmetric else ([0], [1])
+    torch.testing.assert_close(out["q"], torch.stack([method.projector(method.backbone(views[i])) for i in asked], 1))
+    torch.testing.assert_close(out["k"], torch.stack([method.target(views[i]) for i in keyed], 1))
+    assert not out["k"].requires_grad
+
+
 def test_mocov3_contrasts_with_the_other_views_keys_of_the_batch():
     q, k = rows(N, 2, D), rows(N, 2, D, seed=2)
     want = 0.0
@@ -311,9 +340,10 @@ def test_mae_masks_are_keyed_by_sample_and_epoch():
 # ---- gradients and targets -------------------------------------------------------------------------------------------
 
 # method: (outputs that get no gradient, outputs that do)
-FLOW = {"moco": ("k", "q"), "byol": ("z", "p"), "simsiam": ("z", "p"), "mocov3": ("k", "q"), "nnclr": ("z", "p"),
-        "dino": ("teacher", "student"), "densecl": ("k k_dense", "q q_dense"), "swav": ("z", "scores"),
-        "mae": ("target", "pred"), "barlow": ("", "z"), "vicreg": ("", "z"), "lejepa": ("", "z")}
+FLOW = {"moco": ("k", "q"), "moco symmetric": ("k", "q"), "byol": ("z", "p"), "simsiam": ("z", "p"),
+        "mocov3": ("k", "q"), "nnclr": ("z", "p"), "dino": ("teacher", "student"), "swav": ("z", "scores"),
+        "densecl": ("k k_dense", "q q_dense"), "mae": ("target", "pred"), "barlow": ("", "z"), "vicreg": ("", "z"),
+        "lejepa": ("", "z")}
 
 
 @pytest.mark.parametrize("name", FLOW)
