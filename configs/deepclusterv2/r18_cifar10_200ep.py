@@ -1,5 +1,5 @@
 """DeepCluster v2, ResNet-18, CIFAR-10, 200 epochs.
-solo-learn's recipe for 1000 epochs, run for 200 (its stem pads by 2, this one by 1).
+solo-learn's recipe for 1000 epochs, run for 200 (its stem pads by 2, as backbone.stem=cifar_pad2 does).
 deepspeed --num_gpus 1 fastssl/train.py configs/deepclusterv2/r18_cifar10_200ep.py
 Not measured yet."""
 

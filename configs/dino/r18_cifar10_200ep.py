@@ -1,5 +1,5 @@
 """DINO, ResNet-18, CIFAR-10, 200 epochs.
-solo-learn's recipe for 1000 epochs, run for 200 (its stem pads by 2, this one by 1). Two crops.
+solo-learn's recipe for 1000 epochs, run for 200 (its stem pads by 2, as backbone.stem=cifar_pad2 does). Two crops.
 deepspeed --num_gpus 1 fastssl/train.py configs/dino/r18_cifar10_200ep.py
 Not measured yet."""
 

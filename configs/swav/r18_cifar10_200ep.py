@@ -1,6 +1,6 @@
 """SwAV, ResNet-18, CIFAR-10, 200 epochs.
-solo-learn's recipe for 1000 epochs, run for 200 (its stem pads by 2, this one by 1). Two crops; the queue counts
-from epoch 10, as 50 is of 1000.
+solo-learn's recipe for 1000 epochs, run for 200 (its stem pads by 2, as backbone.stem=cifar_pad2 does). Two crops; the
+queue counts from epoch 10, as 50 is of 1000.
 deepspeed --num_gpus 1 fastssl/train.py configs/swav/r18_cifar10_200ep.py
 Not measured yet."""
 

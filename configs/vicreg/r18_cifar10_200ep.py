@@ -1,6 +1,6 @@
 """VICReg, ResNet-18, CIFAR-10, 200 epochs.
-solo-learn's recipe for 1000 epochs, run for 200 (its stem pads by 2, this one by 1). It sums the variance of both
-views: 25 there is 50 here.
+solo-learn's recipe for 1000 epochs, run for 200 (its stem pads by 2, as backbone.stem=cifar_pad2 does). It sums the
+variance of both views: 25 there is 50 here.
 deepspeed --num_gpus 1 fastssl/train.py configs/vicreg/r18_cifar10_200ep.py
 Not measured yet."""
 

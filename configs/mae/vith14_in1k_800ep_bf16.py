@@ -1,0 +1,21 @@
+"""MAE, ViT-H/14, ImageNet, batch 4096, 800 epochs, bf16.
+As in facebookresearch/mae's PRETRAIN.md and main_pretrain.py (lr 2.4e-3), whose command is for ViT-L; the paper's
+best is of 1600 epochs.
+deepspeed --num_gpus 8 fastssl/train.py configs/mae/vith14_in1k_800ep_bf16.py
+Not measured yet."""
+
+from fastssl import views
+from fastssl.config import Backbone, Data, Log, Optim, Run
+from fastssl.methods import mae
+
+
+def get_config() -> Run:
+    return Run(
+        method=mae.Config(),
+        backbone=Backbone("vit_huge_patch14_224"),
+        data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.mae(224)),
+        optim=Optim(name="adamw", lr=1.5e-4, batch=4096, epochs=800, weight_decay=0.05, base_batch=256,
+                    warmup_epochs=40, betas=(0.9, 0.95), paramwise={"ndim<=1": {"weight_decay": 0.0}},
+                    precision="bf16"),
+        log=Log(knn_epochs=20, probe=True),
+    )
