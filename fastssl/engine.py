@@ -194,9 +194,10 @@ def cached_step(t: Trainer, batches: list[Batch], batch: Batch, meter: Meter):
     for micro in batches:
         with meter.phase("views"):
             views = make(t, micro)
-        with meter.phase("forward", counted=False), torch.no_grad(), statistics.frozen():
+        with meter.phase("forward", counted=False), torch.no_grad():
             states.append(state.random_states(t.device))
             outs.append(t.ds(views, micro))
+    statistics.restore()
     with meter.phase("forward"):
         leaves = {name: torch.cat([o[name] for o in outs]) for name in outs[0]}
         floats = {name: leaf.requires_grad_() for name, leaf in leaves.items() if leaf.is_floating_point()}
@@ -209,13 +210,14 @@ def cached_step(t: Trainer, batches: list[Batch], batch: Batch, meter: Meter):
         t.ds.set_gradient_accumulation_boundary(last)
         with meter.phase("views"):
             views = make(t, micro)
-        with meter.phase("forward"), statistics.shared(i, len(batches)):
+        with meter.phase("forward"):
             state.set_random_states(states[i], t.device)
             out = t.ds(views, micro)
             surrogate = sum((out[name] * g[i]).sum() for name, g in grads.items() if out[name].requires_grad)
         with meter.phase("backward"):
             t.scale.backward(t.ds, surrogate)
-    statistics.count_once()
+        statistics.add()
+    statistics.settle(len(batches))
     return leaves, losses
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor, nn
 
@@ -67,35 +65,33 @@ class SyncBatchNormAct(SyncBatchNorm):
 
 
 class RunningStatistics:
-    """Batch norm's running statistics move once per optimizer step, by the mean over its micro-batches.
+    """Batch norm's running statistics move once per optimizer step: by the mean over its micro-batches of what each
+    alone would move them, however often it calls a module (once per view).
 
-    Frozen in the first pass.  In the second, micro-batch i of K moves them by m / (K - (K - 1 - i) m), which makes the
-    product of what is kept 1 - m and the weight of each micro-batch m / K.
+    The modules' momentum stays as it is: torch.compile would compile anew for every value.
     """
 
     def __init__(self, module: nn.Module):
-        self.norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-                      and m.track_running_stats and m.momentum is not None]
-        self.momenta = [m.momentum for m in self.norms]
-        self.counts = [m.num_batches_tracked.clone() for m in self.norms]
+        norms = [m for m in module.modules()
+                 if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+        moving = [b for m in norms for b in (m.running_mean, m.running_var)]
+        self.buffers = [b for b in (moving, [m.num_batches_tracked for m in norms]) if b]  # a dtype each, for foreach
+        self.start = [[b.clone() for b in buffers] for buffers in self.buffers]
+        self.moved = [[torch.zeros_like(b) for b in buffers] for buffers in self.buffers]
 
-    @contextlib.contextmanager
-    def _momenta(self, momenta):
-        for norm, momentum in zip(self.norms, momenta):
-            norm.momentum = momentum
-        try:
-            yield
-        finally:
-            for norm, momentum in zip(self.norms, self.momenta):
-                norm.momentum = momentum
+    def restore(self) -> None:
+        """Undo what forwards moved.  Not before their backward: autograd holds these buffers."""
+        for buffers, start in zip(self.buffers, self.start):
+            torch._foreach_copy_(buffers, start)
 
-    def frozen(self):
-        return self._momenta([0.0] * len(self.norms))
+    def add(self) -> None:
+        """Count what a micro-batch moved, and undo it."""
+        for moved, buffers, start in zip(self.moved, self.buffers, self.start):
+            torch._foreach_add_(moved, torch._foreach_sub(buffers, start))
+        self.restore()
 
-    def shared(self, i: int, count: int):
-        return self._momenta([m / (count - (count - 1 - i) * m) for m in self.momenta])
-
-    def count_once(self) -> None:
-        for norm, count in zip(self.norms, self.counts):
-            if norm.training:
-                norm.num_batches_tracked.copy_(count + 1)
+    def settle(self, count: int) -> None:
+        """Move them by the mean of the `count` micro-batches."""
+        for moved, buffers in zip(self.moved, self.buffers):
+            whole = not buffers[0].is_floating_point()  # the number of calls, the same in every micro-batch
+            torch._foreach_add_(buffers, [m // count for m in moved] if whole else torch._foreach_div(moved, count))

@@ -1,5 +1,6 @@
 """Ranks, micro-batches and ZeRO stages give the loss and the gradients of one rank with one batch."""
 
+import copy
 import itertools
 import sys
 from pathlib import Path
@@ -163,7 +164,7 @@ def test_weights_queue_and_momentum_encoder_agree_after_the_last_step(results, n
     for key in want:
         torch.testing.assert_close(got[key], want[key], rtol=0, atol=2e-6, msg=lambda m, k=key: f"{k}: {m}")
     if "moco" in name:
-        assert got["pointer"].item() == STEPS * BATCH % 96
+        assert got["pointers"].item() == STEPS * BATCH % 96
 
 
 def test_speed_switches_do_not_change_the_loss_curve(results):
@@ -184,31 +185,64 @@ def test_an_overflow_skips_the_step_and_everything_that_moves_with_it(results, z
     assert (good["applied"], skipped["applied"], better["applied"]) == (True, False, True)
     assert (good["scale"], skipped["scale"], better["scale"]) == (1, 0.5, 1)
     assert not skipped["moved"], "fp16 overflowed and yet these moved"
-    assert {"queue", "pointer", "backbone.conv1.weight", "target.0.conv1.weight"} <= good["moved"] & better["moved"]
+    assert {"queue", "pointers", "backbone.conv1.weight", "target.0.conv1.weight"} <= good["moved"] & better["moved"]
     assert better["finite"] and 0.5 < better["loss"] < 10
 
 
-def test_running_statistics_move_once_per_step():
-    """By the mean of the micro-batches' statistics, whatever their number; the first pass leaves no trace."""
+def assert_equal(a, b):
+    torch.testing.assert_close(dict(a.state_dict()), dict(b.state_dict()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_move_once_per_step(momentum):
+    """By the mean of what each micro-batch, of two views, would move them; the first pass leaves no trace, and a module
+    in evaluation mode no rounding."""
     from fastssl.norm import RunningStatistics
 
     torch.manual_seed(0)
-    norm, x = torch.nn.BatchNorm1d(5), torch.randn(24, 5).double()
-    norm.double()
-    wanted = norm.running_mean.lerp(x.mean(0), 0.1), norm.running_var.lerp(
-        torch.stack([c.var(0) for c in x.chunk(3)]).mean(0), 0.1)
-    statistics = RunningStatistics(norm)
-    for chunk in x.chunk(3):
-        with statistics.frozen():
-            norm(chunk)
-    assert torch.equal(norm.running_mean, torch.zeros(5).double())
-    for i, chunk in enumerate(x.chunk(3)):
-        with statistics.shared(i, 3):
-            norm(chunk)
-    statistics.count_once()
-    torch.testing.assert_close(norm.running_mean, wanted[0], rtol=0, atol=1e-14)
-    torch.testing.assert_close(norm.running_var, wanted[1], rtol=0, atol=1e-14)
-    assert norm.num_batches_tracked == 1 and norm.momentum == 0.1
+    net = torch.nn.ModuleList([torch.nn.BatchNorm1d(5, momentum=momentum) for _ in range(2)]).double()
+    for norm in net:
+        norm(torch.randn(9, 5).double() + 2)
+    net[1].eval()
+    before, x = copy.deepcopy(net), torch.randn(3, 2, 8, 5).double()
+    alone = [copy.deepcopy(net[0]) for _ in x]
+    for norm, views in zip(alone, x):
+        norm(views[0]), norm(views[1])
+    statistics = RunningStatistics(net)
+    for views in x:
+        [norm(v) for norm in net for v in views]
+    statistics.restore()
+    assert_equal(net, before)
+    for views in x:
+        sum(norm(v.requires_grad_()).sum() for norm in net for v in views).backward()
+        statistics.add()
+    statistics.settle(len(x))
+    for name in ("running_mean", "running_var"):
+        wanted = torch.stack([getattr(norm, name) for norm in alone]).mean(0)
+        torch.testing.assert_close(getattr(net[0], name), wanted, rtol=0, atol=1e-14)
+    assert net[0].num_batches_tracked == 3 and net[0].momentum == momentum
+    assert_equal(net[1], before[1])
+
+
+def test_micro_batches_need_no_compilation_of_their_own():
+    """Dynamo gives a function up that it has compiled eight times."""
+    from torch._dynamo.testing import CompileCounter
+
+    from fastssl.norm import RunningStatistics
+
+    net, counter = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)), CompileCounter()
+    forward = torch.compile(net, backend=counter)
+    for _ in range(2):
+        statistics = RunningStatistics(net)
+        for _ in range(9):
+            with torch.no_grad():
+                forward(torch.randn(6, 4))
+        statistics.restore()
+        for _ in range(9):
+            forward(torch.randn(6, 4)).sum().backward()
+            statistics.add()
+        statistics.settle(9)
+    assert counter.frame_count <= 2  # without and with gradients
 
 
 if __name__ == "__main__":
