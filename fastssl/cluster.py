@@ -127,9 +127,10 @@ def _update(x: Tensor, labels: Tensor, old: Tensor, spherical: bool, kernels: st
     empty = (counts == 0).nonzero()[:, 0]
     if len(empty):
         large = counts.argsort(descending=True, stable=True)[: len(old) - len(empty)][: len(empty)]
-        nudge = 1 + torch.where(torch.arange(x.shape[1], device=x.device) % 2 == 0, 1, -1) / 1024
+        # As in faiss, but one half stays: rows that lie on the centroid would be equally far from both, and their label
+        # would depend on how a matrix product rounds, which depends on the number of rows that a rank holds.
+        nudge = 1 + torch.where(torch.arange(x.shape[1], device=x.device) % 2 == 0, 1, -1) / 512
         new[empty[: len(large)]] = new[large] * nudge
-        new[large] = new[large] * (2 - nudge)
     return (F.normalize(new, dim=1) if spherical else new), counts
 
 
