@@ -19,10 +19,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 from torchvision.ops import FrozenBatchNorm2d
 
-from fastssl.config import Backbone
+from fastssl.config import STEMS, Backbone
 
-# kernel, stride and padding of the first convolution; a max-pool follows ImageNet's alone
-STEMS = {"imagenet": (7, 2, 3), "cifar": (3, 1, 1), "cifar_pad2": (3, 1, 2)}
 # name: block, blocks per stage, groups, width of a group at 64 channels
 RESNETS = {
     "resnet10": (BasicBlock, (1, 1, 1, 1), 1, 64),  # not in torchvision: for smoke runs on a CPU

@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# kernel, stride and padding of a ResNet's first convolution; a max-pool follows ImageNet's alone
+STEMS = {"imagenet": (7, 2, 3), "cifar": (3, 1, 1), "cifar_pad2": (3, 1, 2)}
+
 
 @dataclass
 class Backbone:
@@ -221,7 +224,7 @@ _CHOICES = {
     "optim.precision": ("fp32", "bf16", "fp16"),
     "speed.zero": (0, 1, 2, 3),
     "speed.kernels": ("auto", "reference", "triton"),
-    "backbone.stem": ("imagenet", "cifar", "cifar_pad2"),
+    "backbone.stem": tuple(STEMS),
     "backbone.norm": ("bn", "gn", "frozen"),
 }
 

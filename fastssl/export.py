@@ -26,7 +26,7 @@ import torchvision
 from torch import Tensor, nn
 
 from fastssl import backbones, weights
-from fastssl.config import Backbone
+from fastssl.config import STEMS, Backbone
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, where no run says what it trained with
 
@@ -69,7 +69,7 @@ def _torchvision_recipe(spec: Backbone) -> str:
 def _cifar_stem(spec: Backbone) -> list[str]:
     if spec.stem == "imagenet":
         return []
-    kernel, stride, padding = backbones.STEMS[spec.stem]
+    kernel, stride, padding = STEMS[spec.stem]
     return [f"net.conv1 = torch.nn.Conv2d({spec.in_channels}, 64, {kernel}, {stride}, {padding}, bias=False)",
             "net.maxpool = torch.nn.Identity()"]  # fmt: skip
 
@@ -271,7 +271,7 @@ def complete(path: Path):
 
 def add_backbone_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", metavar="NAME", help="for weights that do not say what they are")
-    parser.add_argument("--stem", choices=tuple(backbones.STEMS))
+    parser.add_argument("--stem", choices=tuple(STEMS))
     parser.add_argument("--norm", choices=("bn", "gn", "frozen"))
     parser.add_argument("--width", type=int)
     parser.add_argument("--in-channels", type=int, dest="in_channels")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastssl import backbones, config, export, weights
-from fastssl.config import Backbone
+from fastssl.config import STEMS, Backbone
 
 # What resumes a training and is no weight, by the first name of its keys; other optimizer states have numbers for keys.
 TRAINING = {"optimizer", "optimizers", "optimizer_states", "optimizer_state_dict", "scaler", "amp", "lr_scheduler",
@@ -155,7 +155,7 @@ def params_main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the config")
     parser.add_argument("--size", type=int, help="side of the images; default: the config's views, or the network's")
     parser.add_argument("--samples", type=int, help="some methods hold a bank; default: the data card's, or ImageNet's")
-    parser.add_argument("--stem", choices=tuple(backbones.STEMS), default=None)
+    parser.add_argument("--stem", choices=tuple(STEMS), default=None)
     parser.add_argument("--norm", choices=("bn", "gn"), default=None)
     parser.add_argument("--width", type=int)
     parser.add_argument("--in-channels", type=int, dest="in_channels")

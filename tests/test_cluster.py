@@ -32,6 +32,16 @@ def test_kmeans_ends_where_sklearn_ends_from_the_same_start(init):
 
 
 @pytest.mark.parametrize("spherical", [False, True])
+def test_a_row_on_the_centroid_of_a_split_cluster_is_nearer_to_one_half(spherical):
+    """By far more than a matrix product rounds, which differs with the number of rows that a rank holds."""
+    x = torch.nn.functional.normalize(torch.randn(1, 6, dtype=torch.float64), dim=1).repeat(7, 1)
+    labels = torch.zeros(7, dtype=torch.int64)
+    halves, _ = cluster._update(x, labels, torch.zeros(2, 6, dtype=torch.float64), spherical)
+    stays, goes = (halves - x[0]).square().sum(1)
+    assert stays < 1e-30 and goes > 1e-7
+
+
+@pytest.mark.parametrize("spherical", [False, True])
 def test_kmeans_is_as_good_as_faiss(spherical):
     faiss = pytest.importorskip("faiss")
     x = normal(6000, 16)
