@@ -22,12 +22,16 @@ def named_group(name: str):
     return _resolve_process_group(name) if name else None
 
 
-def gather(x: torch.Tensor, group) -> torch.Tensor:
-    """Rows of all ranks, rank after rank; no gradient.  Every rank brings the same number of rows."""
+def gather(x: torch.Tensor, group, room: int = 0) -> torch.Tensor:
+    """Rows of all ranks, rank after rank; no gradient.  Every rank brings the same number of rows.
+
+    room: of so many rows in all, the last ones never written (of one process, x as it is).
+    """
     if group is None:
         return x
-    out = x.new_empty((dist.get_world_size(group) * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    rows = dist.get_world_size(group) * x.shape[0]
+    out = x.new_empty((max(room, rows), *x.shape[1:]))
+    dist.all_gather_into_tensor(out[:rows], x.contiguous(), group=group)
     return out
 
 

@@ -158,7 +158,12 @@ def record_launches():
 
 @dataclass(frozen=True)
 class Build:
-    """What the compiler made of a launch.  spills: bytes of local memory; fits: its shared memory can be had."""
+    """What the compiler made of a launch.
+
+    spills: bytes of local memory; fits: its shared memory can be had; resident: how many programs a multiprocessor
+    holds at a time; narrow_loads: instructions that load one value of 8 or 16 bits, where a thread could have loaded 16
+    bytes at once.
+    """
 
     kernel: str
     arch: int
@@ -166,6 +171,8 @@ class Build:
     spills: int
     shared: int
     fits: bool
+    resident: int
+    narrow_loads: int
     tensor_core: str  # "HGMMA", "HMMA" or ""
 
 
@@ -187,8 +194,13 @@ def compile_launch(launch: Launch, arch: int) -> Build:
     usage, sass = _cuobjdump(built.asm["cubin"])
     registers, stack, local = (int(re.search(rf"{k}:(\d+)", usage)[1]) for k in ("REG", "STACK", "LOCAL"))
     core = next((name for name in ("HGMMA", "HMMA") if name in sass), "")
-    shared = built.metadata.shared
-    return Build(kernel.__name__, arch, registers, stack + local, shared, shared <= SHARED_LIMIT[arch], core)
+    shared, threads = built.metadata.shared, 32 * built.metadata.num_warps
+    resident = min(
+        65536 // (threads * (-(-registers // 8) * 8)), (SHARED_LIMIT[arch] + 1024) // (shared + 1024), 2048 // threads
+    )
+    narrow = len(re.findall(r"\bLDG\.E\.(?:[US]8|U16)\b", sass))
+    fits = shared <= SHARED_LIMIT[arch]
+    return Build(kernel.__name__, arch, registers, stack + local, shared, fits, resident, narrow, core)
 
 
 def _cuobjdump(cubin: bytes) -> tuple[str, str]:

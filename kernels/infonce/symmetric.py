@@ -6,7 +6,7 @@ Row sums both ways, then each side's gradient is complete in its own rows: e_ij 
 import torch
 from torch import Tensor
 
-from ..collectives import gather, group_name, named_group, rank_world
+from ..collectives import group_name, named_group, rank_world
 from ..common import cdiv
 from ..ntxent.launch import PAD, Form, padded_width, prepare, row_gradients, row_losses, tile_dtype
 
@@ -19,9 +19,9 @@ def forward(a, b, temperature, normalize, group):
     va, inv_a, dot = prepare(a, b, form, group)
     vb, inv_b, _ = prepare(b, None, form, group)
     sizes = (m, m * world, rank * m)
-    total_a, wa, _ = row_losses(va[rank * m :], vb, *sizes, None, dot, form)
-    total_b, wb, _ = row_losses(vb[rank * m :], va, *sizes, None, dot, form)
-    return (total_a + total_b) / (2 * m), va, inv_a, gather(wa, group), vb, inv_b, gather(wb, group)
+    total_a, wa, _ = row_losses(va[rank * m :], vb, *sizes, None, dot, form, group)
+    total_b, wb, _ = row_losses(vb[rank * m :], va, *sizes, None, dot, form, group)
+    return (total_a + total_b) / (2 * m), va, inv_a, wa, vb, inv_b, wb
 
 
 def backward(grad, a, b, va, inv_a, wa, vb, inv_b, wb, temperature, normalize, group):
@@ -50,7 +50,7 @@ def _(a, b, temperature, normalize, group):
     def side(x):
         dtype = tile_dtype(x.dtype, normalize)
         v = x.new_empty((cdiv(n, PAD) * PAD, padded_width(x.shape[1], dtype)), dtype=dtype)
-        return v, x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(n, dtype=torch.float32)
+        return v, x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(len(v), dtype=torch.float32)
 
     return a.new_empty((), dtype=torch.float32), *side(a), *side(b)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..collectives import group_name, named_group, rank_world
 from ..common import cdiv, l2_normalize
-from ..ntxent.launch import HELD, Form, gradient_tiles, matmul_float32, n_splits, precision, prepare
+from ..ntxent.launch import HELD, Form, Tiles, matmul_float32, n_splits, precision, prepare, small_memory
 from ..ntxent.rows import LN2, inverse_norm
 
 PARTIAL_BYTES = 8 << 20  # of the partial sums of split keys; beyond that, writing them costs more than idle processors
@@ -102,6 +102,14 @@ def combine_kernel(
     tl.store(p_dq + o_row.to(tl.int64)[:, None] * D + o_d[None, :], b_g * factor, mask=m_tile)
 
 
+def one_pass_tiles(width: int, same_dtype: bool, device) -> Tiles:
+    """Two programs to a multiprocessor where their registers suffice: one's exponentials hide behind the other's
+    products.  (Casting keys takes more of them.)"""
+    if small_memory(device):
+        return Tiles(128, 32, width, 8, 3 if width <= 128 else 2)
+    return Tiles(128, 64, width, 8, 2, 128 if width <= 128 and same_dtype else None)
+
+
 def forward(q, k, queue, temperature, normalize, group, normalize_k=None):
     """-> loss, dloss/dq in float32 (in q's dtype it would lose what a loss scale is there to keep)."""
     normalize_k = normalize if normalize_k is None else normalize_k
@@ -120,7 +128,7 @@ def forward(q, k, queue, temperature, normalize, group, normalize_k=None):
         positive = torch.nn.functional.pad(l2_normalize(k) if normalize_k else k, (0, width - d))
         return chunked(q, u[:m], inv, positive, positive_dot, keys[:n], own, form)
 
-    t = gradient_tiles(width, False, q.device)
+    t = one_pass_tiles(width, keys.dtype == u.dtype, q.device)
     if t.bn * keys.stride(0) + width * keys.stride(1) >= 2**31:
         keys = keys.contiguous()
     programs, tiles = cdiv(m, t.bm), max(cdiv(n, t.bn), 1)
@@ -131,6 +139,7 @@ def forward(q, k, queue, temperature, normalize, group, normalize_k=None):
     one_pass_kernel[(programs, splits)](
         u, keys, *keys.stride(), stat, acc, m, n, own or 0, each, form.c, D=keys.shape[1], DP=width, BM=t.bm, BN=t.bn,
         PEXP=pexp, SKIP_OWN=own is not None, PRECISION=precision(), num_warps=t.warps, num_stages=t.stages,
+        maxnreg=t.registers,
     )  # fmt: skip
     return combine(stat, acc, positive_dot, k, q, inv, form, pexp, normalize_k)
 

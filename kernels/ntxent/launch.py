@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from ..collectives import gather
 from ..common import capability, cdiv, pow2, processors
 from . import rows as rk
 from . import tiles as tk
@@ -42,6 +43,7 @@ class Tiles(NamedTuple):
     bk: int
     warps: int
     stages: int
+    registers: int | None = None  # the most a thread may take; 128 lets two programs of 8 warps run side by side
 
 
 def tile_dtype(dtype: torch.dtype, normalize: bool) -> torch.dtype:
@@ -64,7 +66,10 @@ def small_memory(device) -> bool:
 
 
 def sums_tiles(width: int, dtype: torch.dtype, labels: bool, device) -> Tiles:
-    """The largest tiles that spill no registers (tests/kernels/test_builds.py); comparing labels takes many."""
+    """The largest tiles that spill no registers (tests/kernels/test_builds.py); comparing labels takes many.
+
+    Up to a width of 128 two stages leave room for a second program, whose products run during the first's exponentials.
+    """
     if dtype.itemsize == 4:
         return Tiles(64, 64, 32, 4, 2)
     ampere = small_memory(device)
@@ -72,14 +77,15 @@ def sums_tiles(width: int, dtype: torch.dtype, labels: bool, device) -> Tiles:
         return Tiles(128, 32 if labels else 64 if ampere else 128, 64, 8, 3)
     if labels:
         return Tiles(128, 32 if ampere or width > 128 else 64, width, 8, 3 if width <= 128 else 2)
-    return Tiles(128, 128 if width <= 128 else 64, width, 8, 3 if width <= 128 else 2)
+    return Tiles(128, 128 if width <= 128 else 64, width, 8, 2)
 
 
 def gradient_tiles(width: int, labels: bool, device) -> Tiles:
-    stages = 3 if width <= 128 else 2
     if small_memory(device):
-        return Tiles(64 if labels and width > 128 else 128, 32, width, 8, stages)
-    return Tiles(128, 64, width, 4 if width <= 64 else 8, stages)
+        return Tiles(64 if labels and width > 128 else 128, 32, width, 8, 3 if width <= 128 else 2)
+    if width <= 64:
+        return Tiles(128, 64, width, 8, 2, 128)
+    return Tiles(128, 64 if labels or width > 128 else 128, width, 8, 2)
 
 
 def precision() -> str:
@@ -121,8 +127,11 @@ def prepare(x, y, form: Form, group, normalize_y=None):
     return v, inv, dot
 
 
-def row_losses(u, v, m, n, offset, labels, dot, form: Form):
-    """Sum of this rank's row losses, the weights w (m,), and one over the number of positives (m,) with labels."""
+def row_losses(u, v, m, n, offset, labels, dot, form: Form, group):
+    """Sum of this rank's row losses; all rows' weights w, and with labels one over the number of their positives.
+
+    Both are as long as v: tiles read them without a mask, and what lies past row n counts for nothing.
+    """
     t = sums_tiles(v.shape[1], v.dtype, labels is not None, v.device)
     programs = cdiv(m, t.bm)
     splits, each = n_splits(programs, cdiv(n, t.bn), v.device)
@@ -133,15 +142,16 @@ def row_losses(u, v, m, n, offset, labels, dot, form: Form):
         D=v.shape[1], BM=t.bm, BN=t.bn, BK=t.bk, PRECISION=precision(), DIAG=form.diagonal, DECOUPLED=form.decoupled,
         LABELS=labels is not None, ONLINE=form.online, num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
-    w = torch.empty(m, dtype=torch.float32, device=v.device)
-    a = torch.empty(m if labels is not None else 0, dtype=torch.float32, device=v.device)
+    room = v.shape[0] if group is None else m
+    w = torch.empty(room, dtype=torch.float32, device=v.device)
+    a = torch.empty(room if labels is not None else 0, dtype=torch.float32, device=v.device)
     block = 256
     loss = torch.empty(cdiv(m, block), dtype=torch.float32, device=v.device)
     rk.row_losses_kernel[(cdiv(m, block),)](
         stat, dot, w, a, loss, m, splits, form.c,
         BR=block, LABELS=labels is not None, ONLINE=form.online, LN2=rk.LN2,
     )  # fmt: skip
-    return loss.sum(), w, a
+    return loss.sum(), gather(w, group, v.shape[0]), a if labels is None else gather(a, group, v.shape[0])
 
 
 def row_gradients(grad, x, inv, u, v, w_row, w_col, a, n, offset, labels, form: Form, factor):
@@ -173,7 +183,7 @@ def row_gradients(grad, x, inv, u, v, w_row, w_col, a, n, offset, labels, form: 
         acc = torch.empty((splits, m, width), dtype=torch.float32, device=v.device)
         tk.row_gradients_kernel[(programs, splits)](
             u, v, labels, w_row, w_col, a, acc, m, n, form.half, offset, each, form.c,
-            D=width, BM=t.bm, BN=t.bn, **flags, num_warps=t.warps, num_stages=t.stages,
+            D=width, BM=t.bm, BN=t.bn, **flags, num_warps=t.warps, num_stages=t.stages, maxnreg=t.registers,
         )  # fmt: skip
         end(acc, 0, m, splits)
         return out

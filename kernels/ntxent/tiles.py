@@ -17,23 +17,39 @@ SIZES = ("m", "n", "half", "offset", "tiles_split", "first")  # one build for al
 
 
 @triton.jit
-def _masks(o_row, o_col, p_label, m, n, half, offset, DIAG: tl.constexpr, DECOUPLED: tl.constexpr,
-           LABELS: tl.constexpr):  # fmt: skip
-    """Which logits the sum has, which are positives."""
-    inside = (o_col < n)[None, :] & (o_row < m)[:, None]
-    other = (o_row + offset)[:, None] != o_col[None, :]
+def _of_rows(p, first, o_row, m_row, LABELS: tl.constexpr):
+    """Labels or pulls of this block's rows, read once; without labels a stand-in that is not used."""
     if LABELS:
-        b_row = tl.load(p_label + offset + o_row, mask=o_row < m, other=0)
-        b_col = tl.load(p_label + o_col, mask=o_col < n, other=0)
-        positive = (b_row[:, None] == b_col[None, :]) & other & inside
+        return tl.load(p + first + o_row, mask=m_row, other=0)
     else:
-        positive = (((o_row + half) % m + offset)[:, None] == o_col[None, :]) & inside
-    keep = inside
+        return o_row
+
+
+@triton.jit
+def _valid(o_row, o_col, n, offset, DIAG: tl.constexpr):
+    """Entries that exist: not past the last column, and (DIAG) not a row with itself.  Rows past the end are computed
+    like any other, and never stored."""
+    inside = (o_col < n)[None, :]
     if DIAG:
-        keep = keep & other
-    if DECOUPLED:
-        keep = keep & (positive == 0)
-    return keep, positive
+        return inside & ((o_row + offset)[:, None] != o_col[None, :])
+    else:
+        return inside
+
+
+@triton.jit
+def _partner(o_row, o_col, m, half, offset):
+    return ((o_row + half) % m + offset)[:, None] == o_col[None, :]
+
+
+@triton.jit
+def _same_label(b_label, p_label, o_col):
+    return b_label[:, None] == tl.load(p_label + o_col)[None, :]
+
+
+@triton.jit
+def _tally(b_pos, b_count, b_s, positive):
+    b_one = tl.where(b_s == b_s, 1.0, 0.0)  # always 1, but laid out as b_s is: else the mask is laid out anew, slowly
+    return b_pos + tl.sum(tl.where(positive, b_s, 0.0), 1), b_count + tl.sum(tl.where(positive, b_one, 0.0), 1)
 
 
 @triton.jit
@@ -68,13 +84,6 @@ def _special(t, i_row, n, half, offset, BM: tl.constexpr, BN: tl.constexpr, DIAG
     return special
 
 
-@triton.jit
-def _masked(b_x, o_row, o_col, p_label, m, n, half, offset, DIAG: tl.constexpr, DECOUPLED: tl.constexpr,
-            LABELS: tl.constexpr):  # fmt: skip
-    keep, positive = _masks(o_row, o_col, p_label, m, n, half, offset, DIAG, DECOUPLED, LABELS)
-    return tl.where(keep, b_x, float("-inf")), positive
-
-
 @triton.jit(do_not_specialize=SIZES)
 def row_sums_kernel(
     p_u, p_v, p_label, p_stat, m, n, half, offset, tiles_split, c,
@@ -89,6 +98,7 @@ def row_sums_kernel(
     b_u = o_row  # stands in for the row block where it is read chunk by chunk
     if BK == D:
         b_u = tl.load(p_u + tl.arange(0, BM)[:, None] * D + tl.arange(0, D)[None, :], mask=m_row[:, None], other=0.0)
+    b_label = _of_rows(p_label, offset, o_row, m_row, LABELS)
     b_sum = tl.zeros([BM], tl.float32)
     b_max = tl.full([BM], float("-inf"), tl.float32)
     b_pos = tl.zeros([BM], tl.float32)
@@ -98,14 +108,22 @@ def row_sums_kernel(
         o_col = t * BN + tl.arange(0, BN)
         b_s = _similarity(b_u, p_u, p_v + tl.cast(t, tl.int64) * BN * D, m_row, D, BM, BN, BK, PRECISION)
         b_x = b_s * c
-        if LABELS or DECOUPLED:
-            b_x, positive = _masked(b_x, o_row, o_col, p_label, m, n, half, offset, DIAG, DECOUPLED, LABELS)
-            if LABELS:
-                b_pos += tl.sum(tl.where(positive, b_s, 0.0), 1)
-                b_count += tl.sum(tl.where(positive, 1.0, 0.0), 1)
-        else:
+        if LABELS:
+            positive = _same_label(b_label, p_label, o_col)
             if _special(t, i_row, n, half, offset, BM, BN, DIAG, False):
-                b_x, _ = _masked(b_x, o_row, o_col, p_label, m, n, half, offset, DIAG, False, False)
+                valid = _valid(o_row, o_col, n, offset, DIAG)
+                b_x = tl.where(valid, b_x, float("-inf"))
+                b_pos, b_count = _tally(b_pos, b_count, b_s, positive & valid)
+            else:
+                b_pos, b_count = _tally(b_pos, b_count, b_s, positive)
+            if DECOUPLED:
+                b_x = tl.where(positive, float("-inf"), b_x)
+        else:
+            if _special(t, i_row, n, half, offset, BM, BN, DIAG, DECOUPLED):
+                keep = _valid(o_row, o_col, n, offset, DIAG)
+                if DECOUPLED:
+                    keep = keep & (_partner(o_row, o_col, m, half, offset) == 0)
+                b_x = tl.where(keep, b_x, float("-inf"))
         if ONLINE:
             b_new = tl.maximum(b_max, tl.max(b_x, 1))
             b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
@@ -125,45 +143,42 @@ def row_sums_kernel(
 
 
 @triton.jit
-def _row_weight(p_w, o, mask, ONLINE: tl.constexpr, GEXP: tl.constexpr):
-    """w scaled by 2^GEXP (as a factor, or ONLINE as an exponent), nothing where masked."""
+def _scaled(b_w, ONLINE: tl.constexpr, GEXP: tl.constexpr):
+    """w times 2^GEXP: a factor, or ONLINE an exponent."""
     if ONLINE:
-        return tl.load(p_w + o, mask=mask, other=float("inf")) - GEXP
-    return tl.load(p_w + o, mask=mask, other=0.0) * (2.0**GEXP)
+        return b_w - GEXP
+    else:
+        return b_w * (2.0**GEXP)
 
 
 @triton.jit
-def _gradient_tile(b_s, b_wr, t, i_row, o_row, p_w, p_a, p_label, m, n, half, offset, c, BM: tl.constexpr,
-                   BN: tl.constexpr, DIAG: tl.constexpr, DECOUPLED: tl.constexpr, LABELS: tl.constexpr,
-                   ONLINE: tl.constexpr, GEXP: tl.constexpr, PULL: tl.constexpr):  # fmt: skip
-    """The gradient with respect to the logits of row block i_row and column tile t, both directions, times 2^GEXP."""
+def _gradient_tile(b_s, b_wr, b_label, b_ar, t, i_row, o_row, p_w, p_a, p_label, m, n, half, offset, c,
+                   BM: tl.constexpr, BN: tl.constexpr, DIAG: tl.constexpr, DECOUPLED: tl.constexpr,
+                   LABELS: tl.constexpr, ONLINE: tl.constexpr, GEXP: tl.constexpr, PULL: tl.constexpr):  # fmt: skip
+    """The gradient with respect to the logits of row block i_row and column tile t, both directions, times 2^GEXP.
+
+    Of positives it has the pull too: -PULL, or with labels -(a_i + a_j).
+    """
     o_col = t * BN + tl.arange(0, BN)
-    b_wc = _row_weight(p_w, o_col, o_col < n, ONLINE, GEXP)
+    b_wc = _scaled(tl.load(p_w + o_col), ONLINE, GEXP)
     b_x = b_s * c
     if ONLINE:
         b_g = tl.exp2(b_x - b_wr[:, None]) + tl.exp2(b_x - b_wc[None, :])
     else:
         b_g = tl.exp2(b_x) * (b_wr[:, None] + b_wc[None, :])
-    if LABELS or DECOUPLED:
-        b_g = _without(b_g, o_row, o_col, p_a, p_label, m, n, half, offset, DIAG, DECOUPLED, LABELS, GEXP, PULL)
+    if LABELS:
+        positive = _same_label(b_label, p_label, o_col)
+        b_pull = (b_ar[:, None] + tl.load(p_a + o_col)[None, :]) * (2.0**GEXP)
+        b_g = tl.where(positive, -b_pull if DECOUPLED else b_g - b_pull, b_g)
+        if _special(t, i_row, n, half, offset, BM, BN, DIAG, False):
+            b_g = tl.where(_valid(o_row, o_col, n, offset, DIAG), b_g, 0.0)
     else:
         if _special(t, i_row, n, half, offset, BM, BN, DIAG, True):
-            b_g = _without(b_g, o_row, o_col, p_a, p_label, m, n, half, offset, DIAG, False, False, GEXP, PULL)
+            keep, positive = _valid(o_row, o_col, n, offset, DIAG), _partner(o_row, o_col, m, half, offset)
+            if DECOUPLED:
+                keep = keep & (positive == 0)
+            b_g = tl.where(keep, b_g, 0.0) - tl.where(positive, PULL * (2.0**GEXP), 0.0)
     return b_g
-
-
-@triton.jit
-def _without(b_g, o_row, o_col, p_a, p_label, m, n, half, offset, DIAG: tl.constexpr, DECOUPLED: tl.constexpr,
-             LABELS: tl.constexpr, GEXP: tl.constexpr, PULL: tl.constexpr):  # fmt: skip
-    """Nothing where the sum has no term, and the pull of positives: PULL, or with labels a_i + a_j."""
-    keep, positive = _masks(o_row, o_col, p_label, m, n, half, offset, DIAG, DECOUPLED, LABELS)
-    b_g = tl.where(keep, b_g, 0.0)
-    if LABELS:
-        b_ar = tl.load(p_a + offset + o_row, mask=o_row < m, other=0.0)
-        b_ac = tl.load(p_a + o_col, mask=o_col < n, other=0.0)
-        return b_g - tl.where(positive, (b_ar[:, None] + b_ac[None, :]) * (2.0**GEXP), 0.0)
-    else:
-        return b_g - tl.where(positive, PULL * (2.0**GEXP), 0.0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -173,19 +188,20 @@ def row_gradients_kernel(
     DIAG: tl.constexpr, DECOUPLED: tl.constexpr, LABELS: tl.constexpr, ONLINE: tl.constexpr, GEXP: tl.constexpr,
     PULL: tl.constexpr,
 ):  # fmt: skip
-    """p_acc (splits, m, D) float32; w_row (m,), w_col and a (n,)."""
+    """p_acc (splits, m, D) float32; w_row (m,); w_col and a as long as v."""
     i_row, i_split = tl.program_id(0), tl.program_id(1)
     o_row, o_d = i_row * BM + tl.arange(0, BM), tl.arange(0, D)
     m_row = o_row < m
     o_u, o_v = tl.arange(0, BM)[:, None] * D + o_d[None, :], tl.arange(0, BN)[:, None] * D + o_d[None, :]
     b_u = tl.load(p_u + i_row.to(tl.int64) * BM * D + o_u, mask=m_row[:, None], other=0.0)
-    b_wr = _row_weight(p_w_row, o_row, m_row, ONLINE, GEXP)
+    b_wr = _scaled(tl.load(p_w_row + o_row, mask=m_row, other=0.0), ONLINE, GEXP)
+    b_label, b_ar = _of_rows(p_label, offset, o_row, m_row, LABELS), _of_rows(p_a, offset, o_row, m_row, LABELS)
     b_acc = tl.zeros([BM, D], tl.float32)
     for t in range(i_split * tiles_split, tl.minimum((i_split + 1) * tiles_split, tl.cdiv(n, BN))):
         b_v = tl.load(p_v + tl.cast(t, tl.int64) * BN * D + o_v)
         b_s = tl.dot(b_u, tl.trans(b_v), input_precision=PRECISION)
         b_g = _gradient_tile(
-            b_s, b_wr, t, i_row, o_row, p_w_col, p_a, p_label, m, n, half, offset, c, BM, BN,
+            b_s, b_wr, b_label, b_ar, t, i_row, o_row, p_w_col, p_a, p_label, m, n, half, offset, c, BM, BN,
             DIAG, DECOUPLED, LABELS, ONLINE, GEXP, PULL,
         )  # fmt: skip
         b_acc = tl.dot(b_g.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
@@ -203,11 +219,13 @@ def gradient_chunk_kernel(
     i_local, t = tl.program_id(0), tl.program_id(1)
     i_row = first // BM + i_local
     o_row = i_row * BM + tl.arange(0, BM)
+    m_row = o_row < m
     p_u += i_row.to(tl.int64) * BM * D
-    b_wr = _row_weight(p_w_row, o_row, o_row < m, ONLINE, GEXP)
-    b_s = _similarity(o_row, p_u, p_v + t.to(tl.int64) * BN * D, o_row < m, D, BM, BN, BK, PRECISION)
+    b_wr = _scaled(tl.load(p_w_row + o_row, mask=m_row, other=0.0), ONLINE, GEXP)
+    b_label, b_ar = _of_rows(p_label, offset, o_row, m_row, LABELS), _of_rows(p_a, offset, o_row, m_row, LABELS)
+    b_s = _similarity(o_row, p_u, p_v + t.to(tl.int64) * BN * D, m_row, D, BM, BN, BK, PRECISION)
     b_g = _gradient_tile(
-        b_s, b_wr, t, i_row, o_row, p_w_col, p_a, p_label, m, n, half, offset, c, BM, BN,
+        b_s, b_wr, b_label, b_ar, t, i_row, o_row, p_w_col, p_a, p_label, m, n, half, offset, c, BM, BN,
         DIAG, DECOUPLED, LABELS, ONLINE, GEXP, PULL,
     )  # fmt: skip
     o_local = (i_local * BM + tl.arange(0, BM)).to(tl.int64)

@@ -6,7 +6,7 @@ The tiles are in tiles.py, the passes over rows in rows.py, their launches in la
 import torch
 from torch import Tensor
 
-from ..collectives import gather, group_name, named_group, rank_world
+from ..collectives import group_name, named_group, rank_world
 from ..common import cdiv
 from .launch import PAD, Form, padded_width, prepare, row_gradients, row_losses, tile_dtype
 
@@ -17,8 +17,8 @@ def forward(z, labels, temperature, decoupled, normalize, group):
     rank, world = rank_world(group)
     form = Form(temperature, normalize, diagonal=True, decoupled=decoupled, half=m // 2)
     v, inv, dot = prepare(z, z if labels is None else None, form, group)
-    total, w, a = row_losses(v[rank * m :], v, m, m * world, rank * m, labels, dot, form)
-    return total / m, v, inv, gather(w, group), gather(a, group)
+    total, w, a = row_losses(v[rank * m :], v, m, m * world, rank * m, labels, dot, form, group)
+    return total / m, v, inv, w, a
 
 
 def backward(grad, z, labels, v, inv, w, a, temperature, decoupled, normalize, group):
@@ -45,8 +45,8 @@ def _(z, labels, temperature, decoupled, normalize, group):
     dtype = tile_dtype(z.dtype, normalize)
     f32 = {"dtype": torch.float32}
     v = z.new_empty((cdiv(n, PAD) * PAD, padded_width(d, dtype)), dtype=dtype)
-    counts = 0 if labels is None else n
-    return z.new_empty((), **f32), v, z.new_empty(m, **f32), z.new_empty(n, **f32), z.new_empty(counts, **f32)
+    counts = 0 if labels is None else len(v)
+    return z.new_empty((), **f32), v, z.new_empty(m, **f32), z.new_empty(len(v), **f32), z.new_empty(counts, **f32)
 
 
 @torch.library.custom_op("fastssl::ntxent_backward", mutates_args=())
@@ -78,4 +78,6 @@ ntxent_op.register_autograd(_backward, setup_context=_setup)
 
 
 def ntxent(z, temperature, labels, decoupled, normalize, group):
+    if labels is not None:
+        labels = torch.nn.functional.pad(labels, (0, -len(labels) % PAD))  # tiles read them without a mask
     return ntxent_op(z, labels, float(temperature), decoupled, normalize, group_name(group))[0]

@@ -15,8 +15,24 @@ from ..collectives import all_reduce, group_name, named_group
 from ..common import cdiv, pow2
 from ..ntxent.launch import n_splits
 
+ROWS, COLUMNS = 8, 1024  # tile of a column pass: a thread holds whole columns of it, so their sums need no exchange
 BLOCK = 2048  # columns that a program of a row pass reads at a time
-SIZES = ("b", "k", "rows_split", "splits")
+GROUP = tl.constexpr(8)  # neighbours that share a running maximum: of bfloat16, what a thread loads at once
+SIZES = ("b", "rows_split", "splits")  # one build for all; k is not among them, or masks would keep loads from 16 bytes
+
+
+@triton.jit
+def grouped(first, BK: tl.constexpr):
+    """Columns first.. first + BK as (BK / GROUP, GROUP)."""
+    return first + tl.arange(0, BK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+
+
+@triton.jit
+def running_maximum(b_max, b_x):
+    """Of rows of b_x: the new running maximum, a finite stand-in for it, and what sums so far are to be scaled by."""
+    b_new = tl.maximum(b_max, tl.max(b_x, 1))
+    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+    return b_new, b_safe[:, None], tl.exp2(b_max - b_safe)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -71,23 +87,21 @@ def row_kernel(
     """row = -log2 sum_k 2^(c x - column); WRITE: instead the softmax of the row, out (B, K)."""
     i = tl.program_id(0)
     p_x += i.to(tl.int64) * sx_r
-    b_max = tl.full([BK], float("-inf"), tl.float32)
-    b_sum = tl.zeros([BK], tl.float32)
+    b_max = tl.full([BK // GROUP], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BK // GROUP], tl.float32)
     for first in range(0, k, BK):
-        o_k = first + tl.arange(0, BK)
+        o_k = grouped(first, BK)
         m_k = o_k < k
         b_x = tl.load(p_x + o_k.to(tl.int64) * sx_k, mask=m_k, other=0.0).to(tl.float32) * c
         b_x = tl.where(m_k, b_x - tl.load(p_column + o_k, mask=m_k, other=0.0) * column_scale, float("-inf"))
-        b_new = tl.maximum(b_max, b_x)
-        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_sum = b_sum * tl.exp2(b_max - b_safe) + tl.exp2(b_x - b_safe)
-        b_max = b_new
+        b_max, b_safe, b_scale = running_maximum(b_max, b_x)
+        b_sum = b_sum * b_scale + tl.sum(tl.exp2(b_x - b_safe), 1)
     top = tl.max(b_max, 0)
     total = top + tl.log2(tl.sum(b_sum * tl.exp2(b_max - top), 0))
     if WRITE:
         p_out += i.to(tl.int64) * k
         for first in range(0, k, BK):
-            o_k = first + tl.arange(0, BK)
+            o_k = grouped(first, BK)
             m_k = o_k < k
             b_x = tl.load(p_x + o_k.to(tl.int64) * sx_k, mask=m_k, other=0.0).to(tl.float32) * c
             b_x -= tl.load(p_column + o_k, mask=m_k, other=0.0) * column_scale
@@ -96,18 +110,21 @@ def row_kernel(
         tl.store(p_row + i, -total)
 
 
+def row_block(k: int) -> int:
+    return min(BLOCK, pow2(max(k, GROUP.value)))
+
+
 def center(logits, epsilon, iterations, group):
     b, k = logits.shape
     c = 1 / (math.log(2) * epsilon)
     f32 = {"dtype": torch.float32, "device": logits.device}
     row, column, top = torch.empty(b, **f32), torch.empty(k, **f32), torch.empty(k, **f32)
-    block_r, block_k = 16, 128
-    programs = cdiv(k, block_k)
-    splits, each = n_splits(programs, max(cdiv(b, block_r), 1), logits.device)
+    programs = cdiv(k, COLUMNS)
+    splits, each = n_splits(programs, max(cdiv(b, ROWS), 1), logits.device)
     part = torch.empty((2, splits, k), **f32)
     for i in range(iterations):
         column_kernel[(programs, splits)](
-            logits, *logits.stride(), row, part, b, k, each * block_r, c, BR=block_r, BK=block_k, FIRST=i == 0
+            logits, *logits.stride(), row, part, b, k, each * ROWS, c, BR=ROWS, BK=COLUMNS, FIRST=i == 0
         )
         column_end_kernel[(cdiv(k, 1024),)](part, top, column, k, splits, BK=1024, LOG=group is None)
         if group is not None:
@@ -116,7 +133,7 @@ def center(logits, epsilon, iterations, group):
             column = top + all_reduce(column * torch.exp2(own - top), group).log2()
         if i < iterations - 1:  # the last scaling of the rows is the softmax of whoever uses the center
             row_kernel[(b,)](
-                logits, *logits.stride(), column, row, row, k, c, 1.0, BK=min(BLOCK, pow2(k)), WRITE=False
+                logits, *logits.stride(), column, row, row, k, c, 1.0, BK=row_block(k), WRITE=False
             )
     return column / c
 
@@ -126,7 +143,7 @@ def assignments(logits, center, epsilon):
     c = 1 / (math.log(2) * epsilon)
     out = torch.empty((b, k), dtype=torch.float32, device=logits.device)
     row_kernel[(b,)](
-        logits, *logits.stride(), center, out, out, k, c, c, BK=min(BLOCK, pow2(k)), WRITE=True
+        logits, *logits.stride(), center, out, out, k, c, c, BK=row_block(k), WRITE=True
     )  # fmt: skip
     return out
 

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import cdiv, pow2
+from ..common import cdiv
 from ..ntxent.launch import n_splits
 from ..ntxent.rows import LN2
+from ..sinkhorn.triton import GROUP, grouped, row_block, running_maximum
 
-BLOCK = 2048
-SIZES = ("n", "k", "columns_split", "splits")
+SIZES = ("n", "splits")  # one build for all; the columns are not among them, or masks would keep loads from 16 bytes
 
 
 @triton.jit
@@ -36,33 +36,27 @@ def stats_kernel(
     i, i_split = tl.program_id(0), tl.program_id(1)
     p_s += i.to(tl.int64) * ss_r
     p_t += i.to(tl.int64) * st_r
-    b_ms = tl.full([BK], float("-inf"), tl.float32)
-    b_mt = tl.full([BK], float("-inf"), tl.float32)
-    b_ls = tl.zeros([BK], tl.float32)
-    b_lt = tl.zeros([BK], tl.float32)
-    b_dot = tl.zeros([BK], tl.float32)
+    b_ms = tl.full([BK // GROUP], float("-inf"), tl.float32)
+    b_mt = tl.full([BK // GROUP], float("-inf"), tl.float32)
+    b_ls = tl.zeros([BK // GROUP], tl.float32)
+    b_lt = tl.zeros([BK // GROUP], tl.float32)
+    b_dot = tl.zeros([BK // GROUP], tl.float32)
     stop = tl.minimum((i_split + 1) * columns_split, k)
     for first in range(i_split * columns_split, stop, BK):
-        o_k = first + tl.arange(0, BK)
+        o_k = grouped(first, BK)
         m_k = o_k < stop
         b_s = tl.load(p_s + o_k.to(tl.int64) * ss_k, mask=m_k, other=0.0).to(tl.float32) * cs
         b_x = tl.where(m_k, b_s, float("-inf"))
-        b_new = tl.maximum(b_ms, b_x)
-        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_ls = b_ls * tl.exp2(b_ms - b_safe) + tl.exp2(b_x - b_safe)
-        b_ms = b_new
+        b_ms, b_safe, b_scale = running_maximum(b_ms, b_x)
+        b_ls = b_ls * b_scale + tl.sum(tl.exp2(b_x - b_safe), 1)
         b_t = _teacher(p_t, p_center, o_k, st_k, m_k, ct, CENTER, LOGITS)
         if LOGITS:
-            b_new = tl.maximum(b_mt, b_t)
-            b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-            b_scale = tl.exp2(b_mt - b_safe)
-            b_p = tl.exp2(b_t - b_safe)
-            b_mt = b_new
-            b_lt = b_lt * b_scale + b_p
-            b_dot = b_dot * b_scale + b_p * b_s
-        else:
-            b_lt += b_t
-            b_dot += b_t * b_s
+            b_mt, b_safe, b_scale = running_maximum(b_mt, b_t)
+            b_t = tl.exp2(b_t - b_safe)
+            b_lt *= b_scale
+            b_dot *= b_scale
+        b_lt += tl.sum(b_t, 1)
+        b_dot += tl.sum(b_t * b_s, 1)
     plane = tl.num_programs(1) * n
     p_stat += i_split * n + i
     ms = tl.max(b_ms, 0)
@@ -139,7 +133,7 @@ def forward(student, teacher, student_temperature, teacher_temperature, center):
     """-> loss, and what the gradient needs of each row (4, N)."""
     n, k = student.shape
     f32 = {"dtype": torch.float32, "device": student.device}
-    block = min(BLOCK, pow2(k))
+    block = row_block(k)
     splits, each = n_splits(n, cdiv(k, block), student.device)
     stat = torch.empty((5, splits, n), **f32)
     flags = {"CENTER": center is not None, "LOGITS": teacher_temperature is not None}
@@ -155,7 +149,7 @@ def forward(student, teacher, student_temperature, teacher_temperature, center):
 def backward(grad, student, teacher, center, end, student_temperature, teacher_temperature):
     n, k = student.shape
     out = torch.empty((n, k), dtype=student.dtype, device=student.device)
-    block = min(BLOCK, pow2(k))
+    block = row_block(k)
     gradient_kernel[(n, cdiv(k, block))](
         student, *student.stride(), teacher, *teacher.stride(), center, end, grad, out, n, k,
         *_scales(student_temperature, teacher_temperature), 1 / (n * student_temperature),
