@@ -162,7 +162,7 @@ class Build:
 
     spills: bytes of local memory; fits: its shared memory can be had; resident: how many programs a multiprocessor
     holds at a time; narrow_loads: instructions that load one value of 8 or 16 bits, where a thread could have loaded 16
-    bytes at once.
+    bytes at once; loop: instructions that a warp issues in one pass of the longest loop, without what a branch skips.
     """
 
     kernel: str
@@ -173,6 +173,7 @@ class Build:
     fits: bool
     resident: int
     narrow_loads: int
+    loop: int
     tensor_core: str  # "HGMMA", "HMMA" or ""
 
 
@@ -200,7 +201,17 @@ def compile_launch(launch: Launch, arch: int) -> Build:
     )
     narrow = len(re.findall(r"\bLDG\.E\.(?:[US]8|U16)\b", sass))
     fits = shared <= SHARED_LIMIT[arch]
-    return Build(kernel.__name__, arch, registers, stack + local, shared, fits, resident, narrow, core)
+    return Build(kernel.__name__, arch, registers, stack + local, shared, fits, resident, narrow, _loop(sass), core)
+
+
+def _loop(sass: str) -> int:
+    code = [(int(m[1], 16), m[2], int(m[3] or "0", 16)) for m in re.finditer(
+        r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(?:[^;\n]*?0x([0-9a-f]+))?[^;\n]*;", sass
+    )]  # fmt: skip
+    branches = [(at, to) for at, name, to in code if name.startswith("BRA")]
+    first, last = max(((to, at) for at, to in branches if to < at), key=lambda ends: ends[1] - ends[0], default=(0, -1))
+    skipped = [(at, to) for at, to in branches if first <= at < to <= last]
+    return sum(first <= at <= last and not any(a < at < b for a, b in skipped) for at, _, _ in code)
 
 
 def _cuobjdump(cubin: bytes) -> tuple[str, str]:

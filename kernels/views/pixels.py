@@ -1,6 +1,9 @@
 """What happens to a tile of pixels inside a kernel: crop, rotate, jitter, grayscale, blur, solarize, store.
 
-r, g, b are tiles (TY, TX) of float32 in [0, 1]; the maths is reference.py's.
+r, g, b are float32 in [0, 1], a tile's pixels row by row in one dimension: neighbours in x are neighbours in a warp, so
+that one load or store of a warp touches one or two lines of memory.  The maths is reference.py's.
+
+Unfinished views lie in memory as planes (3, SIZE, SIZE) of 16 bits: fixed point, or before a blur half precision.
 """
 
 import triton
@@ -19,8 +22,16 @@ def clamp01(x):
 # ---- geometry
 
 @triton.jit
+def tile(oy, ox, TILE: tl.constexpr):
+    """Rows and columns of the pixels of a tile whose first pixel is (oy, ox)."""
+    i = tl.arange(0, TILE * TILE)
+    return oy + i // TILE, ox + i % TILE
+
+
+@triton.jit
 def window(i, start, length, low, high, SIZE: tl.constexpr, BICUBIC: tl.constexpr, REFLECT: tl.constexpr):
-    """For output pixels i: source centre, first and last tap, inside the image?; and the stretch and tap count."""
+    """For output pixels i: source centre, first and last tap, inside the image?; and one over the stretch, tap count.
+    """
     scale = length / SIZE
     centre = start + scale * (i.to(tl.float32) + 0.5)
     if REFLECT:
@@ -31,12 +42,12 @@ def window(i, start, length, low, high, SIZE: tl.constexpr, BICUBIC: tl.constexp
     support = stretch * (2.0 if BICUBIC else 1.0)
     first = tl.maximum(tl.floor(centre - support + 0.5), low)
     last = tl.minimum(tl.floor(centre + support + 0.5), high)
-    return centre, first, last, inside, stretch, tl.ceil(2 * support).to(tl.int32)
+    return centre, first, last, inside, 1.0 / stretch, tl.ceil(2 * support).to(tl.int32)
 
 
 @triton.jit
-def weight(j, centre, last, inside, stretch, BICUBIC: tl.constexpr):
-    x = tl.abs(j + 0.5 - centre) / stretch
+def weight(j, centre, last, inside, shrink, BICUBIC: tl.constexpr):
+    x = tl.abs(j + 0.5 - centre) * shrink
     if BICUBIC:
         near = (1.5 * x - 2.5) * x * x + 1.0
         far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
@@ -47,12 +58,16 @@ def weight(j, centre, last, inside, stretch, BICUBIC: tl.constexpr):
 
 
 @triton.jit
-def total(centre, first, last, inside, stretch, taps, BICUBIC: tl.constexpr):
-    """One over the sum of the weights; 0 outside the image, which is black."""
-    acc = centre * 0
-    for k in range(taps):
-        acc += weight(first + k, centre, last, inside, stretch, BICUBIC)
-    return tl.where(inside, 1.0 / tl.where(inside, acc, 1.0), 0.0)
+def value(p):
+    """A byte as float32."""
+    return low_bits(tl.load(p).to(tl.int32))
+
+
+@triton.jit
+def low_bits(x):
+    """float32 of an integer below 2^23: as the last bits of 2^23, taken off again.  A GPU converts at a quarter of its
+    speed for sums."""
+    return (x | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
 
 @triton.jit
@@ -63,21 +78,26 @@ def crop(image, W, iy, ix, y0, x0, h, w, top, left, bottom, right, flip, SIZE: t
     ix = tl.where(flip > 0, SIZE - 1 - ix, ix)
     cy, fy, ly, iny, sy, ny = window(iy, y0, h, top, bottom, SIZE, BICUBIC, REFLECT)
     cx, fx, lx, inx, sx, nx = window(ix, x0, w, left, right, SIZE, BICUBIC, REFLECT)
-    ty = total(cy, fy, ly, iny, sy, ny, BICUBIC)
-    tx = total(cx, fx, lx, inx, sx, nx, BICUBIC) * (1.0 / 255.0)
-    r = tl.zeros([iy.shape[0], ix.shape[0]], tl.float32)
-    g, b = r, r
+    r = tl.zeros(iy.shape, tl.float32)
+    g, b, total = r, r, r
     for ky in range(ny):
-        wy = weight(fy + ky, cy, ly, iny, sy, BICUBIC) * ty
-        row = tl.maximum(tl.minimum(fy + ky, bottom - 1.0), 0.0).to(tl.int32) * W
+        wy = weight(fy + ky, cy, ly, iny, sy, BICUBIC)
+        row = tl.maximum(tl.minimum(fy + ky, bottom - 1.0), 0.0).to(tl.int32)
+        p_row = image + (3 * row * W).to(tl.uint32)
+        total_x = tl.zeros(iy.shape, tl.float32)
         for kx in range(nx):
-            wx = weight(fx + kx, cx, lx, inx, sx, BICUBIC) * tx
+            wx = weight(fx + kx, cx, lx, inx, sx, BICUBIC)
             col = tl.maximum(tl.minimum(fx + kx, right - 1.0), 0.0).to(tl.int32)
-            p = image + 3 * (row[:, None] + col[None, :])
-            w2 = wy[:, None] * wx[None, :]
-            r += w2 * tl.load(p).to(tl.float32)
-            g += w2 * tl.load(p + 1).to(tl.float32)
-            b += w2 * tl.load(p + 2).to(tl.float32)
+            p = p_row + (3 * col).to(tl.uint32)
+            total_x += wx
+            w2 = wy * wx
+            r += w2 * value(p)
+            g += w2 * value(p + 1)
+            b += w2 * value(p + 2)
+        total += wy * total_x
+    inside = iny & inx  # outside the image it is black
+    scale = tl.where(inside, (1.0 / 255.0) / tl.where(inside, total, 1.0), 0.0)
+    r, g, b = r * scale, g * scale, b * scale
     if BICUBIC:
         r, g, b = clamp01(r), clamp01(g), clamp01(b)
     return r, g, b
@@ -97,23 +117,21 @@ def cos_sin(degrees):
 
 
 @triton.jit
-def rotated(base, iy, ix, angle, SIZE: tl.constexpr):
-    """Pixels (iy, ix) of the float32 (SIZE, SIZE, 3) crop at `base`, turned by `angle` degrees; black outside."""
+def rotated(view, iy, ix, angle, SIZE: tl.constexpr):
+    """Pixels (iy, ix) of the kept crop `view`, turned by `angle` degrees; black outside."""
     cos, sin = cos_sin(angle)
     half: tl.constexpr = (SIZE - 1) * 0.5
-    dy, dx = (iy.to(tl.float32) - half)[:, None], (ix.to(tl.float32) - half)[None, :]
+    dy, dx = iy.to(tl.float32) - half, ix.to(tl.float32) - half
     sx, sy = cos * dx - sin * dy + half, sin * dx + cos * dy + half
     x0, y0 = tl.floor(sx), tl.floor(sy)
-    r = sx * 0
+    r = tl.zeros(iy.shape, tl.float32)
     g, b = r, r
     for k in tl.static_range(4):
         x, y = x0 + (k % 2), y0 + (k // 2)
         w = (1.0 - tl.abs(sx - x)) * (1.0 - tl.abs(sy - y))
         m = (x >= 0) & (x < SIZE) & (y >= 0) & (y < SIZE)
-        p = base + 3 * (y.to(tl.int32) * SIZE + x.to(tl.int32))
-        r += w * tl.load(p, mask=m, other=0.0)
-        g += w * tl.load(p + 1, mask=m, other=0.0)
-        b += w * tl.load(p + 2, mask=m, other=0.0)
+        u, v, t = kept(view, y.to(tl.int32), x.to(tl.int32), m, SIZE)
+        r, g, b = r + w * u, g + w * v, b + w * t
     return r, g, b
 
 
@@ -131,7 +149,7 @@ def hue(r, g, b, shift):
     inverse = 1.0 / tl.where(spread == 0, 1.0, spread)
     h = tl.where(high == r, (g - b) * inverse, tl.where(high == g, (b - r) * inverse + 2.0, (r - g) * inverse + 4.0))
     h += 6.0 * shift
-    h -= 6.0 * tl.floor(h / 6.0)
+    h -= 6.0 * tl.floor(h * (1.0 / 6.0))
     r = low + spread * clamp01(tl.abs(h - 3.0) - 1.0)
     g = low + spread * clamp01(2.0 - tl.abs(h - 2.0))
     b = low + spread * clamp01(2.0 - tl.abs(h - 4.0))
@@ -162,7 +180,7 @@ def jitter(r, g, b, order, steps, brightness, contrast, saturation, shift, mean,
         elif op == 1:
             m = mean
             if WHOLE:
-                m = tl.sum(tl.sum(tl.where(mask, luma(r, g, b), 0.0), 1), 0) / (SIZE * SIZE)
+                m = tl.sum(tl.where(mask, luma(r, g, b), 0.0), 0) / (SIZE * SIZE)
             m *= 1 - contrast
             r, g, b = clamp01(r * contrast + m), clamp01(g * contrast + m), clamp01(b * contrast + m)
         elif op == 2:
@@ -203,8 +221,9 @@ def pointwise(r, g, b, gray, solarize, threshold, ORDER: tl.constexpr, START: tl
 
 @triton.jit
 def bell(offset, sigma, radius):
-    x = offset.to(tl.float32) / sigma
-    return tl.where(tl.abs(offset) <= radius, tl.exp(-0.5 * x * x), 0.0)
+    """exp(-offset^2 / (2 sigma^2)) up to the radius."""
+    x = offset.to(tl.float32)
+    return tl.where(tl.abs(x) <= radius, tl.exp2(x * x * (-0.7213475204444817 / (sigma * sigma))), 0.0)
 
 
 @triton.jit
@@ -214,19 +233,23 @@ def blur_whole(r, g, b, sigma, SIZE: tl.constexpr, TILE: tl.constexpr):
     i, j = tl.arange(0, TILE)[:, None], tl.arange(0, TILE)[None, :]
     w = bell(j - i, sigma, radius) + tl.where(j > 0, bell(-j - i, sigma, radius), 0.0)
     w += tl.where(j < SIZE - 1, bell(2 * (SIZE - 1) - j - i, sigma, radius), 0.0)
-    w = tl.where((i < SIZE) & (j < SIZE), w, 0.0)
-    return gauss(r - 0.5, w), gauss(g - 0.5, w), gauss(b - 0.5, w)
+    w, s = half_rows(tl.where((i < SIZE) & (j < SIZE), w, 0.0))
+    return gauss(r - 0.5, w, s, TILE), gauss(g - 0.5, w, s, TILE), gauss(b - 0.5, w, s, TILE)
 
 
 @triton.jit
-def gauss(x, w):
-    """0.5 + w x w^T, the rows of w brought to sum 1 after rounding, so that a flat area keeps its value.
-    x is centred on zero, where half precision is finest."""
+def half_rows(w):
+    """w in half precision, and what brings the sums of its rows to 1 after rounding: a flat area keeps its value."""
     w = w.to(tl.float16)
     s = tl.sum(w.to(tl.float32), 1)
-    s = 1.0 / tl.where(s > 0, s, 1.0)
-    y = tl.dot(w, x.to(tl.float16)) * s[:, None]
-    return tl.dot(y.to(tl.float16), tl.trans(w)) * s[None, :] + 0.5
+    return w, 1.0 / tl.where(s > 0, s, 1.0)
+
+
+@triton.jit
+def gauss(x, w, s, TILE: tl.constexpr):
+    """0.5 + w x w^T, both sides scaled by s.  x is centred on zero, where half precision is finest."""
+    y = tl.dot(w, tl.reshape(x, [TILE, TILE]).to(tl.float16)) * s[:, None]
+    return tl.reshape(tl.dot(y.to(tl.float16), tl.trans(w)) * s[None, :] + 0.5, [TILE * TILE])
 
 
 @triton.jit
@@ -237,36 +260,87 @@ def mirrored(i, SIZE: tl.constexpr):
 
 
 @triton.jit
-def blur_tile(base, oy, ox, sigma, SIZE: tl.constexpr, TILE: tl.constexpr, HALO: tl.constexpr):
-    """The blurred pixels (oy, ox) to (oy, ox) + TILE - 2 HALO, from the centred half-precision view at `base`."""
+def blur_tile(view, oy, ox, sigma, SIZE: tl.constexpr, TILE: tl.constexpr, HALO: tl.constexpr):
+    """A tile whose first TILE - 2 HALO rows and columns are the blurred pixels from (oy, ox) on, of the kept `view`."""
     i = tl.arange(0, TILE)
-    iy, ix = mirrored(oy - HALO + i, SIZE), mirrored(ox - HALO + i, SIZE)
     w = bell(i[None, :] - HALO - i[:, None], sigma, tl.minimum(tl.ceil(4 * sigma), SIZE - 1))
-    p = base + 3 * (iy[:, None] * SIZE + ix[None, :])
-    return gauss(tl.load(p), w), gauss(tl.load(p + 1), w), gauss(tl.load(p + 2), w)
+    w, s = half_rows(w)
+    iy, ix = tile(oy - HALO, ox - HALO, TILE)
+    p = at(view, mirrored(iy, SIZE), mirrored(ix, SIZE), SIZE)
+    r, g, b = as_half(tl.load(p)), as_half(tl.load(p + SIZE * SIZE)), as_half(tl.load(p + 2 * SIZE * SIZE))
+    return gauss(r, w, s, TILE), gauss(g, w, s, TILE), gauss(b, w, s, TILE)
+
+
+# ---- memory
+
+@triton.jit
+def at(view, iy, ix, SIZE: tl.constexpr):
+    """Where a kept plane has a pixel.  Columns run backwards: ascending ones the compiler would hand to threads eight
+    by eight, and move the tile between that layout and the one of all other passes, inside the crop's loop too."""
+    return view + iy * SIZE + (SIZE - 1 - ix)
 
 
 @triton.jit
-def store(out, iy, ix, r, g, b, turns, spec, MEAN: tl.constexpr, SIZE: tl.constexpr):
-    """Normalise with the six numbers at spec + MEAN and write one view (SIZE, SIZE, 3), turned."""
-    y, x = iy[:, None], ix[None, :]
-    oy = tl.where(turns == 0, y, tl.where(turns == 1, SIZE - 1 - x, tl.where(turns == 2, SIZE - 1 - y, x)))
-    ox = tl.where(turns == 0, x, tl.where(turns == 1, y, tl.where(turns == 2, SIZE - 1 - x, SIZE - 1 - y)))
-    p = out + 3 * (oy * SIZE + ox)
-    m = (y < SIZE) & (x < SIZE)
+def steps(turns, none, one, two, three):
+    return tl.where(turns == 0, none, tl.where(turns == 1, one, tl.where(turns == 2, two, three)))
+
+
+@triton.jit
+def store(out, iy, ix, m, r, g, b, turns, spec, MEAN: tl.constexpr, SIZE: tl.constexpr):
+    """Normalise with the six numbers at spec + MEAN and write pixels of one view (SIZE, SIZE, 3), turned."""
+    p = out + 3 * (steps(turns, 0, SIZE * SIZE - SIZE, SIZE * SIZE - 1, SIZE - 1)
+                   + steps(turns, SIZE, 1, -SIZE, -1) * iy + steps(turns, 1, -SIZE, -1, SIZE) * ix)  # fmt: skip
     kind = out.dtype.element_ty
     for c in tl.static_range(3):
         v = r if c == 0 else (g if c == 1 else b)
-        mean, std = tl.load(spec + MEAN + c).to(tl.float32), tl.load(spec + MEAN + 3 + c).to(tl.float32)
-        tl.store(p + c, ((v - mean) / std).to(kind), mask=m)
+        mean, scale = tl.load(spec + MEAN + c).to(tl.float32), 1.0 / tl.load(spec + MEAN + 3 + c).to(tl.float32)
+        tl.store(p + c, (v * scale - mean * scale).to(kind), mask=m)
 
 
 @triton.jit
-def keep(base, iy, ix, r, g, b, SIZE: tl.constexpr):
-    """Write pixels (iy, ix) of an unfinished view (SIZE, SIZE, 3) for a later pass."""
-    p = base + 3 * (iy[:, None] * SIZE + ix[None, :])
-    m = (iy < SIZE)[:, None] & (ix < SIZE)[None, :]
-    kind = base.dtype.element_ty
-    tl.store(p, r.to(kind), mask=m)
-    tl.store(p + 1, g.to(kind), mask=m)
-    tl.store(p + 2, b.to(kind), mask=m)
+def keep(view, iy, ix, m, r, g, b, SIZE: tl.constexpr):
+    """Pixels in fixed point; kept() reads them."""
+    p = at(view, iy, ix, SIZE)
+    tl.store(p, fixed(r), mask=m)
+    tl.store(p + SIZE * SIZE, fixed(g), mask=m)
+    tl.store(p + 2 * SIZE * SIZE, fixed(b), mask=m)
+
+
+@triton.jit
+def fixed(x):
+    """[0, 1] as 16 bits, rounded: the last bits of 2^23 + x, as in low_bits()."""
+    return (x * 65535.0 + 8388608.0).to(tl.int32, bitcast=True).to(tl.int16)
+
+
+@triton.jit
+def kept(view, iy, ix, m, SIZE: tl.constexpr):
+    p = at(view, iy, ix, SIZE)
+    r, g, b = (
+        tl.load(p, mask=m, other=0), tl.load(p + SIZE * SIZE, mask=m, other=0),
+        tl.load(p + 2 * SIZE * SIZE, mask=m, other=0),
+    )  # fmt: skip
+    return unfixed(r), unfixed(g), unfixed(b)
+
+
+@triton.jit
+def unfixed(x):
+    return low_bits(x.to(tl.int32) & 0xFFFF) * (1.0 / 65535.0)
+
+
+@triton.jit
+def keep_unblurred(view, iy, ix, m, r, g, b, SIZE: tl.constexpr):
+    """Pixels centred on zero in half precision; blur_tile() reads them."""
+    p = at(view, iy, ix, SIZE)
+    tl.store(p, half_bits(r - 0.5), mask=m)
+    tl.store(p + SIZE * SIZE, half_bits(g - 0.5), mask=m)
+    tl.store(p + 2 * SIZE * SIZE, half_bits(b - 0.5), mask=m)
+
+
+@triton.jit
+def half_bits(x):
+    return x.to(tl.float16).to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def as_half(bits):
+    return bits.to(tl.float16, bitcast=True)

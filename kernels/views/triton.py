@@ -48,14 +48,14 @@ def whole_kernel(pixels, room, sizes, index, specs, out, seed, epoch, epoch_ptr,
         spec, seed, stream, sample, epoch, H, W, CROP, SIZE, RESIZE, PAD, WINDOW
     )
     flip, _, order, fb, fc, fs, fh, gray, sigma, solarize = draws.draw_colour(spec, seed, stream, sample, epoch)
-    i = tl.arange(0, TILE)
+    iy, ix = px.tile(0, 0, TILE)
+    mask = (iy < SIZE) & (ix < SIZE)
     image = pixels + i_b.to(tl.int64) * room * 3
-    r, g, b = px.crop(image, W, i, i, y0, x0, h, w, top, left, bottom, right, flip, SIZE, BICUBIC, REFLECT)
+    r, g, b = px.crop(image, W, iy, ix, y0, x0, h, w, top, left, bottom, right, flip, SIZE, BICUBIC, REFLECT)
     threshold = tl.load(spec + THRESHOLD).to(tl.float32)
     r, g, b = px.pointwise(r, g, b, gray, solarize, threshold, OPS, 0, JITTER_AT)
     if JITTERS:  # noqa: SIM102 - one is compiled away, the other is a branch
         if order >= 0:
-            mask = (i < SIZE)[:, None] & (i < SIZE)[None, :]
             r, g, b = px.jitter(r, g, b, order, 4, fb, fc, fs, fh, 0.0, mask, SIZE, True)
     r, g, b = px.pointwise(r, g, b, gray, solarize, threshold, OPS, JITTER_AT + 1, BLUR_AT)
     if BLURS:  # noqa: SIM102
@@ -63,7 +63,7 @@ def whole_kernel(pixels, room, sizes, index, specs, out, seed, epoch, epoch_ptr,
             r, g, b = px.blur_whole(r, g, b, sigma, SIZE, TILE)
     r, g, b = px.pointwise(r, g, b, gray, solarize, threshold, OPS, BLUR_AT + 1, 4)
     view = out + tl.load(spec + OFFSET).to(tl.int64) * tl.num_programs(0) + i_b.to(tl.int64) * (SIZE * SIZE * 3)
-    px.store(view, i, i, r, g, b, tl.load(spec + TURNS).to(tl.int32), spec, MEAN, SIZE)
+    px.store(view, iy, ix, mask, r, g, b, tl.load(spec + TURNS).to(tl.int32), spec, MEAN, SIZE)
 
 
 @triton.jit
@@ -86,43 +86,51 @@ def cut(pixels, room, sizes, row, i_b, iy, ix, SIZE: tl.constexpr, BICUBIC: tl.c
 
 
 @triton.jit
-def crop_kernel(pixels, room, sizes, table, crops, B, SIZE: tl.constexpr, BICUBIC: tl.constexpr,
+def crop_kernel(pixels, room, sizes, table, scratch, B, SIZE: tl.constexpr, BICUBIC: tl.constexpr,
                 REFLECT: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr):  # fmt: skip
-    """Only for views that rotate: the crop in float32, so that the rotation has pixels to interpolate."""
+    """Only for views that rotate: the crop, so that the rotation has pixels to interpolate."""
     i_b, _, image, _, oy, ox = place(B, SIDE, TILE)
-    iy, ix = oy + tl.arange(0, TILE), ox + tl.arange(0, TILE)
+    iy, ix = px.tile(oy, ox, TILE)
     r, g, b = cut(pixels, room, sizes, table + image * COLUMNS, i_b, iy, ix, SIZE, BICUBIC, REFLECT)
-    px.keep(crops + image * (SIZE * SIZE * 3), iy, ix, r, g, b, SIZE)
+    px.keep(scratch + image * (SIZE * SIZE * 3), iy, ix, (iy < SIZE) & (ix < SIZE), r, g, b, SIZE)
 
 
 @triton.jit
-def colour_kernel(pixels, room, sizes, table, specs, crops, sums, unblurred, out, B, SIZE: tl.constexpr,
+def colour_kernel(pixels, room, sizes, table, specs, scratch, sums, unblurred, out, B, SIZE: tl.constexpr,
                   BICUBIC: tl.constexpr, REFLECT: tl.constexpr, ROTATE: tl.constexpr, JITTERS: tl.constexpr,
                   BLURS: tl.constexpr, OPS: tl.constexpr, JITTER_AT: tl.constexpr, BLUR_AT: tl.constexpr,
-                  MEANS: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
-    """MEANS: of samples that jitter, the tile's sum of the gray that contrast will meet.  Else the finished tile, or
-    of samples that blur, the tile before its blur, centred and in half precision."""
+                  MEANS: tl.constexpr, KEPT: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr,
+                  TILES: tl.constexpr):  # fmt: skip
+    """MEANS: the crop is kept (ROTATE: it has been), and of samples that jitter, the tile's sum of the gray that
+    contrast will meet.  Else the finished tile, or of samples that blur, the tile before its blur.
+
+    KEPT: a first pass kept the crop.
+    """
     i_b, i_v, image, tile, oy, ox = place(B, SIDE, TILE)
     row, spec = table + image * COLUMNS, specs + i_v * WIDTH
     order = tl.load(row + ORDER).to(tl.int32)
-    if MEANS:  # noqa: SIM102
-        if order < 0:
-            return
-    iy, ix = oy + tl.arange(0, TILE), ox + tl.arange(0, TILE)
+    iy, ix = px.tile(oy, ox, TILE)
+    mask = (iy < SIZE) & (ix < SIZE)
+    scratch += image * (SIZE * SIZE * 3)
     if ROTATE:
-        r, g, b = px.rotated(crops + image * (SIZE * SIZE * 3), iy, ix, tl.load(row + ANGLE), SIZE)
+        r, g, b = px.rotated(scratch, iy, ix, tl.load(row + ANGLE), SIZE)
+    elif KEPT:
+        r, g, b = px.kept(scratch, iy, ix, mask, SIZE)
     else:
         r, g, b = cut(pixels, room, sizes, row, i_b, iy, ix, SIZE, BICUBIC, REFLECT)
+        if MEANS:
+            px.keep(scratch, iy, ix, mask, r, g, b, SIZE)
     gray, solarize, threshold = tl.load(row + GRAY), tl.load(row + SOLARIZE), tl.load(spec + THRESHOLD).to(tl.float32)
-    r, g, b = px.pointwise(r, g, b, gray, solarize, threshold, OPS, 0, JITTER_AT)
-    mask = (iy < SIZE)[:, None] & (ix < SIZE)[None, :]
     fb, fc = tl.load(row + ORDER + 1), tl.load(row + ORDER + 2)
     fs, fh = tl.load(row + ORDER + 3), tl.load(row + ORDER + 4)
     if MEANS:
-        _, steps = px.permutation(order)
-        r, g, b = px.jitter(r, g, b, order, steps, fb, fc, fs, fh, 0.0, mask, SIZE, False)
-        tl.store(sums + image * (SIDE * SIDE) + tile, tl.sum(tl.sum(tl.where(mask, px.luma(r, g, b), 0.0), 1), 0))
+        if order >= 0:
+            r, g, b = px.pointwise(r, g, b, gray, solarize, threshold, OPS, 0, JITTER_AT)
+            _, steps = px.permutation(order)
+            r, g, b = px.jitter(r, g, b, order, steps, fb, fc, fs, fh, 0.0, mask, SIZE, False)
+            tl.store(sums + image * (SIDE * SIDE) + tile, tl.sum(tl.where(mask, px.luma(r, g, b), 0.0), 0))
     else:
+        r, g, b = px.pointwise(r, g, b, gray, solarize, threshold, OPS, 0, JITTER_AT)
         if JITTERS:  # noqa: SIM102
             if order >= 0:
                 t = tl.arange(0, TILES)
@@ -134,11 +142,11 @@ def colour_kernel(pixels, room, sizes, table, specs, crops, sums, unblurred, out
         if BLURS:
             blurred = tl.load(row + SIGMA) > 0
             if blurred:
-                px.keep(unblurred + image * (SIZE * SIZE * 3), iy, ix, r - 0.5, g - 0.5, b - 0.5, SIZE)
+                px.keep_unblurred(unblurred + image * (SIZE * SIZE * 3), iy, ix, mask, r, g, b, SIZE)
         if not blurred:
             r, g, b = px.pointwise(r, g, b, gray, solarize, threshold, OPS, BLUR_AT + 1, 4)
             view = out + tl.load(spec + OFFSET).to(tl.int64) * B + i_b.to(tl.int64) * (SIZE * SIZE * 3)
-            px.store(view, iy, ix, r, g, b, tl.load(spec + TURNS).to(tl.int32), spec, MEAN, SIZE)
+            px.store(view, iy, ix, mask, r, g, b, tl.load(spec + TURNS).to(tl.int32), spec, MEAN, SIZE)
 
 
 @triton.jit
@@ -152,10 +160,11 @@ def blur_kernel(table, specs, unblurred, out, B, SIZE: tl.constexpr, OPS: tl.con
         r, g, b = px.blur_tile(unblurred + image * (SIZE * SIZE * 3), oy, ox, sigma, SIZE, TILE, HALO)
         threshold = tl.load(spec + THRESHOLD).to(tl.float32)
         r, g, b = px.pointwise(r, g, b, tl.load(row + GRAY), tl.load(row + SOLARIZE), threshold, OPS, BLUR_AT + 1, 4)
-        i = tl.arange(0, TILE)
-        iy, ix = tl.where(i < TILE - 2 * HALO, oy + i, SIZE), tl.where(i < TILE - 2 * HALO, ox + i, SIZE)
+        y, x = px.tile(0, 0, TILE)
+        iy, ix = oy + y, ox + x
+        mask = (y < TILE - 2 * HALO) & (x < TILE - 2 * HALO) & (iy < SIZE) & (ix < SIZE)
         view = out + tl.load(spec + OFFSET).to(tl.int64) * B + i_b.to(tl.int64) * (SIZE * SIZE * 3)
-        px.store(view, iy, ix, r, g, b, tl.load(spec + TURNS).to(tl.int32), spec, MEAN, SIZE)
+        px.store(view, iy, ix, mask, r, g, b, tl.load(spec + TURNS).to(tl.int32), spec, MEAN, SIZE)
 
 
 # ---- launches
@@ -266,7 +275,7 @@ def _launch_whole(group, pixels, sizes, index, specs, out, seed, epoch, epoch_pt
     whole_kernel[(len(pixels), len(group.views))](
         pixels, pixels.shape[1], sizes, index, specs, out, seed, epoch, epoch_ptr, **_drawing(view), **_cutting(view),
         **_ordering(view), JITTERS=group.jitters, BLURS=group.halo > 0, EPOCH_PTR=epoch_ptr is not None, TILE=tile,
-        num_warps=8 if tile == 64 else 4,
+        num_warps=min(16, tile * tile // 128),  # 4 pixels a thread; more cost registers, and idle warps
     )  # fmt: skip
 
 
@@ -279,13 +288,14 @@ def _launch_tiles(group, pixels, sizes, index, specs, out, seed, epoch, epoch_pt
             f"got {max(v.blur_sigma[1] for v in group.views)}; use impl='reference'"
         )
 
-    def scratch(wanted, *shape, dtype=torch.float32):
+    def memory(wanted, *shape, dtype=torch.float32):
         return torch.empty((n, *shape) if wanted else 0, dtype=dtype, device=device)
 
-    table = scratch(True, len(params.COLUMNS))
-    crops = scratch(group.rotates, S, S, 3)
-    sums = scratch(group.jitters, side * side)
-    unblurred = scratch(group.halo, S, S, 3, dtype=torch.float16)
+    table = memory(True, len(params.COLUMNS))
+    sums = memory(group.jitters, side * side)
+    scratch = memory(group.rotates or group.jitters or group.halo, 3, S, S, dtype=torch.int16)
+    # a tile before its blur may replace its own crop, unless a rotation of another tile still reads that
+    unblurred = memory(group.halo, 3, S, S, dtype=torch.int16) if group.rotates else scratch
     draws.draw_kernel[(B, V)](
         sizes, index, specs, table, seed, epoch, epoch_ptr, **_drawing(view), EPOCH_PTR=epoch_ptr is not None,
         num_warps=1,
@@ -293,13 +303,15 @@ def _launch_tiles(group, pixels, sizes, index, specs, out, seed, epoch, epoch_pt
     grid = (B * side * side, V)
     if group.rotates:
         crop_kernel[grid](
-            pixels, pixels.shape[1], sizes, table, crops, B, SIZE=S, **_cutting(view), TILE=TILE, SIDE=side,
+            pixels, pixels.shape[1], sizes, table, scratch, B, SIZE=S, **_cutting(view), TILE=TILE, SIDE=side,
+            num_warps=8,
         )  # fmt: skip
     for means in (True, False) if group.jitters else (False,):
+        kept = group.jitters and not means and not group.rotates  # read the crop that the first pass kept
         colour_kernel[grid](
-            pixels, pixels.shape[1], sizes, table, specs, crops, sums, unblurred, out, B, SIZE=S, **_cutting(view),
+            pixels, pixels.shape[1], sizes, table, specs, scratch, sums, unblurred, out, B, SIZE=S, **_cutting(view),
             ROTATE=group.rotates, JITTERS=group.jitters, BLURS=group.halo > 0, **_ordering(view), MEANS=means,
-            TILE=TILE, SIDE=side, TILES=pow2(side * side), num_warps=4,
+            KEPT=kept, TILE=TILE, SIDE=side, TILES=pow2(side * side), num_warps=4 if kept else 8,
         )  # fmt: skip
     if group.halo:
         over = cdiv(S, BLUR_TILE - 2 * group.halo)

@@ -97,6 +97,12 @@ FORMS = {  # the other tile sizes, types and forms
 }
 
 
+PER_PASS = {  # instructions of a warp in one pass of the main loop, on Hopper: docs/kernels.md's, and 10 % more
+    "row_sums_kernel": 326, "row_gradients_kernel": 495, "one_pass_kernel": 448, "column_kernel": 695,
+    "row_kernel": 200, "stats_kernel": 377,
+}  # fmt: skip
+
+
 def builds(name):
     from fastssl.kernels.common import PRETENDED
     from fastssl.kernels.testing import compile_launch, record_launches
@@ -149,6 +155,8 @@ def test_shipped_kernels_compile_without_spills(name):
     for b in hold(name, SHIPPED[name][1]):
         if name == "prototypes":  # bound by memory
             assert b["narrow_loads"] == 0, b
+        if b["arch"] == 90 and b["kernel"] in PER_PASS:
+            assert 0 < b["loop"] <= PER_PASS[b["kernel"]], b
         if b["arch"] == 90 and b["kernel"] in ("row_sums_kernel", "one_pass_kernel"):
             assert b["resident"] == 2, b  # one program's products run during the other's exponentials
 
@@ -164,5 +172,5 @@ def test_ntxent_at_65536_rows_needs_under_100_megabytes():
         assert 33e6 < peak < 100e6, f"{name}: {peak / 1e6:.1f} MB"  # no less than what holds the rows and the gradient
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # `python tests/kernels/test_builds.py ntxent`: what docs/kernels.md quotes
     print(json.dumps(peaks() if sys.argv[1] == "peaks" else builds(sys.argv[1])))
