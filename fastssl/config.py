@@ -228,6 +228,14 @@ _CHOICES = {
     "backbone.norm": ("bn", "gn", "frozen"),
 }
 
+_READ_BY = {  # options of Optim that only some choices read: anything else than the default is an error beside others
+    **dict.fromkeys(("momentum", "dampening", "nesterov"), ("name", ("sgd", "lars"))),
+    **dict.fromkeys(("eta", "clip_lr", "lr_in_momentum"), ("name", ("lars",))),
+    **dict.fromkeys(("betas", "eps"), ("name", ("adamw",))),
+    **dict.fromkeys(("milestones", "gamma"), ("schedule", ("step",))),
+    "lr_end": ("schedule", ("cosine", "cosine_epoch")),
+}
+
 
 def validate(run: Run) -> None:
     """Check types and choices of every section; files and shapes are checked where they are opened."""
@@ -259,9 +267,16 @@ def validate(run: Run) -> None:
         value = getattr(run.optim, name)
         if not 0 <= value < (1 if name == "momentum" else math.inf):
             raise ValueError(f"optim.{name}={value!r} must be at least 0" + ", below 1" * (name == "momentum"))
-    if run.optim.milestones and run.optim.schedule != "step":
-        raise ValueError(f"optim.milestones={run.optim.milestones} are read by optim.schedule='step' alone, and it is "
-                         f"{run.optim.schedule!r}: set the schedule, or remove the milestones")
+    for name in ("warmup_ratio", "lr_end"):
+        value = getattr(run.optim, name)
+        if not 0 <= value <= 1:
+            raise ValueError(f"optim.{name}={value!r} is a part of lr: at least 0, at most 1")
+    for f in dataclasses.fields(Optim):
+        key, readers = _READ_BY.get(f.name, (None, ()))
+        value, choice = getattr(run.optim, f.name), key and getattr(run.optim, key)
+        if key and choice not in readers and value != f.default:
+            raise ValueError(f"optim.{f.name}={value!r} has no effect with optim.{key}={choice!r}, only with "
+                             f"{' and '.join(map(repr, readers))}: set optim.{key}, or optim.{f.name}={f.default!r}")
     if not run.data.views:
         raise ValueError("data.views is empty: give a recipe, for example views.simclr(224)")
 

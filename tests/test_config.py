@@ -31,8 +31,8 @@ def file(tmp_path):
 
 
 def test_overrides_reach_every_section_with_the_right_type(file):
-    run = config.load(file, ["optim.lr=1", "optim.betas=[0.8, 0.9]", "method.temperature=0.3", "data.test=a b.beton",
-                             "speed.micro_batch=8", "data.test=none", "log.tensorboard=false",
+    run = config.load(file, ["optim.lr=1", "optim.name=adamw", "optim.betas=[0.8, 0.9]", "method.temperature=0.3",
+                             "data.test=a b.beton", "speed.micro_batch=8", "data.test=none", "log.tensorboard=false",
                              "optim.paramwise.bias.lr=2", "seed=5", "deterministic=True"])
     assert (run.optim.lr, type(run.optim.lr)) == (1.0, float)
     assert run.optim.betas == (0.8, 0.9)
@@ -57,7 +57,10 @@ def test_overrides_reach_every_section_with_the_right_type(file):
     ("optim.steps=0", "optim.steps=0 must be at least 1, or None"),
     ("optim.momentum=2", "optim.momentum=2.0 must be at least 0, below 1"),
     ("optim.weight_decay=-1", "optim.weight_decay=-1.0 must be at least 0"),
-    ("optim.milestones=(1,2)", "are read by optim.schedule='step' alone"),
+    ("optim.milestones=(1,2)", "no effect with optim.schedule='cosine', only with 'step'"),
+    ("optim.eta=0.02", "no effect with optim.name='sgd', only with 'lars': set optim.name, or optim.eta=0.001"),
+    ("optim.betas=(0.9,0.95)", "no effect with optim.name='sgd', only with 'adamw'"),
+    ("optim.lr_end=2.0", "part of lr: at least 0, at most 1"), ("optim.warmup_ratio=-0.1", "part of lr"),
     ("optim.lr=0", "optim.lr=0.0 must be positive"),
     ("optim.lr.x=1", "optim.lr.x: float has no settings below it"),
     ("optim.lr", "is not of the form a.b=value"),

@@ -93,6 +93,7 @@ FULL = tuple(
 
 BENCH = (
     Case(256, 65536, 128), Case(512, 65536, 128), Case(1024, 65536, 128), Case(4096, 65536, 128),
+    Case(256, 65536, 128, queue_dtype=F32),  # as MoCo keeps it
     Case(256, 65536, 256), Case(4096, 65536, 256), Case(4096, "batch", 256), Case(4096, "both", 256),
     Case(16384, "both", 512),
 )  # fmt: skip
