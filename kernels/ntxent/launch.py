@@ -83,9 +83,9 @@ def sums_tiles(width: int, dtype: torch.dtype, labels: bool, device) -> Tiles:
 def gradient_tiles(width: int, labels: bool, device) -> Tiles:
     if small_memory(device):
         return Tiles(64 if labels and width > 128 else 128, 32, width, 8, 3 if width <= 128 else 2)
-    if width <= 64:
-        return Tiles(128, 64, width, 8, 2, 128)
-    return Tiles(128, 64 if labels or width > 128 else 128, width, 8, 2)
+    if labels or width > 128:
+        return Tiles(128, 64, width, 8, 2)
+    return Tiles(128, 64, width, 8, 3, 128)
 
 
 def precision() -> str:

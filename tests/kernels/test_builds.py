@@ -98,7 +98,7 @@ FORMS = {  # the other tile sizes, types and forms
 
 
 PER_PASS = {  # instructions of a warp in one pass of the main loop, on Hopper: docs/kernels.md's, and 10 % more
-    "row_sums_kernel": 326, "row_gradients_kernel": 495, "one_pass_kernel": 448, "column_kernel": 695,
+    "row_sums_kernel": 326, "row_gradients_kernel": 338, "one_pass_kernel": 448, "column_kernel": 695,
     "row_kernel": 200, "stats_kernel": 377,
 }  # fmt: skip
 
@@ -157,7 +157,7 @@ def test_shipped_kernels_compile_without_spills(name):
             assert b["narrow_loads"] == 0, b
         if b["arch"] == 90 and b["kernel"] in PER_PASS:
             assert 0 < b["loop"] <= PER_PASS[b["kernel"]], b
-        if b["arch"] == 90 and b["kernel"] in ("row_sums_kernel", "one_pass_kernel"):
+        if b["arch"] == 90 and b["kernel"] in ("row_sums_kernel", "row_gradients_kernel", "one_pass_kernel"):
             assert b["resident"] == 2, b  # one program's products run during the other's exponentials
 
 

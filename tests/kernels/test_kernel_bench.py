@@ -1,5 +1,6 @@
 """The kernel benchmark where it can be held to account without a GPU: its baseline is its truth at large sizes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,3 +38,11 @@ def test_every_case_counts_its_work_and_every_target_has_a_case():
 def test_without_a_gpu_it_says_so():
     run = subprocess.run([sys.executable, BENCH / "kernels.py"], capture_output=True, text=True)
     assert run.returncode == 2 and "nothing was measured" in run.stdout
+
+
+def test_tiles_are_described_without_a_gpu():
+    run = subprocess.run([sys.executable, BENCH / "tiles.py", "one_pass", "--dims", "128", "--shipped"],
+                         env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    line = next(line for line in run.stdout.splitlines() if line.startswith(" *"))
+    assert "128 x  64, 8 warps" in line and "   0 B spilled" in line and " 2 at a time" in line
