@@ -79,9 +79,9 @@ def row_losses_kernel(
             b_pos += tl.load(p + 2 * plane, mask=m_row, other=0.0)
             b_count += tl.load(p + 3 * plane, mask=m_row, other=0.0)
 
-    active = b_sum > 0
+    active = (b_sum > 0) | (b_sum != b_sum)  # what is not a number must show in the loss
     if LABELS:
-        active = active & (b_count > 0)
+        active = active & (b_count != 0)
         b_pos = b_pos / tl.maximum(b_count, 1.0)
         tl.store(p_a + o_row, tl.where(active, 1.0 / tl.maximum(b_count, 1.0), 0.0), mask=m_row)
     else:

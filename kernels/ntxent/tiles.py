@@ -48,7 +48,7 @@ def _same_label(b_label, p_label, o_col):
 
 @triton.jit
 def _tally(b_pos, b_count, b_s, positive):
-    b_one = tl.where(b_s == b_s, 1.0, 0.0)  # always 1, but laid out as b_s is: else the mask is laid out anew, slowly
+    b_one = tl.where(b_s == b_s, 1.0, b_s)  # 1, laid out as b_s is: of a constant, the mask would be laid out anew
     return b_pos + tl.sum(tl.where(positive, b_s, 0.0), 1), b_count + tl.sum(tl.where(positive, b_one, 0.0), 1)
 
 
