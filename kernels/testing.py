@@ -2,6 +2,7 @@
 and launches recorded and compiled ahead of time for a named architecture (no GPU needed, no interpreter).
 """
 
+import math
 import os
 import re
 import subprocess
@@ -162,7 +163,7 @@ class Build:
 
     spills: bytes of local memory; fits: its shared memory can be had; resident: how many programs a multiprocessor
     holds at a time; narrow_loads: instructions that load one value of 8 or 16 bits, where a thread could have loaded 16
-    bytes at once; loop: instructions that a warp issues in one pass of the longest loop, without what a branch skips.
+    bytes at once; loop: instructions that a warp issues in the shortest pass of the longest loop.
     """
 
     kernel: str
@@ -205,13 +206,21 @@ def compile_launch(launch: Launch, arch: int) -> Build:
 
 
 def _loop(sass: str) -> int:
-    code = [(int(m[1], 16), m[2], int(m[3] or "0", 16)) for m in re.finditer(
-        r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(?:[^;\n]*?0x([0-9a-f]+))?[^;\n]*;", sass
+    code = [(int(m[1], 16), bool(m[2]), m[3], int(m[4] or "0", 16)) for m in re.finditer(
+        r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\w+)?\s*([A-Z][\w.]*)(?:[^;\n]*?0x([0-9a-f]+))?[^;\n]*;", sass
     )]  # fmt: skip
-    branches = [(at, to) for at, name, to in code if name.startswith("BRA")]
-    first, last = max(((to, at) for at, to in branches if to < at), key=lambda ends: ends[1] - ends[0], default=(0, -1))
-    skipped = [(at, to) for at, to in branches if first <= at < to <= last]
-    return sum(first <= at <= last and not any(a < at < b for a, b in skipped) for at, _, _ in code)
+    back = [(to, at) for at, _, name, to in code if name.startswith("BRA") and to < at]
+    first, last = max(back, key=lambda ends: ends[1] - ends[0], default=(0, -1))
+    shortest = {first: 0}  # instructions before this one, by the shortest way
+    body = [c for c in code if first <= c[0] <= last]
+    for (at, predicated, name, to), (after, *_) in zip(body, [*body[1:], (last + 1,)]):
+        if at not in shortest:
+            continue
+        jumps = name.startswith("BRA") and at < to <= last
+        ways = [to] * jumps + [after] * (not jumps or predicated)
+        for way in ways:
+            shortest[way] = min(shortest.get(way, math.inf), shortest[at] + 1)
+    return shortest.get(last + 1, 0)
 
 
 def _cuobjdump(cubin: bytes) -> tuple[str, str]:

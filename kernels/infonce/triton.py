@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..collectives import group_name, named_group, rank_world
-from ..common import cdiv, l2_normalize
+from ..common import capability, cdiv, l2_normalize
 from ..ntxent.launch import HELD, Form, Tiles, matmul_float32, n_splits, precision, prepare, small_memory
 from ..ntxent.rows import LN2, inverse_norm
 
@@ -102,12 +102,15 @@ def combine_kernel(
     tl.store(p_dq + o_row.to(tl.int64)[:, None] * D + o_d[None, :], b_g * factor, mask=m_tile)
 
 
-def one_pass_tiles(width: int, same_dtype: bool, device) -> Tiles:
+def one_pass_tiles(width: int, same_dtype: bool, full: bool, device) -> Tiles:
     """Two programs to a multiprocessor where their registers suffice: one's exponentials hide behind the other's
-    products.  (Casting keys takes more of them.)"""
+    products.  Casting keys takes more of them, masking their width (not `full`) too."""
     if small_memory(device):
-        return Tiles(128, 32, width, 8, 3 if width <= 128 else 2)
-    return Tiles(128, 64, width, 8, 2, 128 if width <= 128 and same_dtype else None)
+        if width <= 128:
+            return Tiles(128, 32, width, 8, 3)
+        return Tiles(128, 32 if same_dtype else 16, width, 8, 2)  # float32 keys as wide: 105 KB, and some cards have 99
+    two = width <= 128 and same_dtype and full and capability(device) // 10 == 9
+    return Tiles(128, 64, width, 8, 2, 128 if two else None)
 
 
 def forward(q, k, queue, temperature, normalize, group, normalize_k=None):
@@ -128,7 +131,7 @@ def forward(q, k, queue, temperature, normalize, group, normalize_k=None):
         positive = torch.nn.functional.pad(l2_normalize(k) if normalize_k else k, (0, width - d))
         return chunked(q, u[:m], inv, positive, positive_dot, keys[:n], own, form)
 
-    t = one_pass_tiles(width, keys.dtype == u.dtype, q.device)
+    t = one_pass_tiles(width, keys.dtype == u.dtype, keys.shape[1] == width, q.device)
     if t.bn * keys.stride(0) + width * keys.stride(1) >= 2**31:
         keys = keys.contiguous()
     programs, tiles = cdiv(m, t.bm), max(cdiv(n, t.bn), 1)

@@ -13,7 +13,7 @@ from ..common import capability, cdiv, pow2, processors
 from . import rows as rk
 from . import tiles as tk
 
-PAD = 128  # rows of v are padded with zeros to a multiple of this, so that no tile needs a mask to load
+PAD = 128  # rows of v, and with them weights, pulls and labels, are padded to a multiple: no tile's load needs a mask
 HELD = 256  # widest row whose block of gradients is held in registers; above it, the gradient goes through a matmul
 WORKSPACE = 16 << 20  # bytes of logit gradients held at a time where a row is wider than that (or half of v)
 SPLIT_BYTES = 32 << 20  # bytes of partial gradients when the columns are split over programs
@@ -68,7 +68,8 @@ def small_memory(device) -> bool:
 def sums_tiles(width: int, dtype: torch.dtype, labels: bool, device) -> Tiles:
     """The largest tiles that spill no registers (tests/kernels/test_builds.py); comparing labels takes many.
 
-    Up to a width of 128 two stages leave room for a second program, whose products run during the first's exponentials.
+    Two stages leave room on Hopper, up to a width of 128, for a second program, whose products run during the first's
+    exponentials; with labels there are not the registers for one.
     """
     if dtype.itemsize == 4:
         return Tiles(64, 64, 32, 4, 2)
@@ -127,11 +128,18 @@ def prepare(x, y, form: Form, group, normalize_y=None):
     return v, inv, dot
 
 
+def _as_long_as(v, labels):
+    if labels is None or len(labels) == len(v):
+        return labels
+    return torch.nn.functional.pad(labels, (0, len(v) - len(labels)))
+
+
 def row_losses(u, v, m, n, offset, labels, dot, form: Form, group):
     """Sum of this rank's row losses; all rows' weights w, and with labels one over the number of their positives.
 
     Both are as long as v: tiles read them without a mask, and what lies past row n counts for nothing.
     """
+    labels = _as_long_as(v, labels)
     t = sums_tiles(v.shape[1], v.dtype, labels is not None, v.device)
     programs = cdiv(m, t.bm)
     splits, each = n_splits(programs, cdiv(n, t.bn), v.device)
@@ -157,6 +165,7 @@ def row_losses(u, v, m, n, offset, labels, dot, form: Form, group):
 def row_gradients(grad, x, inv, u, v, w_row, w_col, a, n, offset, labels, form: Form, factor):
     """The gradient with respect to x (m, D), times factor and grad."""
     m = x.shape[0]
+    labels = _as_long_as(v, labels)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     has_labels = labels is not None
     gexp = 13 if v.dtype == torch.float16 else 0  # gradients of a logit lie in [-2, 2]: use fp16's whole range

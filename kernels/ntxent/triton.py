@@ -78,6 +78,4 @@ ntxent_op.register_autograd(_backward, setup_context=_setup)
 
 
 def ntxent(z, temperature, labels, decoupled, normalize, group):
-    if labels is not None:
-        labels = torch.nn.functional.pad(labels, (0, -len(labels) % PAD))  # tiles read them without a mask
     return ntxent_op(z, labels, float(temperature), decoupled, normalize, group_name(group))[0]

@@ -18,7 +18,19 @@ from ..ntxent.launch import n_splits
 ROWS, COLUMNS = 8, 1024  # tile of a column pass: a thread holds whole columns of it, so their sums need no exchange
 BLOCK = 2048  # columns that a program of a row pass reads at a time
 GROUP = tl.constexpr(8)  # neighbours that share a running maximum: of bfloat16, what a thread loads at once
-SIZES = ("b", "rows_split", "splits")  # one build for all; k is not among them, or masks would keep loads from 16 bytes
+SIZES = ("b", "k", "sx_r", "rows_split", "splits")  # one build for all, but for what alignment() says of them
+
+
+def alignment(k: int, *tensors: Tensor) -> int:
+    """What the number of columns and the row strides are a multiple of, up to 16: without it, the mask of the last
+    columns would keep every load from 16 bytes, and Triton's own hint knows 16 alone (SwAV has 3000 prototypes)."""
+    return math.gcd(16, k, *(x.stride(0) for x in tensors))
+
+
+@triton.jit
+def multiple(x, ALIGN: tl.constexpr):
+    """x, which is a multiple of ALIGN, so that the compiler sees it."""
+    return x // ALIGN * ALIGN
 
 
 @triton.jit
@@ -37,9 +49,11 @@ def running_maximum(b_max, b_x):
 
 @triton.jit(do_not_specialize=SIZES)
 def column_kernel(
-    p_x, sx_r, sx_k, p_row, p_part, b, k, rows_split, c, BR: tl.constexpr, BK: tl.constexpr, FIRST: tl.constexpr
-):
+    p_x, sx_r, sx_k, p_row, p_part, b, k, rows_split, c, BR: tl.constexpr, BK: tl.constexpr, ALIGN: tl.constexpr,
+    FIRST: tl.constexpr,
+):  # fmt: skip
     """part (2, splits, K): over a part of the rows, the maximum of c x + row and the sum of 2^ relative to it."""
+    k, sx_r = multiple(k, ALIGN), multiple(sx_r, ALIGN)
     o_k = tl.program_id(0) * BK + tl.arange(0, BK)
     i_split = tl.program_id(1)
     m_k = o_k < k
@@ -82,9 +96,11 @@ def column_end_kernel(p_part, p_max, p_column, k, splits, BK: tl.constexpr, LOG:
 
 @triton.jit(do_not_specialize=SIZES)
 def row_kernel(
-    p_x, sx_r, sx_k, p_column, p_row, p_out, k, c, column_scale, BK: tl.constexpr, WRITE: tl.constexpr
-):
+    p_x, sx_r, sx_k, p_column, p_row, p_out, k, c, column_scale, BK: tl.constexpr, ALIGN: tl.constexpr,
+    WRITE: tl.constexpr,
+):  # fmt: skip
     """row = -log2 sum_k 2^(c x - column); WRITE: instead the softmax of the row, out (B, K)."""
+    k, sx_r = multiple(k, ALIGN), multiple(sx_r, ALIGN)
     i = tl.program_id(0)
     p_x += i.to(tl.int64) * sx_r
     b_max = tl.full([BK // GROUP], float("-inf"), tl.float32)
@@ -116,7 +132,9 @@ def row_block(k: int) -> int:
 
 def center(logits, epsilon, iterations, group):
     b, k = logits.shape
-    c = 1 / (math.log(2) * epsilon)
+    if logits.stride(1) != 1:  # a tile of scattered columns would not fit into registers
+        logits = logits.contiguous()
+    c, align = 1 / (math.log(2) * epsilon), alignment(k, logits)
     f32 = {"dtype": torch.float32, "device": logits.device}
     row, column, top = torch.empty(b, **f32), torch.empty(k, **f32), torch.empty(k, **f32)
     programs = cdiv(k, COLUMNS)
@@ -124,8 +142,9 @@ def center(logits, epsilon, iterations, group):
     part = torch.empty((2, splits, k), **f32)
     for i in range(iterations):
         column_kernel[(programs, splits)](
-            logits, *logits.stride(), row, part, b, k, each * ROWS, c, BR=ROWS, BK=COLUMNS, FIRST=i == 0
-        )
+            logits, *logits.stride(), row, part, b, k, each * ROWS, c, BR=ROWS, BK=COLUMNS,
+            ALIGN=align, FIRST=i == 0,
+        )  # fmt: skip
         column_end_kernel[(cdiv(k, 1024),)](part, top, column, k, splits, BK=1024, LOG=group is None)
         if group is not None:
             own = top.clone()
@@ -133,8 +152,8 @@ def center(logits, epsilon, iterations, group):
             column = top + all_reduce(column * torch.exp2(own - top), group).log2()
         if i < iterations - 1:  # the last scaling of the rows is the softmax of whoever uses the center
             row_kernel[(b,)](
-                logits, *logits.stride(), column, row, row, k, c, 1.0, BK=row_block(k), WRITE=False
-            )
+                logits, *logits.stride(), column, row, row, k, c, 1.0, BK=row_block(k), ALIGN=align, WRITE=False,
+            )  # fmt: skip
     return column / c
 
 
@@ -143,7 +162,8 @@ def assignments(logits, center, epsilon):
     c = 1 / (math.log(2) * epsilon)
     out = torch.empty((b, k), dtype=torch.float32, device=logits.device)
     row_kernel[(b,)](
-        logits, *logits.stride(), center, out, out, k, c, c, BK=row_block(k), WRITE=True
+        logits, *logits.stride(), center, out, out, k, c, c, BK=row_block(k), ALIGN=alignment(k, logits),
+        WRITE=True,
     )  # fmt: skip
     return out
 

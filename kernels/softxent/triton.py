@@ -12,9 +12,9 @@ from torch import Tensor
 from ..common import cdiv
 from ..ntxent.launch import n_splits
 from ..ntxent.rows import LN2
-from ..sinkhorn.triton import GROUP, grouped, row_block, running_maximum
+from ..sinkhorn.triton import GROUP, alignment, grouped, multiple, row_block, running_maximum
 
-SIZES = ("n", "splits")  # one build for all; the columns are not among them, or masks would keep loads from 16 bytes
+SIZES = ("n", "k", "ss_r", "st_r", "columns_split", "splits")  # one build for all, but for their alignment
 
 
 @triton.jit
@@ -30,9 +30,11 @@ def _teacher(p_t, p_center, o_k, stride, mask, ct, CENTER: tl.constexpr, LOGITS:
 @triton.jit(do_not_specialize=SIZES)
 def stats_kernel(
     p_s, ss_r, ss_k, p_t, st_r, st_k, p_center, p_stat, n, k, columns_split, cs, ct,
-    BK: tl.constexpr, CENTER: tl.constexpr, LOGITS: tl.constexpr,
+    BK: tl.constexpr, ALIGN: tl.constexpr, CENTER: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
     """stat (5, splits, N): maximum and sum of the student's, of the teacher's, and sum of teacher weight x student."""
+    ss_r, st_r, k = multiple(ss_r, ALIGN), multiple(st_r, ALIGN), multiple(k, ALIGN)
+    columns_split = multiple(columns_split, ALIGN)
     i, i_split = tl.program_id(0), tl.program_id(1)
     p_s += i.to(tl.int64) * ss_r
     p_t += i.to(tl.int64) * st_r
@@ -110,8 +112,9 @@ def rows_kernel(p_stat, p_end, p_loss, n, splits, BR: tl.constexpr, LOGITS: tl.c
 @triton.jit(do_not_specialize=SIZES)
 def gradient_kernel(
     p_s, ss_r, ss_k, p_t, st_r, st_k, p_center, p_end, p_grad, p_out, n, k, cs, ct, factor,
-    BK: tl.constexpr, CENTER: tl.constexpr, LOGITS: tl.constexpr,
+    BK: tl.constexpr, ALIGN: tl.constexpr, CENTER: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
+    ss_r, st_r, k = multiple(ss_r, ALIGN), multiple(st_r, ALIGN), multiple(k, ALIGN)
     i = tl.program_id(0)
     o_k = tl.program_id(1) * BK + tl.arange(0, BK)
     m_k = o_k < k
@@ -139,7 +142,7 @@ def forward(student, teacher, student_temperature, teacher_temperature, center):
     flags = {"CENTER": center is not None, "LOGITS": teacher_temperature is not None}
     stats_kernel[(n, splits)](
         student, *student.stride(), teacher, *teacher.stride(), center, stat, n, k, each * block,
-        *_scales(student_temperature, teacher_temperature), BK=block, **flags,
+        *_scales(student_temperature, teacher_temperature), BK=block, ALIGN=alignment(k, student, teacher), **flags,
     )  # fmt: skip
     end, loss = torch.empty((4, n), **f32), torch.empty(cdiv(n, 128), **f32)
     rows_kernel[(cdiv(n, 128),)](stat, end, loss, n, splits, BR=128, LOGITS=flags["LOGITS"], LN2=LN2)
@@ -153,7 +156,8 @@ def backward(grad, student, teacher, center, end, student_temperature, teacher_t
     gradient_kernel[(n, cdiv(k, block))](
         student, *student.stride(), teacher, *teacher.stride(), center, end, grad, out, n, k,
         *_scales(student_temperature, teacher_temperature), 1 / (n * student_temperature),
-        BK=block, CENTER=center is not None, LOGITS=teacher_temperature is not None,
+        BK=block, ALIGN=alignment(k, student, teacher), CENTER=center is not None,
+        LOGITS=teacher_temperature is not None,
     )  # fmt: skip
     return out
 

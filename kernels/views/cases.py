@@ -49,6 +49,7 @@ class Case(NamedTuple):
 
 BENCH = {
     "simclr_32": Case(512, 32, 32, (View(32, interpolation="bicubic", **STRONG),) * 2),
+    "simclr_64": Case(256, 64, 64, (View(64, **STRONG),) * 2),
     "simclr_224": Case(256, 375, 500, (View(224, **STRONG),) * 2),
     "simclr_224_of_256": Case(256, 256, 341, (View(224, **STRONG),) * 2),
     "byol_224": Case(256, 375, 500, (View(224, blur=1.0, **WEAK), View(224, blur=0.1, solarize=0.2, **WEAK))),

@@ -30,8 +30,7 @@ def tile(oy, ox, TILE: tl.constexpr):
 
 @triton.jit
 def window(i, start, length, low, high, SIZE: tl.constexpr, BICUBIC: tl.constexpr, REFLECT: tl.constexpr):
-    """For output pixels i: source centre, first and last tap, inside the image?; and one over the stretch, tap count.
-    """
+    """For output pixels i: source centre, first and last tap, inside the image?; and 1 / stretch, number of taps."""
     scale = length / SIZE
     centre = start + scale * (i.to(tl.float32) + 0.5)
     if REFLECT:
@@ -281,15 +280,16 @@ def at(view, iy, ix, SIZE: tl.constexpr):
 
 
 @triton.jit
-def steps(turns, none, one, two, three):
+def turned(turns, none, one, two, three):
+    """The one of four that belongs to so many quarter turns."""
     return tl.where(turns == 0, none, tl.where(turns == 1, one, tl.where(turns == 2, two, three)))
 
 
 @triton.jit
 def store(out, iy, ix, m, r, g, b, turns, spec, MEAN: tl.constexpr, SIZE: tl.constexpr):
     """Normalise with the six numbers at spec + MEAN and write pixels of one view (SIZE, SIZE, 3), turned."""
-    p = out + 3 * (steps(turns, 0, SIZE * SIZE - SIZE, SIZE * SIZE - 1, SIZE - 1)
-                   + steps(turns, SIZE, 1, -SIZE, -1) * iy + steps(turns, 1, -SIZE, -1, SIZE) * ix)  # fmt: skip
+    p = out + 3 * (turned(turns, 0, SIZE * SIZE - SIZE, SIZE * SIZE - 1, SIZE - 1)
+                   + turned(turns, SIZE, 1, -SIZE, -1) * iy + turned(turns, 1, -SIZE, -1, SIZE) * ix)  # fmt: skip
     kind = out.dtype.element_ty
     for c in tl.static_range(3):
         v = r if c == 0 else (g if c == 1 else b)
@@ -308,8 +308,9 @@ def keep(view, iy, ix, m, r, g, b, SIZE: tl.constexpr):
 
 @triton.jit
 def fixed(x):
-    """[0, 1] as 16 bits, rounded: the last bits of 2^23 + x, as in low_bits()."""
-    return (x * 65535.0 + 8388608.0).to(tl.int32, bitcast=True).to(tl.int16)
+    """[0, 1] as 16 bits, rounded: the last bits of 2^23 + x, as in low_bits().  Rounding can leave a crop's white a
+    little above 1, which would wrap to black."""
+    return (clamp01(x) * 65535.0 + 8388608.0).to(tl.int32, bitcast=True).to(tl.int16)
 
 
 @triton.jit

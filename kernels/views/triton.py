@@ -1,5 +1,6 @@
-"""The views as a custom op.  Up to 64 pixels one launch does it all, a program a view; above, five launches share
-parameters, contrast means and what is still to be blurred through memory.  Not measured yet on a GPU.
+"""The views as a custom op.  Up to 64 pixels one launch does it all, a program a view; above, and where views rotate,
+two to five launches share parameters, crops, contrast means and what is still to be blurred through memory.  Not
+measured yet on a GPU.
 
 Views that differ only in numbers (probabilities, strengths, streams, mean) share launches: two groups for SwAV's eight
 views.  The maths is in pixels.py, the random numbers in draws.py.
@@ -275,7 +276,7 @@ def _launch_whole(group, pixels, sizes, index, specs, out, seed, epoch, epoch_pt
     whole_kernel[(len(pixels), len(group.views))](
         pixels, pixels.shape[1], sizes, index, specs, out, seed, epoch, epoch_ptr, **_drawing(view), **_cutting(view),
         **_ordering(view), JITTERS=group.jitters, BLURS=group.halo > 0, EPOCH_PTR=epoch_ptr is not None, TILE=tile,
-        num_warps=min(16, tile * tile // 128),  # 4 pixels a thread; more cost registers, and idle warps
+        num_warps=min(8 if group.halo else 16, tile * tile // 128),  # a blur of 64 pixels needs registers, not warps
     )  # fmt: skip
 
 

@@ -18,16 +18,16 @@ def ntxent(rows=8192, dim=128, dtype=torch.float16, temperature=0.1, labels=Fals
 
     torch.set_float32_matmul_precision(precision)
     z = torch.empty(rows, dim, device="meta", dtype=dtype)
-    y = torch.empty(-(-rows // 128) * 128, device="meta", dtype=torch.int64) if labels else None
+    y = torch.empty(rows, device="meta", dtype=torch.int64) if labels else None
     loss, *saved = triton.forward(z, y, temperature, decoupled, normalize, None)
     triton.backward(loss, z, y, *saved, temperature, decoupled, normalize, None)
 
 
-def infonce(rows=256, dim=128, dtype=torch.float16, keys=65536):
+def infonce(rows=256, dim=128, dtype=torch.float16, keys=65536, queue=None):
     from fastssl.kernels.infonce import triton
 
     q = torch.empty(rows, dim, device="meta", dtype=dtype)
-    triton.forward(q, q, q.new_empty(keys, dim) if keys else None, 0.2, True, None)
+    triton.forward(q, q, q.new_empty(keys, dim, dtype=queue or dtype) if keys else None, 0.2, True, None)
 
 
 def symmetric():
@@ -57,11 +57,11 @@ def memory():
     bank.centroids(rows, table, torch.empty(65536, device="meta", dtype=torch.int64))
 
 
-def prototypes():
+def prototypes(k=65536):
     from fastssl.kernels.sinkhorn import triton as sinkhorn
     from fastssl.kernels.softxent import triton as softxent
 
-    x = torch.empty(512, 65536, device="meta", dtype=torch.bfloat16)
+    x = torch.empty(512, k, device="meta", dtype=torch.bfloat16)
     center = sinkhorn.center(x, 0.05, 3, None)
     sinkhorn.assignments(x, center, 0.05)
     for teacher, c in ((0.04, center), (0.04, None), (None, None)):
@@ -75,6 +75,7 @@ SHIPPED = {
     "gathered": (gathered, set()),
     "memory": (memory, set()),
     "prototypes": (prototypes, set()),
+    "3000 prototypes": (lambda: prototypes(3000), set()),
 }
 FORMS = {  # the other tile sizes, types and forms
     "ntxent 32": (lambda: ntxent(dim=32), SHIPPED["ntxent"][1]),
@@ -92,6 +93,9 @@ FORMS = {  # the other tile sizes, types and forms
     "infonce 64": (lambda: infonce(dim=64), SHIPPED["infonce"][1]),
     "infonce 256": (lambda: infonce(dim=256), SHIPPED["infonce"][1]),
     "infonce bfloat16": (lambda: infonce(dtype=torch.bfloat16), SHIPPED["infonce"][1]),
+    "infonce float32 queue": (lambda: infonce(queue=torch.float32), SHIPPED["infonce"][1]),
+    "infonce 256 float32 queue": (lambda: infonce(dim=256, queue=torch.float32), SHIPPED["infonce"][1]),
+    "infonce 100": (lambda: infonce(dim=100), SHIPPED["infonce"][1]),
     "infonce batch": (lambda: infonce(keys=None), SHIPPED["infonce"][1]),
     "symmetric": (symmetric, SHIPPED["ntxent"][1]),
 }
@@ -145,6 +149,8 @@ def hold(name, on_tensor_cores):
     for b in built:
         assert b["spills"] == 0, b
         assert b["fits"], b
+        if b["arch"] == 80:  # cards of 8.6, 8.9 and 12.0 take the same tiles, and have less
+            assert b["shared"] <= 99 * 1024, b
         if b["kernel"] in on_tensor_cores:
             assert b["tensor_core"] == {80: "HMMA", 90: "HGMMA"}[b["arch"]], b
     return built
@@ -153,7 +159,7 @@ def hold(name, on_tensor_cores):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_kernels_compile_without_spills(name):
     for b in hold(name, SHIPPED[name][1]):
-        if name == "prototypes":  # bound by memory
+        if "prototypes" in name:  # bound by memory
             assert b["narrow_loads"] == 0, b
         if b["arch"] == 90 and b["kernel"] in PER_PASS:
             assert 0 < b["loop"] <= PER_PASS[b["kernel"]], b
