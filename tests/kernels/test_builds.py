@@ -173,6 +173,16 @@ def test_other_forms_compile_without_spills(name):
     hold(name, FORMS[name][1])
 
 
+def test_a_pass_is_counted_by_its_shortest_way():
+    from fastssl.kernels.testing import _loop
+
+    code = ["MOV R1, R2", "FADD R1, R1, R3", "@P0 BRA 0x50", "FMUL R1, R1, R3", "BRA 0x80", "FMUL R2, R2, R3",
+            "FADD R2, R2, 0x10", "MUFU.EX2 R2, R2", "@!P1 BRA 0x10", "EXIT"]  # fmt: skip
+    sass = "\n".join(f"        /*{16 * i:04x}*/   {line} ;   /* 0x0000000000000000 */" for i, line in enumerate(code))
+    assert _loop(sass) == 5  # FADD, the branch not taken, FMUL, BRA, the way back
+    assert _loop(sass.replace("BRA 0x10", "NOP")) == 0
+
+
 def test_ntxent_at_65536_rows_needs_under_100_megabytes():
     for name, peak in in_compiler("peaks").items():
         assert 33e6 < peak < 100e6, f"{name}: {peak / 1e6:.1f} MB"  # no less than what holds the rows and the gradient
