@@ -33,6 +33,7 @@ class Backbone:
     sobel: bool = False  # two fixed gradient filters on the gray image take the place of colour (ResNets)
     frozen: int = 0  # stages that keep the weights and statistics of `pretrained`: 1 is the stem, 2 the first stage too
     pretrained: str | None = None  # file, run folder, or "torchvision" / "timm"
+    options: dict = field(default_factory=dict)  # more arguments of timm.create_model: {"drop_path_rate": 0.1}
 
 
 @dataclass

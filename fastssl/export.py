@@ -91,6 +91,7 @@ def _timm_model(spec: Backbone) -> tuple[str, dict]:
     if not timm.is_model(name) or spec.width != 64:
         raise ValueError(f"timm has no {spec.name} of width {spec.width}: export to safetensors")
     options: dict = {"in_chans": spec.in_channels} if spec.in_channels != 3 else {}
+    options |= spec.options
     if spec.norm == "gn":
         options["norm_layer"] = "groupnorm"
     if name == "resnet50" and spec.norm == "gn":

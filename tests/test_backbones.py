@@ -229,3 +229,34 @@ def test_sobel_sees_gradients_and_no_colour():
     colours = torch.rand(1, 3, 6, 6)
     torch.testing.assert_close(net.sobel(colours), net.sobel(colours[:, [2, 0, 1]]))
     assert net(torch.rand(2, 3, 32, 32)).shape == (2, net.dim)
+
+
+# ---- options of timm's models ----------------------------------------------------------------------------------------
+
+VIT = "vit_tiny_patch16_224"
+
+
+def test_options_reach_timm():
+    net = build(VIT, options={"num_heads": 12, "drop_path_rate": 0.2, "reg_tokens": 4, "img_size": 64})
+    block = net.body.blocks[-1]
+    assert block.attn.num_heads == 12 and block.drop_path1.drop_prob == pytest.approx(0.2)
+    assert net.body.reg_token.shape[1] == 4 and net.body.patch_embed.num_patches == 16
+    assert net.train()(torch.randn(1, 3, 64, 64)).shape == (1, net.dim)
+    assert build("timm/resnet18", options={"drop_path_rate": 0.1}).body.layer4[1].drop_path is not None
+
+
+@pytest.mark.parametrize("name, options, text", [
+    (VIT, {"drop_path": 0.1}, "no argument 'drop_path'; did you mean 'drop_path_rate'"),
+    ("convnext_atto", {"num_heads": 12}, "convnext_atto has no argument 'num_heads'"),
+    ("mobilenetv3_small_050", {"drop_rat": 0.1}, "did you mean 'drop_rate'"),
+    ("regnetz_b16", {"drop_rat": 0.1}, "did you mean 'drop_rate'"),
+    (VIT, {"num_heads": 5}, "does not build .* with backbone.options={'num_heads': 5}"),
+    (VIT, {"num_heads": "many"}, "'num_heads': 'many'"),
+    (VIT, {"in_chans": 1}, "use backbone.in_channels"),
+    (VIT, {"pretrained": True}, "use backbone.pretrained"),
+    (VIT, {"norm_layer": nn.BatchNorm1d}, "cannot be written to config.json"),
+    ("resnet18", {"drop_path_rate": 0.1}, "name 'timm/resnet18'"),
+])  # fmt: skip
+def test_bad_options_say_so(name, options, text):
+    with pytest.raises(ValueError, match=text):
+        build(name, options=options)

@@ -33,7 +33,10 @@ def file(tmp_path):
 def test_overrides_reach_every_section_with_the_right_type(file):
     run = config.load(file, ["optim.lr=1", "optim.name=adamw", "optim.betas=[0.8, 0.9]", "method.temperature=0.3",
                              "data.test=a b.beton", "speed.micro_batch=8", "data.test=none", "log.tensorboard=false",
-                             "optim.paramwise.bias.lr=2", "seed=5", "deterministic=True"])
+                             "optim.paramwise.bias.lr=2", "seed=5", "deterministic=True",
+                             "backbone.options.drop_path_rate=0.1", "backbone.options.weight_init=jax"])
+    assert run.backbone.options == {"drop_path_rate": 0.1, "weight_init": "jax"}
+    assert config.dump(run)["backbone"]["options"] == run.backbone.options and config.Backbone().options == {}
     assert (run.optim.lr, type(run.optim.lr)) == (1.0, float)
     assert run.optim.betas == (0.8, 0.9)
     assert run.method.temperature == 0.3 and simclr.Config().temperature == 0.1

@@ -47,6 +47,7 @@ TIMM = [
     {"name": "resnet18", "stem": "cifar_pad2"}, {"name": "resnet50", "norm": "gn"},
     {"name": "resnet18", "norm": "gn", "in_channels": 2},
     {"name": "resnet18", "norm": "frozen"}, {"name": "vit_tiny_patch16_224"},
+    {"name": "vit_tiny_patch16_224", "options": {"num_heads": 12, "reg_tokens": 2}},
 ]  # fmt: skip
 
 
