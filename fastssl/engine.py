@@ -263,7 +263,8 @@ def build(run: Run, hooks: list = (), device: str | None = None) -> Trainer:
                               batch=run.optim.batch, kernels=run.speed.kernels)
     check_views(method, run.data.views)
     method = prepare(method, run, where)
-    optimizer, schedule = optim.build(method.named_parameters(), run.optim, steps_per_epoch=loader.steps)
+    optimizer, schedule = optim.build(method.named_parameters(), run.optim, steps_per_epoch=loader.steps,
+                                        impl=run.speed.kernels)
     torch.manual_seed(run.seed + 1 + dist.rank())  # dropout and the like differ by rank
     ds = start_deepspeed(method, optimizer, run, micro)
     optim.attach(ds)

@@ -2,6 +2,9 @@
 
 LARS is OpenSelfSup's (https://arxiv.org/abs/1708.03888; lr inside the momentum buffer), with solo-learn's as options.
 It never waits for the device, and its norms are those of whole tensors although ZeRO hands it flat fragments.
+
+Every optimizer here takes "lr" and "weight_decay" of its groups as numbers or as 0-dim tensors on the device, and has
+`found_inf`: None, or a 0-dim float32 tensor on the device; where it is not zero, `step` changes nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
+from fastssl.kernels import multi_tensor
+
 from .config import Optim
 
 NORM_AND_BIAS = "ndim<=1"  # a pattern beside the regexes: names miss norms such as `downsample.1`, shapes do not
@@ -23,9 +28,10 @@ KEYS = ("lr", "lr_mult", "momentum", "momentum_mult", "weight_decay", "weight_de
 
 
 def build(named_parameters: Iterable[tuple[str, Tensor]], optim: Optim, *, steps_per_epoch: int,
-          total_steps: int | None = None) -> tuple[torch.optim.Optimizer, Schedule]:
+          total_steps: int | None = None, impl: str = "auto") -> tuple[torch.optim.Optimizer, Schedule]:
     """The optimizer over the trainable parameters, and the schedule that sets its rates (`schedule.table` to print).
 
+    `impl`: which kernels update the parameters ("auto", "reference", "triton"; adamw's are torch's).
     After `deepspeed.initialize` call `attach(engine)`, and before every step `schedule.set_lr(optimizer, step)`.
     """
     schedule = Schedule(named_parameters, optim, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
@@ -33,13 +39,16 @@ def build(named_parameters: Iterable[tuple[str, Tensor]], optim: Optim, *, steps
     if optim.name == "lars":
         made = Lars(groups, lr=schedule.lr, momentum=optim.momentum, dampening=optim.dampening,
                     weight_decay=optim.weight_decay, nesterov=optim.nesterov, eta=optim.eta, clip_lr=optim.clip_lr,
-                    lr_in_momentum=optim.lr_in_momentum)
+                    lr_in_momentum=optim.lr_in_momentum, impl=impl)
     elif optim.name == "sgd":
-        made = torch.optim.SGD(groups, lr=schedule.lr, momentum=optim.momentum, dampening=optim.dampening,
-                               weight_decay=optim.weight_decay, nesterov=optim.nesterov)
+        if optim.nesterov and (optim.dampening or not optim.momentum):
+            raise ValueError(f"optim.nesterov=True needs optim.momentum above 0 (now {optim.momentum:g}) and "
+                             f"optim.dampening=0 (now {optim.dampening:g})")
+        made = Lars(groups, lr=schedule.lr, momentum=optim.momentum, dampening=optim.dampening,
+                    weight_decay=optim.weight_decay, nesterov=optim.nesterov, lr_in_momentum=False, lars_exclude=True,
+                    impl=impl)
     elif optim.name == "adamw":
-        made = torch.optim.AdamW(groups, lr=schedule.lr, betas=optim.betas, eps=optim.eps,
-                                 weight_decay=optim.weight_decay)
+        made = AdamW(groups, lr=schedule.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     else:
         raise ValueError(f"optim.name={optim.name!r} is none of sgd, adamw, lars")
     schedule.set_lr(made, 0)
@@ -211,21 +220,51 @@ class Schedule:
         return self.lr * factor
 
 
-# ---- LARS ------------------------------------------------------------------------------------------------------------
+# ---- optimizers ------------------------------------------------------------------------------------------------------
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW in its fused form, with a weight decay that may be a tensor on the device."""
+
+    def __init__(self, groups: list[dict], **options):
+        capturable = groups[0]["params"][0].is_cuda  # torch demands it inside a CUDA graph; CPUs do not have it
+        super().__init__(groups, **options, fused=True, capturable=capturable)
+        self.found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        assert closure is None, "AdamW takes no closure"
+        if self.found_inf is not None:
+            self.found_inf = self.found_inf.view(())  # torch subtracts it from step counts, which have no dimension
+        held = [(group, group["weight_decay"]) for group in self.param_groups]
+        for group, decay in held:
+            params = [p for p in group["params"] if p.grad is not None]
+            if isinstance(decay, Tensor) and params:  # torch's kernel takes a number: its decay is done here
+                factor = 1 - group["lr"] * decay
+                if self.found_inf is not None:
+                    factor = torch.where(self.found_inf != 0, 1.0, factor)
+                torch._foreach_mul_(params, factor)
+                group["weight_decay"] = 0.0
+        super().step()
+        for group, decay in held:
+            group["weight_decay"] = decay
 
 
 class Lars(torch.optim.Optimizer):
     """ratio = eta |w| / (|g| + wd |w|), d = ratio lr (g + wd w), buf = momentum buf + (1 - dampening) d, w -= buf.
 
-    A tensor whose weights or gradient are all zero, and every tensor of a `lars_exclude` group, has ratio 1.
-    `lr_in_momentum=False` applies lr to the buffer instead; `clip_lr` bounds ratio lr by lr (both solo-learn).
+    A tensor whose weights or gradient are all zero, and every tensor of a `lars_exclude` group, has ratio 1: with all
+    groups excluded and `lr_in_momentum=False` this is torch's SGD.  `lr_in_momentum=False` applies lr to the buffer
+    instead of d; `clip_lr` bounds ratio lr by lr (both solo-learn).
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.9, dampening: float = 0.0, weight_decay: float = 0.0,
                  nesterov: bool = False, eta: float = 1e-3, clip_lr: bool = False, lr_in_momentum: bool = True,
-                 lars_exclude: bool = False):
+                 lars_exclude: bool = False, impl: str = "auto"):
         self._whole: set[Tensor] = set()
         self._fragments: dict[Tensor, Fragments] = {}
+        self.impl = impl
+        self.found_inf: Tensor | None = None
         super().__init__(params, {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
                                   "nesterov": nesterov, "eta": eta, "clip_lr": clip_lr,
                                   "lr_in_momentum": lr_in_momentum, "lars_exclude": lars_exclude})
@@ -239,34 +278,27 @@ class Lars(torch.optim.Optimizer):
         assert closure is None, "LARS takes no closure"
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            fresh = {p for p in params if "momentum_buffer" not in self.state[p]}
+            fresh = {p for p in params if "momentum_buffer" not in self.state[p]} if group["momentum"] else set()
+            if fresh and group["dampening"] and self.found_inf is not None and bool(self.found_inf):
+                continue  # the first buffer that is kept must be one without dampening; this waits for the device
             for first in (True, False):
                 some = [p for p in params if (p in fresh) == first]
                 if some:
                     self._step(group, some, first)
 
     def _step(self, group: dict, params: list[Tensor], first: bool) -> None:
-        lr, momentum, exclude = group["lr"], group["momentum"], group["lars_exclude"]
-        inside, outside = (lr, 1.0) if group["lr_in_momentum"] else (1.0, lr)
+        exclude = group["lars_exclude"]
         w = self._views(params, params, exclude)
         g = self._views(params, [p.grad for p in params], exclude)
-        ratios = None if exclude else self._ratios(group, params, w, g)
-        if first and momentum:
-            for p in params:
+        squares = None if exclude else self._squares(group, params, w, g)
+        buffers = None
+        if group["momentum"]:
+            for p in params if first else ():
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        if not w:  # this rank holds nothing but padding; it has taken part in the all-reduce
-            return
-        d = torch._foreach_add(g, w, alpha=group["weight_decay"])
-        torch._foreach_mul_(d, inside if ratios is None else list((ratios * inside).unbind()))
-        if momentum:
             buffers = self._views(params, [self.state[p]["momentum_buffer"] for p in params], exclude)
-            if first:  # the first buffer is d itself, without dampening, as in torch's SGD
-                torch._foreach_copy_(buffers, d)
-            else:
-                torch._foreach_mul_(buffers, momentum)
-                torch._foreach_add_(buffers, d, alpha=1 - group["dampening"])
-            d = torch._foreach_add(d, buffers, alpha=momentum) if group["nesterov"] else buffers
-        torch._foreach_add_(w, d, alpha=-outside)
+        options = {k: group[k] for k in ("lr", "weight_decay", "momentum", "dampening", "nesterov", "eta", "clip_lr",
+                                         "lr_in_momentum")}
+        multi_tensor.lars_(w, g, buffers, squares, **options, first=first, found_inf=self.found_inf, impl=self.impl)
 
     def _views(self, params: list[Tensor], values: list[Tensor], exclude: bool) -> list[Tensor]:
         """`values` (one per parameter) cut into the fragments of whole tensors, without ZeRO's padding."""
@@ -284,24 +316,20 @@ class Lars(torch.optim.Optimizer):
                                    "optim.attach(engine) after deepspeed.initialize")
         return out
 
-    def _ratios(self, group: dict, params: list[Tensor], w: list[Tensor], g: list[Tensor]) -> Tensor:
-        """(n,) trust ratios of the fragments; under ZeRO one all-reduce sums their squared norms to whole tensors'."""
-        norms = torch.stack(torch._foreach_norm(w) + torch._foreach_norm(g)).view(2, -1) if w else None
+    def _squares(self, group: dict, params: list[Tensor], w: list[Tensor], g: list[Tensor]) -> Tensor | None:
+        """(3, n) sums of squares of whole tensors, for each fragment: under ZeRO one all-reduce adds the fragments'."""
+        squares = multi_tensor.square_sums(w, g, group["weight_decay"], impl=self.impl) if w else None
         cuts = [self._fragments[p] for p in params if p in self._fragments]
         if cuts:
             assert len(params) == 1, "ZeRO steps one flat partition at a time"
             cut, p = cuts[0], params[0]
-            squares = torch.zeros(2, cut.tensors, dtype=p.dtype, device=p.device)
-            if w:
-                squares[:, cut.owner] = norms.square()
+            whole = torch.zeros(3, cut.tensors, dtype=p.dtype, device=p.device)
+            if w:  # else this rank holds nothing but padding; it takes part in the all-reduce
+                whole[:, cut.owner] = squares
             if td.get_world_size(cut.group) > 1:
-                td.all_reduce(squares, group=cut.group)
-            norms = squares.sqrt()[:, cut.owner]
-        w_norm, g_norm = norms
-        ratio = group["eta"] * w_norm / (g_norm + group["weight_decay"] * w_norm)
-        if group["clip_lr"]:
-            ratio = (ratio / group["lr"]).clamp(max=1.0) if group["lr"] else torch.ones_like(ratio)
-        return torch.where((w_norm > 0) & (g_norm > 0), ratio, 1.0)
+                td.all_reduce(whole, group=cut.group)
+            squares = whole[:, cut.owner]
+        return squares
 
 
 @dataclass

@@ -6,6 +6,7 @@ Depends on torch and triton only.  impl="auto" picks Triton on CUDA and the defi
 from .bank import centroids_, update_
 from .gathered import gathered_nce
 from .infonce import infonce, infonce_symmetric
+from .multi_tensor import lars_, lerp_, square_sums
 from .ntxent import ntxent
 from .queue import push_
 from .sinkhorn import sinkhorn, sinkhorn_center
@@ -16,10 +17,13 @@ __all__ = [
     "gathered_nce",
     "infonce",
     "infonce_symmetric",
+    "lars_",
+    "lerp_",
     "ntxent",
     "push_",
     "sinkhorn",
     "sinkhorn_center",
     "softxent",
+    "square_sums",
     "update_",
 ]

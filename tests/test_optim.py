@@ -326,3 +326,70 @@ def test_set_lr_writes_every_group():
 
 if __name__ == "__main__":
     worker(sys.argv[1])
+
+
+# ---- values on the device --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_rates_may_be_tensors(name):
+    """A captured step reads them from the device; the numbers are the same, but for the order of rounding."""
+    results = []
+    for as_tensor in (False, True):
+        net = Net()
+        optimizer, schedule = optim.build(net.named_parameters(), SETTINGS[name], steps_per_epoch=5)
+        for step, (x, y) in enumerate(batches()):
+            schedule.set_lr(optimizer, step)
+            if as_tensor:
+                for group in optimizer.param_groups:
+                    group.update({k: torch.tensor(group[k]) for k in ("lr", "weight_decay")})
+            optimizer.zero_grad()
+            (net(x) - y).square().mean().backward()
+            optimizer.step()
+        results.append([p.detach() for p in net.parameters()])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_step_that_overflowed_changes_nothing(name, at):
+    """Neither parameters nor state: the run goes on as if the step had not been."""
+    results = []
+    for overflow in (False, True):
+        net = Net()
+        optimizer, schedule = optim.build(net.named_parameters(), SETTINGS[name], steps_per_epoch=5)
+        for step, (x, y) in enumerate(batches()):
+            schedule.set_lr(optimizer, step)
+            optimizer.zero_grad()
+            (net(x) - y).square().mean().backward()
+            if overflow and step == at:
+                good = [p.grad.clone() for p in net.parameters()]
+                for p in net.parameters():
+                    p.grad.fill_(torch.nan)
+                optimizer.found_inf = torch.ones(1)
+                optimizer.step()
+                for p, g in zip(net.parameters(), good):
+                    p.grad.copy_(g)
+            optimizer.found_inf = torch.zeros(1) if overflow else None
+            optimizer.step()
+        results.append([p.detach() for p in net.parameters()])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_sgd_is_torchs():
+    nets = Net().double(), Net().double()
+    ours, schedule = optim.build(nets[0].named_parameters(), SETTINGS["sgd"], steps_per_epoch=5)
+    options = [{"params": [p for n, p in nets[1].named_parameters() if n.startswith("predictor") == own],
+                "momentum": 0.5 if own else 0.9} for own in (False, True)]  # fmt: skip
+    theirs = torch.optim.SGD(options, lr=0.1, momentum=0.9, weight_decay=1e-2, nesterov=True)
+    for step, (x, y) in enumerate(batches()):
+        schedule.set_lr(ours, step)
+        theirs.param_groups[0]["lr"] = 0.1 * schedule.multiplier(step)
+        for net, optimizer in zip(nets, (ours, theirs)):
+            optimizer.zero_grad()
+            (net(x.double()) - y).square().mean().backward()
+            optimizer.step()
+    for a, b in zip(*(net.parameters() for net in nets)):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)

@@ -24,18 +24,18 @@ class Config:
     norm: bool = True  # batch norm in the heads
     init: str = "torch"  # of the heads; "openselfsup": the projector as Kaiming, the predictor N(0, 0.01)
 
-    def build(self, backbone: nn.Module, **_) -> BYOL:
+    def build(self, backbone: nn.Module, *, kernels: str = "auto", **_) -> BYOL:
         if self.init not in ("torch", "openselfsup"):
             raise ValueError(f"method.init={self.init!r} is none of torch, openselfsup")
-        return BYOL(self, backbone)
+        return BYOL(self, backbone, kernels)
 
 
 class BYOL(nn.Module):
     views = 2
 
-    def __init__(self, config: Config, backbone: nn.Module):
+    def __init__(self, config: Config, backbone: nn.Module, kernels: str):
         super().__init__()
-        self.config = config
+        self.config, self.kernels = config, kernels
         self.backbone = backbone
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm)
         self.predictor = parts.mlp(config.dims[-1], config.predictor, config.dims[-1], norm=config.norm)
@@ -60,4 +60,4 @@ class BYOL(nn.Module):
 
     def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
         momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
-        parts.ema_(self.target, [self.backbone, self.projector], momentum)
+        parts.ema_(self.target, [self.backbone, self.projector], momentum, impl=self.kernels)

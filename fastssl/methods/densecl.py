@@ -75,6 +75,7 @@ class DenseCL(nn.Module):
         return {"loss": (1 - d) * single + d * dense, "single": single, "dense": dense}
 
     def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
-        parts.ema_(self.target, [self.backbone, self.projector, self.dense_projector], self.config.momentum)
+        parts.ema_(self.target, [self.backbone, self.projector, self.dense_projector], self.config.momentum,
+                   impl=self.kernels)
         push_(self.queue, self.pointers[0], dist.gather(out["k"]), impl=self.kernels)
         push_(self.dense_queue, self.pointers[1], dist.gather(out["k_dense"].mean(1)), impl=self.kernels)

@@ -86,6 +86,6 @@ class DINO(nn.Module):
 
     def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
         momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
-        parts.ema_(self.target, [self.backbone, self.head], momentum)
+        parts.ema_(self.target, [self.backbone, self.head], momentum, impl=self.kernels)
         mean = dist.mean(out["teacher"].mean((0, 1)))
         self.center.lerp_(mean, 1 - self.config.center_momentum)

@@ -70,6 +70,6 @@ class MoCo(nn.Module):
 
     def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
         momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
-        parts.ema_(self.target, [self.backbone, self.projector], momentum)
+        parts.ema_(self.target, [self.backbone, self.projector], momentum, impl=self.kernels)
         for k, queue, pointer in zip(dist.gather(out["k"]).unbind(1), self.queue, self.pointers):
             push_(queue, pointer, k.contiguous(), impl=self.kernels)

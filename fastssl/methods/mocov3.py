@@ -62,4 +62,4 @@ class MoCoV3(nn.Module):
 
     def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
         momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
-        parts.ema_(self.target, [self.backbone, self.projector], momentum)
+        parts.ema_(self.target, [self.backbone, self.projector], momentum, impl=self.kernels)

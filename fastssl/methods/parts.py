@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.kernels import multi_tensor
 
 RELU = partial(nn.ReLU, inplace=True)
 
@@ -43,8 +44,11 @@ def frozen_copy(*modules: nn.Module) -> nn.Sequential:
 
 
 @torch.no_grad()
-def ema_(target: nn.Module, online: list[nn.Module], momentum: float) -> None:
+def ema_(target: nn.Module, online: list[nn.Module], momentum: float | Tensor, *, found_inf: Tensor | None = None,
+         impl: str = "auto") -> None:
     """target <- momentum * target + (1 - momentum) * online, parameters only (batch-norm buffers are the target's own).
+
+    momentum: a number or a 0-dim tensor; `found_inf` as in kernels.multi_tensor.
 
     Under ZeRO-3 each rank moves its own shards: both sides are partitioned alike, so nothing is communicated
     (gathering them instead discards the update silently).
@@ -52,7 +56,7 @@ def ema_(target: nn.Module, online: list[nn.Module], momentum: float) -> None:
     ours = [getattr(p, "ds_tensor", p) for p in target.parameters()]
     theirs = [getattr(p, "ds_tensor", p) for module in online for p in module.parameters()]
     assert len(ours) == len(theirs), (len(ours), len(theirs))
-    torch._foreach_lerp_([p.data for p in ours], [p.data for p in theirs], 1 - momentum)
+    multi_tensor.lerp_([p.data for p in ours], [p.data for p in theirs], 1 - momentum, found_inf=found_inf, impl=impl)
 
 
 def gathered(parameters: list[nn.Parameter], modifier_rank: int | None = None):

@@ -69,11 +69,23 @@ def prototypes(k=65536):
         softxent.backward(loss, x, x, c, end, 0.1, teacher)
 
 
+def lists():
+    from fastssl.kernels.multi_tensor import triton
+
+    x, scalar = [torch.empty(n, device="meta") for n in (3000, 64)], torch.empty((), device="meta")
+    triton.lerp_(x, x, scalar, scalar)
+    squares = triton.square_sums(x, x, scalar)
+    for ratio in (squares, None):
+        triton.lars_(x, x, x, ratio, scalar, scalar, 0.9, 0.0, False, 1e-3, 0.0, False, False, True, False, scalar)
+    triton.lars_(x, x, x, squares, scalar, scalar, 0.9, 0.1, True, 1e-3, 1e-8, True, True, False, False, scalar)
+
+
 SHIPPED = {
     "ntxent": (lambda: ntxent(), {"row_sums_kernel", "row_gradients_kernel"}),
     "infonce": (lambda: infonce(), {"one_pass_kernel"}),
     "gathered": (gathered, set()),
     "memory": (memory, set()),
+    "lists": (lists, set()),
     "prototypes": (prototypes, set()),
     "3000 prototypes": (lambda: prototypes(3000), set()),
 }

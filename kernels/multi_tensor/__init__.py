@@ -1,0 +1,83 @@
+"""Optimizer arithmetic over lists of tensors in one launch each, whatever their number: LARS, its norms, and the moving
+average of a momentum encoder.  Learning rates, weights and the overflow flag may live on the device, so that a captured
+CUDA graph reads their current values.
+
+The lists pair by position.  Tensors are dense, of one dtype and device; the Triton kernels take float32.
+"""
+
+import torch
+from torch import Tensor
+
+from ..common import choose
+from . import reference
+
+
+def lerp_(targets: list[Tensor], sources: list[Tensor], weight: float | Tensor, *, found_inf: Tensor | None = None,
+          impl: str = "auto") -> None:  # fmt: skip
+    """target <- target + weight (source - target) for every pair, in place.
+
+    weight: a number or a 0-dim tensor.  found_inf: None, or a 0-dim float32 tensor on the device; where it is
+    not zero, nothing changes.
+    """
+    _check("lerp_", targets, sources)
+    if targets:
+        with torch.no_grad():
+            _module(impl, targets).lerp_(targets, sources, weight, found_inf)
+
+
+def square_sums(params: list[Tensor], grads: list[Tensor], weight_decay: float | Tensor, *,
+                impl: str = "auto") -> Tensor:  # fmt: skip
+    """(3, n): the sums of squares of each parameter w, of its gradient g, and of g + weight_decay w."""
+    _check("square_sums", params, grads)
+    with torch.no_grad():
+        return _module(impl, params).square_sums(params, grads, weight_decay)
+
+
+def lars_(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor] | None, squares: Tensor | None, *,
+          lr: float | Tensor, weight_decay: float | Tensor, momentum: float = 0.0, dampening: float = 0.0,
+          nesterov: bool = False, eta: float = 1e-3, eps: float = 0.0, norm_of_sum: bool = False,
+          clip_lr: bool = False, lr_in_momentum: bool = True, first: bool = False, found_inf: Tensor | None = None,
+          impl: str = "auto") -> None:  # fmt: skip
+    """One step of SGD with momentum and LARS's trust ratio per tensor (https://arxiv.org/abs/1708.03888), in place.
+
+        ratio = eta |w| / (|g| + weight_decay |w| + eps)      norm_of_sum: eta |w| / (|g + weight_decay w| + eps)
+        d = ratio lr (g + weight_decay w)                     clip_lr: min(ratio, lr) in place of ratio lr
+        buffer = momentum buffer + (1 - dampening) d          first: buffer = d
+        w = w - buffer                                        nesterov: w - (d + momentum buffer)
+
+    squares: what `square_sums` gives; None: ratio 1, which is torch's SGD.  A tensor whose weights or gradient are all
+    zero has ratio 1.  lr_in_momentum=False: lr multiplies what is subtracted from w, not d.  buffers: None without
+    momentum.  lr, weight_decay: numbers or 0-dim tensors.  found_inf: None, or a 0-dim float32 tensor on the
+    device; where it is not zero, nothing changes.  grads may be overwritten.
+    """
+    _check("lars_", params, grads, *([buffers] if momentum else []))
+    if params:
+        with torch.no_grad():
+            _module(impl, params).lars_(
+                params, grads, buffers if momentum else None, squares, lr, weight_decay, momentum, dampening, nesterov,
+                eta, eps, norm_of_sum, clip_lr, lr_in_momentum, first, found_inf)  # fmt: skip
+
+
+def _module(impl: str, tensors: list[Tensor]):
+    if not tensors:
+        return reference
+    x = tensors[0]
+    if impl == "auto" and x.dtype != torch.float32:  # float64 in the exactness tests
+        return reference
+    if choose(impl, x) == "reference":
+        return reference
+    if any(t.dtype != torch.float32 for t in tensors):
+        raise ValueError(f"multi_tensor: the Triton kernels take float32, got {x.dtype}; use impl='reference'")
+    from . import triton
+
+    return triton
+
+
+def _check(op: str, first: list[Tensor], *others: list[Tensor]) -> None:
+    for other in others:
+        if len(other) != len(first):
+            raise ValueError(f"{op}: lists of {len(first)} and {len(other)} tensors: they pair by position")
+        for a, b in zip(first, other):
+            if a.numel() != b.numel() or a.dtype != b.dtype or a.device != b.device:
+                raise ValueError(f"{op}: {a.dtype} {tuple(a.shape)} on {a.device} is paired with {b.dtype} "
+                                 f"{tuple(b.shape)} on {b.device}: sizes, dtypes and devices must agree")
