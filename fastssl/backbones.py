@@ -38,11 +38,19 @@ RESNETS = {
 }
 
 
-def build(spec: Backbone) -> nn.Module:
-    """The backbone that `spec` describes, freshly initialised: `spec.pretrained` is weights.load_backbone's business.
+def build(spec: Backbone, method=None) -> nn.Module:
+    """The backbone that `spec` describes, freshly initialised; weights.load_backbone loads `spec.pretrained` into it.
 
-    A name in RESNETS is torchvision's network, any other is timm's, as is "timm/resnet50".
+    A name in RESNETS is torchvision's network, any other is timm's, as is "timm/resnet50".  `method`: a method's
+    Config; its init_backbone(backbone), where it has one, gives the initial values that it wants and freezes parts.
     """
+    backbone = _build(spec)
+    if hasattr(method, "init_backbone"):
+        method.init_backbone(backbone)
+    return backbone
+
+
+def _build(spec: Backbone) -> nn.Module:
     if spec.name in RESNETS:
         return ResNet(spec)
     import timm  # takes seconds; most runs are ResNets

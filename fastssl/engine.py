@@ -36,6 +36,8 @@ class Method(Protocol):
     step of an epoch, with `survey` as below; and `order(epoch) -> (N,) sample numbers` to train on instead of the
     epoch's permutation, a function of `epoch` and of buffers that stay until the next `before_epoch`.  `evaluated` is
     the name of the backbone to evaluate and export where that is another one than `backbone` (a teacher's: "target.0").
+    Initial values for the backbone belong into its Config's `init_backbone(backbone)`, which is called before
+    `backbone.pretrained` is loaded.
     """
 
     views: int | None  # how many views its recipe must give; None: any number
@@ -251,18 +253,7 @@ def build(run: Run, hooks: list = (), device: str | None = None) -> Trainer:
         raise ValueError(f"backbone.in_channels={run.backbone.in_channels}: views have 3 channels, of grey images too; "
                          "leave it at 3")
     torch.manual_seed(run.seed)  # the same weights, queue and bank on every rank
-    backbone = backbones.build(run.backbone)
-    if (run.backbone.frozen or run.backbone.norm == "frozen") and not run.backbone.pretrained:
-        raise ValueError("backbone.frozen and backbone.norm='frozen' keep pretrained weights as they are: give "
-                         "backbone.pretrained")
-    if run.backbone.pretrained:
-        report = weights.load_backbone(run.backbone.pretrained, backbone)
-        if dist.is_main():
-            print(report)
-    method = run.method.build(backbone, samples=loader.samples, classes=loader.classes,
-                              batch=run.optim.batch, kernels=run.speed.kernels)
-    check_views(method, run.data.views)
-    method = prepare(method, run, where)
+    method = prepare(build_method(run, loader), run, where)
     optimizer, schedule = optim.build(method.named_parameters(), run.optim, steps_per_epoch=loader.steps,
                                         impl=run.speed.kernels)
     torch.manual_seed(run.seed + 1 + dist.rank())  # dropout and the like differ by rank
@@ -270,6 +261,24 @@ def build(run: Run, hooks: list = (), device: str | None = None) -> Trainer:
     optim.attach(ds)
     return Trainer(run, state.run_folder(run), where, method, ds, schedule, loader, schedule.total_steps,
                    scale=LossScale(run.optim.precision), hooks=[*hooks, *run.hooks])
+
+
+def build_method(run: Run, loader: Loader) -> nn.Module:
+    """The method around its backbone.  Weights are loaded after everything that initialises the backbone and before
+    anything that copies it; a method that writes to it later is refused."""
+    backbone, pretrained = backbones.build(run.backbone, run.method), run.backbone.pretrained
+    if (run.backbone.frozen or run.backbone.norm == "frozen") and not pretrained:
+        raise ValueError("backbone.frozen and backbone.norm='frozen' keep pretrained weights as they are: give "
+                         "backbone.pretrained")
+    if pretrained:
+        report = weights.load_backbone(pretrained, backbone)
+        if dist.is_main():
+            print(report)
+    with weights.unchanged(backbone) if pretrained else contextlib.nullcontext():
+        method = run.method.build(backbone, samples=loader.samples, classes=loader.classes,
+                                  batch=run.optim.batch, kernels=run.speed.kernels)
+    check_views(method, run.data.views)
+    return method
 
 
 def micro_batch(run: Run) -> int:

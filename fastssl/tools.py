@@ -115,7 +115,7 @@ def params(target: str, overrides: list[str] = (), *, size: int | None = None, s
     run = config.load(target, overrides) if target.endswith(".py") else None
     spec = run.backbone if run else spec or Backbone(name=target)
     with torch.device("meta"):
-        backbone = backbones.build(spec)
+        backbone = backbones.build(spec, run and run.method)
         rows = [("backbone", spec.name), *_parameters("backbone", backbone)]
         if run:
             samples = samples or _samples(run)

@@ -7,11 +7,13 @@ whatever the prefix; what matched is reported, and a parameter that would stay a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pickle
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +87,17 @@ def load_backbone(
     heads = [prefix + name for name in found if name not in own]
     other = Counter(key.split(".")[0] for key in state if not key.startswith(prefix))
     return Report(file, prefix, sum(name in found for name in own), heads, dict(other), layout)
+
+
+@contextlib.contextmanager
+def unchanged(backbone: nn.Module) -> Iterator[None]:
+    """A method is built inside; one that writes to the backbone, whose weights are loaded, is a ValueError."""
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    yield
+    written = [name for name, value in backbone.state_dict().items() if not torch.equal(value, before[name])]
+    if written:
+        raise ValueError(f"the method overwrites {len(written)} of the tensors that backbone.pretrained loaded "
+                         f"({_few(written)}): its Config should do so in init_backbone(backbone), which runs before")
 
 
 def read(path: str | Path) -> tuple[str, dict[str, Tensor]]:

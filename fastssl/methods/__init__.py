@@ -42,8 +42,8 @@ def describe(name: str) -> str:
     module = importlib.import_module(f"{__name__}.{name}")
     folder = config.quickstart().parent
     run = config.load(folder / "smoke" / f"{name}.py")
-    built = run.method.build(backbones.build(run.backbone), samples=50_000, batch=run.optim.batch, classes=["a", "b"],
-                             epochs=1, kernels="reference")  # fmt: skip
+    backbone = backbones.build(run.backbone, run.method)
+    built = run.method.build(backbone, samples=50_000, batch=run.optim.batch, classes=["a", "b"], kernels="reference")
     lines = {
         "": re.sub(r"\s*https?://\S+", "", module.__doc__.split("\n\n")[0]).replace("\n", " ").strip(),
         "paper": " ".join(re.findall(r"https?://\S+", module.__doc__)),

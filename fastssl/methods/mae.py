@@ -25,6 +25,14 @@ class Config:
     heads: int = 16  # of the decoder
     norm_pixels: bool = True  # targets are normalised patch by patch
 
+    def init_backbone(self, backbone: nn.Module) -> None:
+        body = parts.vision_transformer(backbone)
+        parts.fixed_positions_(body, columns_first=True)
+        nn.init.xavier_uniform_(body.patch_embed.proj.weight.data.flatten(1))
+        if body.cls_token is not None:
+            nn.init.normal_(body.cls_token, std=0.02)
+        xavier_(body)
+
     def build(self, backbone: nn.Module, **_) -> MAE:
         if not 0 < self.mask < 1:
             raise ValueError(f"method.mask={self.mask} must be between 0 and 1")
@@ -38,23 +46,15 @@ class MAE(nn.Module):
         super().__init__()
         from timm.models.vision_transformer import Block
 
-        body = parts.fixed_positions(backbone)
+        body = parts.vision_transformer(backbone)
         self.config, self.backbone = config, backbone
         self.patch = body.patch_embed.patch_size[0]
         self.embed = nn.Linear(body.embed_dim, config.decoder)
         self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(config.decoder), std=0.02))
         self.decoder = nn.Sequential(*[Block(config.decoder, config.heads, qkv_bias=True) for _ in range(config.depth)])
         self.head = nn.Sequential(nn.LayerNorm(config.decoder), nn.Linear(config.decoder, 3 * self.patch**2))
-        fresh = [self.embed, self.decoder, self.head]
-        if not backbone.spec.pretrained:
-            fresh.append(body)
-            nn.init.xavier_uniform_(body.patch_embed.proj.weight.data.flatten(1))
-            if body.cls_token is not None:
-                nn.init.normal_(body.cls_token, std=0.02)
-        for layer in (m for part in fresh for m in part.modules()):
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        for part in (self.embed, self.decoder, self.head):
+            xavier_(part)
         self.seed = int(torch.randint(2**31, (), device="cpu"))  # follows the run's seed
 
     def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
@@ -84,12 +84,11 @@ class MAE(nn.Module):
         return body.norm(body.blocks(body.norm_pre(x)))
 
     def decode(self, latent: Tensor, visible: Tensor, masked: Tensor, size: tuple[int, int]) -> Tensor:
-        from timm.layers import build_sincos2d_pos_embed
-
         x = self.embed(latent)
         prefix = x.shape[1] - visible.shape[1]
         hidden = self.mask_token.to(x.dtype).expand(*masked.shape, -1)
-        positions = build_sincos2d_pos_embed([s // self.patch for s in size], x.shape[2], device=x.device)
+        rows, columns = (side // self.patch for side in size)
+        positions = parts.sincos_positions(rows, columns, x.shape[2], columns_first=True, device=x.device)
         places = torch.cat([visible, masked], 1)  # attention does not care about the order
         x = torch.cat([x, hidden], 1) + nn.functional.pad(positions[places], (0, 0, prefix, 0)).to(x.dtype)
         return self.head(self.decoder(x)[:, -masked.shape[1] :])
@@ -99,6 +98,13 @@ class MAE(nn.Module):
 
     def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
         pass
+
+
+def xavier_(module: nn.Module) -> None:
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
 
 def patchify(x: Tensor, p: int) -> Tensor:

@@ -27,10 +27,13 @@ class Config:
     norm: bool = True  # batch norm in the heads
     freeze_patch_embed: bool = False  # ViT: True, a random patch projection trains more stably; fixed sine positions
 
-    def build(self, backbone: nn.Module, *, kernels: str = "auto", **_) -> MoCoV3:
+    def init_backbone(self, backbone: nn.Module) -> None:
         if self.freeze_patch_embed:
-            parts.fixed_positions(backbone)
-            backbone.body.patch_embed.requires_grad_(False)
+            body = parts.vision_transformer(backbone)
+            parts.fixed_positions_(body, columns_first=False)
+            body.patch_embed.requires_grad_(False)
+
+    def build(self, backbone: nn.Module, *, kernels: str = "auto", **_) -> MoCoV3:
         return MoCoV3(self, backbone, kernels)
 
 

@@ -138,19 +138,36 @@ class Prototypes(nn.Module):
         return F.normalize(self.weight, dim=1)
 
 
-def fixed_positions(backbone: nn.Module) -> nn.Module:
-    """Give a vision transformer fixed 2-d sine-cosine position embeddings; returns timm's model."""
+def vision_transformer(backbone: nn.Module) -> nn.Module:
+    """timm's model inside `backbone`, or an error if it is not a vision transformer with one table of positions."""
     body = getattr(backbone, "body", None)
     if not all(hasattr(body, name) for name in ("patch_embed", "pos_embed", "blocks")):
         raise ValueError(f"backbone.name={backbone.spec.name!r} is not a vision transformer; "
                          "use one of timm's, such as 'vit_small_patch16_224'")
-    from timm.layers import build_sincos2d_pos_embed
-
-    prefix = body.pos_embed.shape[1] - body.patch_embed.num_patches
-    positions = build_sincos2d_pos_embed(body.patch_embed.grid_size, body.embed_dim)
-    body.pos_embed.data.copy_(F.pad(positions, (0, 0, prefix, 0))[None])
-    body.pos_embed.requires_grad_(False)
     return body
+
+
+def sincos_positions(rows: int, columns: int, dim: int, *, columns_first: bool, device=None) -> Tensor:
+    """(rows columns, dim): sines and cosines of one coordinate of each patch, then of the other, `dim` / 4 of each.
+
+    MAE (get_2d_sincos_pos_embed) has the columns first, MoCo v3 (build_2d_sincos_position_embedding) the rows.
+    """
+    if dim % 4:
+        raise ValueError(f"2-d sine-cosine positions need a width that is a multiple of 4, this one is {dim}")
+    scale = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))
+    row, column = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
+    angles = [place.reshape(-1, 1) * scale for place in ((column, row) if columns_first else (row, column))]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], 1).float()
+
+
+@torch.no_grad()
+def fixed_positions_(body: nn.Module, *, columns_first: bool) -> None:
+    """Write sine-cosine positions to a vision transformer and freeze them; those of its class token are 0."""
+    rows, columns = body.patch_embed.grid_size
+    positions = sincos_positions(rows, columns, body.embed_dim, columns_first=columns_first)
+    prefix = body.pos_embed.shape[1] - rows * columns
+    body.pos_embed.copy_(F.pad(positions, (0, 0, prefix, 0))[None])
+    body.pos_embed.requires_grad_(False)
 
 
 def need_labels(method: str, classes: list | None) -> int:

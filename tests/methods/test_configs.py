@@ -22,7 +22,8 @@ def name(path):
 
 
 def build(run, batch=None, samples=1_281_167):
-    return run.method.build(backbones.build(run.backbone), samples=samples, classes=[str(i) for i in range(10)],
+    backbone = backbones.build(run.backbone, run.method)
+    return run.method.build(backbone, samples=samples, classes=[str(i) for i in range(10)],
                             batch=batch or run.optim.batch, kernels=run.speed.kernels)
 
 

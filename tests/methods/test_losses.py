@@ -304,7 +304,7 @@ def mae(**settings):
     from fastssl import backbones
     from fastssl.config import Backbone
 
-    return build("mae", backbones.build(Backbone("test_vit")), **settings)
+    return build("mae", backbones.build(Backbone("test_vit"), cases.config("mae")), **settings)
 
 
 def test_mae_never_sees_what_it_rebuilds():
@@ -456,7 +456,7 @@ def test_a_recipe_of_the_wrong_number_of_views():
 def test_transformers_asked_of_a_resnet():
     for name, settings in (("mae", {}), ("mocov3", {"freeze_patch_embed": True})):
         with pytest.raises(ValueError, match="'tiny' is not a vision transformer; use one of timm's"):
-            build(name, **settings)
+            cases.config(name, **settings).init_backbone(Tiny())
     with pytest.raises(ValueError, match=r"method.mask=1.0 must be between 0 and 1"):
         build("mae", mask=1.0)
     with pytest.raises(ValueError, match=r"method.mask=0.95 leaves 0 of 16 patches of 16 pixels"):
@@ -467,13 +467,24 @@ def test_mocov3_freezes_the_patch_projection_and_positions():
     from fastssl import backbones
     from fastssl.config import Backbone
 
-    backbone = backbones.build(Backbone("test_vit"))
+    backbone = backbones.build(Backbone("test_vit"), cases.config("mocov3", freeze_patch_embed=True))
     method = build("mocov3", backbone, freeze_patch_embed=True)
     frozen = {n for n, p in method.backbone.named_parameters() if not p.requires_grad}
     assert frozen == {"body.pos_embed", "body.patch_embed.proj.weight", "body.patch_embed.proj.bias"}
-    position = method.backbone.body.pos_embed[0]
-    assert position[0].abs().max() == 0  # the class token's
-    for row, column in ((0, 3), (7, 2)):
-        values = position[1 + 10 * row + column]
-        for angle in (row, column):  # at the highest frequency
-            assert (values - math.sin(angle)).abs().min() < 1e-5 and (values - math.cos(angle)).abs().min() < 1e-5
+
+
+@pytest.mark.parametrize("method, columns_first", [("mae", True), ("mocov3", False)])
+def test_fixed_positions_are_the_authors(method, columns_first):
+    """One number at a time, from MAE's get_2d_sincos_pos_embed and MoCo v3's build_2d_sincos_position_embedding."""
+    from fastssl import backbones
+    from fastssl.config import Backbone
+
+    settings = {"freeze_patch_embed": True} if method == "mocov3" else {}
+    body = backbones.build(Backbone("test_vit", options={"img_size": (48, 80)}), cases.config(method, **settings)).body
+    quarter = body.embed_dim // 4
+    assert body.pos_embed.shape == (1, 1 + 3 * 5, 4 * quarter) and body.pos_embed[0, 0].abs().max() == 0
+    for row, column in ((0, 3), (2, 1)):
+        first, second = (column, row) if columns_first else (row, column)
+        want = [f(place / 10000 ** (i / quarter)) for place in (first, second) for f in (math.sin, math.cos)
+                for i in range(quarter)]  # fmt: skip
+        np.testing.assert_allclose(body.pos_embed[0, 1 + 5 * row + column], want, atol=1e-6)
