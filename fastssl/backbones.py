@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 from torchvision.ops import FrozenBatchNorm2d
 
+from fastssl import positions
 from fastssl.config import STEMS, Backbone
 
 # name: block, blocks per stage, groups, width of a group at 64 channels
@@ -91,7 +92,7 @@ class ResNet(nn.Module):
         self.sobel = Sobel() if spec.sobel else nn.Identity()
         self.conv1 = _stem(spec)
         self.bn1 = norm(spec.width)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = nn.Identity() if spec.stem == "cifar_norelu" else nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if spec.stem == "imagenet" else nn.Identity()
         make = partial(block, groups=groups, base_width=group_width, norm_layer=norm)
         channels = spec.width
@@ -173,6 +174,7 @@ class Timm(nn.Module):
             if getattr(spec, key) != getattr(plain, key):
                 raise ValueError(f"backbone.{key}={getattr(spec, key)!r} does not apply to timm's {name}; leave it out")
         self.body = timm_model(name, spec, **timm_defaults(name))
+        positions.resample_as_authors_(self.body)
         self.dim = getattr(self.body, "head_hidden_size", self.body.num_features)
         self.stages = tuple(f["num_chs"] for f in self.body.feature_info)
 

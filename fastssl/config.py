@@ -18,14 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# kernel, stride and padding of a ResNet's first convolution; a max-pool follows ImageNet's alone
-STEMS = {"imagenet": (7, 2, 3), "cifar": (3, 1, 1), "cifar_pad2": (3, 1, 2)}
+# Kernel, stride and padding of a ResNet's first convolution; a max-pool follows ImageNet's alone.  "cifar_pad2" is
+# solo-learn's, "cifar_norelu" has no ReLU after its norm, as lightly's nn.Sequential(*ResNetGenerator().children()).
+STEMS = {"imagenet": (7, 2, 3), "cifar": (3, 1, 1), "cifar_pad2": (3, 1, 2), "cifar_norelu": (3, 1, 1)}
 
 
 @dataclass
 class Backbone:
     name: str = "resnet50"  # torchvision ResNet family, or any timm model
-    stem: str = "imagenet"  # "cifar": 3x3 stride 1, no max-pool; "cifar_pad2": that padded by 2, as solo-learn's
+    stem: str = "imagenet"  # "cifar": 3x3 stride 1, no max-pool; its variants are solo-learn's and lightly's
     norm: str = "bn"  # "bn", "gn", "frozen": batch norm that keeps the statistics and scales of `pretrained`
     width: int = 64  # channels of the first stage (torchvision ResNets)
     zero_init_residual: bool = False

@@ -25,7 +25,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fastssl import backbones, weights
+from fastssl import backbones, config, weights
 from fastssl.config import STEMS, Backbone
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, where no run says what it trained with
@@ -279,6 +279,8 @@ def add_backbone_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sobel", action="store_true", default=None,
                         help="the network sees gradients (DeepCluster); default: if the weights' first convolution has "
                         "two channels")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
+                        help="an argument of timm's model, such as num_heads=12; may be given several times")
 
 
 def spec_from(args: argparse.Namespace, target: str | None) -> Backbone | None:
@@ -286,14 +288,20 @@ def spec_from(args: argparse.Namespace, target: str | None) -> Backbone | None:
     options = ("stem", "norm", "width", "in_channels", "sobel")
     given = {key: getattr(args, key) for key in options if getattr(args, key) is not None}
     known = weights.spec_of(target) if target else None
-    if known and (args.backbone or given):
+    if known and (args.backbone or given or args.option):
         raise ValueError(f"{target} names its backbone ({known.name}): leave out --backbone, --stem, --norm, --width, "
-                         "--in-channels and --sobel")  # fmt: skip
-    if given and not args.backbone:
-        raise ValueError(f"--{next(iter(given)).replace('_', '-')} describes a backbone: give its --backbone NAME, too")
+                         "--in-channels, --sobel and --option")  # fmt: skip
+    if (given or args.option) and not args.backbone:
+        first = next(iter([*given, "option"])).replace("_", "-")
+        raise ValueError(f"--{first} describes a backbone: give its --backbone NAME, too")
     if args.backbone in backbones.RESNETS and target and not {"sobel", "in_channels"} & set(given):
         given["sobel"] = weights.has_sobel(target)
-    return known or (Backbone(name=args.backbone, **given) if args.backbone else None)
+    if known or not args.backbone:
+        return known
+    spec = Backbone(name=args.backbone, **given)
+    for option in args.option:
+        config.set_override(spec, f"options.{option}")
+    return spec
 
 
 def main(argv: list[str] | None = None) -> int:

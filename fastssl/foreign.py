@@ -8,6 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
+
+from torch import Tensor, nn
+
+from fastssl import positions
+from fastssl.config import Backbone
 
 # Of several complete copies of a network, those below such a name are averages of another or learn from one.
 TEACHER = {
@@ -59,6 +65,30 @@ def refuse(file: str, checkpoint) -> None:
             raise ValueError(f"{file} is refused: its keys fit and its outputs would be wrong ({what})")
 
 
+def refuse_layout(file: str, layout: str | None, stem: str) -> None:
+    """An error where the keys say that no ReLU follows the stem's norm and the backbone has one."""
+    if layout == NO_RELU and stem != "cifar_norelu":
+        raise ValueError(f"{file} is refused for stem {stem!r}: it is a ResNet whose children were put into an "
+                         "nn.Sequential (lightly's ResNetGenerator), which left out the ReLU after the stem's norm; "
+                         "give stem='cifar_norelu' (--stem cifar_norelu)")  # fmt: skip
+
+
+def refuse_heads(file: str, table: Tensor, net: nn.Module, spec: Backbone) -> None:
+    """An error for a vision transformer whose number of heads nobody has said, and whose authors differ about it.
+
+    Fixed sine-cosine positions are those of MoCo v3 and MAE.  MoCo v3's authors, MMSelfSup and solo-learn give ViT-Ti
+    and ViT-S 12 heads, timm 3 and 6, with equal keys and shapes."""
+    dim = table.shape[-1]
+    heads = getattr(getattr(net.blocks[0], "attn", None), "num_heads", 12) if hasattr(net, "blocks") else 12
+    if dim not in (192, 384) or heads == 12 or "num_heads" in spec.options or table.ndim != 3:
+        return
+    if positions.is_sincos(table):
+        raise ValueError(f"{file} has the fixed positions of MoCo v3 and MAE. With {dim} channels, MoCo v3's authors, "
+                         f"MMSelfSup and solo-learn have 12 heads, timm's {spec.name} has {heads}, and the file does "
+                         f"not say which: give num_heads=12 or num_heads={heads} (--option num_heads=12, or "
+                         "backbone.options.num_heads=12)")  # fmt: skip
+
+
 def _by_patterns(*rules: tuple[str, str]) -> Callable[[list[str]], dict[str, str]]:
     compiled = [(re.compile(pattern), new) for pattern, new in rules]
 
@@ -73,15 +103,17 @@ def _by_patterns(*rules: tuple[str, str]) -> Callable[[list[str]], dict[str, str
     return rename
 
 
-def _children(keys: list[str]) -> dict[str, str]:
+def _children(relu: bool, keys: list[str]) -> dict[str, str]:
     """nn.Sequential(*list(resnet.children())[:-1]): modules are numbers.  The four stages begin at 4 in torchvision's
-    ResNet and at 2 in lightly's own, whose ReLU and pooling are no modules."""
+    ResNet and at 3 without its max-pool.  They begin at 2 in lightly's ResNet, whose ReLU is a function and therefore
+    missing in the nn.Sequential."""
     out = {key: key for key in keys}
     for key in keys:
-        if not (match := re.fullmatch(r"(|.*\.)[24]\.0\.conv1\.weight", key)):
+        if not (match := re.fullmatch(r"(|.*\.)(\d)\.0\.conv1\.weight", key)):
             continue
-        prefix = match[1]
-        first = 2 if f"{prefix}2.0.conv1.weight" in out else 4
+        prefix, first = match[1], int(match[2])
+        if f"{prefix}{first - 1}.0.conv1.weight" in out or first not in ((3, 4) if relu else (2,)):
+            continue
         names = {"0": "conv1", "1": "bn1"} | {str(first + i): f"layer{i + 1}" for i in range(4)}
         for old in keys:
             number, _, rest = old.removeprefix(prefix).partition(".")
@@ -90,8 +122,10 @@ def _children(keys: list[str]) -> dict[str, str]:
     return out
 
 
+NO_RELU = "numbered children without the stem's ReLU"
 LAYOUTS: dict[str, Callable[[list[str]], dict[str, str]]] = {
-    "numbered children": _children,  # lightly's examples, PyTorch-BYOL
+    "numbered children": partial(_children, True),  # of torchvision's ResNet: lightly's examples, PyTorch-BYOL
+    NO_RELU: partial(_children, False),  # of lightly's ResNet, in its CIFAR benchmarks
     "shortcut for downsample": _by_patterns((r"(layer\d\.\d+\.)shortcut\.", r"\1downsample.")),  # lightly's ResNet
     "OpenMMLab group norm": _by_patterns((r"(^|\.)gn(\d)\.", r"\1bn\2.")),
     "OpenMMLab ViT": _by_patterns(

@@ -159,17 +159,22 @@ def params_main(argv: list[str] | None = None) -> int:
     parser.add_argument("--norm", choices=("bn", "gn"), default=None)
     parser.add_argument("--width", type=int)
     parser.add_argument("--in-channels", type=int, dest="in_channels")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
+                        help="an argument of timm's model, such as num_heads=12; may be given several times")
     args = parser.parse_intermixed_args(argv)
 
     def work() -> None:
         given = {k: getattr(args, k) for k in ("stem", "norm", "width", "in_channels") if getattr(args, k) is not None}
         is_config = args.target.endswith(".py")
-        if is_config and given:
-            raise ValueError(f"{args.target} names its backbone: give backbone.{next(iter(given))}=... instead")
+        if is_config and (given or args.option):
+            first = next(iter([*given, "options.NAME"]))
+            raise ValueError(f"{args.target} names its backbone: give backbone.{first}=... instead")
         if not is_config and args.overrides:
             raise ValueError(f"{args.overrides[0]!r} replaces a setting of a config, and {args.target} is a backbone")
-        rows = params(args.target, args.overrides, size=args.size, samples=args.samples,
-                      spec=None if is_config else Backbone(name=args.target, **given))  # fmt: skip
+        spec = None if is_config else Backbone(name=args.target, **given)
+        for option in args.option:
+            config.set_override(spec, f"options.{option}")
+        rows = params(args.target, args.overrides, size=args.size, samples=args.samples, spec=spec)
         width = max(len(label) for label, _ in rows)
         print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
 

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import pickle
 import re
 from collections import Counter
@@ -23,7 +24,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fastssl import checkpoint, foreign
+from fastssl import checkpoint, foreign, positions
 from fastssl.config import Backbone
 
 # Beside the backbone, under its own prefix, a file may hold these; they are named in the report and not loaded.
@@ -45,10 +46,12 @@ class Report:
     heads: list[str]  # keys of classifier and projection heads under the prefix
     other: dict[str, int]  # first name of keys outside the prefix -> how many
     layout: str | None = None  # of foreign.LAYOUTS, where the file's keys are not ours
+    resampled: str | None = None  # what was done to positions of another size
 
     def __str__(self) -> str:
         text = f"{self.loaded} tensors from {self.file}" + (f", prefix {self.prefix!r}" if self.prefix else "")
         text += f", keys of {self.layout}" if self.layout else ""
+        text += f"; {self.resampled}" if self.resampled else ""
         if self.heads:
             text += f"; heads left out: {', '.join(self.heads)}"
         if self.other:
@@ -66,10 +69,14 @@ def load_backbone(
     "torchvision" and "timm" download their default weights.
 
     Of several copies in the file, `which` takes the "student" or the (EMA) "teacher" and `prefix` any, for example
-    "teacher.backbone."; without them it is the one that the method evaluates.
+    "teacher.backbone."; without them it is the one that the method evaluates.  Position embeddings of another size are
+    resampled.  Weights that are known to belong to another network of equal keys and shapes are refused.
     """
     net = getattr(backbone, "body", backbone)  # timm's keys are those of its own module
-    file, state = _read(path, backbone.spec)
+    spec = backbone.spec
+    file, state = _read(path, spec)
+    if differences := _differences(_told(path, spec), spec):
+        raise ValueError(f"{file} holds another network than the backbone: {'; '.join(differences)}")
     own = net.state_dict()
     needed = [name for name in own if not name.endswith("num_batches_tracked")]  # absent before PyTorch 0.4.1
     layout, state = _as_ours(state, needed)
@@ -82,11 +89,16 @@ def load_backbone(
     elif prefix and not prefix.endswith("."):
         prefix += "."
     found = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+    foreign.refuse_layout(file, layout, spec.stem)
+    if _told(path, spec) is None and "pos_embed" in found:
+        foreign.refuse_heads(file, found["pos_embed"], net, spec)
+    resampled = _resample(found, net)
     _check(file, prefix, found, needed, own)
     net.load_state_dict({name: found.get(name, own[name]) for name in own})
     heads = [prefix + name for name in found if name not in own]
     other = Counter(key.split(".")[0] for key in state if not key.startswith(prefix))
-    return Report(file, prefix, sum(name in found for name in own), heads, dict(other), layout)
+    return Report(file, prefix, sum(name in found for name in own), heads, dict(other), layout,
+                  resampled)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -164,6 +176,42 @@ def _read(path: str | Path, spec: Backbone) -> tuple[str, dict[str, Tensor]]:
 
         return "timm", timm.create_model(spec.name.removeprefix("timm/"), pretrained=True).state_dict()
     return read(path)
+
+
+def _told(path: str | Path, spec: Backbone) -> Backbone | None:
+    """What `path` says of its network, as spec_of; torchvision's and timm's own weights are those of plain networks."""
+    return Backbone(spec.name) if str(path) in ("torchvision", "timm") else spec_of(path)
+
+
+NOT_ARITHMETIC = re.compile(r"drop|_rate$|init|img_size|dynamic_")  # options of timm's models that training alone sees
+
+
+def _differences(told: Backbone | None, spec: Backbone) -> list[str]:
+    """What `told` and `spec` say differently and neither keys nor shapes would show."""
+    if told is None:
+        return []
+    out = []
+    if told.stem != spec.stem:
+        out += [f"backbone.stem is {told.stem!r} there, {spec.stem!r} here"]
+    for key in sorted({*told.options, *spec.options}):
+        theirs, ours = (list(v) if isinstance(v := s.options.get(key), tuple) else v for s in (told, spec))
+        if theirs != ours and not NOT_ARITHMETIC.search(key):
+            out += [f"backbone.options.{key} is {theirs!r} there, {ours!r} here (None: not set)"]
+    return out
+
+
+def _resample(found: dict[str, Tensor], net: nn.Module) -> str | None:
+    """Bring the position embeddings in `found` to the size of those of `net`, if both are square grids; says so."""
+    table, own = found.get("pos_embed"), getattr(net, "pos_embed", None)
+    grid = getattr(getattr(net, "patch_embed", None), "grid_size", None)
+    if table is None or own is None or grid is None or table.ndim != 3 or table.shape[1] == own.shape[1]:
+        return None
+    prefix = own.shape[1] - grid[0] * grid[1]
+    side = math.isqrt(max(table.shape[1] - prefix, 0))
+    if side == 0 or side * side != table.shape[1] - prefix or table.shape[2] != own.shape[2]:
+        return None
+    found["pos_embed"] = positions.resample(table, (side, side), tuple(grid))
+    return f"positions resampled from {side} x {side} to {grid[0]} x {grid[1]} patches"
 
 
 def _read_pickle(path: Path):

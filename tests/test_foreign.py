@@ -1,47 +1,35 @@
-"""Checkpoints in the layouts that other projects publish, made here from their key names, give the same features."""
+"""Checkpoints in the layouts that other projects publish give the features that the peer's own network computes."""
 
 import argparse
 import collections
+import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-import torchvision
 from torch import nn
 
-from fastssl import backbones, foreign, weights
+from fastssl import backbones, export, foreign, weights
 from fastssl.config import Backbone
 
-RESNET = {"name": "resnet10", "width": 8, "stem": "cifar"}
-VIT = {"name": "vit_tiny_patch16_224"}
-
-
-def build(seed, **spec):
-    torch.manual_seed(seed)
-    net = backbones.build(Backbone(**spec)).eval()
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm):  # their initial values would hide a mix-up
-            nn.init.normal_(m.weight, 1, 0.1)
-            nn.init.normal_(m.bias, 0, 0.1)
-        if isinstance(m, nn.BatchNorm2d):
-            m.running_mean.normal_(0, 0.1)
-            m.running_var.uniform_(0.5, 2)
-    if hasattr(net, "body"):
-        nn.init.normal_(net.body.cls_token)
-        for block in net.body.blocks:
-            nn.init.normal_(block.attn.qkv.bias)
-    return net
+sys.path.insert(0, str(Path(__file__).parent))
+import peers
 
 
 @pytest.fixture(scope="module")
 def nets():
     """Per kind: the network to be found, and another that must not be."""
-    small = {"resnet": RESNET, "vit": VIT, "gn": {**RESNET, "norm": "gn"}}
-    return {kind: (build(0, **spec), build(1, **spec)) for kind, spec in small.items()}
+    return {kind: (peers.make(kind, 0), peers.make(kind, 1)) for kind in peers.KINDS}
+
+
+def ours(kind, **changes):
+    torch.manual_seed(2)
+    return backbones.build(Backbone(**{**peers.KINDS[kind][1], **changes})).eval()
 
 
 def keys(net):
-    return dict(getattr(net, "body", net).state_dict())
+    return dict(net.state_dict())
 
 
 def under(prefix, net_or_state):
@@ -54,32 +42,6 @@ def linear(prefix, out=4, inside=64):
 
 
 OPTIMIZER = {"state": {0: {"momentum_buffer": torch.zeros(3), "step": 3}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
-
-
-def numbered(net, first=4):
-    """Keys of nn.Sequential(*list(resnet.children())[:-1])."""
-    names = {"conv1": "0", "bn1": "1"} | {f"layer{i + 1}": str(first + i) for i in range(4)}
-    return {".".join((names[key.split(".")[0]], *key.split(".")[1:])): value for key, value in keys(net).items()}
-
-
-def mmcv_norm(net):
-    return {key.replace("bn", "gn"): value for key, value in keys(net).items()}
-
-
-OPENMMLAB = {"norm1": "ln1", "norm2": "ln2", "mlp.fc1": "ffn.layers.0.0", "mlp.fc2": "ffn.layers.1"}
-
-
-def openmmlab_vit(net):
-    out = {}
-    for key, value in keys(net).items():
-        parts = key.split(".")
-        if parts[0] == "blocks":
-            inner = ".".join(parts[2:-1])
-            key = f"layers.{parts[1]}.{OPENMMLAB.get(inner, inner)}.{parts[-1]}"
-        elif parts[0] in ("patch_embed", "norm"):
-            key = ("ln1." if parts[0] == "norm" else "patch_embed.projection.") + parts[-1]
-        out[key] = value
-    return out
 
 
 def moco(net, other):
@@ -116,21 +78,19 @@ def openselfsup(net, other):
                            **linear("encoder_q.1.mlp.0."), "queue": torch.ones(2)}}  # fmt: skip
 
 
-LAYOUTS = {  # project: kind of network, its checkpoint, the prefix expected
+LAYOUTS = {  # project: kind of network (peers.KINDS), its checkpoint, the prefix expected
     "OpenSelfSup": ("resnet", openselfsup, "state_dict.backbone."),
     "OpenSelfSup, extracted": ("resnet", lambda n, o: {"state_dict": keys(n), "author": "OpenSelfSup"}, "state_dict."),
     "OpenSelfSup BYOL": ("resnet", lambda n, o: {"state_dict": {
         **under("online_net.0.", n), **under("target_net.0.", o), **under("backbone.", n)}}, "state_dict.backbone."),
-    "OpenSelfSup, group norm": ("gn", lambda n, o: {"state_dict": under("backbone.", mmcv_norm(n))},
-                                "state_dict.backbone."),
+    "OpenSelfSup, group norm": ("mmlab gn", lambda n, o: {"state_dict": under("backbone.", n)}, "state_dict.backbone."),
     "MMSelfSup MoCo": ("resnet", lambda n, o: {"meta": {"cfg": "x = 1"}, "state_dict": {
         **under("backbone.", n), **linear("neck.mlp.0."), **under("encoder_k.module.0.", o)}}, "state_dict.backbone."),
-    "MMSelfSup MoCo v3, ViT": ("vit", lambda n, o: {"state_dict": {
-        **under("backbone.", openmmlab_vit(n)), **under("momentum_encoder.module.0.", openmmlab_vit(o))}},
-        "state_dict.backbone."),
-    "MMSelfSup MAE, extracted": ("vit", lambda n, o: {"state_dict": openmmlab_vit(n)}, "state_dict."),
+    "MMSelfSup MoCo v3, ViT-S": ("mmlab mocov3", lambda n, o: {"state_dict": {
+        **under("backbone.", n), **under("momentum_encoder.module.0.", o)}}, "state_dict.backbone."),
+    "MMSelfSup MAE, extracted": ("mmlab vit", lambda n, o: {"state_dict": keys(n)}, "state_dict."),
     "MoCo": ("resnet", moco, "state_dict.module.encoder_q."),
-    "MoCo v3": ("vit", lambda n, o: {"state_dict": {
+    "MoCo v3": ("mocov3", lambda n, o: {"arch": "vit_small", "state_dict": {
         **under("module.base_encoder.", n), **linear("module.base_encoder.head.0."),
         **under("module.momentum_encoder.", o), **linear("module.predictor.0.")}}, "state_dict.module.base_encoder."),
     "SimSiam": ("resnet", lambda n, o: {"state_dict": {
@@ -139,11 +99,12 @@ LAYOUTS = {  # project: kind of network, its checkpoint, the prefix expected
     "byol-pytorch (lucidrains)": ("resnet", lambda n, o: {
         **under("net.", n), **linear("net.fc."), **under("online_encoder.net.", n), **linear("online_encoder.net.fc."),
         **under("target_encoder.net.", o), **linear("online_predictor.0.")}, "net."),
-    "PyTorch-BYOL (sthalles)": ("resnet", lambda n, o: {
-        "online_network_state_dict": {**under("encoder.", numbered(n)), **linear("projetion.net.0.")},
-        "target_network_state_dict": {**under("encoder.", numbered(o)), **linear("projetion.net.0.")}},
+    "PyTorch-BYOL (sthalles)": ("numbered", lambda n, o: {
+        "online_network_state_dict": {**under("encoder.", n), **linear("projetion.net.0.")},
+        "target_network_state_dict": {**under("encoder.", o), **linear("projetion.net.0.")}},
         "online_network_state_dict.encoder."),
-    "SwAV": ("resnet", lambda n, o: {
+    "SimCLR (leftthomas)": ("numbered, no pool", lambda n, o: {**under("f.", n), **linear("g.0.")}, "f."),
+    "SwAV": ("resnet 7x7", lambda n, o: {
         **under("module.", n), **linear("module.projection_head.0."), "module.prototypes.weight": torch.ones(9, 2)},
         "module."),
     "Barlow Twins": ("resnet", lambda n, o: keys(n), ""),
@@ -154,17 +115,17 @@ LAYOUTS = {  # project: kind of network, its checkpoint, the prefix expected
                                              "optimizer": OPTIMIZER}, "model.module.backbone."),
     "DINO": ("vit", dino, "teacher.backbone."),
     "MAE": ("vit", mae, "model."),
-    "solo-learn": ("resnet", lambda n, o: {"pytorch-lightning_version": "2", "state_dict": {
+    "solo-learn": ("resnet pad 2", lambda n, o: {"pytorch-lightning_version": "2", "state_dict": {
         **under("backbone.", n), **under("momentum_backbone.", o), **linear("classifier."), **linear("projector.0.")},
         "optimizer_states": [OPTIMIZER]}, "state_dict.backbone."),
-    "lightly, numbered": ("resnet", lambda n, o: {"state_dict": {
-        **under("backbone.", numbered(n)), **under("backbone_momentum.", numbered(o)),
-        **linear("projection_head.layers.0.")}}, "state_dict.backbone."),
-    "lightly, its own ResNet": ("resnet", lambda n, o: {"state_dict": under("backbone.", {
-        key.replace("downsample", "shortcut"): value for key, value in numbered(n, first=2).items()})},
+    "solo-learn MoCo v3, ViT-Ti": ("mocov3", lambda n, o: {"pytorch-lightning_version": "2", "state_dict": {
+        **under("backbone.", n), **under("momentum_backbone.", o), **linear("classifier.")}}, "state_dict.backbone."),
+    "lightly, numbered": ("numbered", lambda n, o: {"state_dict": {
+        **under("backbone.", n), **under("backbone_momentum.", o), **linear("projection_head.layers.0.")}},
         "state_dict.backbone."),
-    "lightly, its own ResNet whole": ("resnet", lambda n, o: {
-        **{key.replace("downsample", "shortcut"): value for key, value in keys(n).items()}, **linear("linear.")}, ""),
+    "lightly, its own ResNet numbered": ("lightly numbered", lambda n, o: {"state_dict": under("backbone.", n)},
+                                         "state_dict.backbone."),
+    "lightly, its own ResNet whole": ("lightly", lambda n, o: {**keys(n), **linear("linear.")}, ""),
     "lightly DINO": ("resnet", lambda n, o: {"state_dict": {
         **under("student_backbone.", o), **under("teacher_backbone.", n)}}, "state_dict.teacher_backbone."),
     "VISSL": ("resnet", lambda n, o: trunk(under("_feature_blocks.", n)),
@@ -172,19 +133,20 @@ LAYOUTS = {  # project: kind of network, its checkpoint, the prefix expected
     "VISSL, ViT": ("vit", lambda n, o: trunk(keys(n)), "classy_state_dict.base_model.model.trunk."),
     "timm": ("vit", lambda n, o: {"arch": "vit", "state_dict": {**keys(n), **linear("head.")},
                                   "state_dict_ema": {**keys(o), **linear("head.")}}, "state_dict."),
+    "torchvision, ViT": ("torchvision vit", lambda n, o: {**keys(n), **linear("heads.head.")}, ""),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("project", LAYOUTS)
-def test_layout_is_recognised_and_gives_the_same_features(project, nets, tmp_path):
+def test_layout_is_recognised_and_gives_the_features_of_its_project(project, nets, tmp_path):
     kind, make, prefix = LAYOUTS[project]
     net, other = nets[kind]
     torch.save(make(net, other), tmp_path / "a.pth")
-    mine = build(2, **{k: getattr(net.spec, k) for k in ("name", "width", "stem", "norm")})
+    mine = ours(kind)
     report = weights.load_backbone(tmp_path / "a.pth", mine)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(mine(x), net(x), rtol=0, atol=0)
+        torch.testing.assert_close(mine(x), net(x), rtol=1e-5, atol=2e-5)
         assert not torch.allclose(other(x), net(x), atol=1e-2)
     assert report.prefix == prefix
     assert report.loaded >= len([k for k in keys(net) if "num_batches" not in k])
@@ -205,7 +167,7 @@ def test_one_lost_tensor_is_an_error_in_every_layout(project, key, nets, tmp_pat
             del state[k]
     torch.save(checkpoint, tmp_path / "a.pth")
     with pytest.raises(ValueError, match="1 of the backbone's"):
-        weights.load_backbone(tmp_path / "a.pth", other)
+        weights.load_backbone(tmp_path / "a.pth", ours(kind))
 
 
 @pytest.mark.parametrize("project, which, prefix", [
@@ -222,14 +184,14 @@ def test_student_or_teacher(project, which, prefix, nets, tmp_path):
     kind, make, default = LAYOUTS[project]
     net, other = nets[kind]
     torch.save(make(net, other), tmp_path / "a.pth")
-    mine = build(2, **{k: getattr(net.spec, k) for k in ("name", "width", "stem", "norm")})
+    mine, x = ours(kind), torch.randn(2, 3, 32, 32)
     assert weights.load_backbone(tmp_path / "a.pth", mine, which=which).prefix == prefix
-    expected = net if prefix == default else other
-    assert all(torch.equal(value, keys(expected)[key]) for key, value in keys(mine).items())
+    with torch.no_grad():
+        torch.testing.assert_close(mine(x), (net if prefix == default else other)(x), rtol=1e-5, atol=2e-5)
 
 
 def test_a_single_copy_has_no_teacher(nets, tmp_path):
-    net, other = nets["resnet"]
+    net, other = nets["resnet"][0], ours("resnet")
     torch.save(under("backbone.", net), tmp_path / "a.pth")
     with pytest.raises(ValueError, match="does not say which copy is its teacher; it has 'backbone.'"):
         weights.load_backbone(tmp_path / "a.pth", other, which="teacher")
@@ -238,38 +200,22 @@ def test_a_single_copy_has_no_teacher(nets, tmp_path):
 
 
 def test_a_given_prefix_is_the_files_own(nets, tmp_path):
-    net, other = nets["resnet"]
+    net, other = nets["numbered"]
     torch.save(LAYOUTS["lightly, numbered"][1](net, other), tmp_path / "a.pth")
-    mine = build(2, **RESNET)
+    mine = ours("numbered")
     report = weights.load_backbone(tmp_path / "a.pth", mine, prefix="state_dict.backbone_momentum")
     assert report.layout == "numbered children"
-    assert all(torch.equal(value, keys(other)[key]) for key, value in keys(mine).items())
-
-
-def test_torchvision_vit_is_timms(tmp_path):
-    """torchvision's own network computes the features to compare with."""
-    torch.manual_seed(0)
-    theirs = torchvision.models.VisionTransformer(224, 16, 12, 3, 192, 768).eval()
-    nn.init.normal_(theirs.class_token)
-    for layer in theirs.encoder.layers:
-        nn.init.normal_(layer.self_attention.in_proj_bias)
-    torch.save(theirs.state_dict(), tmp_path / "a.pth")
-    mine = build(1, **VIT)
-    report = weights.load_backbone(tmp_path / "a.pth", mine)
-    assert report.layout == "torchvision ViT" and report.heads == ["heads.head.weight", "heads.head.bias"]
-    theirs.heads = nn.Identity()
-    x = torch.randn(1, 3, 224, 224, dtype=torch.double)
-    with torch.no_grad():
-        torch.testing.assert_close(mine.double()(x), theirs.double()(x), rtol=0, atol=1e-6)
+    assert torch.equal(mine.layer4[0].conv2.weight, keys(other)["7.0.conv2.weight"])
 
 
 def test_safetensors_of_others(nets, tmp_path):
-    net, _ = nets["vit"]
-    state = {k: v.contiguous() for k, v in under("backbone.", openmmlab_vit(net)).items()}
+    net, _ = nets["mmlab vit"]
+    state = {k: v.contiguous() for k, v in under("backbone.", net).items()}
     safetensors.torch.save_file(state, tmp_path / "a.safetensors")
-    mine = build(1, **VIT)
+    mine, x = ours("mmlab vit"), torch.randn(2, 3, 32, 32)
     assert weights.load_backbone(tmp_path / "a.safetensors", mine).layout == "OpenMMLab ViT"
-    assert all(torch.equal(value, keys(net)[key]) for key, value in keys(mine).items())
+    with torch.no_grad():
+        torch.testing.assert_close(mine(x), net(x), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("meta, text", [
@@ -277,15 +223,84 @@ def test_safetensors_of_others(nets, tmp_path):
     ({"cfg": "conv_cfg=dict(type='ConvWS')"}, "standardise their weights"),
 ])  # fmt: skip
 def test_networks_of_equal_keys_and_other_arithmetic_are_refused(meta, text, nets, tmp_path):
-    net, other = nets["resnet"]
+    net, other = nets["resnet"][0], ours("resnet")
     torch.save({"meta": meta, "state_dict": keys(net)}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=text):
         weights.load_backbone(tmp_path / "a.pth", other)
 
 
+@pytest.mark.parametrize("project, kind, text", [
+    ("MoCo v3", "vit", "12 heads.* has 3, .*num_heads=12 or num_heads=3"),
+    ("MMSelfSup MoCo v3, ViT-S", "mmlab vit", "num_heads=12"),
+    ("solo-learn MoCo v3, ViT-Ti", "vit", "num_heads=12"),
+    ("lightly, its own ResNet numbered", "numbered", "ReLU after the stem's norm.*--stem cifar_norelu"),
+])  # fmt: skip
+def test_peers_of_other_arithmetic_are_refused_until_it_is_given(project, kind, text, nets, tmp_path):
+    """With the options of the layouts above they are what their authors compute."""
+    right, make, _ = LAYOUTS[project]
+    torch.save(make(*nets[right]), tmp_path / "a.pth")
+    mine = ours(kind)
+    before = {k: v.clone() for k, v in keys(mine).items()}
+    with pytest.raises(ValueError, match=text):
+        weights.load_backbone(tmp_path / "a.pth", mine)
+    assert all(torch.equal(v, before[k]) for k, v in keys(mine).items())
+    if "vit" in kind:  # whoever says which it is has the say
+        stated = ours(kind, options={**peers.VIT["options"], "num_heads": 3})
+        weights.load_backbone(tmp_path / "a.pth", stated)
+
+
+def test_moco_v3_is_exported_with_its_heads(nets, tmp_path, capsys):
+    """The command as a user gives it; the code that it prints computes what the authors' network does."""
+    net, other = nets["mocov3"]
+    torch.save(LAYOUTS["MoCo v3"][1](net, other), tmp_path / "vit-s.pth")
+    argv = [str(tmp_path / "vit-s.pth"), "--to", "timm", "--backbone", "vit_tiny_patch16_224", "--option", "depth=2",
+            "--option", "img_size=32"]  # fmt: skip
+    assert export.main(argv) == 2
+    assert "--option num_heads=12" in capsys.readouterr().err
+    assert export.main([*argv, "--option", "num_heads=12"]) == 0
+    out, scope = capsys.readouterr().out, {}
+    exec(out[out.index("import timm") :], scope)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(scope["net"].eval()(x), net(x), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("here, text", [
+    ({"options": {**peers.VIT["options"], "num_heads": 12}}, r"options.num_heads is None there, 12 here"),
+    ({"options": {**peers.VIT["options"], "act_layer": "relu"}}, r"options.act_layer is None there, 'relu' here"),
+    ({"options": {**peers.VIT["options"], "drop_path_rate": 0.2, "weight_init": "jax"}}, None),
+])  # fmt: skip
+def test_weights_that_say_what_they_are_load_into_nothing_else(here, text, tmp_path):
+    """The same for a run's folder, and for what timm and torchvision download."""
+    export.write(ours("vit"), tmp_path / "a.safetensors", "safetensors")
+    if text is None:
+        weights.load_backbone(tmp_path / "a.safetensors", ours("vit", **here))
+        return
+    with pytest.raises(ValueError, match=text):
+        weights.load_backbone(tmp_path / "a.safetensors", ours("vit", **here))
+
+
+def test_a_stem_of_equal_shape_is_another_network(tmp_path):
+    export.write(ours("resnet"), tmp_path / "a.safetensors", "safetensors")
+    with pytest.raises(ValueError, match="backbone.stem is 'cifar' there, 'cifar_pad2' here"):
+        weights.load_backbone(tmp_path / "a.safetensors", ours("resnet pad 2"))
+
+
 def test_every_layout_is_shown_by_a_checkpoint_above(nets):
-    shown = {"torchvision ViT"}
+    shown = set()
     for kind, make, _ in LAYOUTS.values():
         flat = weights._flat(make(*nets[kind]))
         shown |= {layout for layout, _ in foreign.renamed(list(flat))}
     assert shown == set(foreign.LAYOUTS)
+
+
+def test_lightly_itself(tmp_path):
+    """Where the package is installed, its own classes in place of those of peers.py."""
+    models = pytest.importorskip("lightly.models")
+    net = models.ResNetGenerator("resnet-9", width=0.125).eval()
+    net = nn.Sequential(*list(net.children())[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    torch.save({"state_dict": under("backbone.", net)}, tmp_path / "a.pth")
+    mine, x = ours("lightly numbered"), torch.randn(2, 3, 32, 32)
+    weights.load_backbone(tmp_path / "a.pth", mine)
+    with torch.no_grad():
+        torch.testing.assert_close(mine(x), net(x), rtol=1e-5, atol=2e-5)

@@ -11,7 +11,7 @@ FOLDERS = ("kernels", "data_prep", "configs")  # imported as fastssl.kernels, ..
 # A package (kernels, data_prep, eval) is one word; inside it modules may import each other.
 LAYERS = """
     kernels data_prep
-    config dist
+    config dist positions
     decode
     amp norm loader backbones optim checkpoint log meters cluster
     foreign

@@ -147,6 +147,30 @@ def test_two_equal_copies_need_a_choice(tmp_path, small):
     assert same(small, net)
 
 
+@pytest.mark.parametrize("size", [96, 448])
+def test_positions_of_another_size_are_resampled(tmp_path, size):
+    """A network with a table for 96 or 448 pixels becomes one for 224, equal to itself shown images of 224 pixels."""
+    options = {"depth": 2}
+    theirs = build("vit_tiny_patch16_224", options={**options, "img_size": size})
+    torch.save({"model": theirs.body.state_dict()}, tmp_path / "a.pth")
+    net = build("vit_tiny_patch16_224", seed=1, options=options)
+    report = weights.load_backbone(tmp_path / "a.pth", net)
+    side = size // 16
+    assert f"positions resampled from {side} x {side} to 14 x 14 patches" in str(report)
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), theirs(x), rtol=0, atol=1e-5)
+    same_size = build("vit_tiny_patch16_224", seed=1, options={**options, "img_size": size})
+    assert weights.load_backbone(tmp_path / "a.pth", same_size).resampled is None
+
+
+def test_positions_that_are_no_square_grid_are_refused(tmp_path):
+    theirs = build("vit_tiny_patch16_224", options={"depth": 1, "img_size": (64, 96)})
+    torch.save(theirs.body.state_dict(), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"pos_embed is \(1, 25, 192\) in the file and \(1, 197, 192\)"):
+        weights.load_backbone(tmp_path / "a.pth", build("vit_tiny_patch16_224", options={"depth": 1}))
+
+
 def drop(key):
     return lambda state: state.pop(key)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastssl import positions
 from fastssl.kernels import philox
 from fastssl.methods import parts
 
@@ -88,9 +89,9 @@ class MAE(nn.Module):
         prefix = x.shape[1] - visible.shape[1]
         hidden = self.mask_token.to(x.dtype).expand(*masked.shape, -1)
         rows, columns = (side // self.patch for side in size)
-        positions = parts.sincos_positions(rows, columns, x.shape[2], columns_first=True, device=x.device)
+        table = positions.sincos(rows, columns, x.shape[2], columns_first=True, device=x.device)
         places = torch.cat([visible, masked], 1)  # attention does not care about the order
-        x = torch.cat([x, hidden], 1) + nn.functional.pad(positions[places], (0, 0, prefix, 0)).to(x.dtype)
+        x = torch.cat([x, hidden], 1) + nn.functional.pad(table[places], (0, 0, prefix, 0)).to(x.dtype)
         return self.head(self.decoder(x)[:, -masked.shape[1] :])
 
     def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:

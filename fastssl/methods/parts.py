@@ -17,7 +17,7 @@ import torch.distributed as td
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl import dist
+from fastssl import dist, positions
 from fastssl.kernels import multi_tensor
 
 RELU = partial(nn.ReLU, inplace=True)
@@ -147,26 +147,13 @@ def vision_transformer(backbone: nn.Module) -> nn.Module:
     return body
 
 
-def sincos_positions(rows: int, columns: int, dim: int, *, columns_first: bool, device=None) -> Tensor:
-    """(rows columns, dim): sines and cosines of one coordinate of each patch, then of the other, `dim` / 4 of each.
-
-    MAE (get_2d_sincos_pos_embed) has the columns first, MoCo v3 (build_2d_sincos_position_embedding) the rows.
-    """
-    if dim % 4:
-        raise ValueError(f"2-d sine-cosine positions need a width that is a multiple of 4, this one is {dim}")
-    scale = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))
-    row, column = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
-    angles = [place.reshape(-1, 1) * scale for place in ((column, row) if columns_first else (row, column))]
-    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], 1).float()
-
-
 @torch.no_grad()
 def fixed_positions_(body: nn.Module, *, columns_first: bool) -> None:
     """Write sine-cosine positions to a vision transformer and freeze them; those of its class token are 0."""
     rows, columns = body.patch_embed.grid_size
-    positions = sincos_positions(rows, columns, body.embed_dim, columns_first=columns_first)
+    table = positions.sincos(rows, columns, body.embed_dim, columns_first=columns_first)
     prefix = body.pos_embed.shape[1] - rows * columns
-    body.pos_embed.copy_(F.pad(positions, (0, 0, prefix, 0))[None])
+    body.pos_embed.copy_(F.pad(table, (0, 0, prefix, 0))[None])
     body.pos_embed.requires_grad_(False)
 
 
