@@ -1,7 +1,8 @@
 """Writing a backbone for other tools, each with the Python that loads it: `fastssl export RUN --to TARGET`.
 
-"torchvision", "timm": a .pth of their network of that name.  "safetensors": any backbone, with its description.
-"detectron2": a .pkl under its names.  "huggingface": a folder that timm loads, with a model card, ready to upload.
+"torchvision", "timm": a .pth of their network of that name; thin ResNets are built by torchvision's class.
+"safetensors": any backbone, with its description.  "detectron2": a .pkl under its names.  "huggingface": a folder that
+timm loads, with a model card, ready to upload.
 """
 
 from __future__ import annotations
@@ -25,14 +26,20 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fastssl import backbones, config, weights
+from fastssl import backbones, config, positions, weights
 from fastssl.config import STEMS, Backbone
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, where no run says what it trained with
 
 
-def write(backbone: nn.Module, path: str | Path, to: str = "torchvision", *, run: dict | None = None) -> str:
-    """Write the backbone's tensors and return the Python that loads them; `run` is its config.json, for a card."""
+def write(backbone: nn.Module, path: str | Path, to: str | None = None, *, run: dict | None = None,
+          steps: int | None = None) -> str:  # fmt: skip
+    """Write the backbone's tensors and return the Python that loads them.
+
+    `to`: of WRITERS; None: torchvision for its ResNets, timm for any other.  `run`: its config.json, and `steps`: how
+    many of its steps were made, from which come the size, mean and std of the images, and the model card.
+    """
+    to = to or default_target(backbone.spec)
     if to not in WRITERS:
         raise ValueError(f"export to {to!r}: known are {', '.join(WRITERS)}")
     path, spec = Path(path), backbone.spec
@@ -46,38 +53,91 @@ def write(backbone: nn.Module, path: str | Path, to: str = "torchvision", *, run
         raise ValueError(f"{empty[0]} is empty: this backbone is partitioned by ZeRO-3; export from its run folder")
     if spec.sobel and to != "safetensors":
         raise ValueError(f"{to} has no network that begins with Sobel filters: export to safetensors")
-    return WRITERS[to][1](state, spec, path, run)
+    if to in ("timm", "huggingface"):
+        spec, state = _at_size(backbone, spec, state, _size(run))
+    if run:
+        run = {**run, "steps_done": steps}
+    lines = [WRITERS[to][1](state, spec, path, run)]
+    if run and to != "detectron2":
+        mean, std = _normalisation(run)
+        lines += [f"mean, std = {mean}, {std}  # of the channels of its images, in [0, 1]; trained at "
+                  f"{_size(run)} x {_size(run)} pixels"]
+    return "\n".join(lines)
+
+
+def default_target(spec: Backbone) -> str:
+    """A target that has the network: torchvision, timm, or safetensors where no other tool has it."""
+    return "safetensors" if spec.sobel else "torchvision" if spec.name in backbones.RESNETS else "timm"
+
+
+def _refuse(spec: Backbone, to: str, why: str):
+    raise ValueError(f"{to} has no {spec.name}{why}: export with --to {default_target(spec)}, or --to safetensors")
+
+
+def _at_size(backbone: nn.Module, spec: Backbone, state: dict[str, Tensor], size: int | None):
+    """A vision transformer as it is at the size that it was trained at: with a table of positions of that size, and
+    the option that tells timm."""
+    body = getattr(backbone, "body", None)
+    if not isinstance(size, int) or not positions.is_resampling(body):
+        return spec, state
+    old, patch = tuple(body.patch_embed.grid_size), body.patch_embed.patch_size
+    new = (size // patch[0], size // patch[1])
+    if new == old or size % patch[0] or size % patch[1]:
+        return spec, state
+    table = positions.resample(state["pos_embed"], old, new).contiguous()
+    return dataclasses.replace(spec, options={**spec.options, "img_size": size}), {**state, "pos_embed": table}
 
 
 def _torchvision(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> str:
+    if spec.name not in backbones.RESNETS:
+        _refuse(spec, "torchvision", "")
     recipe = _torchvision_recipe(spec)
     with complete(path) as temporary:
         torch.save(state, temporary)
-    return f"{recipe}\nnet.load_state_dict(torch.load({str(path)!r}), strict=False)  # misses fc alone"
+    return f"{recipe}\nnet.load_state_dict(torch.load({str(path)!r}))"
 
 
 def _torchvision_recipe(spec: Backbone) -> str:
-    if not hasattr(torchvision.models, spec.name) or spec.width != 64:
-        raise ValueError(f"torchvision has no {spec.name} of width {spec.width}: export to safetensors")
-    norm = "norm_layer=lambda c: torch.nn.GroupNorm(32, c)" if spec.norm == "gn" else ""
-    lines = ["import torch, torchvision", f"net = torchvision.models.{spec.name}({norm})"]
-    if spec.stem == "imagenet" and spec.in_channels != 3:
-        lines += [f"net.conv1 = torch.nn.Conv2d({spec.in_channels}, 64, 7, stride=2, padding=3, bias=False)"]
-    return "\n".join(lines + _cifar_stem(spec))
+    norm = "torch.nn.BatchNorm2d"
+    lines = ["import torch, torchvision"]
+    if spec.norm == "gn":
+        lines = ["import math, torch, torchvision", "norm = lambda c: torch.nn.GroupNorm(math.gcd(32, c // 2), c)"]
+        norm = "norm"
+    given = f"norm_layer={norm}" if spec.norm == "gn" else ""
+    if hasattr(torchvision.models, spec.name) and spec.width == 64:
+        lines += [f"net = torchvision.models.{spec.name}({given})"]
+    else:  # torchvision's class with stages of other lengths and widths
+        block, blocks, *_ = backbones.RESNETS[spec.name]
+        lines += [f"from torchvision.models.resnet import {block.__name__}, ResNet",
+                  f"net = ResNet({', '.join(filter(None, [block.__name__, str(list(blocks)), given]))})"]
+        if spec.width != 64:
+            lines += [f"net.inplanes, net.bn1 = {spec.width}, {norm}({spec.width})",
+                      f"for i, blocks in enumerate({list(blocks)}):",
+                      f"    stage = net._make_layer({block.__name__}, {spec.width} << i, blocks, stride=2 if i else 1)",
+                      '    setattr(net, f"layer{i + 1}", stage)']
+    if (spec.stem, spec.in_channels, spec.width) != ("imagenet", 3, 64):
+        lines += [_first_convolution(spec)]
+    if spec.stem != "imagenet":
+        lines += ["net.maxpool = torch.nn.Identity()"]
+    if spec.stem == "cifar_norelu":
+        lines += ["net.relu = torch.nn.Identity()  # after the first norm; the blocks have their own"]
+    return "\n".join([*lines, "net.fc = torch.nn.Identity()"])
 
 
-def _cifar_stem(spec: Backbone) -> list[str]:
-    if spec.stem == "imagenet":
-        return []
+def _first_convolution(spec: Backbone) -> str:
     kernel, stride, padding = STEMS[spec.stem]
-    return [f"net.conv1 = torch.nn.Conv2d({spec.in_channels}, 64, {kernel}, {stride}, {padding}, bias=False)",
-            "net.maxpool = torch.nn.Identity()"]  # fmt: skip
+    return (f"net.conv1 = torch.nn.Conv2d({spec.in_channels}, {spec.width}, {kernel}, stride={stride}, "
+            f"padding={padding}, bias=False)")
 
 
 def _timm(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> str:
     name, options = _timm_model(spec)
     arguments = ", ".join(f"{key}={value!r}" for key, value in {"num_classes": 0, **options}.items())
-    lines = ["import timm, torch", f"net = timm.create_model({name!r}, {arguments})", *_cifar_stem(spec)]
+    lines = ["import timm, torch", f"net = timm.create_model({name!r}, {arguments})"]
+    if spec.stem != "imagenet":
+        lines += [_first_convolution(spec), "net.maxpool = torch.nn.Identity()"]
+    if spec.stem == "cifar_norelu":
+        lines += ["net.act1 = torch.nn.Identity()"]
     with complete(path) as temporary:
         torch.save(state, temporary)
     return "\n".join([*lines, f"net.load_state_dict(torch.load({str(path)!r}))"])
@@ -89,9 +149,9 @@ def _timm_model(spec: Backbone) -> tuple[str, dict]:
 
     name = spec.name.removeprefix("timm/")
     if not timm.is_model(name) or spec.width != 64:
-        raise ValueError(f"timm has no {spec.name} of width {spec.width}: export to safetensors")
+        _refuse(spec, "timm", f" of width {spec.width}")
     options: dict = {"in_chans": spec.in_channels} if spec.in_channels != 3 else {}
-    options |= spec.options
+    options |= backbones.timm_defaults(name) | spec.options
     if spec.norm == "gn":
         options["norm_layer"] = "groupnorm"
     if name == "resnet50" and spec.norm == "gn":
@@ -103,7 +163,8 @@ def _timm_model(spec: Backbone) -> tuple[str, dict]:
 def _safetensors(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> str:
     with complete(path) as temporary:
         save(state, temporary, weights.metadata(spec))
-    return f"import safetensors.torch\nstate = safetensors.torch.load_file({str(path)!r})"
+    return ("from fastssl import backbones, weights  # without fastssl, safetensors.torch.load_file reads the tensors\n"
+            f"net = backbones.build(weights.spec_of({str(path)!r}))\nweights.load_backbone({str(path)!r}, net)")
 
 
 def save(state: dict[str, Tensor], path: Path, meta: dict[str, str]) -> None:
@@ -143,8 +204,8 @@ class _Pickler(pickle.Pickler):
 def _detectron2(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> str:
     depth = re.fullmatch(r"resne(?:x)?t(\d+)(?:_(\d+)x(\d+)d)?", spec.name)
     if not depth or int(depth[1]) < 18 or (spec.stem, spec.width, spec.in_channels) != ("imagenet", 64, 3):
-        raise ValueError(f"detectron2 has no {spec.name} with stem={spec.stem!r}, width={spec.width}, "
-                         f"in_channels={spec.in_channels}: its ResNets and ResNeXts have ImageNet's")  # fmt: skip
+        what = f" with stem={spec.stem!r}, width={spec.width}, in_channels={spec.in_channels}" if depth else ""
+        _refuse(spec, "detectron2", f"{what} (its ResNets and ResNeXts are ImageNet's)")
     names = detectron2_names(state)
     model = {names[key]: value.numpy() for key, value in state.items()}
     with complete(path) as temporary, open(temporary, "wb") as f:
@@ -164,7 +225,7 @@ def _huggingface(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> s
     name, options = _timm_model(spec)
     if spec.stem != "imagenet":
         raise ValueError(f"a Hugging Face folder names a network that timm builds, and timm has no {name} with "
-                         f"stem={spec.stem!r}: export to timm or safetensors")  # fmt: skip
+                         f"stem={spec.stem!r}: export with --to torchvision, timm or safetensors")  # fmt: skip
     import timm
 
     with torch.device("meta"):
@@ -225,9 +286,12 @@ def card(path: Path, name: str, run: dict | None) -> str:
         method = run["method"]["type"].split(".")[-2]
         title = f"{name}, {method}"
         rows = {"method": method} | {f"method.{k}": v for k, v in run["method"].items() if k != "type"}
+        length = "steps" if run["optim"].get("steps") else "epochs"  # a run of few steps ends long before its epochs
         rows |= {f"optim.{k}": run["optim"][k]
-                 for k in ("name", "lr", "batch", "epochs", "weight_decay", "schedule", "precision")}  # fmt: skip
-        rows |= {"data": Path(run["data"]["train"]).name, "seed": run["seed"]}
+                 for k in ("name", "lr", "batch", length, "weight_decay", "schedule", "precision")}  # fmt: skip
+        if run.get("steps_done") is not None:
+            rows |= {"steps made": run["steps_done"]}
+        rows |= {"image size": _size(run), "data": Path(run["data"]["train"]).name, "seed": run["seed"]}
         table = "\n".join(f"| {k} | {v} |" for k, v in rows.items())
         training = f"\n## How it was trained\n\n| | |\n|---|---|\n{table}\n"
     mean, std = _normalisation(run)
@@ -308,7 +372,7 @@ def main(argv: list[str] | None = None) -> int:
     """`fastssl export RUN_OR_WEIGHTS --to TARGET`"""
     parser = argparse.ArgumentParser("fastssl export", description="Write a backbone for other tools.")
     parser.add_argument("run", metavar="RUN_OR_WEIGHTS", help="run or checkpoint folder, .safetensors, .pt or .pth")
-    parser.add_argument("--to", choices=tuple(WRITERS), default="torchvision")
+    parser.add_argument("--to", choices=tuple(WRITERS), help="default: torchvision for a ResNet, timm for any other")
     parser.add_argument("--out", help="default: backbone.pth, backbone.safetensors, ... in the run's folder")
     parser.add_argument("--which", choices=("student", "teacher"),
                         help="the trained network or its moving average; default: what the method evaluates")
@@ -321,10 +385,13 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"what the backbone in {args.run} is stands nowhere: it is no run folder and no export of "
                              "ours; give --backbone NAME")  # fmt: skip
         folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
-        out = args.out or folder / WRITERS[args.to][0]
+        to = args.to or default_target(spec)
+        out = args.out or folder / WRITERS[to][0]
         backbone = backbones.build(spec)
-        print(weights.load_backbone(args.run, backbone, prefix=args.prefix, which=args.which))
-        recipe = write(backbone, out, args.to, run=weights.run_config(args.run))
+        report = weights.load_backbone(args.run, backbone, prefix=args.prefix, which=args.which)
+        print(report)
+        step = re.search(r"step_(\d+)", Path(report.file).parent.name)
+        recipe = write(backbone, out, to, run=weights.run_config(args.run), steps=step and int(step[1]))
         print(f"wrote {out}; load it with\n\n{recipe}")
     except (ValueError, OSError) as error:
         print(f"fastssl export: {error}", file=sys.stderr)

@@ -55,6 +55,11 @@ def resample_as_authors_(body: nn.Module) -> None:
         body.__class__ = _resampling()
 
 
+def is_resampling(body: nn.Module | None) -> bool:
+    """Whether `body` interpolates its positions here, for images of another size than its table's."""
+    return body is not None and isinstance(body, _resampling()) and body.dynamic_img_size
+
+
 @functools.cache
 def _resampling() -> type:
     from timm.models.vision_transformer import VisionTransformer  # takes seconds

@@ -47,6 +47,7 @@ TIMM = [
     {"name": "resnet18", "stem": "cifar_pad2"}, {"name": "resnet50", "norm": "gn"},
     {"name": "resnet18", "norm": "gn", "in_channels": 2},
     {"name": "resnet18", "norm": "frozen"}, {"name": "vit_tiny_patch16_224"},
+    {"name": "resnet18", "stem": "cifar_norelu"},
     {"name": "vit_tiny_patch16_224", "options": {"num_heads": 12, "reg_tokens": 2}},
 ]  # fmt: skip
 
@@ -72,6 +73,64 @@ def test_timm_loads_the_hugging_face_folder(spec, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "hf")) == ["README.md", "config.json", "model.safetensors"]
     exported = "bn" if net.spec.norm == "frozen" else net.spec.norm
     assert weights.spec_of(tmp_path / "hf" / "model.safetensors") == dataclasses.replace(net.spec, norm=exported)
+
+
+THIN = [
+    {"name": "resnet10"}, {"name": "resnet10", "width": 8}, {"name": "resnet18", "width": 16, "norm": "gn"},
+    {"name": "resnet50", "width": 16, "stem": "cifar", "in_channels": 2}, {"name": "resnet10", "stem": "cifar_norelu"},
+    {"name": "resnet10", "width": 8, "norm": "gn", "stem": "cifar_pad2"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", THIN)
+@pytest.mark.parametrize("to", ["torchvision", "safetensors"])
+def test_a_thin_resnet_gets_code_that_builds_it(spec, to, tmp_path):
+    net = build(**spec)
+    theirs = loaded(export.write(net, tmp_path / f"a.{to}", to))
+    if to == "torchvision":
+        assert type(theirs) is torchvision.models.ResNet
+    assert_same(theirs, net, 32, spec.get("in_channels", 3))
+
+
+def run_of(size, backbone, **optim):
+    run = config.Run(method=byol.Config(), backbone=Backbone(**backbone), name="r", optim=config.Optim(**optim),
+                     data=config.Data(train="x/y.beton", views=views.byol(size)))  # fmt: skip
+    return json.loads(config.dumps(run))
+
+
+@pytest.mark.parametrize("to", ["timm", "huggingface"])
+def test_a_vision_transformer_runs_at_the_size_that_it_was_trained_at(to, tmp_path, monkeypatch):
+    """Trained at 64 pixels with timm's table for 224: the printed code takes 64 pixels and computes the same."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    spec = {"name": "vit_tiny_patch16_224", "options": {"depth": 2}}
+    net = build(**spec)
+    recipe = export.write(net, tmp_path / "a", to, run=run_of(64, spec))
+    theirs = loaded(recipe)
+    assert_same(theirs, net, 64)
+    assert theirs(torch.zeros(1, 3, 96, 96, dtype=torch.double)).shape == (1, 192), "and other sizes"
+    assert "mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)" in recipe and "64 x 64" in recipe
+    if to == "huggingface":
+        settings = json.loads((tmp_path / "a" / "config.json").read_text())
+        assert settings["pretrained_cfg"]["input_size"] == [3, 64, 64] and settings["model_args"]["img_size"] == 64
+        again = backbones.build(weights.spec_of(tmp_path / "a" / "model.safetensors"))
+        weights.load_backbone(tmp_path / "a" / "model.safetensors", again)
+        assert_same(again.eval(), net, 64)
+
+
+def test_a_vision_transformer_of_one_size_is_exported_with_it(tmp_path):
+    spec = {"name": "vit_tiny_patch16_224", "options": {"depth": 2, "img_size": 48, "num_heads": 12}}
+    net = build(**spec)
+    for run in (None, run_of(48, spec)):
+        assert_same(loaded(export.write(net, tmp_path / "a.pth", run=run)), net, 48)
+    assert_same(loaded(export.write(net, tmp_path / "a.safetensors", "safetensors")), net, 48)
+
+
+def test_the_card_counts_steps(tmp_path):
+    net = build(name="resnet18")
+    export.write(net, tmp_path / "a", "huggingface", run=run_of(64, {"name": "resnet18"}, steps=10), steps=7)
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert "| optim.steps | 10 |" in text and "| steps made | 7 |" in text and "epochs" not in text
+    assert "| image size | 64 |" in text
 
 
 def detectron2_resnet50():
@@ -126,12 +185,13 @@ def test_detectron2_file(tmp_path):
     ({"name": "resnet18", "sobel": True}, "timm", "Sobel"),
     ({"name": "resnet18", "sobel": True}, "detectron2", "Sobel"),
     ({"name": "resnet18", "sobel": True}, "huggingface", "Sobel"),
-    ({"name": "resnet18", "width": 8}, "timm", "timm has no resnet18 of width 8"),
+    ({"name": "resnet18", "width": 8}, "timm", "timm has no resnet18 of width 8: export with --to torchvision"),
+    ({"name": "vit_tiny_patch16_224"}, "torchvision", "no vit_tiny_patch16_224: export with --to timm"),
     ({"name": "resnet18", "stem": "cifar"}, "huggingface", "no resnet18 with stem='cifar'"),
     ({"name": "resnet18", "stem": "cifar"}, "detectron2", "detectron2 has no resnet18 with stem='cifar'"),
     ({"name": "resnet10"}, "detectron2", "detectron2 has no resnet10"),
     ({"name": "wide_resnet50_2"}, "detectron2", "detectron2 has no wide_resnet50_2"),
-    ({"name": "vit_tiny_patch16_224"}, "detectron2", "detectron2 has no vit_tiny"),
+    ({"name": "vit_tiny_patch16_224"}, "detectron2", "detectron2 has no vit_tiny_patch16_224 .*export with --to timm"),
 ])  # fmt: skip
 def test_what_a_tool_does_not_have_is_refused(spec, to, text, tmp_path):
     net = build(**spec)
@@ -176,6 +236,7 @@ def test_command_writes_a_card_of_the_run(run_folder, capsys):
     text = (folder / "huggingface" / "README.md").read_text()
     assert "| method | byol |" in text and "| optim.lr | 0.25 |" in text and "| data | y.beton |" in text
     assert hashlib.sha256((folder / "huggingface" / "model.safetensors").read_bytes()).hexdigest() in text
+    assert "| steps made | 1 |" in text
     assert str(folder) not in text, "a path of this machine is nobody else's business"
     settings = json.loads((folder / "huggingface" / "config.json").read_text())
     assert settings["architecture"] == "resnet18" and settings["pretrained_cfg"]["input_size"] == [3, 64, 64]
