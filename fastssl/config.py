@@ -6,17 +6,17 @@ An unknown name is answered by the nearest.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import difflib
 import importlib.util
+import inspect
 import json
 import math
-import types
-import typing
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from fastssl import configfile, named, settings
 
 # Kernel, stride and padding of a ResNet's first convolution; a max-pool follows ImageNet's alone.  "cifar_pad2" is
 # solo-learn's, "cifar_norelu" has no ReLU after its norm, as lightly's nn.Sequential(*ResNetGenerator().children()).
@@ -121,21 +121,21 @@ def quickstart() -> Path:
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:
-    """The `Run` of a config file with `a.b=value` overrides applied and checked."""
+    """The `Run` of a config file with `a.b=value` overrides applied and checked.
+
+    Its folder is on sys.path, first while the file runs and last afterwards: a module beside it can be imported.
+    ValueError of one line for every mistake; where the file raised, with its name, line and the error.
+    """
     path = Path(path)
     if not path.is_file():
-        near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.parent.glob("**/*.py")], 1)
-        raise ValueError(f"no config file {path}{_hint(near)}")
-    spec = importlib.util.spec_from_file_location("fastssl_config_" + path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} has no get_config() -> Run")
-    run = module.get_config()
+        near = [*path.parent.glob("*.py"), *path.parent.parent.glob("*/*.py")]  # not deeper: data may lie there
+        raise ValueError(f"no config file {path}{settings.hint(path, near)}")
+    run = configfile.call(path, "get_config")
     if not isinstance(run, Run):
         raise ValueError(f"get_config() of {path} returned {type(run).__name__}, not fastssl.config.Run")
     run.name = run.name or _run_name(path)
-    for override in overrides:
+    # a setting that replaces others goes first: `method.momentum=0.9 method=byol` sets BYOL's momentum
+    for override in sorted(overrides, key=lambda text: text.partition("=")[0].count(".")):
         set_override(run, override)
     validate(run)
     return run
@@ -152,72 +152,20 @@ def _run_name(path: Path) -> str:
 
 
 def set_override(run: Run, text: str) -> None:
-    """Apply one `a.b=value`; the value is a Python literal or a bare string, checked against the field's type."""
-    key, eq, value = text.partition("=")
-    if not eq:
-        raise ValueError(f"override {text!r} is not of the form a.b=value")
-    names = key.split(".")
-    target: Any = run
-    for name in names[:-1]:
-        inside = isinstance(target, dict) and name in target
-        target = target[name] if inside else getattr(target, _known(target, name, key))
-    name = names[-1]
-    try:
-        parsed = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        parsed = {"true": True, "false": False, "none": None}.get(value.lower(), value)
-    if isinstance(target, dict):
-        target[name] = parsed
-        return
-    _known(target, name, key)
-    hint = typing.get_type_hints(type(target)).get(name, Any)
-    parsed = _coerce(parsed, hint, key)
-    object.__setattr__(target, name, parsed)  # a method's Config may be frozen
-
-
-def _known(target: Any, name: str, key: str) -> str:
-    if not dataclasses.is_dataclass(target):
-        raise ValueError(f"{key}: {type(target).__name__} has no settings below it")
-    names = [f.name for f in dataclasses.fields(target)]
-    if name not in names:
-        raise ValueError(f"{key}: unknown setting {name!r}{_hint(difflib.get_close_matches(name, names, 1))} "
-                         f"({type(target).__name__} has {', '.join(names)})")
-    return name
-
-
-def _hint(near: list[str]) -> str:
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _coerce(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the annotated type, or a ValueError that names both; ints pass as floats, lists as tuples."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        for option in args:
-            try:
-                return _coerce(value, option, key)
-            except ValueError:
-                continue
-    elif hint is type(None) and value is None:
-        return None
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif hint in (bool, str) and isinstance(value, hint):
-        return value
-    elif (origin or hint) is tuple and isinstance(value, list | tuple):
-        if args and args[-1] is not Ellipsis and len(args) != len(value):
-            raise ValueError(f"{key}: wants {len(args)} values, got {value!r}")
-        element = (lambda i: args[0 if args[-1] is Ellipsis else i]) if args else (lambda i: Any)
-        return tuple(_coerce(v, element(i), key) for i, v in enumerate(value))
-    elif (origin or hint) is dict and isinstance(value, dict):
-        return value
-    elif isinstance(hint, type) and isinstance(value, hint) and not isinstance(value, bool):  # True is no 1
-        return value
-    raise ValueError(f"{key}: wants {getattr(hint, '__name__', hint)}, got {value!r}")
+    """Apply one `a.b=value`, checked against the field's type (settings.assign); `method=byol` and
+    `data.views=moco_v2` take a name, or a call such as "swav(96, small=48)"."""
+    key, _, value = text.partition("=")
+    if key == "method":
+        run.method = named.method(value)
+    elif key == "data.views":
+        run.data.views = named.recipe(value, run.data.views, key)
+    elif key == "data.eval_view" and value.lower() != "none":
+        views = named.recipe(value, run.data.views, key)
+        if len(views) != 1:
+            raise ValueError(f"{key}={value}: wants one view and this recipe has {len(views)}; try center(224, 256)")
+        run.data.eval_view = views[0]
+    else:
+        settings.assign(run, text)
 
 
 _CHOICES = {
@@ -240,21 +188,37 @@ _READ_BY = {  # options of Optim that only some choices read: anything else than
 
 
 def validate(run: Run) -> None:
-    """Check types and choices of every section; files and shapes are checked where they are opened."""
-    for section in ("backbone", "data", "optim", "speed", "log", "method"):
+    """Check names, types and choices of every section, and name the run if it has no name; files and shapes are
+    checked where they are opened."""
+    from fastssl.kernels.views import View  # seconds: torch
+
+    _check_names(run, "")
+    _check_method(run.method)
+    for kind in (Backbone, Data, Optim, Speed, Log, type(run.method)):
+        section = "method" if kind is type(run.method) else kind.__name__.lower()
         part = getattr(run, section)
-        if not dataclasses.is_dataclass(part):
-            raise ValueError(f"{section} must be a dataclass, got {part!r}")
-        hints = typing.get_type_hints(type(part))
+        if not isinstance(part, kind):
+            raise ValueError(f"{section} must be {kind.__name__}(...), got {part!r}")
+        if section != "method":
+            _check_names(part, section + ".")
+        hints = settings.hints(type(part))
         for f in dataclasses.fields(part):
-            value = _coerce(getattr(part, f.name), hints.get(f.name, Any), f"{section}.{f.name}")
+            value = settings.coerce(getattr(part, f.name), hints[f.name], f"{section}.{f.name}")
             object.__setattr__(part, f.name, value)
+    for key in ("hooks", "seed", "deterministic", "sync_bn", "deepspeed", "name"):
+        setattr(run, key, settings.coerce(getattr(run, key), settings.hints(Run)[key], key))
+    for i, view in enumerate(run.data.views):
+        if not isinstance(view, View):
+            raise ValueError(f"data.views.{i} must be a View, got {view!r}; recipes are tuples, joined by +")
+    if not isinstance(run.data.eval_view, View | None):
+        raise ValueError(f"data.eval_view must be one View or None, got {run.data.eval_view!r}: of a recipe its first, "
+                         "views.center(224)[0]")
     for key, choices in _CHOICES.items():
         section, name = key.split(".")
         value = getattr(getattr(run, section), name)
         if value not in choices:
-            near = difflib.get_close_matches(str(value), [str(c) for c in choices], 1)
-            raise ValueError(f"{key}={value!r} is none of {', '.join(map(str, choices))}{_hint(near)}")
+            known = ", ".join(map(str, choices))
+            raise ValueError(f"{key}={value!r} is none of {known}{settings.hint(value, choices)}")
     for key in ("optim.lr", "optim.batch", "optim.epochs", "log.every"):
         section, name = key.split(".")
         value = getattr(getattr(run, section), name)
@@ -281,6 +245,39 @@ def validate(run: Run) -> None:
                              f"{' and '.join(map(repr, readers))}: set optim.{key}, or optim.{f.name}={f.default!r}")
     if not run.data.views:
         raise ValueError("data.views is empty: give a recipe, for example views.simclr(224)")
+    if run.seed < 0:
+        raise ValueError(f"seed={run.seed} must be 0 or more")
+    run.name = run.name or _default_name(run)
+
+
+def _check_names(part: Any, prefix: str) -> None:
+    """`run.optim.lrr = 1` in a config file would otherwise be a new attribute that nothing reads."""
+    for name in vars(part).keys() - set(settings.names(part)):
+        known = settings.names(part)
+        raise ValueError(f"{prefix}{name}: unknown setting {name!r}{settings.hint(name, known)} "
+                         f"({type(part).__name__} has {', '.join(known)})")
+
+
+def _check_method(method: Any) -> None:
+    """A method is given by its Config, a dataclass with build(backbone, ...)."""
+    if inspect.ismodule(method):
+        raise ValueError(f"method is the module {method.__name__}: give its Config, "
+                         f"{method.__name__.rpartition('.')[2]}.Config(...)")
+    if isinstance(method, type):
+        raise ValueError(f"method is the class {method.__module__}.{method.__name__}: give an instance, "
+                         f"{method.__name__}(...)")
+    if not dataclasses.is_dataclass(method):
+        raise ValueError(f"method must be a method's Config, a dataclass with build(backbone, ...), got {method!r}")
+    if not callable(getattr(method, "build", None)):
+        raise ValueError(f"method: {type(method).__name__} has no build(backbone, *, samples, classes, batch, kernels) "
+                         "that returns the method; see docs/extending.md")
+
+
+def _default_name(run: Run) -> str:
+    """Of a Run made in Python: method/backbone_data, e.g. simclr/resnet50_mine."""
+    kind = type(run.method)
+    method = kind.__module__.rpartition(".")[2] if kind.__name__ == "Config" else kind.__name__.lower()
+    return f"{method}/{run.backbone.name.replace('/', '_')}_{Path(run.data.train).stem}".removesuffix("_")
 
 
 def dump(run: Run) -> dict:
@@ -295,7 +292,11 @@ def dump(run: Run) -> dict:
             return {str(k): plain(v) for k, v in value.items()}
         if isinstance(value, list | tuple):
             return [plain(v) for v in value]
-        return value if isinstance(value, str | int | float | bool | None) else repr(value)
+        if isinstance(value, str | int | float | bool | None):
+            return value
+        if inspect.isroutine(value) or isinstance(value, type):
+            return f"{value.__module__}.{value.__qualname__}"
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # an address differs in the next process
 
     return plain(run)
 

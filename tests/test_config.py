@@ -8,7 +8,7 @@ import pytest
 
 from fastssl import config, views
 from fastssl.config import Data, Optim, Run
-from fastssl.methods import simclr
+from fastssl.methods import byol, simclr
 
 FILE = """
 from fastssl import views
@@ -68,11 +68,59 @@ def test_overrides_reach_every_section_with_the_right_type(file):
     ("optim.lr.x=1", "optim.lr.x: float has no settings below it"),
     ("optim.lr", "is not of the form a.b=value"),
     ("optim.betas=[1,2,3]", "wants 2 values"),
+    ("data.views.2.blur=0.5", "data.views.2.blur: '2' is not one of its 2 places: 0 to 1, or all"),
+    ("data.views.blur=0.5", "'blur' is not one of its 2 places"),
+    ("data.views.0.blurr=0.5", "did you mean 'blur'"), ("data.views.0.blur=x", "wants float, got 'x'"),
+    ("data.views.0.blur=2", "View(blur=2.0): is a probability"),
+    ("data.views=moco_v3", "did you mean 'moco_v2'"), ("data.views=simclr(size=8, blurr=1)", "did you mean 'blur'"),
+    ("data.views=[1]", "give a name, or name(argument=value, ...)"), ("data.eval_view=simclr", "this recipe has 2"),
+    ("method=boyl", "did you mean 'byol'"), ("method=byol(momentm=1)", "did you mean 'momentum'"),
+    ("method=simclr.Config()", "give a name"), ("log.root.x=1", "str has no settings below it"),
 ])
 def test_mistakes_are_answered(file, override, message):
     with pytest.raises(ValueError) as error:
         config.load(file, [override])
     assert message in str(error.value)
+
+
+def test_one_view_or_all_of_them_are_changed(file):
+    run = config.load(file, ["data.views.1.blur=0.1", "data.views.all.jitter=(0.4, 0.4, 0.2, 0.1)",
+                             "data.views.0.stream=5", "optim.betas.1=0.95", "optim.name=adamw"])
+    assert [v.blur for v in run.data.views] == [0.5, 0.1] and run.data.views[0].stream == 5
+    assert all(v.jitter == (0.4, 0.4, 0.2, 0.1) for v in run.data.views) and run.optim.betas == (0.9, 0.95)
+    assert '"blur": 0.1' in run.data.views[1].json  # what the kernels read
+
+
+def test_a_recipe_and_a_method_are_named(file):
+    run = config.load(file, ["method.momentum=0.9", "method=byol", "data.views=moco_v2", "data.eval_view=center"])
+    assert run.method == byol.Config(momentum=0.9)  # whatever the order, the method comes first
+    assert run.data.views == views.moco_v2(32) and run.data.eval_view == views.center(32)[0]
+    run = config.load(file, ["method=simclr(temperature=0.3, dims=(64, 32))", "data.views=swav(64, small=24)",
+                             "data.views.2.blur=0"])  # fmt: skip
+    assert run.method == simclr.Config(temperature=0.3, dims=(64, 32))
+    assert [v.size for v in run.data.views] == [64, 64] + [24] * 6 and run.data.views[2].blur == 0
+    other = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    path = file.with_name("other.py")
+    path.write_text(FILE.replace("views.simclr(32)", f"views.simclr(32, interpolation='bicubic', **{other})"))
+    assert config.load(path, ["data.views=byol"]).data.views == views.byol(32, **other)  # the data's, not the recipe's
+
+
+@pytest.mark.parametrize("text, read", [
+    ("name=20241126", "20241126"), ("name=2024_01", "2024_01"), ("name=1e5", "1e5"), ("name=None", "None"),
+    ("name='a b'", "a b"), ("data.train=0001", "0001"), ("data.train=1.5", "1.5"), ("data.test=12", "12"),
+    ("data.test=none", None), ("backbone.pretrained=7", "7"),
+])  # fmt: skip
+def test_text_is_taken_as_it_is(file, text, read):
+    run = config.load(file, [text])
+    key = text.partition("=")[0].split(".")
+    assert getattr(run if len(key) == 1 else getattr(run, key[0]), key[-1]) == read
+
+
+def test_a_run_without_a_name_gets_one():
+    run = Run(method=simclr.Config(), backbone=config.Backbone("resnet18"),
+              data=Data(train="data/mine.beton", views=views.simclr(8)))
+    config.validate(run)
+    assert run.name == "simclr/resnet18_mine"
 
 
 def test_every_norm_that_a_backbone_knows_can_be_asked_for(file):

@@ -1,0 +1,141 @@
+"""Settings by name: `a.b=value` on the command line, and checks of values against the annotations of dataclasses.
+
+Nothing here knows about training; config.py uses it for `Run`.  Every mistake is a ValueError of one line.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """"; did you mean 'lars'?" where a known name is near, else ""."""
+    near = difflib.get_close_matches(str(name), [str(k) for k in known], 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def names(target: Any) -> list[str]:
+    """The settings of a dataclass (a class or an instance)."""
+    return [f.name for f in dataclasses.fields(target)]
+
+
+def assign(target: Any, text: str) -> None:
+    """Apply one `a.b=value` to the dataclass `target`.
+
+    A step of the name is a field, a key of a dictionary, or in a tuple a number from 0 or "all".  The value is read by
+    the field's annotation: text is taken as it is, anything else is a Python literal.  ValueError with the nearest
+    name or the type that is wanted.
+    """
+    key, eq, value = text.partition("=")
+    if not eq:
+        raise ValueError(f"override {text!r} is not of the form a.b=value")
+    _set(target, key.split("."), value, key)
+
+
+def _set(target: Any, path: list[str], value: Any, key: str) -> Any:
+    """`target` with the setting at `path` changed: itself where it can be changed in place, else a copy."""
+    name, *rest = path
+    if isinstance(target, dict):
+        if rest and name not in target:
+            raise ValueError(f"{key}: there is no {name!r} yet{hint(name, target)}")
+        target[name] = _set(target[name], rest, value, key) if rest else parse(value, Any, key)
+        return target
+    if isinstance(target, tuple | list):
+        places = range(len(target)) if name == "all" else [_place(target, name, key)]
+        new = [(_set(item, rest, value, key) if rest else parse(value, type(item), key)) if i in places else item
+               for i, item in enumerate(target)]  # fmt: skip
+        return type(target)(new)
+    if not dataclasses.is_dataclass(target):
+        raise ValueError(f"{key}: {type(target).__name__} has no settings below it")
+    if name not in names(target):
+        raise ValueError(f"{key}: unknown setting {name!r}{hint(name, names(target))} "
+                         f"({type(target).__name__} has {', '.join(names(target))})")
+    new = _set(getattr(target, name), rest, value, key) if rest else parse(value, hints(type(target))[name], key)
+    if type(target).__dataclass_params__.frozen:
+        try:
+            return dataclasses.replace(target, **{name: new})
+        except (TypeError, AttributeError) as error:  # of a __post_init__ that does not expect the value
+            raise ValueError(f"{key}: {error}") from error
+    setattr(target, name, new)
+    return target
+
+
+def _place(items: tuple | list, name: str, key: str) -> int:
+    if not name.isdecimal() or int(name) >= len(items):
+        raise ValueError(f"{key}: {name!r} is not one of its {len(items)} places: 0 to {len(items) - 1}, or all")
+    return int(name)
+
+
+def hints(kind: type) -> dict[str, Any]:
+    """Annotations by field; Any where they cannot be resolved (a name that the config file does not import)."""
+    try:
+        found = typing.get_type_hints(kind)
+    except (NameError, TypeError, AttributeError, SyntaxError):
+        found = {}
+    return {f.name: found.get(f.name, Any) for f in dataclasses.fields(kind)}
+
+
+def parse(value: Any, kind: Any, key: str) -> Any:
+    """The text of a command line as a value of `kind`; what is no text is checked alone."""
+    if not isinstance(value, str):
+        return coerce(value, kind, key)
+    try:
+        literal = ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        literal = {"true": True, "false": False, "none": None}.get(value.lower(), value)
+    options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    if str in options and not isinstance(literal, str) and not (literal is None and type(None) in options):
+        for other in options:  # 3 is a number where one is wanted, and else the text "3"
+            if other is not str:
+                try:
+                    return coerce(literal, other, key)
+                except ValueError:
+                    continue
+        return value
+    return coerce(literal, kind, key)
+
+
+def coerce(value: Any, kind: Any, key: str) -> Any:
+    """`value` as the annotated type, or a ValueError that names both; ints pass as floats, lists as tuples."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return coerce(value, option, key)
+            except ValueError:
+                continue
+    elif kind is type(None) and value is None:
+        return None
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{key}: an integer too large for a float") from None
+    elif kind is int and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) >= 2**63:
+            raise ValueError(f"{key}: a number of more than 64 bits")
+        return value
+    elif kind in (bool, str) and isinstance(value, kind):
+        return value
+    elif (origin or kind) is tuple and isinstance(value, list | tuple):
+        if args and args[-1] is not Ellipsis and len(args) != len(value):
+            raise ValueError(f"{key}: wants {len(args)} values, got {value!r}")
+        element = (lambda i: args[0 if args[-1] is Ellipsis else i]) if args else (lambda i: Any)
+        return tuple(coerce(v, element(i), key) for i, v in enumerate(value))
+    elif (origin or kind) is dict and isinstance(value, dict):
+        for part in value.values() if args and args[1] is not Any else ():
+            coerce(part, args[1], key)
+        return value
+    elif isinstance(kind, type) and isinstance(value, kind) and not isinstance(value, bool):  # True is no 1
+        return value
+    elif origin is typing.Literal and value in args:
+        return value
+    raise ValueError(f"{key}: wants {getattr(kind, '__name__', kind)}, got {value!r}")
