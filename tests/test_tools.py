@@ -110,6 +110,12 @@ def test_params_of_a_vit_by_hand():
     assert tools.flops(net, 224) == expected
 
 
+def test_params_takes_options_of_timms_models(capsys):
+    assert main(["params", "vit_tiny_patch16_224", "--option", "depth=2", "--option", "reg_tokens=4"]) == 0
+    net = backbones.build(Backbone("vit_tiny_patch16_224", options={"depth": 2, "reg_tokens": 4}))
+    assert f"{sum(p.numel() for p in net.parameters()):,}" in capsys.readouterr().out
+
+
 def test_params_of_a_config(tmp_path, capsys):
     file = tmp_path / "c.py"
     file.write_text("from fastssl import views\nfrom fastssl.config import *\nfrom fastssl.methods import moco\n"
@@ -140,6 +146,8 @@ def test_params_count_a_bank_by_the_data_card(tmp_path):
 @pytest.mark.parametrize("argv, text", [
     (["resnet5"], "did you mean"),
     (["resnet50", "optim.lr=1"], "is a backbone"),
+    (["vit_tiny_patch16_224", "--option", "dept=2"], "did you mean 'depth'"),
+    (["resnet50", "--option", "drop_path_rate=0.1"], "name 'timm/resnet50'"),
     (["nowhere.py"], "nowhere.py"),
 ])  # fmt: skip
 def test_params_refuses(argv, text, capsys):
