@@ -1,12 +1,18 @@
 """Recipes: what each method shows its network, as tuples of `View` (pure data; kernels/views applies them).
 
 Figures are those of OpenSelfSup's configs (224 pixels); solo-learn's CIFAR-10 recipes are the same operations with
-bicubic crops, e.g. simclr(32, interpolation="bicubic", **CIFAR10).  Keywords are fields of View and go to every view.
+bicubic crops, e.g. simclr(32, interpolation="bicubic", **CIFAR10).  Keywords are fields of View and go to every view:
+simclr(224, extra=(Lighting(0.1), Erase(p=0.25))).  A recipe of one's own is a tuple of View(...).
 """
 
 from dataclasses import replace
 
 from fastssl.kernels.views import View
+from fastssl.kernels.views.extra import Erase, Lighting, Random, Transform
+
+__all__ = ["CIFAR10", "CIFAR100", "Erase", "Lighting", "Random", "Transform", "View", "byol", "center", "deepcluster",
+           "default_view", "dino", "mae", "moco_v1", "moco_v2", "npid", "padded", "patches", "rotation", "simclr",
+           "supervised", "swav"]  # fmt: skip
 
 CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
 CIFAR100 = {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)}

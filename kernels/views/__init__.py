@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common import TRITON_DTYPES, choose
-from . import reference
+from . import extra, reference
 from .params import COL, COLUMNS, IMAGENET_MEAN, IMAGENET_STD, View, draw
 
 __all__ = ["COL", "COLUMNS", "IMAGENET_MEAN", "IMAGENET_STD", "View", "draw", "make_views"]
@@ -37,9 +37,22 @@ def make_views(pixels: Tensor, sizes: Tensor, index: Tensor, views, *, seed: int
         raise ValueError(f"views: seed={seed}: needs 0 <= seed < 2**63")
     if dtype not in TRITON_DTYPES:
         raise ValueError(f"views: dtype={dtype}: choose float32, float16 or bfloat16")
+    if any(view.extra for view in views):
+        return _with_extra(pixels, sizes, index, views, seed, epoch, dtype, impl)
     if choose(impl, pixels) == "reference":
         table = draw(sizes, index, views, seed=seed, epoch=epoch)
         return reference.make_views(pixels, sizes, views, table, dtype)
     from . import triton
 
     return triton.make_views(pixels, sizes, index, views, seed, epoch, dtype)
+
+
+def _with_extra(pixels, sizes, index, views, seed, epoch, dtype, impl) -> list[Tensor]:
+    """Views of which some have operations beyond the kernel's: those are cut in float32, the others as ever."""
+    plain, places = extra.split(views)
+    streams, out = [view.stream for view in plain], [None] * len(views)
+    for some, kind in ((places, torch.float32), ([i for i in range(len(views)) if i not in places], dtype)):
+        made = make_views(pixels, sizes, index, [plain[i] for i in some], seed=seed, epoch=epoch, dtype=kind, impl=impl)
+        for i, x in zip(some, made):
+            out[i] = extra.finish(x, views[i], streams[i], index, seed, epoch, dtype) if i in places else x
+    return out

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..philox import below, philox4x32, uniform
+from . import extra as operations
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -36,8 +37,8 @@ class View:
     by `pad` pixels of `pad_mode`), "patch" (cell 0..8 of the 3x3 split of a random crop of side `window`, itself
     randomly cropped to size), "squash" (the whole image, aspect ratio ignored).
     A pixel whose centre falls outside the image is black, or mirrored with pad_mode="reflect".
-    Operations apply as crop, flip, rotate, then `order` (jitter before blur), then `quarter_turns`
-    (counter-clockwise), then normalise.
+    Operations apply as crop, flip, rotate, then `order` (jitter before blur; one that is left out does not act: its
+    probability becomes 0), then `extra` (see extra.py), then `quarter_turns` (counter-clockwise), then normalise.
     Views with the same `stream` draw the same numbers; None is the view's place in the list.
     """
 
@@ -65,13 +66,18 @@ class View:
     stream: int | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    extra: tuple = ()  # Lighting(...), Erase(...), Transform(fn) or a callable, an operation of your own
 
     def __post_init__(self):
         for f in fields(self):  # lists, as read back from a dumped config, become tuples again
             if isinstance(getattr(self, f.name), list):
                 object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
+            _check_type(f.name, getattr(self, f.name), f.default)
+        object.__setattr__(self, "extra", tuple(operations.operation(entry) for entry in self.extra))
+        self._complete_order()
         # the name under which the kernels know this view: a custom op takes strings, and torch.compile reads attributes
-        object.__setattr__(self, "json", json.dumps({f.name: getattr(self, f.name) for f in fields(self)}))
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        object.__setattr__(self, "json", json.dumps(known))
 
         def require(ok, field, what):
             if not ok:
@@ -92,7 +98,6 @@ class View:
                 "needs four strengths (brightness, contrast, saturation, hue) >= 0 and hue <= 0.5")
         require(0 < self.blur_sigma[0] <= self.blur_sigma[1], "blur_sigma", "needs 0 < low <= high")
         require(0 <= self.rotate <= 180, "rotate", "is the largest angle in degrees, 0 to 180")
-        require(sorted(self.order) == sorted(OPS), "order", f"must name each of {', '.join(OPS)} once")
         require(self.order.index("jitter") < self.order.index("blur"), "order", "must have jitter before blur")
         require(self.quarter_turns in (0, 1, 2, 3), "quarter_turns", "is 0, 1, 2 or 3")
         require(self.stream is None or 0 <= self.stream < 2**32, "stream", "is None or a number from 0")
@@ -107,6 +112,42 @@ class View:
             require(self.window is None, "window", "is for crop='patch'")
             room = None if self.resize is None else self.resize + 2 * self.pad
             require(room is None or room >= self.size, "resize", f"is below size={self.size}")
+
+
+    def _complete_order(self):
+        """Operations that `order` leaves out get probability 0 and a place: the kernels know orders of all four."""
+        if len(set(self.order)) < len(self.order) or not set(self.order) <= set(OPS):
+            raise ValueError(f"View(order={self.order!r}): may name each of {', '.join(OPS)} once")
+        left_out = [op for op in OPS if op not in self.order]
+        for op in left_out:
+            object.__setattr__(self, "jitter_p" if op == "jitter" else op, 0.0)
+        before = [op for op in left_out if op == "jitter"]
+        object.__setattr__(self, "order", (*before, *self.order, *(op for op in left_out if op != "jitter")))
+
+
+def _check_type(name: str, value, default) -> None:
+    """ValueError where a number, a word or so many numbers are wanted and something else is given."""
+
+    def number(v):
+        return isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
+
+    whole = name in ("size", "pad", "quarter_turns", "resize", "window", "cell", "stream")
+    if name == "size" and isinstance(value, tuple):
+        raise ValueError(f"View(size={value!r}): views are square, give one number")
+    if whole:
+        what = "a whole number" + " or None" * (default is None)
+        ok = (number(value) and isinstance(value, int)) or (value is None and default is None)
+    elif isinstance(default, str):
+        what, ok = "a word", isinstance(value, str)
+    elif isinstance(default, tuple) and name not in ("order", "extra"):
+        what = f"{len(default)} numbers"
+        ok = isinstance(value, tuple) and len(value) == len(default) and all(map(number, value))
+    elif isinstance(default, tuple):
+        what, ok = "a tuple", isinstance(value, tuple)
+    else:
+        what, ok = "a number", number(value)
+    if not ok:
+        raise ValueError(f"View({name}={value!r}): wants {what}")
 
 
 def streams(views) -> list[int]:

@@ -181,7 +181,12 @@ def test_empty_batch_and_no_views():
 
 @pytest.mark.parametrize("bad, named", [
     ({"crop": "middle"}, "crop='middle'"), ({"scale": (0.0, 1.0)}, "scale"), ({"flip": 1.5}, "flip=1.5"),
-    ({"jitter": (0.4, 0.4, 0.4, 0.6)}, "jitter"), ({"order": ("gray",)}, "order"),
+    ({"jitter": (0.4, 0.4, 0.4, 0.6)}, "jitter"), ({"order": ("gray", "sobel")}, "order"),
+    ({"order": ("gray", "gray")}, "order"), ({"size": (32, 64)}, "views are square, give one number"),
+    ({"size": 24.0}, "wants a whole number"), ({"scale": 0.5}, "scale=0.5): wants 2 numbers"),
+    ({"flip": None}, "wants a number"), ({"resize": "x"}, "wants a whole number or None"),
+    ({"crop": 3}, "wants a word"),
+    ({"blur_sigma": (0.1, float("nan"))}, "wants 2 numbers"), ({"extra": 3}, "wants a tuple"),
     ({"order": ("blur", "jitter", "gray", "solarize")}, "jitter before blur"), ({"pad": 4}, "pad=4"),
     ({"crop": "center", "resize": 20}, "resize=20"), ({"crop": "patch", "cell": 9, "window": 90}, "cell=9"),
     ({"quarter_turns": 4}, "quarter_turns=4"), ({"resize": 256}, "resize=256"),

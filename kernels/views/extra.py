@@ -1,0 +1,198 @@
+"""Further operations of a view (`View.extra`): what the fused kernel does not do, on the finished crop, on the device.
+
+They run in passes of their own after the kernel's, on float32 (n, 3, S, S) in [0, 1], before `quarter_turns` and
+normalisation; a recipe without them takes the fused path alone.  Random numbers are Philox words of the same kind as
+the kernel's, keyed by (seed, epoch, sample, stream) and by the operation's place, so that a sample's view depends on
+neither batch nor rank.  Letters: n samples, S side.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..philox import below, philox4x32, uniform
+
+FIRST_BLOCK, BLOCKS = 64, 64  # of Philox: the kernel uses those below 22; each operation of a view has its own 64
+TRIES = 10  # torchvision's RandomErasing
+
+
+@dataclass(frozen=True)
+class Random:
+    """The random numbers of one operation for n samples."""
+
+    index: Tensor  # int64 (n,), the samples' numbers
+    seed: int
+    epoch: int | Tensor
+    stream: int
+    place: int  # of the operation in View.extra
+
+    def words(self, count: int) -> Tensor:
+        """int64 (n, count) in [0, 2**32), the same for a sample in any batch; at most 256."""
+        if not 0 < count <= 4 * BLOCKS:
+            raise ValueError(f"{count} random words: an operation has 1 to {4 * BLOCKS} for each sample")
+        block = FIRST_BLOCK + self.place * BLOCKS + torch.arange(-(-count // 4), device=self.index.device)
+        words = philox4x32(block, self.stream, self.index[:, None], self.epoch, self.seed)
+        return torch.stack(words, -1).flatten(1)[:, :count]
+
+    def uniform(self, count: int) -> Tensor:
+        """float64 (n, count) in [0, 1)."""
+        return uniform(self.words(count))
+
+
+class Operation(Protocol):
+    """An entry of View.extra; frozen dataclasses, so that config.json says what a run did."""
+
+    def apply(self, x: Tensor, random: Random, view: Any) -> Tensor: ...  # float32 (n, 3, S, S) -> the same shape
+
+
+def require(ok: bool, operation: Any, field: str, what: str) -> None:
+    if not ok:
+        raise ValueError(f"{type(operation).__name__}({field}={getattr(operation, field)!r}): {what}")
+
+
+@dataclass(frozen=True)
+class Lighting:
+    """AlexNet's PCA noise: a multiple N(0, std) of each principal component of ImageNet's colours is added, not
+    clamped (section 4.1 of Krizhevsky et al., NIPS 2012; components of fb.resnet.torch, on a scale of 0 to 1)."""
+
+    std: float = 0.1
+    values: tuple[float, float, float] = (0.2175, 0.0188, 0.0045)
+    vectors: tuple = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))  # R, G, B
+
+    def __post_init__(self):
+        require(self.std >= 0, self, "std", "must be at least 0")
+
+    def apply(self, x: Tensor, random: Random, view: Any) -> Tensor:
+        u = random.uniform(4)  # Box-Muller
+        radius, angle = (-2 * torch.log1p(-u[:, :2])).sqrt(), 2 * math.pi * u[:, 2:]
+        normal = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :3]
+        scaled = self.std * normal * normal.new_tensor(self.values)
+        shift = sum(scaled[:, i, None] * scaled.new_tensor([row[i] for row in self.vectors]) for i in range(3))
+        return x + shift.float()[..., None, None]
+
+
+@dataclass(frozen=True)
+class Erase:
+    """torchvision's RandomErasing: with probability p a random box becomes `fill` (R, G, B in [0, 1]; None: the view's
+    mean, which is 0 after normalisation).  scale: the box's part of the area, ratio: height to width."""
+
+    p: float = 0.5
+    scale: tuple[float, float] = (0.02, 0.33)
+    ratio: tuple[float, float] = (0.3, 3.3)
+    fill: tuple[float, float, float] | None = None
+
+    def __post_init__(self):
+        require(0 <= self.p <= 1, self, "p", "is a probability, in [0, 1]")
+        require(0 < self.scale[0] <= self.scale[1] <= 1, self, "scale", "needs 0 < low <= high <= 1")
+        require(0 < self.ratio[0] <= self.ratio[1], self, "ratio", "needs 0 < low <= high")
+
+    def box(self, random: Random, size: int) -> Tensor:
+        """int64 (n, 4) of top, left, height, width; height 0 where nothing is erased."""
+        words = random.words(4 * (TRIES + 1)).view(-1, TRIES + 1, 4)
+        u, (low, high) = uniform(words[:, :TRIES]), self.scale
+        area = size * size * (low + (high - low) * u[..., 0])
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        ratio = torch.exp(low + (high - low) * u[..., 1])
+        h, w = torch.round(torch.sqrt(area * ratio)).long(), torch.round(torch.sqrt(area / ratio)).long()
+        fits = (h < size) & (w < size)
+        first = fits.to(torch.uint8).argmax(1, keepdim=True)
+        h, w, wy, wx = (t.gather(1, first)[:, 0] for t in (h, w, words[:, :TRIES, 2], words[:, :TRIES, 3]))
+        top, left = below(wy, size - h + 1), below(wx, size - w + 1)
+        acts = fits.any(1) & (uniform(words[:, TRIES, 0]) < self.p)
+        return torch.stack([top, left, torch.where(acts, h, 0), w], 1)
+
+    def apply(self, x: Tensor, random: Random, view: Any) -> Tensor:
+        top, left, h, w = self.box(random, x.shape[-1])[..., None].unbind(1)
+        i = torch.arange(x.shape[-1], device=x.device)
+        rows, columns = (i >= top) & (i < top + h), (i >= left) & (i < left + w)
+        fill = x.new_tensor(view.mean if self.fill is None else self.fill).view(3, 1, 1)
+        return torch.where((rows[:, :, None] & columns[:, None])[:, None], fill, x)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Any callable on float tensors in [0, 1] that keeps their shape, torchvision.transforms.v2's among them, with
+    probability p for each sample.
+
+    per_sample=True calls it with one (3, S, S) image at a time, after seeding torch's generators by the sample: its
+    parameters differ by sample and are the same in any batch and on any rank; slow, n calls.  False calls it once
+    with all (n, 3, S, S): fast, but v2's transforms then draw ONE set of parameters for the whole micro-batch, and a
+    run's views depend on the number of ranks and micro-batches.  The host waits for the device in both.
+    """
+
+    fn: Callable[[Tensor], Tensor]
+    p: float = 1.0
+    per_sample: bool = True
+
+    def __post_init__(self):
+        require(0 <= self.p <= 1, self, "p", "is a probability, in [0, 1]")
+
+    def apply(self, x: Tensor, random: Random, view: Any) -> Tensor:
+        if isinstance(self.fn, str):
+            raise ValueError(f"the transform {self.fn} is known by its name alone: it cannot be read from config.json")
+        words = random.words(3)
+        rows = (uniform(words[:, 2]) < self.p).nonzero()[:, 0]
+        if not len(rows):
+            return x
+        seeds = ((words[rows, 0] << 31) ^ words[rows, 1]).tolist()  # 63 bits
+        devices = [x.device] if x.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            if self.per_sample:
+                made = torch.stack([self._call(image, seed) for image, seed in zip(x[rows], seeds)])
+            else:
+                made = self._call(x[rows], seeds[0])
+        return x.index_copy(0, rows, made.to(x.dtype))
+
+    def _call(self, x: Tensor, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        y = self.fn(x)
+        if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
+            got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(f"{self.fn!r} made {got} of a float tensor {tuple(x.shape)}: a view's transform keeps the "
+                             "shape and the scale of 0 to 1")  # fmt: skip
+        return y
+
+
+def operation(entry: Any) -> Operation:
+    """An entry of View.extra as an operation: one itself, a callable, or what config.json has of one."""
+    if isinstance(entry, dict):
+        kinds = {kind.__name__: kind for kind in (Lighting, Erase, Transform)}
+        name = str(entry.get("type", "")).rpartition(".")
+        if name[2] not in kinds or not name[0].endswith("views.extra"):
+            return Transform(str(entry.get("type", entry)))
+        kind = kinds[name[2]]
+        return kind(**{f.name: _tuple(entry[f.name]) for f in fields(kind) if f.name in entry})
+    if callable(getattr(entry, "apply", None)) and is_dataclass(entry) and not isinstance(entry, type):
+        return entry
+    if callable(entry) and not isinstance(entry, type):
+        return Transform(entry)
+    raise ValueError(f"View(extra=...): {entry!r} is not an operation: give Lighting(...), Erase(...), a callable on "
+                     "tensors, or a dataclass with apply(x, random, view)")  # fmt: skip
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(_tuple(v) for v in value) if isinstance(value, list) else value
+
+
+def split(views: tuple) -> tuple[tuple, list[int]]:
+    """Views for the kernel, with the streams that they have in `views`; and the places of those with operations, for
+    which it leaves out turns and normalisation."""
+    places = [i for i, view in enumerate(views) if view.extra]
+    plain = [replace(view, stream=i if view.stream is None else view.stream) for i, view in enumerate(views)]
+    for i in places:
+        plain[i] = replace(plain[i], extra=(), quarter_turns=0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    return tuple(plain), places
+
+
+def finish(x: Tensor, view: Any, stream: int, index: Tensor, seed: int, epoch: int | Tensor, dtype) -> Tensor:
+    """The view's operations on crops (n, 3, S, S) in [0, 1], then its turns and normalisation; channels_last."""
+    for place, op in enumerate(view.extra):
+        x = op.apply(x, Random(index, seed, epoch, stream, place), view)
+    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (view.mean, view.std))
+    x = ((x - mean) / std).rot90(view.quarter_turns, (2, 3))
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+

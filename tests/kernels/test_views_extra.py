@@ -1,0 +1,170 @@
+"""Operations beyond the fused kernel: torchvision's results from the same parameters, the same views in any batch."""
+
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
+
+from fastssl import config, views
+from fastssl.kernels.views import View, make_views
+from fastssl.kernels.views.cases import RAW, SHAPES, pack, scenes
+from fastssl.methods import simclr
+from fastssl.views import Erase, Lighting, Random, Transform
+
+BATCH = pack(scenes(SHAPES))
+KEY = {"seed": 5, "epoch": 2}
+
+
+@dataclass(frozen=True)
+class Fade:
+    """One of one's own: towards black by a factor of each sample."""
+
+    low: float = 0.5
+
+    def apply(self, x, random, view):
+        return x * (self.low + (1 - self.low) * random.uniform(1)).float()[:, :, None, None]
+
+
+def numbers(n, place=0, stream=0):
+    return Random(torch.arange(n), 5, 2, stream, place)
+
+
+def test_an_operation_that_order_leaves_out_does_not_act():
+    some = views.simclr(24, order=("gray", "jitter"))
+    assert some[0].order == ("gray", "jitter", "blur", "solarize") and some[0].blur == 0 and some[0].gray == 0.2
+    full = views.simclr(24, order=("gray", "jitter", "blur", "solarize"), blur=0.0)
+    for a, b in zip(make_views(*BATCH, some, **KEY), make_views(*BATCH, full, **KEY)):
+        assert torch.equal(a, b)
+    assert View(24, jitter=(0.4,) * 4, jitter_p=1.0, blur=0.5, order=("blur",)).order[:2] == ("jitter", "blur")
+    assert View(24, gray=0.3, order=()).gray == 0
+
+
+def test_views_without_operations_stay_as_they_are():
+    """Alone, and beside views that have some: the same bits as ever, turned and normalised views included."""
+    plain = [*views.byol(24), *views.rotation(16)]
+    mixed = [replace(plain[0], extra=(Lighting(),)), *plain[1:], replace(plain[1], extra=(Erase(),))]
+    alone, beside = make_views(*BATCH, plain, **KEY), make_views(*BATCH, mixed, **KEY)
+    assert all(torch.equal(a, b) for a, b in zip(alone[1:], beside[1:-1]))
+    nothing = replace(plain[5], extra=(Lighting(0.0),), stream=0)  # turned: operations act before that
+    for a, b in zip(make_views(*BATCH, [plain[5]], **KEY), make_views(*BATCH, [nothing], **KEY)):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+    for dtype in (torch.bfloat16, torch.float16):
+        out = make_views(*BATCH, mixed, dtype=dtype, **KEY)
+        assert all(x.dtype == dtype and x.is_contiguous(memory_format=torch.channels_last) for x in out)
+
+
+EVERY = (Lighting(0.1), Erase(0.8), Transform(v2.RandAugment(2, 9)), Fade(), v2.ColorJitter(0.4, 0.4, 0.4, 0.1))
+
+
+def test_a_sample_with_operations_does_not_depend_on_the_batch():
+    pixels, sizes, index = BATCH
+    recipe = views.simclr(24, extra=EVERY)
+    whole = make_views(pixels, sizes, index, recipe, **KEY)
+    for rows in (torch.arange(3), torch.tensor([5]), torch.randperm(8, generator=torch.manual_seed(0))):
+        part = make_views(pixels[rows], sizes[rows], index[rows], recipe, **KEY)
+        assert all(torch.equal(w[rows], p) for w, p in zip(whole, part))
+    again = make_views(pixels, sizes, index, [replace(recipe[1], stream=1)], **KEY)
+    assert torch.equal(whole[1], again[0]) and not torch.equal(whole[0], whole[1])
+    for change in ({"seed": 6}, {"epoch": 3}):
+        other = make_views(pixels, sizes, index, recipe, **{**KEY, **change})
+        assert not any(torch.equal(a, b) for a, b in zip(whole[0], other[0]))
+    assert [x.shape for x in make_views(pixels[:0], sizes[:0], index[:0], recipe, **KEY)] == [(0, 3, 24, 24)] * 2
+
+
+def test_operations_follow_the_kernel_of_triton_too():
+    recipe = views.simclr(16, extra=(Lighting(0.1), Erase(0.8)))
+    a, b = (make_views(*BATCH, recipe, impl=impl, **KEY) for impl in ("reference", "triton"))
+    for x, y in zip(a, b):
+        assert (x - y).abs().mean() < 1e-4
+
+
+def test_lighting_adds_normal_multiples_of_the_components():
+    n, op = 20_000, Lighting(0.1)
+    shift = op.apply(torch.full((n, 3, 1, 2), 0.5), numbers(n), None) - 0.5
+    assert torch.equal(shift[..., 0], shift[..., 1])
+    vectors = torch.tensor(op.vectors)
+    assert torch.allclose(vectors.T @ vectors, torch.eye(3), atol=2e-3)  # rows are colours, columns components
+    alpha = (shift[:, :, 0, 0] @ vectors) / torch.tensor(op.values)
+    assert alpha.mean(0).abs().max() < 4 * 0.1 / n**0.5
+    assert (alpha.std(0) - 0.1).abs().max() < 4 * 0.1 / (2 * n) ** 0.5
+    assert ((alpha / 0.1) ** 4).mean(0).sub(3).abs().max() < 0.2  # of a normal distribution: 3
+    assert torch.corrcoef(alpha.T).fill_diagonal_(0).abs().max() < 4 / n**0.5
+    assert not torch.equal(op.apply(torch.zeros(4, 3, 1, 1), numbers(4, 1), None),
+                           op.apply(torch.zeros(4, 3, 1, 1), numbers(4, 0), None))  # fmt: skip
+
+
+def test_erase_is_torchvisions():
+    n, size, op = 4000, 20, Erase(p=0.7, scale=(0.05, 0.2), ratio=(0.5, 2.0))
+    box = op.box(numbers(n), size)
+    erased = box[box[:, 2] > 0]
+    assert abs(len(erased) / n - 0.7) < 4 * (0.21 / n) ** 0.5
+    top, left, h, w = erased.unbind(1)
+    assert (top >= 0).all() and (left >= 0).all() and (top + h <= size).all() and (left + w <= size).all()
+    area, ratio = h * w / size**2, h / w
+    assert 0.03 < area.min() < 0.07 and 0.17 < area.max() < 0.23 and ratio.min() > 0.4 and ratio.max() < 2.5
+    assert abs(area.mean() - 0.125) < 0.005 and abs(ratio.log().mean()) < 0.05
+    assert top.min() == 0 and (top + h).max() == size
+    x, view = torch.rand(n, 3, size, size), View(size)
+    out = op.apply(x, numbers(n), view)
+    for i in range(60):
+        fill = torch.tensor(view.mean).view(3, 1, 1)
+        y, z, a, b = box[i].tolist()
+        assert torch.equal(out[i], tv.erase(x[i], y, z, a, b, fill.expand(3, a, b)) if a else x[i])
+    fills = Erase(p=1.0, fill=(1.0, 0.0, 0.5)).apply(x[:1] * 0.9, numbers(1), view)
+    assert (fills == torch.tensor([1.0, 0.0, 0.5]).view(3, 1, 1)).all(1).any()
+
+
+def test_a_transform_draws_for_each_sample_and_leaves_other_random_numbers_alone():
+    x = torch.rand(64, 3, 8, 8)
+    before = torch.get_rng_state()
+    for per_sample, different in ((True, 64), (False, 1)):
+        fn = v2.ColorJitter(brightness=(0.2, 1.0))
+        out = Transform(fn, per_sample=per_sample).apply(x, numbers(64), None)
+        factors = (out / x).flatten(1).median(1).values
+        assert len(factors.mul(1e4).round().unique()) >= different and (different > 1 or factors.std() < 1e-5)
+    half = Transform(v2.RandomInvert(1.0), p=0.5).apply(x, numbers(64), None)
+    changed = (half != x).flatten(1).any(1)
+    assert 16 < changed.sum() < 48 and torch.equal(half[changed], 1 - x[changed])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert Transform(v2.RandomInvert(1.0), p=0.0).apply(x, numbers(64), None) is x
+
+
+@pytest.mark.parametrize("fn", [
+    v2.RandAugment(2, 9), v2.TrivialAugmentWide(), v2.AutoAugment(), v2.RandomErasing(1.0), v2.GaussianBlur(3),
+    v2.RandomPerspective(), v2.ElasticTransform(), v2.RandomEqualize(1.0), v2.RandomPosterize(4, 1.0),
+    v2.Compose([v2.RandomAdjustSharpness(2.0, 1.0), v2.RandomAutocontrast(1.0)]),
+], ids=lambda fn: type(fn).__name__)  # fmt: skip
+def test_torchvisions_transforms_work(fn):
+    a, b = (make_views(*BATCH, [View(24, extra=(fn,), **RAW)], **KEY)[0] for _ in range(2))
+    assert torch.equal(a, b) and a.isfinite().all() and a.min() >= -0.01 and a.max() <= 1.01
+
+
+def test_a_recipe_with_operations_is_written_and_read_back():
+    run = config.Run(method=simclr.Config(), data=config.Data(train="x.beton", views=views.simclr(
+        24, extra=(Lighting(0.2), Erase(fill=(0.0, 0.5, 1.0)), v2.RandAugment(), torch.relu, Fade(0.3)))))  # fmt: skip
+    config.validate(run)
+    written = json.loads(config.dumps(run))["data"]["views"][0]
+    assert " at 0x" not in json.dumps(written)
+    read = View(**{key: value for key, value in written.items() if key != "type"})
+    view = run.data.views[0]
+    assert read.extra[:2] == view.extra[:2] and replace(read, extra=()) == replace(view, extra=())
+    for op, name in zip(read.extra[2:], ("RandAugment", "relu", "Fade")):
+        with pytest.raises(ValueError, match=f"{name}.*cannot be read from config.json"):
+            op.apply(torch.zeros(1, 3, 4, 4), numbers(1), None)
+
+
+@pytest.mark.parametrize("make, named", [
+    (lambda: View(24, extra=(3,)), "3 is not an operation"), (lambda: View(24, extra=(Erase,)), "is not an operation"),
+    (lambda: Erase(p=2), "Erase(p=2): is a probability"), (lambda: Erase(scale=(0.5, 0.1)), "Erase(scale=(0.5, 0.1))"),
+    (lambda: Lighting(-1.0), "Lighting(std=-1.0)"), (lambda: Transform(torch.relu, p=-1), "Transform(p=-1)"),
+    (lambda: make_views(*BATCH, [View(24, extra=(lambda x: x[:, :4],))], **KEY), "made torch.float32 (3, 4, 24)"),
+    (lambda: make_views(*BATCH, [View(24, extra=(lambda x: None,))], **KEY), "made NoneType"),
+    (lambda: numbers(2).words(300), "300 random words"),
+])  # fmt: skip
+def test_a_wrong_operation_is_named(make, named):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert named in str(error.value)
