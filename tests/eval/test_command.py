@@ -328,8 +328,8 @@ def test_export(run_folder, tmp_path, capsys):
     state = safetensors.torch.load_file(file)
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
     file.unlink()
-    assert export.main([str(run_folder), "--to", "torchvision"]) == 2
-    assert "torchvision has no resnet10" in capsys.readouterr().err
+    assert export.main([str(run_folder), "--to", "timm"]) == 2
+    assert "timm has no resnet10 of width" in capsys.readouterr().err
     torch.save(net.state_dict(), tmp_path / "bare.pth")
     assert export.main([str(tmp_path / "bare.pth")]) == 2
     assert "no run folder" in capsys.readouterr().err
