@@ -11,7 +11,7 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -208,6 +208,27 @@ def timm_signature(name: str) -> list[str]:
 def timm_defaults(name: str) -> dict:
     """Options that we choose where the user does not: transformers take crops of any size (multi-crop, 32 px)."""
     return {"dynamic_img_size": True} if "dynamic_img_size" in timm_signature(name) else {}
+
+
+def check_sizes(spec: Backbone, sizes: Iterable[int]) -> None:
+    """ValueError where timm's network does not take square images of a size (no multiple of the patch, another size
+    than a fixed one): tried on the meta device, without memory.  ResNets take any; unknown names are left to build."""
+    import timm
+
+    name = spec.name.removeprefix("timm/")
+    if spec.name in RESNETS or not timm.is_model(name):
+        return
+    with torch.device("meta"):
+        model = timm_model(name, spec, **timm_defaults(name)).eval()
+        for size in sorted(set(sizes)):
+            try:
+                with torch.no_grad():
+                    model(torch.zeros(1, spec.in_channels, size, size))
+            except AssertionError as error:
+                patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+                dynamic = "dynamic_img_size" in timm_signature(name)
+                wants = f"needs multiples of {patch[0]}" if patch and dynamic else "does not take them"
+                raise ValueError(f"views of {size} pixels: {name} {wants} ({error})") from None
 
 
 def timm_model(name: str, spec: Backbone, **defaults) -> nn.Module:

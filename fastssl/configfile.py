@@ -62,11 +62,16 @@ def _decoding(error: BaseException) -> bool:
 
 
 def _line(tb: TracebackType | None, path: Path) -> traceback.FrameSummary | None:
-    """The innermost frame in the file or in a module of the user's beside or below it."""
+    """The innermost frame in the file or in another module of the user's beside or below it."""
     folder = path.resolve().parent
-    own = [frame for frame in traceback.extract_tb(tb)
-           if frame.filename == str(path) or folder in Path(frame.filename).resolve().parents]
-    return own[-1] if own else None
+
+    def own(frame, summary) -> bool:
+        file = Path(summary.filename)
+        ours = frame.f_globals.get("__name__", "").split(".")[0] == "fastssl" or "site-packages" in file.parts
+        return file == path or (file.is_file() and folder in file.resolve().parents and not ours)
+
+    frames = [s for (f, _), s in zip(traceback.walk_tb(tb), traceback.extract_tb(tb)) if own(f, s)]
+    return frames[-1] if frames else None
 
 
 def _explain(error: BaseException, path: Path) -> str:

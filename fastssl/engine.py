@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl import backbones, dist, norm, optim, state, weights
+from fastssl import backbones, config, contract, dist, norm, optim, state, weights
+from fastssl import hooks as monitors
 from fastssl import views as recipes
 from fastssl.amp import DTYPES, LossScale
 from fastssl.config import Run
@@ -35,7 +37,8 @@ class Method(Protocol):
     A method that clusters may also have `before_epoch(epoch, survey) -> str to log or None`, called before the first
     step of an epoch, with `survey` as below; and `order(epoch) -> (N,) sample numbers` to train on instead of the
     epoch's permutation, a function of `epoch` and of buffers that stay until the next `before_epoch`.  `evaluated` is
-    the name of the backbone to evaluate and export where that is another one than `backbone` (a teacher's: "target.0").
+    the name of the backbone to evaluate and export where that is another one than `backbone` (a teacher's: "target.0");
+    `least_batch` the fewest images of a global batch that its loss can compare (1 where it is absent).
     Initial values for the backbone belong into its Config's `init_backbone(backbone)`, which is called before
     `backbone.pretrained` is loaded.
     """
@@ -87,8 +90,12 @@ class Trainer:
         yield copy
 
 
-def fit(run: Run, hooks: list = (), *, resume: bool = False, device: str | None = None) -> Trainer:
-    """Train `run` to its end; `resume` continues from the newest complete checkpoint of its folder."""
+def fit(run: Run, hooks: list | None = None, *, resume: bool = False, device: str | None = None) -> Trainer:
+    """Train `run` to its end; `resume` continues from the newest complete checkpoint of its folder.
+
+    `hooks`: None for those that `run.log` asks for (kNN, probe, collapse); a list takes their place."""
+    config.validate(run)
+    hooks = monitors.of(run) if hooks is None else hooks
     dist.init(device)
     checkpoint = state.find(run, resume)
     t = build(run, hooks, device)
@@ -242,6 +249,9 @@ def merge(batches: list[Batch]) -> Batch:
 
 def build(run: Run, hooks: list = (), device: str | None = None) -> Trainer:
     """Everything that a run needs, checked before any step is made."""
+    config.validate(run)
+    hooks = [contract.check_hook(hook) for hook in (*hooks, *run.hooks)]
+    backbones.check_sizes(run.backbone, [v.size for v in (*run.data.views, run.data.eval_view) if v is not None])
     where = dist.init(device)
     deterministic(run.deterministic)
     if where.type == "cuda":  # losses are computed in fp32; beside a 16-bit network their products may use tensor cores
@@ -260,7 +270,7 @@ def build(run: Run, hooks: list = (), device: str | None = None) -> Trainer:
     ds = start_deepspeed(method, optimizer, run, micro)
     optim.attach(ds)
     return Trainer(run, state.run_folder(run), where, method, ds, schedule, loader, schedule.total_steps,
-                   scale=LossScale(run.optim.precision), hooks=[*hooks, *run.hooks])
+                   scale=LossScale(run.optim.precision), hooks=hooks)
 
 
 def build_method(run: Run, loader: Loader) -> nn.Module:
@@ -277,7 +287,12 @@ def build_method(run: Run, loader: Loader) -> nn.Module:
     with weights.unchanged(backbone) if pretrained else contextlib.nullcontext():
         method = run.method.build(backbone, samples=loader.samples, classes=loader.classes,
                                   batch=run.optim.batch, kernels=run.speed.kernels)
+    contract.check_method(method, run.method)
     check_views(method, run.data.views)
+    if run.optim.batch < getattr(method, "least_batch", 1) and dist.is_main():
+        warnings.warn(f"optim.batch={run.optim.batch}: the loss of {type(method).__name__} compares the images of a "
+                      "batch, and one image has none to be compared with; use a larger optim.batch (it counts the "
+                      "images of all GPUs together; speed.micro_batch bounds the memory)", stacklevel=2)
     return method
 
 
@@ -315,10 +330,11 @@ def prepare(method: nn.Module, run: Run, device: torch.device) -> nn.Module:
     def precise(views: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         # Autocast here and not in DeepSpeed: weights, normalisation and statistics stay fp32 at every ZeRO stage.
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            out = forward(views, batch)
+            out = contract.check_output(method, forward(views, batch), len(batch.index))
         return {name: v.float() if v.dtype in (torch.bfloat16, torch.float16) else v for name, v in out.items()}
 
-    method.forward = precise
+    method.forward, loss = precise, method.loss
+    method.loss = lambda out, batch: contract.check_losses(method, loss(out, batch))
     return method
 
 

@@ -21,7 +21,8 @@ from fastssl.loader import Loader
 class Hook(Protocol):
     """`t` is the engine's Trainer; `out` the detached outputs and `batch` the labels of this rank's share of the step.
 
-    A hook with `state_dict` and `load_state_dict` has its state in the checkpoints.
+    A class derived from this one writes the methods that it needs, and the others do nothing (docs/extending.md).
+    With `state_dict` and `load_state_dict` its state is in the checkpoints.
     """
 
     def before_epoch(self, t) -> None: ...

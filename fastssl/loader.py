@@ -61,6 +61,7 @@ class Loader:
     def __init__(self, path, batch: int, *, seed: int = 0, device=None, rank: int | None = None,
                  world: int | None = None, micro: int = 1, workers: int | None = None, shuffle: bool = True,
                  drop_last: bool = True, resident: bool = False):  # fmt: skip
+        _check_file(path)
         from fastssl.decode import Beton  # 4 s: ffcv brings OpenCV and numba
 
         self._beton = Beton(path)
@@ -242,6 +243,17 @@ class _Slot:
 
     pixels: Tensor
     copied: torch.cuda.Event | None = None
+
+
+def _check_file(path) -> None:
+    """ValueError for what is not a .beton but can become one, with the command."""
+    name = str(path).rstrip("/")
+    kinds = {".zip": "zip", ".tar": "tar", ".gz": "tar", ".tgz": "tar", ".xz": "tar", ".txt": "list", ".csv": "list"}
+    kind = "imagefolder" if Path(path).is_dir() else kinds.get(Path(name).suffix.lower())
+    if name and kind and Path(path).exists():
+        what = "a folder" if kind == "imagefolder" else f"a {Path(name).suffix} file"
+        raise ValueError(f"{path} is {what}, and a .beton file is needed: `fastssl convert {kind} {name} "
+                         f"{Path(name).name.partition('.')[0]}.beton` makes one")  # fmt: skip
 
 
 def _slice(rows: np.ndarray, k: int, parts: int) -> np.ndarray:

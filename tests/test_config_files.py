@@ -36,6 +36,7 @@ def refusal(folder, text, name="mine.py"):
     (("=Optim(", "=Optm("), "NameError: name 'Optm' is not defined; did you mean 'Optim'?"),
     (("import simclr", "import simclrr"), "cannot import name 'simclrr' from 'fastssl.methods'"),
     (("from fastssl.methods", "from fastssl.method"), "No module named 'fastssl.method'; did you mean 'methods'?"),
+    (("views.simclr(32", "views.simclr((32, 64)"), "View(size=(32, 64)): views are square, give one number"),
     (("    return Run(", "    run = 1 / 0\n    return Run("), "ZeroDivisionError: division by zero"),
     (("    return Run(", "    import sys; sys.exit(3)\n    return Run("), "SystemExit: 3"),
     (("    return Run(", "    get_config()\n    return Run("), "RecursionError"),

@@ -19,18 +19,20 @@ LAYERS = """
     state weights
     export
     tools doctor
+    contract
     views pictures
     methods.parts
     methods.*
-    engine
     eval
-    hooks report pictures
+    hooks report
+    engine
+    api
     train
     quickstart
     __main__
 """.splitlines()
 CONFIGS_MAY_USE = {"config", "methods.*", "views", "hooks"}
-MAY_CONVERT = {"data_prep", "quickstart", "__main__"}  # the trainer never reads sources
+MAY_CONVERT = {"data_prep", "quickstart", "api", "__main__"}  # the trainer never reads sources
 KERNELS_MAY_USE = {"torch", "triton", "numpy", "pytest", *sys.stdlib_module_names}  # pytest: in testing.py
 
 MODULES = {  # dotted name -> file

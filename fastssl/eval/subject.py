@@ -81,6 +81,8 @@ def load(args: argparse.Namespace, needs: tuple[str, ...] | None) -> Subject:
     if needs is not None and not some:
         raise ValueError(f"give --train or --test NAME.beton: {args.target or 'the command'} names none")
     view = _view(args, data, spec, {} if needs is None else _loader(some, args).card)
+    if args.features != "pixels" and needs is not None:
+        backbones.check_sizes(spec, [view.size])
     backbone, source = _backbone(args, spec, view)
     return Subject(backbone.to(args.device), spec, view, str(source), run, files["train"], files["test"], args)
 

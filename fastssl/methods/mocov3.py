@@ -39,6 +39,7 @@ class Config:
 
 class MoCoV3(nn.Module):
     views = 2
+    least_batch = 2
 
     def __init__(self, config: Config, backbone: nn.Module, kernels: str):
         super().__init__()

@@ -1,0 +1,190 @@
+"""A method or a hook that lacks something is told so in one sentence, before training or at its first step."""
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from fastssl import backbones, config, contract, engine, hooks, loader, views
+from fastssl.config import Backbone, Data, Log, Optim, Run
+from fastssl.methods import simclr
+
+
+class Small(nn.Module):
+    views = 2
+
+    def __init__(self, backbone, out=None, losses=None):
+        super().__init__()
+        self.backbone, self.out, self.losses = backbone, out, losses
+
+    def forward(self, views, batch):
+        z = torch.stack([self.backbone(x) for x in views], 1)
+        return {"z": z, "features": z[:, 0].detach()} if self.out is None else self.out(z)
+
+    def loss(self, out, batch):
+        return {"loss": out["z"].square().mean()} if self.losses is None else self.losses(out["z"])
+
+    def after_step(self, out, batch, progress):
+        pass
+
+
+def made(kind=Small, **options):
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        def build(self, backbone, **_):
+            return kind(backbone, **options)
+
+    return Config()
+
+
+def run(method, beton, **changes):
+    return Run(method=method, backbone=Backbone("resnet10", stem="cifar", width=8),
+               data=Data(train=str(beton), views=views.simclr(16)), optim=Optim(batch=8, steps=1),
+               log=Log(tensorboard=False), **changes)  # fmt: skip
+
+
+def step(method):
+    """Its first step, without DeepSpeed: forward and loss as the engine calls them."""
+    r = run(method, "x.beton")
+    torch.manual_seed(0)
+    m = engine.prepare(method.build(backbones.build(r.backbone)), r, torch.device("cpu"))
+    index = torch.arange(4)
+    batch = loader.Batch(None, None, index, index, 0, 0)
+    return m.loss(m([torch.randn(4, 3, 16, 16)] * 2, batch), batch)
+
+
+def test_a_complete_method_passes():
+    method = made()
+    contract.check_method(method.build(nn.Identity()), method)
+    assert step(method)["loss"].requires_grad
+
+
+@pytest.mark.parametrize("missing, message", [
+    ("loss", "Bad lacks loss (loss(out, batch) -> dict with 'loss')"), ("after_step", "lacks after_step"),
+    ("views", "lacks views (the number of views, or None for any)"),
+    ("forward", "lacks forward (forward(views, batch) -> dict of tensors with a row for each sample)"),
+])  # fmt: skip
+def test_a_method_without_a_part_is_refused(missing, message):
+    parts = {name: value for name, value in vars(Small).items() if name not in ("__dict__", "__weakref__", missing)}
+    parts["__init__"] = lambda self, backbone: (nn.Module.__init__(self), setattr(self, "backbone", backbone))[0]
+    bad = type("Bad", (nn.Module,), parts)(nn.Identity())
+    with pytest.raises(ValueError) as error:
+        contract.check_method(bad, made())
+    assert message in str(error.value) and "docs/extending.md" in str(error.value)
+    with pytest.raises(ValueError, match=r"Config.build\(...\) returned NoneType, not an nn.Module"):
+        contract.check_method(None, made())
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"out": lambda z: z}, "Small.forward returned Tensor: it must return a dict of tensors"),
+    ({"out": lambda z: {"z": z}}, 'returned z without "features"'),
+    ({"out": lambda z: {"z": [z], "features": z[:, 0]}}, "returned 'z' of type list"),
+    ({"out": lambda z: {"z": z.flatten(0, 1), "features": z[:, 0]}}, "'z' of shape (8, 64) for 4 samples: the first"),
+    ({"out": lambda z: {"z": z.sum(), "features": z[:, 0]}}, "of shape () for 4 samples"),
+    ({"losses": lambda z: z.mean()}, "Small.loss returned Tensor: it must return a dict with \"loss\""),
+    ({"losses": lambda z: {"total": z.mean()}}, "returned a dict of total: it must"),
+    ({"losses": lambda z: {"loss": z}}, "a tensor of shape (4, 2, 64) as \"loss\": it must be one number"),
+    ({"losses": lambda z: {"loss": 1.0}}, "returned float as \"loss\""),
+    ({"losses": lambda z: {"loss": z.detach().mean()}}, "without a gradient"),
+])  # fmt: skip
+def test_wrong_outputs_and_losses_are_named(options, message):
+    with pytest.raises(ValueError) as error:
+        step(made(**options))
+    assert message in str(error.value)
+
+
+def test_a_hook_needs_three_methods_or_the_base_class():
+    class Quiet(hooks.Hook):
+        def after_epoch(self, t):
+            return "seen"
+
+    quiet = contract.check_hook(Quiet())
+    assert (quiet.before_epoch(0), quiet.after_step(0, {}, None), quiet.after_epoch(0)) == (None, None, "seen")
+
+    class Bare:
+        def after_step(self, t, out, batch): ...
+
+    with pytest.raises(ValueError, match="the hook Bare has no before_epoch and no after_epoch: derive it from"):
+        contract.check_hook(Bare())
+    with pytest.raises(ValueError, match=r"Quiet is a class: give an instance, Quiet\(\)"):
+        contract.check_hook(Quiet)
+
+    class Misspelt(hooks.Hook):
+        def after_epochs(self, t): ...
+
+    with pytest.raises(ValueError, match="has a method 'after_epochs' that nothing calls; did you mean 'after_epoch'?"):
+        contract.check_hook(Misspelt())
+    for hook in hooks.of(Run(method=simclr.Config(), log=Log(knn_epochs=1, probe=True))):
+        contract.check_hook(hook)
+    with pytest.raises(ValueError, match="the hook Bare has no before_epoch"):  # before a file is opened
+        engine.build(run(simclr.Config(), "no.beton", hooks=(Bare(),)), device="cpu")
+
+
+def test_fit_takes_the_monitors_that_log_asks_for(monkeypatch):
+    seen = []
+
+    def build(run, hooks, device):
+        seen.append([type(h).__name__ for h in hooks])
+        raise InterruptedError
+
+    monkeypatch.setattr(engine, "build", build)
+    r = run(simclr.Config(dims=(8, 8)), "x.beton", name="a")
+    r.log.knn_epochs, r.log.probe, r.log.root = 1, True, "/nowhere"
+    for more in ((), ([],)):
+        with pytest.raises(InterruptedError):
+            engine.fit(r, *more, device="cpu")
+    assert seen == [["KnnMonitor", "LinearProbe", "Collapse"], []]
+
+
+def test_one_image_in_a_contrastive_batch_warns(beton):
+    method, source = simclr.Config(dims=(8, 8)), loader.Loader(beton, 8, device="cpu", workers=1)
+    few, more = run(method, beton), run(method, beton)
+    few.optim.batch, more.optim.batch = 1, 2
+    with pytest.warns(UserWarning, match="optim.batch=1: the loss of SimCLR compares the images of a batch"):
+        engine.build_method(few, source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.build_method(more, source)
+
+
+@pytest.mark.parametrize("name, command", [
+    ("photos", "photos is a folder, and a .beton file is needed: `fastssl convert imagefolder {0}/photos photos.bet"),
+    ("photos.tar.gz", "photos.tar.gz is a .gz file, and a .beton file is needed: `fastssl convert tar"),
+    ("list.txt", "`fastssl convert list {0}/list.txt list.beton` makes one"),
+])  # fmt: skip
+def test_a_folder_or_an_archive_as_data_is_answered_with_the_command(tmp_path, name, command):
+    path = tmp_path / name
+    path.mkdir() if "." not in name else path.write_text("x")
+    with pytest.raises(ValueError) as error:
+        loader.Loader(path, 8)
+    assert command.format(tmp_path) in str(error.value)
+
+
+def test_views_that_a_network_cannot_take_are_refused_before_data_is_read():
+    r = run(simclr.Config(), "no.beton")
+    r.backbone = Backbone("vit_tiny_patch16_224")
+    r.data.views = views.swav(32, small=24, small_crops=1)
+    with pytest.raises(ValueError, match="views of 24 pixels: vit_tiny_patch16_224 needs multiples of 16"):
+        engine.build(r, device="cpu")
+    backbones.check_sizes(r.backbone, [32, 48, 224])
+    backbones.check_sizes(Backbone("resnet10"), [1, 33])
+    fixed = Backbone("mixer_s16_224")
+    backbones.check_sizes(fixed, [224])
+    with pytest.raises(ValueError, match="views of 96 pixels: mixer_s16_224 does not take them"):
+        backbones.check_sizes(fixed, [96])
+    r.data.views = views.simclr(32)
+    r.data.eval_view = views.center(40)[0]
+    with pytest.raises(ValueError, match="views of 40 pixels"):
+        engine.build(r, device="cpu")
+
+
+def test_a_run_made_in_python_is_checked_and_named():
+    r = run(simclr.Config(), "no.beton")
+    r.optim.lrr = 3
+    with pytest.raises(ValueError, match="optim.lrr: unknown setting 'lrr'; did you mean 'lr'"):
+        engine.build(r, device="cpu")
+    del r.optim.lrr
+    config.validate(r)
+    assert r.name == "simclr/resnet10_no"

@@ -1,0 +1,107 @@
+"""docs/extending.md: its files run as they stand, and its method is exact on two ranks."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import ranks
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs" / "extending.md").read_text()
+FILES = dict(re.findall(r"```python\n# (exp/\w+\.py)\n(.*?)```", TEXT, re.S))
+ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The page's files, its data, and its config trained by the page's own commands."""
+    path = tmp_path_factory.mktemp("own")
+    (path / "exp").mkdir()
+    for name, code in FILES.items():
+        (path / name).write_text(code)
+    for line in re.findall(r"^    ((?:python|fastssl) .*)$", TEXT, re.M):
+        command = [sys.executable, *line.split()[1:]] if line.startswith("python") else [
+            sys.executable, "-m", *line.split()]
+        done = subprocess.run(command, cwd=path, env=ENV, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return path
+
+
+def test_every_block_of_the_page_is_a_file():
+    assert list(FILES) == [f"exp/{name}.py" for name in ("align", "watch", "make_data", "recipe", "mine")]
+    assert TEXT.count("```python") == len(FILES)
+
+
+def test_the_page_trains_with_its_method_hook_source_and_views(folder):
+    run = folder / "work_dirs" / "mine"
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    steps = [r for r in records if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 9)) and all("align" in r and "uniform" in r for r in steps)
+    assert [r["step"] for r in steps if "feature_norm" in r] == [2, 4, 6, 8]
+    assert sum("feature_norm_largest" in r for r in records) == 2
+    config = json.loads((run / "config.json").read_text())
+    assert config["method"] == {"type": "align.Config", "dim": 32, "t": 1.0, "weight": 1.0}
+    names = [e["type"].rpartition(".")[2] for e in config["data"]["views"][0]["extra"]]
+    assert names == ["Lighting", "Erase", "Fade", "Transform"] and config["data"]["views"][1]["blur"] == 0
+    assert "RandAugment" in config["data"]["views"][0]["extra"][3]["fn"]
+    again = subprocess.run([sys.executable, "-m", "fastssl", "train", "exp/mine.py", "method.t=1.0",
+                            "data.views.all.blur=0", "--resume"], cwd=folder, env=ENV, capture_output=True, text=True)
+    assert again.returncode == 0 and "continuing" in again.stdout, again.stderr  # the same config in another process
+
+
+def test_the_recipes_of_the_page(folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder / "exp")
+    import recipe
+
+    assert recipe.no_blur[0].blur == 0 and recipe.no_blur[0].order[:2] == ("gray", "jitter")
+    assert [v.size for v in recipe.mixed] == [224, 96]
+    sys.modules.pop("recipe")
+
+
+def worker(out: str, exp: str) -> None:
+    """Loss and gradients of the page's method on this rank's share of one batch, averaged over ranks; and those of
+    the mistake that the page warns of."""
+    sys.path.insert(0, exp)
+    import align
+
+    from fastssl import dist
+
+    dist.init("cpu")
+    torch.manual_seed(0)
+    backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.Tanh()).double()
+    backbone.dim = 5
+    method = align.Config(dim=4).build(backbone).double()
+    views = [x[dist.share(8)] for x in torch.randn(2, 8, 3, 2, 2, dtype=torch.float64)]
+    result = {}
+    for name in ("global", "local"):
+        if name == "local":
+            align.dist.gather = align.dist.mean = lambda x: x
+        method.zero_grad()
+        loss = method.loss(method(views, None), None)["loss"]
+        loss.backward()
+        grads = [dist.sum_(p.grad.clone()) / dist.world() for p in method.parameters()]
+        result[name] = [dist.sum_(loss.detach().clone()) / dist.world(), *grads]
+    if dist.is_main():
+        torch.save(result, out)
+    dist.shutdown()
+
+
+def test_the_method_is_exact_on_two_ranks_and_the_mistake_is_not(tmp_path):
+    (tmp_path / "align.py").write_text(FILES["exp/align.py"])
+    one, two = (ranks.launch(__file__, world, tmp_path / f"{world}.pt", str(tmp_path)) for world in (1, 2))
+    for a, b in zip(one["global"], two["global"]):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    assert all(torch.equal(a, b) for a, b in zip(one["global"], one["local"]))  # on one rank nothing differs
+    assert abs(two["local"][0] - two["global"][0]) > 1e-3
+    assert max((a - b).abs().max() / a.abs().max() for a, b in zip(two["global"][1:], two["local"][1:])) > 0.05
+
+
+if __name__ == "__main__":
+    ranks.main(worker)
