@@ -36,7 +36,7 @@ def sums(z):
 def gradients(z):
     _, *saved = ntxent.forward(z, None, 0.1, False, True, None)
     grad = torch.ones((), device=z.device)
-    return lambda: ntxent.backward(grad, z, None, *saved, 0.1, False, True, None)
+    return lambda: ntxent.backward(grad, z, *saved, 0.1, False, True, None)
 
 
 def one_pass(z):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..collectives import group_name, named_group, rank_world
 from ..common import cdiv
-from ..ntxent.launch import PAD, Form, padded_width, prepare, row_gradients, row_losses, tile_dtype
+from ..ntxent.launch import PAD, Form, loss_parts, padded_width, prepare, row_gradients, row_losses, tile_dtype
 
 
 def forward(a, b, temperature, normalize, group):
@@ -16,12 +16,13 @@ def forward(a, b, temperature, normalize, group):
     m = a.shape[0]
     rank, world = rank_world(group)
     form = Form(temperature, normalize, diagonal=False, decoupled=False, half=0)
-    va, inv_a, dot = prepare(a, b, form, group)
+    va, inv_a, _ = prepare(a, None, form, group)
     vb, inv_b, _ = prepare(b, None, form, group)
     sizes = (m, m * world, rank * m)
-    total_a, wa, _ = row_losses(va[rank * m :], vb, *sizes, None, dot, form, group)
-    total_b, wb, _ = row_losses(vb[rank * m :], va, *sizes, None, dot, form, group)
-    return (total_a + total_b) / (2 * m), va, inv_a, wa, vb, inv_b, wb
+    loss, share = loss_parts(2, m, a.device), 1 / (2 * m)
+    wa, _ = row_losses(va[rank * m :], vb, *sizes, None, None, form, loss[0], share, group)
+    wb, _ = row_losses(vb[rank * m :], va, *sizes, None, None, form, loss[1], share, group)
+    return loss.sum(), va, inv_a, wa, vb, inv_b, wb
 
 
 def backward(grad, a, b, va, inv_a, wa, vb, inv_b, wb, temperature, normalize, group):

@@ -10,11 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..collectives import group_name, named_group, rank_world
-from ..common import capability, cdiv, l2_normalize
+from ..common import capability, cdiv, l2_normalize, pow2
 from ..ntxent.launch import HELD, Form, Tiles, matmul_float32, n_splits, precision, prepare, small_memory
 from ..ntxent.rows import LN2, inverse_norm
 
-PARTIAL_BYTES = 8 << 20  # of the partial sums of split keys; beyond that, writing them costs more than idle processors
 LOGIT_BYTES = 64 << 20  # of logits held at a time where rows are too wide for one pass
 SIZES = ("m", "n", "own", "tiles_split", "splits")
 
@@ -65,41 +64,43 @@ def one_pass_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def combine_kernel(
     p_stat, p_acc, p_dot, p_positive, sp_r, sp_d, p_q, sq_r, sq_d, p_inv, p_loss, p_dq, m, splits, c, factor,
-    D: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr, PEXP: tl.constexpr, NORMALIZE: tl.constexpr,
-    NORMALIZE_POSITIVE: tl.constexpr, LN2: tl.constexpr,
+    loss_factor, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, PEXP: tl.constexpr, NORMALIZE: tl.constexpr,
+    NORMALIZE_POSITIVE: tl.constexpr,
 ):  # fmt: skip
-    """Joins the splits and the positive, which is no key of theirs; loss of each block of rows, dq (m, D) float32."""
-    o_row, o_d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, DP)
-    m_row = o_row < m
-    b_positive_x = tl.load(p_dot + o_row, mask=m_row, other=0.0) * c
-    m_tile = m_row[:, None] & (o_d < D)[None, :]
-    p_positive += o_row.to(tl.int64)[:, None] * sp_r + o_d.to(tl.int64)[None, :] * sp_d
-    b_positive = tl.load(p_positive, mask=m_tile, other=0.0).to(tl.float32)
+    """Joins a row's splits, BS at a time, and its positive, which is none of their keys; dq (m, D) float32.
+
+    A row a program: 256 queries would else leave most of the card idle while it reads 17 MB of parts.
+    """
+    i, o_s, o_d = tl.program_id(0).to(tl.int64), tl.arange(0, BS), tl.arange(0, DP)
+    m_d = (o_d < D)[None, :]
+    positive_x = tl.load(p_dot + i) * c
+    b_positive = tl.load(p_positive + i * sp_r + o_d.to(tl.int64)[None, :] * sp_d, mask=m_d, other=0.0).to(tl.float32)
     b_positive *= inverse_norm(b_positive, NORMALIZE_POSITIVE)[:, None]
 
-    b_max = b_positive_x
-    for s in range(0, splits):
-        b_max = tl.maximum(b_max, tl.load(p_stat + s * m + o_row, mask=m_row, other=0.0))
-    b_own = tl.exp2(b_positive_x - b_max + PEXP)
-    b_others = tl.zeros([BR], tl.float32)
-    b_acc = tl.zeros([BR, DP], tl.float32)
-    p_acc += o_row.to(tl.int64)[:, None] * DP + o_d[None, :]
-    for s in range(0, splits):
-        b_scale = tl.exp2(tl.load(p_stat + s * m + o_row, mask=m_row, other=0.0) - b_max)
-        b_others += b_scale * tl.load(p_stat + (splits + s) * m + o_row, mask=m_row, other=1.0)
-        b_acc += b_scale[:, None] * tl.load(p_acc, mask=m_row[:, None], other=0.0)
-        p_acc += m.to(tl.int64) * DP
-    b_sum = b_own + b_others
-    b_loss = (b_max - PEXP + tl.log2(b_sum) - b_positive_x) * LN2
-    tl.store(p_loss + tl.program_id(0), tl.sum(tl.where(m_row, b_loss, 0.0), 0))
+    b_max = tl.full([BS], float("-inf"), tl.float32)
+    for s in range(0, splits, BS):
+        b_max = tl.maximum(b_max, tl.load(p_stat + (s + o_s) * m + i, mask=s + o_s < splits, other=float("-inf")))
+    row_max = tl.maximum(tl.max(b_max, 0), positive_x)
+    b_others = tl.zeros([BS], tl.float32)
+    b_acc = tl.zeros([BS, DP], tl.float32)
+    for s in range(0, splits, BS):
+        o_part = (s + o_s).to(tl.int64) * m + i
+        m_part = s + o_s < splits
+        b_scale = tl.exp2(tl.load(p_stat + o_part, mask=m_part, other=float("-inf")) - row_max)
+        b_others += b_scale * tl.load(p_stat + splits * m + o_part, mask=m_part, other=0.0)
+        b_part = tl.load(p_acc + o_part[:, None] * DP + o_d[None, :], mask=m_part[:, None], other=0.0)
+        b_acc += b_scale[:, None] * b_part
+    others = tl.sum(b_others, 0)
+    total = tl.exp2(positive_x - row_max + PEXP) + others
+    tl.store(p_loss + i, (row_max - PEXP + tl.log2(total) - positive_x) * loss_factor)
 
-    b_g = (b_acc - b_others[:, None] * b_positive) / b_sum[:, None]  # own / sum - 1 = -others / sum, without cancelling
+    # own / total - 1 = -others / total, without cancelling
+    b_g = (tl.sum(b_acc, 0)[None, :] - others * b_positive) / total
     if NORMALIZE:
-        b_inv = tl.load(p_inv + o_row, mask=m_row, other=0.0)
-        p_q += o_row.to(tl.int64)[:, None] * sq_r + o_d.to(tl.int64)[None, :] * sq_d
-        b_u = tl.load(p_q, mask=m_tile, other=0.0).to(tl.float32) * b_inv[:, None]
-        b_g = (b_g - b_u * tl.sum(b_u * b_g, 1)[:, None]) * b_inv[:, None]
-    tl.store(p_dq + o_row.to(tl.int64)[:, None] * D + o_d[None, :], b_g * factor, mask=m_tile)
+        inv = tl.load(p_inv + i)
+        b_u = tl.load(p_q + i * sq_r + o_d.to(tl.int64)[None, :] * sq_d, mask=m_d, other=0.0).to(tl.float32) * inv
+        b_g = (b_g - b_u * tl.sum(b_u * b_g, 1)[:, None]) * inv
+    tl.store(p_dq + i * D + o_d[None, :], b_g * factor, mask=m_d)
 
 
 def one_pass_tiles(width: int, same_dtype: bool, full: bool, device) -> Tiles:
@@ -110,7 +111,7 @@ def one_pass_tiles(width: int, same_dtype: bool, full: bool, device) -> Tiles:
             return Tiles(128, 32, width, 8, 3)
         return Tiles(128, 32 if same_dtype else 16, width, 8, 2)  # float32 keys as wide: 105 KB, and some cards have 99
     two = width <= 128 and same_dtype and full and capability(device) // 10 == 9
-    return Tiles(128, 64, width, 8, 2, 128 if two else None)
+    return Tiles(128, 64, width, 8, 2, 128, resident=2) if two else Tiles(128, 64, width, 8, 2)
 
 
 def forward(q, k, queue, temperature, normalize, group, normalize_k=None):
@@ -135,7 +136,7 @@ def forward(q, k, queue, temperature, normalize, group, normalize_k=None):
     if t.bn * keys.stride(0) + width * keys.stride(1) >= 2**31:
         keys = keys.contiguous()
     programs, tiles = cdiv(m, t.bm), max(cdiv(n, t.bn), 1)
-    splits, each = n_splits(programs, tiles, q.device, max(1, PARTIAL_BYTES // (m * width * 4)))
+    splits, each = n_splits(programs, tiles, q.device, t.resident)
     stat = torch.empty((2, splits, m), dtype=torch.float32, device=q.device)
     acc = torch.empty((splits, m, width), dtype=torch.float32, device=q.device)
     pexp = 14 if u.dtype == torch.float16 else 0
@@ -150,15 +151,15 @@ def forward(q, k, queue, temperature, normalize, group, normalize_k=None):
 def combine(stat, acc, positive_dot, positive, q, inv, form, pexp, normalize_positive):
     m, d = q.shape
     splits, width = stat.shape[1], acc.shape[2]
-    block = max(1, 2048 // width)
-    loss = torch.empty(cdiv(m, block), dtype=torch.float32, device=q.device)
+    block = min(max(1, 4096 // width), pow2(splits))
+    loss = torch.empty(m, dtype=torch.float32, device=q.device)
     dq = torch.empty((m, d), dtype=torch.float32, device=q.device)
-    combine_kernel[(cdiv(m, block),)](
+    combine_kernel[(m,)](
         stat, acc, positive_dot, positive, *positive.stride(), q, *q.stride(), inv, loss, dq, m, splits, form.c,
-        1 / (m * form.temperature), D=d, DP=width, BR=block, PEXP=pexp, NORMALIZE=form.normalize,
-        NORMALIZE_POSITIVE=normalize_positive, LN2=LN2,
+        1 / (m * form.temperature), LN2 / m, D=d, DP=width, BS=block, PEXP=pexp, NORMALIZE=form.normalize,
+        NORMALIZE_POSITIVE=normalize_positive, num_warps=min(4, max(1, block * width // 1024)),
     )  # fmt: skip
-    return loss.sum() / m, dq
+    return loss.sum(), dq
 
 
 def chunked(q, u, inv, positive, positive_dot, keys, own, form):
@@ -206,7 +207,10 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad, _):
     if grad is None:
         return (None,) * 6
-    return (grad * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None, None, None
+    dq = ctx.saved_tensors[0]
+    if ctx.dtype != dq.dtype:  # multiplied and rounded in one launch
+        return torch.mul(dq, grad, out=torch.empty_like(dq, dtype=ctx.dtype)), None, None, None, None, None
+    return grad * dq, None, None, None, None, None
 
 
 infonce_op.register_autograd(_backward, setup_context=_setup)

@@ -2,6 +2,7 @@
 InfoNCE; `u` are rows of this rank, `v` the columns of all ranks, both normalised, cast and padded.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -14,9 +15,9 @@ from . import rows as rk
 from . import tiles as tk
 
 PAD = 128  # rows of v, and with them weights, pulls and labels, are padded to a multiple: no tile's load needs a mask
+LOSS_BLOCK = 256  # rows whose losses one program adds
 HELD = 256  # widest row whose block of gradients is held in registers; above it, the gradient goes through a matmul
 WORKSPACE = 16 << 20  # bytes of logit gradients held at a time where a row is wider than that (or half of v)
-SPLIT_BYTES = 32 << 20  # bytes of partial gradients when the columns are split over programs
 
 
 class Form(NamedTuple):
@@ -44,6 +45,7 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None  # the most a thread may take; 128 lets two programs of 8 warps run side by side
+    resident: int = 1  # programs that a multiprocessor runs side by side: columns are split over so many and no more
 
 
 def tile_dtype(dtype: torch.dtype, normalize: bool) -> torch.dtype:
@@ -65,20 +67,20 @@ def small_memory(device) -> bool:
     return capability(device) // 10 not in (9, 10)
 
 
-def sums_tiles(width: int, dtype: torch.dtype, labels: bool, device) -> Tiles:
+def sums_tiles(width: int, dtype: torch.dtype, labels: bool, decoupled: bool, device) -> Tiles:
     """The largest tiles that spill no registers (tests/kernels/test_builds.py); comparing labels takes many.
 
-    Two stages leave room on Hopper, up to a width of 128, for a second program, whose products run during the first's
-    exponentials; with labels there are not the registers for one.
+    On Hopper, up to a width of 128, they leave room for a second program, whose products run during the first's
+    exponentials.
     """
     if dtype.itemsize == 4:
-        return Tiles(64, 64, 32, 4, 2)
+        return Tiles(64, 64, 32, 4, 2, resident=2)
     ampere = small_memory(device)
     if width > HELD:
-        return Tiles(128, 32 if labels else 64 if ampere else 128, 64, 8, 3)
-    if labels:
-        return Tiles(128, 32 if ampere or width > 128 else 64, width, 8, 3 if width <= 128 else 2)
-    return Tiles(128, 128 if width <= 128 else 64, width, 8, 2)
+        return Tiles(128, 32 if labels else 64 if ampere else 128, 64, 8, 3, resident=2)
+    if labels or (decoupled and not ampere and width <= 128):
+        return Tiles(128, 32 if ampere or width > 128 else 64, width, 8, 3 if width <= 128 else 2, resident=2)
+    return Tiles(128, 128 if width <= 128 else 64, width, 8, 2, resident=2)
 
 
 def gradient_tiles(width: int, labels: bool, device) -> Tiles:
@@ -86,25 +88,33 @@ def gradient_tiles(width: int, labels: bool, device) -> Tiles:
         return Tiles(64 if labels and width > 128 else 128, 32, width, 8, 3 if width <= 128 else 2)
     if labels or width > 128:
         return Tiles(128, 64, width, 8, 2)
-    return Tiles(128, 64, width, 8, 3, 128)
+    return Tiles(128, 64, width, 8, 3, 128, resident=2)
 
 
 def precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def n_splits(programs: int, tiles: int, device, limit: int = 1 << 30) -> tuple[int, int]:
-    """Over how many programs to split `tiles` columns so that about two a multiprocessor run: (splits, tiles each)."""
-    wanted = max(1, min(2 * processors(device) // programs, tiles, limit))
-    each = cdiv(tiles, wanted)
+def n_splits(programs: int, tiles: int, device, resident: int = 2) -> tuple[int, int]:
+    """Over how many programs to split `tiles` columns where a multiprocessor runs `resident`: (splits, tiles each)."""
+    return _n_splits(programs, tiles, resident * processors(device))
+
+
+@functools.lru_cache(maxsize=1024)
+def _n_splits(programs, tiles, places):
+    """The fewest splits that are within 5 % of the shortest time, of those that fill the places at most twice."""
+
+    def passes(splits):  # of the place that is busy longest
+        return cdiv(programs * splits, places) * cdiv(tiles, splits)
+
+    possible = range(1, max(1, min(2 * places // programs, tiles)) + 1)
+    enough = 1.05 * min(map(passes, possible))
+    each = cdiv(tiles, next(s for s in possible if passes(s) <= enough))
     return cdiv(tiles, each), each
 
 
-def prepare(x, y, form: Form, group, normalize_y=None):
-    """v (N padded, width), the inverse norms of x (m,), and <x_i, y_partner> (m,), or without y nothing.
-
-    normalize_y given: y is no column of v, so its dot product is left exact instead of cast.
-    """
+def prepare(x, y, form: Form, group, normalize_y=False):
+    """v (N padded, width), the inverse norms of x (m,), and the exact <x_i, y_i> (m,), or without y nothing."""
     m, d = x.shape
     dtype = tile_dtype(x.dtype, form.normalize)
     width = padded_width(d, dtype)
@@ -118,9 +128,8 @@ def prepare(x, y, form: Form, group, normalize_y=None):
     block_r = max(1, 4096 // block_d)
     other = x if y is None else y
     rk.prepare_kernel[(cdiv(u.shape[0], block_r),)](
-        x, *x.stride(), other, *other.stride(), u, inv, dot, m, u.shape[0], form.half,
-        D=d, DP=width, BD=block_d, BR=block_r, NORMALIZE=form.normalize, DOT=y is not None, CAST=normalize_y is None,
-        NORMALIZE_Y=form.normalize if normalize_y is None else normalize_y,
+        x, *x.stride(), other, *other.stride(), u, inv, dot, m, u.shape[0],
+        D=d, DP=width, BD=block_d, BR=block_r, NORMALIZE=form.normalize, DOT=y is not None, NORMALIZE_Y=normalize_y,
     )  # fmt: skip
     if world > 1:
         dist.all_gather_into_tensor(v[: m * world], u, group=group)
@@ -128,46 +137,54 @@ def prepare(x, y, form: Form, group, normalize_y=None):
     return v, inv, dot
 
 
-def _as_long_as(v, labels):
-    if labels is None or len(labels) == len(v):
-        return labels
-    return torch.nn.functional.pad(labels, (0, len(v) - len(labels)))
+def classes_of(labels, padded):
+    """int32 (padded,), equal where labels are and -1 past their end; and how many rows each class has, by that number.
 
-
-def row_losses(u, v, m, n, offset, labels, dot, form: Form, group):
-    """Sum of this rank's row losses; all rows' weights w, and with labels one over the number of their positives.
-
-    Both are as long as v: tiles read them without a mask, and what lies past row n counts for nothing.
+    A tile compares them in half the registers that labels of 64 bits take.
     """
-    labels = _as_long_as(v, labels)
-    t = sums_tiles(v.shape[1], v.dtype, labels is not None, v.device)
+    n, slots = len(labels), pow2(2 * len(labels))  # at most half full
+    table = torch.zeros(slots + slots // 2, dtype=torch.int64, device=labels.device)
+    keys, count = table[:slots], table[slots:].view(torch.int32)
+    classes = torch.empty(padded, dtype=torch.int32, device=labels.device)
+    rk.classes_kernel[(padded // PAD,)](labels, keys, count, classes, n, slots, BR=PAD, num_warps=4)
+    return classes, count
+
+
+def loss_parts(sides, m, device):
+    """Where row_losses() leaves its sums: added, they are the loss."""
+    return torch.empty((sides, cdiv(m, LOSS_BLOCK)), dtype=torch.float32, device=device)
+
+
+def row_losses(u, v, m, n, offset, classes, count, form: Form, loss, share, group):
+    """All rows' weights w, and with labels one over the number of each own row's positives.
+
+    Into `loss` go sums of this rank's row losses, times share.  w is as long as v: tiles read it without a mask, and
+    what lies past row n counts for nothing.
+    """
+    has_labels = classes is not None
+    t = sums_tiles(v.shape[1], v.dtype, has_labels, form.decoupled, v.device)
     programs = cdiv(m, t.bm)
-    splits, each = n_splits(programs, cdiv(n, t.bn), v.device)
-    planes = 4 if labels is not None else 2 if form.online else 1
-    stat = torch.empty((planes, splits, m), dtype=torch.float32, device=v.device)
+    splits, each = n_splits(programs, cdiv(n, t.bn), v.device, t.resident)
+    stat = torch.empty((3 if form.online else 2, splits, m), dtype=torch.float32, device=v.device)
     tk.row_sums_kernel[(programs, splits)](
-        u, v, labels, stat, m, n, form.half, offset, each, form.c,
+        u, v, classes, stat, m, n, form.half, offset, each, form.c,
         D=v.shape[1], BM=t.bm, BN=t.bn, BK=t.bk, PRECISION=precision(), DIAG=form.diagonal, DECOUPLED=form.decoupled,
-        LABELS=labels is not None, ONLINE=form.online, num_warps=t.warps, num_stages=t.stages,
+        LABELS=has_labels, ONLINE=form.online, num_warps=t.warps, num_stages=t.stages, maxnreg=t.registers,
     )  # fmt: skip
-    room = v.shape[0] if group is None else m
-    w = torch.empty(room, dtype=torch.float32, device=v.device)
-    a = torch.empty(room if labels is not None else 0, dtype=torch.float32, device=v.device)
-    block = 256
-    loss = torch.empty(cdiv(m, block), dtype=torch.float32, device=v.device)
-    rk.row_losses_kernel[(cdiv(m, block),)](
-        stat, dot, w, a, loss, m, splits, form.c,
-        BR=block, LABELS=labels is not None, ONLINE=form.online, LN2=rk.LN2,
+    w = torch.empty(v.shape[0] if group is None else m, dtype=torch.float32, device=v.device)
+    a = torch.empty(m if has_labels else 0, dtype=torch.float32, device=v.device)
+    rk.row_losses_kernel[(len(loss),)](
+        stat, classes, count, w, a, loss, m, splits, offset, share * math.log(2),
+        BR=LOSS_BLOCK, LABELS=has_labels, ONLINE=form.online,
     )  # fmt: skip
-    return loss.sum(), gather(w, group, v.shape[0]), a if labels is None else gather(a, group, v.shape[0])
+    return gather(w, group, v.shape[0]), a
 
 
-def row_gradients(grad, x, inv, u, v, w_row, w_col, a, n, offset, labels, form: Form, factor):
+def row_gradients(grad, x, inv, u, v, w_row, w_col, a, n, offset, classes, form: Form, factor):
     """The gradient with respect to x (m, D), times factor and grad."""
     m = x.shape[0]
-    labels = _as_long_as(v, labels)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    has_labels = labels is not None
+    has_labels = classes is not None
     gexp = 13 if v.dtype == torch.float16 else 0  # gradients of a logit lie in [-2, 2]: use fp16's whole range
     flags = {
         "DIAG": form.diagonal, "DECOUPLED": form.decoupled, "LABELS": has_labels, "ONLINE": form.online, "GEXP": gexp,
@@ -187,23 +204,22 @@ def row_gradients(grad, x, inv, u, v, w_row, w_col, a, n, offset, labels, form: 
     if width <= HELD and v.dtype.itemsize == 2:
         t = gradient_tiles(width, has_labels, v.device)
         programs = cdiv(m, t.bm)
-        limit = max(1, SPLIT_BYTES // (m * width * 4))
-        splits, each = n_splits(programs, cdiv(n, t.bn), v.device, limit)
+        splits, each = n_splits(programs, cdiv(n, t.bn), v.device, t.resident)
         acc = torch.empty((splits, m, width), dtype=torch.float32, device=v.device)
         tk.row_gradients_kernel[(programs, splits)](
-            u, v, labels, w_row, w_col, a, acc, m, n, form.half, offset, each, form.c,
+            u, v, classes, w_row, w_col, a, acc, m, n, form.half, offset, each, form.c,
             D=width, BM=t.bm, BN=t.bn, **flags, num_warps=t.warps, num_stages=t.stages, maxnreg=t.registers,
         )  # fmt: skip
         end(acc, 0, m, splits)
         return out
 
-    t = sums_tiles(max(width, HELD + 1), v.dtype, has_labels, v.device)
+    t = sums_tiles(max(width, HELD + 1), v.dtype, has_labels, form.decoupled, v.device)
     budget = max(WORKSPACE, v.nbytes // 2) // (v.shape[0] * v.dtype.itemsize)
     chunk = min(max(budget // t.bm, 1), cdiv(m, t.bm)) * t.bm
     g = torch.empty((chunk, v.shape[0]), dtype=v.dtype, device=v.device)
     for first in range(0, m, chunk):
         tk.gradient_chunk_kernel[(chunk // t.bm, v.shape[0] // t.bn)](
-            u, v, labels, w_row, w_col, a, g, first, m, n, v.shape[0], form.half, offset, form.c,
+            u, v, classes, w_row, w_col, a, g, first, m, n, v.shape[0], form.half, offset, form.c,
             D=width, BM=t.bm, BN=t.bn, BK=t.bk if width % t.bk == 0 else 16, **flags,
             num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip

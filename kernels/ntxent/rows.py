@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 LN2 = 0.6931471805599453
-SIZES = ("m", "rows", "first", "half", "splits")
+SIZES = ("m", "rows", "first", "splits")
 
 
 @triton.jit
@@ -27,14 +27,11 @@ def inverse_norm(b_x, NORMALIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def prepare_kernel(
-    p_x, sx_r, sx_d, p_y, sy_r, sy_d, p_u, p_inv, p_dot, m, rows, half,
+    p_x, sx_r, sx_d, p_y, sy_r, sy_d, p_u, p_inv, p_dot, m, rows,
     D: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr,
-    NORMALIZE_Y: tl.constexpr, CAST: tl.constexpr,
+    NORMALIZE_Y: tl.constexpr,
 ):  # fmt: skip
-    """u = rows of x at unit length, cast, padded with zeros to (rows, DP); dot_i = <u_i, the same of y_(i + half)>.
-
-    CAST: the dot product is of the cast rows, as the tiles see them, so that what cancels in the loss cancels here.
-    """
+    """u = rows of x at unit length, cast, padded with zeros to (rows, DP); DOT: <x_i, y_i> of unit rows, not cast."""
     o_row, o_d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BD)
     m_row = o_row < m
     b_x = _load_rows(p_x, sx_r, sx_d, o_row, o_d, m_row, D)
@@ -45,55 +42,72 @@ def prepare_kernel(
     )
     tl.store(p_inv + o_row, b_inv, mask=m_row)
     if DOT:
-        b_y = _load_rows(p_y, sy_r, sy_d, (o_row + half) % m, o_d, m_row, D)
+        b_y = _load_rows(p_y, sy_r, sy_d, o_row, o_d, m_row, D)
         b_x, b_y = b_x * b_inv[:, None], b_y * inverse_norm(b_y, NORMALIZE_Y)[:, None]
-        if CAST:
-            b_x, b_y = b_u.to(tl.float32), b_y.to(b_u.dtype).to(tl.float32)
         tl.store(p_dot + o_row, tl.sum(b_x * b_y, 1), mask=m_row)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=("n", "slots"))
+def classes_kernel(p_label, p_keys, p_count, p_class, n, slots, BR: tl.constexpr):
+    """class: for each label its slot in a hash table (keys and counts, zeroed before), -1 past row n; count its rows.
+
+    Which slot a label gets can change from run to run; that rows have the same one, and how many do, cannot.
+    """
+    o_row = tl.program_id(0) * BR + tl.arange(0, BR)
+    m_row = o_row < n
+    b_label = tl.load(p_label + tl.where(m_row, o_row, 0))
+    b_key = b_label ^ -9223372036854775808  # 0 marks a free slot, and no label is the lowest integer
+    b_hash = (b_label ^ (b_label >> 32)).to(tl.uint32) * 2654435769
+    b_slot = (b_hash ^ (b_hash >> 15)).to(tl.int32) & (slots - 1)
+    pending = 1
+    while pending > 0:
+        b_found = tl.atomic_cas(p_keys + b_slot, tl.zeros([BR], tl.int64), b_key)
+        b_taken = ((b_found != 0) & (b_found != b_key)).to(tl.int32)
+        b_slot = (b_slot + b_taken) & (slots - 1)
+        pending = tl.max(b_taken, 0)
+    tl.atomic_add(p_count + b_slot, 1, mask=m_row)
+    tl.store(p_class + o_row, tl.where(m_row, b_slot, -1))
+
+
+@triton.jit(do_not_specialize=(*SIZES, "offset"))
 def row_losses_kernel(
-    p_stat, p_dot, p_w, p_a, p_loss, m, splits, c, BR: tl.constexpr, LABELS: tl.constexpr,
-    ONLINE: tl.constexpr, LN2: tl.constexpr,
+    p_stat, p_class, p_count, p_w, p_a, p_loss, m, splits, offset, factor, BR: tl.constexpr, LABELS: tl.constexpr,
+    ONLINE: tl.constexpr,
 ):  # fmt: skip
-    """Each row's loss, its weight w in the gradient, and (LABELS) one over the number of its positives, or 0."""
+    """Each row's weight w in the gradient, (LABELS) one over the number of its positives, or 0, and the sum of the
+    rows' losses, in powers of two, times factor."""
     o_row = tl.program_id(0) * BR + tl.arange(0, BR)
     m_row = o_row < m
     plane = splits * m
     b_sum = tl.zeros([BR], tl.float32)
     b_max = tl.full([BR], float("-inf"), tl.float32)
     b_pos = tl.zeros([BR], tl.float32)
-    b_count = tl.zeros([BR], tl.float32)
     if ONLINE:
         for s in range(0, splits):
-            b_max = tl.maximum(b_max, tl.load(p_stat + plane + s * m + o_row, mask=m_row, other=0.0))
+            b_max = tl.maximum(b_max, tl.load(p_stat + 2 * plane + s * m + o_row, mask=m_row, other=0.0))
     for s in range(0, splits):
         p = p_stat + s * m + o_row
         b_part = tl.load(p, mask=m_row, other=1.0)
         if ONLINE:
-            b_part_max = tl.load(p + plane, mask=m_row, other=0.0)
+            b_part_max = tl.load(p + 2 * plane, mask=m_row, other=0.0)
             b_part *= tl.where(b_part_max == float("-inf"), 0.0, tl.exp2(b_part_max - b_max))
         b_sum += b_part
-        if LABELS:
-            b_pos += tl.load(p + 2 * plane, mask=m_row, other=0.0)
-            b_count += tl.load(p + 3 * plane, mask=m_row, other=0.0)
+        b_pos += tl.load(p + plane, mask=m_row, other=0.0)
 
     active = (b_sum > 0) | (b_sum != b_sum)  # what is not a number must show in the loss
     if LABELS:
-        active = active & (b_count != 0)
+        b_class = tl.load(p_class + offset + o_row, mask=m_row, other=0)
+        b_count = tl.load(p_count + b_class, mask=m_row, other=0).to(tl.float32) - 1.0  # without itself
+        active = active & (b_count > 0)
         b_pos = b_pos / tl.maximum(b_count, 1.0)
         tl.store(p_a + o_row, tl.where(active, 1.0 / tl.maximum(b_count, 1.0), 0.0), mask=m_row)
-    else:
-        b_pos = tl.load(p_dot + o_row, mask=m_row, other=0.0)
     b_log = tl.log2(tl.where(active, b_sum, 1.0))
     if ONLINE:
         b_log += tl.where(active, b_max, 0.0)
         tl.store(p_w + o_row, tl.where(active, b_log, float("inf")), mask=m_row)
     else:
         tl.store(p_w + o_row, tl.where(active, 1.0 / tl.where(active, b_sum, 1.0), 0.0), mask=m_row)
-    b_loss = tl.where(active & m_row, (b_log - b_pos * c) * LN2, 0.0)
-    tl.store(p_loss + tl.program_id(0), tl.sum(b_loss, 0))
+    tl.store(p_loss + tl.program_id(0), tl.sum(tl.where(active & m_row, b_log - b_pos, 0.0), 0) * factor)
 
 
 @triton.jit(do_not_specialize=SIZES)

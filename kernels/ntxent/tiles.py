@@ -18,7 +18,7 @@ SIZES = ("m", "n", "half", "offset", "tiles_split", "first")  # one build for al
 
 @triton.jit
 def _of_rows(p, first, o_row, m_row, LABELS: tl.constexpr):
-    """Labels or pulls of this block's rows, read once; without labels a stand-in that is not used."""
+    """Classes or pulls of this block's rows, read once; without labels a stand-in that is not used."""
     if LABELS:
         return tl.load(p + first + o_row, mask=m_row, other=0)
     else:
@@ -42,14 +42,8 @@ def _partner(o_row, o_col, m, half, offset):
 
 
 @triton.jit
-def _same_label(b_label, p_label, o_col):
-    return b_label[:, None] == tl.load(p_label + o_col)[None, :]
-
-
-@triton.jit
-def _tally(b_pos, b_count, b_s, positive):
-    b_one = tl.where(b_s == b_s, 1.0, b_s)  # 1, laid out as b_s is: of a constant, the mask would be laid out anew
-    return b_pos + tl.sum(tl.where(positive, b_s, 0.0), 1), b_count + tl.sum(tl.where(positive, b_one, 0.0), 1)
+def _same_class(b_class, p_class, o_col):
+    return b_class[:, None] == tl.load(p_class + o_col)[None, :]
 
 
 @triton.jit
@@ -86,11 +80,15 @@ def _special(t, i_row, n, half, offset, BM: tl.constexpr, BN: tl.constexpr, DIAG
 
 @triton.jit(do_not_specialize=SIZES)
 def row_sums_kernel(
-    p_u, p_v, p_label, p_stat, m, n, half, offset, tiles_split, c,
+    p_u, p_v, p_class, p_stat, m, n, half, offset, tiles_split, c,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
     DIAG: tl.constexpr, DECOUPLED: tl.constexpr, LABELS: tl.constexpr, ONLINE: tl.constexpr,
 ):  # fmt: skip
-    """p_stat (4, splits, m): sum, maximum (ONLINE), sum and number of positives (LABELS)."""
+    """p_stat (3, splits, m): sum of the exponentials, sum of the positives' c s, maximum of c s (ONLINE).
+
+    The positives come from the same product as the sum: tensor cores cut off bits, and what cancels in the loss has to
+    be cut alike (docs/kernels.md).
+    """
     i_row, i_split = tl.program_id(0), tl.program_id(1)
     o_row = i_row * BM + tl.arange(0, BM)
     m_row = o_row < m
@@ -98,31 +96,31 @@ def row_sums_kernel(
     b_u = o_row  # stands in for the row block where it is read chunk by chunk
     if BK == D:
         b_u = tl.load(p_u + tl.arange(0, BM)[:, None] * D + tl.arange(0, D)[None, :], mask=m_row[:, None], other=0.0)
-    b_label = _of_rows(p_label, offset, o_row, m_row, LABELS)
+    b_class = _of_rows(p_class, offset, o_row, m_row, LABELS)
     b_sum = tl.zeros([BM], tl.float32)
     b_max = tl.full([BM], float("-inf"), tl.float32)
     b_pos = tl.zeros([BM], tl.float32)
-    b_count = tl.zeros([BM], tl.float32)
 
     for t in range(i_split * tiles_split, tl.minimum((i_split + 1) * tiles_split, tl.cdiv(n, BN))):
         o_col = t * BN + tl.arange(0, BN)
         b_s = _similarity(b_u, p_u, p_v + tl.cast(t, tl.int64) * BN * D, m_row, D, BM, BN, BK, PRECISION)
         b_x = b_s * c
         if LABELS:
-            positive = _same_label(b_label, p_label, o_col)
+            positive = _same_class(b_class, p_class, o_col)
             if _special(t, i_row, n, half, offset, BM, BN, DIAG, False):
                 valid = _valid(o_row, o_col, n, offset, DIAG)
+                b_pos += tl.sum(tl.where(positive & valid, b_x, 0.0), 1)
                 b_x = tl.where(valid, b_x, float("-inf"))
-                b_pos, b_count = _tally(b_pos, b_count, b_s, positive & valid)
             else:
-                b_pos, b_count = _tally(b_pos, b_count, b_s, positive)
+                b_pos += tl.sum(tl.where(positive, b_x, 0.0), 1)
             if DECOUPLED:
                 b_x = tl.where(positive, float("-inf"), b_x)
         else:
-            if _special(t, i_row, n, half, offset, BM, BN, DIAG, DECOUPLED):
-                keep = _valid(o_row, o_col, n, offset, DIAG)
+            if _special(t, i_row, n, half, offset, BM, BN, DIAG, True):
+                keep, positive = _valid(o_row, o_col, n, offset, DIAG), _partner(o_row, o_col, m, half, offset)
+                b_pos += tl.sum(tl.where(positive, b_x, 0.0), 1)
                 if DECOUPLED:
-                    keep = keep & (_partner(o_row, o_col, m, half, offset) == 0)
+                    keep = keep & (positive == 0)
                 b_x = tl.where(keep, b_x, float("-inf"))
         if ONLINE:
             b_new = tl.maximum(b_max, tl.max(b_x, 1))
@@ -135,11 +133,9 @@ def row_sums_kernel(
     plane = tl.num_programs(1) * m
     p_stat += i_split * m + o_row
     tl.store(p_stat, b_sum, mask=m_row)
+    tl.store(p_stat + plane, b_pos, mask=m_row)
     if ONLINE:
-        tl.store(p_stat + plane, b_max, mask=m_row)
-    if LABELS:
-        tl.store(p_stat + 2 * plane, b_pos, mask=m_row)
-        tl.store(p_stat + 3 * plane, b_count, mask=m_row)
+        tl.store(p_stat + 2 * plane, b_max, mask=m_row)
 
 
 @triton.jit
@@ -152,12 +148,12 @@ def _scaled(b_w, ONLINE: tl.constexpr, GEXP: tl.constexpr):
 
 
 @triton.jit
-def _gradient_tile(b_s, b_wr, b_label, b_ar, t, i_row, o_row, p_w, p_a, p_label, m, n, half, offset, c,
+def _gradient_tile(b_s, b_wr, b_class, b_pull, t, i_row, o_row, p_w, p_class, m, n, half, offset, c,
                    BM: tl.constexpr, BN: tl.constexpr, DIAG: tl.constexpr, DECOUPLED: tl.constexpr,
                    LABELS: tl.constexpr, ONLINE: tl.constexpr, GEXP: tl.constexpr, PULL: tl.constexpr):  # fmt: skip
     """The gradient with respect to the logits of row block i_row and column tile t, both directions, times 2^GEXP.
 
-    Of positives it has the pull too: -PULL, or with labels -(a_i + a_j).
+    Of positives it has the pull too: -PULL, or with labels -2 a_i, as a is the same for all rows of a class.
     """
     o_col = t * BN + tl.arange(0, BN)
     b_wc = _scaled(tl.load(p_w + o_col), ONLINE, GEXP)
@@ -167,9 +163,8 @@ def _gradient_tile(b_s, b_wr, b_label, b_ar, t, i_row, o_row, p_w, p_a, p_label,
     else:
         b_g = tl.exp2(b_x) * (b_wr[:, None] + b_wc[None, :])
     if LABELS:
-        positive = _same_label(b_label, p_label, o_col)
-        b_pull = (b_ar[:, None] + tl.load(p_a + o_col)[None, :]) * (2.0**GEXP)
-        b_g = tl.where(positive, -b_pull if DECOUPLED else b_g - b_pull, b_g)
+        positive = _same_class(b_class, p_class, o_col)
+        b_g = tl.where(positive, -b_pull[:, None] if DECOUPLED else b_g - b_pull[:, None], b_g)
         if _special(t, i_row, n, half, offset, BM, BN, DIAG, False):
             b_g = tl.where(_valid(o_row, o_col, n, offset, DIAG), b_g, 0.0)
     else:
@@ -183,25 +178,26 @@ def _gradient_tile(b_s, b_wr, b_label, b_ar, t, i_row, o_row, p_w, p_a, p_label,
 
 @triton.jit(do_not_specialize=SIZES)
 def row_gradients_kernel(
-    p_u, p_v, p_label, p_w_row, p_w_col, p_a, p_acc, m, n, half, offset, tiles_split, c,
+    p_u, p_v, p_class, p_w_row, p_w_col, p_a, p_acc, m, n, half, offset, tiles_split, c,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
     DIAG: tl.constexpr, DECOUPLED: tl.constexpr, LABELS: tl.constexpr, ONLINE: tl.constexpr, GEXP: tl.constexpr,
     PULL: tl.constexpr,
 ):  # fmt: skip
-    """p_acc (splits, m, D) float32; w_row (m,); w_col and a as long as v."""
+    """p_acc (splits, m, D) float32; w_row and a (m,); w_col and the classes as long as v."""
     i_row, i_split = tl.program_id(0), tl.program_id(1)
     o_row, o_d = i_row * BM + tl.arange(0, BM), tl.arange(0, D)
     m_row = o_row < m
     o_u, o_v = tl.arange(0, BM)[:, None] * D + o_d[None, :], tl.arange(0, BN)[:, None] * D + o_d[None, :]
     b_u = tl.load(p_u + i_row.to(tl.int64) * BM * D + o_u, mask=m_row[:, None], other=0.0)
     b_wr = _scaled(tl.load(p_w_row + o_row, mask=m_row, other=0.0), ONLINE, GEXP)
-    b_label, b_ar = _of_rows(p_label, offset, o_row, m_row, LABELS), _of_rows(p_a, offset, o_row, m_row, LABELS)
+    b_class = _of_rows(p_class, offset, o_row, m_row, LABELS)
+    b_pull = _of_rows(p_a, 0, o_row, m_row, LABELS) * (2.0 ** (GEXP + 1))
     b_acc = tl.zeros([BM, D], tl.float32)
     for t in range(i_split * tiles_split, tl.minimum((i_split + 1) * tiles_split, tl.cdiv(n, BN))):
         b_v = tl.load(p_v + tl.cast(t, tl.int64) * BN * D + o_v)
         b_s = tl.dot(b_u, tl.trans(b_v), input_precision=PRECISION)
         b_g = _gradient_tile(
-            b_s, b_wr, b_label, b_ar, t, i_row, o_row, p_w_col, p_a, p_label, m, n, half, offset, c, BM, BN,
+            b_s, b_wr, b_class, b_pull, t, i_row, o_row, p_w_col, p_class, m, n, half, offset, c, BM, BN,
             DIAG, DECOUPLED, LABELS, ONLINE, GEXP, PULL,
         )  # fmt: skip
         b_acc = tl.dot(b_g.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
@@ -210,7 +206,7 @@ def row_gradients_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient_chunk_kernel(
-    p_u, p_v, p_label, p_w_row, p_w_col, p_a, p_g, first, m, n, n_padded, half, offset, c,
+    p_u, p_v, p_class, p_w_row, p_w_col, p_a, p_g, first, m, n, n_padded, half, offset, c,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
     DIAG: tl.constexpr, DECOUPLED: tl.constexpr, LABELS: tl.constexpr, ONLINE: tl.constexpr, GEXP: tl.constexpr,
     PULL: tl.constexpr,
@@ -222,10 +218,11 @@ def gradient_chunk_kernel(
     m_row = o_row < m
     p_u += i_row.to(tl.int64) * BM * D
     b_wr = _scaled(tl.load(p_w_row + o_row, mask=m_row, other=0.0), ONLINE, GEXP)
-    b_label, b_ar = _of_rows(p_label, offset, o_row, m_row, LABELS), _of_rows(p_a, offset, o_row, m_row, LABELS)
+    b_class = _of_rows(p_class, offset, o_row, m_row, LABELS)
+    b_pull = _of_rows(p_a, 0, o_row, m_row, LABELS) * (2.0 ** (GEXP + 1))
     b_s = _similarity(o_row, p_u, p_v + t.to(tl.int64) * BN * D, m_row, D, BM, BN, BK, PRECISION)
     b_g = _gradient_tile(
-        b_s, b_wr, b_label, b_ar, t, i_row, o_row, p_w_col, p_a, p_label, m, n, half, offset, c, BM, BN,
+        b_s, b_wr, b_class, b_pull, t, i_row, o_row, p_w_col, p_class, m, n, half, offset, c, BM, BN,
         DIAG, DECOUPLED, LABELS, ONLINE, GEXP, PULL,
     )  # fmt: skip
     o_local = (i_local * BM + tl.arange(0, BM)).to(tl.int64)

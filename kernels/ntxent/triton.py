@@ -8,33 +8,36 @@ from torch import Tensor
 
 from ..collectives import group_name, named_group, rank_world
 from ..common import cdiv
-from .launch import PAD, Form, padded_width, prepare, row_gradients, row_losses, tile_dtype
+from .launch import PAD, Form, classes_of, loss_parts, padded_width, prepare, row_gradients, row_losses, tile_dtype
 
 
 def forward(z, labels, temperature, decoupled, normalize, group):
-    """-> loss, v, inverse norms, all rows' weights w, and with labels one over the number of their positives."""
+    """-> loss, v, inverse norms, all rows' weights w, and of labels one over the number of each own row's positives and
+    all rows' classes (empty without labels)."""
     m = z.shape[0]
     rank, world = rank_world(group)
     form = Form(temperature, normalize, diagonal=True, decoupled=decoupled, half=m // 2)
-    v, inv, dot = prepare(z, z if labels is None else None, form, group)
-    total, w, a = row_losses(v[rank * m :], v, m, m * world, rank * m, labels, dot, form, group)
-    return total / m, v, inv, w, a
+    v, inv, _ = prepare(z, None, form, group)
+    classes, count = (None, None) if labels is None else classes_of(labels, len(v))
+    loss = loss_parts(1, m, z.device)
+    w, a = row_losses(v[rank * m :], v, m, m * world, rank * m, classes, count, form, loss[0], 1 / m, group)
+    return loss.sum(), v, inv, w, a, v.new_empty(0, dtype=torch.int32) if labels is None else classes
 
 
-def backward(grad, z, labels, v, inv, w, a, temperature, decoupled, normalize, group):
+def backward(grad, z, v, inv, w, a, classes, temperature, decoupled, normalize, group):
     m = z.shape[0]
     rank, world = rank_world(group)
     form = Form(temperature, normalize, diagonal=True, decoupled=decoupled, half=m // 2)
-    own = slice(rank * m, (rank + 1) * m)
+    own, classes = slice(rank * m, (rank + 1) * m), classes if len(classes) else None
     return row_gradients(
-        grad, z, inv, v[own], v, w[own], w, a, m * world, rank * m, labels, form, 1 / (m * temperature)
+        grad, z, inv, v[own], v, w[own], w, a, m * world, rank * m, classes, form, 1 / (m * temperature)
     )
 
 
 @torch.library.custom_op("fastssl::ntxent", mutates_args=())
 def ntxent_op(
     z: Tensor, labels: Tensor | None, temperature: float, decoupled: bool, normalize: bool, group: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return forward(z, labels, temperature, decoupled, normalize, named_group(group))
 
 
@@ -45,27 +48,30 @@ def _(z, labels, temperature, decoupled, normalize, group):
     dtype = tile_dtype(z.dtype, normalize)
     f32 = {"dtype": torch.float32}
     v = z.new_empty((cdiv(n, PAD) * PAD, padded_width(d, dtype)), dtype=dtype)
-    counts = 0 if labels is None else len(v)
-    return z.new_empty((), **f32), v, z.new_empty(m, **f32), z.new_empty(len(v), **f32), z.new_empty(counts, **f32)
+    a, classes = (0, 0) if labels is None else (m, len(v))
+    return (
+        z.new_empty((), **f32), v, z.new_empty(m, **f32), z.new_empty(len(v), **f32), z.new_empty(a, **f32),
+        z.new_empty(classes, dtype=torch.int32),
+    )  # fmt: skip
 
 
 @torch.library.custom_op("fastssl::ntxent_backward", mutates_args=())
 def ntxent_backward_op(
-    grad: Tensor, z: Tensor, labels: Tensor | None, v: Tensor, inv: Tensor, w: Tensor, a: Tensor,
+    grad: Tensor, z: Tensor, v: Tensor, inv: Tensor, w: Tensor, a: Tensor, classes: Tensor,
     temperature: float, decoupled: bool, normalize: bool, group: str,
 ) -> Tensor:  # fmt: skip
-    return backward(grad, z, labels, v, inv, w, a, temperature, decoupled, normalize, named_group(group))
+    return backward(grad, z, v, inv, w, a, classes, temperature, decoupled, normalize, named_group(group))
 
 
 @ntxent_backward_op.register_fake
-def _(grad, z, labels, v, inv, w, a, temperature, decoupled, normalize, group):
+def _(grad, z, v, inv, w, a, classes, temperature, decoupled, normalize, group):
     return torch.empty(z.shape, dtype=z.dtype, device=z.device)
 
 
 def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # zeros for the outputs that are only saved would cost memory and time
-    z, labels, *ctx.rest = inputs
-    ctx.save_for_backward(z, labels, *output[1:])
+    z, _, *ctx.rest = inputs
+    ctx.save_for_backward(z, *output[1:])
 
 
 def _backward(ctx, grad, *_):

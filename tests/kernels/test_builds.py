@@ -20,7 +20,7 @@ def ntxent(rows=8192, dim=128, dtype=torch.float16, temperature=0.1, labels=Fals
     z = torch.empty(rows, dim, device="meta", dtype=dtype)
     y = torch.empty(rows, device="meta", dtype=torch.int64) if labels else None
     loss, *saved = triton.forward(z, y, temperature, decoupled, normalize, None)
-    triton.backward(loss, z, y, *saved, temperature, decoupled, normalize, None)
+    triton.backward(loss, z, *saved, temperature, decoupled, normalize, None)
 
 
 def infonce(rows=256, dim=128, dtype=torch.float16, keys=65536, queue=None):

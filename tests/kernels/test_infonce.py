@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_device import DEVICE, needs_triton
+from kernel_device import DEVICE, cut_off_sums, needs_triton  # noqa: F401 - a fixture
 
 from fastssl.kernels import gathered_nce, infonce, infonce_symmetric
 from fastssl.kernels.gathered import cases as gathered_cases
@@ -49,6 +49,15 @@ def test_kernel_is_as_exact_as_plain_pytorch(case):
 @pytest.mark.parametrize("case", gathered_cases.SMALL, ids=str)
 def test_gathered_kernel_is_as_exact_as_plain_pytorch(case):
     check(gathered_cases, case, DEVICE)
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE == "cuda", reason="imitates what a GPU does by itself")
+@pytest.mark.parametrize("rows, dtype", [(1, torch.float16), (129, torch.bfloat16)], ids=str)
+@pytest.mark.usefixtures("cut_off_sums")
+def test_what_tensor_cores_cut_off_cancels_between_a_sum_and_its_positive(rows, dtype):
+    """At temperature 0.01 the positive is the whole sum, and the loss is 0 if both come from one product."""
+    check(cases, cases.Case(rows, "both", 2048, dtype, 0.01), DEVICE)
 
 
 @pytest.mark.gpu
