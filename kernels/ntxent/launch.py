@@ -74,7 +74,7 @@ def sums_tiles(width: int, dtype: torch.dtype, labels: bool, decoupled: bool, de
     exponentials.
     """
     if dtype.itemsize == 4:
-        return Tiles(64, 64, 32, 4, 2, resident=2)
+        return Tiles(64, 64, 32, 8, 2, resident=2)
     ampere = small_memory(device)
     if width > HELD:
         return Tiles(128, 32 if labels else 64 if ampere else 128, 64, 8, 3, resident=2)

@@ -12,19 +12,27 @@ from torch import Tensor
 from ..common import cdiv
 from ..ntxent.launch import n_splits
 from ..ntxent.rows import LN2
-from ..sinkhorn.triton import GROUP, alignment, grouped, multiple, row_block, running_maximum
+from ..sinkhorn.triton import GROUP, alignment, grouped, multiple, row_block
 
 SIZES = ("n", "k", "ss_r", "st_r", "columns_split", "splits")  # one build for all, but for their alignment
 
 
 @triton.jit
-def _teacher(p_t, p_center, o_k, stride, mask, ct, CENTER: tl.constexpr, LOGITS: tl.constexpr):
+def _teacher(p_t, p_center, o_k, stride, mask, CENTER: tl.constexpr, LOGITS: tl.constexpr):
     b_t = tl.load(p_t + o_k.to(tl.int64) * stride, mask=mask, other=0.0).to(tl.float32)
     if CENTER:
         b_t -= tl.load(p_center + o_k, mask=mask, other=0.0).to(tl.float32)
     if LOGITS:
-        b_t = tl.where(mask, b_t * ct, float("-inf"))
+        b_t = tl.where(mask, b_t, float("-inf"))
     return b_t
+
+
+@triton.jit
+def _running_maximum(b_max, b_x, c):
+    """Of rows of b_x: the new running maximum, a finite stand-in for it, and what sums so far are to be scaled by."""
+    b_new = tl.maximum(b_max, tl.max(b_x, 1))
+    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+    return b_new, b_safe[:, None], tl.exp2((b_max - b_safe) * c)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -32,7 +40,11 @@ def stats_kernel(
     p_s, ss_r, ss_k, p_t, st_r, st_k, p_center, p_stat, n, k, columns_split, cs, ct,
     BK: tl.constexpr, ALIGN: tl.constexpr, CENTER: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
-    """stat (5, splits, N): maximum and sum of the student's, of the teacher's, and sum of teacher weight x student."""
+    """stat (5, splits, N): maximum and sum of the student's, of the teacher's, and sum of teacher weight x student.
+
+    Logits meet their maximum before the temperature, 2^((x - maximum) c): of c x the compiler keeps more bits where it
+    joins it with a sum than where it does not, and a maximum would not cancel itself.
+    """
     ss_r, st_r, k = multiple(ss_r, ALIGN), multiple(st_r, ALIGN), multiple(k, ALIGN)
     columns_split = multiple(columns_split, ALIGN)
     i, i_split = tl.program_id(0), tl.program_id(1)
@@ -47,14 +59,14 @@ def stats_kernel(
     for first in range(i_split * columns_split, stop, BK):
         o_k = grouped(first, BK)
         m_k = o_k < stop
-        b_s = tl.load(p_s + o_k.to(tl.int64) * ss_k, mask=m_k, other=0.0).to(tl.float32) * cs
+        b_s = tl.load(p_s + o_k.to(tl.int64) * ss_k, mask=m_k, other=0.0).to(tl.float32)
         b_x = tl.where(m_k, b_s, float("-inf"))
-        b_ms, b_safe, b_scale = running_maximum(b_ms, b_x)
-        b_ls = b_ls * b_scale + tl.sum(tl.exp2(b_x - b_safe), 1)
-        b_t = _teacher(p_t, p_center, o_k, st_k, m_k, ct, CENTER, LOGITS)
+        b_ms, b_safe, b_scale = _running_maximum(b_ms, b_x, cs)
+        b_ls = b_ls * b_scale + tl.sum(tl.exp2((b_x - b_safe) * cs), 1)
+        b_t = _teacher(p_t, p_center, o_k, st_k, m_k, CENTER, LOGITS)
         if LOGITS:
-            b_mt, b_safe, b_scale = running_maximum(b_mt, b_t)
-            b_t = tl.exp2(b_t - b_safe)
+            b_mt, b_safe, b_scale = _running_maximum(b_mt, b_t, ct)
+            b_t = tl.exp2((b_t - b_safe) * ct)
             b_lt *= b_scale
             b_dot *= b_scale
         b_lt += tl.sum(b_t, 1)
@@ -63,10 +75,10 @@ def stats_kernel(
     p_stat += i_split * n + i
     ms = tl.max(b_ms, 0)
     tl.store(p_stat, ms)
-    tl.store(p_stat + plane, tl.sum(b_ls * tl.exp2(b_ms - ms), 0))
+    tl.store(p_stat + plane, tl.sum(b_ls * tl.exp2((b_ms - ms) * cs), 0))
     if LOGITS:
         mt = tl.max(b_mt, 0)
-        b_scale = tl.exp2(b_mt - mt)
+        b_scale = tl.exp2((b_mt - mt) * ct)
         tl.store(p_stat + 2 * plane, mt)
         tl.store(p_stat + 3 * plane, tl.sum(b_lt * b_scale, 0))
         tl.store(p_stat + 4 * plane, tl.sum(b_dot * b_scale, 0))
@@ -77,8 +89,9 @@ def stats_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def rows_kernel(p_stat, p_end, p_loss, n, splits, BR: tl.constexpr, LOGITS: tl.constexpr, LN2: tl.constexpr):
-    """end (4, N): the student's maximum and 1 / sum, and the teacher's (of probabilities, just their sum); the loss.
+def rows_kernel(p_stat, p_end, p_loss, n, splits, cs, ct, factor, BR: tl.constexpr, LOGITS: tl.constexpr):
+    """end (4, N): the student's maximum and 1 / sum, and the teacher's (of probabilities, just their sum); the loss of
+    each block of rows, in powers of two, times factor.
 
     Not the logarithm of the sum: 2^(x - maximum) / sum keeps bits that 2^(x - log sum) rounds away.
     """
@@ -95,18 +108,20 @@ def rows_kernel(p_stat, p_end, p_loss, n, splits, BR: tl.constexpr, LOGITS: tl.c
     b_dot = tl.zeros([BR], tl.float32)
     for s in range(0, splits):
         p = p_stat + s * n + o
-        b_ls += tl.exp2(tl.load(p, mask=m, other=0.0) - b_ms) * tl.load(p + plane, mask=m, other=1.0)
-        b_scale = tl.exp2(tl.load(p + 2 * plane, mask=m, other=0.0) - b_mt)
+        b_ls += tl.exp2((tl.load(p, mask=m, other=0.0) - b_ms) * cs) * tl.load(p + plane, mask=m, other=1.0)
+        b_scale = tl.exp2((tl.load(p + 2 * plane, mask=m, other=0.0) - b_mt) * ct)
         b_lt += b_scale * tl.load(p + 3 * plane, mask=m, other=1.0)
         b_dot += b_scale * tl.load(p + 4 * plane, mask=m, other=0.0)
-    b_lse = b_ms + tl.log2(b_ls)
-    b_loss = b_lse - b_dot / b_lt if LOGITS else b_lt * b_lse - b_dot
+    if LOGITS:
+        b_loss = (b_ms - b_dot / b_lt) * cs + tl.log2(b_ls)
+    else:
+        b_loss = (b_lt * b_ms - b_dot) * cs + b_lt * tl.log2(b_ls)
     p_end += o
     tl.store(p_end, b_ms, mask=m)
     tl.store(p_end + n, 1.0 / b_ls, mask=m)
     tl.store(p_end + 2 * n, b_mt, mask=m)
     tl.store(p_end + 3 * n, 1.0 / b_lt if LOGITS else b_lt, mask=m)
-    tl.store(p_loss + tl.program_id(0), tl.sum(tl.where(m, b_loss, 0.0), 0) * LN2)
+    tl.store(p_loss + tl.program_id(0), tl.sum(tl.where(m, b_loss, 0.0), 0) * factor)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -120,10 +135,10 @@ def gradient_kernel(
     m_k = o_k < k
     p_end += i
     ms, ls, mt, lt = tl.load(p_end), tl.load(p_end + n), tl.load(p_end + 2 * n), tl.load(p_end + 3 * n)
-    b_s = tl.load(p_s + i.to(tl.int64) * ss_r + o_k.to(tl.int64) * ss_k, mask=m_k, other=0.0).to(tl.float32) * cs
-    b_t = _teacher(p_t + i.to(tl.int64) * st_r, p_center, o_k, st_k, m_k, ct, CENTER, LOGITS)
-    b_q = tl.exp2(b_s - ms) * ls
-    b_g = b_q - tl.exp2(b_t - mt) * lt if LOGITS else b_q * lt - b_t
+    b_s = tl.load(p_s + i.to(tl.int64) * ss_r + o_k.to(tl.int64) * ss_k, mask=m_k, other=0.0).to(tl.float32)
+    b_t = _teacher(p_t + i.to(tl.int64) * st_r, p_center, o_k, st_k, m_k, CENTER, LOGITS)
+    b_q = tl.exp2((b_s - ms) * cs) * ls
+    b_g = b_q - tl.exp2((b_t - mt) * ct) * lt if LOGITS else b_q * lt - b_t
     b_g *= factor * tl.load(p_grad).to(tl.float32)
     tl.store(p_out + i.to(tl.int64) * k + o_k, b_g.to(p_out.dtype.element_ty), mask=m_k)
 
@@ -140,13 +155,14 @@ def forward(student, teacher, student_temperature, teacher_temperature, center):
     splits, each = n_splits(n, cdiv(k, block), student.device)
     stat = torch.empty((5, splits, n), **f32)
     flags = {"CENTER": center is not None, "LOGITS": teacher_temperature is not None}
+    scales = _scales(student_temperature, teacher_temperature)
     stats_kernel[(n, splits)](
-        student, *student.stride(), teacher, *teacher.stride(), center, stat, n, k, each * block,
-        *_scales(student_temperature, teacher_temperature), BK=block, ALIGN=alignment(k, student, teacher), **flags,
+        student, *student.stride(), teacher, *teacher.stride(), center, stat, n, k, each * block, *scales,
+        BK=block, ALIGN=alignment(k, student, teacher), **flags,
     )  # fmt: skip
     end, loss = torch.empty((4, n), **f32), torch.empty(cdiv(n, 128), **f32)
-    rows_kernel[(cdiv(n, 128),)](stat, end, loss, n, splits, BR=128, LOGITS=flags["LOGITS"], LN2=LN2)
-    return loss.sum() / n, end
+    rows_kernel[(cdiv(n, 128),)](stat, end, loss, n, splits, *scales, LN2 / n, BR=128, LOGITS=flags["LOGITS"])
+    return loss.sum(), end
 
 
 def backward(grad, student, teacher, center, end, student_temperature, teacher_temperature):

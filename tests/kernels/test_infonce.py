@@ -53,11 +53,11 @@ def test_gathered_kernel_is_as_exact_as_plain_pytorch(case):
 
 @needs_triton
 @pytest.mark.skipif(DEVICE == "cuda", reason="imitates what a GPU does by itself")
-@pytest.mark.parametrize("rows, dtype", [(1, torch.float16), (129, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("rows, dtype", [(1, torch.float16), (33, torch.bfloat16)], ids=str)
 @pytest.mark.usefixtures("cut_off_sums")
 def test_what_tensor_cores_cut_off_cancels_between_a_sum_and_its_positive(rows, dtype):
     """At temperature 0.01 the positive is the whole sum, and the loss is 0 if both come from one product."""
-    check(cases, cases.Case(rows, "both", 2048, dtype, 0.01), DEVICE)
+    check(cases, cases.Case(rows, "both", 2048, dtype, 0.01, seeds=1), DEVICE)
 
 
 @pytest.mark.gpu

@@ -44,6 +44,21 @@ def test_softxent_kernel_is_as_exact_as_plain_pytorch(case):
     check(cases, case, DEVICE)
 
 
+@needs_triton
+def test_softxent_gradient_does_not_see_an_offset_of_all_logits():
+    """Nor a prototype that is alone (an offset of nothing): its gradient is exactly 0."""
+    g = torch.Generator().manual_seed(0)
+    s, t = ((torch.randn(2, 5, 300, generator=g) * 64).round() / 64).to(DEVICE)  # sums with 1000 are exact
+    grads = []
+    for offset in (0, 1000):
+        x = (s + offset).requires_grad_()
+        grads.append(torch.autograd.grad(softxent(x, t + offset, 0.1, 0.04, impl="triton"), x)[0])
+    assert grads[0].any() and torch.equal(*grads)
+    one = s[:, :1].clone().requires_grad_()
+    loss = softxent(one, t[:, :1], 0.1, 0.04, impl="triton")
+    assert loss == 0 and not torch.autograd.grad(loss, one)[0].any()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", sinkhorn_cases.FULL, ids=str)
 def test_sinkhorn_kernel_at_every_size(case):
