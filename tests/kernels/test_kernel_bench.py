@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_device import DEVICE, needs_triton
 
 from fastssl.kernels.ntxent import cases
 
@@ -22,6 +23,16 @@ def test_chunked_matmuls_are_the_definition():
     truth = cases.call(case, {"z": z, "labels": None}, "reference")
     for name, ours in chunked_ntxent(z, case.temperature, torch.float64, rows=32).items():
         assert torch.allclose(ours, truth[name], rtol=1e-9, atol=1e-12)
+
+
+@needs_triton
+def test_large_cases_are_checked_where_float16_has_bits_for_their_gradients(monkeypatch):
+    """At temperature 100 the gradients of 256 rows are as small as those of 65,536 rows usually are."""
+    import kernel_ops
+
+    monkeypatch.setattr(kernel_ops, "TRUTH_ROWS", 0)
+    errors = kernel_ops.ntxent_check(cases.Case(256, 64, temperature=100.0), DEVICE)
+    assert errors["dz"] < 2**-26  # half a step of float16 is 2^-25
 
 
 def test_every_case_counts_its_work_and_every_target_has_a_case():
