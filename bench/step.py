@@ -1,5 +1,5 @@
 """Where the time of a training step goes, with real and with synthetic data:
-python bench/step.py configs/simclr/r50_in1k_200ep.py [a.b=value ...]
+python bench/step.py configs/simclr/r50_in1k_200ep.py [a.b=value ...] [--profile FOLDER]
 
 It is the engine's own step on the config's own data, in blocks that alternate with blocks on random pixels of the same
 sizes that already lie on the device.  real / synthetic is what loading costs.  torchrun and deepspeed start it too.
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from common import append, environment, spread
@@ -33,6 +34,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=30, help="counted steps of a block")
     parser.add_argument("--blocks", type=int, default=4, help="of each kind")
     parser.add_argument("--seconds", type=float, default=400, help="after which blocks end early")
+    parser.add_argument("--profile", metavar="FOLDER",
+                        help="write FOLDER/step.txt (kernels, launches, busy share, host time) and step.json.gz, a "
+                             "trace for https://ui.perfetto.dev, instead of blocks")  # fmt: skip
     parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
@@ -45,6 +49,9 @@ def main() -> int:
         env = environment("torchvision", "triton", "ffcv", "deepspeed")
         run = config.load(args.config, args.overrides)
         t = engine.build(run)
+        if args.profile:
+            print(profile(t, engine, Path(args.profile)))
+            return 0
         results = measure(t, engine, args, start + args.seconds)
         if dist.is_main():
             report(run, results)
@@ -75,6 +82,44 @@ def measure(t, engine, args: argparse.Namespace, deadline: float) -> dict[str, d
     return {name: summarise(t, meter, parts) for name, parts in blocks.items()}
 
 
+def profile(t, engine, folder: Path, steps: int = 10) -> str:
+    """Where the device and the host spend a step on real data; the table goes to `folder` with a trace."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    count = t.run.optim.batch // dist.world() // engine.micro_batch(t.run)
+    meter = Meter(t.device, batch=t.run.optim.batch, precision=t.run.optim.precision)
+    source, cuda = real_batches(t, count), t.device.type == "cuda"
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    run_block(t, engine, meter, source, 10)
+    wait()
+    begin = time.perf_counter()
+    run_block(t, engine, meter, source, steps, flush=False)
+    host = (time.perf_counter() - begin) / (WARM + steps) * 1e3  # until all steps are asked for
+    wait()
+    wall = (time.perf_counter() - begin) / (WARM + steps) * 1e3
+    with profiler(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as found:
+        run_block(t, engine, meter, source, steps)
+        wait()
+    on_device = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [e for e in on_device if not e.name.startswith("Optimizer.")]  # marks of a range, not kernels
+    busy = sum(e.time_range.elapsed_us() for e in on_device) / (WARM + steps) / 1e3
+    calls = sum(e.name.startswith(("cudaLaunch", "cuLaunch", "cudaGraphLaunch")) for e in found.events())
+    kernels = len(on_device) / (WARM + steps)
+    lines = [f"{t.run.name}: batch {t.run.optim.batch}, {t.run.optim.precision}, {describe(t)}",
+             f"{wall:.2f} ms a step ({t.run.optim.batch / wall * 1e3:.0f} images/s); "
+             f"the host has asked for a step in {host:.2f} ms",
+             f"{kernels:.0f} kernels and copies a step by {calls / (WARM + steps):.0f} launches",
+             f"the device works {busy:.2f} ms of it, {100 * busy / wall:.0f} %"]  # fmt: skip
+    tables = [found.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=90)
+              for key in (["self_cuda_time_total"] * cuda + ["self_cpu_time_total"])]  # fmt: skip
+    if dist.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "step.txt").write_text("\n".join([*lines, *tables]))
+        found.export_chrome_trace(str(folder / "step.json.gz"))
+    return "\n".join(lines)
+
+
 def real_batches(t, count: int) -> Iterator[list]:
     """The micro-batches of one step after the other, epoch after epoch."""
     for epoch in itertools.count():
@@ -89,20 +134,17 @@ def synthetic_batches(like: list) -> Iterator[list]:
     return itertools.repeat(noise)
 
 
-def run_block(t, engine, meter: Meter, source: Iterator[list], steps: int) -> list[dict]:
+def run_block(t, engine, meter: Meter, source: Iterator[list], steps: int, flush: bool = True) -> list[dict]:
     """The loop of engine.fit without hooks, log and checkpoints; the records of the last `steps` steps."""
     records = []
     for _ in range(WARM + steps):
         with meter.phase("data"):
             batches = next(source)
         t.schedule.set_lr(t.ds.optimizer, min(t.step, t.total_steps - 1))
-        out, batch, applied = engine.train_step(t, batches, meter)
+        engine.train_step(t, batches, meter)
         t.step += 1
-        if applied:
-            with meter.phase("optimizer"):
-                t.method.after_step(out, batch, min(1.0, t.step / t.total_steps))
         records += meter.end_step(t.step)
-    return (records + meter.flush())[WARM:]
+    return (records + (meter.flush() if flush else []))[WARM:]
 
 
 def summarise(t, meter: Meter, blocks: list[list[dict]]) -> dict:
@@ -128,6 +170,7 @@ def describe(t) -> dict:
         "batch": run.optim.batch, "optimizer": run.optim.name, "precision": run.optim.precision,
         "zero": run.speed.zero, "micro_batch": run.speed.micro_batch, "workers": t.loader.workers,
         "resident": run.speed.resident, "channels_last": run.speed.channels_last, "compile": run.speed.compile,
+        "graph": t.graphed is not None and t.graphed.reason is None,
         "kernels": run.speed.kernels, "samples": t.loader.samples, "mean_pixels": t.loader.card.get("mean_pixels"),
     }  # fmt: skip
 

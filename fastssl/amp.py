@@ -11,16 +11,47 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class LossScale:
     """Dynamic loss scale for fp16, otherwise 1: halved when gradients overflow, doubled after 2000 good steps.
 
-    DeepSpeed's own scaler for autocast never lowers its scale under ZeRO (0.19.8: the overflow branch of
-    stage_1_and_2.py returns before GradScaler.update), so this one drives DeepSpeed's override instead.
+    Scale, count and overflow flag are 0-dim tensors on `device`, moved there by the step itself, so that nothing waits
+    for them; `value` and `state_dict` do.  DeepSpeed's own scaler for autocast never lowers its scale under ZeRO
+    (0.19.8: the overflow branch of stage_1_and_2.py returns before GradScaler.update), so at ZeRO 1 to 3 this one
+    drives DeepSpeed's override instead, and lives on the CPU.
     """
 
     INTERVAL = 2000
 
-    def __init__(self, precision: str):
+    def __init__(self, precision: str, device: torch.device | str = "cpu"):
         self.dynamic = precision == "fp16"
-        self.value = 2.0**16 if self.dynamic else 1.0
-        self.good = 0
+        self.scale = torch.full((), 2.0**16 if self.dynamic else 1.0, device=device)
+        self.good = torch.zeros((), dtype=torch.int32, device=device)
+        self.found_inf = torch.zeros((), device=device)  # not zero: the last gradients overflowed
+
+    @property
+    def value(self) -> float:
+        return float(self.scale) if self.dynamic else 1.0
+
+    @value.setter
+    def value(self, value: float) -> None:
+        self.scale.fill_(value)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        return loss * self.scale if self.dynamic else loss
+
+    def unscale_(self, grads: list[Tensor]) -> Tensor | None:
+        """Divide gradients by the scale, in one pass; returns the flag, not zero where one of them is not finite
+        (0-dim float32, on the device).  None if not fp16."""
+        if not self.dynamic:
+            return None
+        self.found_inf.zero_()
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, self.found_inf, self.scale.reciprocal())
+        return self.found_inf
+
+    def update_(self) -> None:
+        """Move the scale by the flag."""
+        if self.dynamic:
+            torch._amp_update_scale_(self.scale, self.good, self.found_inf, 2.0, 0.5, self.INTERVAL)
+            self.scale.clamp_(min=1.0)
+
+    # ---- a step that DeepSpeed makes ----
 
     def announce(self, ds) -> None:
         """Tell ZeRO's optimizer the scale that it must divide gradients by."""
@@ -28,16 +59,12 @@ class LossScale:
             ds.optimizer.override_loss_scale(self.value)
 
     def backward(self, ds, loss: Tensor) -> None:
-        if self.dynamic and not hasattr(ds.optimizer, "override_loss_scale"):
-            loss = loss * self.value
-        ds.backward(loss)
+        ds.backward(loss if hasattr(ds.optimizer, "override_loss_scale") else self.scaled(loss))
 
     def step(self, ds) -> bool:
-        """The optimizer step, unless gradients overflowed; returns whether it was applied."""
+        """The optimizer step, unless gradients overflowed; returns whether it was applied (fp16: waits for it)."""
         if self.dynamic and not hasattr(ds.optimizer, "override_loss_scale"):  # ZeRO 0: nobody else unscales
-            grads = [p.grad for p in ds.module.parameters() if p.grad is not None]
-            torch._foreach_div_(grads, self.value)
-            applied = bool(torch.stack(torch._foreach_norm(grads)).isfinite().all())
+            applied = not self.unscale_([p.grad for p in ds.module.parameters() if p.grad is not None])
             if applied:
                 ds.step()
             else:
@@ -45,16 +72,13 @@ class LossScale:
         else:
             ds.step()
             applied = ds.was_step_applied()
-        if self.dynamic:
-            self.good = self.good + 1 if applied else 0
-            if not applied:
-                self.value = max(1.0, self.value / 2)
-            elif self.good == self.INTERVAL:
-                self.value, self.good = self.value * 2, 0
+            self.found_inf.fill_(not applied)
+        self.update_()
         return applied
 
     def state_dict(self) -> dict:
-        return {"value": self.value, "good": self.good}
+        return {"value": self.value, "good": int(self.good)}
 
     def load_state_dict(self, values: dict) -> None:
-        self.value, self.good = values["value"], values["good"]
+        self.value = values["value"]
+        self.good.fill_(values["good"])

@@ -83,6 +83,7 @@ class Speed:
     resident: bool = False  # hold the decoded training set on the device
     channels_last: bool = True
     compile: bool = False
+    graph: str = "auto"  # the whole step as a CUDA graph: "on", "off", "auto" (off until it has been measured)
     kernels: str = "auto"  # "auto", "reference", "triton"
 
 
@@ -174,6 +175,7 @@ _CHOICES = {
     "optim.precision": ("fp32", "bf16", "fp16"),
     "speed.zero": (0, 1, 2, 3),
     "speed.kernels": ("auto", "reference", "triton"),
+    "speed.graph": ("auto", "on", "off"),
     "backbone.stem": tuple(STEMS),
     "backbone.norm": ("bn", "gn", "frozen"),
 }

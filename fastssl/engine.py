@@ -6,6 +6,7 @@ gradient of every embedding once, and each micro-batch is replayed against it (G
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import os
 import warnings
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl import backbones, config, contract, dist, norm, optim, state, weights
+from fastssl import backbones, config, contract, dist, graph, norm, optim, state, weights
 from fastssl import hooks as monitors
 from fastssl import views as recipes
 from fastssl.amp import DTYPES, LossScale
@@ -39,6 +40,11 @@ class Method(Protocol):
     epoch's permutation, a function of `epoch` and of buffers that stay until the next `before_epoch`.  `evaluated` is
     the name of the backbone to evaluate and export where that is another one than `backbone` (a teacher's: "target.0");
     `least_batch` the fewest images of a global batch that its loss can compare (1 where it is absent).
+    A step may be captured in a CUDA graph, and is the same function when it is not: `progress` and the batch's `epoch`
+    and `step` are then 0-dim tensors on the device.  A method that decides by the epoch on the host has
+    `phase(epoch) -> hashable`, anew captured where it changes, and is given the number; one that cannot be captured has
+    `not_static`, the reason.  Where `found_inf` is not zero (fp16 overflowed), `after_step` changes nothing; without
+    this argument it is not called then, for which the host waits for the device every step.
     Initial values for the backbone belong into its Config's `init_backbone(backbone)`, which is called before
     `backbone.pretrained` is loaded.
     """
@@ -48,7 +54,9 @@ class Method(Protocol):
 
     def forward(self, views: list[Tensor], batch: Batch) -> dict[str, Tensor]: ...  # every trainable parameter acts
     def loss(self, out: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]: ...  # "loss", and scalars to log
-    def after_step(self, out: dict[str, Tensor], batch: Batch, progress: float) -> None: ...  # EMA, queue, bank
+
+    def after_step(self, out: dict[str, Tensor], batch: Batch, progress: float | Tensor,
+                   found_inf: Tensor | None = None) -> None: ...  # EMA, queue, bank
 
 
 @dataclass
@@ -66,6 +74,8 @@ class Trainer:
     step: int = 0  # optimizer steps done, skipped ones included
     epoch: int = 0
     scale: LossScale | None = None
+    values: graph.Values | None = None  # of the step in progress, on the device
+    graphed: graph.Graphed | None = None  # the step that goes around DeepSpeed's; None: DeepSpeed makes it
     hooks: list = field(default_factory=list)
     scalars: dict[str, Any] = field(default_factory=dict)  # of the step in progress
 
@@ -121,11 +131,8 @@ def fit(run: Run, hooks: list | None = None, *, resume: bool = False, device: st
                 with meter.phase("data"):
                     batches = list(itertools.islice(source, count))
                 t.scalars = {"lr": t.schedule.set_lr(t.ds.optimizer, t.step)}
-                out, batch, applied = train_step(t, batches, meter)
+                out, batch = train_step(t, batches, meter)
                 t.step += 1
-                if applied:
-                    with meter.phase("optimizer"):
-                        t.method.after_step(out, batch, t.step / t.total_steps)
                 for hook in t.hooks:
                     hook.after_step(t, out, batch)
                 log.step(t.step, t.epoch, t.scalars, meter.end_step(t.step))
@@ -172,11 +179,12 @@ def survey(t: Trainer, name: str, augmented: bool = False) -> tuple[Tensor, Tens
     return torch.cat(rows), torch.cat(index or [blank.index[:0]])
 
 
-def train_step(t: Trainer, batches: list[Batch], meter: Meter) -> tuple[dict[str, Tensor], Batch, bool]:
-    """One optimizer step on this rank's share of a global batch, given as micro-batches.
-
-    Returns the share's detached embeddings and labels, and whether the step was applied (fp16 may skip one).
-    """
+def train_step(t: Trainer, batches: list[Batch], meter: Meter) -> tuple[dict[str, Tensor], Batch]:
+    """One optimizer step on this rank's share of a global batch, given as micro-batches, up to the method's
+    `after_step`.  Returns the share's detached outputs and its batch; the method's scalars are logged."""
+    progress = min(1.0, (t.step + 1) / t.total_steps)
+    if t.graphed is not None and len(batches) == 1:
+        return direct_step(t, batches[0], progress, meter), batches[0]
     t.scale.announce(t.ds)
     if len(batches) == 1:
         (batch,) = batches
@@ -190,11 +198,97 @@ def train_step(t: Trainer, batches: list[Batch], meter: Meter) -> tuple[dict[str
     else:
         batch = merge(batches)
         out, losses = cached_step(t, batches, batch, meter)
+    out = {name: value.detach() for name, value in out.items()}
     with meter.phase("optimizer"):
         applied = t.scale.step(t.ds)
+        if applied:
+            t.method.after_step(out, batch, progress)
     t.log({name: value.detach() if isinstance(value, Tensor) else value for name, value in losses.items()})
     t.log({"loss_scale": t.scale.value, "applied": applied})
-    return {name: value.detach() for name, value in out.items()}, batch, applied
+    return out, batch
+
+
+def direct_step(t: Trainer, batch: Batch, progress: float, meter: Meter) -> dict[str, Tensor]:
+    """A step at ZeRO 0 that waits for nothing, as a replay of its CUDA graph where there is one.  DeepSpeed only counts
+    it: its own step reads numbers from the device, and does work for one rank that several need."""
+    t.values.write(batch, t.ds.optimizer.param_groups, progress)
+    if t.graphed.ready(batch, t.method.phase(batch.epoch) if hasattr(t.method, "phase") else None):
+        with meter.phase("step"):
+            out, scalars = t.graphed.replay(batch)
+    else:
+        out, scalars = t.graphed.function(batch, meter.phase)
+    t.ds.global_steps += 1
+    t.ds.micro_steps += 1
+    t.ds.global_samples += t.ds.train_batch_size()
+    t.log(scalars)
+    return out
+
+
+def static_step(t: Trainer, batch: Batch, phase: Callable) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The step as a function of tensors: reads nothing from the device and, beside shapes, nothing that changes on the
+    host, so that it may be captured.  Returns detached outputs and the scalars to log."""
+    values, groups = t.values, t.ds.optimizer.param_groups
+    keyed = replace(batch, epoch=values.epoch, step=values.step, place=None if batch.place is None else values.place)
+    seen = keyed
+    if hasattr(t.method, "phase"):  # it decides on the host by the epoch's number; a graph holds for one phase
+        seen = replace(keyed, epoch=batch.epoch)
+    elif hasattr(t.method, "not_static"):
+        seen = batch
+    with phase("views"):
+        views = make(t, keyed)
+    with phase("forward"):
+        out = t.method.forward(views, seen)
+        losses = t.method.loss(out, seen)
+    out = {name: value.detach() for name, value in out.items()}
+    params = [p for p in t.method.parameters() if p.requires_grad]
+    with phase("backward"):
+        for p in params:
+            p.grad = None
+        t.scale.scaled(losses["loss"]).backward()
+        grads = average_gradients(params)
+    with phase("optimizer"), values.lent(groups, t.run.optim.weight_decay_end is not None):
+        found_inf = t.scale.unscale_(grads)
+        if t.run.optim.clip:
+            clip_(grads, t.run.optim.clip)
+        t.ds.optimizer.found_inf = found_inf
+        t.ds.optimizer.step()
+        for p in params:
+            p.grad = None
+        if found_inf is None:
+            t.method.after_step(out, seen, values.progress)
+        else:
+            t.method.after_step(out, seen, values.progress, found_inf=found_inf)
+        t.scale.update_()
+    scalars = {name: value.detach() if isinstance(value, Tensor) else value for name, value in losses.items()}
+    return out, scalars | ({"loss_scale": t.scale.scale.clone(), "applied": found_inf == 0} if t.scale.dynamic
+                           else {"loss_scale": 1.0, "applied": True})
+
+
+@torch.no_grad()
+def average_gradients(params: list[Tensor], most: int = 500_000_000) -> list[Tensor]:
+    """Every parameter's gradient, averaged over ranks in place, in blocks of about `most` elements as DeepSpeed's; a
+    parameter without one gets zeros, for its weight decay."""
+    for p in params:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    grads = [p.grad for p in params]
+    block, size = [], 0
+    for i, g in enumerate(grads if dist.world() > 1 else ()):
+        block.append(g)
+        size += g.numel()
+        if size > most or i == len(grads) - 1:
+            flat = dist.sum_(torch.cat([b.flatten() for b in block])).mul_(1 / dist.world())
+            parts = flat.split([b.numel() for b in block])
+            torch._foreach_copy_(block, [part.view_as(b) for part, b in zip(parts, block)])
+            block, size = [], 0
+    return grads
+
+
+@torch.no_grad()
+def clip_(grads: list[Tensor], most: float) -> None:
+    """Shorten the gradient of all parameters together to the length `most`."""
+    norm = torch.stack(torch._foreach_norm(grads)).square().sum().sqrt()
+    torch._foreach_mul_(grads, (most / (norm + 1e-6)).clamp(max=1.0))
 
 
 def cached_step(t: Trainer, batches: list[Batch], batch: Batch, meter: Meter):
@@ -233,7 +327,7 @@ def cached_step(t: Trainer, batches: list[Batch], batch: Batch, meter: Meter):
 def make(t: Trainer, batch: Batch, views: tuple | None = None) -> list[Tensor]:
     key = batch.index
     if batch.place is not None:  # a sample that comes twice in an epoch looks different each time
-        key = torch.arange(batch.place, batch.place + len(key), device=key.device)
+        key = torch.arange(len(key), device=key.device) + batch.place
     return make_views(batch.pixels, batch.sizes, key, views or t.run.data.views, seed=t.run.seed, epoch=batch.epoch,
                       dtype=DTYPES[t.run.optim.precision], impl=t.run.speed.kernels)
 
@@ -269,8 +363,46 @@ def build(run: Run, hooks: list = (), device: str | None = None) -> Trainer:
     torch.manual_seed(run.seed + 1 + dist.rank())  # dropout and the like differ by rank
     ds = start_deepspeed(method, optimizer, run, micro)
     optim.attach(ds)
-    return Trainer(run, state.run_folder(run), where, method, ds, schedule, loader, schedule.total_steps,
-                   scale=LossScale(run.optim.precision), hooks=hooks)
+    t = Trainer(run, state.run_folder(run), where, method, ds, schedule, loader, schedule.total_steps,
+                scale=LossScale(run.optim.precision, "cpu" if run.speed.zero else where), hooks=hooks)
+    t.values = graph.Values(len(ds.optimizer.param_groups), where)
+    why = by_deepspeed(t)
+    if why is None:
+        t.graphed = graph.Graphed(partial(static_step, t), not_captured(t))
+    why = why or t.graphed.reason
+    if dist.is_main() and why and (run.speed.graph == "on" or (run.speed.graph == "auto" and where.type == "cuda")):
+        print(f"speed.graph={run.speed.graph}: the step is not a CUDA graph: {why}")
+    return t
+
+
+def by_deepspeed(t: Trainer) -> str | None:
+    """Why a step must go through DeepSpeed; None: it need not."""
+    run, more = t.run, sorted(set(t.run.deepspeed) - {"zero_optimization"})
+    if run.speed.zero:
+        return f"ZeRO {run.speed.zero} reads numbers from the device; use speed.zero=0"
+    if t.loader.micro > 1:
+        return "it has several micro-batches (speed.micro_batch)"
+    if t.ds.optimizer is not t.ds.basic_optimizer:
+        return f"the optimizer is DeepSpeed's {type(t.ds.optimizer).__name__}"
+    if more:
+        return f"deepspeed={{{more[0]!r}: ...}} acts in DeepSpeed's own step"
+    if run.optim.precision == "fp16" and "found_inf" not in inspect.signature(t.method.after_step).parameters:
+        return f"{type(t.method).__name__}.after_step has no found_inf: the host must know of an overflow"
+    return None
+
+
+def not_captured(t: Trainer) -> str | None:
+    """Why a step that could be captured is not; None: it is."""
+    run = t.run
+    if run.speed.graph == "off":
+        return "speed.graph=off"
+    if run.speed.graph == "auto":
+        return "not measured yet; speed.graph=on captures it"
+    if t.device.type != "cuda":
+        return "it needs a CUDA device"
+    if run.speed.kernels == "reference":
+        return "speed.kernels=reference reads numbers from the device"
+    return getattr(t.method, "not_static", None)
 
 
 def build_method(run: Run, loader: Loader) -> nn.Module:

@@ -146,7 +146,8 @@ class Log:
             values = iter(host.tolist() if host is not None else [])
             for row in rows:
                 record = {"step": row.step, "epoch": row.epoch}
-                record |= {k: next(values) if isinstance(v, Tensor) else v for k, v in row.scalars.items()}
+                record |= {k: _number(next(values), v.dtype) if isinstance(v, Tensor) else v
+                           for k, v in row.scalars.items()}
                 self._rows.append((row, record))
                 self._check(record)
         done = []
@@ -229,7 +230,7 @@ class Log:
         self._progress.update(self._task, completed=step)
 
 
-TIMING_KEYS = ("data_ms", "views_ms", "forward_ms", "backward_ms", "optimizer_ms", "other_ms", "total_ms",
+TIMING_KEYS = ("data_ms", "views_ms", "forward_ms", "backward_ms", "optimizer_ms", "step_ms", "other_ms", "total_ms",
                "images_per_s", "memory_gib", "mfu")
 
 
@@ -238,6 +239,10 @@ def read(path: str | Path) -> list[dict]:
     path = Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path)
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+def _number(value: float, dtype: torch.dtype) -> float | bool:
+    return bool(value) if dtype == torch.bool else value
 
 
 def _plain(value: Any) -> Any:

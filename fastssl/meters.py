@@ -1,4 +1,5 @@
-"""Where the time of a step goes: data, views, forward, backward, optimizer, other; images/s, memory, MFU.
+"""Where the time of a step goes: data, views, forward, backward, optimizer, other (of a CUDA graph: data, step, other);
+images/s, memory, MFU.
 
 On CUDA the marks are events, read some steps later when the device has passed them: measuring never stalls it.  MFU
 counts the FLOPs of convolutions and matrix products that the first step really ran forward and backward (teachers
@@ -17,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-PHASES = ("data", "views", "forward", "backward", "optimizer")
+PHASES = ("data", "views", "forward", "backward", "optimizer", "step")
 
 # Dense tensor-core TFLOP/s, bf16 or fp16 with fp32 accumulation, from NVIDIA's data sheets (half of "with sparsity").
 # TF32, which convolutions use in an fp32 run, is half of it on all of them.  The first name that fits counts.
@@ -56,8 +57,9 @@ class Flops(TorchDispatchMode):
 class Meter:
     """`with meter.phase("views"):` as often as wanted, then `meter.end_step(step)` for the records that are ready.
 
-    A record has data_ms ... optimizer_ms, other_ms, total_ms (from the end of the step before: hooks, logging and
-    checkpoints between two steps are in other_ms), images_per_s (of all ranks), memory_gib and mfu.
+    A record has data_ms ... optimizer_ms, step_ms (0 unless the step is one CUDA graph), other_ms, total_ms (from the
+    end of the step before: hooks, logging and checkpoints between two steps are in other_ms), images_per_s (of all
+    ranks), memory_gib and mfu.
     """
 
     def __init__(self, device: torch.device, *, batch: int, precision: str = "fp32", peak: float | None = None):

@@ -52,23 +52,22 @@ def record(t) -> dict:
 
     meter, losses, grads = Meter(t.device, batch=BATCH), [], {}
     count = BATCH // dist.world() // engine.micro_batch(t.run)
-    step = t.scale.step
+    step = t.ds.optimizer.step
 
-    def spy(ds):
+    def spy():
         if not grads and t.run.speed.zero == 0:  # elsewhere gradients are gone by then
             grads.update({n: p.grad.clone() for n, p in t.method.named_parameters() if p.grad is not None})
             for n, m in t.method.named_modules():
                 if isinstance(m, backbones.Conv2d) and f"{n}.weight" in grads:  # stored as OHWI
                     grads[f"{n}.weight"] = grads[f"{n}.weight"].permute(0, 3, 1, 2)
-        return step(ds)
+        return step()
 
-    t.scale.step = spy
+    t.ds.optimizer.step = spy
     source = t.loader.epoch(0)
     for _ in range(STEPS):
         t.schedule.set_lr(t.ds.optimizer, t.step)
-        out, batch, _ = engine.train_step(t, list(itertools.islice(source, count)), meter)
+        engine.train_step(t, list(itertools.islice(source, count)), meter)
         t.step += 1
-        t.method.after_step(out, batch, t.step / t.total_steps)
         losses.append(dist.mean(t.scalars["loss"]).item())
     return {"losses": losses, "grads": grads, "state": state.whole(t.method)}
 
@@ -100,14 +99,13 @@ def overflow(t) -> list[dict]:
         if step == 1:
             t.scale.value = 2.0**60
         before, scale = state.whole(t.method, everywhere=True), t.scale.value
-        out, batch, applied = engine.train_step(t, list(itertools.islice(source, 2)), meter)
-        if applied:
-            t.method.after_step(out, batch, 0.0)
-        else:
+        engine.train_step(t, list(itertools.islice(source, 2)), meter)
+        applied, now = bool(t.scalars["applied"]), float(t.scalars["loss_scale"])
+        if not applied:
             t.scale.value = 2.0**10
         after = state.whole(t.method, everywhere=True)
         moved = {k for k in after if not torch.equal(before[k], after[k])}
-        done.append({"applied": applied, "moved": moved, "scale": t.scalars["loss_scale"] / scale,
+        done.append({"applied": applied, "moved": moved, "scale": now / scale,
                      "finite": all(v.isfinite().all() for v in after.values()), "loss": t.scalars["loss"].item()})
     return done
 

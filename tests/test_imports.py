@@ -15,7 +15,7 @@ LAYERS = """
     config dist positions
     decode
     amp norm loader backbones optim checkpoint log meters cluster
-    foreign
+    foreign graph
     state weights
     export
     tools doctor

@@ -49,5 +49,5 @@ class BarlowTwins(nn.Module):
         loss = self.config.scale * (on_diagonal + self.config.redundancy * off_diagonal)
         return {"loss": loss, "on_diagonal": on_diagonal, "off_diagonal": off_diagonal}
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
         pass

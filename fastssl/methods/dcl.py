@@ -46,5 +46,5 @@ class DCL(nn.Module):
         z = out["z"].transpose(0, 1).flatten(0, 1)  # (n, 2, D) -> rows of view 0, then rows of view 1
         return {"loss": ntxent(z, self.config.temperature, decoupled=True, group=dist.group(), impl=self.kernels)}
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
         pass

@@ -85,5 +85,5 @@ class DeepCluster(nn.Module):
         right = (out["logits"].detach().argmax(1) == labels).float().mean()
         return {"loss": cluster.weighted_cross_entropy(out["logits"], labels, self.weights), "top1": right}
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
         pass

@@ -76,6 +76,9 @@ class DeepClusterV2(nn.Module):
         return {"loss": sum(losses) / len(losses)}
 
     @torch.no_grad()
-    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
         z = dist.gather(out["z"][:, : self.config.large].contiguous())
-        self.memory[:, dist.gather(batch.index)] = z.transpose(0, 1)
+        index, new = dist.gather(batch.index), z.transpose(0, 1)
+        if found_inf is not None:
+            new = torch.where(found_inf != 0, self.memory[:, index], new)
+        self.memory[:, index] = new

@@ -74,8 +74,9 @@ class DenseCL(nn.Module):
         dense = infonce(out["q_dense"].flatten(0, 1), paired.flatten(0, 1), self.dense_queue, t, impl=self.kernels)
         return {"loss": (1 - d) * single + d * dense, "single": single, "dense": dense}
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
         parts.ema_(self.target, [self.backbone, self.projector, self.dense_projector], self.config.momentum,
-                   impl=self.kernels)
-        push_(self.queue, self.pointers[0], dist.gather(out["k"]), impl=self.kernels)
-        push_(self.dense_queue, self.pointers[1], dist.gather(out["k_dense"].mean(1)), impl=self.kernels)
+                   found_inf=found_inf, impl=self.kernels)
+        for queue, pointer, keys in zip((self.queue, self.dense_queue), self.pointers,
+                                        (out["k"], out["k_dense"].mean(1))):
+            push_(queue, pointer, dist.gather(keys), found_inf=found_inf, impl=self.kernels)

@@ -79,13 +79,16 @@ class DINO(nn.Module):
                  for i, t in enumerate(teacher) for j, s in enumerate(student) if i != j]
         return {"loss": sum(pairs) / len(pairs)}
 
+    def phase(self, epoch: int) -> tuple:
+        return epoch < self.config.freeze_epochs, self.teacher_temperature(epoch)
+
     def teacher_temperature(self, epoch: int) -> float:
         c = self.config
         done = min(1.0, epoch / (c.teacher_epochs - 1)) if c.teacher_epochs > 1 else 1.0
         return c.teacher_temperature + (c.teacher_temperature_end - c.teacher_temperature) * done
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
         momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
-        parts.ema_(self.target, [self.backbone, self.head], momentum, impl=self.kernels)
+        parts.ema_(self.target, [self.backbone, self.head], momentum, found_inf=found_inf, impl=self.kernels)
         mean = dist.mean(out["teacher"].mean((0, 1)))
-        self.center.lerp_(mean, 1 - self.config.center_momentum)
+        parts.keep_(self.center, self.center.lerp(mean, 1 - self.config.center_momentum), found_inf)

@@ -32,6 +32,7 @@ class Config:
 
 class LeJEPA(nn.Module):
     views = None  # any number
+    not_static = "LeJEPA draws its directions by a generator that the host seeds for each step"
 
     def __init__(self, config: Config, backbone: nn.Module):
         super().__init__()
@@ -65,5 +66,5 @@ class LeJEPA(nn.Module):
         error = (real - gauss).square() + imaginary.square()
         return 2 * torch.trapezoid(error * gauss, t).mean() * z_VnD.shape[1] * dist.world()
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
         pass

@@ -68,8 +68,8 @@ class MoCo(nn.Module):
         each = [infonce(q, k, queue, self.config.temperature, impl=self.kernels) for q, k, queue in sides]
         return {"loss": sum(each) / len(each)}
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
         momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
-        parts.ema_(self.target, [self.backbone, self.projector], momentum, impl=self.kernels)
+        parts.ema_(self.target, [self.backbone, self.projector], momentum, found_inf=found_inf, impl=self.kernels)
         for k, queue, pointer in zip(dist.gather(out["k"]).unbind(1), self.queue, self.pointers):
-            push_(queue, pointer, k.contiguous(), impl=self.kernels)
+            push_(queue, pointer, k.contiguous(), found_inf=found_inf, impl=self.kernels)

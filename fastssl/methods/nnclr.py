@@ -61,5 +61,6 @@ class NNCLR(nn.Module):
     def nearest(self, z: Tensor) -> Tensor:
         return self.queue[(F.normalize(z, dim=1) @ self.queue.T).argmax(1)]
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
-        push_(self.queue, self.pointer, dist.gather(out["z"][:, 0].contiguous()), impl=self.kernels)
+    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+        z = dist.gather(out["z"][:, 0].contiguous())
+        push_(self.queue, self.pointer, z, found_inf=found_inf, impl=self.kernels)

@@ -66,7 +66,7 @@ class NPID(nn.Module):
 
     def draw_shared(self, batch) -> Tensor:
         """(K,) rows of the bank, uniform with replacement, the same on every rank."""
-        step = torch.full((1, 1), batch.step, device=batch.index.device)
+        step = batch.index.new_zeros(1, 1) + batch.step
         words = self.words(step, batch.epoch, self.seed + (1 << 32))[0]  # another key than that of samples
         return self.spare(words, dist.gather(batch.index)) if self.config.ensure_neg else self.spare(words, None)
 
@@ -84,6 +84,6 @@ class NPID(nn.Module):
         row = philox.below(words, len(self.bank) - positives.shape[-1])
         return row + torch.searchsorted(skip.contiguous(), row.contiguous(), right=True)
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
-        z = F.normalize(out["z"], dim=1)
-        update_(self.bank, dist.gather(batch.index), dist.gather(z), self.config.momentum, impl=self.kernels)
+    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+        index, z = dist.gather(batch.index), dist.gather(F.normalize(out["z"], dim=1))
+        update_(self.bank, index, z, self.config.momentum, found_inf=found_inf, impl=self.kernels)

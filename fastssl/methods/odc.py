@@ -43,6 +43,7 @@ class Config:
 class ODC(nn.Module):
     views = 1
     sharded = ("bank",)
+    not_static = "ODC's labels and clusters change by counts that it reads from the device"
 
     def __init__(self, config: Config, backbone: nn.Module, samples: int, steps: int, kernels: str):
         super().__init__()

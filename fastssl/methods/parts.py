@@ -82,8 +82,19 @@ def overwrite_(parameter: nn.Parameter, value: Tensor) -> None:
         parameter.set_full_hp_param(value)
 
 
-def cosine(start: float, end: float, progress: float) -> float:
-    """Half a cosine from `start` (progress 0) to `end` (progress 1): BYOL's momentum schedule."""
+@torch.no_grad()
+def keep_(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
+    """target <- value, unless `found_inf` (as in kernels.multi_tensor) is not zero."""
+    target.copy_(value if found_inf is None else torch.where(found_inf != 0, target, value))
+
+
+def cosine(start: float, end: float, progress: float | Tensor) -> float | Tensor:
+    """Half a cosine from `start` (progress 0) to `end` (progress 1): BYOL's momentum schedule.  `progress` may be a
+    0-dim float64 tensor, and the result then is one."""
+    if start == end:
+        return end
+    if isinstance(progress, Tensor):
+        return end - (end - start) * (torch.cos(math.pi * progress) + 1) / 2
     return end - (end - start) * (math.cos(math.pi * progress) + 1) / 2
 
 

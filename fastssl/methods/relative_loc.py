@@ -49,5 +49,5 @@ class RelativeLoc(nn.Module):
         right = (logits.detach().argmax(1) == places).float().mean()
         return {"loss": F.cross_entropy(logits, places), "top1": right}
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
         pass

@@ -38,5 +38,5 @@ class Rotation(nn.Module):
         right = (logits.detach().argmax(1) == turns).float().mean()
         return {"loss": F.cross_entropy(logits, turns), "top1": right}
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
         pass

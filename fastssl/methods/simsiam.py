@@ -45,5 +45,5 @@ class SimSiam(nn.Module):
         (p_0, p_1), (z_0, z_1) = out["p"].unbind(1), out["z"].detach().unbind(1)
         return {"loss": -(parts.similarity(p_0, z_1) + parts.similarity(p_1, z_0)) / 2}
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
         pass

@@ -45,5 +45,5 @@ class Supervised(nn.Module):
         right = (logits.detach().argmax(1) == label).float().sum()
         return {"loss": summed / labelled, "top1": right / labelled}
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
         pass

@@ -68,6 +68,9 @@ class SwAV(nn.Module):
                       for j, s in enumerate(scores) if j != i]
         return {"loss": sum(pairs) / len(pairs)}
 
+    def phase(self, epoch: int) -> tuple:
+        return epoch < self.config.freeze_epochs, bool(self.config.queue) and epoch >= self.config.queue_epoch
+
     @torch.no_grad()
     def centers(self, scores: tuple[Tensor, ...], epoch: int) -> list[Tensor]:
         """(K,) of each large crop: softmax((scores - center) / epsilon) are its balanced assignments."""
@@ -79,8 +82,8 @@ class SwAV(nn.Module):
         return [sinkhorn_center(s, c.epsilon, iterations=c.iterations, group=dist.group(), impl=self.kernels)
                 for s in scores]
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
         if self.config.queue:
             z = dist.gather(out["z"])
             for i in range(self.config.large):
-                push_(self.queue[i], self.pointers[i], z[:, i].contiguous(), impl=self.kernels)
+                push_(self.queue[i], self.pointers[i], z[:, i].contiguous(), found_inf=found_inf, impl=self.kernels)

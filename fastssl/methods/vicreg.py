@@ -59,5 +59,5 @@ class VICReg(nn.Module):
         z = z - dist.mean(z.mean(0))
         return dist.mean(z.T @ z) * (dist.world() / (len(z) * dist.world() - 1))
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
         pass

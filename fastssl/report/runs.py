@@ -17,7 +17,7 @@ import numpy as np
 from fastssl import checkpoint
 from fastssl.log import TIMING_KEYS
 
-PHASES = ("data", "views", "forward", "backward", "optimizer", "other")
+PHASES = ("data", "views", "forward", "backward", "optimizer", "other", "step")  # step: a whole one, as a CUDA graph
 
 
 @dataclass(eq=False)
@@ -170,7 +170,7 @@ def binned(run: RunData, key: str, bins: int = 400, weight: str | None = None):
 
 
 def split(run: RunData, bins: int = 120) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (n,) and the share of each of PHASES in the time of a step (n, 6), in percent."""
+    """Steps (n,) and the share of each of PHASES in the time of a step (n, 7), in percent."""
     x = run.scalars["total_ms"][0]
     parts = np.stack([_aligned(run, f"{name}_ms", x) for name in PHASES], 1)
     place = ((x - x[0]) * bins // (x[-1] - x[0] + 1)).astype(int) if len(x) > bins else np.arange(len(x))

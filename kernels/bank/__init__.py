@@ -7,11 +7,13 @@ from ..common import check_rows, check_triton_dtype, choose
 from . import reference
 
 
-def update_(bank: Tensor, index: Tensor, rows: Tensor, momentum: float, *, impl: str = "auto") -> Tensor:
+def update_(bank: Tensor, index: Tensor, rows: Tensor, momentum: float, *, found_inf: Tensor | None = None,
+            impl: str = "auto") -> Tensor:  # fmt: skip
     """bank[i] = unit((1 - momentum) * bank[i] + momentum * row) for i in index (B,), in place; returns bank (S, D).
 
     An index that occurs twice takes its last row alone, mixed with the bank as it was.  A zero mix stays zero.
     Indices in [0, S): the Triton kernel skips others, since checking would have to wait for the device.  No gradient.
+    found_inf: None, or a 0-dim float32 tensor on the device; where it is not zero, nothing changes.
     """
     check_rows("bank.update_", bank=bank, rows=rows)
     _check_index("bank.update_", index, (rows.shape[0],), bank)
@@ -21,12 +23,12 @@ def update_(bank: Tensor, index: Tensor, rows: Tensor, momentum: float, *, impl:
         return bank
     with torch.no_grad():
         if choose(impl, bank) == "reference":
-            reference.update_(bank, index, rows, momentum)
+            reference.update_(bank, index, rows, momentum, found_inf)
         else:
             check_triton_dtype("bank.update_", bank=bank, rows=rows)
             from . import triton
 
-            triton.update_(bank, index, rows, float(momentum))
+            triton.update_(bank, index, rows, float(momentum), found_inf)
     return bank
 
 

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from ..common import at_least_float32, l2_normalize
 
 
-def update_(bank, index, rows, momentum):
+def update_(bank, index, rows, momentum, found_inf):
     # every occurrence of an index writes what its last one would: equal values, so their order does not matter
     position = torch.arange(index.shape[0], device=index.device)
     last = torch.where(index[:, None] == index, position, -1).amax(1)
     old, new = at_least_float32(bank[index]), at_least_float32(rows.detach()[last])
-    bank[index] = l2_normalize((1 - momentum) * old + momentum * new).to(bank.dtype)
+    mix = l2_normalize((1 - momentum) * old + momentum * new).to(bank.dtype)
+    bank[index] = mix if found_inf is None else torch.where(found_inf != 0, bank[index], mix)
 
 
 def centroids_(centroids, bank, labels):

@@ -13,10 +13,12 @@ from ..ntxent.rows import inverse_norm
 
 @triton.jit(do_not_specialize=("size", "n"))
 def update_kernel(
-    p_bank, sb_r, sb_d, p_index, si, p_rows, sr_r, sr_d, momentum, size, n,
-    D: tl.constexpr, BD: tl.constexpr, BI: tl.constexpr,
+    p_bank, sb_r, sb_d, p_index, si, p_rows, sr_r, sr_d, p_found_inf, momentum, size, n,
+    D: tl.constexpr, BD: tl.constexpr, BI: tl.constexpr, FLAG: tl.constexpr,
 ):  # fmt: skip
     """One program a row.  It looks for its index among the rows after it; only the last to have it writes."""
+    if FLAG and tl.load(p_found_inf) != 0.0:
+        return
     i = tl.program_id(0)
     own = tl.load(p_index + i * si)
     n_later = 0
@@ -54,11 +56,11 @@ def centroids_kernel(
     tl.store(p_out + o_d.to(tl.int64) * so_d, b_mean.to(p_out.dtype.element_ty), mask=(o_d < D) & (stop > start))
 
 
-def update(bank, index, rows, momentum):
+def update(bank, index, rows, momentum, found_inf=None):
     n, d = rows.shape
     update_kernel[(n,)](
-        bank, *bank.stride(), index, index.stride(0), rows, *rows.stride(), momentum, bank.shape[0], n,
-        D=d, BD=pow2(d), BI=256, num_warps=1 if d <= 256 else 4,
+        bank, *bank.stride(), index, index.stride(0), rows, *rows.stride(), found_inf, momentum, bank.shape[0], n,
+        D=d, BD=pow2(d), BI=256, FLAG=found_inf is not None, num_warps=1 if d <= 256 else 4,
     )  # fmt: skip
 
 
@@ -73,8 +75,8 @@ def centroids(out, bank, labels):
 
 
 @torch.library.custom_op("fastssl::bank_update", mutates_args=("bank",))
-def update_(bank: Tensor, index: Tensor, rows: Tensor, momentum: float) -> None:
-    update(bank, index, rows, momentum)
+def update_(bank: Tensor, index: Tensor, rows: Tensor, momentum: float, found_inf: Tensor | None) -> None:
+    update(bank, index, rows, momentum, found_inf)
 
 
 @torch.library.custom_op("fastssl::bank_centroids", mutates_args=("out",))
@@ -83,7 +85,7 @@ def centroids_(out: Tensor, bank: Tensor, labels: Tensor) -> None:
 
 
 @update_.register_fake
-def _(bank, index, rows, momentum):
+def _(bank, index, rows, momentum, found_inf):
     return None
 
 

@@ -7,11 +7,13 @@ from ..common import check_rows, check_triton_dtype, choose
 from . import reference
 
 
-def push_(queue: Tensor, pointer: Tensor, rows: Tensor, *, normalize: bool = True, impl: str = "auto") -> Tensor:
+def push_(queue: Tensor, pointer: Tensor, rows: Tensor, *, normalize: bool = True, found_inf: Tensor | None = None,
+          impl: str = "auto") -> Tensor:  # fmt: skip
     """Write rows (n, D) into queue (K, D) at pointer, pointer + 1, ... mod K, in place; returns queue.
 
     pointer: one int64 in [0, K) on the queue's device, moved on by n mod K.  Of more than K rows the last K stay.
     normalize: rows are brought to unit length first (a zero row stays zero).  No gradient.
+    found_inf: None, or a 0-dim float32 tensor on the device; where it is not zero, nothing changes.
     """
     check_rows("queue.push_", queue=queue, rows=rows)
     if pointer.dtype != torch.int64 or pointer.numel() != 1 or pointer.device != queue.device:
@@ -25,10 +27,10 @@ def push_(queue: Tensor, pointer: Tensor, rows: Tensor, *, normalize: bool = Tru
         return queue
     with torch.no_grad():
         if choose(impl, queue) == "reference":
-            reference.push_(queue, pointer, rows, normalize)
+            reference.push_(queue, pointer, rows, normalize, found_inf)
         else:
             check_triton_dtype("queue.push_", queue=queue, rows=rows)
             from . import triton
 
-            triton.push_(queue, pointer, rows, normalize)
+            triton.push_(queue, pointer, rows, normalize, found_inf)
     return queue

@@ -5,11 +5,14 @@ import torch
 from ..common import l2_normalize
 
 
-def push_(queue, pointer, rows, normalize):
+def push_(queue, pointer, rows, normalize, found_inf):
     size, n = queue.shape[0], rows.shape[0]
     kept = rows.detach()[-size:]
     if normalize:
         kept = l2_normalize(kept)
     slots = (pointer.view(()) + torch.arange(n - kept.shape[0], n, device=queue.device)) % size
-    queue[slots] = kept.to(queue.dtype)
+    kept = kept.to(queue.dtype)
+    if found_inf is not None:
+        kept, n = torch.where(found_inf != 0, queue[slots], kept), torch.where(found_inf != 0, 0, n)
+    queue[slots] = kept
     pointer.add_(n).remainder_(size)

@@ -13,9 +13,12 @@ from ..ntxent.rows import inverse_norm
 
 @triton.jit(do_not_specialize=("size", "n"))
 def push_kernel(
-    p_queue, sq_r, sq_d, p_pointer, p_rows, sr_r, sr_d, size, n,
+    p_queue, sq_r, sq_d, p_pointer, p_rows, sr_r, sr_d, p_found_inf, size, n,
     D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, NORMALIZE: tl.constexpr,
+    FLAG: tl.constexpr,
 ):  # fmt: skip
+    if FLAG and tl.load(p_found_inf) != 0.0:
+        return
     pointer = tl.load(p_pointer) & 0xFFFFFFFF
     o_row, o_d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BD)
     mask = ((o_row < n) & (o_row >= n - size))[:, None] & (o_d < D)[None, :]  # of more rows than slots, the last stay
@@ -31,21 +34,21 @@ def push_kernel(
         tl.store(p_pointer, (pointer + n) % size)
 
 
-def push(queue, pointer, rows, normalize):
+def push(queue, pointer, rows, normalize, found_inf=None):
     n, d = rows.shape
     block_d = pow2(d)
     block_r = max(1, 1024 // block_d)
     push_kernel[(cdiv(n, block_r),)](
-        queue, *queue.stride(), pointer, rows, *rows.stride(), queue.shape[0], n,
-        D=d, BD=block_d, BR=block_r, NORMALIZE=normalize,
+        queue, *queue.stride(), pointer, rows, *rows.stride(), found_inf, queue.shape[0], n,
+        D=d, BD=block_d, BR=block_r, NORMALIZE=normalize, FLAG=found_inf is not None,
     )  # fmt: skip
 
 
 @torch.library.custom_op("fastssl::queue_push", mutates_args=("queue", "pointer"))
-def push_(queue: Tensor, pointer: Tensor, rows: Tensor, normalize: bool) -> None:
-    push(queue, pointer, rows, normalize)
+def push_(queue: Tensor, pointer: Tensor, rows: Tensor, normalize: bool, found_inf: Tensor | None) -> None:
+    push(queue, pointer, rows, normalize, found_inf)
 
 
 @push_.register_fake
-def _(queue, pointer, rows, normalize):
+def _(queue, pointer, rows, normalize, found_inf):
     return None

@@ -92,12 +92,12 @@ class Memory:
         self.pixels = images.permute(0, 2, 3, 1).contiguous().flatten(1, 2).to(torch.uint8)
         self.labels = torch.randint(-1, CLASSES, (SAMPLES,), generator=g)
         self.samples, self.classes, self.card = SAMPLES, [str(i) for i in range(CLASSES)], {"label": "int"}
-        self.batch, self.seed, self.micro, self.shuffle = batch, seed, micro, shuffle
+        self.batch, self.seed, self.micro, self.shuffle, self.device = batch, seed, micro, shuffle, device
         self.steps = SAMPLES // batch if drop_last else -(-SAMPLES // batch)
 
     def in_file_order(self):
         local = self.batch // dist.world() // self.micro
-        return Memory(None, local * dist.world(), seed=self.seed, shuffle=False, drop_last=False)
+        return Memory(None, local * dist.world(), seed=self.seed, device=self.device, shuffle=False, drop_last=False)
 
     def epoch(self, epoch, start=0, order=None):
         ordered, places = order is not None, torch.arange(SAMPLES)
@@ -109,5 +109,6 @@ class Memory:
             for part in share.tensor_split(self.micro):
                 if len(part):
                     index, sizes = order[part], torch.full((len(part), 2), SIDE, dtype=torch.int32)
-                    yield Batch(self.pixels[index], sizes, index, self.labels[index], epoch, step,
+                    tensors = self.pixels[index], sizes, index, self.labels[index]
+                    yield Batch(*(x.to(self.device or "cpu") for x in tensors), epoch, step,
                                 int(part[0]) if ordered else None)

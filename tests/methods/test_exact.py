@@ -47,20 +47,19 @@ def measure(name: str, norm: bool, micro: int, zero: int) -> dict:
 
     t = engine.build(cases.run(name, norm=norm, batch=BATCH, micro=BATCH // dist.world() // micro, zero=zero),
                      device="cpu")
-    meter, step, losses, grads = Meter(t.device, batch=BATCH), t.scale.step, [], {}
+    meter, step, losses, grads = Meter(t.device, batch=BATCH), t.ds.optimizer.step, [], {}
 
-    def spy(ds):
+    def spy():
         if not grads and not zero:
             grads.update({n: p.grad.clone() for n, p in t.method.named_parameters() if p.grad is not None})
-        return step(ds)
+        return step()
 
-    t.scale.step = spy
+    t.ds.optimizer.step = spy
     source = t.loader.epoch(0, 0, engine.before_epoch(t, 0))
     for _ in range(STEPS):
         t.schedule.set_lr(t.ds.optimizer, t.step)
-        out, batch, _ = engine.train_step(t, list(itertools.islice(source, micro)), meter)
+        engine.train_step(t, list(itertools.islice(source, micro)), meter)
         t.step += 1
-        t.method.after_step(out, batch, t.step / t.total_steps)
         losses.append(dist.mean(t.scalars["loss"]).item())
     dist.sync_buffers(t.method)
     trainable = [n for n, p in t.method.named_parameters() if p.requires_grad]
@@ -189,8 +188,8 @@ def test_all_state_is_in_the_state_dict():
                     if step == 2:
                         saved = {k: v.clone() for k, v in t.method.state_dict().items()}
                         torch.manual_seed(0)  # of MoCo's shuffle
-                    out, batch, _ = engine.train_step(t, [next(source)], Meter(t.device, batch=BATCH))
-                    t.method.after_step(out, batch, (step + 1) / 4)
+                    t.step = step
+                    engine.train_step(t, [next(source)], Meter(t.device, batch=BATCH))
                 losses.append(float(t.scalars["loss"]))
             assert losses[0] == losses[1], name
     finally:

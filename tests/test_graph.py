@@ -1,0 +1,280 @@
+"""The step that may be a CUDA graph: it reads nothing from the device, is the plain loop to the last bit, and on a GPU
+a replay gives its bits.
+
+On a GPU machine:  python -m pytest -m gpu tests/test_graph.py
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parent / "methods"))
+import method_cases as cases
+
+from fastssl import dist, engine
+from fastssl.amp import LossScale
+from fastssl.meters import Meter
+
+BATCH = 16
+READS = {  # that wait for the device, or whose result's shape depends on values
+    "_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim",
+    "unique_consecutive", "bincount", "repeat_interleave.Tensor",
+}
+
+
+class NoReads(TorchDispatchMode):
+    """Fails where the host reads a tensor, or sends one to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, overload = func._schema.name.split("::")[1], func._schema.overload_name
+        if {name, f"{name}.{overload}"} & READS:
+            raise AssertionError(f"the step reads from the device: {func}")
+        if name in ("index", "index_put_", "index_put"):
+            masks = [i for i in args[1] if i is not None and i.dtype == torch.bool]
+            assert not masks, f"the step reads how much a mask takes: {func}"
+        return func(*args, **(kwargs or {}))
+
+
+class NoCopies(TorchFunctionMode):
+    """Fails where a tensor would come from the device to the host or be made of the host's numbers, for both of which
+    the host waits; a CPU has no copies that a dispatch mode could see."""
+
+    NAMES = ("cpu", "numpy", "tolist", "tensor", "new_tensor", "from_numpy", "pin_memory")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        to_host = name == "to" and any(str(a).startswith("cpu") for a in (*args[1:], *(kwargs or {}).values()))
+        assert name not in self.NAMES and not to_host, f"the step copies between host and device: {name}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch):
+    dist.init()
+    monkeypatch.setattr(engine, "Loader", cases.Memory)
+
+
+def build(name: str, device: str = "cpu", **changes):
+    settings = {"norm": cases.CASES[name].norm, **changes.pop("settings", {})}
+    run = cases.run(name, batch=BATCH, steps=12, **settings)
+    for key, value in changes.items():
+        section, field = key.split("_", 1)
+        setattr(getattr(run, section), field, value)
+    return engine.build(run, device=device)
+
+
+def batches(t, order=None):
+    return itertools.chain.from_iterable(t.loader.epoch(e, 0, order) for e in itertools.count())
+
+
+def contents(t) -> dict:
+    """Weights, buffers and the optimizer's state."""
+    params = [n for n, p in t.method.named_parameters() if p.requires_grad]
+    kept = t.ds.optimizer.state
+    by_name = dict(t.method.named_parameters())
+    return {**{k: v.clone() for k, v in t.method.state_dict().items()},
+            **{f"{n} {k}": torch.as_tensor(v).clone() for n in params for k, v in kept[by_name[n]].items()}}
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    differ = [k for k in a if not torch.equal(a[k].nan_to_num(7), b[k].nan_to_num(7))]
+    assert not differ, differ
+
+
+def advance(t, source, steps: int, poison=()) -> list:
+    """Losses; in the steps of `poison` an fp16 overflow is forced."""
+    meter, losses = Meter(t.device, batch=BATCH), []
+    for _ in range(steps):
+        scale = t.scale.scale.clone()
+        if t.step in poison:
+            t.scale.value = 2.0**100
+        t.schedule.set_lr(t.ds.optimizer, t.step)
+        engine.train_step(t, [next(source)], meter)
+        if t.step in poison:
+            t.scale.scale.copy_(scale)
+        t.step += 1
+        losses.append(t.scalars["loss"])
+    return [float(x) for x in losses]
+
+
+def plain_loop(t, source, steps: int) -> None:
+    """The loop as it is told in the papers: numbers on the host, DeepSpeed's backward and step."""
+    for _ in range(steps):
+        batch = next(source)
+        t.schedule.set_lr(t.ds.optimizer, t.step)
+        out = t.ds(engine.make(t, batch), batch)
+        losses = t.method.loss(out, batch)
+        t.ds.backward(losses["loss"])
+        t.ds.step()
+        t.step += 1
+        t.method.after_step({k: v.detach() for k, v in out.items()}, batch, t.step / t.total_steps)
+
+
+@pytest.mark.parametrize("name", [n for n in cases.CASES if n != "deepcluster pic"])
+def test_the_step_is_the_plain_loop_to_the_last_bit(name):
+    made = []
+    for loop in (plain_loop, advance):
+        t = build(name, optim_lr=2.0**-4)
+        assert t.graphed is not None
+        order = engine.before_epoch(t, 0)
+        torch.manual_seed(5)  # of dropout and shuffles
+        loop(t, batches(t, order), 4)
+        made.append((contents(t), t.ds.global_steps, t.ds.micro_steps, t.ds.global_samples))
+    assert_same(made[0][0], made[1][0])
+    assert made[0][1:] == made[1][1:]
+
+
+@pytest.mark.parametrize("name", [n for n in cases.CASES if n != "deepcluster pic"])
+def test_a_static_step_reads_nothing(name):
+    t = build(name)
+    if hasattr(t.method, "not_static"):
+        pytest.skip(t.method.not_static)
+    source = batches(t, engine.before_epoch(t, 0))
+    advance(t, source, 1)
+    batch = next(source)
+    views = engine.make(t, batch)  # the reference reads; the kernel that takes its place on a GPU does not
+    t.values.write(batch, t.ds.optimizer.param_groups, 0.5)
+    with pytest.MonkeyPatch.context() as patch, NoReads(), NoCopies():
+        patch.setattr(engine, "make", lambda *_: views)
+        engine.static_step(t, batch, lambda name: contextlib.nullcontext())
+
+
+@pytest.mark.parametrize("read", [
+    lambda x: x.item(), bool, float, lambda x: x.cpu(), lambda x: x.to("cpu"), lambda x: x.tolist(),
+    lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.unique(), lambda x: torch.tensor([1.0]),
+    lambda x: x.new_tensor([1.0])])
+def test_reads_are_found(read):
+    x = torch.ones(1)
+    with pytest.raises(AssertionError, match="the step"), NoReads(), NoCopies():
+        read(x)
+
+
+KEEP_STATE = [n for n in cases.CASES if not n.startswith(("deepcluster", "odc"))] + ["deepclusterv2"]
+
+
+@pytest.mark.parametrize("name", KEEP_STATE)
+def test_an_overflow_changes_nothing(name):
+    """The optimizer's state included, on the device alone; the scale halves."""
+    t = build(name, optim_precision="fp16", settings={"norm": False})
+    assert t.graphed is not None
+    source = batches(t, engine.before_epoch(t, 0))
+    t.scale.value = 4.0
+    advance(t, source, 2)
+    assert t.scalars["applied"] and t.scalars["loss_scale"] == 4
+    before = contents(t)
+    t.scale.value = 2.0**100
+    advance(t, source, 1)
+    assert not t.scalars["applied"] and t.scale.value == 2.0**99 and t.scale.good == 0
+    assert_same(before, contents(t))
+    t.scale.value = 4.0
+    advance(t, source, 1)
+    assert t.scalars["applied"]
+    moved = {k for k, v in contents(t).items() if not torch.equal(v, before[k])}
+    kept = {k for k, v in before.items() if k in ("queue", "bank", "memory", "center") and v.numel()}
+    assert len(moved) > 10 and kept <= moved
+
+
+def test_the_scale_doubles_after_good_steps():
+    scale = LossScale("fp16")
+    scale.good.fill_(scale.INTERVAL - 2)
+    for wanted in (2.0**16, 2.0**17, 2.0**17):
+        scale.unscale_([torch.ones(3)])
+        scale.update_()
+        assert scale.value == wanted
+    scale.value = 1.0
+    scale.unscale_([torch.tensor([1.0, float("nan")])])
+    scale.update_()
+    assert (scale.value, int(scale.good)) == (1.0, 0)
+
+
+@pytest.mark.parametrize("changes, reason", [
+    ({"speed_graph": "on"}, "CUDA device"), ({"speed_graph": "on", "speed_zero": 1}, "ZeRO 1"),
+    ({"speed_graph": "on", "speed_micro_batch": 4}, "micro-batches"), ({"speed_graph": "off"}, "")])
+def test_the_reason_is_said(changes, reason, capsys):
+    build("simclr", **changes)
+    said = capsys.readouterr().out
+    assert reason in said and said.count("speed.graph") == bool(reason)
+
+
+# ---- on a GPU ----
+
+FIRST = {"simclr": "lars", "byol": "lars", "moco": "sgd", "barlow": "sgd", "dino": "adamw"}
+REST = {n: "sgd" for n in cases.CASES if n not in FIRST and n not in ("deepcluster pic", "odc", "lejepa")}
+
+
+def build_gpu(name: str, optimizer: str, graph: str, precision: str = "fp16"):
+    run = cases.run(name, norm=cases.CASES[name].norm, batch=BATCH, steps=40)
+    run.deterministic, run.optim.precision, run.speed.graph, run.optim.name = True, precision, graph, optimizer
+    run.optim.schedule = "cosine"
+    if optimizer == "adamw":
+        run.optim.lr, run.optim.weight_decay_end = 1e-3, 1e-2
+    if run.backbone.norm == "gn":
+        run.backbone = dataclasses.replace(run.backbone, norm="bn")
+    return engine.build(run)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*FIRST, *REST])
+def test_a_replay_is_the_plain_step_to_the_last_bit(name):
+    made = {}
+    for graph in ("off", "on"):
+        t = build_gpu(name, (FIRST | REST)[name], graph)
+        source = batches(t, engine.before_epoch(t, 0))
+        torch.manual_seed(5)
+        losses = advance(t, source, 10, poison=(1, 7))
+        made[graph] = losses, contents(t), torch.cuda.get_rng_state(), t.scale.state_dict()
+        if graph == "on":
+            assert t.graphed.reason is None, t.graphed.reason
+            assert t.graphed._captured is not None
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        advance(t, source, 8)
+        print(f"{name}: graph {graph}, {(time.perf_counter() - start) / 8e-3:.2f} ms a step")
+    (a, b) = made.values()
+    assert a[0] == b[0] and a[3] == b[3] and torch.equal(a[2], b[2])
+    assert_same(a[1], b[1])
+
+
+@pytest.mark.gpu
+def test_a_run_resumes_to_the_same_bits(tmp_path):
+    """With dropout, whose random numbers a graph counts itself."""
+    import safetensors.torch
+
+    from fastssl import checkpoint
+
+    found = []
+    for folder, graph, resume in (("off", "off", False), ("on", "on", False), ("on", "on", True)):
+        run = cases.run("relative_loc", norm=True, batch=BATCH, steps=13, dropout=0.5)
+        run.name, run.log.root, run.deterministic, run.speed.graph = folder, str(tmp_path), True, graph
+        run.log.every, run.log.checkpoint_steps, run.log.keep = 1, 8, 3
+        t = engine.fit(run, resume=resume)
+        assert (t.graphed.reason is None) == (graph == "on"), t.graphed.reason
+        last = checkpoint.newest(t.folder)
+        found.append(safetensors.torch.load_file(last / "weights.safetensors"))
+        shutil.rmtree(last)
+    for other in found[1:]:
+        assert_same(found[0], other)
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_leaves_the_plain_step(capsys):
+    made = []
+    for graph in ("off", "on"):
+        t = build_gpu("relative_loc", "sgd", graph)
+        loss = t.method.loss
+        t.method.loss = lambda out, batch, loss=loss: {k: v + 0 * v.item() for k, v in loss(out, batch).items()}
+        torch.manual_seed(5)
+        advance(t, batches(t), 8)
+        made.append(contents(t))
+    assert "capture failed" in t.graphed.reason and capsys.readouterr().out.count("capture failed") == 1
+    assert_same(*made)
