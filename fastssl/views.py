@@ -9,10 +9,11 @@ from dataclasses import replace
 
 from fastssl.kernels.views import View
 from fastssl.kernels.views.extra import Erase, Lighting, Random, Transform
+from fastssl.kernels.views.randaugment import RandAugment
 
-__all__ = ["CIFAR10", "CIFAR100", "Erase", "Lighting", "Random", "Transform", "View", "byol", "center", "deepcluster",
-           "default_view", "dino", "mae", "moco_v1", "moco_v2", "npid", "padded", "patches", "rotation", "simclr",
-           "supervised", "swav"]  # fmt: skip
+__all__ = ["CIFAR10", "CIFAR100", "Erase", "Lighting", "RandAugment", "Random", "Transform", "View", "byol", "center",
+           "deepcluster", "default_view", "dino", "mae", "moco_v1", "moco_v2", "npid", "padded", "patches", "rotation",
+           "simclr", "supervised", "swav"]  # fmt: skip
 
 CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
 CIFAR100 = {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)}

@@ -49,8 +49,9 @@ def test_the_page_trains_with_its_method_hook_source_and_views(folder):
     config = json.loads((run / "config.json").read_text())
     assert config["method"] == {"type": "align.Config", "dim": 32, "t": 1.0, "weight": 1.0}
     names = [e["type"].rpartition(".")[2] for e in config["data"]["views"][0]["extra"]]
-    assert names == ["Lighting", "Erase", "Fade", "Transform"] and config["data"]["views"][1]["blur"] == 0
-    assert "RandAugment" in config["data"]["views"][0]["extra"][3]["fn"]
+    assert names == ["Lighting", "Erase", "RandAugment", "Fade", "Transform"]
+    assert "ElasticTransform" in config["data"]["views"][0]["extra"][4]["fn"]
+    assert config["data"]["views"][1]["blur"] == 0
     again = subprocess.run([sys.executable, "-m", "fastssl", "train", "exp/mine.py", "method.t=1.0",
                             "data.views.all.blur=0", "--resume"], cwd=folder, env=ENV, capture_output=True, text=True)
     assert again.returncode == 0 and "continuing" in again.stdout, again.stderr  # the same config in another process

@@ -159,10 +159,12 @@ class Transform:
 
 def operation(entry: Any) -> Operation:
     """An entry of View.extra as an operation: one itself, a callable, or what config.json has of one."""
+    from .randaugment import RandAugment  # it stands on this file
+
     if isinstance(entry, dict):
-        kinds = {kind.__name__: kind for kind in (Lighting, Erase, Transform)}
+        kinds = {kind.__name__: kind for kind in (Lighting, Erase, Transform, RandAugment)}
         name = str(entry.get("type", "")).rpartition(".")
-        if name[2] not in kinds or not name[0].endswith("views.extra"):
+        if name[2] not in kinds or kinds[name[2]].__module__ != name[0]:
             return Transform(str(entry.get("type", entry)))
         kind = kinds[name[2]]
         return kind(**{f.name: _tuple(entry[f.name]) for f in fields(kind) if f.name in entry})
@@ -170,8 +172,8 @@ def operation(entry: Any) -> Operation:
         return entry
     if callable(entry) and not isinstance(entry, type):
         return Transform(entry)
-    raise ValueError(f"View(extra=...): {entry!r} is not an operation: give Lighting(...), Erase(...), a callable on "
-                     "tensors, or a dataclass with apply(x, random, view)")  # fmt: skip
+    raise ValueError(f"View(extra=...): {entry!r} is not an operation: give Lighting(...), Erase(...), "
+                     "RandAugment(...), a callable on tensors, or a dataclass with apply(x, random, view)")  # fmt: skip
 
 
 def _tuple(value: Any) -> Any:

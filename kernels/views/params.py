@@ -66,7 +66,7 @@ class View:
     stream: int | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    extra: tuple = ()  # Lighting(...), Erase(...), Transform(fn) or a callable, an operation of your own
+    extra: tuple = ()  # Lighting(...), Erase(...), RandAugment(...), Transform(fn), a callable, one of your own
 
     def __post_init__(self):
         for f in fields(self):  # lists, as read back from a dumped config, become tuples again

@@ -11,8 +11,9 @@ from torchvision.transforms.v2 import functional as tv
 from fastssl import config, views
 from fastssl.kernels.views import View, make_views
 from fastssl.kernels.views.cases import RAW, SHAPES, pack, scenes
+from fastssl.kernels.views.randaugment import OPERATIONS
 from fastssl.methods import simclr
-from fastssl.views import Erase, Lighting, Random, Transform
+from fastssl.views import Erase, Lighting, RandAugment, Random, Transform
 
 BATCH = pack(scenes(SHAPES))
 KEY = {"seed": 5, "epoch": 2}
@@ -56,7 +57,8 @@ def test_views_without_operations_stay_as_they_are():
         assert all(x.dtype == dtype and x.is_contiguous(memory_format=torch.channels_last) for x in out)
 
 
-EVERY = (Lighting(0.1), Erase(0.8), Transform(v2.RandAugment(2, 9)), Fade(), v2.ColorJitter(0.4, 0.4, 0.4, 0.1))
+EVERY = (Lighting(0.1), RandAugment(3, 9), Erase(0.8), Transform(v2.RandAugment(2, 9)), Fade(),
+         v2.ColorJitter(0.4, 0.4, 0.4, 0.1))  # fmt: skip
 
 
 def test_a_sample_with_operations_does_not_depend_on_the_batch():
@@ -132,6 +134,42 @@ def test_a_transform_draws_for_each_sample_and_leaves_other_random_numbers_alone
     assert Transform(v2.RandomInvert(1.0), p=0.0).apply(x, numbers(64), None) is x
 
 
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_randaugments_operations_are_torchvisions(name):
+    size, theirs = 40, v2.RandAugment()
+    assert list(theirs._AUGMENTATION_SPACE) == list(OPERATIONS)
+    x = torch.stack([torch.from_numpy(im.copy()).permute(2, 0, 1) / 255 for im in scenes([(size, size)] * 4)])
+    x[3] = 0.5  # a flat image
+    strength, signed = theirs._AUGMENTATION_SPACE[name]
+    how = (theirs.interpolation, theirs._fill)
+    for magnitude in (0, 5, 9, 30):
+        values = strength(31, size, size)
+        value = 0.0 if values is None else float(values[magnitude])
+        signs = torch.tensor([1.0, -1.0, -1.0, 1.0]) if signed else torch.ones(4)
+        ours = OPERATIONS[name](x, magnitude / 30, signs)
+        for image, sign, out in zip(x, signs.tolist(), ours):
+            expect = theirs._apply_image_or_video_transform(image, name, value * sign, *how)
+            torch.testing.assert_close(out, expect, rtol=0, atol=1e-6)
+
+
+def test_randaugment_draws_every_operation_and_sign_for_each_sample():
+    n = 2800
+    x = (0.2 + 0.6 * torch.rand(1, 3, 16, 16, generator=torch.manual_seed(0))).expand(n, -1, -1, -1)
+    out = RandAugment(1, 15).apply(x, numbers(n), None)
+    signs, seen = torch.ones(1), []
+    for name, op in OPERATIONS.items():
+        for sign in (signs, -signs):
+            seen.append((name, int((out == op(x[:1], 0.5, sign)).all(1).all(1).all(1).sum())))
+    plus, minus = dict(seen[::2]), dict(seen[1::2])
+    for name in OPERATIONS:
+        both = plus[name] if torch.equal(*(OPERATIONS[name](x[:1], 0.5, s) for s in (signs, -signs))) else (
+            plus[name] + minus[name])
+        assert 130 < both < 280, (name, both)  # of 200, +- 5 standard deviations
+    assert 60 < plus["Rotate"] < 140 and 60 < minus["Rotate"] < 140
+    two = RandAugment(2, 15).apply(x, numbers(n), None)
+    assert (two == x).flatten(1).all(1).sum() < (out == x).flatten(1).all(1).sum()
+
+
 @pytest.mark.parametrize("fn", [
     v2.RandAugment(2, 9), v2.TrivialAugmentWide(), v2.AutoAugment(), v2.RandomErasing(1.0), v2.GaussianBlur(3),
     v2.RandomPerspective(), v2.ElasticTransform(), v2.RandomEqualize(1.0), v2.RandomPosterize(4, 1.0),
@@ -144,14 +182,15 @@ def test_torchvisions_transforms_work(fn):
 
 def test_a_recipe_with_operations_is_written_and_read_back():
     run = config.Run(method=simclr.Config(), data=config.Data(train="x.beton", views=views.simclr(
-        24, extra=(Lighting(0.2), Erase(fill=(0.0, 0.5, 1.0)), v2.RandAugment(), torch.relu, Fade(0.3)))))  # fmt: skip
+        24, extra=(Lighting(0.2), Erase(fill=(0.0, 0.5, 1.0)), RandAugment(1, 20), v2.TrivialAugmentWide(), torch.relu,
+                   Fade(0.3)))))  # fmt: skip
     config.validate(run)
     written = json.loads(config.dumps(run))["data"]["views"][0]
     assert " at 0x" not in json.dumps(written)
     read = View(**{key: value for key, value in written.items() if key != "type"})
     view = run.data.views[0]
-    assert read.extra[:2] == view.extra[:2] and replace(read, extra=()) == replace(view, extra=())
-    for op, name in zip(read.extra[2:], ("RandAugment", "relu", "Fade")):
+    assert read.extra[:3] == view.extra[:3] and replace(read, extra=()) == replace(view, extra=())
+    for op, name in zip(read.extra[3:], ("TrivialAugmentWide", "relu", "Fade")):
         with pytest.raises(ValueError, match=f"{name}.*cannot be read from config.json"):
             op.apply(torch.zeros(1, 3, 4, 4), numbers(1), None)
 
@@ -159,7 +198,9 @@ def test_a_recipe_with_operations_is_written_and_read_back():
 @pytest.mark.parametrize("make, named", [
     (lambda: View(24, extra=(3,)), "3 is not an operation"), (lambda: View(24, extra=(Erase,)), "is not an operation"),
     (lambda: Erase(p=2), "Erase(p=2): is a probability"), (lambda: Erase(scale=(0.5, 0.1)), "Erase(scale=(0.5, 0.1))"),
-    (lambda: Lighting(-1.0), "Lighting(std=-1.0)"), (lambda: Transform(torch.relu, p=-1), "Transform(p=-1)"),
+    (lambda: Lighting(-1.0), "Lighting(std=-1.0)"), (lambda: RandAugment(0), "RandAugment(ops=0)"),
+    (lambda: RandAugment(2, 31), "RandAugment(magnitude=31): is 0 to 30"),
+    (lambda: Transform(torch.relu, p=-1), "Transform(p=-1)"),
     (lambda: make_views(*BATCH, [View(24, extra=(lambda x: x[:, :4],))], **KEY), "made torch.float32 (3, 4, 24)"),
     (lambda: make_views(*BATCH, [View(24, extra=(lambda x: None,))], **KEY), "made NoneType"),
     (lambda: numbers(2).words(300), "300 random words"),
