@@ -58,14 +58,14 @@ def weight(j, centre, last, inside, shrink, BICUBIC: tl.constexpr):
 
 @triton.jit
 def value(p):
-    """A byte as float32."""
-    return low_bits(tl.load(p).to(tl.int32))
+    """A byte x as 128 + x / 2: written into the bits of 128.0, in one instruction.  A GPU converts at a quarter of its
+    speed for sums."""
+    return ((tl.load(p).to(tl.int32) << 15) | 0x43000000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def low_bits(x):
-    """float32 of an integer below 2^23: as the last bits of 2^23, taken off again.  A GPU converts at a quarter of its
-    speed for sums."""
+    """float32 of an integer below 2^23: as the last bits of 2^23, taken off again."""
     return (x | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
 
@@ -78,28 +78,26 @@ def crop(image, W, iy, ix, y0, x0, h, w, top, left, bottom, right, flip, SIZE: t
     cy, fy, ly, iny, sy, ny = window(iy, y0, h, top, bottom, SIZE, BICUBIC, REFLECT)
     cx, fx, lx, inx, sx, nx = window(ix, x0, w, left, right, SIZE, BICUBIC, REFLECT)
     r = tl.zeros(iy.shape, tl.float32)
-    g, b, total = r, r, r
+    g, b, total_y, total_x = r, r, r, r
+    for kx in range(nx):
+        total_x += weight(fx + kx, cx, lx, inx, sx, BICUBIC)
     for ky in range(ny):
         wy = weight(fy + ky, cy, ly, iny, sy, BICUBIC)
         row = tl.maximum(tl.minimum(fy + ky, bottom - 1.0), 0.0).to(tl.int32)
         p_row = image + (3 * row * W).to(tl.uint32)
-        total_x = tl.zeros(iy.shape, tl.float32)
         for kx in range(nx):
             wx = weight(fx + kx, cx, lx, inx, sx, BICUBIC)
             col = tl.maximum(tl.minimum(fx + kx, right - 1.0), 0.0).to(tl.int32)
             p = p_row + (3 * col).to(tl.uint32)
-            total_x += wx
             w2 = wy * wx
             r += w2 * value(p)
             g += w2 * value(p + 1)
             b += w2 * value(p + 2)
-        total += wy * total_x
+        total_y += wy
     inside = iny & inx  # outside the image it is black
-    scale = tl.where(inside, (1.0 / 255.0) / tl.where(inside, total, 1.0), 0.0)
-    r, g, b = r * scale, g * scale, b * scale
-    if BICUBIC:
-        r, g, b = clamp01(r), clamp01(g), clamp01(b)
-    return r, g, b
+    scale = tl.where(inside, (2.0 / 255.0) / tl.where(inside, total_x * total_y, 1.0), 0.0)
+    rest = tl.where(inside, 256.0 / 255.0, 0.0)  # what value() adds to a byte
+    return clamp01(r * scale - rest), clamp01(g * scale - rest), clamp01(b * scale - rest)
 
 
 @triton.jit
@@ -168,11 +166,11 @@ def permutation(code):
 
 
 @triton.jit
-def jitter(r, g, b, order, steps, brightness, contrast, saturation, shift, mean, mask, SIZE: tl.constexpr,
+def jitter(r, g, b, order, first, last, brightness, contrast, saturation, shift, mean, mask, SIZE: tl.constexpr,
            WHOLE: tl.constexpr):  # fmt: skip
-    """The first `steps` operations of the order.  WHOLE: the tile is the view, so contrast takes its mean here."""
+    """Operations first to last - 1 of the order.  WHOLE: the tile is the view, so contrast takes its mean here."""
     packed, _ = permutation(order)
-    for step in range(steps):
+    for step in range(first, last):
         op = (packed >> (2 * step)) & 3
         if op == 0:
             r, g, b = clamp01(r * brightness), clamp01(g * brightness), clamp01(b * brightness)

@@ -57,7 +57,7 @@ def whole_kernel(pixels, room, sizes, index, specs, out, seed, epoch, epoch_ptr,
     r, g, b = px.pointwise(r, g, b, gray, solarize, threshold, OPS, 0, JITTER_AT)
     if JITTERS:  # noqa: SIM102 - one is compiled away, the other is a branch
         if order >= 0:
-            r, g, b = px.jitter(r, g, b, order, 4, fb, fc, fs, fh, 0.0, mask, SIZE, True)
+            r, g, b = px.jitter(r, g, b, order, 0, 4, fb, fc, fs, fh, 0.0, mask, SIZE, True)
     r, g, b = px.pointwise(r, g, b, gray, solarize, threshold, OPS, JITTER_AT + 1, BLUR_AT)
     if BLURS:  # noqa: SIM102
         if sigma > 0:
@@ -102,10 +102,11 @@ def colour_kernel(pixels, room, sizes, table, specs, scratch, sums, unblurred, o
                   BLURS: tl.constexpr, OPS: tl.constexpr, JITTER_AT: tl.constexpr, BLUR_AT: tl.constexpr,
                   MEANS: tl.constexpr, KEPT: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr,
                   TILES: tl.constexpr):  # fmt: skip
-    """MEANS: the crop is kept (ROTATE: it has been), and of samples that jitter, the tile's sum of the gray that
-    contrast will meet.  Else the finished tile, or of samples that blur, the tile before its blur.
+    """MEANS: of samples that jitter, the tile's sum of the gray that contrast will meet; the tile as contrast will meet
+    it is kept (not where other tiles still rotate the crop).  Else the finished tile, or of samples that blur, the tile
+    before its blur.
 
-    KEPT: a first pass kept the crop.
+    KEPT: a first pass kept the tile.
     """
     i_b, i_v, image, tile, oy, ox = place(B, SIDE, TILE)
     row, spec = table + image * COLUMNS, specs + i_v * WIDTH
@@ -119,25 +120,28 @@ def colour_kernel(pixels, room, sizes, table, specs, scratch, sums, unblurred, o
         r, g, b = px.kept(scratch, iy, ix, mask, SIZE)
     else:
         r, g, b = cut(pixels, room, sizes, row, i_b, iy, ix, SIZE, BICUBIC, REFLECT)
-        if MEANS:
-            px.keep(scratch, iy, ix, mask, r, g, b, SIZE)
     gray, solarize, threshold = tl.load(row + GRAY), tl.load(row + SOLARIZE), tl.load(spec + THRESHOLD).to(tl.float32)
     fb, fc = tl.load(row + ORDER + 1), tl.load(row + ORDER + 2)
     fs, fh = tl.load(row + ORDER + 3), tl.load(row + ORDER + 4)
+    if not KEPT:
+        r, g, b = px.pointwise(r, g, b, gray, solarize, threshold, OPS, 0, JITTER_AT)
     if MEANS:
         if order >= 0:
-            r, g, b = px.pointwise(r, g, b, gray, solarize, threshold, OPS, 0, JITTER_AT)
-            _, steps = px.permutation(order)
-            r, g, b = px.jitter(r, g, b, order, steps, fb, fc, fs, fh, 0.0, mask, SIZE, False)
+            _, contrast_at = px.permutation(order)
+            r, g, b = px.jitter(r, g, b, order, 0, contrast_at, fb, fc, fs, fh, 0.0, mask, SIZE, False)
             tl.store(sums + image * (SIDE * SIDE) + tile, tl.sum(tl.where(mask, px.luma(r, g, b), 0.0), 0))
+        if not ROTATE:
+            px.keep(scratch, iy, ix, mask, r, g, b, SIZE)
     else:
-        r, g, b = px.pointwise(r, g, b, gray, solarize, threshold, OPS, 0, JITTER_AT)
         if JITTERS:  # noqa: SIM102
             if order >= 0:
                 t = tl.arange(0, TILES)
                 mean = tl.sum(tl.load(sums + image * (SIDE * SIDE) + t, mask=t < SIDE * SIDE, other=0.0), 0)
                 mean *= 1.0 / (SIZE * SIZE)
-                r, g, b = px.jitter(r, g, b, order, 4, fb, fc, fs, fh, mean, mask, SIZE, False)
+                first = 0
+                if KEPT:
+                    _, first = px.permutation(order)
+                r, g, b = px.jitter(r, g, b, order, first, 4, fb, fc, fs, fh, mean, mask, SIZE, False)
         r, g, b = px.pointwise(r, g, b, gray, solarize, threshold, OPS, JITTER_AT + 1, BLUR_AT)
         blurred = False
         if BLURS:
