@@ -23,6 +23,7 @@ from . import pixels as px
 WHOLE_LIMIT = 64  # pixels: up to here a view is one tile
 TILE = 32  # 224 and 96 are multiples
 BLUR_TILE = 64  # with halo; 128 would spill
+CUT_OPTIONS, KEPT_OPTIONS = {"num_warps": 8}, {"num_warps": 4}  # of a pass that cuts the crop, and of one that reads it
 HALO_LIMIT = 24  # pixels: the widest blur radius of views of several tiles, sigma 6
 COLUMNS, WIDTH = draws.COLUMNS, draws.WIDTH
 OFFSET, TURNS, THRESHOLD = (tl.constexpr(draws.AT[n]) for n in ("offset", "quarter_turns", "threshold"))
@@ -316,7 +317,7 @@ def _launch_tiles(group, pixels, sizes, index, specs, out, seed, epoch, epoch_pt
         colour_kernel[grid](
             pixels, pixels.shape[1], sizes, table, specs, scratch, sums, unblurred, out, B, SIZE=S, **_cutting(view),
             ROTATE=group.rotates, JITTERS=group.jitters, BLURS=group.halo > 0, **_ordering(view), MEANS=means,
-            KEPT=kept, TILE=TILE, SIDE=side, TILES=pow2(side * side), num_warps=4 if kept else 8,
+            KEPT=kept, TILE=TILE, SIDE=side, TILES=pow2(side * side), **(KEPT_OPTIONS if kept else CUT_OPTIONS),
         )  # fmt: skip
     if group.halo:
         over = cdiv(S, BLUR_TILE - 2 * group.halo)
