@@ -113,6 +113,9 @@ def summary(card: dict, target: Target, seconds: float) -> Iterator[str]:
     yield (f"{target.beton}: {card['samples']} images, {classes}, {card['bytes'] / 1e6:.1f} MB in {seconds:.1f} s "
            f"({card['copied']} JPEGs bit for bit, {card['jpeg'] - card['copied']} written as JPEG, {card['raw']} raw)")
     options = card["options"]
+    if card["label"] == "int" and len(card["classes"] or []) == 1:
+        yield (f"all images are of one class ({card['classes'][0]!r}): fit for training without labels, and no "
+               "evaluation will take it as a training set; each class needs a folder of its own")
     if card["bad"]:
         yield f"skipped {card['bad']} unreadable images, listed in {target.bad}"
     if card["bounded"]:

@@ -6,16 +6,20 @@ every mode that they change.  What they measure goes through `t.log`; tensors mu
 
 from __future__ import annotations
 
+import copy
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import dist, views
 from fastssl.config import Run
-from fastssl.eval import features, knn
+from fastssl.eval import classes, features, knn
 from fastssl.loader import Loader
+
+OFF = "or set log.knn_epochs=0 log.probe=False"
 
 
 class Hook(Protocol):
@@ -49,6 +53,7 @@ class Extract:
     def __init__(self):
         self._loaders: dict[str, Loader] = {}
         self._features: dict[str, tuple[Tensor, Tensor]] = {}
+        self._numbers: dict[tuple[str, str], np.ndarray | None] = {}  # (test file, training file): see classes.match
         self._step = -1
 
     def loader(self, t, path: str) -> Loader:
@@ -57,13 +62,24 @@ class Extract:
             loader = Loader(path, batch, device=t.device, workers=t.run.speed.workers, shuffle=False, drop_last=False)
             if not loader.classes:
                 raise ValueError(f"{path} has no classes: kNN and the probe need labelled data (data.bank, data.test); "
-                                 "or set log.knn_epochs=0 log.probe=False")
+                                 f"{OFF}")  # fmt: skip
             if loader.card.get("label") == "multi":
-                raise ValueError(f"{path} has several labels per image: kNN and the probe need one class each")
+                raise ValueError(f"{path} has several labels per image: kNN and the probe need one class each; {OFF}")
             self._loaders[path] = loader
         return self._loaders[path]
 
-    def __call__(self, t, path: str) -> tuple[Tensor, Tensor]:
+    def compare(self, t, train: Loader, test: str, labelled: str) -> None:
+        """Match the classes of the file `test` with those of `train`; ValueError where they cannot be."""
+        if (test, train.path) not in self._numbers:
+            loader = copy.copy(self.loader(t, test))
+            try:
+                classes.match(train, loader, labelled)
+            except ValueError as error:
+                raise ValueError(f"{error} (data.bank, data.test); {OFF}") from None
+            self._numbers[test, train.path] = loader.numbers
+
+    def __call__(self, t, path: str, train: Loader | None = None) -> tuple[Tensor, Tensor]:
+        """Features (N, dim) and labels (N,), in the class numbers of `train` after `compare`."""
         if self._step != t.step:
             self._features, self._step = {}, t.step
         if path not in self._features:
@@ -72,7 +88,9 @@ class Extract:
             with t.plain_backbone() as backbone:
                 self._features[path] = features.extract(backbone, loader, view, precision=t.run.optim.precision,
                                                         kernels=t.run.speed.kernels)
-        return self._features[path]
+        x, labels = self._features[path]
+        numbers = self._numbers[path, train.path] if train else None
+        return x, labels if numbers is None else torch.from_numpy(numbers).to(labels.device)[labels]
 
 
 def _due(t, every: int) -> bool:
@@ -90,8 +108,8 @@ class KnnMonitor:
         self.extract = extract or Extract()
 
     def before_epoch(self, t) -> None:
-        for path in self._files(t):  # unlabelled data fails now and not after an epoch
-            self.extract.loader(t, path)
+        bank = self.extract.loader(t, self._bank(t))  # what cannot be evaluated fails now and not after an epoch
+        self.extract.compare(t, bank, t.run.data.test or bank.path, "all")
 
     def after_step(self, t, out: dict[str, Tensor], batch) -> None:
         pass
@@ -99,13 +117,15 @@ class KnnMonitor:
     def after_epoch(self, t) -> None:
         if not _due(t, self.every):
             return
-        sets = [part for path in self._files(t) for part in self.extract(t, path)]
+        sets = [*self.extract(t, self._bank(t))]
+        if t.run.data.test:
+            sets += self.extract(t, t.run.data.test, self.extract.loader(t, self._bank(t)))
         k = min(self.k, len(sets[0]) - 1)
         result = knn.knn(*sets, k=(k,), temperature=self.temperature)
         t.log({"knn_top1": result["results"][0]["top1"]})
 
-    def _files(self, t) -> list[str]:
-        return [t.run.data.bank or t.run.data.train, *([t.run.data.test] if t.run.data.test else [])]
+    def _bank(self, t) -> str:
+        return t.run.data.bank or t.run.data.train
 
 
 class LinearProbe:
@@ -123,16 +143,16 @@ class LinearProbe:
         self.state: dict[str, Tensor] = {}
 
     def before_epoch(self, t) -> None:
-        classes = t.loader.classes
-        if not classes or t.loader.card.get("label") == "multi":
+        names = t.loader.classes
+        if not names or t.loader.card.get("label") == "multi":
             raise ValueError(f"log.probe=True needs one class per image and {t.run.data.train} has "
-                             f"{'several' if classes else 'none'}; set log.probe=False")
+                             f"{'several' if names else 'none'}; set log.probe=False")
         if not self.state:  # zeros: convex, so nothing needs to be drawn
-            weights = torch.zeros(len(classes), t.method.backbone.dim + 1)
+            weights = torch.zeros(len(names), t.method.backbone.dim + 1)
             self.state = {"classifier": weights, "buffer": weights.clone()}
         self.state = {name: value.to(t.device) for name, value in self.state.items()}
         if t.run.data.test and self.every:
-            self.extract.loader(t, t.run.data.test)
+            self.extract.compare(t, t.loader, t.run.data.test, "test")
 
     @torch.no_grad()
     def after_step(self, t, out: dict[str, Tensor], batch) -> None:
@@ -156,7 +176,7 @@ class LinearProbe:
     def after_epoch(self, t) -> None:
         if not t.run.data.test or not _due(t, self.every) or "mean" not in self.state:
             return
-        x, labels = self.extract(t, t.run.data.test)
+        x, labels = self.extract(t, t.run.data.test, t.loader)
         right = (self._prepare(x) @ self.state["classifier"].T).argmax(1) == labels
         t.log({"probe_top1": 100 * right.float().mean().item()})
 

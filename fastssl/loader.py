@@ -76,6 +76,7 @@ class Loader:
         self.steps = self.samples // batch if drop_last else -(-self.samples // batch)
         self.card = self._read_card()
         self.classes = self.card.get("classes")
+        self.numbers: np.ndarray | None = None  # class in `classes` of each class of the file; see relabel
         self._pool = ThreadPoolExecutor(self.workers, "decode")
         self._feeder = ThreadPoolExecutor(1, "feed")
         self._canvas_shape = (batch // self.world // micro, self._beton.max_pixels, 3)
@@ -119,7 +120,18 @@ class Loader:
 
     def labels(self) -> np.ndarray:
         """int64 (N,) or float32 (N, C) of all samples in file order; no image is decoded."""
-        return self._beton.labels(np.arange(self.samples))
+        return self._labels(np.arange(self.samples))
+
+    def relabel(self, numbers: np.ndarray, classes: list[str]) -> None:
+        """From now on class i of the file is `numbers[i]` of `classes` (its column, for several labels an image)."""
+        assert self._held is None, "before the set is held on the device"
+        self.numbers, self.classes = numbers, classes
+
+    def _labels(self, rows: np.ndarray) -> np.ndarray:
+        found, numbers = self._beton.labels(rows), self.numbers
+        if numbers is None:
+            return found
+        return found[:, np.argsort(numbers)] if found.ndim == 2 else np.where(found < 0, found, numbers[found])
 
     def epoch(self, epoch: int, start: int = 0, order: np.ndarray | None = None) -> Iterator[Batch]:
         """`micro` Batches per step for the steps from `start`; nothing before it is decoded.  `order`: rows to go
@@ -180,7 +192,7 @@ class Loader:
         """One micro-batch; runs on the feeder thread, one at a time."""
         n = len(rows)
         sizes, index = torch.empty(n, 2, dtype=torch.int32), torch.from_numpy(rows)
-        label = torch.from_numpy(self._beton.labels(rows))
+        label = torch.from_numpy(self._labels(rows))
         if self.device.type != "cuda":
             pixels = self._canvas()[:n]
             self._decode(rows, pixels.numpy(), sizes.numpy())

@@ -34,7 +34,8 @@ def trainer(backbone=None, **data):
     backbone = backbone or nn.Identity()
     backbone.dim = getattr(backbone, "dim", DIM)
     run = Run(method=None, data=Data(train="train.beton", **data), optim=Optim(batch=16))
-    loader = SimpleNamespace(classes=list("abc"), card={"label": "int"})
+    loader = SimpleNamespace(classes=list("rgb"), card={"label": "int"}, path="train.beton",
+                             labels=lambda: np.arange(9) % 3)  # fmt: skip
     method = SimpleNamespace(backbone=backbone)
     return Trainer(run=run, method=method, loader=loader, device=torch.device("cpu"), step=0, epoch=0, total_steps=100,
                    scalars={})

@@ -1,7 +1,8 @@
 """`fastssl eval PROTOCOL`: a run folder or a weight file -> the protocol's numbers, printed as a table and as JSON.
 
 Each protocol is a module here with `add_options(parser)`, `NEEDS` (of "train", "test"), `WITHOUT` (shared options that
-would have no effect; may be absent) and `run(subject, args)`, which returns {"protocol", "options", "results": [a row,
+would have no effect; may be absent), `LABELLED` (which images must have a label; absent: all, see classes.match) and
+`run(subject, args)`, which returns {"protocol", "options", "results": [a row,
 ...]} around the function of features that does the work.
 """
 
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(protocol, args: argparse.Namespace) -> dict:
     """The protocol's result, with what it was computed from."""
-    subject = subjects.load(args, protocol.NEEDS)
+    subject = subjects.load(args, protocol.NEEDS, getattr(protocol, "LABELLED", "all"))
     if dist.is_main():
         print(f"evaluating {subject.weights}", flush=True)
     result = protocol.run(subject, args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(subject: Subject, args: argparse.Namespace) -> dict:
     if args.target is None:
         raise ValueError("give a run folder or a weight file")
+    trained = subject.run and subject.run["data"].get("train")
+    if trained and Path(trained).exists():
+        subject.train = trained
+        subject.match_classes("test")
     file, state = weights.read(args.target)
     weight, bias = (part.to(args.device) for part in head(file, state, subject.backbone.dim, args.head))
     return classify(*subject.features(subject.test), weight, bias)

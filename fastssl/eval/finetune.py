@@ -55,7 +55,7 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
     if chosen["drop_path"]:
         tuning.drop_path_(backbone, chosen["drop_path"])
     loader, test = tuning.training_loader(subject, chosen["train_batch"]), subject.loader(subject.test)
-    classes = tuning.classes(loader, test)
+    classes = tuning.classes(loader)
     if (args.mixup or args.cutmix) and loader.batch // dist.world() // loader.micro % 2:
         raise ValueError("--mixup and --cutmix mix pairs: the images per rank and pass must be even")
     optim = settings(backbone, chosen, args.clip, args.precision)

@@ -76,7 +76,7 @@ def run(subject: Subject, name: str, *, rates: tuple[float, ...] | None = None, 
     names = features.check_layers(subject.backbone, layers or recipe.layers or known[:-1])
     _check(subject, recipe, rates, held_out)
     loader, evaluation = training_loader(subject, recipe), subject.loader(subject.train)
-    classes = tuning.classes(loader, subject.loader(subject.test))
+    classes = tuning.classes(loader)
     order = permutation(loader.samples, subject.args.seed, 0)
     held, kept = np.split(order, [round(held_out * len(order))])
     if recipe.batch > len(kept):

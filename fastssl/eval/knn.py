@@ -19,23 +19,29 @@ from fastssl.eval.subject import Subject, numbers
 QUERIES = 1024  # rows of the similarity matrix at a time
 SIMILARITIES = 1 << 26  # entries of it at a time: 256 MB
 NEEDS = ("train", "test")
+K = (10, 20, 100, 200)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--k", type=numbers(int), default=(10, 20, 100, 200))
-    parser.add_argument("--temperature", type=float, default=0.07)
-    parser.add_argument("--backend", choices=tuple(SEARCH), default="torch")
+    parser.add_argument("--k", type=numbers(int), help="neighbours that vote; default: 10,20,100,200, of these what "
+                        "the training file has images for")
+    parser.add_argument("--temperature", type=float, default=0.07, help="of the votes' weights exp(cosine / T)")
+    parser.add_argument("--backend", choices=tuple(SEARCH), default="torch", help="of the search")
 
 
 def run(subject: Subject, args: argparse.Namespace) -> dict:
-    _check(args.k, args.temperature)  # before the features are computed
-    return knn(*subject.features(subject.train), *subject.features(subject.test), k=args.k,
+    bank = subject.loader(subject.train).samples
+    k = args.k or tuple(n for n in K if n <= bank) or (bank,)
+    _check(k, args.temperature)  # before the features are computed
+    if max(k) > bank:
+        raise ValueError(f"--k {max(k)}: must be between 1 and {bank}, the images of {subject.train}")
+    return knn(*subject.features(subject.train), *subject.features(subject.test), k=k,
                temperature=args.temperature, backend=args.backend)  # fmt: skip
 
 
 @torch.no_grad()
 def knn(bank: Tensor, bank_labels: Tensor, queries: Tensor | None = None, labels: Tensor | None = None, *,
-        k: tuple[int, ...] = (10, 20, 100, 200), temperature: float = 0.07, backend: str = "torch") -> dict:
+        k: tuple[int, ...] = K, temperature: float = 0.07, backend: str = "torch") -> dict:
     """Accuracies in percent for each k, from one pass.  Features (N, dim), (M, dim); labels (N,), (M,).
 
     Without queries, every bank sample is classified by the others (leave one out).  All ranks hold all rows and each
@@ -79,13 +85,16 @@ def _check(k: tuple[int, ...], temperature: float) -> None:
 
 
 def _count(similarity: Tensor, found: Tensor, labels: Tensor, k, temperature: float, classes: int) -> Tensor:
-    """How many labels are right (first choice, first five) for each k; neighbours (B, max k) come nearest first."""
+    """How many labels are right (first choice, first five) for each k; neighbours (B, max k) come nearest first.
+
+    Classes without a vote fill the first five as they do in the code of DINO, lightly and solo-learn, the lower number
+    first; of fewer than five neighbours the first k classes count (DINO, solo-learn).
+    """
     weight = ((similarity - similarity[:, :1]) / temperature).exp()  # relative to the nearest: exp(1 / T) may overflow
     out = []
     for n in k:
         votes = weight.new_zeros(len(labels), classes).scatter_add_(1, found[:, :n], weight[:, :n])
-        seen = (found[:, :n] == labels[:, None]).any(1)  # a class that no neighbour has is no guess, even in the top 5
-        out.append(torch.stack([(hits(votes, labels, m) & seen).sum() for m in (1, 5)]))
+        out.append(torch.stack([hits(votes, labels, m).sum() for m in (1, min(5, n))]))
     return torch.stack(out)
 
 

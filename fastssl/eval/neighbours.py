@@ -18,6 +18,7 @@ from fastssl.eval.maps import output_folder, sample
 from fastssl.eval.subject import Subject
 
 NEEDS = ("train", "test")
+LABELLED = "none"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

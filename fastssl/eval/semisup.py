@@ -47,7 +47,7 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
     mults = args.head_mult or ((1.0,) if subject.spec.sobel else HEAD_MULTS)
     _check(args, rates, mults)
     loader, test = tuning.training_loader(subject, args.train_batch), subject.loader(subject.test)
-    classes, rows, percent = tuning.classes(loader, test), *labelled(loader, args)
+    classes, rows, percent = tuning.classes(loader), *labelled(loader, args)
     decay = args.weight_decay if args.weight_decay is not None else WEIGHT_DECAY.get(round(percent, 1))
     if decay is None:
         raise ValueError(f"{percent:g} % of the images are labelled, and a weight decay is published for 1 % and 10 % "

@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from fastssl import backbones, dist, export, views, weights
 from fastssl.amp import DTYPES
 from fastssl.config import Backbone
 from fastssl.eval import cache, features
+from fastssl.eval.classes import match
 from fastssl.kernels.views import View
 from fastssl.loader import Loader
 
@@ -30,9 +32,21 @@ class Subject:
     train: str | None
     test: str | None
     args: argparse.Namespace
+    numbers: np.ndarray | None = None  # classes of `test` in those of `train`, where they differ
+    classes: list[str] | None = None  # of `train`
 
     def loader(self, path: str) -> Loader:
-        return _loader(path, self.args)
+        """In file order; labels of the test file are in the training file's numbers where a protocol needs both."""
+        loader = _loader(path, self.args)
+        if self.numbers is not None and path == self.test:
+            loader.relabel(self.numbers, self.classes)
+        return loader
+
+    def match_classes(self, labelled: str) -> None:
+        """See classes.match."""
+        train, test = self.loader(self.train), self.loader(self.test)
+        match(train, test, labelled)
+        self.numbers, self.classes = test.numbers, train.classes
 
     def features(self, path: str, layers: tuple[str, ...] = ("last",)) -> tuple[Tensor, ...]:
         """float32 features (N, dim) of each layer, then labels (N,) or (N, C), of a file, the same on all ranks:
@@ -61,8 +75,9 @@ class Subject:
                 "precision": self.args.precision}  # fmt: skip
 
 
-def load(args: argparse.Namespace, needs: tuple[str, ...] | None) -> Subject:
-    """`needs`: which of "train" and "test" the protocol reads; None: it reads no .beton at all."""
+def load(args: argparse.Namespace, needs: tuple[str, ...] | None, labelled: str = "all") -> Subject:
+    """`needs`: which of "train" and "test" the protocol reads; None: it reads no .beton at all.  With both, their
+    classes are matched (classes.match); `labelled`: which images must have a label."""
     if args.cache and args.no_cache:
         raise ValueError(f"--cache {args.cache} and --no-cache exclude each other: give one of them")
     if args.target and not Path(args.target).exists():
@@ -84,7 +99,10 @@ def load(args: argparse.Namespace, needs: tuple[str, ...] | None) -> Subject:
     if args.features != "pixels" and needs is not None:
         backbones.check_sizes(spec, [view.size])
     backbone, source = _backbone(args, spec, view)
-    return Subject(backbone.to(args.device), spec, view, str(source), run, files["train"], files["test"], args)
+    subject = Subject(backbone.to(args.device), spec, view, str(source), run, files["train"], files["test"], args)
+    if needs and len(needs) == 2:
+        subject.match_classes(labelled)
+    return subject
 
 
 def _loader(path: str, args: argparse.Namespace) -> Loader:

@@ -46,6 +46,14 @@ def test_class_folders(tmp_path):
     assert [stock.payload(i) for i in range(6)] == list(files(root).values())
 
 
+def test_one_class_is_said(tmp_path, capsys):
+    for count, said in ((1, True), (2, False)):
+        for name in "ab"[:count]:
+            save(tmp_path / f"in{count}" / name / "0.jpg")
+        assert convert("imagefolder", tmp_path / f"in{count}", tmp_path / f"{count}.beton") == 0
+        assert ("all images are of one class ('a')" in capsys.readouterr().out) == said
+
+
 def test_nested_class_folders_and_a_linked_one(tmp_path):
     save(tmp_path / "in" / "a" / "deep" / "x.jpg")
     save(tmp_path / "else" / "y.jpg")

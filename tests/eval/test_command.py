@@ -76,6 +76,15 @@ def test_knn_of_a_run(run_folder, tmp_path, capsys):
     assert [p.name for p in out.parent.iterdir()] == ["knn.json"]
 
 
+def test_the_default_k_fits_a_small_bank(run_folder, files, tmp_path, capsys):
+    assert call("knn", run_folder, "--out", tmp_path / "a.json") == 0
+    assert [row["k"] for row in json.loads((tmp_path / "a.json").read_text())["results"]] == [10, 20]  # of 60 images
+    capsys.readouterr()
+    assert call("knn", run_folder, "--k", "5,61") == 2
+    out, err = capsys.readouterr()
+    assert "--k 61: must be between 1 and 60, the images of" in err and "features of" not in out
+
+
 def test_every_way_to_name_the_same_weights(run_folder, files, tmp_path, capsys):
     """The run folder, its checkpoint, both exports and a bare state dict of the same network give the same numbers."""
     exported, plain = tmp_path / "b.safetensors", tmp_path / "b.pth"

@@ -35,8 +35,8 @@ def brute(bank, bank_y, queries, y, k, temperature, skip=None):
         votes = np.zeros(classes)
         for j in near:
             votes[bank_y[j]] += np.exp((similarity[j] - similarity[near[0]]) / temperature)
-        ranking = [c for c in np.argsort(-votes, kind="stable") if votes[c] > 0]
-        right += [int(y[i]) in ranking[:1], int(y[i]) in ranking[:5]]
+        ranking = np.argsort(-votes, kind="stable")
+        right += [int(y[i]) in ranking[:1], int(y[i]) in ranking[: min(5, k)]]
     return 100 * right / len(b)
 
 
@@ -67,6 +67,15 @@ def test_leave_one_out(data, backend):
     check({"results": result["results"][1:]}, bank, y, bank, y, temperature=0.07, skip=range(len(y)))
     assert result["results"][0]["top1"] < 100
     assert knn(bank, y, bank, y, k=(1,), backend=backend)["results"][0]["top1"] > 98, "with itself it is nearly perfect"
+
+
+def test_top5_counts_classes_without_a_vote_as_dino_does():
+    """Five neighbours of class 7: the first five are 7, 0, 1, 2, 3; with two neighbours the first two."""
+    bank, bank_y = torch.eye(10)[:6], torch.tensor([7, 7, 7, 7, 7, 9])
+    query = torch.ones(1, 10) - torch.eye(10)[5]
+    found = {y: [row["top5"] for row in knn(bank, bank_y, query, torch.tensor([y]), k=(2, 5))["results"]]
+             for y in (7, 0, 3, 4)}  # fmt: skip
+    assert found == {7: [100, 100], 0: [100, 100], 3: [0, 100], 4: [0, 0]}
 
 
 @pytest.mark.parametrize("k", [1, 15])

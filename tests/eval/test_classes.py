@@ -1,0 +1,192 @@
+"""Classes of two files are matched by name, or by number where one has no names; else the evaluation is refused."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_beton
+from torch import nn
+
+import fastssl.eval
+from fastssl import hooks
+from fastssl.config import Data, Optim, Run
+from fastssl.eval.classes import match
+from fastssl.kernels.views import View
+from fastssl.loader import Loader
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220), "gray": (128, 128, 128)}
+
+
+def make(path, names, per_class=6, card=True, labels=None):
+    """Flat images whose colour is the class that they are, labelled by the place of the name in `names`."""
+    rng = np.random.default_rng(len(names))
+    images = [np.full((8, 8, 3), COLOURS[n], np.uint8) + rng.integers(0, 25, (1, 1, 3), np.uint8)
+              for n in names for _ in range(per_class)]  # fmt: skip
+    labels = [i for i in range(len(names)) for _ in range(per_class)] if labels is None else labels
+    write_beton(path, images, labels)
+    if card:
+        called = list(map(str, range(len(names)))) if card == "list" else list(names)
+        kind = {"label": "none", "classes": None} if card == "none" else {"label": "int", "classes": called}
+        path.with_suffix(".json").write_text(json.dumps({
+            "format": 1, "samples": len(images), "max_pixels": 64, "bytes": path.stat().st_size, "min_side": 8,
+            "max_height": 8, "max_width": 8, **kind}))  # fmt: skip
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    at = tmp_path_factory.mktemp("classes")
+    train = ("red", "green", "blue")
+    return {"train": make(at / "train.beton", train), "same": make(at / "same.beton", train, 3),
+            "turned": make(at / "turned.beton", ("blue", "red", "green"), 3),
+            "subset": make(at / "subset.beton", ("green", "blue"), 3), "one": make(at / "one.beton", ("blue",), 3),
+            "list": make(at / "list.beton", train, 3, card="list"),
+            "bare": make(at / "bare.beton", train, 3, card=None),
+            "other": make(at / "other.beton", ("red", "gray"), 3), "longer": make(
+                at / "longer.beton", (*train, "gray"), 3, card="list"),
+            "none": make(at / "none.beton", train, 3, card="none", labels=[-1] * 9),
+            "some": make(at / "some.beton", train, 3, labels=[0, 0, 0, 1, 1, -1, 2, 2, 2])}  # fmt: skip
+
+
+def load(path):
+    return Loader(path, 8, device="cpu", workers=1, shuffle=False, drop_last=False)
+
+
+@pytest.mark.parametrize("name, labels, said", [
+    ("same", [0, 1, 2], ""),
+    ("turned", [2, 0, 1], "matched by name with those of .*train.beton (they are in another order)"),
+    ("subset", [1, 2], "(it lacks 'red', 1 of 3)"),
+    ("one", [2], "(it lacks 'red', 'green', 2 of 3)"),
+    ("list", [0, 1, 2], "list.beton has no class names: its labels are taken as numbers of the classes of"),
+    ("bare", [0, 1, 2], "(0 = red, 1 = green, 2 = blue)"),
+])  # fmt: skip
+def test_labels_are_those_of_the_training_file(files, capsys, name, labels, said):
+    train, test = load(files["train"]), load(files[name])
+    match(train, test)
+    assert test.labels().tolist() == np.repeat(labels, 3).tolist() and len(test.classes or train.classes) == 3
+    given = [int(y) for batch in test.epoch(0) for y in batch.label]
+    assert given == test.labels().tolist()
+    printed = capsys.readouterr().out
+    assert said.replace(".*", "") in printed.replace(files["train"].removesuffix("train.beton"), "")
+    assert printed.count("\n") == bool(said)
+
+
+@pytest.mark.parametrize("train, test, said", [
+    ("train", "other", "other classes: 'gray' of the first is not among 'red', 'green', 'blue' of the second"),
+    ("train", "longer", "has 4 classes .* and .*train.beton 3"),
+    ("list", "subset", "has 2 classes .'green', 'blue'. and .*list.beton 3"),
+    ("train", "none", "none.beton has no labels"),
+    ("none", "same", "none.beton has no labels"),
+    ("train", "some", "some.beton has 1 of 9 images without label"),
+    ("one", "one", "one.beton has one class .'blue'., so that every answer would be right"),
+])  # fmt: skip
+def test_what_cannot_be_compared_is_refused(files, train, test, said):
+    with pytest.raises(ValueError, match=said):
+        match(load(files[train]), load(files[test]))
+
+
+def test_columns_of_several_labels_are_matched(tmp_path):
+    rows = {"a": np.float32([1, 0, 0]), "b": np.float32([0, 1, -1]), "c": np.float32([0, 0, 1])}
+    made = []
+    for name, order in (("train", "abc"), ("test", "cab"), ("two", "abd")):
+        columns = ["abc".find(c) for c in order]
+        path = write_beton(tmp_path / f"{name}.beton", [np.zeros((8, 8, 3), np.uint8)] * 3,
+                           [rows[c][columns] for c in "abc"])  # fmt: skip
+        path.with_suffix(".json").write_text(json.dumps({
+            "format": 1, "samples": 3, "max_pixels": 64, "bytes": path.stat().st_size, "min_side": 8, "max_height": 8,
+            "max_width": 8, "classes": list(order), "label": "multi"}))  # fmt: skip
+        made.append(load(path))
+    match(made[0], made[1])
+    assert made[1].labels().tolist() == made[0].labels().tolist() == np.stack(list(rows.values())).tolist()
+    assert made[1].classes == list("abc") and next(made[1].epoch(0)).label.tolist() == made[0].labels().tolist()
+    with pytest.raises(ValueError, match="other classes: 'd' of the first"):
+        match(made[0], made[2])
+
+
+# ---- where files come in ---------------------------------------------------------------------------------------------
+
+
+def top1(capsys, tmp_path, protocol, train, test, *options):
+    out = tmp_path / "result.json"
+    argv = [protocol, "--train", train, "--test", test, "--size", 8, "--out", out, "--device", "cpu", "--workers", 1,
+            *options]  # fmt: skip
+    assert fastssl.eval.main(list(map(str, argv))) == 0, capsys.readouterr().err
+    (row, *_) = json.loads(out.read_text())["results"]
+    return row.get("top1", row.get("precision", row.get("map")))
+
+
+PIXELS = ("--features", "pixels")
+NET = ("--features", "untrained", "--backbone", "resnet10", "--stem", "cifar", "--width", 8)
+PROTOCOLS = {
+    "knn": (*PIXELS, "--k", 3), "linear": (*PIXELS, "--epochs", 30), "svm": PIXELS,
+    "neighbours": (*PIXELS, "--k", 3, "--queries", 2, "--folder", "FOLDER"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_every_protocol_matches_and_refuses(files, tmp_path, capsys, protocol):
+    """100 % whatever order the test file has its classes in; without matching it is 0 %."""
+    options = [tmp_path if word == "FOLDER" else word for word in PROTOCOLS[protocol]]
+    assert top1(capsys, tmp_path, protocol, files["train"], files["turned"], *options) == 100
+    argv = [protocol, "--train", files["train"], "--test", files["other"], "--device", "cpu", "--workers", 1, *options]
+    assert fastssl.eval.main(list(map(str, argv))) == 2
+    err = capsys.readouterr().err
+    assert "have other classes" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("protocol, options", [
+    ("finetune", ("--epochs", 1, "--train-batch", 6)),
+    ("semisup", ("--epochs", 1, "--train-batch", 6, "--percent", 50, "--weight-decay", 0, "--lr", 0.1, "--head-mult", 1,
+                 "--held-out", 0)),
+    ("linear", ("--recipe", "moco", "--epochs", 1, "--probe-batch", 6)),
+])  # fmt: skip
+@pytest.mark.parametrize("test", ["subset", "list"])
+def test_trainings_take_a_subset_and_a_list(files, tmp_path, capsys, protocol, options, test):
+    """They refused both for ever."""
+    assert top1(capsys, tmp_path, protocol, files["train"], files[test], *NET, *options) >= 0
+
+
+class Colour(nn.Module):
+    dim = 3
+
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+class Trainer(SimpleNamespace):
+    def log(self, scalars):
+        self.scalars |= scalars
+
+    def plain_backbone(self):
+        import contextlib
+
+        return contextlib.nullcontext(self.method.backbone)
+
+
+def trainer(train, test, bank=None):
+    run = Run(method=None, data=Data(train=train, test=test, bank=bank, views=(View(size=8),)), optim=Optim(batch=6))
+    return Trainer(run=run, method=SimpleNamespace(backbone=Colour()), loader=load(train), device=torch.device("cpu"),
+                   step=10, epoch=0, total_steps=10, scalars={})  # fmt: skip
+
+
+@pytest.mark.parametrize("bank", [None, "turned"])
+def test_monitors_match_too(files, bank):
+    """kNN against the bank, the probe against the training file, from one pass over the test file."""
+    t = trainer(files["train"], files["subset"], files.get(bank))
+    shared = hooks.Extract()
+    knn, probe = hooks.KnnMonitor(1, k=3, extract=shared), hooks.LinearProbe(1, extract=shared)
+    knn.before_epoch(t), probe.before_epoch(t)
+    x, y = shared(t, files["train"])
+    for _ in range(30):
+        probe.after_step(t, {"features": x}, SimpleNamespace(label=y))
+    knn.after_epoch(t), probe.after_epoch(t)
+    assert t.scalars["knn_top1"] == 100 and t.scalars["probe_top1"] == 100
+
+
+@pytest.mark.parametrize("train, test, said", [("train", "other", "other classes"), ("one", "one", "one class"),
+                                               ("train", "some", "without label"), ("some", "same", "without label")])
+def test_monitors_refuse_before_training(files, train, test, said):
+    with pytest.raises(ValueError, match=f"{said}.*set log.knn_epochs=0 log.probe=False"):
+        hooks.KnnMonitor(1).before_epoch(trainer(files[train], files[test]))
