@@ -1,0 +1,176 @@
+"""All measurements on a GPU, in order of value, for as many minutes as there are:  python bench/lease.py --minutes 12
+
+Tests come before times. A result is appended to bench/results/<device>.jsonl as soon as it is there. What is finished
+is not repeated by a later call at the same commit (--again repeats it); --list shows what is done and what is left,
+--only NAME chooses. It ends with the table of steps for the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import ROOT, device_name, environment
+
+PHOTOS = ["data.train=data/photos.beton", "data.test=none", "log.knn_epochs=0", "log.probe=False"]
+CIFAR = ["speed.resident=True"]
+STEPS = {  # name: config and what replaces its settings; batches that one card holds
+    "simclr_r18": ("simclr/r18_cifar10_200ep.py", CIFAR),
+    "barlow_vits16": ("barlow/vits16_in1k_100ep_bf16.py", PHOTOS),
+    "simclr_r50": ("simclr/r50_in1k_200ep_fp16.py", PHOTOS),
+    "simclr_r18_bs512": ("simclr/r18_cifar10_200ep.py", [*CIFAR, "optim.batch=512"]),
+    "mae_vitb16": ("mae/vitb16_in1k_300ep_bf16.py", [*PHOTOS, "optim.batch=512"]),
+    "dino_vits16": ("dino/vits16_in1k_100ep_bf16.py", [*PHOTOS, "optim.batch=128"]),
+    "moco_r50": ("moco/r50_in1k_v2_200ep_fp16.py", PHOTOS),
+    "byol_r50": ("byol/r50_in1k_bs4096_accumulate2_200ep_fp16.py",
+                 [*PHOTOS, "optim.batch=256", "speed.micro_batch=none"]),
+}
+VARIANTS = {  # of the step, in order of value
+    "graph": ["speed.graph=on"],
+    "plain": ["speed.graph=off"],
+    "compile_graph": ["speed.graph=on", "speed.compile=True"],
+    "compile": ["speed.graph=off", "speed.compile=True"],
+}
+KERNELS = ("infonce", "ntxent", "views", "softxent", "sinkhorn", "gathered", "memory")
+
+
+@dataclass(frozen=True)
+class Item:
+    name: str
+    command: list[str]
+    seconds: int  # after which it is stopped
+    files: tuple[str, ...] = ()  # that it reads
+    check: bool = False  # a test: one that fails marks the figures that follow
+
+
+def items() -> list[Item]:
+    py = sys.executable
+    pytest = [py, "-m", "pytest", "-n", "8"]
+    cifar, photos = ("data/cifar10_train.beton", "data/cifar10_test.beton"), ("data/photos.beton",)
+    found = [
+        Item("tests_graph", [py, "-m", "pytest", "tests/test_graph.py", "tests/kernels/test_multi_tensor.py"], 150,
+             check=True),
+        Item("tests_kernels", [*pytest, "tests/kernels", "-k", "not every_size and not builds"], 240, check=True),
+    ]
+    for variant in ("graph", "plain"):
+        found += [_step(name, variant, cifar, photos) for name in list(STEPS)[:3]]
+    train = [py, "-m", "fastssl", "train", "configs/simclr/r18_cifar10_200ep.py", *CIFAR, "log.knn_epochs=10"]
+    found.append(Item("run_simclr_cifar10", [*train, "name=lease/simclr_r18"], 540, cifar))
+    found += [_step(name, variant, cifar, photos) for variant in VARIANTS for name in STEPS
+              if not (variant in ("graph", "plain") and name in list(STEPS)[:3])]
+    found += [Item(f"kernels_{op}", [py, "bench/kernels.py", op, "--json"], 200) for op in KERNELS]
+    for method in ("barlow", "byol", "moco", "dino", "vicreg", "swav", "simsiam"):
+        command = [py, "bench/methods.py", method, "--set", "cifar10_200ep", "--override", CIFAR[0]]
+        found.append(Item(f"run_{method}", command, 900, cifar))
+    found.append(Item("tests_every_size", [*pytest, "tests/kernels", "-k", "every_size"], 500, check=True))
+    return found
+
+
+def _step(name: str, variant: str, cifar: tuple, photos: tuple) -> Item:
+    config, overrides = STEPS[name]
+    command = [sys.executable, "bench/step.py", f"configs/{config}", *overrides, *VARIANTS[variant],
+               "--seconds", "40", "--blocks", "3", "--steps", "20"]
+    return Item(f"step_{name}_{variant}", command, 120 if "compile" not in variant else 200,
+                cifar if overrides[0] == CIFAR[0] else photos)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=12, help="after which nothing more is started (default 12)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="items whose names begin so")
+    parser.add_argument("--again", action="store_true", help="repeat what is finished")
+    parser.add_argument("--list", action="store_true", help="show the items and stop")
+    parser.add_argument("--dry", action="store_true", help="print the commands and stop")
+    args = parser.parse_args()
+    env = environment("triton")
+    record = Record(ROOT / "bench" / "results" / f"{device_name()}-lease.json", env)
+    chosen = [i for i in items() if not args.only or i.name.startswith(tuple(args.only))]
+    if not chosen:
+        names = " or ".join(args.only)
+        print(f"bench/lease.py: no item begins with {names}; --list shows their names", file=sys.stderr)
+        return 2
+    if args.list or args.dry:
+        for item in chosen:
+            print(f"{record.state(item.name):9} {item.name:28} " + (" ".join(item.command) if args.dry else ""))
+        return 0
+    deadline, failed = time.monotonic() + 60 * args.minutes, []
+    for item in chosen:
+        left = deadline - time.monotonic()
+        missing = [f for f in item.files if not (ROOT / f).exists()]
+        if missing:
+            print(f"{item.name}: needs {missing[0]}: see docs/measure.md", flush=True)
+        elif args.again or record.state(item.name) != "done":
+            if left < 20:
+                print("the time is used up; the next call goes on here", flush=True)
+                break
+            if not run(item, min(item.seconds, left), record):
+                failed.append(item.name)
+    print("\n" + table(ROOT / "bench" / "results" / f"{env['device']}.jsonl", env["commit"]))
+    if failed:
+        print(f"not finished: {', '.join(failed)} (work_dirs/lease/NAME.log)")
+    return bool(failed)
+
+
+class Record:
+    """Which items are finished, at which commit."""
+
+    def __init__(self, path: Path, env: dict):
+        self.path, self.env = path, env
+        self.items = json.loads(path.read_text()) if path.exists() else {}
+
+    def state(self, name: str) -> str:
+        """"done", "failed", or "" for what has not run at this commit."""
+        entry = self.items.get(name)
+        if entry is None or entry["commit"] != self.env["commit"]:
+            return ""
+        return "failed" if entry["rc"] else "done"
+
+    def write(self, name: str, rc: int, seconds: float, last: str) -> None:
+        self.items[name] = {"commit": self.env["commit"], "date": self.env["date"], "rc": rc,
+                            "seconds": round(seconds, 1), "last": last}
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.write_text(json.dumps(self.items, indent=1) + "\n")
+
+
+def run(item: Item, seconds: float, record: Record) -> bool:
+    log = ROOT / "work_dirs" / "lease" / f"{item.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    with log.open("w") as file:
+        try:
+            done = subprocess.run(item.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds)
+            rc = done.returncode
+        except subprocess.TimeoutExpired:
+            rc = 124
+    spent = time.monotonic() - began
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    last = lines[-1][-160:] if lines else ""
+    record.write(item.name, rc, spent, last)
+    print(f"{item.name}: {'done' if rc == 0 else f'exit status {rc}'} in {spent:.0f} s: {last}", flush=True)
+    if rc and item.check:
+        print("\n".join(line for line in lines if re.match(r"(FAILED|ERROR)", line))[:3000], flush=True)
+    return rc == 0
+
+
+def table(results: Path, commit: str) -> str:
+    """The steps measured at `commit`, as Markdown."""
+    lines = results.read_text().splitlines() if results.exists() else []
+    steps = [r for r in map(json.loads, lines) if r["bench"] == "step" and r["commit"] == commit]
+    rows = ["| config | batch | graph | compile | images/s | ms a step | MFU | GiB |", "|---|---|---|---|---|---|---|---|"]
+    for r in steps:
+        real = r["real"]
+        mfu = "" if real["mfu"] is None else f"{100 * real['mfu']:.1f} %"
+        rate = f"{real['images_per_s']['median']:,.0f}"
+        rows.append(f"| {r['config']} | {r['batch']} | {r.get('graph', '')} | {r['compile']} | {rate} | "
+                    f"{real['total_ms_mean']:.2f} | {mfu} | {real['memory_gib']} |")
+    return "\n".join(rows) if steps else "no step has been measured at this commit"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
