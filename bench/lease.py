@@ -162,7 +162,7 @@ def table(results: Path, commit: str) -> str:
     """The steps measured at `commit`, as Markdown."""
     lines = results.read_text().splitlines() if results.exists() else []
     steps = [r for r in map(json.loads, lines) if r["bench"] == "step" and r["commit"] == commit]
-    rows = ["| config | batch | graph | compile | images/s | ms a step | MFU | GiB |", "|---|---|---|---|---|---|---|---|"]
+    rows = ["| config | batch | graph | compile | images/s | ms a step | MFU | GiB |", "|" + "---|" * 8]
     for r in steps:
         real = r["real"]
         mfu = "" if real["mfu"] is None else f"{100 * real['mfu']:.1f} %"

@@ -58,8 +58,13 @@ class Extract:
 
     def loader(self, t, path: str) -> Loader:
         if path not in self._loaders:
-            batch = min(128, t.run.optim.batch) * dist.world()
-            loader = Loader(path, batch, device=t.device, workers=t.run.speed.workers, shuffle=False, drop_last=False)
+            run = t.run
+            batch = dist.world() * min(images_per_pass(run.data.views[0].size), 4 * run.optim.batch // dist.world())
+            if path == run.data.train:  # no second copy of a resident set
+                loader = t.loader.in_file_order(batch)
+            else:
+                loader = Loader(path, batch, device=t.device, workers=run.speed.workers, shuffle=False,
+                                drop_last=False, resident=run.speed.resident)
             if not loader.classes:
                 raise ValueError(f"{path} has no classes: kNN and the probe need labelled data (data.bank, data.test); "
                                  f"{OFF}")  # fmt: skip
@@ -91,6 +96,11 @@ class Extract:
         x, labels = self._features[path]
         numbers = self._numbers[path, train.path] if train else None
         return x, labels if numbers is None else torch.from_numpy(numbers).to(labels.device)[labels]
+
+
+def images_per_pass(size: int) -> int:
+    """How many images of size x size pixels a forward pass without gradients takes: as many pixels as 128 of 224 have."""
+    return max(128, min(2048, 128 * 224**2 // size**2))
 
 
 def _due(t, every: int) -> bool:

@@ -142,11 +142,13 @@ class Loader:
             raise ValueError(f"order of shape {order.shape}: expected {self.samples} rows in 0 to {self.samples - 1}")
         return self._run(epoch, self._plan(epoch, start, order), order is not None)
 
-    def in_file_order(self) -> Loader:
-        """Every sample once, a micro-batch a rank and step, by the same threads and from the same resident set; not
-        while an epoch of this loader is under way."""
+    def in_file_order(self, batch: int | None = None) -> Loader:
+        """Every sample once, by the same threads and from the same resident set; not while an epoch of this loader is
+        under way.  `batch`: global; by default and at most one micro-batch a rank where samples are decoded."""
+        largest = self._canvas_shape[0] * self.world
+        batch = largest if batch is None else batch if self._held is not None else min(batch, largest)
         other = copy.copy(self)
-        other.batch, other.micro, other.shuffle, other.drop_last = self._canvas_shape[0] * self.world, 1, False, False
+        other.batch, other.micro, other.shuffle, other.drop_last = batch, 1, False, False
         other.steps = -(-self.samples // other.batch)
         return other
 

@@ -280,6 +280,15 @@ def test_in_file_order_every_sample_comes_once_from_the_same_source(beton, decod
     assert loaders[0].steps == 6 and len(next(loaders[0].epoch(0)).index) == 2  # what it came from is as it was
 
 
+@pytest.mark.parametrize("resident, passes", [(False, 26), (True, 3)])
+def test_in_file_order_in_batches_of_another_size(beton, resident, passes):
+    """A resident set is picked from in any number; where images are decoded, one micro-batch has room."""
+    loader = open_loader(beton, batch=4, resident=resident).in_file_order(40)
+    batches = list(loader.epoch(0))
+    assert len(batches) == passes
+    assert torch.cat([b.index for b in batches]).tolist() == list(range(103))
+
+
 def test_resident_says_when_the_set_does_not_fit(beton, monkeypatch):
     monkeypatch.setattr(fastssl.loader, "free_memory", lambda device: 500_000)
     with pytest.warns(UserWarning, match=r"resident: .*photos.beton needs 0.00 GiB .*streaming it instead"):
