@@ -99,7 +99,7 @@ class Extract:
 
 
 def images_per_pass(size: int) -> int:
-    """How many images of size x size pixels a forward pass without gradients takes: as many pixels as 128 of 224 have."""
+    """Images of size x size pixels for a forward pass without gradients: as many pixels as 128 images of 224 have."""
     return max(128, min(2048, 128 * 224**2 // size**2))
 
 
