@@ -60,6 +60,14 @@ def test_what_tensor_cores_cut_off_cancels_between_a_sum_and_its_positive(rows, 
     check(cases, cases.Case(rows, "both", 2048, dtype, 0.01, seeds=1), DEVICE)
 
 
+@needs_triton
+def test_many_parts_are_joined_in_several_rounds(monkeypatch):
+    from fastssl.kernels.ntxent import launch
+
+    monkeypatch.setattr(launch, "processors", lambda device: 132)  # 2500 keys in 40 parts, 16 a round
+    check(cases, cases.Case(2, 2500, 256, seeds=1), DEVICE)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", cases.FULL, ids=str)
 def test_kernel_at_every_size(case):

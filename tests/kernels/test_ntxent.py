@@ -40,12 +40,39 @@ def test_labels_of_samples_cover_both_views_and_minus_one_leaves_the_partner():
     assert torch.allclose(ntxent(z, 0.2, labels=-torch.ones(4, dtype=torch.int64)), ntxent(z, 0.2), rtol=1e-12)
 
 
+def test_splits_cover_all_columns_and_fill_the_card_without_a_nearly_empty_round():
+    from fastssl.kernels.ntxent.launch import _n_splits
+
+    for programs, tiles, places in ((2, 1024, 264), (32, 1024, 264), (79, 157, 132), (132, 40, 132), (1, 1, 8)):
+        splits, each = _n_splits(programs, tiles, places)
+        assert (splits - 1) * each < tiles <= splits * each
+    assert _n_splits(32, 1024, 264) == (8, 128)  # 256 programs for 264 places
+    assert _n_splits(79, 156, 132) == (3, 52)  # 237 for 264, not 158, which take as long as 264 would
+    assert _n_splits(264, 100, 264) == (1, 100)
+
+
 def test_zero_rows_have_zero_gradient():
     z = torch.randn(6, 4)
     z[2] = 0
     z.requires_grad_()
     ntxent(z, 0.1).backward()
     assert z.grad.isfinite().all() and not z.grad[2].any() and z.grad[1].any()
+
+
+@needs_triton
+def test_classes_are_equal_where_labels_are():
+    from fastssl.kernels.ntxent.launch import classes_of
+
+    g = torch.Generator().manual_seed(0)
+    # 1 and 2^32 fold to the same 32 bits; and one label alone, many equal ones, all different ones
+    mixed = torch.tensor([1, 1 << 32, 1, 1 << 32, -7, 1 << 62, -7, 0, -(1 << 62), 0] * 30)
+    for labels in (mixed, mixed[:1], mixed[:1].expand(200).contiguous(), torch.randperm(300, generator=g) << 25):
+        padded = -(-len(labels) // 128) * 128
+        classes, count = (x.cpu() for x in classes_of(labels.to(DEVICE), padded))
+        own = classes[: len(labels)].long()
+        equal = labels[:, None] == labels
+        assert torch.equal(own[:, None] == own, equal) and torch.equal(count[own], equal.sum(1).int())
+        assert (own >= 0).all() and (classes[len(labels) :] == -1).all()
 
 
 @needs_triton
