@@ -226,7 +226,9 @@ class Pretended:
                 value.copy_(kept[f"{name} {key}"])
 
     def replay(self):
-        made = self.t.graphed._captured
+        made, groups = self.t.graphed._captured, self.t.ds.optimizer.param_groups
+        for group in groups:
+            group["lr"] = float("nan")  # of the host
         out, scalars = self.t.graphed.function(made.batch, lambda name: contextlib.nullcontext())
         for name, value in out.items():
             made.out[name].copy_(value)
