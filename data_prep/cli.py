@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--split", help="sub-folder of PATH, or split of the dataset, to convert")
     add("--root", help="list: folder that the paths are relative to (default: that of the list)")
-    add("--labels", choices=("auto", "none"), default="auto", help="none: ignore the class folders")
+    add("--labels", choices=("auto", "none"), default="auto", help="none: ignore the class folders (default auto)")
     add("--short-side", type=_positive, metavar="S", help="shrink images whose short side is longer to S pixels")
     add("--upscale", action="store_true", help="with --short-side: enlarge the smaller ones too")
     add("--max-pixels", type=_positive, metavar="N", help="shrink images of more than N pixels (height x width)")

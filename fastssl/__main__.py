@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+import textwrap
+
+from fastssl.eval import PROTOCOLS
 
 COMMANDS = {
     "train": ("fastssl.train", "pretrain a backbone in one process (several: deepspeed --num_gpus N fastssl/train.py)"),
     "convert": ("fastssl.data_prep", "make a .beton of a dataset, or check one"),
-    "eval": ("fastssl.eval", "evaluate a run or weights: knn, linear"),
+    "eval": ("fastssl.eval", f"evaluate a run or weights: {', '.join(PROTOCOLS)}"),
     "export": ("fastssl.export", "write a backbone for torchvision, timm, detectron2, Hugging Face"),
     "publish": ("fastssl.tools:publish_main", "write weights without the optimizer, their hash in the name"),
     "params": ("fastssl.tools:params_main", "count parameters and FLOPs of a config or a backbone"),
@@ -26,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: fastssl COMMAND ...  (fastssl COMMAND --help)\n")
         for name, (_, what) in COMMANDS.items():
-            print(f"  {name:<12}{what}")
+            print(textwrap.fill(what, 100, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14))
         return 0
     if argv[0] not in COMMANDS:
         near = difflib.get_close_matches(argv[0], COMMANDS, 1)

@@ -25,9 +25,16 @@ TIMEOUT = timedelta(hours=2)
 def init(device: str | None = None) -> torch.device:
     """Join the process group that the launcher described (deepspeed, torchrun; none: one rank) and pick the device.
 
-    `device`: "cpu" or "cuda"; None takes CUDA when there is one.  NCCL on CUDA, gloo on CPU.
+    `device`: "cpu" or "cuda"; None takes CUDA when there is one.  NCCL on CUDA, gloo on CPU.  ValueError for "cuda"
+    without a GPU.
     """
+    if device is not None and device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r}: cpu or cuda")
     cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    if cuda and not torch.cuda.is_available():
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        raise ValueError(f"device={device}: torch {torch.__version__} (built {built}) finds no GPU on this machine; "
+                         "use cpu, or run `fastssl doctor`")  # fmt: skip
     local = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
         torch.cuda.set_device(local)

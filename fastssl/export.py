@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fastssl import backbones, config, positions, weights
 from fastssl.config import STEMS, Backbone
+from fastssl.parsing import Parser
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, where no run says what it trained with
 
@@ -336,10 +337,11 @@ def complete(path: Path):
 
 def add_backbone_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", metavar="NAME", help="for weights that do not say what they are")
-    parser.add_argument("--stem", choices=tuple(STEMS))
-    parser.add_argument("--norm", choices=("bn", "gn", "frozen"))
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--in-channels", type=int, dest="in_channels")
+    plain = Backbone("resnet50")
+    parser.add_argument("--stem", choices=tuple(STEMS), help=f"of a ResNet; default: {plain.stem}")
+    parser.add_argument("--norm", choices=("bn", "gn", "frozen"), help=f"of a ResNet; default: {plain.norm}")
+    parser.add_argument("--width", type=int, help=f"channels of a ResNet's first stage; default: {plain.width}")
+    parser.add_argument("--in-channels", type=int, dest="in_channels", help=f"default: {plain.in_channels}")
     parser.add_argument("--sobel", action="store_true", default=None,
                         help="the network sees gradients (DeepCluster); default: if the weights' first convolution has "
                         "two channels")
@@ -370,7 +372,7 @@ def spec_from(args: argparse.Namespace, target: str | None) -> Backbone | None:
 
 def main(argv: list[str] | None = None) -> int:
     """`fastssl export RUN_OR_WEIGHTS --to TARGET`"""
-    parser = argparse.ArgumentParser("fastssl export", description="Write a backbone for other tools.")
+    parser = Parser("fastssl export", description="Write a backbone for other tools.")
     parser.add_argument("run", metavar="RUN_OR_WEIGHTS", help="run or checkpoint folder, .safetensors, .pt or .pth")
     parser.add_argument("--to", choices=tuple(WRITERS), help="default: torchvision for a ResNet, timm for any other")
     parser.add_argument("--out", help="default: backbone.pth, backbone.safetensors, ... in the run's folder")

@@ -6,7 +6,6 @@ the trained one.  With all labels raw digits are already easy; few labels show w
 
 from __future__ import annotations
 
-import argparse
 import os
 import socket
 import subprocess
@@ -20,12 +19,13 @@ from torch import Tensor, nn
 from fastssl import backbones, config, data_prep, dist, pictures, train, weights
 from fastssl.eval import features, knn, linear
 from fastssl.loader import Loader
+from fastssl.parsing import Parser
 
 DRAWS = 20  # of few labelled images; their accuracies are averaged
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("fastssl quickstart", description=__doc__.splitlines()[0])
+    parser = Parser("fastssl quickstart", description=__doc__.splitlines()[0])
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="as for fastssl train")
     args = parser.parse_args(argv)
     began = time.time()

@@ -5,7 +5,6 @@ Each function does the work, each command below it reads arguments and prints.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastssl import backbones, config, export, weights
 from fastssl.config import STEMS, Backbone
+from fastssl.parsing import Parser
 
 # What resumes a training and is no weight, by the first name of its keys; other optimizer states have numbers for keys.
 TRAINING = {"optimizer", "optimizers", "optimizer_states", "optimizer_state_dict", "scaler", "amp", "lr_scheduler",
@@ -75,7 +75,7 @@ def _sha256(path: Path) -> str:
 
 def publish_main(argv: list[str] | None = None) -> int:
     about = "Write a run's weights, without the optimizer, to a file that has the beginning of its SHA-256 in its name."
-    parser = argparse.ArgumentParser("fastssl publish", description=about)
+    parser = Parser("fastssl publish", description=about)
     parser.add_argument("source", metavar="RUN_OR_FILE", help="run or checkpoint folder, .safetensors, .pt or .pth")
     parser.add_argument("--out", metavar="FOLDER", help="default: where the source is")
     parser.add_argument("--name", help="default: the run's or the file's")
@@ -150,7 +150,7 @@ def _size(backbone: nn.Module) -> int:
 
 
 def params_main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("fastssl params", description="Count the parameters of a network and its FLOPs.")
+    parser = Parser("fastssl params", description="Count the parameters of a network and its FLOPs.")
     parser.add_argument("target", metavar="CONFIG|BACKBONE", help="a config file, or a name such as resnet50")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the config")
     parser.add_argument("--size", type=int, help="side of the images; default: the config's views, or the network's")
@@ -219,7 +219,7 @@ def upgrade(old: str | Path, new: str | Path, spec: Backbone | None = None) -> s
 
 
 def upgrade_main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("fastssl upgrade", description="Write an old flat state dict in today's form.")
+    parser = Parser("fastssl upgrade", description="Write an old flat state dict in today's form.")
     parser.add_argument("old")
     parser.add_argument("new", help=".safetensors, or .pth for {'state_dict': ...}")
     export.add_backbone_options(parser)

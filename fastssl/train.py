@@ -16,10 +16,11 @@ import argparse
 import os
 
 from fastssl import config, dist
+from fastssl.parsing import Parser
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("fastssl train", description="Pretrain a backbone without labels.")
+    p = Parser("fastssl train", description="Pretrain a backbone without labels.")
     p.add_argument("config", nargs="?", help="a config file (default: configs/quickstart.py)")
     p.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the file")
     p.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint of the run")

@@ -301,7 +301,7 @@ def test_shares_of_the_step_add_up(data, tmp_path):
     x, shares = runs.split(run, bins=20)
     np.testing.assert_allclose(shares.sum(1), 100)
     assert len(x) == 20 and x[0] == 1.5
-    np.testing.assert_allclose(shares[0], np.array([2, 4, 60, 120, 10, 104]) / 3)  # of steps of 200 and 100 ms
+    np.testing.assert_allclose(shares[0], np.array([2, 4, 60, 120, 10, 104, 0]) / 3)  # steps of 200 and 100 ms
     assert run.steps_per_epoch == PER_EPOCH and run.total_steps == 60
 
 

@@ -17,9 +17,9 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from fastssl import dist, export
-from fastssl.eval import subject as subjects
+from fastssl.parsing import Parser
 
+# torch and timm (4 s) are imported where they are used: `fastssl eval --help` and the report's tables need neither.
 PROTOCOLS = {  # name: what it measures
     "knn": "weighted k nearest neighbours on frozen features",
     "linear": "a linear classifier on frozen features: our probe, MoCo's, OpenSelfSup's five layers, Places205, LARS",
@@ -59,12 +59,10 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(PROTOCOLS)}"
         print(f"fastssl eval: unknown protocol {argv[0]!r}; {hint}", file=sys.stderr)
         return 2
+    from fastssl import dist
+
     protocol = importlib.import_module(f"fastssl.eval.{argv[0]}")
-    parser = argparse.ArgumentParser(f"fastssl eval {argv[0]}", description=protocol.__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    subjects.add_options(parser, getattr(protocol, "WITHOUT", ()))
-    protocol.add_options(parser)
-    args = parser.parse_args(argv[1:])
+    args = parser(argv[0], protocol).parse_args(argv[1:])
     try:
         args.device = dist.init(args.device)
         result = run(protocol, args)
@@ -72,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             print(table([result]))
             if args.out:
                 _write(args.out, result)
+                print(f"saved as {args.out}")
         dist.barrier()
     except (ValueError, OSError) as error:
         print(f"fastssl eval: {error}", file=sys.stderr)
@@ -81,13 +80,42 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def parser(name: str, protocol) -> Parser:
+    from fastssl.eval import subject as subjects
+
+    made = Parser(f"fastssl eval {name}", protocol.__doc__)
+    subjects.add_options(made, getattr(protocol, "WITHOUT", ()))
+    protocol.add_options(made)
+    return made
+
+
 def run(protocol, args: argparse.Namespace) -> dict:
-    """The protocol's result, with what it was computed from."""
+    """The protocol's result, with what it was computed from; `args.out` becomes where it is to be written."""
+    from fastssl import dist
+    from fastssl.eval import subject as subjects
+
     subject = subjects.load(args, protocol.NEEDS, getattr(protocol, "LABELLED", "all"))
+    args.out = args.out or default_out(subject, protocol.__name__.rpartition(".")[2], args)
     if dist.is_main():
         print(f"evaluating {subject.weights}", flush=True)
     result = protocol.run(subject, args)
     return {**result, "of": subject.describe(), "fastssl": version("fastssl")}
+
+
+def default_out(subject, name: str, args: argparse.Namespace) -> str | None:
+    """eval/PROTOCOL.json in the run's folder, what is not the default in its name; None for bare weights.  A later
+    evaluation of the same kind takes the place of the former one."""
+    folder = subject.run_folder()
+    if folder is None:
+        return None
+    recipe = getattr(args, "recipe", None)
+    target, data = Path(args.target), subject.run["data"]
+    parts = [name, recipe if recipe != "probe" else None, "low_shot" if getattr(args, "low_shot", False) else None,
+             args.features if args.features != "weights" else None, args.which,
+             target.name if target.resolve() != folder.resolve() else None]  # fmt: skip
+    parts += [Path(given).stem for given, own in ((args.train, data.get("bank") or data.get("train")),
+                                                  (args.test, data.get("test"))) if given and given != own]  # fmt: skip
+    return str(folder / "eval" / ("-".join(filter(None, parts)) + ".json"))
 
 
 def table(results: list[dict]) -> str:
@@ -106,6 +134,8 @@ def table(results: list[dict]) -> str:
 
 
 def _write(path: str, result: dict) -> None:
+    from fastssl import export
+
     with export.complete(Path(path)) as temporary:
         temporary.write_text(json.dumps(_plain(result), indent=1) + "\n")
 

@@ -35,9 +35,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--head-mult", type=numbers(float), help="the head's rates over those; default: 1,10,100 (Sobel: 1)")
     add("--held-out", type=float, default=0.2, help="share of the labelled images that chooses the clean cell; 0: none")
     add("--train-batch", type=int, default=256, help="of all ranks together")
-    add("--epochs", type=int, default=20)
+    add("--epochs", type=int, default=20, help="of each training")
     add("--milestones", type=numbers(float), default=(12.0, 16.0), help="epochs where the rates fall by --gamma")
-    add("--gamma", type=float, default=0.2)
+    add("--gamma", type=float, default=0.2, help="see --milestones")
     add("--weight-decay", type=float, help="default: 5e-4 for 1 %%, 1e-4 for 10 %%")
     tuning.add_options(parser)
 

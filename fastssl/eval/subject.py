@@ -66,8 +66,14 @@ class Subject:
         if self.args.no_cache or self.args.features == "pixels" or not self.args.target:
             return None
         target = Path(self.args.target)
-        run = next((p for p in (target, *target.parents[:2]) if (p / "config.json").is_file()), None)
-        return (run if run and target.is_dir() else target if target.is_dir() else target.parent) / "features"
+        return (self.run_folder() or (target if target.is_dir() else target.parent)) / "features"
+
+    def run_folder(self) -> Path | None:
+        """The folder of the run that is evaluated, also of one of its checkpoints; None for a weight file."""
+        target = Path(self.args.target or ".")
+        if self.args.target is None or not target.is_dir():
+            return None
+        return next((p for p in (target, *target.parents[:2]) if (p / "config.json").is_file()), None)
 
     def describe(self) -> dict:
         return {"backbone": dataclasses.asdict(self.spec), "features": self.args.features, "weights": self.weights,
@@ -155,7 +161,8 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
     add("--cache", metavar="DIR", help="where features are kept, for this and the next evaluation; default: "
         "features/ in the run's folder or beside the weight file")
     add("--no-cache", action="store_true", help="compute the features anew and keep none")
-    add("--out", help="write the result as JSON")
+    add("--out", help="write the result as JSON; default: eval/PROTOCOL.json in the run's folder, where the report "
+        "looks for it; of bare weights nothing is written")
     add("--which", choices=("student", "teacher"),
         help="the trained network or its moving average; default: what the method evaluates")
     add("--prefix", help="where in the file the backbone lies, e.g. teacher.backbone.; default: found")
@@ -163,12 +170,12 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
     add("--size", type=int, help="side of the centre crop")
     add("--resize", type=int, help="short side before the crop, 0: none; default: by the images' sizes")
     add("--mean", type=numbers(float), help="R,G,B; default: the run's, else ImageNet's")
-    add("--std", type=numbers(float))
+    add("--std", type=numbers(float), help="likewise")
     add("--batch", type=int, default=256, help="images per rank and pass")
-    add("--workers", type=int, help="decoding threads per rank")
-    add("--precision", choices=tuple(DTYPES), default="fp32")
+    add("--workers", type=int, help="decoding threads per rank; default: the cores of the machine, shared by its ranks")
+    add("--precision", choices=tuple(DTYPES), default="fp32", help="of the network")
     add("--device", help="cpu or cuda; default: cuda when there is one")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of all that is drawn")
 
 
 def numbers(kind):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import pkgutil
 import re
@@ -11,6 +10,8 @@ import textwrap
 from pathlib import Path
 
 from torch import nn
+
+from fastssl.parsing import Parser
 
 FAMILIES = {
     "pretext task": "relative_loc rotation",
@@ -60,7 +61,7 @@ def describe(name: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """List every method by its family with what it is."""
-    argparse.ArgumentParser("fastssl methods", description="List the methods.").parse_args(argv)
+    Parser("fastssl methods", description="List the methods.").parse_args(argv)
     for family, members in FAMILIES.items():
         print(f"{family}\n")
         for name in members.split():

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fastssl import dist, export
+from fastssl.parsing import Parser
 from fastssl.report import runs as reading
 from fastssl.report import tables
 from fastssl.report.charts import Line, label, legend, line_chart, share_chart
@@ -43,10 +44,9 @@ HINTS = {"knn_top1": "log.knn_epochs=10 log it", "probe_top1": "log.probe=True l
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("fastssl report", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("fastssl report", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, below work_dirs/")
-    parser.add_argument("--out", default="report.html", metavar="FILE", help="default: report.html")
+    parser.add_argument("--out", default="report.html", metavar="FILE", help="the page")
     parser.add_argument("--eval", nargs="+", default=[], metavar="FILE",
                         help="results of fastssl eval --out that lie elsewhere")
     parser.add_argument("--train", help=".beton for the views; default: each run's")
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--points", type=int, default=1000,
                         help="images of the map and among which neighbours are looked for; 0: no pictures at all")
     parser.add_argument("--batch", type=int, default=64, help="images per pass")
-    parser.add_argument("--workers", type=int, help="decoding threads")
+    parser.add_argument("--workers", type=int, help="decoding threads; default: one for each core")
     parser.add_argument("--device", help="cpu or cuda; default: cuda when there is one")
     args = parser.parse_args(argv)
     try:

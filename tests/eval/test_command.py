@@ -11,6 +11,7 @@ import torch
 from conftest import photo, write_beton
 
 import fastssl.eval
+import fastssl.report
 from fastssl import backbones, checkpoint, config, export, views, weights
 from fastssl.config import Backbone, Data, Run
 from fastssl.eval import cache, features
@@ -83,6 +84,26 @@ def test_the_default_k_fits_a_small_bank(run_folder, files, tmp_path, capsys):
     assert call("knn", run_folder, "--k", "5,61") == 2
     out, err = capsys.readouterr()
     assert "--k 61: must be between 1 and 60, the images of" in err and "features of" not in out
+
+
+def test_results_of_a_run_are_saved_in_its_folder(run_folder, files, tmp_path, capsys):
+    """So that the report finds them; what is not the default is in the name, and bare weights leave nothing."""
+    run = tmp_path / "run"
+    shutil.copytree(run_folder, run, ignore=shutil.ignore_patterns("eval", "features"))
+    other = tmp_path / "other.beton"
+    shutil.copy(files[1], other), shutil.copy(files[1].replace(".beton", ".json"), other.with_suffix(".json"))
+    for argv in ([run], [run, "--features", "pixels"], [run, "--test", other], [checkpoint.newest(run)],
+                 [run, "--out", tmp_path / "mine.json"]):  # fmt: skip
+        assert call("knn", *argv, "--k", 3) == 0, capsys.readouterr().err
+    assert call("linear", run, "--recipe", "moco", "--epochs", 1, "--probe-batch", 20) == 0
+    saved = {p.name for p in (run / "eval").iterdir()}
+    assert saved == {"knn.json", "knn-pixels.json", "knn-other.json", "knn-step_00000005.json", "linear-moco.json"}
+    assert (tmp_path / "mine.json").exists()
+    assert f"saved as {run / 'eval' / 'knn-pixels.json'}" in capsys.readouterr().out
+    data = ["--train", files[0], "--test", files[1], "--size", 16, "--k", 3, "--features", "pixels"]
+    assert call("knn", *data) == 0 and "saved" not in capsys.readouterr().out
+    assert fastssl.report.main([str(run), "--points", "0", "--out", str(tmp_path / "r.html")]) == 0
+    assert "knn-pixels.json" in (tmp_path / "r.html").read_text()
 
 
 def test_every_way_to_name_the_same_weights(run_folder, files, tmp_path, capsys):
