@@ -5,6 +5,8 @@ docs/extending.md describes them.  The checks read attributes and shapes alone: 
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,6 +33,25 @@ def check_method(method: Any, config: Any) -> None:
     if missing:
         raise ValueError(f"the method {kind} lacks {'; '.join(f'{name} ({what[name]})' for name in missing)}; "
                          "see docs/extending.md")
+    _check_call(f"{kind}.forward", method.forward, ("views", "batch"))
+    _check_call(f"{kind}.loss", method.loss, ("out", "batch"))
+    _check_call(f"{kind}.after_step", method.after_step, ("out", "batch", "progress"))
+
+
+def _check_call(owner: str, function: Callable, arguments: tuple[str, ...], **options: Any) -> None:
+    """ValueError where the function does not take so many arguments, and `options` by their names."""
+    try:
+        inspect.signature(function).bind(*arguments, **options)
+    except TypeError as error:
+        wanted = ", ".join([*arguments, *(f"{name}=..." for name in options)])
+        raise ValueError(f"{owner} is called as {function.__name__}({wanted}) and is written as "
+                         f"{function.__name__}{inspect.signature(function)}: {error}") from None
+
+
+def check_config(config: Any) -> None:
+    """ValueError where build does not take what the engine gives; `**_` takes what it does not need."""
+    _check_call(f"{type(config).__name__}.build", config.build, ("backbone",), samples=0, classes=None, batch=1,
+                kernels="auto")
 
 
 def check_output(method: nn.Module, out: Any, rows: int) -> dict[str, Tensor]:
@@ -78,6 +99,8 @@ def check_hook(hook: Any) -> Any:
     if missing:
         raise ValueError(f"the hook {kind} has no {' and no '.join(missing)}: derive it from fastssl.hooks.Hook, whose "
                          "methods do nothing, and write those that it needs")
+    for name, arguments in zip(HOOK, (("t",), ("t", "out", "batch"), ("t",))):
+        _check_call(f"{kind}.{name}", getattr(hook, name), arguments)
     own = [name for name in vars(type(hook)) if name not in HOOK and name[0] != "_"]
     for name in own:
         near = settings.hint(name, HOOK)

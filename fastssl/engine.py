@@ -344,6 +344,7 @@ def merge(batches: list[Batch]) -> Batch:
 def build(run: Run, hooks: list = (), device: str | None = None) -> Trainer:
     """Everything that a run needs, checked before any step is made."""
     config.validate(run)
+    contract.check_config(run.method)
     hooks = [contract.check_hook(hook) for hook in (*hooks, *run.hooks)]
     backbones.check_sizes(run.backbone, [v.size for v in (*run.data.views, run.data.eval_view) if v is not None])
     where = dist.init(device)
@@ -402,7 +403,8 @@ def not_captured(t: Trainer) -> str | None:
         return "it needs a CUDA device"
     if run.speed.kernels == "reference":
         return "speed.kernels=reference reads numbers from the device"
-    return getattr(t.method, "not_static", None)
+    waits = [type(op).__name__ for view in run.data.views for op in view.extra if getattr(op, "waits", False)]
+    return f"{waits[0]} of a view's extra waits for the device" if waits else getattr(t.method, "not_static", None)
 
 
 def build_method(run: Run, loader: Loader) -> nn.Module:

@@ -1,13 +1,14 @@
 """A method or a hook that lacks something is told so in one sentence, before training or at its first step."""
 
 import dataclasses
+import importlib
 import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from fastssl import backbones, config, contract, engine, hooks, loader, views
+from fastssl import backbones, config, contract, engine, hooks, loader, methods, views
 from fastssl.config import Backbone, Data, Log, Optim, Run
 from fastssl.methods import simclr
 
@@ -93,6 +94,31 @@ def test_wrong_outputs_and_losses_are_named(options, message):
     with pytest.raises(ValueError) as error:
         step(made(**options))
     assert message in str(error.value)
+
+
+def test_functions_that_take_other_arguments_are_named(beton):
+    class Fewer(Small):
+        def loss(self, out):
+            return {}
+
+    with pytest.raises(ValueError, match=r"Fewer.loss is called as loss\(out, batch\) and is written as loss\(out\)"):
+        contract.check_method(Fewer(nn.Identity()), made())
+
+    @dataclasses.dataclass
+    class Narrow:
+        def build(self, backbone): ...
+
+    with pytest.raises(ValueError, match=r"Narrow.build is called as build\(backbone, samples=..., classes=..."):
+        engine.build(run(Narrow(), "no.beton"), device="cpu")
+
+    class Late(hooks.Hook):
+        def after_step(self, t): ...
+
+    with pytest.raises(ValueError, match=r"Late.after_step is called as after_step\(t, out, batch\) and is written"):
+        contract.check_hook(Late())
+    for name in methods.names():
+        config = importlib.import_module(f"fastssl.methods.{name}").Config()
+        contract.check_config(config)
 
 
 def test_a_hook_needs_three_methods_or_the_base_class():

@@ -9,7 +9,8 @@ neither batch nor rank.  Letters: n samples, S side.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ class Random:
 
 
 class Operation(Protocol):
-    """An entry of View.extra; frozen dataclasses, so that config.json says what a run did."""
+    """An entry of View.extra; frozen dataclasses, so that config.json says what a run did.  One that makes the host
+    wait for the device has `waits = True`: a step with it cannot be captured in a CUDA graph."""
 
     def apply(self, x: Tensor, random: Random, view: Any) -> Tensor: ...  # float32 (n, 3, S, S) -> the same shape
 
@@ -52,6 +54,12 @@ class Operation(Protocol):
 def require(ok: bool, operation: Any, field: str, what: str) -> None:
     if not ok:
         raise ValueError(f"{type(operation).__name__}({field}={getattr(operation, field)!r}): {what}")
+
+
+@lru_cache(maxsize=64)
+def constant(values: tuple, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor of these numbers, copied to the device once: a copy in every step would wait for it."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,9 @@ class Lighting:
         u = random.uniform(4)  # Box-Muller
         radius, angle = (-2 * torch.log1p(-u[:, :2])).sqrt(), 2 * math.pi * u[:, 2:]
         normal = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :3]
-        scaled = self.std * normal * normal.new_tensor(self.values)
-        shift = sum(scaled[:, i, None] * scaled.new_tensor([row[i] for row in self.vectors]) for i in range(3))
+        scaled = self.std * normal * constant(self.values, x.device, normal.dtype)
+        vectors = constant(self.vectors, x.device, normal.dtype)
+        shift = sum(scaled[:, i, None] * vectors[:, i] for i in range(3))
         return x + shift.float()[..., None, None]
 
 
@@ -109,7 +118,7 @@ class Erase:
         top, left, h, w = self.box(random, x.shape[-1])[..., None].unbind(1)
         i = torch.arange(x.shape[-1], device=x.device)
         rows, columns = (i >= top) & (i < top + h), (i >= left) & (i < left + w)
-        fill = x.new_tensor(view.mean if self.fill is None else self.fill).view(3, 1, 1)
+        fill = constant(view.mean if self.fill is None else self.fill, x.device).view(3, 1, 1)
         return torch.where((rows[:, :, None] & columns[:, None])[:, None], fill, x)
 
 
@@ -127,6 +136,7 @@ class Transform:
     fn: Callable[[Tensor], Tensor]
     p: float = 1.0
     per_sample: bool = True
+    waits: ClassVar[bool] = True
 
     def __post_init__(self):
         require(0 <= self.p <= 1, self, "p", "is a probability, in [0, 1]")
@@ -194,7 +204,7 @@ def finish(x: Tensor, view: Any, stream: int, index: Tensor, seed: int, epoch: i
     """The view's operations on crops (n, 3, S, S) in [0, 1], then its turns and normalisation; channels_last."""
     for place, op in enumerate(view.extra):
         x = op.apply(x, Random(index, seed, epoch, stream, place), view)
-    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (view.mean, view.std))
+    mean, std = (constant(v, x.device).view(3, 1, 1) for v in (view.mean, view.std))
     x = ((x - mean) / std).rot90(view.quarter_turns, (2, 3))
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
 

@@ -7,7 +7,7 @@ outside); samples that drew the same operation are worked on together.  Letters:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ class RandAugment:
 
     ops: int = 2
     magnitude: float = 9
+    waits: ClassVar[bool] = True
 
     def __post_init__(self):
         require(isinstance(self.ops, int) and 1 <= self.ops <= 16, self, "ops", "is a number from 1 to 16")
