@@ -2,19 +2,22 @@
 
 Nine trainings, the backbone's rate x the head's multiple of it; the published figure is the best of the nine ON THE
 TEST SET ("selected_on=test").  Beside it stands the cell that a held-out part of the labelled images chooses; for that
-the nine are trained once more on the rest of the labelled images.
+the nine are trained once more on the rest of the labelled images.  A call that was stopped goes on with the trainings
+that it had not finished.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 
 from fastssl import dist
 from fastssl.config import Optim
-from fastssl.eval import tuning
+from fastssl.eval import cache, tuning
+from fastssl.eval.kept import Kept
 from fastssl.eval.subject import Subject, numbers
 from fastssl.loader import Loader, permutation
 
@@ -57,14 +60,28 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
                  schedule="step", milestones=args.milestones, gamma=args.gamma, precision=args.precision)  # fmt: skip
     view = tuning.training_view(subject.view)
     held_loader = subject.loader(subject.train)
+    kept = Kept(args.out, {
+        "weights": cache.hash_weights(subject.backbone), "data": [cache.hash_data(loader), cache.hash_data(test)],
+        "backbone": dataclasses.asdict(subject.spec), "view": dataclasses.asdict(subject.view), "seed": args.seed,
+        "optim": dataclasses.asdict(base), "rows": rows.tolist(), "held_out": chosen_on.tolist(), "classes": classes})
+    total = len(rates) * len(mults) * (2 if len(chosen_on) else 1)
+    if kept.done:
+        say(f"{len(kept.done)} of {total} trainings are read from {kept.path}")
 
     def accuracy(lr: float, mult: float, fit: np.ndarray, on: Loader, rows: np.ndarray | None = None) -> dict:
-        optim = tuning.with_head_rate(base, lr, mult)
-        try:
-            model = tuning.train(subject.backbone, loader, view, optim, classes=classes, rows=fit, seed=args.seed)
-        except tuning.Diverged:
-            return {"top1": 0.0, "diverged": True}
-        return tuning.accuracy(model, on, subject.view, classes=classes, rows=rows, precision=args.precision)
+        name = f"lr={lr:g} head_mult={mult:g} for {'the test' if rows is None else 'the choice'}"
+        place = f"training {len(kept.done) + 1} of {total}"
+
+        def work() -> dict:
+            try:
+                model = tuning.train(subject.backbone, loader, view, tuning.with_head_rate(base, lr, mult),
+                                     classes=classes, rows=fit, seed=args.seed,
+                                     log=lambda text: say(f"{place}, {name}, {text}"))  # fmt: skip
+            except tuning.Diverged:
+                return {"top1": 0.0, "diverged": True}
+            return tuning.accuracy(model, on, subject.view, classes=classes, rows=rows, precision=args.precision)
+
+        return kept(name, work)
 
     cells = []
     for lr, mult in ((lr, mult) for lr in rates for mult in mults):
@@ -72,13 +89,18 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
         if len(chosen_on):
             cell["held_out_top1"] = accuracy(lr, mult, fitted_on, held_loader, chosen_on)["top1"]
         cells.append(cell)
-        if dist.is_main():
-            print(" ".join(f"{key}={value:g}" for key, value in cell.items()), flush=True)
+        say(" ".join(f"{key}={value:g}" for key, value in cell.items()))
+    kept.remove()
     options = {"percent": percent, "labelled": len(rows), "subset": args.subset or "drawn", "epochs": args.epochs,
                "batch": args.train_batch, "milestones": list(args.milestones), "gamma": args.gamma,
                "weight_decay": decay, "held_out": len(chosen_on), "seed": args.seed, "train": loader.samples,
                "test": test.samples, "classes": classes}  # fmt: skip
     return {"protocol": "semisup", "options": options, "results": results(cells), "selection": cells}
+
+
+def say(text: str) -> None:
+    if dist.is_main():
+        print(text, flush=True)
 
 
 def results(cells: list[dict]) -> list[dict]:

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from functools import partial
 
 import numpy as np
-import torch
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
-from fastssl import dist
 from fastssl.eval.cache import on_main
+from fastssl.eval.kept import shared
 from fastssl.eval.subject import Subject, numbers
 from fastssl.eval.svm_cuda import Cuda
 from fastssl.eval.svm_fits import Fast, Sklearn, average_precision
@@ -60,7 +58,7 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
     *test, test_labels = subject.features(subject.test, args.layers)
     done: list[dict] = []
     on_main(lambda: done.append(_layers(dict(zip(args.layers, zip(train, test))), labels, test_labels, args)))
-    result = _shared(done[0] if done else None)
+    result = shared(done[0] if done else None)
     result["options"] |= {"crop": args.crop, "layers": list(args.layers)}
     return result
 
@@ -78,16 +76,6 @@ def _layers(features: dict[str, tuple[Tensor, Tensor]], labels: Tensor, test_lab
             rows.append({"selected_on": chosen, **max(rows[: len(results)], key=lambda row: row[key])})
     return {**next(iter(results.values())), "results": rows,
             "classes": {name: result["classes"] for name, result in results.items()}}  # fmt: skip
-
-
-def _shared(result: dict | None) -> dict:
-    """The first rank's, on all."""
-    text = json.dumps(result).encode()
-    size = int(dist.broadcast_(torch.tensor([len(text)], device=dist.device())))
-    out = torch.zeros(size, dtype=torch.uint8, device=dist.device())
-    if result is not None:
-        out.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    return json.loads(bytes(dist.broadcast_(out).tolist()))
 
 
 # ---- the two protocols -----------------------------------------------------------------------------------------------

@@ -299,6 +299,37 @@ def call(files, protocol, *argv):
         return stop.code
 
 
+def test_semisup_says_how_far_it_is_and_goes_on_after_a_stop(files, tmp_path, capsys, monkeypatch):
+    """Stopped in its third training of four, it trains two more; another seed trains all again."""
+    out, done = tmp_path / "a.json", []
+    argv = ["--percent", 50, "--weight-decay", 1e-4, "--train-batch", 24, "--epochs", 1, "--lr", "0.01,0.1",
+            "--head-mult", 1, "--out", out]  # fmt: skip
+    train = tuning.train
+
+    def counted(*given, **options):
+        done.append(1)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return train(*given, **options)
+
+    assert call(files, "semisup", *argv[:-2], "--out", tmp_path / "whole.json") == 0, capsys.readouterr().err
+    monkeypatch.setattr(tuning, "train", counted)
+    with pytest.raises(KeyboardInterrupt):
+        call(files, "semisup", *argv)
+    printed = capsys.readouterr().out
+    assert "training 2 of 4, lr=0.01 head_mult=1 for the choice, epoch 1/1: loss" in printed
+    assert not out.exists() and (tmp_path / "a.part.jsonl").exists()
+    with open(tmp_path / "a.part.jsonl", "a") as f:
+        f.write('{"name": "lr=0.1 head_')  # a kill in mid-line
+    assert call(files, "semisup", *argv) == 0
+    assert len(done) == 5 and f"2 of 4 trainings are read from {tmp_path / 'a.part.jsonl'}" in capsys.readouterr().out
+    results = [json.loads((tmp_path / name).read_text())["selection"] for name in ("a.json", "whole.json")]
+    assert results[0] == results[1] and not list(tmp_path.glob("*.jsonl"))
+    (tmp_path / "a.part.jsonl").write_text('{"key": "another"}\n')
+    assert call(files, "semisup", *argv) == 0 and len(done) == 9
+    assert "is of other settings, data or weights: starting over" in capsys.readouterr().out
+
+
 def test_semisup_learns_from_a_quarter_of_the_labels(files, tmp_path, capsys):
     """A frozen backbone (rate 1e-9) with the same head learns less: the stripes' direction must be learned."""
     out = tmp_path / "a.json"

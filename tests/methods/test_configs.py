@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,16 @@ from fastssl.loader import Batch
 ROOT = Path(__file__).parents[2]
 FILES = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.name != "__init__.py")
 SMOKE = [p for p in FILES if p.parent.name == "smoke"]
+
+
+def test_smoke_configs_have_the_figures_of_the_results():
+    """docs/results.md is what was measured."""
+    rows = re.findall(r"^\| (\w+)(?: \(the teacher\))? \|.*\| ([\d.]+) \| \*\*([\d.]+)\*\* \|",
+                      (ROOT / "docs" / "results.md").read_text(), re.M)  # fmt: skip
+    assert {name for name, *_ in rows} == set(methods.names())
+    for name, untrained, trained in rows:
+        said = f"kNN (k=20) {trained} %, the untrained network {untrained} %"
+        assert said in (ROOT / "configs" / "smoke" / f"{name}.py").read_text(), f"{name}: {said}"
 
 
 def name(path):
