@@ -239,6 +239,12 @@ def validate(run: Run) -> None:
         value = getattr(run.optim, name)
         if not 0 <= value <= 1:
             raise ValueError(f"optim.{name}={value!r} is a part of lr: at least 0, at most 1")
+    for section in ("backbone", "optim", "speed", "log"):
+        for name, value in vars(getattr(run, section)).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                low = -1 if name == "keep" else 0
+                if isinstance(number, int | float) and not low <= number < math.inf:
+                    raise ValueError(f"{section}.{name}={value!r} must be at least {low} and finite")
     for f in dataclasses.fields(Optim):
         key, readers = _READ_BY.get(f.name, (None, ()))
         value, choice = getattr(run.optim, f.name), key and getattr(run.optim, key)

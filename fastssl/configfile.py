@@ -52,7 +52,8 @@ def _folder(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path.remove(at)
+        with contextlib.suppress(ValueError):  # the file took it out itself
+            sys.path.remove(at)
         if not there:
             sys.path.append(at)
 

@@ -83,6 +83,41 @@ def test_operations_follow_the_kernel_of_triton_too():
         assert (x - y).abs().mean() < 1e-4
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_device_gives_the_cpus_views_in_deterministic_mode_too(device):
+    recipe = views.simclr(24, extra=(Lighting(0.1), Fade(), RandAugment(2, 9), Erase(0.8)), **RAW)
+    expect = make_views(*BATCH, recipe, impl="reference", **KEY)
+    there = [part.to(device) for part in BATCH]
+    torch.use_deterministic_algorithms(True)
+    try:
+        out = make_views(*there, recipe, **KEY)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for x, y in zip(out, expect):
+        assert x.device.type == device
+        assert (x.cpu() - y).abs().mean() < 5e-3  # a rounding moves a pixel of a nearest-neighbour rotation
+
+
+@pytest.mark.gpu
+def test_lighting_and_erase_are_captured_in_a_graph():
+    recipe, there = views.simclr(24, extra=(Lighting(0.1), Erase(0.8), Fade())), [part.cuda() for part in BATCH]
+    epoch = torch.zeros((), dtype=torch.int64, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            make_views(*there, recipe, seed=5, epoch=epoch)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = make_views(*there, recipe, seed=5, epoch=epoch)
+    for number in (0, 3):
+        epoch.fill_(number)
+        graph.replay()
+        for x, y in zip(out, make_views(*there, recipe, seed=5, epoch=number)):
+            assert torch.equal(x, y)
+
+
 def test_lighting_adds_normal_multiples_of_the_components():
     n, op = 20_000, Lighting(0.1)
     shift = op.apply(torch.full((n, 3, 1, 2), 0.5), numbers(n), None) - 0.5
