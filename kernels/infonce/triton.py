@@ -1,7 +1,7 @@
 """InfoNCE whose keys get no gradient: loss and dq in ONE pass over the keys, like attention whose values are its keys.
 
 dq_i = (sum_j p_ij k_j - k_i) / (N temperature): the softmax runs online, split over the keys when queries are few, and
-the backward is a scaling.  4 N K D operations, no logits in memory.  Not measured yet on a GPU.
+the backward is a scaling.  4 N K D operations, no logits in memory.  Times: docs/kernels.md.
 """
 
 import torch
@@ -110,8 +110,9 @@ def one_pass_tiles(width: int, same_dtype: bool, full: bool, device) -> Tiles:
         if width <= 128:
             return Tiles(128, 32, width, 8, 3)
         return Tiles(128, 32 if same_dtype else 16, width, 8, 2)  # float32 keys as wide: 105 KB, and some cards have 99
-    two = width <= 128 and same_dtype and full and capability(device) // 10 == 9
-    return Tiles(128, 64, width, 8, 2, 128, resident=2) if two else Tiles(128, 64, width, 8, 2)
+    if capability(device) // 10 == 9 and same_dtype and full:  # by bench/tiles.py on an H200: 8 and 16 % shorter
+        return Tiles(64, 128, width, 4, 2, resident=2) if width <= 128 else Tiles(128, 64, width, 8, 3)
+    return Tiles(128, 64, width, 8, 2)
 
 
 def forward(q, k, queue, temperature, normalize, group, normalize_k=None):

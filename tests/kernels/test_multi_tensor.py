@@ -112,8 +112,9 @@ def test_what_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match="sizes, dtypes and devices must agree"):
         multi_tensor.lerp_(a, [torch.zeros(4)], 0.5)
     if DEVICE == "cuda" or __import__("triton").knobs.runtime.interpret:
+        double = [torch.zeros(3, dtype=torch.float64, device=DEVICE)]
         with pytest.raises(ValueError, match="take float32"):
-            multi_tensor.lerp_([a[0].double()], [a[0].double()], 0.5, impl="triton")
+            multi_tensor.lerp_(double, double, 0.5, impl="triton")
         turned = [torch.zeros(4, 5, device=DEVICE).T], [torch.zeros(5, 4, device=DEVICE)]
         with pytest.raises(ValueError, match="same order"):
             multi_tensor.lerp_(*turned, 0.5, impl="triton")
