@@ -83,7 +83,7 @@ class Speed:
     resident: bool = False  # hold the decoded training set on the device
     channels_last: bool = True
     compile: bool = False
-    graph: str = "auto"  # the whole step as a CUDA graph: "on", "off", "auto" (off until it has been measured)
+    graph: str = "auto"  # the whole step as a CUDA graph: "on", "off", "auto" (on where it has been measured)
     kernels: str = "auto"  # "auto", "reference", "triton"
 
 

@@ -397,10 +397,12 @@ def not_captured(t: Trainer) -> str | None:
     run = t.run
     if run.speed.graph == "off":
         return "speed.graph=off"
-    if run.speed.graph == "auto":
-        return "not measured yet; speed.graph=on captures it"
     if t.device.type != "cuda":
         return "it needs a CUDA device"
+    if run.speed.graph == "auto" and dist.world() > 1:
+        return "not measured on several ranks yet; speed.graph=on captures it"
+    if run.speed.graph == "auto" and not type(t.method).__module__.startswith("fastssl.methods."):
+        return f"{type(t.method).__name__} may count on the host; if it does not, speed.graph=on captures it"
     if run.speed.kernels == "reference":
         return "speed.kernels=reference reads numbers from the device"
     waits = [type(op).__name__ for view in run.data.views for op in view.extra if getattr(op, "waits", False)]
