@@ -20,9 +20,12 @@ import safetensors
 import safetensors.torch
 import torch
 import torch.distributed as td
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
-from fastssl import checkpoint, dist
+from fastssl import checkpoint, dist, untrusted
 from fastssl.config import Run, dump, dumps
 
 RESULTS = ("method", "backbone", "data", "optim", "seed", "sync_bn")  # sections that a resumed run must share
@@ -101,26 +104,49 @@ def find(run: Run, resume: bool, say=print) -> Path | None:
         return None
     if path is None:
         raise ValueError(f"--resume: no complete checkpoint in {checkpoint.folder(folder)}; start without --resume")
-    _check(torch.load(path / "state.pt", weights_only=True), run, path)
+    _check(_read(path / "state.pt"), run, path)
     return path
 
 
 def load(t, path: Path) -> None:
-    """Bring a freshly built trainer to the state of a checkpoint."""
-    values = torch.load(path / "state.pt", weights_only=True)
-    t.ds.load_checkpoint(str(path), tag="deepspeed")
-    t.step = values["step"]
-    t.scale.load_state_dict(values["scale"])
-    with safetensors.safe_open(path / "weights.safetensors", "pt") as weights:
-        for name in getattr(t.method, "sharded", ()):
-            table = weights.get_slice(name)
-            getattr(t.method, name).copy_(table[dist.share(table.get_shape()[0])])
-    for hook, hook_state in zip(t.hooks, values["hooks"], strict=True):
-        if hook_state:
-            hook.load_state_dict(hook_state)
-    file = path / f"rank_{dist.rank()}.pt"
-    if file.exists():  # absent on ranks that joined since
-        set_random_states(torch.load(file, weights_only=True), t.device)
+    """Bring a freshly built trainer to the state of a checkpoint; ValueError for one that does not fit it."""
+    values = _read(path / "state.pt")
+    if t.ds.load_universal_checkpoint():
+        raise ValueError("deepspeed: load_universal unpickles whatever a checkpoint names; resume without it")
+    t.ds.checkpoint_engine.load = _read_deepspeed
+    try:
+        t.ds.load_checkpoint(str(path), tag="deepspeed")
+        t.step = values["step"]
+        t.scale.load_state_dict(values["scale"])
+        with safetensors.safe_open(path / "weights.safetensors", "pt") as weights:
+            for name in getattr(t.method, "sharded", ()):
+                table = weights.get_slice(name)
+                getattr(t.method, name).copy_(table[dist.share(table.get_shape()[0])])
+        for hook, hook_state in zip(t.hooks, values["hooks"], strict=True):
+            if hook_state:
+                hook.load_state_dict(hook_state)
+        file = path / f"rank_{dist.rank()}.pt"
+        if file.exists():  # absent on ranks that joined since
+            set_random_states(untrusted.read_pt(file), t.device)
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # anything, from a file whose contents are of other types or shapes
+        raise ValueError(f"{path} does not fit this run ({untrusted.one_line(error)}); start a new run with another "
+                         "name=...") from error
+
+
+def _read_deepspeed(path: str, map_location=None):
+    """One of DeepSpeed's files on the CPU.  Its own reader unpickles, and so runs whatever code a file names."""
+    return untrusted.read_pt(path, allow=(ZeroStageEnum, LossScaler, fragment_address))
+
+
+def _read(path: Path) -> dict:
+    """state.pt, whose fields everything else may trust."""
+    values = untrusted.read_pt(path)
+    fields = {"step": int, "scale": dict, "config": dict, "world": int, "hooks": list}
+    if not isinstance(values, dict) or not all(isinstance(values.get(k), kind) for k, kind in fields.items()):
+        raise ValueError(f"{path} is not the state of a run: it needs {', '.join(fields)}")
+    return values
 
 
 def _check(values: dict, run: Run, path: Path) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import pickle
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fastssl import checkpoint, foreign, positions
+from fastssl import checkpoint, foreign, positions, untrusted
 from fastssl.config import Backbone
 
 # Beside the backbone, under its own prefix, a file may hold these; they are named in the report and not loaded.
@@ -216,22 +215,14 @@ def _resample(found: dict[str, Tensor], net: nn.Module) -> str | None:
 
 def _read_pickle(path: Path):
     try:  # DINO's, MAE's and timm's checkpoints hold an argparse.Namespace, whose making runs nothing of the file's
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        culprit = re.search(r"GLOBAL ([\w.]+)|Unsupported \w+ \d+", str(error))
-        what = (culprit[1] or culprit[0]) if culprit else str(error)
+        return untrusted.read_pt(path, allow=(argparse.Namespace,))
+    except untrusted.CodeRefused as error:
         raise ValueError(
-            f"{path} is refused: it is no pickle of tensors alone ({what}), and reading any other can run code. If you "
-            "trust whoever made it, keep its tensors alone, once, and give the new file:\n"
+            f"{error}. If you trust whoever made it, keep its tensors alone, once, and give the new file:\n"
             '  python -c "import torch; keep = lambda v: {k: keep(x) for k, x in v.items() if isinstance(x, (dict, '
             f"torch.Tensor))}} if isinstance(v, dict) else v; c = torch.load({str(path)!r}, 'cpu', "
             "weights_only=False); torch.save(keep(getattr(c, 'state_dict', lambda: c)()), 'weights.pth')\""
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        if "TorchScript" in str(error):
-            raise ValueError(f"{path} is a TorchScript archive: save its state_dict() instead") from None
-        raise ValueError(f"{path} is no complete PyTorch file ({error!r:.200})") from None
 
 
 def _flat(value, prefix: str = "") -> dict[str, Tensor]:

@@ -230,11 +230,11 @@ def _torn(file):
 
 @pytest.mark.parametrize("make, text", [
     (lambda f: None, "no weights at"),
-    (lambda f: f.write_bytes(b""), "no complete PyTorch file"),
-    (lambda f: f.write_text("not a checkpoint at all"), "no pickle of tensors alone"),
+    (lambda f: f.write_bytes(b""), "not a complete PyTorch file"),
+    (lambda f: f.write_text("not a checkpoint at all"), "not a pickle of tensors alone"),
     (lambda f: torch.save([torch.ones(2)], f), "holds a list"),
     (lambda f: torch.save({"x": torch.ones(2)}, f), "none of the backbone's keys .conv1.weight.*it has x"),
-    (lambda f: (torch.save({"x": torch.ones(2000)}, f), _torn(f)), "no complete PyTorch file"),
+    (lambda f: (torch.save({"x": torch.ones(2000)}, f), _torn(f)), "not a complete PyTorch file"),
     (lambda f: torch.jit.script(nn.Linear(2, 2)).save(str(f)), "TorchScript"),
 ])  # fmt: skip
 def test_files_that_are_no_weights(tmp_path, small, make, text):

@@ -1,0 +1,145 @@
+"""A checkpoint folder that someone else made: nothing in it runs, and what is refused is one line."""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "methods"))
+import method_cases as cases
+
+from fastssl import checkpoint, train, untrusted
+
+
+class Bomb:
+    """Makes the folder `bombed` of the working directory when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("bombed",)
+
+
+def seal(path):
+    """The manifest that a folder of this content has: whoever makes the folder writes it too."""
+    temporary = path.with_name(path.name + ".tmp")
+    path.rename(temporary)
+    (temporary / checkpoint.MANIFEST).unlink()
+    return checkpoint.commit(temporary, 9)
+
+
+def make_run(zero, root):
+    run = cases.run("moco", batch=16, steps=4, zero=zero)
+    run.name, run.log.root, run.log.checkpoint_steps, run.log.every = f"zero{zero}", str(root), 2, 1
+    run.log.keep, run.log.probe = 3, False
+    return run
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run of each ZeRO stage, stopped at step 2 of 4, and the losses of all four steps."""
+    from fastssl import dist, engine
+
+    root, losses = tmp_path_factory.mktemp("saved"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "Loader", cases.Memory)
+        for zero in range(4):
+            t = engine.fit(make_run(zero, root), device="cpu")
+            losses[zero] = log(t.folder)
+            shutil.rmtree(t.folder / "checkpoints" / "step_00000004")
+        yield root, losses
+        dist.shutdown()
+
+
+def log(folder):
+    return [r["loss"] for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in r]
+
+
+@pytest.fixture
+def folder(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved[0], tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize("zero", range(4))
+def test_every_stage_resumes_through_the_safe_reader(saved, folder, zero):
+    from fastssl import engine
+
+    t = engine.fit(make_run(zero, folder), resume=True, device="cpu")
+    assert t.ds.checkpoint_engine.load.__module__ == "fastssl.state"
+    assert log(t.folder) == saved[1][zero]
+
+
+FILES = [(0, "deepspeed/mp_rank_00_model_states.pt"), (1, "deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+         (3, "deepspeed/zero_pp_rank_0_mp_rank_00_model_states.pt"), (0, "state.pt"), (0, "rank_0.pt")]
+
+
+@pytest.mark.parametrize("zero, name", FILES)
+@pytest.mark.parametrize("how", ["zip", "plain"])
+def test_a_pickle_that_would_run_code_is_refused(folder, monkeypatch, zero, name, how):
+    from fastssl import engine
+
+    path = folder / f"zero{zero}" / "checkpoints" / "step_00000002"
+    with (path / name).open("wb") as f:
+        torch.save({"module": Bomb()}, f) if how == "zip" else pickle.dump({"module": Bomb()}, f, protocol=2)
+    seal(path)
+    with pytest.raises(ValueError, match="is refused.*mkdir") as refusal:
+        engine.fit(make_run(zero, folder), resume=True, device="cpu")
+    assert Path(name).name in str(refusal.value) and "\n" not in str(refusal.value)
+    assert not Path("bombed").exists()
+
+
+@pytest.mark.parametrize("name, content", [
+    ("state.pt", {"step": 2}), ("state.pt", [1]), ("deepspeed/mp_rank_00_model_states.pt", {"module": {}}),
+    ("deepspeed/mp_rank_00_model_states.pt", None), ("rank_0.pt", [torch.zeros(3)]), ("rank_0.pt", 5),
+])
+def test_contents_of_another_kind_are_one_line(folder, name, content):
+    from fastssl import engine
+
+    path = folder / "zero0" / "checkpoints" / "step_00000002"
+    torch.save(content, path / name)
+    seal(path)
+    with pytest.raises(ValueError, match="step_00000002") as refusal:
+        engine.fit(make_run(0, folder), resume=True, device="cpu")
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_command_ends_with_one_line_and_code_2(folder, capsys, monkeypatch):
+    from fastssl import config
+
+    path = folder / "zero0" / "checkpoints" / "step_00000002"
+    torch.save(Bomb(), path / "deepspeed/mp_rank_00_model_states.pt")
+    seal(path)
+    monkeypatch.setattr(config, "load", lambda *_: make_run(0, folder))
+    assert train.main(["a.py", "--resume", "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert "mp_rank_00_model_states.pt is refused" in err and err.count("\n") == 1 and not Path("bombed").exists()
+
+
+def _quantised():
+    return torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+
+
+def _wide():
+    return torch.zeros(1).expand(1 << 20)
+
+
+@pytest.mark.parametrize("value", [
+    torch.ones(3).to_sparse(), torch.ones(3, device="meta"), _quantised, _wide, lambda: {"a": [{"b": (print,)}]},
+    lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+], ids=["sparse", "meta", "quantised", "expanded", "function", "nested"])
+def test_other_tensors_and_objects_are_refused(tmp_path, value):
+    torch.save(value() if callable(value) else value, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="a.pt"):
+        untrusted.read_pt(tmp_path / "a.pt")
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    for path, what in [("pipe.pt", "a pipe"), (".", "a folder"), ("none.pt", "No such"), ("/dev/zero", "a device")]:
+        with pytest.raises(ValueError, match=what):
+            untrusted.read_pt(tmp_path / path)
