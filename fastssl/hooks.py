@@ -18,6 +18,7 @@ from fastssl import dist, views
 from fastssl.config import Run
 from fastssl.eval import classes, features, knn
 from fastssl.loader import Loader
+from fastssl.log import Later
 
 OFF = "or set log.knn_epochs=0 log.probe=False"
 
@@ -233,7 +234,8 @@ class Collapse:
             if name in out:
                 measured.setdefault("embedding", out[name] if out[name].ndim == 2 else out[name][:, 0])  # view 0
         for name, x_ND in measured.items():
-            t.log({f"{name}_std": spread(x_ND), f"{name}_rank": effective_rank(x_ND, self.ROWS)})
+            # eigenvalues on the device would hold up the run: PyTorch waits for them
+            t.log({f"{name}_std": spread(x_ND), f"{name}_rank": Later(gram(x_ND, self.ROWS), effective_rank)})
 
     def after_epoch(self, t) -> None:
         pass
@@ -255,10 +257,15 @@ def spread(x_ND: Tensor) -> Tensor:
     return moments(F.normalize(x_ND.double(), dim=1))[2].sqrt().mean() * x_ND.shape[1] ** 0.5
 
 
-def effective_rank(x_ND: Tensor, rows: int) -> Tensor:
-    """exp(entropy of the singular values) of at most `rows` rows, as many from each rank."""
+def gram(x_ND: Tensor, rows: int) -> Tensor:
+    """The smaller of X X^T and X^T X of at most `rows` rows, as many from each rank; in float64, since the square root
+    of its eigenvalues has half the digits."""
     x = dist.gather(x_ND[: max(1, rows // dist.world())].contiguous()).double()
-    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x  # in float64: its square root halves the digits
-    s = torch.linalg.eigvalsh(gram.nan_to_num(0, 0, 0)).clamp(min=0).sqrt()  # it would raise, before the log can tell
+    return x @ x.T if len(x) < x.shape[1] else x.T @ x
+
+
+def effective_rank(gram: Tensor) -> Tensor:
+    """exp(entropy of the singular values) of the rows that `gram` was made of."""
+    s = torch.linalg.eigvalsh(gram.nan_to_num(0, 0, 0)).clamp(min=0).sqrt()  # NaN would raise, before the log can tell
     p = s / s.sum().clamp(min=torch.finfo(s.dtype).tiny)
     return torch.special.entr(p).sum().exp() + 0 * gram.sum()  # NaN stays NaN

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,16 @@ class Row(NamedTuple):
     timed: bool  # waits for the meter's record of its step; False: results of an epoch's end
 
 
+class Later(NamedTuple):
+    """A number that the host makes of a tensor, equal on all ranks, once the tensor has arrived there."""
+
+    tensor: Tensor
+    function: Callable[[Tensor], float]  # of the tensor on the CPU
+
+    def __float__(self) -> float:
+        return float(self.function(self.tensor.cpu()))
+
+
 class Log:
     """`step` and `epoch` are called on every rank: tensors are averaged over ranks, numbers are rank 0's."""
 
@@ -42,7 +52,8 @@ class Log:
         self._kept = 0  # steps that a resumed run keeps of the log
         self._file = self._writer = self._progress = None
         self._buffer: list[Row] = []  # not yet on their way to the host
-        self._sent: deque[tuple[list[Row], Tensor | None, Any]] = deque()  # rows, their tensors, event of the copy
+        # rows with their values of Later on the way, their scalar tensors, event of the copies
+        self._sent: deque[tuple[list[Row], Tensor | None, Any]] = deque()
         self._rows: deque[tuple[Row, dict]] = deque()  # on the host, not yet written
         self._timings: dict[int, dict] = {}
         self._window: list[dict] = []  # records since the last printed line
@@ -126,15 +137,16 @@ class Log:
                     if value.numel() != 1:
                         raise ValueError(f"only scalars are logged: {name!r} has shape {tuple(value.shape)}")
                     tensors.append(value.detach().reshape(()))
+        rows = [row._replace(scalars={k: v._replace(tensor=_fetch(v.tensor)) if isinstance(v, Later) else v
+                                      for k, v in row.scalars.items()}) for row in rows]
         host = event = None
         if tensors:
             wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
             mean = dist.sum_(torch.stack([t.to(wide) for t in tensors]).double()) / dist.world()
-            host = mean
-            if mean.is_cuda:
-                host = torch.empty(mean.shape, dtype=mean.dtype, pin_memory=True).copy_(mean, non_blocking=True)
-                event = torch.cuda.Event()
-                event.record()
+            host = _fetch(mean)
+        if dist.device().type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
         self._sent.append((rows, host, event))
 
     def _drain(self, wait: bool = False) -> None:
@@ -146,8 +158,8 @@ class Log:
             values = iter(host.tolist() if host is not None else [])
             for row in rows:
                 record = {"step": row.step, "epoch": row.epoch}
-                record |= {k: _number(next(values), v.dtype) if isinstance(v, Tensor) else v
-                           for k, v in row.scalars.items()}
+                record |= {k: _number(next(values), v.dtype) if isinstance(v, Tensor) else
+                           float(v) if isinstance(v, Later) else v for k, v in row.scalars.items()}
                 self._rows.append((row, record))
                 self._check(record)
         done = []
@@ -239,6 +251,13 @@ def read(path: str | Path) -> list[dict]:
     path = Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path)
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+def _fetch(x: Tensor) -> Tensor:
+    """Start a copy to the host, which does not wait for it."""
+    if not x.is_cuda:
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 def _number(value: float, dtype: torch.dtype) -> float | bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastssl import dist
-from fastssl.log import Log, read
+from fastssl.log import Later, Log, read
 
 TIMING = {"data_ms": 1.0, "views_ms": 1.0, "forward_ms": 2.0, "backward_ms": 4.0, "optimizer_ms": 1.0, "other_ms": 1.0,
           "total_ms": 10.0, "images_per_s": 800.0, "memory_gib": 0.5, "mfu": None}
@@ -174,3 +174,11 @@ def test_only_scalars_are_logged(tmp_path):
     log = make(tmp_path)
     with pytest.raises(ValueError, match=r"'z' has shape \(2, 3\)"):
         log.step(20, 0, {"z": torch.zeros(2, 3)})
+
+
+def test_what_the_host_makes_of_a_tensor_is_logged_like_a_number(tmp_path):
+    log = Log(tmp_path, every=5, total_steps=2, tensorboard=False)
+    log.step(1, 0, {"loss": torch.tensor(1.0), "trace": Later(torch.eye(3), torch.trace)})
+    log.step(2, 0, {"loss": torch.tensor(1.0)})
+    log.close()
+    assert [record.get("trace") for record in read(tmp_path / "log.jsonl")] == [3.0, None]
