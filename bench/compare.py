@@ -1,0 +1,200 @@
+"""Is A or B faster?  Two commits or two settings, in blocks that alternate:
+python bench/compare.py A B [--config configs/simclr/r18_cifar10_200ep.py] [a.b=value ...]
+
+A and B are each a commit (any name that git knows), a list of settings (speed.graph=on,speed.compile=True), or both
+(main:speed.graph=on); "." is this checkout as it is. Both get the config file of this checkout and run bench/step.py's
+loop on its data, each in a process of its own that waits while the other one works. One side is called faster only if
+its slowest block beats the fastest block of the other side; anything else is "no difference beyond the spread".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import ROOT, append, environment, spread
+
+WORKER = """
+import json, os, sys
+import torch
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import step
+from fastssl import config, dist, engine
+from fastssl.meters import Meter
+t = engine.build(config.load(sys.argv[1], sys.argv[2:]))
+meter = Meter(t.device, batch=t.run.optim.batch, precision=t.run.optim.precision)
+source = step.real_batches(t, t.run.optim.batch // engine.micro_batch(t.run))
+print("READY", flush=True)
+for line in sys.stdin:
+    records = step.run_block(t, engine, meter, source, int(line))
+    rate = t.run.optim.batch * len(records) / sum(r["total_ms"] for r in records) * 1e3
+    print("RATE " + json.dumps([rate, float(t.scalars["loss"])]), flush=True)
+dist.shutdown()
+"""
+
+
+@dataclass(frozen=True)
+class Side:
+    text: str
+    commit: str | None  # None: this checkout as it is
+    settings: tuple[str, ...]
+
+
+def side(text: str) -> Side:
+    """A Side from "COMMIT", "a.b=value,c.d=value" or "COMMIT:a.b=value"."""
+    if "=" in text:
+        commit, _, settings = text.partition(":") if ":" in text.partition("=")[0] else ("", "", text)
+    else:
+        commit, settings = text, ""
+    commit = None if commit in ("", ".") else _resolve(commit)
+    return Side(text, commit, tuple(s for s in settings.split(",") if s))
+
+
+def _resolve(name: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet", name + "^{commit}"],
+                          capture_output=True, text=True)  # fmt: skip
+    if done.returncode:
+        raise ValueError(f"{name!r} is not a commit that git knows here, and has no a.b=value")
+    return done.stdout.strip()
+
+
+def packages(tree: Path, folder: Path) -> Path:
+    """A folder for PYTHONPATH in which `fastssl` is that of the checkout `tree`, with its kernels and the rest."""
+    inside = folder / "fastssl"
+    inside.mkdir(parents=True)
+    for path in (tree / "fastssl").iterdir():
+        if path.name != "__pycache__":
+            (inside / path.name).symlink_to(path)
+    for name in ("kernels", "data_prep", "configs"):  # as setup.py maps them
+        (inside / name).symlink_to(tree / name)
+    return folder
+
+
+class Worker:
+    """The step of one side in a process of its own; `block` lets it work and returns (images/s, last loss)."""
+
+    def __init__(self, s: Side, tree: Path, config: str, overrides: list[str], folder: Path):
+        self.log = folder / "log.txt"
+        path = os.pathsep.join([str(packages(tree, folder / "site")), str(tree / "bench")])
+        with self.log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", WORKER, config, *overrides, *s.settings], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+        self._answer("READY")
+
+    def block(self, steps: int) -> tuple[float, float]:
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        rate, loss = json.loads(self._answer("RATE"))
+        return rate, loss
+
+    def _answer(self, word: str) -> str:
+        for line in self.process.stdout:
+            if line.startswith(word):
+                return line[len(word) :]
+        self.process.wait()
+        end = [line for line in self.log.read_text().splitlines() if line.strip()][-1:]
+        raise ValueError(f"its process ended with {self.process.returncode}: {' '.join(end)[:300]}")
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def verdict(a: list[float], b: list[float]) -> str:
+    """Of the rates of both sides' blocks.  If nothing differed, all of one side would lie above all of the other with
+    probability 2 / C(2n, n): 10 % for three blocks a side, 3 % for four, 0.2 % for six."""
+    ratio = statistics.median(b) / statistics.median(a)
+    chance = 2 / math.comb(len(a) + len(b), len(a))
+    seen = f"B / A = {ratio:.3f} (medians of {len(a)} and {len(b)} blocks)"
+    if min(len(a), len(b)) < 4:
+        return f"{seen}; no verdict from fewer than four blocks a side"
+    for name, low, high in (("B", a, b), ("A", b, a)):
+        if min(high) > max(low):
+            return (f"{seen}; {name} is faster: its slowest block beats the other's fastest "
+                    f"(by chance with a probability of {100 * chance:.2g} %)")
+    return f"{seen}; no difference beyond the spread"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("a", metavar="A")
+    parser.add_argument("b", metavar="B")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="for both sides")
+    parser.add_argument("--config", default=str(ROOT / "configs/simclr/r18_cifar10_200ep.py"))
+    parser.add_argument("--steps", type=int, default=30, help="counted steps of a block")
+    parser.add_argument("--blocks", type=int, default=6, help="of each side; four or more for a verdict")
+    parser.add_argument("--seconds", type=float, default=400, help="after which no block is started")
+    parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
+    args = parser.parse_intermixed_args()
+    start, env = time.perf_counter(), environment("triton", "deepspeed")
+    with tempfile.TemporaryDirectory() as folder:
+        workers, trees, losses = [], [], []
+        try:
+            sides = [side(args.a), side(args.b)]
+            for name, s in zip("AB", sides):
+                place, tree = Path(folder, name), ROOT
+                place.mkdir()
+                if s.commit:
+                    tree = place / "tree"
+                    trees.append(tree)
+                    _git("worktree", "add", "--detach", "--force", str(tree), s.commit)
+                try:
+                    workers.append(Worker(s, tree, args.config, args.overrides, place))
+                except ValueError as error:
+                    raise ValueError(f"{name} ({s.text}): {error}") from None
+            rates: list[list[float]] = [[], []]
+            for worker in workers:
+                worker.block(5)  # compiles, tunes, captures, fills caches
+            for i in range(args.blocks):
+                if time.perf_counter() - start > args.seconds:
+                    break
+                order = (0, 1) if i % 2 == 0 else (1, 0)  # ABBA: a machine that drifts favours neither
+                losses = dict(sorted((k, workers[k].block(args.steps)) for k in order))
+                for k, (rate, _) in losses.items():
+                    rates[k].append(rate)
+            if not rates[0]:
+                raise ValueError(f"--seconds {args.seconds:g} were over before the first block")
+        except ValueError as error:
+            print(f"bench/compare.py: {error}", file=sys.stderr)
+            return 2
+        finally:
+            for worker in workers:
+                worker.close()
+            for tree in trees:
+                _git("worktree", "remove", "--force", str(tree))
+    found = {}
+    for k, (name, s) in enumerate(zip("AB", sides)):
+        found[name] = {"side": s.text, "commit": s.commit or env["commit"], "settings": s.settings,
+                       "images_per_s": spread(rates[k]), "last_loss": losses[k][1]}  # fmt: skip
+        r = found[name]["images_per_s"]
+        print(f"{name} {s.text}: {r['median']} images/s ({r['min']} to {r['max']}, n={r['n']}), "
+              f"last loss {losses[k][1]:.6g}")
+    said = verdict(*rates)
+    print(said)
+    if not args.dry:
+        where = append("compare", env, config=args.config, overrides=args.overrides, **found, verdict=said)
+        print(f"appended to {where}")
+    return 0
+
+
+def _git(*command: str) -> None:
+    subprocess.run(["git", "-C", str(ROOT), *command], check=True, capture_output=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
