@@ -185,6 +185,7 @@ def note_environment(t) -> None:
         before = []
     cuda = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     entry = {"step": t.step, "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), "ranks": dist.world(),
+             "accelerator": device.type,
              "device": f"{cuda.name}, {cuda.total_memory / 2**30:.0f} GiB" if cuda else _processor(),
              "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
              "system": platform.platform(), "python": platform.python_version(), "cuda": torch.version.cuda or "none",

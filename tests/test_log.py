@@ -57,6 +57,16 @@ def test_lines_wait_for_their_timings_and_flush_does_not(tmp_path):
     assert records[7] == {"step": 7, "epoch": 0, "knn": 80.0}
 
 
+def test_a_collapse_is_said_once_at_the_third_measure(tmp_path, capsys):
+    log = make(tmp_path)
+    for step, rank in enumerate([1.5, 30.0, 1.9, 1.8, 1.7, 1.6, 1.6], 1):
+        log.step(step, 0, {"loss": 1.0, "embedding_rank": torch.tensor(rank), "embedding_std": 1.0}, [timing(step)])
+    log.close()
+    (line,) = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "collapse" in line]
+    assert line.startswith("step 5: collapse, the network gives nearly the same for every image: embedding_rank 1.7 (")
+    assert line in capsys.readouterr().out
+
+
 def test_scalars_are_fetched_together(tmp_path, monkeypatch):
     """Tensors wait for one copy every few steps: here, one all-reduce of all of them."""
     sizes = []

@@ -4,6 +4,7 @@ runs that are damaged, unfinished or maliciously named do no harm."""
 import json
 import os
 import re
+import sys
 from html import escape
 from types import SimpleNamespace
 
@@ -63,6 +64,10 @@ def data(tmp_path_factory):
     for name, n in (("train", 24), ("test", 40)):
         images = [(photo(rng, 20, 20) // 2 + 60 * (i % 3)).astype(np.uint8) for i in range(n)]
         out.append(str(write_beton(folder / f"{name}.beton", images, [i % 3 for i in range(n)])))
+    path, classes = folder / "train.beton", ["red", "green", "blue"]
+    path.with_suffix(".json").write_text(json.dumps({
+        "format": 1, "samples": 24, "max_pixels": 400, "bytes": path.stat().st_size, "label": "int", "min_side": 20,
+        "max_height": 20, "max_width": 20, "classes": classes}))  # fmt: skip
     return out
 
 
@@ -190,17 +195,73 @@ def test_absent_parts_are_said_with_the_reason(page):
     assert "there is no complete checkpoint: features need one" in text
     assert "killed: environment.json is absent" in text
     assert "Probe, top-1: no run has logged it; log.probe=True" in text
-    assert "MFU of" in text and "it needs a GPU" in text
+    assert "MFU of killed: not known; it needs a GPU" in text, "and nothing of the first, which ran on a CPU"
     assert "finished: 60 steps" in text and "at step 25 of 60, last written" in text
 
 
 def test_settings_and_evaluations(page):
     text = text_of(page)
     differing = text[text.index("setting that differs") : text.index("<summary>All")]
-    row = '<code>method.temperature</code></th><td class="code r0">0.5</td><td class="code r1">0.1</td>'
+    gray = '<span class="default" title="the default">0.1</span>'
+    row = f'<code>method.temperature</code></th><td class="code r0">0.5</td><td class="code r1">{gray}</td>'
     assert row in differing
     assert "data.train" in differing and "backbone.width" not in differing and "backbone.width" in text
     assert "<b>71.25</b>" in text and "selected on test data" in text and "Constant: loss_scale = 1." in text
+
+
+def test_the_summary_says_what_was_trained_on_what(page):
+    text = text_of(page)
+    first = text[text.index('<article class="card s0') : text.index('<article class="card s1')]
+    told = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", first))
+    assert told["Method"] == "simclr" and told["Network"] == "resnet10, stem cifar, width 8"
+    assert told["Data"] == "train.beton (24 images, 3 classes)" and told["Views"] == "2 of 16 x 16 pixels"
+    assert told["Tested on"] == "test.beton" and told["Length"] == "3 of 3 epochs, 60 steps of 32 images, 6 s"
+    assert escape("1 rank, <b>X100</b>") in told["Machine"]
+    bars = dict(re.findall(r"<span>([^<]*)</span><b>([\d.]+) %</b>", first))
+    assert set(bars) == {"this network", "the same network, untrained", "pixels", "chance (the largest class)"}
+    assert float(bars["chance (the largest class)"]) == 35.0 and float(bars["pixels"]) > 50  # 14 of 40
+    assert "Collapsed" not in text
+
+
+def test_a_collapse_is_called_one(data, tmp_path):
+    folder = write_run(tmp_path / "run", data, 4, weights=False)
+    with open(folder / "log.jsonl", "a") as f:
+        for step, rank in enumerate([9.0] * 5 + [1.9, 1.8, 1.7], 5):
+            f.write(json.dumps({**record(step, 1.0), "embedding_rank": rank, "feature_rank": 30.0}) + "\n")
+    assert report.main([str(folder), "--points", "0", "--out", str(tmp_path / "o.html")]) == 0
+    assert ("<b>Collapsed.</b> The network gives nearly the same for every image: Effective rank of the embeddings 1.8 "
+            "(below 2; mean of the last 3 measures).") in (tmp_path / "o.html").read_text()  # fmt: skip
+
+
+def test_evaluations_have_a_row_a_metric_and_mark_the_best(data, tmp_path):
+    folders = [write_run(tmp_path / name, data, 4, name=name, weights=False) for name in "ab"]
+    for folder, top1 in zip(folders, ((50.0, 61.0), (70.5, 60.0))):
+        (folder / "eval").mkdir()
+        for features in ("weights", "pixels"):
+            rows = [{"k": k, "top1": value, "top5": 99.0} for k, value in zip((10, 20), top1)]
+            of = {"features": features, "test": "x/t.beton"}
+            result = {"protocol": "knn", "options": {}, "of": of, "results": rows}
+            (folder / "eval" / f"knn-{features}.json").write_text(json.dumps(result))
+    assert report.main([*map(str, folders), "--points", "0", "--out", str(tmp_path / "o.html")]) == 0
+    text = (tmp_path / "o.html").read_text()
+    table = text[text.index('id="evaluations"') : text.index('id="configuration"')]
+    rows = [re.sub(r"<[^>]*>", " ", row).split() for row in table.split("<tr>")[2:]]
+    first = ["knn", "t.beton", "top-1", "%", "k=10", "50.00", "k=20", "61.00", "k=10", "70.50", "k=20", "60.00"]
+    assert rows[0] == first and len(rows) == 4 and rows[2][:3] == ["knn", "baseline:", "pixels"]
+    assert re.findall(r'<b class="best">([\d.]+)</b>', table.split("<tr>")[2]) == ["70.50"]
+
+
+def test_defaults_are_gray_and_nothing_that_a_config_names_is_imported(data, tmp_path):
+    first = write_run(tmp_path / "a", data, 4, name="a", weights=False, temperature=simclr.Config().temperature)
+    second = write_run(tmp_path / "b", data, 4, name="b", weights=False, temperature=0.07)
+    assert report.main([str(first), str(second), "--points", "0", "--out", str(tmp_path / "o.html")]) == 0
+    gray = f'<span class="default" title="the default">{simclr.Config().temperature}</span>'
+    row = f'<code>method.temperature</code></th><td class="code r0">{gray}</td><td class="code r1">0.07</td>'
+    assert row in (tmp_path / "o.html").read_text()
+    usual = tables.defaults({"method": {"type": "antigravity.Config"}, "data": {"views": [{}]}})
+    assert usual["optim.lr"] == "0.03" and usual["data.views[0].flip"]
+    assert not any(key.startswith("method") for key in usual)
+    assert "antigravity" not in sys.modules
 
 
 @pytest.mark.parametrize("argv, said", [
@@ -229,8 +290,8 @@ def test_results_that_lie_elsewhere_come_to_their_run(page, tmp_path):
     (tmp_path / "linear.json").write_text(json.dumps(result))
     argv = [first, second, "--points", 0, "--eval", tmp_path / "linear.json", "--out", tmp_path / "o.html"]
     assert report.main(list(map(str, argv))) == 0
-    assert re.search(r"<td class=\"r0\"><small>none</small></td><td class=\"r1\"><span [^>]*><b>55\.50",
-                     (tmp_path / "o.html").read_text())  # fmt: skip
+    none, found = "<td class=.r0.><small>none</small></td>", "<td class=.r1.><span [^>]*><small>lr=1</small><b>55.50"
+    assert re.search(none + found, (tmp_path / "o.html").read_text())
 
 
 def test_each_start_of_a_run_is_noted_and_shown(data, tmp_path):

@@ -61,9 +61,18 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
                                 min_dist=0.1 if args.min_dist is None else args.min_dist)  # fmt: skip
             if len(x) <= TRUSTED:
                 facts["trustworthiness"] = trustworthiness(x, xy)
-            write(folder, method, xy, labels, rows, names)
+            title = f"{method} of {name_of(subject)}, {len(xy):,} images of {Path(subject.test).name}"
+            if "trustworthiness" in facts:
+                title += f"\ntrustworthiness {facts['trustworthiness']:.1f} %"
+            write(folder, method, xy, labels, rows, names, title)
             results.append({"method": method, **facts, "picture": str(folder / f"map_{method}.png")})
     return {"protocol": "maps", "options": options, "results": results}
+
+
+def name_of(subject: Subject) -> str:
+    """The run's name, or that of the weight file, with what else the features are of."""
+    name = (subject.run or {}).get("name") or Path(subject.args.target or subject.spec.name).name
+    return name if subject.args.features == "weights" else f"{subject.args.features} ({name})"
 
 
 def output_folder(args: argparse.Namespace) -> Path:
@@ -153,7 +162,8 @@ def palette(labels: np.ndarray, names: list[str] | None) -> list[tuple[str, str,
     return out + [("no class", OTHERS, none)] * bool(len(none))
 
 
-def write(folder: Path, method: str, xy: np.ndarray, labels: np.ndarray, rows: np.ndarray, names=None) -> None:
+def write(folder: Path, method: str, xy: np.ndarray, labels: np.ndarray, rows: np.ndarray, names=None,
+          title: str = "") -> None:  # fmt: skip
     """map_METHOD.png; .npy with the coordinates (N, 2); _samples.npy with each point's row in the file and class."""
     import matplotlib
 
@@ -166,7 +176,8 @@ def write(folder: Path, method: str, xy: np.ndarray, labels: np.ndarray, rows: n
         axis.scatter(*xy[points].T, s=max(3, 24 - len(xy) / 200), c=colour, label=name, alpha=0.8, linewidths=0)
     handles, texts = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], texts[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
-    axis.set(title=f"{method}, {len(xy):,} images", xticks=[], yticks=[])
+    axis.set_title(title or f"{method}, {len(xy):,} images", fontsize=10, parse_math=False)  # a run's name may have a $
+    axis.set(xticks=[], yticks=[])
     axis.set_aspect("equal", adjustable="datalim")
     stem = folder / f"map_{method}"
     for path, save in ((f"{stem}.png", lambda f: figure.savefig(f, dpi=130, format="png")),

@@ -20,27 +20,13 @@ from pathlib import Path
 
 from fastssl import dist, export
 from fastssl.parsing import Parser
+from fastssl.report import cards, tables
 from fastssl.report import runs as reading
-from fastssl.report import tables
 from fastssl.report.charts import Line, label, legend, line_chart, share_chart
-from fastssl.report.runs import PHASES, RunData
+from fastssl.report.runs import CURVES, HINTS, MAIN, PHASES, RunData
 
 RUNS = 8  # colours that can be told apart
 HERE = Path(__file__).parent
-CURVES = {  # key of the log: title, unit, what it says
-    "loss": ("Loss", "", "Losses of different methods or temperatures cannot be compared with each other."),
-    "knn_top1": ("kNN, top-1", "%", "Weighted k nearest neighbours on frozen features."),
-    "probe_top1": ("Probe, top-1", "%", "The online linear probe, on the test file."),
-    "probe_top1_train": ("Probe, top-1 in training", "%", "The online probe on augmented views, before its update."),
-    "probe_loss": ("Probe, loss", "", ""),
-    "lr": ("Learning rate", "", ""),
-    "feature_std": ("Spread of the features", "", "1: evenly in all directions. 0: collapsed."),
-    "feature_rank": ("Effective rank of the features", "", "RankMe; low or falling hints at dimensional collapse."),
-    "embedding_std": ("Spread of the embeddings", "", "1: evenly in all directions. 0: collapsed."),
-    "embedding_rank": ("Effective rank of the embeddings", "", ""),
-}
-MAIN = ("loss", "knn_top1", "probe_top1")  # said to be missing where no run has them
-HINTS = {"knn_top1": "log.knn_epochs=10 log it", "probe_top1": "log.probe=True log.knn_epochs=10 log it"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,9 +89,10 @@ def load(args: argparse.Namespace) -> list[RunData]:
 
 
 def render(runs: list[RunData], args: argparse.Namespace) -> str:
-    sections = [("Training", training(runs)), ("Speed", speed(runs))]
+    sections, baselines = [("Training", training(runs)), ("Speed", speed(runs))], [""] * len(runs)
     if args.points:
-        sections += pictures(runs, args)
+        shown, baselines = pictures(runs, args)
+        sections += shown
     sections += [("Evaluations", tables.evaluations(runs)), ("Configuration", tables.configuration(runs)),
                  ("Environment", tables.environment(runs))]  # fmt: skip
     script, style = ((HERE / name).read_text() for name in ("page.js", "page.css"))
@@ -133,7 +120,7 @@ script-src 'sha256-{digest}'">
 <header><h1>{escape(title)}</h1><p class="meta">fastssl report, {made}</p></header>
 <div class="bar"><div><nav aria-label="Sections">{links}</nav>\
 <div class="toggles" role="group" aria-label="Runs that are shown">{"".join(toggles)}</div></div></div>
-<main><section id="summary"><h2>Summary</h2>{summary(runs)}</section>{body}</main>
+<main><section id="summary"><h2>Summary</h2>{cards.summary(runs, baselines)}</section>{body}</main>
 <footer>Made with fastssl {version("fastssl")}, Python {platform.python_version()}, torch {version("torch")}.</footer>
 <div id="tip" role="status" hidden></div>
 <script>{script}</script>
@@ -144,52 +131,6 @@ script-src 'sha256-{digest}'">
 
 def note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
-
-
-def summary(runs: list[RunData]) -> str:
-    cards = []
-    for i, run in enumerate(runs):
-        kind = str(run.setting("method.type", "")).split(".")[-2:-1]
-        what = ", ".join(filter(None, [*kind, str(run.setting("backbone.name", "")),
-                                       f"batch {run.setting('optim.batch')}" if run.config else ""]))  # fmt: skip
-        facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)} <small>{escape(more)}</small></dd></div>"
-                        for name, value, more in key_figures(run))  # fmt: skip
-        notes = "".join(note(text) for text in run.notes)
-        cards.append(f'<article class="card s{i} r{i}"><h3>{escape(run.label)}</h3><p class="meta">{escape(what)}'
-                     f'{"<br>" if what else ""}{escape(run.status)}</p><dl class="tiles">{facts}</dl>{notes}</article>')
-    return f'<div class="cards">{"".join(cards)}</div>'
-
-
-def key_figures(run: RunData) -> list[tuple[str, str, str]]:
-    """(name, value, in small): the last of each curve, with the best where it is another, and the meter's figures."""
-    out = []
-    for key in MAIN:
-        if key not in run.scalars:
-            continue
-        y = run.scalars[key][1]
-        unit = CURVES[key][1]
-        better = f"best {y.max():.1f}" if unit and y.max() - y[-1] >= 0.05 else ""
-        value = f"{y[-1]:.1f} {unit}" if unit else f"{y[-max(1, min(len(y) // 20, 50)) :].mean():.4g}"
-        out.append((CURVES[key][0], value, better))
-    if "total_ms" in run.scalars:
-        total = run.scalars["total_ms"][1]
-        rate = reading.binned(run, "images_per_s", 1, "total_ms")[1] if "images_per_s" in run.scalars else []
-        out += [("Images/s", f"{rate.mean():,.0f}", "")] if len(rate) else []
-        out.append(("Time in steps", _hours(total.sum() / 1e3), f"{len(total):,} steps"))
-    for key, name, factor, unit in (("mfu", "MFU", 100, "%"), ("memory_gib", "Peak memory", 1, "GiB")):
-        if key in run.scalars:
-            y = run.scalars[key][1]
-            value = y.max() if key == "memory_gib" else y[len(y) // 10 :].mean()
-            out.append((name, f"{value * factor:.1f} {unit}", ""))
-    if run.skipped:
-        out.append(("Skipped steps", f"{run.skipped:,}", "fp16 overflow"))
-    return out
-
-
-def _hours(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def lines_of(runs: list[RunData], key: str, factor: float = 1.0, weight: str | None = None) -> tuple[list[Line], str]:
@@ -239,7 +180,7 @@ def speed(runs: list[RunData]) -> str:
         lines, x_label = lines_of(runs, key, factor, "total_ms")
         if lines:
             out.append(line_chart(title, lines, x_label=x_label, unit=unit))
-    unknown = [run.label for run in runs if "mfu" not in run.scalars]
+    unknown = [run.label for run in runs if "mfu" not in run.scalars and not run.on_cpu]
     notes = note(f"MFU of {', '.join(unknown)}: not known; it needs a GPU whose peak FLOP/s are listed in "
                  "fastssl/meters.py.") if unknown else ""  # fmt: skip
     splits = []
@@ -259,11 +200,12 @@ def _legend(runs: list[RunData]) -> str:
     return legend([(f"s{i}", run.label) for i, run in enumerate(runs)]) if len(runs) > 1 else ""
 
 
-def pictures(runs: list[RunData], args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Views, neighbours and maps of each run, or why there are none."""
+def pictures(runs: list[RunData], args: argparse.Namespace) -> tuple[list[tuple[str, str]], list[str]]:
+    """Views, neighbours and maps of each run, or why there are none; and the baselines of each for the summary."""
     from fastssl.report import samples
 
     parts: dict[str, list[str]] = {"Views": [], "Nearest neighbours": [], "Embedding map": []}
+    beside = []
     for i, run in enumerate(runs):
         features, why = _made(lambda run=run: samples.Features(run, args) if reading.has_checkpoint(run) else None)
         why = why or note("there is no complete checkpoint: features need one")
@@ -277,10 +219,11 @@ def pictures(runs: list[RunData], args: argparse.Namespace) -> list[tuple[str, s
         key = legend([(colour, name) for name, colour, _ in groups]) if groups else ""
         made, failed = _made(lambda run=run: samples.views(run, args))
         near = of(lambda f=features: f.neighbours())
+        beside.append(of(lambda f=features: f.baselines()) if features else "")
         for name, html in zip(parts, (made or failed, near, key + maps if features else why)):
             title = f'<h3><i class="swatch"></i>{escape(run.label)}</h3>'
             parts[name].append(f'<div class="run s{i} r{i}">{title}{html}</div>')
-    return [(name, f'<div class="runs">{"".join(text)}</div>') for name, text in parts.items()]
+    return [(name, f'<div class="runs">{"".join(text)}</div>') for name, text in parts.items()], beside
 
 
 def _made(part: Callable):

@@ -15,9 +15,24 @@ from typing import Any
 import numpy as np
 
 from fastssl import checkpoint
-from fastssl.log import TIMING_KEYS
+from fastssl.log import COLLAPSED, TIMING_KEYS
 
 PHASES = ("data", "views", "forward", "backward", "optimizer", "other", "step")  # step: a whole one, as a CUDA graph
+
+CURVES = {  # key of the log: title, unit, what it says
+    "loss": ("Loss", "", "Losses of different methods or temperatures cannot be compared with each other."),
+    "knn_top1": ("kNN, top-1", "%", "Weighted k nearest neighbours on frozen features."),
+    "probe_top1": ("Probe, top-1", "%", "The online linear probe, on the test file."),
+    "probe_top1_train": ("Probe, top-1 in training", "%", "The online probe on augmented views, before its update."),
+    "probe_loss": ("Probe, loss", "", ""),
+    "lr": ("Learning rate", "", ""),
+    "feature_std": ("Spread of the features", "", "1: evenly in all directions. 0: collapsed."),
+    "feature_rank": ("Effective rank of the features", "", "RankMe; low or falling hints at dimensional collapse."),
+    "embedding_std": ("Spread of the embeddings", "", "1: evenly in all directions. 0: collapsed."),
+    "embedding_rank": ("Effective rank of the embeddings", "", ""),
+}
+MAIN = ("loss", "knn_top1", "probe_top1")  # said to be missing where no run has them
+HINTS = {"knn_top1": "log.knn_epochs=10 log it", "probe_top1": "log.probe=True log.knn_epochs=10 log it"}
 
 
 @dataclass(eq=False)
@@ -62,6 +77,12 @@ class RunData:
         return f"at step {self.steps:,}" + (f" of {total:,}" if total else "") + f", last written {since} ago"
 
     @property
+    def on_cpu(self) -> bool:
+        """Where it was started last; a GPU's entry names its memory (older runs do not say which it is)."""
+        last = self.environment[-1] if self.environment else {}
+        return last.get("accelerator", "cuda" if "GiB" in str(last.get("device", "GiB")) else "cpu") == "cpu"
+
+    @property
     def x_per_step(self) -> float:
         return 1 / self.steps_per_epoch if self.steps_per_epoch else 1.0
 
@@ -84,6 +105,28 @@ def read(folder: str | Path) -> RunData:
         if is_evaluation(result):
             run.evaluations.append((str(file), result))
     return run
+
+
+def card(path: str) -> dict:
+    """"samples" and "classes" of a data card, where it is here and holds them."""
+    try:
+        found = json.loads(Path(path).with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return {}
+    found = found if isinstance(found, dict) else {}
+    return {key: found[key] for key, kind in (("samples", int), ("classes", list)) if isinstance(found.get(key), kind)}
+
+
+def collapsed(run: RunData) -> list[tuple[str, float, float, int]]:
+    """(key, mean, limit, count) of the measures of collapse that are below their limit in the last tenth, three at
+    least."""
+    out = []
+    for key, limit in COLLAPSED.items():
+        y = run.scalars[key][1] if key in run.scalars else ()
+        count = max(3, len(y) // 10)
+        if len(y) >= 3 and (value := float(y[-count:].mean())) < limit:
+            out.append((key, value, limit, min(count, len(y))))
+    return out
 
 
 def is_evaluation(value: Any) -> bool:

@@ -19,16 +19,19 @@ from torch import Tensor
 
 from fastssl import pictures
 from fastssl.backbones import evaluating
-from fastssl.eval import maps
+from fastssl.eval import features as whole
+from fastssl.eval import knn, maps
 from fastssl.eval import subject as subjects
 from fastssl.kernels.views import View, make_views
 from fastssl.loader import Loader
-from fastssl.report import charts
+from fastssl.report import cards, charts
 from fastssl.report.runs import RunData
 
 ROWS = 6  # images on a sheet
 COLUMNS = 12  # views on a sheet, at most
 NEIGHBOURS = 8
+K = 20  # of the baselines' kNN
+PIXELS = 64  # side of the pixels' baseline, at most
 
 
 def views(run: RunData, args: argparse.Namespace) -> str:
@@ -53,16 +56,18 @@ def views(run: RunData, args: argparse.Namespace) -> str:
 class Features:
     """Features of `args.points` images of a run's test file (its training file, if it names none)."""
 
-    def __init__(self, run: RunData, args: argparse.Namespace):
+    def __init__(self, run: RunData, args: argparse.Namespace, kind: str = "weights"):
+        """`kind`: "weights", "untrained" or "pixels"."""
         parser = argparse.ArgumentParser()
         subjects.add_options(parser)
         options = parser.parse_args([str(run.folder), "--batch", str(args.batch)])
         options.device, options.workers, options.train, options.test = args.device, args.workers, args.train, args.test
+        options.features = kind
         which = "test" if args.test or run.setting("data.test") else "train"
         self.path = _file(getattr(args, which) or run.setting(f"data.{which}"), f"--{which}")
         self.subject = subjects.load(options, (which,))
         loader = self.subject.loader(self.path)
-        self.names, self.args = loader.classes, args
+        self.names, self.args, self.run = loader.classes, args, run
         self.rows = maps.sample(loader.samples, min(args.points, loader.samples))
         self.x, labels = self._extract()
         self.labels = labels.numpy() if labels.ndim == 1 else np.full(len(labels), -1)
@@ -74,6 +79,8 @@ class Features:
             for b in pictures.batches(self.path, self.rows, batch=min(self.args.batch, len(self.rows)),
                                       device=self.args.device, workers=self.args.workers):  # fmt: skip
                 x = make_views(b.pixels, b.sizes, b.index, (self.subject.view,), seed=0, epoch=0)[0]
+                if isinstance(self.subject.backbone, whole.Pixels) and x.shape[-1] > PIXELS:
+                    x = F.interpolate(x, size=PIXELS, mode="area")  # 1,000 images of 224 would be 0.6 GB
                 out.append(self.subject.backbone(x).float().cpu())
                 labels.append(b.label.cpu())
         x = torch.cat(out)
@@ -85,6 +92,28 @@ class Features:
         if label < 0:
             return "no class"
         return str(self.names[label]) if self.names and label < len(self.names) else f"class {label}"
+
+    def accuracy(self) -> float:
+        """kNN in percent, each labelled image by the others."""
+        known = self.labels >= 0
+        y = torch.from_numpy(self.labels[known])
+        return knn.knn(self.x[torch.from_numpy(known)], y, k=(min(K, len(y) - 1),))["results"][0]["top1"]
+
+    def baselines(self) -> str:
+        """kNN of the network beside an untrained one, the pixels and the largest class, on the same images."""
+        known = self.labels[self.labels >= 0]
+        counts = np.unique(known, return_counts=True)[1]
+        if len(counts) < 2:
+            return ""
+        found = [("this network", self.accuracy())]
+        for kind, name in (("untrained", "the same network, untrained"), ("pixels", "pixels")):
+            found.append((name, Features(self.run, self.args, kind).accuracy()))
+        found.append(("chance (the largest class)", 100 * counts.max() / counts.sum()))
+        return cards.baselines(found, f"kNN, top-1, k = {min(K, len(known) - 1)}, of {len(known):,} images of "
+                                        f"{Path(self.path).name}, each by the others.")  # fmt: skip
+
+    def caption(self, label: int) -> str:
+        return "" if label < 0 else self.name(label)
 
     def neighbours(self) -> str:
         """Some of the images with those nearest by cosine similarity among the others."""
@@ -100,15 +129,20 @@ class Features:
         lines = []
         for r, places in enumerate(shown):
             own = self.labels[places[0]]
-            line = [_tile(tiles[r, 0], f"image {self.rows[places[0]]}, {self.name(own)}", " first")]
+            line = [_tile(tiles[r, 0], f"image {self.rows[places[0]]}, {self.name(own)}", " first", self.caption(own))]
             for c, place in enumerate(places[1:]):
                 label = self.labels[place]
                 mark = "" if own < 0 or label < 0 else " same" if label == own else " other"
                 said = ", the same class" if mark == " same" else ", another class" if mark else ""
                 line.append(_tile(tiles[r, c + 1], f"image {self.rows[place]}, {self.name(label)}{said}, "
-                                                   f"similarity {similarity[r, c]:.3f}", mark))  # fmt: skip
+                                                   f"similarity {similarity[r, c]:.3f}", mark,
+                                  self.caption(label)))  # fmt: skip
             lines.append(line)
-        marked = " A dashed frame and a cross mark another class." if (self.labels >= 0).any() else ""
+        marked = ""
+        if (self.labels >= 0).any():
+            same = np.array([self.labels[places[1:]] == self.labels[places[0]] for places in shown])
+            marked = (f" Below each stands its class; a frame and a cross mark another class than the first image's: "
+                      f"{100 * same.mean():.0f} % have the same.")  # fmt: skip
         return _sheet(lines, f"An image and its nearest among {len(x):,} of {Path(self.path).name}, by cosine "
                              f"similarity of the features.{marked}")  # fmt: skip
 
@@ -116,7 +150,9 @@ class Features:
         xy, facts = maps.project(self.x, method)
         said = {"pca": f"{facts.get('variance_%', 0):g} % of the variance",
                 "tsne": f"perplexity {facts.get('perplexity', 0):g}; distances between far groups mean nothing"}[method]
-        title = {"pca": "PCA", "tsne": "t-SNE"}[method]
+        title = f"{ {'pca': 'PCA', 'tsne': 't-SNE'}[method] } of {self.run.label}"
+        if len(xy) <= maps.TRUSTED:
+            title += f", trustworthiness {maps.trustworthiness(self.x, xy):.1f} %"
         return charts.scatter(title, xy, self.groups(), f"{len(xy):,} images of {Path(self.path).name}; {said}.")
 
     def groups(self) -> list[tuple[str, str, np.ndarray]]:
@@ -142,7 +178,7 @@ def _sheet(lines: list[list[str]], about: str) -> str:
             f'</div></div><p class="about">{escape(about)}</p>')  # fmt: skip
 
 
-def _tile(pixels: Tensor, said: str, mark: str = "") -> str:
+def _tile(pixels: Tensor, said: str, mark: str = "", caption: str = "") -> str:
     """pixels: (SIDE, SIDE, 3) in [0, 1].  PNG where it is the smaller: of images that were enlarged."""
     image = Image.fromarray((pixels.numpy() * 255).round().astype(np.uint8))
     best = None
@@ -152,6 +188,6 @@ def _tile(pixels: Tensor, said: str, mark: str = "") -> str:
         if best is None or out.tell() < len(best[1]):
             best = kind, out.getvalue()
     data = base64.b64encode(best[1]).decode()
-    side = pictures.SIDE
+    side, below = pictures.SIDE, f"<small>{escape(caption)}</small>" if caption else ""
     return (f'<span class="tile{mark}"><img src="data:image/{best[0]};base64,{data}" width="{side}" height="{side}" '
-            f'alt="{escape(said)}" title="{escape(said)}"></span>')  # fmt: skip
+            f'alt="{escape(said)}" title="{escape(said)}">{below}</span>')  # fmt: skip

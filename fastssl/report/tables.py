@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastssl.eval import METRICS
+from fastssl import methods
+from fastssl.config import Run, dump
+from fastssl.eval import METRICS, PROTOCOLS
 from fastssl.kernels.views import View
 from fastssl.report.runs import PHASES, RunData
 
 NOT_SHOWN = {"picture", "path"}  # of a row of results: files beside it
+NO_BEST = {"map_std", "map_min", "map_max"}  # of METRICS: what says how far draws are apart
 
 
 Row = tuple[list[str], list[str], bool]
@@ -64,48 +69,61 @@ def owner(runs: list[RunData], result: dict) -> RunData | None:
 
 
 def evaluations(runs: list[RunData]) -> str:
+    """A row for each metric of each protocol and test file; the best of all runs and settings in it is marked."""
     if not any(run.evaluations for run in runs):
-        return ('<p class="note">No results: write some into the run folder with fastssl eval knn RUN '
-                "--out RUN/eval/knn.json, or name them with --eval.</p>")  # fmt: skip
-    found: dict[tuple, dict[int, dict]] = {}  # place -> run -> row
+        return ('<p class="note">No results: fastssl eval knn RUN writes some into the run folder; --eval names files '
+                "that lie elsewhere.</p>")  # fmt: skip
+    found: dict[tuple, dict[int, list[dict]]] = {}  # (protocol, features, test file) -> run -> rows
     for i, run in enumerate(runs):
-        seen: dict[tuple, int] = {}
         for file, result in run.evaluations:
             of = result.get("of") if isinstance(result.get("of"), dict) else {}
-            place = (result["protocol"], str(of.get("features", "weights")), str(of.get("test")))
-            seen[place] = seen.get(place, -1) + 1
-            for j, row in enumerate(result["results"]):
-                found.setdefault((*place, seen[place], j), {})[i] = {**row, "": (file, result)}
+            place = result["protocol"], str(of.get("features", "weights")), str(of.get("test") or "")
+            rows = found.setdefault(place, {}).setdefault(i, [])
+            rows += [{**row, "": f"{file}: {json.dumps(result.get('options', {}))}"} for row in result["results"]]
+    order = list(PROTOCOLS)
+    rank = lambda place: (order.index(place[0]) if place[0] in order else len(order), place[0], place[2],  # noqa: E731
+                          place[1] != "weights", place[1])  # fmt: skip
     rows = []
-    for (protocol, features, *_), by_run in sorted(found.items(), key=lambda item: item[0]):
-        keys = list(dict.fromkeys(k for row in by_run.values() for k in row if k and k not in METRICS))
-        keys = [k for k in keys if k not in NOT_SHOWN]
-        shared = [k for k in keys if len({repr(row.get(k)) for row in by_run.values()}) == 1]
-        setting = [f"{k}={_short(next(iter(by_run.values()))[k])}" for k in shared if k != "selected_on"]
-        setting += [f"features={features}"] if features != "weights" else []
-        selected = {row.get("selected_on") for row in by_run.values()}
-        badge = ' <span class="badge">selected on test data</span>' if "test" in selected else ""
-        metrics = [m for m in METRICS if any(m in row for row in by_run.values())]
+    for place in sorted(found, key=rank):
+        protocol, features, test = place
+        by_run = found[place]
+        some = [row for part in by_run.values() for row in part]
+        what = {"weights": "", "untrained": "untrained network", "pixels": "pixels"}.get(features, features)
+        first = [escape(protocol) + (f'<br><span class="badge base">baseline: {escape(what)}</span>' if what else ""),
+                 escape(Path(test).name)]  # fmt: skip
+        metrics = [m for m in METRICS if any(m in row for row in some)]
         for metric in metrics or [""]:
-            cells = [_cell(by_run.get(i), metric, [k for k in keys if k not in shared]) for i in range(len(runs))]
-            first = [escape(protocol), escape(" ".join(setting)) + badge, escape(METRICS.get(metric, ""))]
-            rows.append((first, cells, False))
-    return table(["protocol", "setting", "metric"], runs, rows)
+            values = [row[metric] for row in some if is_number(row.get(metric))]
+            best = max(values) if len(values) > 1 and metric not in NO_BEST else None
+            cells = [_cell(by_run.get(i, []), metric, best) for i in range(len(runs))]
+            rows.append(([*first, escape(METRICS.get(metric, ""))], cells, False))
+    marked = '<p class="about">The <b class="best">best</b> of a row is marked; above a figure stands its setting.</p>'
+    return marked + table(["protocol", "test file", "metric"], runs, rows)
 
 
-def _cell(row: dict | None, metric: str, own: list[str]) -> str:
-    if row is None:
-        return "<small>none</small>"
-    file, result = row[""]
-    value = row.get(metric)
-    text = f"<b>{value:.2f}</b>" if isinstance(value, (int, float)) else escape(str(value if value is not None else ""))
-    more = " ".join(f"{k}={_short(row[k])}" for k in own if k in row)
-    said = f"{file}: {json.dumps(result.get('options', {}))}"
-    return f'<span title="{escape(said)}">{text}{f" <small>{escape(more)}</small>" if more else ""}</span>'
+def _cell(rows: list[dict], metric: str, best: float | None) -> str:
+    out = []
+    for row in rows:
+        value = row.get(metric)
+        if metric and value is None:
+            continue
+        setting = " ".join(f"{k}={_short(v)}" for k, v in row.items()
+                           if k and k not in METRICS and k not in NOT_SHOWN and k != "selected_on")  # fmt: skip
+        badge = ' <span class="badge">selected on test data</span>' if row.get("selected_on") == "test" else ""
+        chosen = " (selected on held-out data)" if row.get("selected_on") == "held-out" else ""
+        text = f"{value:.2f}" if is_number(value) else escape(str(value or ""))
+        kind = ' class="best"' if is_number(value) and value == best else ""
+        out.append(f'<span class="value" title="{escape(row[""])}"><small>{escape(setting + chosen)}</small>'
+                   f"<b{kind}>{text}</b>{badge}</span>")  # fmt: skip
+    return "".join(out) or "<small>none</small>"
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+    return f"{value:g}" if is_number(value) else str(value)
 
 
 # ---- configuration and environment -----------------------------------------------------------------------------------
@@ -114,20 +132,38 @@ def _short(value: Any) -> str:
 def configuration(runs: list[RunData]) -> str:
     if not any(run.config for run in runs):
         return '<p class="note">No run has a config.json that can be read.</p>'
-    flat = [flatten(run.config) for run in runs]
+    flat, usual = [flatten(run.config) for run in runs], [defaults(run.config) for run in runs]
     rows = []
     for key in dict.fromkeys(key for part in flat for key in part):
-        values = [part.get(key) for part in flat]
-        cells = ["" if v is None else escape(v) for v in values]
-        rows.append(([f"<code>{escape(key)}</code>"], cells, len(runs) > 1 and len(set(values)) > 1 and key != "name"))
-    lead = '<p class="about">Fields of views that have their default are left out.</p>'
+        whole = [part.get(key, own.get(key)) if run.config else None for part, own, run in zip(flat, usual, runs)]
+        cells = ["" if v is None else f'<span class="default" title="the default">{escape(v)}</span>'
+                 if own.get(key) == v else escape(v) for v, own in zip(whole, usual)]  # fmt: skip
+        rows.append(([f"<code>{escape(key)}</code>"], cells, len(runs) > 1 and len(set(whole)) > 1 and key != "name"))
+    gray = '<p class="about">Gray: the default.'
+    lead = f"{gray} Fields of views that have it in all runs are left out.</p>"
     if len(runs) == 1:
         return lead + table(["setting"], runs, rows, code=True)
     differing = [row for row in rows if row[2]]
-    top = (table(["setting that differs"], runs, differing, code=True) if differing
+    top = (f"{gray}</p>" + table(["setting that differs"], runs, differing, code=True) if differing
            else '<p class="lead">All settings are equal.</p>')  # fmt: skip
     everything = table(["setting"], runs, rows, code=True)
     return f"{top}<details><summary>All {len(rows)} settings</summary>{lead}{everything}</details>"
+
+
+def defaults(config: dict) -> dict[str, str]:
+    """As flatten: the settings' values where none is given.  Of methods, those in this package alone: a config.json may
+    come from anywhere, and nothing that it names is imported."""
+    method = config.get("method")
+    kind = str(method.get("type", "")) if isinstance(method, dict) else ""
+    out = flatten({k: v for k, v in dump(Run(method=None)).items() if k != "method"})
+    if kind in {f"fastssl.methods.{name}.Config" for name in methods.names()}:
+        given = dump(importlib.import_module(kind.rpartition(".")[0]).Config())
+        out |= flatten({k: v for k, v in given.items() if k != "type"}, "method")
+    views = config.get("data", {}).get("views") if isinstance(config.get("data"), dict) else None
+    usual = {f.name: f.default for f in dataclasses.fields(View) if f.default is not dataclasses.MISSING}
+    for i in range(len(views) if isinstance(views, list) else 0):
+        out |= flatten(usual, f"data.views[{i}]")
+    return out
 
 
 def flatten(value: Any, key: str = "") -> dict[str, str]:

@@ -85,8 +85,9 @@ def test_colours_go_to_the_classes_with_most_points():
     assert [name for name, *_ in maps.palette(np.array([1, 0]), ["cat", "dog"])] == ["cat", "dog"]
 
 
-def test_maps_command_writes_pictures_and_coordinates(files, tmp_path, capsys):
-    out = tmp_path / "out"
+def test_maps_command_writes_pictures_and_coordinates(files, tmp_path, capsys, monkeypatch):
+    out, titles, write = tmp_path / "out", [], maps.write
+    monkeypatch.setattr(maps, "write", lambda *given: (titles.append(given[-1]), write(*given)))
     assert call("maps", files, "--method", "pca,tsne", "--points", 15, "--folder", out, "--out", out / "r.json") == 0
     result = json.loads((out / "r.json").read_text())
     assert [row["method"] for row in result["results"]] == ["pca", "tsne"] and "trust %" in capsys.readouterr().out
@@ -103,6 +104,9 @@ def test_maps_command_writes_pictures_and_coordinates(files, tmp_path, capsys):
     expected, _ = maps.project(x.flatten(1)[maps.sample(21, 15)], "pca")
     np.testing.assert_allclose(np.abs(np.load(out / "map_pca.npy")), np.abs(expected), atol=1e-3)
     assert not list(out.glob("*.tmp"))
+    trust = [f"trustworthiness {row['trustworthiness']:.1f} %" for row in result["results"]]
+    about = "of pixels (resnet50), 15 images of test.beton"
+    assert titles == [f"{method} {about}\n{text}" for method, text in zip(("pca", "tsne"), trust)]
 
 
 def test_umap_absent_is_said_before_anything_is_computed(files, tmp_path, monkeypatch, capsys):

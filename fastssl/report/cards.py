@@ -1,0 +1,127 @@
+"""The report's first section: of each run what was trained on what, for how long and at which size, what came of it
+beside the baselines, and whether it collapsed."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+from fastssl.report import runs as reading
+from fastssl.report.runs import CURVES, MAIN, RunData
+
+
+def summary(runs: list[RunData], baselines: list[str]) -> str:
+    """`baselines`: HTML of each run's comparison with untrained network, pixels and chance, or why there is none."""
+    cards = []
+    for i, run in enumerate(runs):
+        told = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts(run))
+        figures = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)} <small>{escape(more)}</small></dd></div>"
+                          for name, value, more in key_figures(run))  # fmt: skip
+        notes = "".join(f'<p class="note">{escape(text)}</p>' for text in run.notes)
+        lost = collapse(run)
+        bad = f'<p class="note bad"><b>Collapsed.</b> {escape(lost)}</p>' if lost else ""
+        cards.append(f'<article class="card s{i} r{i}"><h3>{escape(run.label)}</h3><p class="meta">{escape(run.status)}'
+                     f'</p><dl class="facts">{told}</dl>{bad}<dl class="tiles">{figures}</dl>{baselines[i]}{notes}'
+                     "</article>")  # fmt: skip
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def facts(run: RunData) -> list[tuple[str, str]]:
+    """(name, text): method, network, data, views, length, machine, as far as the run's files say."""
+    method = str(run.setting("method.type", ""))
+    network = [str(run.setting("backbone.name", ""))]
+    network += [f"{key} {run.setting(f'backbone.{key}')}" for key, usual in (
+        ("stem", "imagenet"), ("width", 64), ("norm", "bn"), ("pretrained", None))
+        if run.setting(f"backbone.{key}") not in (None, usual)]  # fmt: skip
+    out = [("Method", method.split(".")[-2] if method.startswith("fastssl.methods.") else method.split(".")[-1]),
+           ("Network", ", ".join(network)), ("Data", _data(run, "train")), ("Tested on", _data(run, "test")),
+           ("Views", _views(run)), ("Length", _length(run)), ("Machine", _machine(run))]  # fmt: skip
+    return [(name, text) for name, text in out if text]
+
+
+def _data(run: RunData, which: str) -> str:
+    path = run.setting(f"data.{which}")
+    if not isinstance(path, str) or not path:
+        return ""
+    card = reading.card(path)
+    known = [f"{card['samples']:,} images"] if "samples" in card else []
+    known += [f"{len(card['classes']):,} classes"] if card.get("classes") else []
+    return Path(path).name + (f" ({', '.join(known)})" if known else "")
+
+
+def _views(run: RunData) -> str:
+    sizes = [view.get("size") for view in run.setting("data.views", ()) if isinstance(view, dict)]
+    each = [f"{sizes.count(size)} of {size} x {size} pixels" for size in dict.fromkeys(sizes)]
+    return ", ".join(each)
+
+
+def _length(run: RunData) -> str:
+    batch, epochs = run.setting("optim.batch"), run.setting("optim.epochs")
+    out = [f"{run.steps / run.steps_per_epoch:.3g} epochs"] if run.steps_per_epoch else []
+    if run.setting("optim.steps") is None and isinstance(epochs, (int, float)) and run.steps_per_epoch:
+        out = [f"{out[0].removesuffix(' epochs')} of {epochs:g} epochs"]
+    if run.steps:
+        out.append(f"{run.steps:,} steps" + (f" of {batch:,} images" if isinstance(batch, int) else ""))
+    if "total_ms" in run.scalars:
+        out.append(hours(run.scalars["total_ms"][1].sum() / 1e3))
+    return ", ".join(out)
+
+
+def _machine(run: RunData) -> str:
+    last = run.environment[-1] if run.environment else {}
+    if not last.get("device"):
+        return ""
+    ranks = last.get("ranks", 1)
+    precision = run.setting("optim.precision")
+    return (f"{ranks} rank{'s' * (ranks != 1)}, {'each ' * (ranks != 1)}{last['device']}"
+            + (f", {precision}" if precision else ""))  # fmt: skip
+
+
+def collapse(run: RunData) -> str:
+    """What says that the run has collapsed at its end, or "" (log.COLLAPSED)."""
+    found = [f"{CURVES[key][0]} {value:.3g} (below {limit:g}; mean of the last {count} measures)"
+             for key, value, limit, count in reading.collapsed(run)]  # fmt: skip
+    return f"The network gives nearly the same for every image: {'; '.join(found)}." if found else ""
+
+
+def key_figures(run: RunData) -> list[tuple[str, str, str]]:
+    """(name, value, in small): the last of each curve, with the best where it is another, and the meter's figures."""
+    out = []
+    for key in MAIN:
+        if key not in run.scalars:
+            continue
+        y = run.scalars[key][1]
+        unit = CURVES[key][1]
+        better = f"best {y.max():.1f}" if unit and y.max() - y[-1] >= 0.05 else ""
+        value = f"{y[-1]:.1f} {unit}" if unit else f"{y[-max(1, min(len(y) // 20, 50)) :].mean():.4g}"
+        out.append((CURVES[key][0], value, better))
+    if "total_ms" in run.scalars:
+        rate = reading.binned(run, "images_per_s", 1, "total_ms")[1] if "images_per_s" in run.scalars else []
+        out += [("Images/s", f"{rate.mean():,.0f}", "")] if len(rate) else []
+    for key, name, factor, unit in (("mfu", "MFU", 100, "%"), ("memory_gib", "Peak memory", 1, "GiB")):
+        if key in run.scalars:
+            y = run.scalars[key][1]
+            value = y.max() if key == "memory_gib" else y[len(y) // 10 :].mean()
+            out.append((name, f"{value * factor:.1f} {unit}", ""))
+    if run.skipped:
+        out.append(("Skipped steps", f"{run.skipped:,}", "fp16 overflow"))
+    return out
+
+
+def baselines(found: list[tuple[str, float | None]], about: str) -> str:
+    """(name, kNN accuracy in percent or None) of the network and of what it must beat, as bars; the best is bold."""
+    best = max((value for _, value in found if value is not None), default=0)
+    rows = []
+    for i, (name, value) in enumerate(found):
+        text = "none" if value is None else f"{value:.1f} %"
+        bar = f'<i style="width:{max(0.0, min(100.0, value or 0)):.1f}%"></i>'
+        mark = " best" if value == best else ""
+        rows.append(f'<li class="{"own" if not i else "base"}{mark}"><span>{escape(name)}</span><b>{text}</b>'
+                    f'<span class="bar100">{bar}</span></li>')  # fmt: skip
+    return f'<p class="about">{escape(about)}</p><ul class="baselines">{"".join(rows)}</ul>'
+
+
+def hours(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
