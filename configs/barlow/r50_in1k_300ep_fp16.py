@@ -1,7 +1,5 @@
 """Barlow Twins, ResNet-50, ImageNet, batch 2048, 300 epochs, fp16.
 As in facebookresearch/barlowtwins's main.py, for 300 epochs instead of 1000.
-Published: none by the authors for 300 epochs (73.5 after 1000: their README); linear 71.8 top-1 at these settings
-(MMSelfSup's model zoo).
 deepspeed --num_gpus 8 fastssl/train.py configs/barlow/r50_in1k_300ep_fp16.py
 Not measured yet."""
 

@@ -22,29 +22,12 @@ class Config:
     momentum: float = 0.996
     momentum_end: float = 1.0  # reached by half a cosine over the run
     norm: bool = True  # batch norm in the heads
-    last_bias: bool = True  # of the heads' last layers, which have none in the authors' code
-    init: str = "torch"  # of the heads; "openselfsup": the projector as Kaiming, the predictor N(0, 0.01); "haiku": the
-    # authors' library, for the backbone, too
-
-    def init_backbone(self, backbone: nn.Module) -> None:
-        if self.init == "haiku":
-            haiku_(backbone)
+    init: str = "torch"  # of the heads; "openselfsup": the projector as Kaiming, the predictor N(0, 0.01)
 
     def build(self, backbone: nn.Module, *, kernels: str = "auto", **_) -> BYOL:
-        if self.init not in ("torch", "openselfsup", "haiku"):
-            raise ValueError(f"method.init={self.init!r} is none of torch, openselfsup, haiku")
+        if self.init not in ("torch", "openselfsup"):
+            raise ValueError(f"method.init={self.init!r} is none of torch, openselfsup")
         return BYOL(self, backbone, kernels)
-
-
-def haiku_(module: nn.Module) -> None:
-    """Haiku's initial values of linear and convolutional layers: a normal distribution of std 1 / sqrt(fan_in) cut at
-    two of them, which leaves 0.88 / sqrt(fan_in); no bias."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            std = layer.weight[0].numel() ** -0.5
-            nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
 
 
 class BYOL(nn.Module):
@@ -54,19 +37,14 @@ class BYOL(nn.Module):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.backbone = backbone
-        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_bias=config.last_bias)
-        self.predictor = parts.mlp(config.dims[-1], config.predictor, config.dims[-1], norm=config.norm,
-                                   last_bias=config.last_bias)
+        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm)
+        self.predictor = parts.mlp(config.dims[-1], config.predictor, config.dims[-1], norm=config.norm)
         if config.init == "openselfsup":
             fill = {self.projector: partial(nn.init.kaiming_normal_, nonlinearity="relu"),
                     self.predictor: partial(nn.init.normal_, std=0.01)}
             for head, layer in ((h, m) for h in fill for m in h if isinstance(m, nn.Linear)):
                 fill[head](layer.weight)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
-        if config.init == "haiku":
-            haiku_(self.projector)
-            haiku_(self.predictor)
+                nn.init.zeros_(layer.bias)
         self.target = parts.frozen_copy(self.backbone, self.projector)
 
     def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
