@@ -1,15 +1,24 @@
 """Checkpoints that are complete or absent: written to a temporary folder, sealed by a manifest of sizes and hashes,
-then renamed.  `newest` skips a damaged one, names it, and falls back to the one before.
+then renamed.  `newest` skips a damaged one, names it, and falls back to the one before.  `lock` keeps a second run out
+of the folder.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+LOCK = "lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that are mounted without them
 
 
 def folder(run_dir: str | Path) -> Path:
@@ -24,22 +33,24 @@ def begin(run_dir: str | Path, step: int) -> Path:
     return path
 
 
-def commit(temporary: Path, keep: int) -> Path:
-    """Seal and rename a folder that all ranks have finished; delete all but the `keep` newest.  Call on one rank."""
+def commit(temporary: Path, keep: int, every: int = 0) -> Path:
+    """Seal and rename a folder that all ranks have finished; delete all but the `keep` newest (-1: keep all) and those
+    of every `every`-th step.  Call on one rank."""
     files = sorted(p for p in temporary.rglob("*") if p.is_file())
     entries = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
     (temporary / MANIFEST).write_text(json.dumps({"format": 1, "files": entries}, indent=1))
-    path = temporary.with_suffix("")
+    path, run_dir = temporary.with_suffix(""), temporary.parent.parent
     shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step, from before a resume
     temporary.rename(path)
-    for old in _all(path.parent)[keep:]:
-        shutil.rmtree(old)
+    for old in found(run_dir)[keep:] if keep > 0 else ():
+        if not every or step_of(old) % every:
+            shutil.rmtree(old)
     return path
 
 
 def newest(run_dir: str | Path, warn=print) -> Path | None:
     """The newest complete checkpoint; every damaged one that is newer is reported to `warn`."""
-    for path in _all(folder(run_dir)):
+    for path in found(run_dir):
         problem = damage(path)
         if problem is None:
             return path
@@ -64,9 +75,53 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def _all(parent: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    return sorted((p for p in parent.glob("step_*") if p.suffix == ""), reverse=True)
+def found(run_dir: str | Path) -> list[Path]:
+    """Checkpoint folders, damaged ones too, newest first."""
+    return sorted((p for p in folder(run_dir).glob("step_*") if p.suffix == ""), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+@contextlib.contextmanager
+def lock(run_dir: str | Path, say=print) -> Iterator[None]:
+    """Keep every other process out of a run's folder, which is made; ValueError where one is in it.  What was made and
+    is still empty afterwards is removed.
+
+    An flock: the kernel gives it up with the process, however that ends, and NFS (version 4) and Lustre (mounted with
+    -o flock) carry it to other nodes.  Where the file system has none, `say` gets a warning.
+    """
+    run_dir, made = Path(run_dir), []
+    for parent in [run_dir, *run_dir.parents]:
+        if parent.exists():
+            break
+        made.append(parent)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with open(run_dir / LOCK, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in NO_LOCKS:
+                    say(f"{run_dir}: its file system has no locks ({error.strerror}); see to it that no other run "
+                        "writes there")
+                else:
+                    file.seek(0)
+                    raise ValueError(f"{run_dir} is being trained by another process ({file.read().strip()}): wait "
+                                     "for its end, or give another name=...") from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                if made and [p.name for p in run_dir.iterdir()] == [LOCK]:  # the start failed
+                    (run_dir / LOCK).unlink()
+    finally:
+        for parent in made:
+            with contextlib.suppress(OSError):  # it is not empty
+                parent.rmdir()
 
 
 def _sha256(path: Path) -> str:

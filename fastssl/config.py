@@ -91,7 +91,8 @@ class Speed:
 class Log:
     root: str = "work_dirs"  # the run folder is root/<config path>
     every: int = 50  # steps between printed lines
-    keep: int = 2  # newest checkpoints kept
+    keep: int = 2  # newest checkpoints kept; -1: all
+    keep_every: float = 0  # epochs; their checkpoints are written and stay beside the newest; 0: none
     checkpoint_epochs: float = 10  # between checkpoints; 0: only at the end
     checkpoint_steps: int | None = None  # between checkpoints in optimizer steps, instead
     knn_epochs: int = 0  # between kNN evaluations; 0: never
@@ -226,11 +227,13 @@ def validate(run: Run) -> None:
         value = getattr(getattr(run, section), name)
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{key}={value!r} must be positive")
-    for key in ("optim.steps", "speed.micro_batch"):
+    for key in ("optim.steps", "speed.micro_batch", "log.checkpoint_steps"):
         section, name = key.split(".")
         value = getattr(getattr(run, section), name)
         if value is not None and value < 1:
             raise ValueError(f"{key}={value!r} must be at least 1, or None")
+    if run.log.keep != -1 and run.log.keep < 1:
+        raise ValueError(f"log.keep={run.log.keep} must be at least 1, or -1 to keep every checkpoint")
     for name in ("weight_decay", "momentum"):
         value = getattr(run.optim, name)
         if not 0 <= value < (1 if name == "momentum" else math.inf):

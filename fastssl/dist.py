@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as td
@@ -27,6 +30,7 @@ def init(device: str | None = None) -> torch.device:
 
     `device`: "cpu" or "cuda"; None takes CUDA when there is one.  NCCL on CUDA, gloo on CPU.  ValueError for "cuda"
     without a GPU.
+    Slurm's srun is a launcher too (`from_slurm`).
     """
     if device is not None and device.split(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device={device!r}: cpu or cuda")
@@ -35,17 +39,48 @@ def init(device: str | None = None) -> torch.device:
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         raise ValueError(f"device={device}: torch {torch.__version__} (built {built}) finds no GPU on this machine; "
                          "use cpu, or run `fastssl doctor`")  # fmt: skip
+    from_slurm()
     local = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
+        if local and torch.cuda.device_count() == 1:  # srun --gpus-per-task=1: each rank sees its own
+            local = 0
         torch.cuda.set_device(local)
     if not td.is_initialized():
         for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}.items():
             os.environ.setdefault(name, str(value))
         if "MASTER_PORT" not in os.environ:
             os.environ["MASTER_PORT"] = str(_free_port())
-        td.init_process_group("nccl" if cuda else "gloo", device_id=torch.device("cuda", local) if cuda else None,
-                              timeout=TIMEOUT)
+        try:
+            td.init_process_group("nccl" if cuda else "gloo", device_id=torch.device("cuda", local) if cuda else None,
+                                  timeout=TIMEOUT)
+        except td.DistNetworkError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            if "EADDRINUSE" in str(error):
+                raise ValueError(f"port {where} is in use by another job on this machine: choose one by deepspeed "
+                                 "--master_port N (torchrun: --standalone, or --master_port N; srun: MASTER_PORT=N)"
+                                 ) from None  # fmt: skip
+            raise ValueError(f"rank {os.environ['RANK']} does not reach rank 0 at {where}: {error}") from None
     return torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def from_slurm() -> None:
+    """Set the variables of torchrun from those of `srun`, where it starts several tasks and no other launcher does."""
+    env = os.environ
+    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", 1)) < 2 or "SLURM_PROCID" not in env:
+        return
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", env["SLURM_STEP_TASKS_PER_NODE"])  # "4(x2),3": nodes with 4, 4 and 3
+    tasks = [count for count, nodes in parts for _ in range(int(nodes or 1))]
+    env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"],
+               LOCAL_WORLD_SIZE=tasks[int(env.get("SLURM_NODEID", 0))])
+    env.setdefault("MASTER_ADDR", _first_node(env["SLURM_STEP_NODELIST"]))
+    step = int(env["SLURM_STEP_ID"]) if env.get("SLURM_STEP_ID", "").isdecimal() else 0
+    env.setdefault("MASTER_PORT", str(15000 + (int(env["SLURM_JOB_ID"]) * 7 + step) % 15000))
+
+
+def _first_node(nodes: str) -> str:
+    """The first of Slurm's list: "gpu[07-09,12],x" -> "gpu07"; "r[1-2]n[03,04]" -> "r1n03"."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def _free_port() -> int:
@@ -122,6 +157,21 @@ def share(rows: int, of: int | None = None) -> slice:
 def barrier() -> None:
     if world() > 1:
         td.barrier()
+
+
+def on_main(function: Callable, *args) -> Any:
+    """`function(*args)` on rank 0: what it returns, or the ValueError or OSError that it raises, on every rank."""
+    outcome = [None, None]
+    if is_main():
+        try:
+            outcome[0] = function(*args)
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    if world() > 1:
+        td.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def device() -> torch.device:

@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import itertools
 import os
+import signal
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,14 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl import backbones, config, contract, dist, graph, norm, optim, state, weights
+from fastssl import backbones, config, contract, dist, ending, graph, norm, optim, state, weights
 from fastssl import hooks as monitors
 from fastssl import views as recipes
-from fastssl.amp import DTYPES, LossScale
+from fastssl.amp import DTYPES, LossScale, emulated
 from fastssl.config import Run
 from fastssl.kernels.views import make_views
 from fastssl.loader import Batch, Loader
-from fastssl.log import Log
+from fastssl.log import REMEDY, Log
 from fastssl.meters import Meter
 
 
@@ -100,27 +101,45 @@ class Trainer:
         yield copy
 
 
-def fit(run: Run, hooks: list | None = None, *, resume: bool = False, device: str | None = None) -> Trainer:
-    """Train `run` to its end; `resume` continues from the newest complete checkpoint of its folder.
+def fit(run: Run, hooks: list | None = None, *, resume: bool | str | Path = False, force: bool = False,
+        device: str | None = None) -> Trainer:  # fmt: skip
+    """Train `run` to its end, or to a signal: SystemExit then, after a checkpoint (docs/runs.md).
 
-    `hooks`: None for those that `run.log` asks for (kNN, probe, collapse); a list takes their place."""
+    `hooks`: None for those that `run.log` asks for (kNN, probe, collapse); a list takes their place.  `resume`: True
+    continues from the newest complete checkpoint of the run's folder, a path from that one.  `force`: start anew over
+    the folder's checkpoints."""
     config.validate(run)
+    where = dist.init(device)
+    if emulated(run.optim.precision, where):
+        if dist.is_main():
+            print(f"optim.precision={run.optim.precision}: this CPU has no instructions for it and would emulate it, "
+                  "many times slower; training in fp32")
+        run = replace(run, optim=replace(run.optim, precision="fp32"))
     hooks = monitors.of(run) if hooks is None else hooks
-    dist.init(device)
-    checkpoint = state.find(run, resume)
-    t = build(run, hooks, device)
-    log = Log(t.folder, every=run.log.every, total_steps=t.total_steps, tensorboard=run.log.tensorboard)
-    meter = Meter(t.device, batch=run.optim.batch, precision=run.optim.precision)
-    if checkpoint:
-        state.load(t, checkpoint)
-        log.truncate(t.step)
-        log.text(f"continuing {checkpoint}")
-    else:
-        state.write_config(t)
-        log.text(t.schedule.table)
-    state.note_environment(t)
+    with state.claimed(run):
+        checkpoint = state.find(run, resume, force)
+        t = build(run, hooks, device)
+        log = Log(t.folder, every=run.log.every, total_steps=t.total_steps, tensorboard=run.log.tensorboard)
+        if checkpoint:
+            state.load(t, checkpoint, log.text)
+            state.begin(t, checkpoint, clear=resume is not True)
+            log.truncate(t.step)
+            log.text(f"continuing {checkpoint}")
+        else:
+            state.begin(t)
+            log.text(t.schedule.table)
+        state.note_environment(t)
+        log.text(opening(t))
+        with ending.Signals(t.device) as signals:
+            train(t, log, signals)
+        log.text(closing(t))
+    return t
 
-    count = run.optim.batch // dist.world() // micro_batch(run)
+
+def train(t: Trainer, log: Log, signals: ending.Signals) -> None:
+    """The loop: from step `t.step` to the last."""
+    meter = Meter(t.device, batch=t.run.optim.batch, precision=t.run.optim.precision)
+    count = t.run.optim.batch // dist.world() // micro_batch(t.run)
     while t.step < t.total_steps:
         t.epoch, start = divmod(t.step, t.loader.steps)
         for hook in t.hooks:
@@ -136,16 +155,53 @@ def fit(run: Run, hooks: list | None = None, *, resume: bool = False, device: st
                 for hook in t.hooks:
                     hook.after_step(t, out, batch)
                 log.step(t.step, t.epoch, t.scalars, meter.end_step(t.step))
-                if checkpoint_due(t):
+                stop = signals.agreed()
+                if stop or checkpoint_due(t):
                     log.flush(meter.flush())
-                    state.save(t)
+                    saved = save(t, log, needed=bool(stop))
+                if stop and t.step < t.total_steps:
+                    log.text(f"stopped by {signal.Signals(stop).name} at step {t.step} of {t.total_steps}; "
+                             f"checkpoint {saved}; continue with --resume")
+                    log.close()
+                    raise ending.Stopped(stop)
         if t.step % t.loader.steps == 0 or t.step == t.total_steps:
             t.scalars = {}
             for hook in t.hooks:
                 hook.after_epoch(t)
             log.epoch(t.step, t.epoch, t.scalars)
     log.close(meter.flush())
-    return t
+
+
+def save(t: Trainer, log: Log, needed: bool) -> Path | None:
+    """Write a checkpoint, unless the last loss or a weight is not finite: it would take the place of a good one.  Then
+    ValueError where the run ends here (`needed`, the last step), else a line in the log."""
+    problem = log.lost()
+    if problem is None and not state.finite(t.method):
+        problem = f"weights are not finite after step {t.step} (epoch {t.epoch}): {REMEDY}"
+    if problem is None:
+        return state.save(t)
+    if needed or t.step == t.total_steps:
+        raise ValueError(f"{problem}; no checkpoint of step {t.step} is written")
+    log.text(f"step {t.step}: no checkpoint is written: {problem}")
+    return None
+
+
+def opening(t: Trainer) -> str:
+    """What is trained on what, in one line."""
+    optim, world, epochs = t.run.optim, dist.world(), t.total_steps / t.loader.steps
+    device = torch.cuda.get_device_name(t.device) if t.device.type == "cuda" else "CPU"
+    classes = f", {len(t.loader.classes)} classes" if t.loader.classes else ""
+    return (f"{type(t.method).__name__}, {t.run.backbone.name}: {t.loader.samples} images{classes}, {t.total_steps} "
+            f"steps of {optim.batch} images ({epochs:.4g} epochs); {world} {'rank' if world == 1 else 'ranks'} on "
+            f"{device}, {optim.precision}; run folder {t.folder}")
+
+
+def closing(t: Trainer) -> str:
+    """Where the result is and the command to look at it."""
+    if not t.loader.classes:
+        return f"done: {t.folder}; next: fastssl report {t.folder}"
+    test = "" if t.run.data.test else " --test TEST.beton"
+    return f"done: {t.folder}; next: fastssl eval knn {t.folder}{test}"
 
 
 def before_epoch(t: Trainer, start: int, say: Callable[[str], None] = print) -> np.ndarray | None:
@@ -506,7 +562,6 @@ def deterministic(on: bool) -> None:
 
 def checkpoint_due(t: Trainer) -> bool:
     log = t.run.log
-    if t.step == t.total_steps:
-        return True
     every = log.checkpoint_steps or round(log.checkpoint_epochs * t.loader.steps)
-    return bool(every) and t.step % every == 0
+    kept = round(log.keep_every * t.loader.steps)
+    return t.step == t.total_steps or any(n and t.step % n == 0 for n in (every, kept))

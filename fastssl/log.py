@@ -23,6 +23,7 @@ from torch import Tensor
 from fastssl import dist
 
 FETCH = 10  # steps between two copies of scalars to the host; a killed run loses the lines of about so many steps
+REMEDY = "lower optim.lr, lengthen optim.warmup_epochs, set optim.clip, or use bf16 or fp32 instead of fp16"
 BAD_STEPS = 3  # steps in a row without a finite loss that end the run
 
 
@@ -57,7 +58,7 @@ class Log:
         self._rows: deque[tuple[Row, dict]] = deque()  # on the host, not yet written
         self._timings: dict[int, dict] = {}
         self._window: list[dict] = []  # records since the last printed line
-        self._bad: list[int] = []
+        self._bad: list[tuple[int, int, float]] = []  # (step, epoch, loss) of the last steps, not finite
         self._low = 0  # measures of collapse in a row that are below their limit
 
     # ---- what the loop calls ----
@@ -66,7 +67,7 @@ class Log:
         """Record `step` (from 1).  `timings`: the meter's records, of this or of earlier steps, found by "step"."""
         self._buffer.append(Row(step, epoch, dict(scalars), True))
         self._time(timings)
-        if step % min(FETCH, self.every) == 0 or step == self.total_steps:
+        if step % min(FETCH, self.every) == 0 or step in (self._kept + 1, self.total_steps):
             self._send()
         self._drain()
         if self._main and sys.stdout.isatty():
@@ -175,10 +176,16 @@ class Log:
         loss, skipped = record.get("loss", 0.0), record.get("applied") is False and record.get("loss_scale", 1.0) > 1.0
         if skipped:
             return
-        self._bad = [*self._bad, record["step"]] if not math.isfinite(loss) else []
+        self._bad = [*self._bad, (record["step"], record["epoch"], loss)] if not math.isfinite(loss) else []
         if len(self._bad) >= BAD_STEPS:
-            raise ValueError(f"the loss is {loss} since step {self._bad[0]} (epoch {record['epoch']}): lower optim.lr, "
-                             "lengthen optim.warmup_epochs, set optim.clip, or use bf16 or fp32 instead of fp16")
+            raise ValueError(self.lost())
+
+    def lost(self) -> str | None:
+        """What is wrong with the last losses that have arrived, or None."""
+        if not self._bad:
+            return None
+        step, epoch, loss = self._bad[0]
+        return f"the loss is {loss} since step {step} (epoch {epoch}): {REMEDY}"
 
     # ---- files and the terminal, rank 0 only ----
 
@@ -207,7 +214,7 @@ class Log:
                 for name, value in record.items():
                     if isinstance(value, int | float) and name != "step":
                         self._writer.add_scalar(name, value, row.step)
-            if shown:
+            if shown or row.step == self._kept + 1:  # the first, so that one sees that it runs
                 self._print(row, record)
 
     def _open(self) -> None:

@@ -14,8 +14,10 @@ if __name__ == "__main__" and sys.path[0] == str(Path(__file__).resolve().parent
 
 import argparse
 import os
+import socket
+import traceback
 
-from fastssl import config, dist
+from fastssl import config, dist, ending
 from fastssl.parsing import Parser
 
 
@@ -24,6 +26,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("config", nargs="?", help="a config file (default: configs/quickstart.py)")
     p.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the file")
     p.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint of the run")
+    p.add_argument("--resume-from", metavar="CHECKPOINT", help="continue from this checkpoint's folder")
+    p.add_argument("--force", action="store_true", help="start anew over the checkpoints of the folder")
     p.add_argument("--deterministic", action="store_true", help="the same bits every time, slower")
     p.add_argument("--pretrained", help="backbone weights to start from")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: CUDA if there is one")
@@ -37,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         args.overrides.insert(0, args.config)
         args.config = None
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at CUDA's start; --deterministic needs it
+    dist.from_slurm()
+    watch, code = ending.Watch(), 0
     try:
         run = config.load(args.config or config.quickstart(), args.overrides)
         run.deterministic |= args.deterministic
@@ -45,16 +51,43 @@ def main(argv: list[str] | None = None) -> int:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         from fastssl import engine, hooks  # DeepSpeed picks its accelerator when it is imported
 
-        engine.fit(run, hooks.of(run), resume=args.resume, device=args.device)
-    except ValueError as error:
+        engine.fit(run, hooks.of(run), resume=args.resume_from or args.resume, force=args.force, device=args.device)
+    except ending.Stopped as stopped:
+        code = stopped.code
+    except KeyboardInterrupt:
+        code = _fail("interrupted; nothing was saved", ending.INTERRUPTED)
+    except (ValueError, OSError) as error:
         if os.environ.get("FASTSSL_TRACEBACK"):
             raise
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"fastssl: {error}", file=sys.stderr)
-        return 2
+        code = _fail(_line(error), 2)
+    except Exception as error:
+        if dist.world() == 1:
+            raise
+        code = _fail(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
     finally:
+        watch.stop()
+        if code in (0, ending.REQUEUE, ending.INTERRUPTED):
+            dist.barrier()  # no rank looks for another's failure any more
         dist.shutdown()
-    return 0
+    return code
+
+
+def _fail(reason: str, code: int, details: str = "") -> int:
+    """Print the reason on the first rank that fails.  Several ranks end here: a group whose ranks have ended cannot be
+    left in order."""
+    if ending.first_to_fail(reason, code):
+        where = f" (rank {dist.rank()} on {socket.gethostname()})" if dist.rank() else ""
+        print(f"{details}fastssl: {reason}{where}", file=sys.stderr, flush=True)
+    if dist.world() > 1:
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def _line(error: ValueError | OSError) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) if isinstance(error, OSError) else str(error)
 
 
 def _accelerator(device: str | None) -> bool:

@@ -15,7 +15,7 @@ LAYERS = """
     configfile named
     config dist positions
     decode
-    amp norm loader backbones optim checkpoint log meters cluster
+    amp norm loader backbones optim checkpoint log meters cluster ending
     foreign graph
     state weights
     export

@@ -1,0 +1,145 @@
+"""How a run ends before its time: by a signal, by an error on one rank, or with its launcher (docs/runs.md).
+
+Signals are noted, and the ranks agree on them once a step, so that all of them write the same checkpoint.  The first
+rank that fails says why; the others end without a word.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from datetime import timedelta
+
+import torch
+import torch.distributed as td
+
+from fastssl import dist
+
+CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+REQUEUE = 75  # exit code after a signal: EX_TEMPFAIL of sysexits.h, "try again later"
+INTERRUPTED = 130  # after Ctrl-C, as shells have it
+LAG = 4  # steps on CUDA between a signal and the answer to it: reading this step's would wait for the device
+INSIST = 2.0  # seconds after which a second Ctrl-C is another one (launchers pass the first one on)
+GRACE = 120.0  # seconds for a last checkpoint of ranks whose launcher is gone
+FAILED = "fastssl/failed"  # key in the process group's store: "code rank reason" of the first rank that failed
+
+
+class Stopped(SystemExit):
+    """A signal has ended the run and a checkpoint is written; `code` is the exit code."""
+
+    def __init__(self, number: int):
+        super().__init__(INTERRUPTED if number == signal.SIGINT else REQUEUE)
+
+
+class Signals:
+    """Inside `with`, signals of CAUGHT are noted instead of ending the process; a second Ctrl-C interrupts at once.
+    Those that the process ignores (nohup's SIGHUP) stay ignored."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._number, self._time = 0, 0.0
+        self._before: dict[int, object] = {}
+        self._sent: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # others cannot
+            for number in CAUGHT:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        if number == self._number == signal.SIGINT and time.monotonic() - self._time > INSIST:
+            raise KeyboardInterrupt
+        if not self._number:
+            self._number, self._time = number, time.monotonic()
+
+    def agreed(self) -> int:
+        """The signal that a rank has noted, or 0; the same on every rank.  Call it once a step on all of them; on CUDA
+        the answer is that of LAG steps before, which the host need not wait for."""
+        if dist.world() == 1:
+            return self._number
+        number = torch.full((1,), self._number, dtype=torch.int32, device=self.device)
+        td.all_reduce(number, td.ReduceOp.MAX)
+        if self.device.type != "cuda":
+            return int(number)
+        host, event = torch.empty(1, dtype=torch.int32, pin_memory=True), torch.cuda.Event()
+        host.copy_(number, non_blocking=True)
+        event.record()
+        self._sent.append((host, event))
+        if len(self._sent) <= LAG:
+            return 0
+        host, event = self._sent.popleft()
+        event.synchronize()
+        return int(host)
+
+
+def first_to_fail(reason: str, code: int) -> bool:
+    """Tell the other ranks that this one ends with `code`; False where another rank was first: its reason is printed.
+
+    Before the ranks are joined, each node's first rank speaks."""
+    if not td.is_initialized():
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if dist.world() == 1:
+        return True
+    store, mine = td.distributed_c10d._get_default_store(), f"{code} {dist.rank()} {reason}"
+    try:
+        store.set_timeout(timedelta(seconds=5))
+        first = store.compare_set(FAILED, "", mine).decode() == mine
+        seen = store.add(FAILED + "/seen", 1)
+        deadline = time.monotonic() + 3
+        while first and seen < dist.world() and time.monotonic() < deadline:  # rank 0 may hold the store for the others
+            time.sleep(0.1)
+            seen = store.add(FAILED + "/seen", 0)
+        return first
+    except RuntimeError:  # the rank that held the store has ended, and has said why or was killed
+        return False
+
+
+class Watch:
+    """A thread on every rank that a launcher started.  It ends the rank soon after another one has failed, which a
+    collective on GPUs would not notice, and after the launcher has gone: with a checkpoint where training runs."""
+
+    def __init__(self):
+        self._end = threading.Event()
+        self._parent = os.getppid()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            threading.Thread(target=self._run, name="fastssl-watch", daemon=True).start()
+
+    def stop(self) -> None:
+        self._end.set()
+
+    def _run(self) -> None:
+        launched = "CROSS_RANK" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ  # by deepspeed, by torchrun
+        while not self._end.wait(1.0):
+            if launched and os.getppid() != self._parent:
+                print("fastssl: the launcher has gone", file=sys.stderr, flush=True)
+                os.kill(os.getpid(), signal.SIGTERM)
+                self._exit(GRACE, 1)
+            code = self._failed()
+            if code:
+                self._exit(2.0, code)
+
+    def _failed(self) -> int:
+        """The exit code of a rank that has failed, else 0."""
+        try:
+            store = td.distributed_c10d._get_default_store()
+            if not store.check([FAILED]):
+                return 0
+            store.add(FAILED + "/seen", 1)
+            return int(store.get(FAILED).split()[0])
+        except (RuntimeError, ValueError):  # not joined yet, or no longer
+            return 0
+
+    def _exit(self, seconds: float, code: int) -> None:
+        if not self._end.wait(seconds):
+            sys.stdout.flush()
+            os._exit(code)
