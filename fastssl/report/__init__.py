@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         page = render(runs, args)
         out = Path(args.out)
         with export.complete(out) as temporary:
-            temporary.write_text(page)
+            temporary.write_text(page, encoding="utf-8", errors="replace")
     except (ValueError, OSError) as error:
         print(f"fastssl report: {error}", file=sys.stderr)
         return 2
@@ -74,8 +74,8 @@ def load(args: argparse.Namespace) -> list[RunData]:
     reading.name_runs(runs)
     for file in args.eval:
         try:
-            result = json.loads(Path(file).read_text())
-        except ValueError as error:
+            result = reading.sane(json.loads(Path(file).read_text()))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"--eval {file}: is no JSON ({error})") from None
         if not reading.is_evaluation(result):
             raise ValueError(f"--eval {file}: is no result of fastssl eval --out (no protocol and results)")

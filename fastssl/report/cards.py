@@ -50,18 +50,19 @@ def _data(run: RunData, which: str) -> str:
 
 
 def _views(run: RunData) -> str:
-    sizes = [view.get("size") for view in run.setting("data.views", ()) if isinstance(view, dict)]
+    views = run.setting("data.views", ())
+    sizes = [str(view.get("size")) for view in views if isinstance(view, dict)] if isinstance(views, list) else []
     each = [f"{sizes.count(size)} of {size} x {size} pixels" for size in dict.fromkeys(sizes)]
     return ", ".join(each)
 
 
 def _length(run: RunData) -> str:
-    batch, epochs = run.setting("optim.batch"), run.setting("optim.epochs")
+    batch, epochs = run.number("optim.batch"), run.number("optim.epochs")
     out = [f"{run.steps / run.steps_per_epoch:.3g} epochs"] if run.steps_per_epoch else []
-    if run.setting("optim.steps") is None and isinstance(epochs, (int, float)) and run.steps_per_epoch:
+    if run.setting("optim.steps") is None and epochs and run.steps_per_epoch:
         out = [f"{out[0].removesuffix(' epochs')} of {epochs:g} epochs"]
     if run.steps:
-        out.append(f"{run.steps:,} steps" + (f" of {batch:,} images" if isinstance(batch, int) else ""))
+        out.append(f"{run.steps:,} steps" + (f" of {batch:,.0f} images" if batch else ""))
     if "total_ms" in run.scalars:
         out.append(hours(run.scalars["total_ms"][1].sum() / 1e3))
     return ", ".join(out)

@@ -17,6 +17,9 @@ import numpy as np
 from fastssl import checkpoint
 from fastssl.log import COLLAPSED, TIMING_KEYS
 
+LARGEST = 1e100  # a number above it is damage, and its square would not be finite
+DEEPEST = 30  # of nested values that are shown
+LAST = 2**53  # steps and epochs below it are exact as floats
 PHASES = ("data", "views", "forward", "backward", "optimizer", "other", "step")  # step: a whole one, as a CUDA graph
 
 CURVES = {  # key of the log: title, unit, what it says
@@ -57,11 +60,17 @@ class RunData:
             value = value.get(name) if isinstance(value, dict) else None
         return otherwise if value is None else value
 
+    def number(self, key: str) -> float | None:
+        """A positive number of the config; None for anything else."""
+        value = self.setting(key)
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < LARGEST
+        return value if good else None
+
     @property
     def total_steps(self) -> int | None:
-        epochs = self.setting("optim.epochs")
-        if steps := self.setting("optim.steps"):
-            return steps
+        epochs = self.number("optim.epochs")
+        if steps := self.number("optim.steps"):
+            return int(steps)
         return round(epochs * self.steps_per_epoch) if self.steps_per_epoch and epochs else None
 
     @property
@@ -149,10 +158,26 @@ def _json(path: Path, run: RunData) -> Any:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+        return sane(json.loads(path.read_text()))
+    except (ValueError, OSError, RecursionError) as error:
         run.notes.append(f"{path.name} cannot be read ({error})")
         return None
+
+
+def sane(value: Any, depth: int = 0) -> Any:
+    """What a file of JSON holds, so that it can be shown and computed with: numbers beyond LARGEST and those that are
+    not finite become text, text that UTF-8 cannot hold loses that part, and what is nested deeper is left out."""
+    if isinstance(value, (dict, list)) and depth == DEEPEST:
+        return "..."
+    if isinstance(value, dict):
+        return {sane(key): sane(part, depth + 1) for key, part in value.items()}
+    if isinstance(value, list):
+        return [sane(part, depth + 1) for part in value]
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) < LARGEST:
+        return str(value) if isinstance(value, float) else f"{'-' if value < 0 else ''}over {LARGEST:g}"
+    return value
 
 
 def _read_log(path: Path, run: RunData) -> None:
@@ -168,8 +193,10 @@ def _read_log(path: Path, run: RunData) -> None:
         for line in f:
             try:
                 record = json.loads(line)
-                step, epoch = int(record["step"]), int(record["epoch"])
-            except (ValueError, KeyError, TypeError):
+                step, epoch = record["step"], record["epoch"]
+                if not (type(step) is type(epoch) is int and 0 < step < LAST and 0 <= epoch < LAST):
+                    raise ValueError("no step and epoch")
+            except (ValueError, KeyError, TypeError, RecursionError):
                 bad += bool(line.strip()) and line.endswith(b"\n")  # a last line without its end is being written
                 continue
             run.steps, run.epochs = max(run.steps, step), max(run.epochs, epoch)
@@ -178,11 +205,12 @@ def _read_log(path: Path, run: RunData) -> None:
             for key, value in record.items():
                 if key in ("step", "epoch") or value is None or isinstance(value, bool):
                     continue
-                if not isinstance(value, (int, float)):
-                    if value in ("nan", "inf", "-inf"):
+                if not isinstance(value, (int, float)) or not abs(value) < LARGEST:
+                    if isinstance(value, (int, float)) or value in ("nan", "inf", "-inf"):
                         count, first = lost.get(key, (0, step))
                         lost[key] = count + 1, first
                     continue
+                key = sane(key)
                 steps.setdefault(key, array("q")).append(step)
                 values.setdefault(key, array("d")).append(value)
     for key in steps:
@@ -195,7 +223,7 @@ def _read_log(path: Path, run: RunData) -> None:
     if bad:
         run.notes.append(f"{bad} lines of log.jsonl are no complete records and were left out")
     for key, (count, first) in lost.items():
-        run.notes.append(f"{key} was not finite in {count} records, first at step {first}")
+        run.notes.append(f"{sane(key)} was not finite in {count} records, first at step {first}")
 
 
 def binned(run: RunData, key: str, bins: int = 400, weight: str | None = None):
