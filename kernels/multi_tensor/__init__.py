@@ -45,10 +45,10 @@ def lars_(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor] | Non
         buffer = momentum buffer + (1 - dampening) d          first: buffer = d
         w = w - buffer                                        nesterov: w - (d + momentum buffer)
 
-    squares: what `square_sums` gives; None: ratio 1, which is torch's SGD.  A tensor whose weights or gradient are all
-    zero has ratio 1.  lr_in_momentum=False: lr multiplies what is subtracted from w, not d.  buffers: None without
-    momentum.  lr, weight_decay: numbers or 0-dim tensors.  found_inf: None, or a 0-dim float32 tensor on the
-    device; where it is not zero, nothing changes.  grads may be overwritten.
+    squares: what `square_sums` gives; None: ratio 1, which is torch's SGD. A tensor whose weights or gradient
+    (norm_of_sum: gradient and decay together) are all zero has ratio 1. lr_in_momentum=False: lr multiplies what is
+    subtracted from w, not d. buffers: None without momentum. lr, weight_decay: numbers or 0-dim tensors. found_inf:
+    None, or a 0-dim float32 tensor on the device; where it is not zero, nothing changes. grads may be overwritten.
     """
     _check("lars_", params, grads, *([buffers] if momentum else []))
     if params:

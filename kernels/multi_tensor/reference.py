@@ -47,10 +47,11 @@ def ratios(squares: Tensor, lr, weight_decay, eta: float, eps: float, norm_of_su
     """(n,) trust ratios of LARS; with `clip_lr` divided by lr, which the caller multiplies by."""
     w, g, both = squares.sqrt()
     ratio = eta * w / ((both if norm_of_sum else g + weight_decay * w) + eps)
+    moved = both if norm_of_sum else g  # SimCLR's, BYOL's, MoCo v3's authors decay tensors without a gradient, too
     if clip_lr:
         lr = torch.as_tensor(lr, dtype=ratio.dtype, device=ratio.device)
         ratio = torch.where(lr > 0, (ratio / lr).clamp(max=1.0), 1.0)
-    return torch.where((w > 0) & (g > 0), ratio, 1.0)
+    return torch.where((w > 0) & (moved > 0), ratio, 1.0)
 
 
 def _decayed(params, grads, weight_decay) -> list[Tensor]:

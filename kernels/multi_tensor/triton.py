@@ -100,11 +100,12 @@ def lars_kernel(
     scale = lr if LR_IN_MOMENTUM else 1.0
     if RATIO:
         w_norm, g_norm = tl.sqrt_rn(tl.load(p_squares + i)), tl.sqrt_rn(tl.load(p_squares + n + i))
-        below = tl.sqrt_rn(tl.load(p_squares + 2 * n + i)) if NORM_OF_SUM else g_norm + decay * w_norm
+        moved = tl.sqrt_rn(tl.load(p_squares + 2 * n + i)) if NORM_OF_SUM else g_norm
+        below = moved if NORM_OF_SUM else g_norm + decay * w_norm
         ratio = tl.div_rn(eta * w_norm, below + eps)
         if CLIP_LR:
             ratio = tl.where(lr > 0, tl.minimum(tl.div_rn(ratio, lr), 1.0), 1.0)
-        scale *= tl.where((w_norm > 0) & (g_norm > 0), ratio, 1.0)
+        scale *= tl.where((w_norm > 0) & (moved > 0), ratio, 1.0)
     p_w, p_g = _tensor(p_addresses, 0, n, i) + start, _tensor(p_addresses, 1, n, i) + start
     p_b = _tensor(p_addresses, 2, n, i) + start if MOMENTUM else p_w
     size -= start

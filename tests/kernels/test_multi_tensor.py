@@ -57,6 +57,16 @@ def test_lars(form, ratio, on_device):
     hold(form, step, lists(1))
 
 
+@pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_without_a_gradient_the_norm_of_the_sum_is_that_of_the_decay(impl):
+    """The branch of a residual block whose last norm begins at 0: the authors' |g + wd w| is not 0 where |g| is."""
+    for norm_of_sum, want in ((True, 1 - 0.5 * 1e-3), (False, 1 - 0.5 * 1e-2)):
+        w, g = [torch.ones(7, device=DEVICE)], [torch.zeros(7, device=DEVICE)]
+        squares = multi_tensor.square_sums(w, g, 1e-2, impl=impl)
+        multi_tensor.lars_(w, g, None, squares, lr=0.5, weight_decay=1e-2, norm_of_sum=norm_of_sum, impl=impl)
+        torch.testing.assert_close(w[0], torch.full_like(w[0], want))
+
+
 @needs_triton
 def test_square_sums():
     w, g, _ = lists(2)
