@@ -24,6 +24,7 @@ WITHOUT = ("train",)
 METHODS = ("pca", "tsne", "umap")
 DIMS = 50  # t-SNE and UMAP start from so many principal components: the distances hardly change, the search is faster
 NEIGHBOURS = 10  # of trustworthiness
+SAME = 1e-7  # standard deviation of scaled features that are equal but for their rounding
 TRUSTED = 10_000  # points: its matrices of N x N numbers are 800 MB each there
 OTHERS = "#9a9a9a"  # classes beyond the colours, and images without a class
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f3fbf", "#a3a500", "#e31a5f")
@@ -107,6 +108,9 @@ def project(features: Tensor, method: str, *, seed: int = 0, perplexity: float |
     if not features.isfinite().all():
         raise ValueError("some features are NaN or infinite: the training diverged, or precision is too low")
     x = F.normalize(features.double(), dim=1).cpu().numpy()
+    if x.std(0).max() < SAME:  # scikit-learn's t-SNE divides by it, and then ends the process (SIGSEGV)
+        raise ValueError(f"the features of all {len(x)} images are equal: the images are, or the network has "
+                         "collapsed; there is nothing to map")  # fmt: skip
     from sklearn.decomposition import PCA
 
     dims = min(2 if method == "pca" else DIMS, *x.shape)

@@ -19,11 +19,12 @@ from fastssl.loader import Loader
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220), "gray": (128, 128, 128)}
 
 
-def make(path, names, per_class=6, card=True, labels=None):
-    """Flat images whose colour is the class that they are, labelled by the place of the name in `names`."""
+def make(path, names, per_class=6, card=True, labels=None, flat=False):
+    """Flat images whose colour is the class that they are (or all equal), labelled by the place of the name."""
     rng = np.random.default_rng(len(names))
     images = [np.full((8, 8, 3), COLOURS[n], np.uint8) + rng.integers(0, 25, (1, 1, 3), np.uint8)
               for n in names for _ in range(per_class)]  # fmt: skip
+    images = [images[0]] * len(images) if flat else images
     labels = [i for i in range(len(names)) for _ in range(per_class)] if labels is None else labels
     write_beton(path, images, labels)
     if card:
@@ -146,6 +147,43 @@ def test_every_protocol_matches_and_refuses(files, tmp_path, capsys, protocol):
 def test_trainings_take_a_subset_and_a_list(files, tmp_path, capsys, protocol, options, test):
     """They refused both for ever."""
     assert top1(capsys, tmp_path, protocol, files["train"], files[test], *NET, *options) >= 0
+
+
+# ---- data that cannot be evaluated -----------------------------------------------------------------------------------
+
+TRAININGS = {
+    "finetune": ("--epochs", 1, "--train-batch", 6), "linear": ("--recipe", "moco", "--epochs", 1, "--probe-batch", 6),
+    "semisup": ("--epochs", 1, "--train-batch", 6, "--percent", 50, "--weight-decay", 0, "--lr", 0.1, "--head-mult", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol, options", [
+    ("knn", PIXELS), ("linear", PIXELS), ("svm", PIXELS), *((name, (*NET, *more)) for name, more in TRAININGS.items())])
+@pytest.mark.parametrize("data, said", [
+    ("none", "has no labels, and this needs the class of each image: convert labelled data"),
+    ("one", "has one class ('blue'), so that every answer would be right: convert a folder in which each class")])
+def test_data_without_classes_is_refused_in_one_line(files, capsys, protocol, options, data, said):
+    argv = [protocol, "--train", files[data], "--test", files[data], "--size", 8, "--device", "cpu", "--workers", 1]
+    assert fastssl.eval.main(list(map(str, [*argv, *options]))) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("protocol, options", [("knn", (*PIXELS, "--k", 3)), ("linear", (*PIXELS, "--epochs", 3)),
+                                               ("svm", PIXELS), ("finetune", (*NET, *TRAININGS["finetune"]))])
+def test_equal_images_give_chance(tmp_path, capsys, protocol, options):
+    equal = make(tmp_path / "equal.beton", ("red", "green", "blue"), 4, flat=True)
+    assert top1(capsys, tmp_path, protocol, equal, equal, *options) == pytest.approx(100 / 3)
+
+
+def test_a_map_of_equal_images_is_refused(tmp_path, capsys):
+    """t-SNE of equal points ended the process."""
+    equal = make(tmp_path / "equal.beton", ("red", "green", "blue"), 4, flat=True)
+    capsys.readouterr()
+    argv = ["maps", "--test", equal, "--size", 8, "--folder", tmp_path, "--device", "cpu", "--workers", 1, *PIXELS]
+    assert fastssl.eval.main(list(map(str, argv))) == 2
+    err = capsys.readouterr().err
+    assert "the features of all 12 images are equal" in err and err.count("\n") == 1
 
 
 class Colour(nn.Module):
