@@ -110,7 +110,7 @@ class ResNet(nn.Module):
     def _init(self, zero_init_residual: bool) -> None:
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.kaiming_normal_(m.weight, mode=self.spec.init, nonlinearity="relu")
             elif zero_init_residual and isinstance(m, BasicBlock | Bottleneck):
                 nn.init.zeros_((m.bn2 if isinstance(m, BasicBlock) else m.bn3).weight)
 
@@ -170,7 +170,7 @@ class Timm(nn.Module):
         super().__init__()
         self.spec = spec
         plain = Backbone()
-        for key in ("stem", "norm", "width", "zero_init_residual", "sobel", "frozen"):
+        for key in ("stem", "norm", "width", "zero_init_residual", "init", "sobel", "frozen"):
             if getattr(spec, key) != getattr(plain, key):
                 raise ValueError(f"backbone.{key}={getattr(spec, key)!r} does not apply to timm's {name}; leave it out")
         self.body = timm_model(name, spec, **timm_defaults(name))

@@ -37,11 +37,12 @@ def check_clusters(clusters: int, samples: int, least: int = 1) -> None:
 
 
 def kmeans(x: Tensor, clusters: int, index: Tensor | None = None, *, iterations: int = 20, seed: int = 0,
-           spherical: bool = False, init: str = "random", backend: str = "torch",
-           kernels: str = "auto") -> Clusters:
+           spherical: bool = False, init: str = "random", empty: str = "split",
+           backend: str = "torch", kernels: str = "auto") -> Clusters:
     """Lloyd's algorithm from `clusters` rows drawn at random, or by k-means++ (one pass over the data per cluster).
 
-    A cluster that runs empty takes half of a large one, as in faiss, and at the end the farthest row.  `spherical`:
+    A cluster that runs empty takes half of a large one, as in faiss, and at the end the farthest row; with empty="keep"
+    it keeps its centroid and stays without rows.  `spherical`:
     unit centroids, compared by dot product; rows should be of unit length.  backend="faiss": by faiss, on rank 0's CPU.
     """
     samples = int(dist.sum_(torch.tensor(len(x), device=x.device)))
@@ -55,16 +56,18 @@ def kmeans(x: Tensor, clusters: int, index: Tensor | None = None, *, iterations:
         start = _start_random if init == "random" else _start_plus_plus
         centroids = start(x, clusters, index, samples, seed)
         for _ in range(iterations):
-            centroids, _ = _update(x, assign(x, centroids, spherical)[0], centroids, spherical, kernels)
+            labels = assign(x, centroids, spherical)[0]
+            centroids, _ = _update(x, labels, centroids, spherical, kernels, split=empty == "split")
     else:
         raise ValueError(f"init={init!r} is neither 'random' nor '++'")
     labels, distances = assign(x, centroids, spherical)
     counts = count(labels, clusters)
-    for _ in range(10):  # rounds: of equal rows one alone can fill a cluster; too few distinct rows leave some empty
-        empty = (counts == 0).nonzero()[:, 0]
-        if not len(empty):
+    rounds = 10 if empty == "split" else 0
+    for _ in range(rounds):  # of equal rows one alone can fill a cluster; too few distinct rows leave some empty
+        lost = (counts == 0).nonzero()[:, 0]
+        if not len(lost):
             break
-        centroids = centroids.index_copy(0, empty, _farthest(x, distances, index, len(empty), samples))
+        centroids = centroids.index_copy(0, lost, _farthest(x, distances, index, len(lost), samples))
         labels, distances = assign(x, centroids, spherical)
         counts = count(labels, clusters)
     return Clusters(centroids, labels, counts, float(dist.sum_(distances.double().sum())))
@@ -121,11 +124,12 @@ def means(x: Tensor, labels: Tensor, old: Tensor, kernels: str = "auto") -> tupl
     return torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], old), counts
 
 
-def _update(x: Tensor, labels: Tensor, old: Tensor, spherical: bool, kernels: str = "auto") -> tuple[Tensor, Tensor]:
-    """Means of the clusters over all ranks, none of them empty."""
+def _update(x: Tensor, labels: Tensor, old: Tensor, spherical: bool, kernels: str = "auto",
+            split: bool = True) -> tuple[Tensor, Tensor]:
+    """Means of the clusters over all ranks; one that is empty takes half of a large one, or (not `split`) stays."""
     new, counts = means(x, labels, old, kernels)
     empty = (counts == 0).nonzero()[:, 0]
-    if len(empty):
+    if len(empty) and split:
         large = counts.argsort(descending=True, stable=True)[: len(old) - len(empty)][: len(empty)]
         # As in faiss, but one half stays: rows that lie on the centroid would be equally far from both, and their label
         # would depend on how a matrix product rounds, which depends on the number of rows that a rank holds.

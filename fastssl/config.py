@@ -30,6 +30,7 @@ class Backbone:
     norm: str = "bn"  # "bn", "gn", "frozen": batch norm that keeps the statistics and scales of `pretrained`
     width: int = 64  # channels of the first stage (torchvision ResNets)
     zero_init_residual: bool = False
+    init: str = "fan_out"  # Kaiming initialisation of convolutions: torchvision's, or "fan_in" (OpenSelfSup; ResNets)
     in_channels: int = 3
     sobel: bool = False  # two fixed gradient filters on the gray image take the place of colour (ResNets)
     frozen: int = 0  # stages that keep the weights and statistics of `pretrained`: 1 is the stem, 2 the first stage too
@@ -69,9 +70,12 @@ class Optim:
     nesterov: bool = False
     eta: float = 1e-3  # LARS: trust coefficient (solo-learn: 0.02)
     clip_lr: bool = False  # LARS: a tensor's lr is min(trust ratio, lr) (solo-learn)
+    lars_denominator: str = "openselfsup"  # |g| + wd |w|; "larc": + 1e-8 (apex, SwAV, MMSelfSup, solo-learn); "sum":
+    # |g + wd w| (SimCLR, BYOL, MoCo v3, Barlow Twins, VICReg of their authors)
     lr_in_momentum: bool = True  # LARS: lr inside the momentum buffer (OpenSelfSup), or outside (solo-learn)
     precision: str = "fp32"  # "fp32", "bf16", "fp16"; normalisation and statistics stay fp32
     clip: float = 0.0  # gradient norm; 0 does not clip
+    clip_each: bool = False  # `clip` bounds the gradient of every tensor by itself (DINO), not that of all together
     paramwise: dict[str, dict] = field(default_factory=dict)  # regex -> options, all matches apply, later wins
 
 
@@ -173,17 +177,19 @@ def set_override(run: Run, text: str) -> None:
 _CHOICES = {
     "optim.name": ("sgd", "adamw", "lars"),
     "optim.schedule": ("cosine", "cosine_epoch", "step", "constant"),
+    "optim.lars_denominator": ("openselfsup", "larc", "sum"),
     "optim.precision": ("fp32", "bf16", "fp16"),
     "speed.zero": (0, 1, 2, 3),
     "speed.kernels": ("auto", "reference", "triton"),
     "speed.graph": ("auto", "on", "off"),
     "backbone.stem": tuple(STEMS),
+    "backbone.init": ("fan_out", "fan_in"),
     "backbone.norm": ("bn", "gn", "frozen"),
 }
 
 _READ_BY = {  # options of Optim that only some choices read: anything else than the default is an error beside others
     **dict.fromkeys(("momentum", "dampening", "nesterov"), ("name", ("sgd", "lars"))),
-    **dict.fromkeys(("eta", "clip_lr", "lr_in_momentum"), ("name", ("lars",))),
+    **dict.fromkeys(("eta", "clip_lr", "lr_in_momentum", "lars_denominator"), ("name", ("lars",))),
     **dict.fromkeys(("betas", "eps"), ("name", ("adamw",))),
     **dict.fromkeys(("milestones", "gamma"), ("schedule", ("step",))),
     "lr_end": ("schedule", ("cosine", "cosine_epoch")),
@@ -254,6 +260,8 @@ def validate(run: Run) -> None:
         if key and choice not in readers and value != f.default:
             raise ValueError(f"optim.{f.name}={value!r} has no effect with optim.{key}={choice!r}, only with "
                              f"{' and '.join(map(repr, readers))}: set optim.{key}, or optim.{f.name}={f.default!r}")
+    if run.optim.clip_each and not run.optim.clip:
+        raise ValueError("optim.clip_each=True clips every tensor's gradient to optim.clip, which is 0: set optim.clip")
     if not run.data.views:
         raise ValueError("data.views is empty: give a recipe, for example views.simclr(224)")
     if run.seed < 0:

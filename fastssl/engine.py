@@ -38,9 +38,13 @@ class Method(Protocol):
 
     A method that clusters may also have `before_epoch(epoch, survey) -> str to log or None`, called before the first
     step of an epoch, with `survey` as below; and `order(epoch) -> (N,) sample numbers` to train on instead of the
-    epoch's permutation, a function of `epoch` and of buffers that stay until the next `before_epoch`.  `evaluated` is
+    epoch's permutation, a function of `epoch` and of buffers that stay until the next `before_epoch`.  `freeze_epochs`
+    is {pattern of parameters' names: epochs in which the optimizer leaves them and its state for them}.  `evaluated` is
     the name of the backbone to evaluate and export where that is another one than `backbone` (a teacher's: "target.0");
-    `least_batch` the fewest images of a global batch that its loss can compare (1 where it is absent).
+    `exact_views`: True where pixels are targets, too, and must not be rounded to 16 bits with the network's;
+    `total_steps`, where a method has it, becomes the run's; `least_batch` the fewest images of a global batch that its
+    loss can compare (1 where it is absent).
+    `progress` is the share of the run's steps that came before this one, as BYOL's and DINO's schedules have it.
     A step may be captured in a CUDA graph, and is the same function when it is not: `progress` and the batch's `epoch`
     and `step` are then 0-dim tensors on the device.  A method that decides by the epoch on the host has
     `phase(epoch) -> hashable`, anew captured where it changes, and is given the number; one that cannot be captured has
@@ -215,30 +219,38 @@ def before_epoch(t: Trainer, start: int, say: Callable[[str], None] = print) -> 
 
 
 @torch.no_grad()
-def survey(t: Trainer, name: str, augmented: bool = False) -> tuple[Tensor, Tensor]:
+def survey(t: Trainer, name: str, augmented: bool = False, training: bool = False) -> tuple[Tensor, Tensor]:
     """Output `name` of the method, in evaluation mode, on this rank's share of the training set: rows (n, ...) and
-    sample numbers (n,).  It is shown the evaluation view, or (`augmented`) the views that it will be trained on."""
+    sample numbers (n,).  It is shown the evaluation view, or (`augmented`) the views that it will be trained on.
+
+    `training`: in training mode and in the epoch's order, so that batch norm takes the statistics of mixed batches; the
+    images that are left over for an incomplete batch see the running statistics.  These are as before in the end."""
     dist.sync_buffers(t.method)
-    loader, data = t.loader.in_file_order(), t.run.data
+    loader, data, statistics = t.loader.in_file_order(), t.run.data, norm.RunningStatistics(t.method)
+    loader.shuffle = training
     views = data.views if augmented else (data.eval_view or recipes.default_view(data.views[0], loader.card),)
     rows, index = [], []
-    with contextlib.closing(loader.epoch(t.epoch)) as source, backbones.evaluating(t.ds):
-        for _ in range(loader.steps):
-            batch = next(source, None)
-            if batch is not None:
-                rows.append(t.ds(make(t, batch, views), batch)[name])
-                index.append(batch.index)
-            else:  # the last batch has no image for this rank, and under ZeRO-3 forward takes all ranks
-                blank = Batch(*[torch.zeros(1, dtype=torch.int64, device=t.device)] * 4, t.epoch, 0)
-                some = t.ds([torch.zeros(1, 3, v.size, v.size, device=t.device) for v in views], blank)[name]
-                rows.append(some[:0])
+    with contextlib.closing(loader.epoch(t.epoch)) as source:
+        for step in range(loader.steps):
+            batch, whole = next(source, None), (step + 1) * loader.batch <= loader.samples
+            if training and not whole:
+                dist.sync_buffers(t.method)
+            with contextlib.nullcontext() if training and whole else backbones.evaluating(t.ds):
+                if batch is not None:
+                    rows.append(t.ds(make(t, batch, views), batch)[name])
+                    index.append(batch.index)
+                else:  # the last batch has no image for this rank, and under ZeRO-3 forward takes all ranks
+                    blank = Batch(*[torch.zeros(1, dtype=torch.int64, device=t.device)] * 4, t.epoch, 0)
+                    some = t.ds([torch.zeros(1, 3, v.size, v.size, device=t.device) for v in views], blank)[name]
+                    rows.append(some[:0])
+    statistics.restore()
     return torch.cat(rows), torch.cat(index or [blank.index[:0]])
 
 
 def train_step(t: Trainer, batches: list[Batch], meter: Meter) -> tuple[dict[str, Tensor], Batch]:
     """One optimizer step on this rank's share of a global batch, given as micro-batches, up to the method's
     `after_step`.  Returns the share's detached outputs and its batch; the method's scalars are logged."""
-    progress = min(1.0, (t.step + 1) / t.total_steps)
+    progress = t.step / t.total_steps
     if t.graphed is not None and len(batches) == 1:
         return direct_step(t, batches[0], progress, meter), batches[0]
     t.scale.announce(t.ds)
@@ -268,7 +280,9 @@ def direct_step(t: Trainer, batch: Batch, progress: float, meter: Meter) -> dict
     """A step at ZeRO 0 that waits for nothing, as a replay of its CUDA graph where there is one.  DeepSpeed only counts
     it: its own step reads numbers from the device, and does work for one rank that several need."""
     t.values.write(batch, t.ds.optimizer.param_groups, progress)
-    if t.graphed.ready(batch, t.method.phase(batch.epoch) if hasattr(t.method, "phase") else None):
+    phase = t.method.phase(batch.epoch) if hasattr(t.method, "phase") else None
+    frozen = tuple(group["frozen"] for group in t.ds.optimizer.param_groups)  # by optim.Schedule
+    if t.graphed.ready(batch, (phase, frozen)):
         with meter.phase("step"):
             out, scalars = t.graphed.replay(batch)
     else:
@@ -304,7 +318,7 @@ def static_step(t: Trainer, batch: Batch, phase: Callable) -> tuple[dict[str, Te
         grads = average_gradients(params)
     with phase("optimizer"), values.lent(groups, t.run.optim.weight_decay_end is not None):
         found_inf = t.scale.unscale_(grads)
-        if t.run.optim.clip:
+        if t.run.optim.clip and not t.run.optim.clip_each:
             clip_(grads, t.run.optim.clip)
         t.ds.optimizer.found_inf = found_inf
         t.ds.optimizer.step()
@@ -384,8 +398,9 @@ def make(t: Trainer, batch: Batch, views: tuple | None = None) -> list[Tensor]:
     key = batch.index
     if batch.place is not None:  # a sample that comes twice in an epoch looks different each time
         key = torch.arange(len(key), device=key.device) + batch.place
+    dtype = torch.float32 if getattr(t.method, "exact_views", False) else DTYPES[t.run.optim.precision]
     return make_views(batch.pixels, batch.sizes, key, views or t.run.data.views, seed=t.run.seed, epoch=batch.epoch,
-                      dtype=DTYPES[t.run.optim.precision], impl=t.run.speed.kernels)
+                      dtype=dtype, impl=t.run.speed.kernels)
 
 
 def merge(batches: list[Batch]) -> Batch:
@@ -415,8 +430,11 @@ def build(run: Run, hooks: list = (), device: str | None = None) -> Trainer:
                          "leave it at 3")
     torch.manual_seed(run.seed)  # the same weights, queue and bank on every rank
     method = prepare(build_method(run, loader), run, where)
-    optimizer, schedule = optim.build(method.named_parameters(), run.optim, steps_per_epoch=loader.steps,
+    settings = optim.frozen(run.optim, getattr(method, "freeze_epochs", {}))
+    optimizer, schedule = optim.build(method.named_parameters(), settings, steps_per_epoch=loader.steps,
                                         impl=run.speed.kernels)
+    if hasattr(method, "total_steps"):
+        method.total_steps = schedule.total_steps
     torch.manual_seed(run.seed + 1 + dist.rank())  # dropout and the like differ by rank
     ds = start_deepspeed(method, optimizer, run, micro)
     optim.attach(ds)
@@ -537,7 +555,8 @@ def start_deepspeed(method: nn.Module, optimizer: torch.optim.Optimizer, run: Ru
     settings = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": 1,  # the engine accumulates, with the loss of the whole batch
-        "gradient_clipping": run.optim.clip,  # DeepSpeed 0.19 clips at 1.0 when nothing is said
+        # DeepSpeed 0.19 clips at 1.0 when nothing is said
+        "gradient_clipping": 0.0 if run.optim.clip_each else run.optim.clip,
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step; ours never does
         "zero_allow_untested_optimizer": True,

@@ -27,7 +27,7 @@ class Values:
     def __init__(self, groups: int, device: torch.device):
         self._packed = torch.zeros(4 + 2 * groups, dtype=torch.int64, device=device)
         self.epoch, self.step, self.place = self._packed[:3].unbind()
-        self.progress = self._packed[3].view(torch.float64)  # of the run, 1 after its last step
+        self.progress = self._packed[3].view(torch.float64)  # share of the run before this step
         self._rates = self._packed[4:].view(torch.float64)  # lr and weight decay of each group
 
     def write(self, batch: Batch, groups: list[dict], progress: float) -> None:

@@ -13,7 +13,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as td
@@ -24,7 +24,10 @@ from fastssl.kernels import multi_tensor
 from .config import Optim
 
 NORM_AND_BIAS = "ndim<=1"  # a pattern beside the regexes: names miss norms such as `downsample.1`, shapes do not
-KEYS = ("lr", "lr_mult", "momentum", "momentum_mult", "weight_decay", "weight_decay_mult", "lars_exclude", "schedule")
+KEYS = ("lr", "lr_mult", "momentum", "momentum_mult", "weight_decay", "weight_decay_mult", "lars_exclude", "schedule",
+        "freeze_epochs")
+# Optim.lars_denominator: LARS's options in kernels.multi_tensor
+DENOMINATORS = {"openselfsup": {}, "larc": {"eps": 1e-8}, "sum": {"norm_of_sum": True}}
 
 
 def build(named_parameters: Iterable[tuple[str, Tensor]], optim: Optim, *, steps_per_epoch: int,
@@ -36,23 +39,33 @@ def build(named_parameters: Iterable[tuple[str, Tensor]], optim: Optim, *, steps
     """
     schedule = Schedule(named_parameters, optim, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     groups = [{"params": g.params, **g.options} for g in schedule.groups]
+    clip_each = optim.clip if optim.clip_each else 0.0
     if optim.name == "lars":
         made = Lars(groups, lr=schedule.lr, momentum=optim.momentum, dampening=optim.dampening,
                     weight_decay=optim.weight_decay, nesterov=optim.nesterov, eta=optim.eta, clip_lr=optim.clip_lr,
-                    lr_in_momentum=optim.lr_in_momentum, impl=impl)
+                    lr_in_momentum=optim.lr_in_momentum, clip_each=clip_each, impl=impl,
+                    **DENOMINATORS[optim.lars_denominator])
     elif optim.name == "sgd":
         if optim.nesterov and (optim.dampening or not optim.momentum):
             raise ValueError(f"optim.nesterov=True needs optim.momentum above 0 (now {optim.momentum:g}) and "
                              f"optim.dampening=0 (now {optim.dampening:g})")
         made = Lars(groups, lr=schedule.lr, momentum=optim.momentum, dampening=optim.dampening,
                     weight_decay=optim.weight_decay, nesterov=optim.nesterov, lr_in_momentum=False, lars_exclude=True,
-                    impl=impl)
+                    clip_each=clip_each, impl=impl)
     elif optim.name == "adamw":
-        made = AdamW(groups, lr=schedule.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+        made = AdamW(groups, lr=schedule.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
+                     clip_each=clip_each)
     else:
         raise ValueError(f"optim.name={optim.name!r} is none of sgd, adamw, lars")
     schedule.set_lr(made, 0)
     return made, schedule
+
+
+def frozen(optim: Optim, epochs: dict[str, float]) -> Optim:
+    """`optim` in which the parameters of each pattern are frozen for so many epochs."""
+    own = {pattern: {"freeze_epochs": n} for pattern, n in epochs.items() if n}
+    merged = {key: {**own.get(key, {}), **optim.paramwise.get(key, {})} for key in {**own, **optim.paramwise}}
+    return replace(optim, paramwise=merged)
 
 
 # ---- parameter groups ------------------------------------------------------------------------------------------------
@@ -64,6 +77,7 @@ class Group:
     patterns: tuple[str, ...]  # that matched, in the order in which they apply
     options: dict  # what the optimizer's group holds before the schedule acts
     schedule: str | None  # "constant" exempts the group from the lr schedule (SimSiam's predictor)
+    freeze_epochs: float  # the group and its optimizer state stay as they are for so long (DINO's prototypes)
 
 
 def matches(pattern: str, name: str, parameter: Tensor) -> bool:
@@ -122,22 +136,24 @@ def _check(pattern: str, options: dict, optim: Optim) -> None:
             raise ValueError(f"{where}: adamw has no momentum (optim.betas is for all parameters)")
 
 
-def _resolve(patterns: tuple[str, ...], optim: Optim, lr: float) -> tuple[dict, str | None]:
+def _resolve(patterns: tuple[str, ...], optim: Optim, lr: float) -> tuple[dict, str | None, float]:
     base = {"lr": lr, "weight_decay": optim.weight_decay}
     if optim.name != "adamw":
         base["momentum"] = optim.momentum
     if optim.name == "lars":
         base["lars_exclude"] = False
-    options, schedule = dict(base), None
+    options, schedule, freeze_epochs = dict(base), None, 0.0
     for pattern in patterns:
         for key, value in optim.paramwise[pattern].items():
             if key == "schedule":
                 schedule = value
+            elif key == "freeze_epochs":
+                freeze_epochs = value
             elif key.endswith("_mult"):
                 options[key[:-5]] = base[key[:-5]] * value
             elif key in base:
                 options[key] = value  # lars_exclude without LARS: there is nothing to be excluded from
-    return options, schedule
+    return options, schedule, freeze_epochs
 
 
 def _table(groups: list[Group]) -> str:
@@ -145,6 +161,7 @@ def _table(groups: list[Group]) -> str:
     for g in groups:
         options = ", ".join(f"{k} {v:g}" for k, v in g.options.items() if k != "lars_exclude")
         options += ", no LARS" * g.options.get("lars_exclude", False) + ", constant lr" * (g.schedule == "constant")
+        options += f", frozen for {g.freeze_epochs:g} epochs" * bool(g.freeze_epochs)
         count = sum(getattr(p, "ds_numel", p.numel()) for p in g.params)
         rows.append((" + ".join(g.patterns) or "(no pattern)", str(len(g.params)), f"{count:,}", options))
     a, b, c = (max(len(row[i]) for row in rows) for i in range(3))
@@ -217,67 +234,123 @@ class Schedule:
             target.update(group.options)
             target["lr"] = group.options["lr"] * (1.0 if group.schedule == "constant" else factor)
             target["weight_decay"] = group.options["weight_decay"] * decay
+            target["frozen"] = step < group.freeze_epochs * self.steps_per_epoch
         return self.lr * factor
 
 
 # ---- optimizers ------------------------------------------------------------------------------------------------------
 
 
-class AdamW(torch.optim.AdamW):
+class _Whole:
+    """What optimizers need to know of whole tensors although ZeRO hands them one flat partition at a time, and the
+    options that they share: a group that is `frozen` is left alone with its state, as if it had no gradient, and
+    `clip_each` shortens the gradient of every tensor to that length (0 does not)."""
+
+    def __init__(self, *args, clip_each: float = 0.0, **options):
+        self._whole: set[Tensor] = set()
+        self._fragments: dict[Tensor, Fragments] = {}
+        self.clip_each = clip_each
+        self.found_inf: Tensor | None = None
+        super().__init__(*args, **options)
+
+    def add_param_group(self, group: dict) -> None:
+        super().add_param_group(group)
+        self._whole.update(self.param_groups[-1]["params"])
+
+    def _moving(self) -> list[tuple[dict, list[Tensor]]]:
+        """The groups that are not frozen, with their parameters that have a gradient, clipped."""
+        moving = [(group, [p for p in group["params"] if p.grad is not None])
+                  for group in self.param_groups if not group.get("frozen")]
+        for _, params in moving if self.clip_each else ():
+            grads = self._views(params, [p.grad for p in params])
+            squares = torch.stack(torch._foreach_norm(grads)).square()[None] if grads else None
+            norms = self._add_fragments(params, squares, 1)
+            if grads:
+                torch._foreach_mul_(grads, list((self.clip_each / (norms[0].sqrt() + 1e-6)).clamp(max=1.0).unbind()))
+        return moving
+
+    def _views(self, params: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+        """`values` (one per parameter) cut into the fragments of whole tensors, without ZeRO's padding."""
+        out = []
+        for p, value in zip(params, values):
+            if p in self._fragments:
+                cut = self._fragments[p]
+                out += [v for v, keep in zip(value.view(-1).split(cut.sizes), cut.keep) if keep]
+            elif p in self._whole:
+                out.append(value)
+            else:
+                raise RuntimeError(f"{type(self).__name__} was handed a flat partition that it does not know: call "
+                                   "optim.attach(engine) after deepspeed.initialize")
+        return out
+
+    def _add_fragments(self, params: list[Tensor], squares: Tensor | None, rows: int) -> Tensor | None:
+        """(rows, n) sums over each of n fragments -> those of the whole tensor that it is a part of: under ZeRO one
+        all-reduce adds the fragments'.  `squares` is None on a rank that holds nothing but padding."""
+        cuts = [self._fragments[p] for p in params if p in self._fragments]
+        if cuts:
+            assert len(params) == 1, "ZeRO steps one flat partition at a time"
+            cut, p = cuts[0], params[0]
+            whole = torch.zeros(rows, cut.tensors, dtype=p.dtype, device=p.device)
+            if squares is not None:
+                whole[:, cut.owner] = squares
+            if td.get_world_size(cut.group) > 1:
+                td.all_reduce(whole, group=cut.group)
+            squares = whole[:, cut.owner]
+        return squares
+
+
+class AdamW(_Whole, torch.optim.AdamW):
     """torch's AdamW in its fused form, with a weight decay that may be a tensor on the device."""
 
     def __init__(self, groups: list[dict], **options):
         capturable = groups[0]["params"][0].is_cuda  # torch demands it inside a CUDA graph; CPUs do not have it
         super().__init__(groups, **options, fused=True, capturable=capturable)
-        self.found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         assert closure is None, "AdamW takes no closure"
         if self.found_inf is not None:
             self.found_inf = self.found_inf.view(())  # torch subtracts it from step counts, which have no dimension
-        held = [(group, group["weight_decay"]) for group in self.param_groups]
-        for group, decay in held:
-            params = [p for p in group["params"] if p.grad is not None]
+        moving, every = self._moving(), self.param_groups
+        held = [(group, group["weight_decay"]) for group, _ in moving]
+        for group, params in moving:
+            decay = group["weight_decay"]
             if isinstance(decay, Tensor) and params:  # torch's kernel takes a number: its decay is done here
                 factor = 1 - group["lr"] * decay
                 if self.found_inf is not None:
                     factor = torch.where(self.found_inf != 0, 1.0, factor)
                 torch._foreach_mul_(params, factor)
                 group["weight_decay"] = 0.0
+        self.param_groups = [group for group, _ in moving]
         super().step()
+        self.param_groups = every
         for group, decay in held:
             group["weight_decay"] = decay
 
 
-class Lars(torch.optim.Optimizer):
-    """ratio = eta |w| / (|g| + wd |w|), d = ratio lr (g + wd w), buf = momentum buf + (1 - dampening) d, w -= buf.
+class Lars(_Whole, torch.optim.Optimizer):
+    """ratio = eta |w| / (|g| + wd |w| + eps), d = ratio lr (g + wd w),
+    buf = momentum buf + (1 - dampening) d, w -= buf.
 
     A tensor whose weights or gradient are all zero, and every tensor of a `lars_exclude` group, has ratio 1: with all
     groups excluded and `lr_in_momentum=False` this is torch's SGD.  `lr_in_momentum=False` applies lr to the buffer
-    instead of d; `clip_lr` bounds ratio lr by lr (both solo-learn).
+    instead of d; `clip_lr` bounds ratio lr by lr (both solo-learn); `norm_of_sum` divides by |g + wd w| + eps.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.9, dampening: float = 0.0, weight_decay: float = 0.0,
                  nesterov: bool = False, eta: float = 1e-3, clip_lr: bool = False, lr_in_momentum: bool = True,
-                 lars_exclude: bool = False, impl: str = "auto"):
-        self._whole: set[Tensor] = set()
-        self._fragments: dict[Tensor, Fragments] = {}
+                 lars_exclude: bool = False, eps: float = 0.0, norm_of_sum: bool = False, clip_each: float = 0.0,
+                 impl: str = "auto"):
         self.impl = impl
-        self.found_inf: Tensor | None = None
-        super().__init__(params, {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
-                                  "nesterov": nesterov, "eta": eta, "clip_lr": clip_lr,
-                                  "lr_in_momentum": lr_in_momentum, "lars_exclude": lars_exclude})
-
-    def add_param_group(self, group: dict) -> None:
-        super().add_param_group(group)
-        self._whole.update(self.param_groups[-1]["params"])
+        options = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
+                   "nesterov": nesterov, "eta": eta, "clip_lr": clip_lr, "lr_in_momentum": lr_in_momentum,
+                   "lars_exclude": lars_exclude, "eps": eps, "norm_of_sum": norm_of_sum}
+        super().__init__(params, options, clip_each=clip_each)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         assert closure is None, "LARS takes no closure"
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+        for group, params in self._moving():
             fresh = {p for p in params if "momentum_buffer" not in self.state[p]} if group["momentum"] else set()
             if fresh and group["dampening"] and self.found_inf is not None and bool(self.found_inf):
                 continue  # the first buffer that is kept must be one without dampening; this waits for the device
@@ -288,48 +361,22 @@ class Lars(torch.optim.Optimizer):
 
     def _step(self, group: dict, params: list[Tensor], first: bool) -> None:
         exclude = group["lars_exclude"]
-        w = self._views(params, params, exclude)
-        g = self._views(params, [p.grad for p in params], exclude)
+        views = (lambda _, values: values) if exclude else self._views
+        w, g = views(params, params), views(params, [p.grad for p in params])
         squares = None if exclude else self._squares(group, params, w, g)
         buffers = None
         if group["momentum"]:
             for p in params if first else ():
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = self._views(params, [self.state[p]["momentum_buffer"] for p in params], exclude)
+            buffers = views(params, [self.state[p]["momentum_buffer"] for p in params])
         options = {k: group[k] for k in ("lr", "weight_decay", "momentum", "dampening", "nesterov", "eta", "clip_lr",
-                                         "lr_in_momentum")}
+                                         "lr_in_momentum", "eps", "norm_of_sum")}
         multi_tensor.lars_(w, g, buffers, squares, **options, first=first, found_inf=self.found_inf, impl=self.impl)
 
-    def _views(self, params: list[Tensor], values: list[Tensor], exclude: bool) -> list[Tensor]:
-        """`values` (one per parameter) cut into the fragments of whole tensors, without ZeRO's padding."""
-        if exclude:
-            return values
-        out = []
-        for p, value in zip(params, values):
-            if p in self._fragments:
-                cut = self._fragments[p]
-                out += [v for v, keep in zip(value.view(-1).split(cut.sizes), cut.keep) if keep]
-            elif p in self._whole:
-                out.append(value)
-            else:
-                raise RuntimeError("LARS was handed a flat partition that it does not know: call "
-                                   "optim.attach(engine) after deepspeed.initialize")
-        return out
-
     def _squares(self, group: dict, params: list[Tensor], w: list[Tensor], g: list[Tensor]) -> Tensor | None:
-        """(3, n) sums of squares of whole tensors, for each fragment: under ZeRO one all-reduce adds the fragments'."""
+        """(3, n) sums of squares of whole tensors, for each fragment."""
         squares = multi_tensor.square_sums(w, g, group["weight_decay"], impl=self.impl) if w else None
-        cuts = [self._fragments[p] for p in params if p in self._fragments]
-        if cuts:
-            assert len(params) == 1, "ZeRO steps one flat partition at a time"
-            cut, p = cuts[0], params[0]
-            whole = torch.zeros(3, cut.tensors, dtype=p.dtype, device=p.device)
-            if w:  # else this rank holds nothing but padding; it takes part in the all-reduce
-                whole[:, cut.owner] = squares
-            if td.get_world_size(cut.group) > 1:
-                td.all_reduce(whole, group=cut.group)
-            squares = whole[:, cut.owner]
-        return squares
+        return self._add_fragments(params, squares, 3)
 
 
 @dataclass
@@ -357,9 +404,9 @@ class Fragments:
 
 
 def attach(engine) -> None:
-    """Tell LARS how `engine` (of deepspeed.initialize) cut the parameters.  Other optimizers need no telling."""
-    lars, zero = engine.basic_optimizer, engine.optimizer
-    if not isinstance(lars, Lars) or zero is lars:
+    """Tell our optimizer how `engine` (of deepspeed.initialize) cut the parameters."""
+    ours, zero = engine.basic_optimizer, engine.optimizer
+    if zero is ours or not (isinstance(ours, Lars) or getattr(ours, "clip_each", 0)):
         return
     group = zero.dp_process_group
     rank = td.get_rank(group)
@@ -370,7 +417,7 @@ def attach(engine) -> None:
                 size = p.partition_numel()
                 stretches.append((at, at + min(size, p.ds_numel - rank * size)))
                 at += size
-            lars._fragments[flat] = Fragments.of(stretches, flat, group)
+            ours._fragments[flat] = Fragments.of(stretches, flat, group)
     elif hasattr(zero, "single_partition_of_fp32_groups"):  # ZeRO-1 and 2: the concatenation is cut into equal parts
         for i, flat in enumerate(zero.single_partition_of_fp32_groups):
             begin, size = rank * zero.partition_size[i], zero.partition_size[i]
@@ -378,7 +425,7 @@ def attach(engine) -> None:
             for meta, offset in zip(zero.round_robin_bit16_meta[i], zero.round_robin_bit16_offsets[i]):
                 start, stop = offset - begin, offset + meta.numel() - begin
                 stretches.append((max(start, 0), min(stop, size)))
-            lars._fragments[flat] = Fragments.of(stretches, flat, group)
+            ours._fragments[flat] = Fragments.of(stretches, flat, group)
     else:
-        raise ValueError(f"LARS does not know how {type(zero).__name__} cuts parameters; "
+        raise ValueError(f"{type(ours).__name__} does not know how {type(zero).__name__} cuts parameters; "
                          "use speed.zero 0 to 3 without other DeepSpeed optimizers")

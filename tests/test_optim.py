@@ -45,6 +45,10 @@ SETTINGS = {
                  paramwise={"^predictor": {"schedule": "constant", "momentum": 0.5}}),
     "adamw": Optim(name="adamw", lr=1e-2, weight_decay=0.1, weight_decay_end=0.2, epochs=1,
                    paramwise={"ndim<=1": {"weight_decay": 0.0}}),
+    "frozen": Optim(name="adamw", lr=1e-2, weight_decay=0.1, epochs=1, clip=0.1, clip_each=True,
+                    paramwise={"^head": {"freeze_epochs": 0.6}}),
+    "sum": Optim(name="lars", lr=2.0, weight_decay=1e-2, epochs=1, lars_denominator="sum", clip=0.1, clip_each=True,
+                 paramwise={"^head": {"freeze_epochs": 0.6}}),
 }
 
 
@@ -101,6 +105,62 @@ def test_lars_is_its_source(source, dampening, nesterov, exclude):
     assert plain[2].abs().max() > 0
     for p, q in zip(ours, plain):
         torch.testing.assert_close(p.detach(), q, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("denominator", ["openselfsup", "larc", "sum"])
+def test_lars_denominators_are_those_of_their_authors(denominator):
+    """Apex's LARC adds 1e-8; SimCLR, BYOL, MoCo v3 and Barlow Twins take the norm of gradient and decay together."""
+    wd, eta, lr = 0.1, 1e-3, 0.7
+    w = torch.randn(4, 3, dtype=torch.float64).requires_grad_()
+    plain, settings = w.detach().clone(), Optim(name="lars", lr=lr, weight_decay=wd, lars_denominator=denominator)
+    lars, _ = optim.build([("w", w)], settings, steps_per_epoch=5)
+    w.grad = torch.randn_like(w) * 1e-9  # a gradient of pure rounding
+    g, decayed = w.grad.clone(), w.grad + wd * plain
+    below = {"openselfsup": g.norm() + wd * plain.norm(), "larc": g.norm() + wd * plain.norm() + 1e-8,
+             "sum": decayed.norm()}[denominator]
+    lars.step()
+    torch.testing.assert_close(w.detach(), plain - lr * eta * plain.norm() / below * decayed, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_frozen_is_the_authors_gradient_of_none(name):
+    """Neither decay nor moments nor the step count of Adam run on while a group is frozen."""
+    settings = Optim(name=name, lr=0.1, weight_decay=0.1, epochs=1, schedule="constant",
+                     paramwise={"^head": {"freeze_epochs": 0.6}})
+    nets = Net().double(), Net().double()
+    ours, schedule = optim.build(nets[0].named_parameters(), settings, steps_per_epoch=5)
+    kind, options = (torch.optim.AdamW, {}) if name == "adamw" else (torch.optim.SGD, {"momentum": 0.9})
+    theirs = kind(nets[1].parameters(), lr=0.1, weight_decay=0.1, **options)
+    assert "frozen for 0.6 epochs" in schedule.table
+    for step, (x, y) in enumerate(batches()):
+        schedule.set_lr(ours, step)
+        for net, optimizer in zip(nets, (ours, theirs)):
+            optimizer.zero_grad()
+            (net(x.double()) - y).square().mean().backward()
+            for p in net.head.parameters():
+                if step < 3 and net is nets[1]:
+                    p.grad = None
+            optimizer.step()
+    for a, b in zip(*(net.parameters() for net in nets)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    steps = {int(state["step"]) for state in ours.state.values()} if name == "adamw" else {2, 5}
+    assert steps == {2, 5}
+
+
+def test_clip_each_is_dinos():
+    settings = Optim(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, epochs=1, clip=0.1, clip_each=True)
+    net = Net().double()
+    optimizer, _ = optim.build(net.named_parameters(), settings, steps_per_epoch=5)
+    (net(batches()[0][0].double()) - batches()[0][1]).square().mean().backward()
+    want, clipped = [], 0
+    for p in net.parameters():
+        factor = 0.1 / (p.grad.norm() + 1e-6)
+        clipped += bool(factor < 1)
+        want.append(p.detach() - p.grad * min(factor, 1.0))
+    assert 0 < clipped < len(want)
+    optimizer.step()
+    for p, value in zip(net.parameters(), want):
+        torch.testing.assert_close(p.detach(), value, rtol=1e-13, atol=1e-15)
 
 
 def test_lars_never_waits_for_the_device():
@@ -176,7 +236,7 @@ def worker(out: str) -> None:
                 "train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.0, "zero_optimization": zero,
                 "zero_allow_untested_optimizer": True})
             optim.attach(engine)
-            poisoned = poison(engine.optimizer, stage) if "lars" in settings.name else 0
+            poisoned = poison(engine.optimizer, stage) if settings.name == "lars" else 0
             for step, (x, y) in enumerate(batches()):
                 schedule.set_lr(engine.optimizer, step)
                 mine = slice(4 * dist.rank(), 4 * dist.rank() + 4)

@@ -15,7 +15,7 @@ def get_config() -> Run:
         data=Data(train="data/cifar10_train.beton", test="data/cifar10_test.beton",
                   views=views.byol(32, blur=(0.0, 0.0), interpolation="bicubic", **views.CIFAR10)),
         optim=Optim(name="lars", lr=1.0, base_batch=256, batch=256, epochs=200, warmup_epochs=10, weight_decay=1e-5,
-                    precision="fp16", eta=0.02, clip_lr=True, lr_in_momentum=False,
+                    precision="fp16", eta=0.02, clip_lr=True, lars_denominator="larc", lr_in_momentum=False,
                     paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}}),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,

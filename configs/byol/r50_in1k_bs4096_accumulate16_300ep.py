@@ -11,7 +11,7 @@ from fastssl.methods import byol
 def get_config() -> Run:
     return Run(
         method=byol.Config(dims=(4096, 256), momentum=0.99, init="openselfsup"),
-        backbone=Backbone("resnet50"),
+        backbone=Backbone("resnet50", init="fan_in"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.byol(224)),
         optim=Optim(name="lars", lr=4.8, batch=4096, epochs=300, weight_decay=1e-6, warmup_epochs=10,
                     schedule="cosine_epoch", paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}}),

@@ -15,7 +15,7 @@ def get_config() -> Run:
         backbone=Backbone("resnet50"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.simclr(224)),
         optim=Optim(name="lars", lr=4.8, batch=4096, epochs=400, weight_decay=1e-6, warmup_epochs=10,
-                    warmup_ratio=0.0625, lr_end=1e-3, lr_in_momentum=False, precision="fp16"),
+                    warmup_ratio=0.0625, lr_end=1e-3, lr_in_momentum=False, lars_denominator="larc", precision="fp16"),
         speed=Speed(micro_batch=64),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,

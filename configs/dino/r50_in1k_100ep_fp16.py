@@ -1,6 +1,5 @@
 """DINO, ResNet-50, ImageNet, 2 x 224 + 8 x 96, 100 epochs, fp16.
-As the ResNet-50 run in facebookresearch/dino's README and main_dino.py, but with the gradient clipped as a whole
-(theirs: each tensor's).
+As the ResNet-50 run in facebookresearch/dino's README and main_dino.py.
 deepspeed --num_gpus 8 fastssl/train.py configs/dino/r50_in1k_100ep_fp16.py
 Not measured yet."""
 
@@ -16,7 +15,9 @@ def get_config() -> Run:
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton",
                   views=views.dino(224, scale=(0.14, 1.0), small_scale=(0.05, 0.14))),
         optim=Optim(name="sgd", lr=0.03, batch=512, epochs=100, weight_decay=1e-4, base_batch=256, warmup_epochs=10,
-                    lr_end=1.7e-5, clip=3.0, paramwise={"ndim<=1": {"weight_decay": 0.0}}, precision="fp16"),
+                    warmup_ratio=0.0,
+                    lr_end=1.7e-5, clip=3.0, clip_each=True, paramwise={"ndim<=1": {"weight_decay": 0.0}},
+                    precision="fp16"),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,
     )

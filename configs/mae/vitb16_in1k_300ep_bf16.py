@@ -14,7 +14,7 @@ def get_config() -> Run:
         backbone=Backbone("vit_base_patch16_224"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.mae(224)),
         optim=Optim(name="adamw", lr=1.5e-4, batch=4096, epochs=300, weight_decay=0.05, base_batch=256,
-                    warmup_epochs=40, betas=(0.9, 0.95), paramwise={"ndim<=1": {"weight_decay": 0.0}},
+                    warmup_epochs=40, warmup_ratio=0.0, betas=(0.9, 0.95), paramwise={"ndim<=1": {"weight_decay": 0.0}},
                     precision="bf16"),
         log=Log(knn_epochs=20, probe=True),
     )

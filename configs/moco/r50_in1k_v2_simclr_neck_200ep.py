@@ -10,8 +10,8 @@ from fastssl.methods import moco
 
 def get_config() -> Run:
     return Run(
-        method=moco.Config(temperature=0.2, dims=(2048, 128), norm=True),
-        backbone=Backbone("resnet50"),
+        method=moco.Config(init="openselfsup", temperature=0.2, dims=(2048, 128), norm=True),
+        backbone=Backbone("resnet50", init="fan_in"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.moco_v2(224)),
         optim=Optim(name="sgd", lr=0.03, batch=256, epochs=200, weight_decay=1e-4, schedule="cosine_epoch"),
         log=Log(knn_epochs=20, probe=True),

@@ -15,7 +15,7 @@ def get_config() -> Run:
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton",
                   views=views.byol(224, scale=(0.2, 1.0), interpolation="bilinear")),
         optim=Optim(name="lars", lr=0.6, batch=4096, epochs=100, weight_decay=1e-6, base_batch=256,
-                    warmup_epochs=10, lr_in_momentum=False, precision="fp16",
+                    warmup_epochs=10, warmup_ratio=0.0, lr_in_momentum=False, lars_denominator="sum", precision="fp16",
                     paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}}),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,

@@ -1,6 +1,5 @@
 """MoCo v3, ViT-S/16, ImageNet, batch 4096, 300 epochs, bf16.
-As in facebookresearch/moco-v3's CONFIG.md and main_moco.py (lr 2.4e-3), but for the network: timm's ViT-S has 6 heads,
-theirs 12, and timm's initialisation.
+As in facebookresearch/moco-v3's CONFIG.md and main_moco.py (lr 2.4e-3; fp16 there): a ViT-S of 12 heads.
 deepspeed --num_gpus 8 fastssl/train.py configs/mocov3/vits16_in1k_300ep_bf16.py
 Not measured yet."""
 
@@ -13,11 +12,11 @@ def get_config() -> Run:
     return Run(
         method=mocov3.Config(temperature=0.2, dims=(4096, 4096, 256), predictor_norm=True, momentum=0.99,
                              freeze_patch_embed=True),
-        backbone=Backbone("vit_small_patch16_224"),
+        backbone=Backbone("vit_small_patch16_224", options={"num_heads": 12}),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton",
                   views=views.byol(224, interpolation="bilinear")),
         optim=Optim(name="adamw", lr=1.5e-4, batch=4096, epochs=300, weight_decay=0.1, base_batch=256,
-                    warmup_epochs=40, precision="bf16"),
+                    warmup_epochs=40, warmup_ratio=0.0, precision="bf16"),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,
     )

@@ -14,6 +14,7 @@ def get_config() -> Run:
         backbone=Backbone("resnet50"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.byol(224)),
         optim=Optim(name="lars", lr=0.3, batch=4096, epochs=100, weight_decay=1e-6, base_batch=256, warmup_epochs=10,
+                    warmup_ratio=0.0,
                     paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}}, precision="fp16"),
         speed=Speed(micro_batch=256),
         log=Log(knn_epochs=20, probe=True),

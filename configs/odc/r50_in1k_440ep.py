@@ -11,7 +11,7 @@ from fastssl.methods import odc
 def get_config() -> Run:
     return Run(
         method=odc.Config(),
-        backbone=Backbone("resnet50"),
+        backbone=Backbone("resnet50", init="fan_in"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.deepcluster(224)),
         optim=Optim(name="sgd", lr=0.06, batch=512, epochs=440, weight_decay=1e-5, schedule="step", milestones=(400,),
                     gamma=0.4, paramwise={"^head": {"momentum": 0.0}}),

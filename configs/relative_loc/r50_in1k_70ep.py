@@ -11,7 +11,7 @@ from fastssl.methods import relative_loc
 def get_config() -> Run:
     return Run(
         method=relative_loc.Config(),
-        backbone=Backbone("resnet50"),
+        backbone=Backbone("resnet50", init="fan_in"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.patches(64),
                   eval_view=views.center(224, 256)[0]),  # whole images, not the size of a patch
         optim=Optim(name="sgd", lr=0.2, batch=512, epochs=70, weight_decay=1e-4, warmup_epochs=5, warmup_ratio=0.1,

@@ -11,7 +11,7 @@ from fastssl.methods import rotation
 def get_config() -> Run:
     return Run(
         method=rotation.Config(),
-        backbone=Backbone("resnet50"),
+        backbone=Backbone("resnet50", init="fan_in"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.rotation(224)),
         optim=Optim(name="sgd", lr=0.2, batch=128, epochs=70, weight_decay=1e-4, warmup_epochs=5, warmup_ratio=0.1,
                     schedule="step", milestones=(30, 50)),

@@ -11,12 +11,12 @@ from fastssl.methods import swav
 
 def get_config() -> Run:
     return Run(
-        method=swav.Config(dims=(2048, 128), queue=3840, queue_epoch=10, freeze_epochs=2),
+        method=swav.Config(dims=(2048, 128), queue=3840, queue_epoch=10, freeze_epochs=2, weight_norm=True),
         backbone=Backbone("resnet18", stem="cifar"),
         data=Data(train="data/cifar10_train.beton", test="data/cifar10_test.beton",
                   views=views.simclr(32, interpolation="bicubic", **views.CIFAR10)),
         optim=Optim(name="lars", lr=0.6, base_batch=256, batch=256, epochs=200, warmup_epochs=10, weight_decay=1e-6,
-                    precision="fp16", eta=0.02, clip_lr=True, lr_in_momentum=False,
+                    precision="fp16", eta=0.02, clip_lr=True, lars_denominator="larc", lr_in_momentum=False,
                     paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}}),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,

@@ -15,7 +15,7 @@ def get_config() -> Run:
         backbone=Backbone("resnet50"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.swav(224)),
         optim=Optim(name="lars", lr=0.6, batch=256, epochs=200, weight_decay=1e-6, lr_end=1e-3,
-                    lr_in_momentum=False, precision="fp16"),
+                    lr_in_momentum=False, lars_denominator="larc", precision="fp16"),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,
     )

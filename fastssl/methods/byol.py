@@ -7,7 +7,6 @@ optimizer step (OpenSelfSup: a hook that could be forgotten, which trained again
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +21,11 @@ class Config:
     momentum: float = 0.996
     momentum_end: float = 1.0  # reached by half a cosine over the run
     norm: bool = True  # batch norm in the heads
+    last_bias: bool = True  # of the heads' last linear layers; the authors have none
     init: str = "torch"  # of the heads; "openselfsup": the projector as Kaiming, the predictor N(0, 0.01)
 
     def build(self, backbone: nn.Module, *, kernels: str = "auto", **_) -> BYOL:
-        if self.init not in ("torch", "openselfsup"):
-            raise ValueError(f"method.init={self.init!r} is none of torch, openselfsup")
+        parts.check_init(self.init)
         return BYOL(self, backbone, kernels)
 
 
@@ -37,14 +36,15 @@ class BYOL(nn.Module):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.backbone = backbone
-        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm)
-        self.predictor = parts.mlp(config.dims[-1], config.predictor, config.dims[-1], norm=config.norm)
+        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_bias=config.last_bias)
+        self.predictor = parts.mlp(config.dims[-1], config.predictor, config.dims[-1], norm=config.norm,
+                                   last_bias=config.last_bias)
         if config.init == "openselfsup":
-            fill = {self.projector: partial(nn.init.kaiming_normal_, nonlinearity="relu"),
-                    self.predictor: partial(nn.init.normal_, std=0.01)}
-            for head, layer in ((h, m) for h in fill for m in h if isinstance(m, nn.Linear)):
-                fill[head](layer.weight)
-                nn.init.zeros_(layer.bias)
+            for head in (self.projector, self.predictor):
+                parts.kaiming_(head)
+            for layer in self.predictor:
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=0.01)
         self.target = parts.frozen_copy(self.backbone, self.projector)
 
     def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 https://arxiv.org/abs/2006.09882 (appendix)
 
 Before every epoch the embeddings that the last one left in a memory are clustered on the sphere, once for each set of
-prototypes.  Memory, labels and prototypes are buffers, equal on all ranks; prototypes have no gradient.
+prototypes; the first ones are computed in training mode, and a cluster that runs empty keeps its centroid, as in the
+original.  Memory, labels and prototypes are buffers, equal on all ranks; prototypes have no gradient.
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ class DeepClusterV2(nn.Module):
     def before_epoch(self, epoch: int, survey) -> str:
         samples = self.memory.shape[1]
         if epoch == 0:
-            z, index = survey("z", augmented=True)
+            z, index = survey("z", augmented=True, training=True)
             for crop in range(self.config.large):
                 self.memory[crop] = cluster.scatter(z[:, crop], index, samples)
         mine, notes = torch.arange(dist.rank(), samples, dist.world(), device=self.memory.device), []
         for i, clusters in enumerate(self.config.clusters):
             found = cluster.kmeans(self.memory[i % self.config.large][mine], clusters, mine, spherical=True,
-                                   iterations=self.config.iterations, kernels=self.kernels,
+                                   iterations=self.config.iterations, empty="keep", kernels=self.kernels,
                                    seed=self.seed + epoch * len(self.labels) + i)
             self.get_buffer(f"prototypes_{i}").copy_(found.centroids)
             self.labels[i] = cluster.scatter(found.labels, mine, samples)

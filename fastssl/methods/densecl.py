@@ -29,6 +29,8 @@ class Config:
 
     def build(self, backbone: nn.Module, *, batch: int, kernels: str = "auto", **_) -> DenseCL:
         parts.need_queue(self.queue, batch)
+        if self.shuffle:
+            parts.warn_unshuffled(backbone)
         return DenseCL(self, backbone, kernels)
 
 

@@ -29,7 +29,7 @@ class Config:
     momentum: float = 0.996
     momentum_end: float = 1.0  # reached by half a cosine over the run
     center_momentum: float = 0.9
-    freeze_epochs: int = 1  # the prototypes' gradient is zero for so long
+    freeze_epochs: int = 1  # the prototypes and their optimizer state stay as they are for so long
     norm: bool = False  # batch norm in the head
     large: int = 2  # crops that the teacher sees, the first of the recipe
 
@@ -62,7 +62,9 @@ class DINO(nn.Module):
         self.backbone = backbone
         self.head = Head(backbone.dim, config)
         self.target = parts.frozen_copy(self.backbone, self.head)
+        parts.without_drop_path(self.target)
         self.register_buffer("center", torch.zeros(config.prototypes))
+        self.freeze_epochs = {r"^head\.prototypes\.": config.freeze_epochs}
 
     def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
         large, frozen = self.config.large, batch.epoch < self.config.freeze_epochs

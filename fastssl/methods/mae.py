@@ -7,6 +7,7 @@ micro-batches masks the same patches.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class Config:
 
 class MAE(nn.Module):
     views = 1
+    exact_views = True  # targets are made of them
 
     def __init__(self, config: Config, backbone: nn.Module):
         super().__init__()
@@ -51,9 +53,12 @@ class MAE(nn.Module):
         self.config, self.backbone = config, backbone
         self.patch = body.patch_embed.patch_size[0]
         self.embed = nn.Linear(body.embed_dim, config.decoder)
-        self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(config.decoder), std=0.02))
-        self.decoder = nn.Sequential(*[Block(config.decoder, config.heads, qkv_bias=True) for _ in range(config.depth)])
-        self.head = nn.Sequential(nn.LayerNorm(config.decoder), nn.Linear(config.decoder, 3 * self.patch**2))
+        # three dimensions: the original decays it, unlike norms and biases
+        self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(1, 1, config.decoder), std=0.02))
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.decoder = nn.Sequential(*[Block(config.decoder, config.heads, qkv_bias=True, norm_layer=norm)
+                                       for _ in range(config.depth)])
+        self.head = nn.Sequential(norm(config.decoder), nn.Linear(config.decoder, 3 * self.patch**2))
         for part in (self.embed, self.decoder, self.head):
             xavier_(part)
         self.seed = int(torch.randint(2**31, (), device="cpu"))  # follows the run's seed

@@ -29,9 +29,13 @@ class Config:
     momentum_end: float = 0.999  # reached by half a cosine over the run
     shuffle: bool = True  # shuffled batch norm
     norm: bool = False  # batch norm in the projector (SimCLR's neck)
+    init: str = "torch"  # of the projector; "openselfsup": Kaiming
 
     def build(self, backbone: nn.Module, *, batch: int, kernels: str = "auto", **_) -> MoCo:
         parts.need_queue(self.queue, batch)
+        parts.check_init(self.init)
+        if self.shuffle:
+            parts.warn_unshuffled(backbone)
         return MoCo(self, backbone, kernels)
 
 
@@ -44,6 +48,8 @@ class MoCo(nn.Module):
         self.backbone = backbone
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_norm=config.norm,
                                    bias=not config.norm, last_bias=not config.norm)
+        if config.init == "openselfsup":
+            parts.kaiming_(self.projector)
         self.target = parts.frozen_copy(self.backbone, self.projector)
         sides = 1 + config.symmetric
         self.register_buffer("queue", parts.random_directions(sides, config.queue, config.dims[-1]))

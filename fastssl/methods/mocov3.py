@@ -6,6 +6,7 @@ the original moves it, at the start of the next forward.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,15 +32,34 @@ class Config:
         if self.freeze_patch_embed:
             body = parts.vision_transformer(backbone)
             parts.fixed_positions_(body, columns_first=False)
+            authors_init_(body)
             body.patch_embed.requires_grad_(False)
 
     def build(self, backbone: nn.Module, *, kernels: str = "auto", **_) -> MoCoV3:
         return MoCoV3(self, backbone, kernels)
 
 
+@torch.no_grad()
+def authors_init_(body: nn.Module) -> None:
+    """As in the original's vits.py: Xavier for the patch projection (as one linear layer), for query, key and value
+    each by itself, and for all other linear layers; no bias; a class token of nearly 0."""
+    for name, layer in body.named_modules():
+        if isinstance(layer, nn.Linear):
+            wide, narrow = layer.weight.shape
+            bound = math.sqrt(6 / ((wide // 3 if name.endswith("qkv") else wide) + narrow))
+            nn.init.uniform_(layer.weight, -bound, bound)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    nn.init.normal_(body.cls_token, std=1e-6)
+    projection = body.patch_embed.proj
+    nn.init.xavier_uniform_(projection.weight.flatten(1))
+    nn.init.zeros_(projection.bias)
+
+
 class MoCoV3(nn.Module):
     views = 2
     least_batch = 2
+    total_steps = math.inf  # of the run
 
     def __init__(self, config: Config, backbone: nn.Module, kernels: str):
         super().__init__()
@@ -65,5 +85,6 @@ class MoCoV3(nn.Module):
         return {"loss": 2 * t * sum(both)}
 
     def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+        progress = progress + 1 / self.total_steps  # the original moves the encoder at the start of the next step
         momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
         parts.ema_(self.target, [self.backbone, self.projector], momentum, found_inf=found_inf, impl=self.kernels)

@@ -25,12 +25,14 @@ STREAM = 0x4E504944  # of the counter-based generator; views use small numbers
 class Config:
     temperature: float = 0.07
     dims: tuple[int, ...] = (128,)  # of the projector
-    negatives: int = 65536
+    negatives: int = 65536  # drawn for each sample; 0: all other rows of the bank
     momentum: float = 0.5  # weight of the new embedding in the bank
     ensure_neg: bool = False  # no negative is the sample itself (shared: nor any other of the global batch)
     shared: bool = False  # one set of negatives a step for all samples: a matrix product instead of a gather
+    init: str = "torch"  # of the projector; "openselfsup": Kaiming
 
     def build(self, backbone: nn.Module, *, samples: int, batch: int, kernels: str = "auto", **_) -> NPID:
+        parts.check_init(self.init)
         positives = batch if self.shared else 1
         if self.ensure_neg and samples <= positives:
             raise ValueError(f"method.ensure_neg=True: data.train has {samples} samples and none is left beside the "
@@ -48,6 +50,8 @@ class NPID(nn.Module):
         self.config, self.kernels = config, kernels
         self.backbone = backbone
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=False)
+        if config.init == "openselfsup":
+            parts.kaiming_(self.projector)
         self.register_buffer("bank", parts.random_directions(samples, config.dims[-1]))
         self.seed = int(torch.randint(2**31, (), device="cpu"))  # follows the run's seed
 
@@ -56,6 +60,9 @@ class NPID(nn.Module):
         return {"z": self.projector(h), "features": h.detach()}
 
     def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+        if not self.config.negatives:
+            logits = F.normalize(out["z"], dim=1) @ self.bank.T / self.config.temperature
+            return {"loss": F.cross_entropy(logits, batch.index)}
         negatives = self.draw_shared(batch) if self.config.shared else self.draw(batch)
         return {"loss": gathered_nce(out["z"], self.bank, batch.index, negatives, self.config.temperature,
                                      impl=self.kernels)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -38,9 +39,30 @@ def mlp(*dims: int, norm: bool = True, last_norm: bool = False, bias: bool = Tru
     return nn.Sequential(*layers)
 
 
+def kaiming_(module: nn.Module) -> None:
+    """OpenSelfSup's initialisation of heads and necks: Kaiming (fan_in, normal) and no bias in the linear layers."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def check_init(init: str) -> None:
+    if init not in ("torch", "openselfsup"):
+        raise ValueError(f"method.init={init!r} is none of torch, openselfsup")
+
+
 def frozen_copy(*modules: nn.Module) -> nn.Sequential:
     """A momentum encoder: the modules in sequence, equal weights, no gradient."""
     return copy.deepcopy(nn.Sequential(*modules)).requires_grad_(False)
+
+
+def without_drop_path(target: nn.Module) -> None:
+    """A teacher that skips none of timm's residual branches: DINO trains its student alone with drop path."""
+    for module in target.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
 
 
 @torch.no_grad()
@@ -131,13 +153,13 @@ def off_diagonal(c: Tensor) -> Tensor:
 class Prototypes(nn.Module):
     """Dot products with K directions of unit length: (..., D) -> (..., K).
 
-    The length is taken out in forward (weight norm with g = 1, as in DINO and solo-learn's SwAV).  Overwriting the
-    weights with normalised ones after each step, as the original SwAV does, would be lost under ZeRO, whose optimizer
-    keeps weights of its own.
+    weight_norm: the length is taken out in forward, g = 1 (DINO, solo-learn's SwAV).  Else `restore_` gives the weights
+    themselves unit length, after each step (the original SwAV).
     """
 
-    def __init__(self, dim: int, count: int):
+    def __init__(self, dim: int, count: int, weight_norm: bool = True):
         super().__init__()
+        self.weight_norm = weight_norm
         self.weight = nn.Parameter(random_directions(count, dim))
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
@@ -146,7 +168,16 @@ class Prototypes(nn.Module):
         return F.linear(x, weight.detach() + 0.0 * weight if frozen else weight)
 
     def directions(self) -> Tensor:
-        return F.normalize(self.weight, dim=1)
+        return F.normalize(self.weight, dim=1) if self.weight_norm else self.weight
+
+    @torch.no_grad()
+    def restore_(self, found_inf: Tensor | None = None) -> None:
+        """Bring the weights to unit length, unless `found_inf` is not zero; they lie in the optimizer, too (ZeRO)."""
+        with gathered([self.weight]):
+            unit = F.normalize(self.weight, dim=1)
+            if found_inf is not None:
+                unit = torch.where(found_inf != 0, self.weight, unit)
+        overwrite_(self.weight, unit)
 
 
 def vision_transformer(backbone: nn.Module) -> nn.Module:
@@ -185,6 +216,14 @@ def need_queue(queue: int, batch: int) -> None:
 def random_directions(*shape: int) -> Tensor:
     """What a queue holds before it is filled."""
     return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def warn_unshuffled(backbone: nn.Module) -> None:
+    """On one rank all keys are in one batch, whichever way they are shuffled."""
+    if dist.world() == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules()):
+        warnings.warn("method.shuffle=True has no effect on one GPU: batch norm's statistics can tell which key is "
+                      "that of a query, and accuracy may suffer; use more GPUs or backbone.norm='gn' "
+                      "(method.shuffle=False: accept it)", stacklevel=2)
 
 
 class Shuffle:

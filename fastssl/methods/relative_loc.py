@@ -1,7 +1,8 @@
 """Relative location: which neighbour of the centre patch is this one?  https://arxiv.org/abs/1505.05192
 
-The eight neighbours of a 3x3 split against its centre, which is encoded once: 9 passes an image where OpenSelfSup makes
-16, with the same loss and gradients.
+The eight neighbours of a 3x3 split against its centre.  The centre is encoded once, in a call of its own: 9 passes an
+image where OpenSelfSup makes 16, with the same batch statistics, loss and gradients.  (Its running variances differ: by
+n / (n - 1) of the patches of a call, of which it has eight times as many.)
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ class RelativeLoc(nn.Module):
             nn.init.constant_(layer.bias, bias)
 
     def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
-        h = self.backbone(torch.cat(views)).unflatten(0, (9, -1)).transpose(0, 1)
-        centre, neighbours = h[:, 4:5], torch.cat([h[:, :4], h[:, 5:]], 1)
+        # two calls: batch norm takes the statistics of the neighbours and of the centres apart, as in OpenSelfSup
+        neighbours = self.backbone(torch.cat(views[:4] + views[5:])).unflatten(0, (8, -1)).transpose(0, 1)
+        centre = self.backbone(views[4])[:, None]
         pairs = torch.cat([neighbours, centre.expand_as(neighbours)], 2)
         logits = self.head(pairs.flatten(0, 1)).unflatten(0, pairs.shape[:2])
-        return {"logits": logits, "features": h[:, 0].detach()}
+        return {"logits": logits, "features": neighbours[:, 0].detach()}
 
     def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
         logits = out["logits"].flatten(0, 1)

@@ -20,8 +20,11 @@ class Config:
     temperature: float = 0.1
     dims: tuple[int, ...] = (2048, 128)  # hidden and output widths of the projector
     norm: bool = True  # batch norm in the projector (SimCLR on ImageNet); False: solo-learn's CIFAR recipe
+    last_shift: bool = True  # of the last batch norm; False: it scales alone (Google's code)
+    init: str = "torch"  # of the projector; "openselfsup": Kaiming
 
     def build(self, backbone: nn.Module, *, kernels: str = "auto", **_) -> SimCLR:
+        parts.check_init(self.init)
         return SimCLR(self, backbone, kernels)
 
 
@@ -35,6 +38,10 @@ class SimCLR(nn.Module):
         self.backbone = backbone
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_norm=config.norm,
                                    bias=not config.norm, last_bias=not config.norm)
+        if config.norm and not config.last_shift:
+            self.projector[-1].bias.requires_grad_(False)  # it stays 0
+        if config.init == "openselfsup":
+            parts.kaiming_(self.projector)
 
     def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
         h = self.backbone(torch.cat(views))

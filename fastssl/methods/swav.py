@@ -1,8 +1,9 @@
 """SwAV: crops predict the prototypes to which a balanced assignment sends the other crops of their image.
 https://arxiv.org/abs/2006.09882
 
-The assignment is balanced over the global batch, and over a queue of earlier embeddings when the batch is small.  The
-queue holds the same rows on any number of ranks; each brings its share of them into the assignment.
+The prototypes are brought to unit length after each step, as the original does before each.  The assignment is balanced
+over the global batch, and over a queue of earlier embeddings when the batch is small.  The queue holds the same rows on
+any number of ranks; each brings its share of them into the assignment.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Config:
     iterations: int = 3
     queue: int = 0  # embeddings of earlier batches for each large crop (batch 256: 3840)
     queue_epoch: int = 15  # the queue counts from this epoch on
-    freeze_epochs: int = 1  # the prototypes' gradient is zero for so long
+    freeze_epochs: int = 1  # the prototypes stay as they are for so long
+    weight_norm: bool = False  # the prototypes' length is taken out in forward (solo-learn), not by overwriting them
     norm: bool = True  # batch norm in the projector
     large: int = 2  # crops that are assigned, the first of the recipe
 
@@ -49,7 +51,8 @@ class SwAV(nn.Module):
         self.config, self.kernels = config, kernels
         self.backbone = backbone
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm)
-        self.prototypes = parts.Prototypes(config.dims[-1], config.prototypes)
+        self.prototypes = parts.Prototypes(config.dims[-1], config.prototypes, config.weight_norm)
+        self.freeze_epochs = {r"^prototypes\.": config.freeze_epochs}
         self.register_buffer("queue", parts.random_directions(config.large, config.queue, config.dims[-1]))
         self.register_buffer("pointers", torch.zeros(config.large, dtype=torch.int64))
 
@@ -83,6 +86,8 @@ class SwAV(nn.Module):
                 for s in scores]
 
     def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+        if not self.config.weight_norm:
+            self.prototypes.restore_(found_inf)
         if self.config.queue:
             z = dist.gather(out["z"])
             for i in range(self.config.large):

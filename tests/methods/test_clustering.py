@@ -263,7 +263,7 @@ def test_deepcluster_v2_clusters_each_crops_memory_in_turn():
     x = torch.nn.functional.normalize(x, dim=1)
     z = torch.stack([x, x.roll(1, 0), x], 1)
     found = {("z", True): (z.flip(0), torch.arange(60).flip(0))}
-    method.before_epoch(0, lambda name, augmented: found[name, augmented])
+    method.before_epoch(0, lambda name, augmented, training: found[name, augmented and training])
     assert torch.equal(method.memory[1], z[:, 1]) and method.memory.shape[0] == 2
     for i, of in enumerate((group, group.roll(1), group)):
         assert len(set(zip(method.labels[i].tolist(), of.tolist()))) == 5

@@ -174,6 +174,7 @@ def test_dino_compares_all_crops_with_the_centred_teacher_of_the_large_ones():
 @pytest.mark.parametrize("queue", [0, 8])
 def test_swav_swaps_balanced_assignments(queue):
     method = build("swav", dims=(4, D), prototypes=3, queue=queue, queue_epoch=1)
+    method.prototypes.restore_()
     scores = rows(N, 3, 3, seed=4)
     want = []
     for i in range(2):

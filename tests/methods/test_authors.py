@@ -1,0 +1,397 @@
+"""First steps and initial values of the recipes against the formulas of their authors' code, written out in float64."""
+
+import math
+from types import SimpleNamespace
+
+import method_cases as cases
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastssl import backbones, cluster, optim
+from fastssl.config import Backbone, Optim
+from fastssl.methods import barlow, dino, mae, mocov3, npid, parts, relative_loc, rotation, simclr, swav
+
+N = 12
+
+
+class Net(nn.Module):
+    """A small network with batch norm, with the attributes of a backbone."""
+
+    def __init__(self, dim=8):
+        super().__init__()
+        self.dim, self.spec = dim, SimpleNamespace(name="net")
+        self.conv, self.norm = nn.Conv2d(3, dim, 3), nn.BatchNorm2d(dim)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).relu().mean((2, 3))
+
+
+def build(config, backbone=None, **options):
+    torch.manual_seed(0)
+    made = config.build(backbone or Net(), samples=60, classes=None, batch=N, kernels="reference", **options)
+    return made.double()
+
+
+def images(views, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(N, 3, 8, 8, dtype=torch.float64, generator=g) for _ in range(views)]
+
+
+def batch(epoch=0, step=0):
+    return SimpleNamespace(index=torch.arange(N), epoch=epoch, step=step)
+
+
+def same(a, b, rtol=1e-12, atol=1e-13):
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+def train(method, settings, views, steps, per_epoch=2):
+    """What the engine does at ZeRO 0; returns the losses."""
+    settings = optim.frozen(settings, getattr(method, "freeze_epochs", {}))
+    optimizer, schedule = optim.build(method.named_parameters(), settings, steps_per_epoch=per_epoch, impl="reference")
+    losses = []
+    for step in range(steps):
+        schedule.set_lr(optimizer, step)
+        at = batch(step // per_epoch, step % per_epoch)
+        out = method(images(views, step), at)
+        loss = method.loss(out, at)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        method.after_step({k: v.detach() for k, v in out.items()}, at, step / schedule.total_steps)
+        losses.append(loss.detach())
+    return losses
+
+
+# ---- first steps -----------------------------------------------------------------------------------------------------
+
+
+def test_relative_location_is_that_of_sixteen_passes():
+    """OpenSelfSup encodes the pairs' neighbours and their centres, eight copies of each, in a call each."""
+    method = build(relative_loc.Config(hidden=6, dropout=0.0))
+    x = images(9)
+    out = method(x, batch())
+    loss = method.loss(out, batch())["loss"]
+    grads = torch.autograd.grad(loss, list(method.parameters()))
+    pairs = [torch.stack([x[i], x[4]], 1) for i in (0, 1, 2, 3, 5, 6, 7, 8)]
+    first, second = torch.stack(pairs, 1).flatten(0, 1).unbind(1)
+    logits = method.head(torch.cat([method.backbone(first), method.backbone(second)], 1))
+    want = F.cross_entropy(logits, torch.arange(8).repeat(N))
+    same(loss, want)
+    for ours, theirs in zip(grads, torch.autograd.grad(want, list(method.parameters()))):
+        same(ours, theirs)
+    together = method.backbone(torch.cat(x))  # one call for all nine, which is something else
+    assert (together[:N] - out["features"]).abs().max() > 1e-4
+
+
+def larc_(weights, buffers, lr, decay, eta=1e-3):
+    """Apex's LARC (no clipping) inside torch's SGD of momentum 0.9."""
+    for i, w in enumerate(weights):
+        if w.grad is None:
+            continue
+        d = w.grad
+        if w.norm() and d.norm():
+            d = eta * w.norm() / (d.norm() + decay * w.norm() + 1e-8) * (d + decay * w)
+        buffers[i] = d if buffers[i] is None else 0.9 * buffers[i] + d
+        w -= lr * buffers[i]
+
+
+def test_swav_moves_its_prototypes_as_the_original():
+    """main_swav.py: prototypes are normalised before each step, their gradient is None while they are frozen."""
+    config = swav.Config(dims=(6, 4), prototypes=5, freeze_epochs=1)
+    ours, theirs = build(config), build(config)
+    settings = Optim(name="lars", lr=5.0, epochs=3, weight_decay=1e-2, schedule="constant", lr_in_momentum=False,
+                     lars_denominator="larc")
+    losses = train(ours, settings, 3, steps=6)
+    weights, proto = list(theirs.parameters()), theirs.prototypes.weight
+    buffers, start = [None] * len(weights), proto.detach().clone()
+    for step in range(6):
+        with torch.no_grad():
+            proto.copy_(F.normalize(proto, dim=1))
+        z = F.normalize(theirs.projector(theirs.backbone(torch.cat(images(3, step)))), dim=1)
+        scores = F.linear(z, proto).unflatten(0, (3, N))
+        loss = 0.0
+        for i in range(2):
+            with torch.no_grad():
+                q = (scores[i] / 0.05).exp().T
+                q /= q.sum()
+                for _ in range(3):
+                    q /= q.sum(1, keepdim=True) * len(q)
+                    q /= q.sum(0, keepdim=True) * N
+                q = (q * N).T
+            others = [-(q * F.log_softmax(scores[j] / 0.1, 1)).sum(1).mean() for j in range(3) if j != i]
+            loss = loss + sum(others) / len(others) / 2
+        same(losses[step], loss.detach(), rtol=1e-6, atol=0)
+        theirs.zero_grad()
+        loss.backward()
+        if step < 2:
+            proto.grad = None
+        with torch.no_grad():
+            larc_(weights, buffers, 5.0, 1e-2)
+    for a, b in zip(ours.parameters(), weights):
+        same(a.detach(), F.normalize(b.detach(), dim=1) if b is proto else b.detach(), rtol=1e-5, atol=1e-7)
+    assert (ours.prototypes.weight - start).abs().max() > 1e-2, "the comparison would be empty"
+
+
+def test_dino_leaves_its_prototypes_and_their_moments_alone_at_first():
+    """main_dino.py: weight norm with g = 1, every tensor's gradient clipped, then None for the last layer's."""
+    config = dino.Config(prototypes=7, dims=(6, 4), freeze_epochs=1)
+    ours, theirs = build(config), build(config)
+    settings = Optim(name="adamw", lr=1e-2, epochs=3, weight_decay=0.1, schedule="constant", clip=0.02, clip_each=True,
+                     paramwise={"ndim<=1": {"weight_decay": 0.0}})
+    losses = train(ours, settings, 3, steps=6)
+    weights = [p for p in theirs.parameters() if p.requires_grad]
+    flat = [p for p in weights if p.ndim == 1]
+    adamw = torch.optim.AdamW([{"params": [p for p in weights if p.ndim > 1], "weight_decay": 0.1},
+                               {"params": flat, "weight_decay": 0.0}], lr=1e-2)
+    center = torch.zeros(7, dtype=torch.float64)
+    for step in range(6):
+        x = images(3, step)
+
+        def head(h, head=theirs.head):
+            return F.linear(F.normalize(head.mlp(h), dim=-1), F.normalize(head.prototypes.weight, dim=1))
+
+        student = head(torch.cat([theirs.backbone(torch.cat(x))])).chunk(3)
+        with torch.no_grad():
+            raw = head(theirs.target[0](torch.cat(x[:2])), theirs.target[1])
+            teacher = F.softmax((raw - center) / 0.04, -1).chunk(2)
+        pairs = [-(t * F.log_softmax(s / 0.1, -1)).sum(-1).mean()
+                 for i, t in enumerate(teacher) for j, s in enumerate(student) if i != j]
+        loss = sum(pairs) / len(pairs)
+        same(losses[step], loss.detach(), rtol=1e-9)
+        adamw.zero_grad()
+        loss.backward()
+        for p in weights:
+            p.grad *= min(1.0, 0.02 / (float(p.grad.norm()) + 1e-6))
+        if step < 2:
+            theirs.head.prototypes.weight.grad = None
+        adamw.step()
+        with torch.no_grad():
+            m = 1 - 0.004 * (1 + math.cos(math.pi * step / 6)) / 2  # momentum_schedule[it]
+            for a, b in zip(theirs.target.parameters(), weights):
+                a.copy_(m * a + (1 - m) * b)
+            center = 0.9 * center + 0.1 * raw.mean(0)
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        same(a.detach(), b.detach(), rtol=1e-7, atol=1e-9)
+
+
+def test_barlow_moves_as_on_the_authors_gpus():
+    """Their gradient on W GPUs is 1/W of ours; a multiplier of 0.024 / W and W times the decay make up for it."""
+    w, lr, decay = 16, 0.5, 1e-2
+    config = barlow.Config(dims=(6, 4))
+    ours, theirs = build(config), build(config)
+    settings = Optim(name="lars", lr=lr, epochs=3, weight_decay=w * decay, schedule="constant", lr_in_momentum=False,
+                     lars_denominator="sum",
+                     paramwise={"ndim<=1": {"lr_mult": 0.024 / w, "weight_decay": 0.0, "lars_exclude": True}})
+    losses = train(ours, settings, 2, steps=3)
+    mu = {}
+    for step in range(3):
+        z = [theirs.projector(theirs.backbone(x)) for x in images(2, step)]
+        a, b = (F.batch_norm(v, None, None, training=True) for v in z)
+        c = a.T @ b / N
+        loss = (c.diagonal() - 1).square().sum() + 0.0051 * (c - torch.diag(c.diagonal())).square().sum()
+        same(losses[step], loss.detach(), rtol=1e-9)
+        theirs.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for p in theirs.parameters():
+                d = p.grad / w
+                if p.ndim > 1:
+                    d = d + decay * p
+                    d = d * (1e-3 * p.norm() / d.norm())
+                mu[p] = 0.9 * mu.get(p, 0.0) + d
+                p -= (lr if p.ndim > 1 else lr * 0.024) * mu[p]
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        same(a.detach(), b.detach(), rtol=1e-8, atol=1e-10)
+
+
+def test_npid_without_negatives_is_the_softmax_over_the_bank():
+    """--nce-k 0 of zhirongw/lemniscate.pytorch."""
+    method = build(npid.Config(dims=(4,), negatives=0, temperature=0.1))
+    z = torch.randn(N, 4, dtype=torch.float64)
+    logits = F.normalize(z, dim=1) @ method.bank.T / 0.1
+    want = -(logits.diagonal() - logits.logsumexp(1)).mean()
+    same(method.loss({"z": z}, batch())["loss"], want)
+
+
+@pytest.mark.parametrize("name, later", [("byol", 0), ("dino", 0), ("moco", 0), ("mocov3", 1)])
+def test_momentum_is_that_of_the_authors_step(name, later, monkeypatch):
+    """BYOL and DINO take the schedule at it / T after step `it`; MoCo v3 before it, which is after step it - 1."""
+    seen = []
+    monkeypatch.setattr(parts, "ema_", lambda target, online, momentum, **_: seen.append(float(momentum)))
+    from fastssl import dist, engine
+    from fastssl.meters import Meter
+
+    monkeypatch.setattr(engine, "Loader", cases.Memory)
+    dist.init("cpu")
+    settings = {"momentum_end": 1.0} if name == "moco" else {}
+    t = engine.build(cases.run(name, steps=4, **settings), device="cpu")
+    source = t.loader.epoch(0, 0)
+    for _ in range(2):
+        engine.train_step(t, [next(source)], Meter(t.device, batch=16))
+        t.step += 1
+    want = [1 - 0.1 * (1 + math.cos(math.pi * (it + later) / 4)) / 2 for it in range(2)]
+    assert seen == pytest.approx(want, rel=1e-6)
+
+
+# ---- initial values --------------------------------------------------------------------------------------------------
+
+
+def deviation(weight):
+    return float(weight.detach().std())
+
+
+def test_rotations_head_starts_small():
+    head = build(rotation.Config(), Net(2048)).head
+    assert deviation(head.weight) == pytest.approx((2 / 2048) ** 0.5, rel=0.03) and head.bias.abs().max() == 0
+
+
+@pytest.mark.parametrize("name, heads", [("vit_small_patch16_224", 12), ("vit_base_patch16_224", None)])
+def test_mocov3_vit_starts_as_the_authors(name, heads):
+    options = {"depth": 2, **({"num_heads": heads} if heads else {})}
+    body = backbones.build(Backbone(name, options=options), mocov3.Config(freeze_patch_embed=True)).body
+    width = body.embed_dim
+    assert width // body.blocks[0].attn.num_heads == (32 if heads else 64)
+    xavier = {"patch_embed.proj": (768, width), "blocks.1.attn.qkv": (width, width),
+              "blocks.1.mlp.fc1": (width, 4 * width), "blocks.1.attn.proj": (width, width),
+              "blocks.1.mlp.fc2": (4 * width, width)}  # fmt: skip
+    for layer, fans in xavier.items():
+        layer = body.get_submodule(layer)
+        assert deviation(layer.weight) == pytest.approx((2 / sum(fans)) ** 0.5, rel=0.02)
+        assert layer.bias.abs().max() == 0
+    assert body.cls_token.abs().max() < 1e-4 and not body.patch_embed.proj.weight.requires_grad
+    assert body.blocks[0].norm1.eps == 1e-6
+
+
+def test_openselfsups_networks_start_as_there():
+    torch.manual_seed(0)
+    net = backbones.build(Backbone("resnet18", init="fan_in"))
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            assert deviation(m.weight) == pytest.approx((2 / m.weight[0].numel()) ** 0.5, rel=0.05)
+    for name in ("moco", "simclr", "npid", "byol"):
+        projector = cases.config(name, dims=(600, 400), init="openselfsup").build(
+            Net(512), samples=600, batch=4, kernels="reference", classes=None).projector
+        for layer, fan in zip([m for m in projector if isinstance(m, nn.Linear)], (512, 600)):
+            assert deviation(layer.weight) == pytest.approx((2 / fan) ** 0.5, rel=0.03), name
+            assert layer.bias is None or layer.bias.abs().max() == 0
+
+
+def test_simclrs_last_norm_has_no_shift_at_google():
+    projector = build(simclr.Config(dims=(6, 4), last_shift=False)).projector
+    last = projector[-1]
+    assert last.weight.requires_grad and not last.bias.requires_grad and last.bias.abs().max() == 0
+    assert projector[1].bias.requires_grad
+
+
+def test_byols_last_linear_layers_have_no_bias_at_its_authors():
+    method = build(cases.config("byol", last_bias=False, norm=True))
+    for head in (method.projector, method.predictor):
+        assert head[0].bias is not None and head[-1].bias is None
+
+
+def test_dinos_student_alone_drops_paths():
+    backbone = backbones.build(Backbone("vit_small_patch16_224", options={"depth": 3, "drop_path_rate": 0.1}))
+    method = dino.Config(prototypes=8, dims=(6, 4)).build(backbone, kernels="reference")
+    drops = [[m.drop_prob for m in part.modules() if hasattr(m, "drop_prob")]
+             for part in (method.backbone, method.target)]
+    assert max(drops[0]) == pytest.approx(0.1) and len(drops[1]) == len(drops[0]) and not any(drops[1])
+
+
+def test_maes_decoder_is_the_authors():
+    method = mae.Config(decoder=32, depth=1, heads=2).build(backbones.build(Backbone("test_vit")))
+    norms = [m for part in (method.decoder, method.head) for m in part.modules() if isinstance(m, nn.LayerNorm)]
+    assert len(norms) == 3 and {m.eps for m in norms} == {1e-6}
+    groups = optim.group_parameters(method.named_parameters(), Optim(
+        name="adamw", paramwise={"ndim<=1": {"weight_decay": 0.0}}), 1.0)
+    decayed = {id(p) for g in groups if g.options["weight_decay"] for p in g.params}
+    assert id(method.mask_token) in decayed
+
+
+@pytest.mark.parametrize("name, optimizer, zero", [("dino", "adamw", 0), ("dino", "adamw", 2), ("swav", "lars", 3)])
+def test_a_run_that_stops_while_prototypes_are_frozen_goes_on_alike(name, optimizer, zero, tmp_path, monkeypatch):
+    """Their optimizer state does not exist yet when the checkpoint is written."""
+    import shutil
+
+    from fastssl import dist, engine, state
+
+    monkeypatch.setattr(engine, "Loader", cases.Memory)
+    dist.init("cpu")
+    run = cases.run(name, steps=6, zero=zero, freeze_epochs=1)  # of four steps an epoch
+    run.name, run.log.root, run.log.checkpoint_steps, run.log.keep = "x", str(tmp_path), 2, 9
+    run.optim.name, run.optim.lr = optimizer, 1e-2
+    whole = state.whole(engine.fit(run, device="cpu").method)
+    for folder in (tmp_path / "x" / "checkpoints").glob("step_*[46]"):
+        shutil.rmtree(folder)
+    resumed = state.whole(engine.fit(run, device="cpu", resume=True).method)
+    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
+
+
+# ---- the rest --------------------------------------------------------------------------------------------------------
+
+
+def test_targets_are_made_of_unrounded_pixels(monkeypatch):
+    from fastssl import dist, engine
+
+    monkeypatch.setattr(engine, "Loader", cases.Memory)
+    dist.init("cpu")
+    kinds = {}
+    for name in ("mae", "rotation"):
+        run = cases.run(name)
+        run.optim.precision = "bf16"
+        t = engine.build(run, device="cpu")
+        kinds[name] = engine.make(t, next(t.loader.epoch(0)))[0].dtype
+    assert kinds == {"mae": torch.float32, "rotation": torch.bfloat16}
+
+
+def test_an_empty_cluster_keeps_its_centroid():
+    """main_deepclusterv2.py: means where there are members, and the old centroid where there are none."""
+    x = F.normalize(torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), dim=1)
+    x[20:] = x[20]
+    found = cluster.kmeans(x, 12, iterations=4, spherical=True, empty="keep", seed=1)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:12]
+    want = x[order].clone()
+    for _ in range(4):
+        own = (x @ want.T).argmax(1)
+        for k in range(12):
+            if (own == k).any():
+                want[k] = x[own == k].mean(0)
+        want = F.normalize(want, dim=1)
+    assert (found.counts == 0).any()
+    same(found.centroids, want)
+    split = cluster.kmeans(x, 12, iterations=4, spherical=True, seed=1)
+    assert (split.counts == 0).sum() < (found.counts == 0).sum()
+
+
+def test_the_first_survey_of_deepcluster_v2_takes_the_batches_statistics(monkeypatch):
+    from fastssl import dist, engine
+
+    monkeypatch.setattr(engine, "Loader", cases.Memory)
+    dist.init("cpu")
+    run = cases.run("deepclusterv2", norm=True)
+    run.backbone = Backbone("resnet10", stem="cifar", width=8)
+    t = engine.build(run, device="cpu")
+    before = {k: v.clone() for k, v in t.method.state_dict().items()}
+    z, index = engine.survey(t, "z", augmented=True, training=True)
+    assert sorted(index.tolist()) == list(range(72))
+    first = next(t.loader.epoch(0))
+    with torch.no_grad():
+        want = t.method.forward(engine.make(t, first), first)["z"]
+    same(z[:16], want, rtol=1e-5, atol=1e-6)
+    evaluated, order = engine.survey(t, "z", augmented=True)
+    assert F.cosine_similarity(z[index.argsort()][:, 0], evaluated[order.argsort()][:, 0]).mean() < 0.9
+    for k, v in before.items():
+        if "num_batches" not in k and "running" not in k:
+            assert torch.equal(v, t.method.state_dict()[k]), k
+
+
+@pytest.mark.parametrize("name", ["moco", "densecl"])
+def test_shuffling_on_one_rank_is_said_to_do_nothing(name, recwarn):
+    with pytest.warns(UserWarning, match="no effect on one GPU"):
+        cases.config(name).build(Net(), samples=60, batch=4)
+    recwarn.clear()
+    cases.config(name, shuffle=False).build(Net(), samples=60, batch=4)
+    cases.config(name).build(backbones.build(cases.PLAIN), samples=60, batch=4)
+    assert not [w for w in recwarn if "no effect" in str(w.message)]
