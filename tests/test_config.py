@@ -156,7 +156,7 @@ def test_a_config_without_views_or_of_the_wrong_type_is_refused():
 def test_the_dump_is_json_and_says_everything(file):
     dumped = json.loads(config.dumps(config.load(file)))
     assert dumped["method"] == {"type": "fastssl.methods.simclr.Config", "temperature": 0.1, "dims": [2048, 128],
-                                "norm": True}
+                                "norm": True, "last_shift": True, "init": "torch"}
     assert dumped["backbone"]["name"] == "resnet18"
     assert len(dumped["data"]["views"]) == 2 and dumped["data"]["views"][0]["size"] == 32
 

@@ -116,8 +116,8 @@ def plain_loop(t, source, steps: int) -> None:
         losses = t.method.loss(out, batch)
         t.ds.backward(losses["loss"])
         t.ds.step()
-        t.step += 1
         t.method.after_step({k: v.detach() for k, v in out.items()}, batch, t.step / t.total_steps)
+        t.step += 1
 
 
 @pytest.mark.parametrize("name", [n for n in cases.CASES if n != "deepcluster pic"])
