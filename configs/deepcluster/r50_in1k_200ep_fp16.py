@@ -1,5 +1,6 @@
 """DeepCluster, ResNet-50, ImageNet, colour images, 200 epochs.
-OpenSelfSup's recipe without Sobel, in fp16.
+OpenSelfSup's recipe without Sobel, in fp16, not the authors' (AlexNet and VGG-16, with Sobel).
+Published: none (OpenSelfSup published its run with Sobel alone, in fp32).
 deepspeed --num_gpus 8 fastssl/train.py configs/deepcluster/r50_in1k_200ep_fp16.py
 Not measured yet."""
 

@@ -1,5 +1,6 @@
 """DINO, ResNet-50, ImageNet, 2 x 224 + 8 x 96, 100 epochs, fp16.
 As the ResNet-50 run in facebookresearch/dino's README and main_dino.py.
+Published: none for 100 epochs (75.3 linear, 67.5 kNN of the authors' long run: their README).
 deepspeed --num_gpus 8 fastssl/train.py configs/dino/r50_in1k_100ep_fp16.py
 Not measured yet."""
 

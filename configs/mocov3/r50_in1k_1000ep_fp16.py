@@ -1,5 +1,6 @@
 """MoCo v3, ResNet-50, ImageNet, batch 4096, 1000 epochs, fp16.
 As in facebookresearch/moco-v3's CONFIG.md and main_moco.py (lr 4.8).
+Published: linear 74.6 top-1 (the authors' README).
 deepspeed --num_gpus 8 fastssl/train.py configs/mocov3/r50_in1k_1000ep_fp16.py
 Not measured yet."""
 

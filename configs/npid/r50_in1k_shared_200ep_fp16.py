@@ -1,5 +1,6 @@
 """NPID, ResNet-50, ImageNet, one set of negatives a step, fp16, 200 epochs.
 OpenSelfSup's recipe but for the negatives: 65536 for the whole batch, not for each sample.
+Published: none (with negatives for each sample 56.60: r50_in1k_200ep.py).
 deepspeed --num_gpus 8 fastssl/train.py configs/npid/r50_in1k_shared_200ep_fp16.py
 Not measured yet."""
 

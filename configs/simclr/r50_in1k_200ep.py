@@ -1,5 +1,6 @@
 """SimCLR, ResNet-50, ImageNet, batch 256, 200 epochs.
-OpenSelfSup's recipe.
+OpenSelfSup's recipe, not the authors' (batch 4096).
+Published: linear 60.06 top-1, VOC07 SVM 78.95 mAP (OpenSelfSup's MODEL_ZOO.md).
 deepspeed --num_gpus 8 fastssl/train.py configs/simclr/r50_in1k_200ep.py
 Not measured yet."""
 

@@ -1,5 +1,6 @@
 """SimCLR, ResNet-50, ImageNet, batch 512, 200 epochs.
-OpenSelfSup's recipe.
+OpenSelfSup's recipe, not the authors' (batch 4096).
+Published: none (OpenSelfSup has the config and no number for it).
 deepspeed --num_gpus 8 fastssl/train.py configs/simclr/r50_in1k_bs512_200ep.py
 Not measured yet."""
 

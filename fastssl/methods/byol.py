@@ -22,11 +22,27 @@ class Config:
     momentum_end: float = 1.0  # reached by half a cosine over the run
     norm: bool = True  # batch norm in the heads
     last_bias: bool = True  # of the heads' last linear layers; the authors have none
-    init: str = "torch"  # of the heads; "openselfsup": the projector as Kaiming, the predictor N(0, 0.01)
+    init: str = "torch"  # of the heads; "openselfsup": the projector as Kaiming, the predictor N(0, 0.01);
+    # "haiku": the authors', for the backbone, too
+
+    def init_backbone(self, backbone: nn.Module) -> None:
+        if self.init == "haiku":
+            haiku_(backbone)
 
     def build(self, backbone: nn.Module, *, kernels: str = "auto", **_) -> BYOL:
-        parts.check_init(self.init)
+        parts.check_init(self.init, "haiku")
         return BYOL(self, backbone, kernels)
+
+
+def haiku_(module: nn.Module) -> None:
+    """Haiku's initial values of linear and convolutional layers: a normal distribution of std 1 / sqrt(fan_in) cut at
+    two of them, which leaves 0.88 / sqrt(fan_in); no bias."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            std = layer.weight[0].numel() ** -0.5
+            nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 class BYOL(nn.Module):
@@ -45,6 +61,9 @@ class BYOL(nn.Module):
             for layer in self.predictor:
                 if isinstance(layer, nn.Linear):
                     nn.init.normal_(layer.weight, std=0.01)
+        if config.init == "haiku":
+            haiku_(self.projector)
+            haiku_(self.predictor)
         self.target = parts.frozen_copy(self.backbone, self.projector)
 
     def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:

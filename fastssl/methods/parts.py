@@ -48,9 +48,10 @@ def kaiming_(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def check_init(init: str) -> None:
-    if init not in ("torch", "openselfsup"):
-        raise ValueError(f"method.init={init!r} is none of torch, openselfsup")
+def check_init(init: str, *more: str) -> None:
+    known = ("torch", "openselfsup", *more)
+    if init not in known:
+        raise ValueError(f"method.init={init!r} is none of {', '.join(known)}")
 
 
 def frozen_copy(*modules: nn.Module) -> nn.Sequential:

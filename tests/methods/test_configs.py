@@ -28,6 +28,37 @@ def test_smoke_configs_have_the_figures_of_the_results():
         assert said in (ROOT / "configs" / "smoke" / f"{name}.py").read_text(), f"{name}: {said}"
 
 
+def published(path):
+    """What a config's docstring says after "Published:", up to the command."""
+    doc = ast.get_docstring(ast.parse(path.read_text()))
+    found = re.search(r"^Published: (.*?)(?=^deepspeed|^fastssl)", doc, re.S | re.M)
+    return " ".join(found[1].split()) if found else None
+
+
+def recipe_rows():
+    """docs/recipes.md: {config below configs/: the cells beside its name}."""
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    rows = re.findall(r"^\| `([\w/.-]+\.(?:py|yaml))` \| (.*) \|$", text, re.M)
+    assert len(rows) == len(dict(rows)), "a config has two rows"
+    return {config: cells.split(" | ") for config, cells in rows}
+
+
+def test_every_config_has_its_row_in_the_recipes():
+    configs = {name(p) for p in (*FILES, *(ROOT / "configs" / "detection").glob("*.yaml"))}
+    assert recipe_rows().keys() == configs
+    assert all(all(cell.strip() for cell in cells) for cells in recipe_rows().values())
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "in1k" in p.stem], ids=lambda p: name(p))
+def test_imagenet_configs_say_what_their_recipe_has_reached_and_where(path):
+    """A number and its source, or that none is published; the same in docs/recipes.md."""
+    said = published(path)
+    assert said, "no line that begins with Published:"
+    sources = "README|PRETRAIN|MODEL_ZOO|model zoo|paper|issue"
+    assert said.startswith("none") or re.search(rf"\d\d\.\d+ [^()]*\([^()]*({sources})", said), said
+    assert recipe_rows()[name(path)][1] == said
+
+
 def name(path):
     return str(path.relative_to(ROOT / "configs"))
 
