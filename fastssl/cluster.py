@@ -344,12 +344,25 @@ def class_weights(counts: Tensor, power: float, eps: float) -> Tensor:
     return (weights / weights.sum()).float()
 
 
+def target_weights(target: Tensor, weight: Tensor) -> Tensor:
+    """(n,) weight of each target's class; 0 for a target of -1."""
+    return torch.where(target >= 0, weight[target.clamp(min=0)], 0)
+
+
+def total_weight(target: Tensor, weight: Tensor) -> Tensor:
+    """Of the targets of the global batch, for the average rank."""
+    return dist.mean(target_weights(target, weight).sum()).clamp(min=1e-30)
+
+
+def weighted_mean(each: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Of this rank's numbers (n,), weighted by class and divided by the weights of the global batch."""
+    weight = weight.to(each.dtype)
+    return (target_weights(target, weight) * each).sum() / total_weight(target, weight)
+
+
 def weighted_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Cross entropy with class weights, divided by the weights of the global batch; a target of -1 does not count."""
-    known = target >= 0
-    weight = torch.where(known, weight.to(logits.dtype)[target.clamp(min=0)], 0)
-    each = F.cross_entropy(logits, target.clamp(min=0), reduction="none")
-    return (weight * each).sum() / dist.mean(weight.sum()).clamp(min=1e-30)
+    return weighted_mean(F.cross_entropy(logits, target.clamp(min=0), reduction="none"), target, weight)
 
 
 def describe(counts: Tensor, samples: int) -> str:

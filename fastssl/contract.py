@@ -36,6 +36,10 @@ def check_method(method: Any, config: Any) -> None:
     _check_call(f"{kind}.forward", method.forward, ("views", "batch"))
     _check_call(f"{kind}.loss", method.loss, ("out", "batch"))
     _check_call(f"{kind}.after_step", method.after_step, ("out", "batch", "progress"))
+    if not isinstance(getattr(method, "mean_loss", False), bool):
+        raise ValueError(f"{kind}.mean_loss={method.mean_loss!r} must be True (a mean over samples) or False")
+    if hasattr(method, "total_weight"):
+        _check_call(f"{kind}.total_weight", method.total_weight, ("batch",))
 
 
 def _check_call(owner: str, function: Callable, arguments: tuple[str, ...], **options: Any) -> None:

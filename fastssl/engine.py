@@ -1,6 +1,7 @@
 """The training loop and its step.  The loop is one function, phases in execution order; the step is exact on any number
-of ranks and micro-batches: K micro-batches are embedded without gradients, the loss of the whole global batch gives the
-gradient of every embedding once, and each micro-batch is replayed against it (GradCache, https://arxiv.org/abs/2101.06983).
+of ranks and micro-batches.  A loss that is a mean over samples is accumulated as usual.  For any other, K micro-batches
+are embedded without gradients, the loss of the whole global batch gives the gradient of every embedding once, and each
+micro-batch is replayed against it (GradCache, https://arxiv.org/abs/2101.06983).
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class Method(Protocol):
     `exact_views`: True where pixels are targets, too, and must not be rounded to 16 bits with the network's;
     `total_steps`, where a method has it, becomes the run's; `least_batch` the fewest images of a global batch that its
     loss can compare (1 where it is absent).
+    `mean_loss = True` says that the loss and the scalars beside it are means over samples, and that each sample's term
+    depends on its own outputs and on buffers alone, not on other samples of the batch.  Micro-batches then need one
+    forward each instead of two.  Where the mean is a weighted one, `total_weight(batch) -> 0-dim tensor` gives the
+    number by which the sum over the samples of `batch` is divided, equal on all ranks and computed without a forward.
     `progress` is the share of the run's steps that came before this one, as BYOL's and DINO's schedules have it.
     A step may be captured in a CUDA graph, and is the same function when it is not: `progress` and the batch's `epoch`
     and `step` are then 0-dim tensors on the device.  A method that decides by the epoch on the host has
@@ -265,7 +270,8 @@ def train_step(t: Trainer, batches: list[Batch], meter: Meter) -> tuple[dict[str
             t.scale.backward(t.ds, losses["loss"])
     else:
         batch = merge(batches)
-        out, losses = cached_step(t, batches, batch, meter)
+        accumulate = accumulated_step if getattr(t.method, "mean_loss", False) else cached_step
+        out, losses = accumulate(t, batches, batch, meter)
     out = {name: value.detach() for name, value in out.items()}
     with meter.phase("optimizer"):
         applied = t.scale.step(t.ds)
@@ -359,6 +365,30 @@ def clip_(grads: list[Tensor], most: float) -> None:
     """Shorten the gradient of all parameters together to the length `most`."""
     norm = torch.stack(torch._foreach_norm(grads)).square().sum().sqrt()
     torch._foreach_mul_(grads, (most / (norm + 1e-6)).clamp(max=1.0))
+
+
+def accumulated_step(t: Trainer, batches: list[Batch], batch: Batch, meter: Meter):
+    """Forward and backward of one micro-batch after the other, for a loss that is a mean over samples.  Returns the
+    outputs and the scalars of all of them together, detached."""
+    statistics, outs, scalars = norm.RunningStatistics(t.method), [], {}
+    weigh = getattr(t.method, "total_weight", lambda part: torch.tensor(len(part.index)))
+    for i, micro in enumerate(batches):
+        t.ds.set_gradient_accumulation_boundary(i == len(batches) - 1)
+        with meter.phase("views"):
+            views = make(t, micro)
+        with meter.phase("forward"):
+            out = t.ds(views, micro)
+            losses = t.method.loss(out, micro)
+            share = (weigh(micro).double() / weigh(batch)).to(losses["loss"].dtype)
+            losses = {name: share * value for name, value in losses.items()}
+        with meter.phase("backward"):
+            t.scale.backward(t.ds, losses["loss"])
+        statistics.add()
+        outs.append({name: value.detach() for name, value in out.items()})
+        for name, value in losses.items():
+            scalars[name] = scalars.get(name, 0) + (value.detach() if isinstance(value, Tensor) else value)
+    statistics.settle(len(batches))
+    return {name: torch.cat([o[name] for o in outs]) for name in outs[0]}, scalars
 
 
 def cached_step(t: Trainer, batches: list[Batch], batch: Batch, meter: Meter):

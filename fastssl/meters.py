@@ -3,7 +3,7 @@ images/s, memory, MFU.
 
 On CUDA the marks are events, read some steps later when the device has passed them: measuring never stalls it.  MFU
 counts the FLOPs of convolutions and matrix products that the first step really ran forward and backward (teachers
-once, frozen layers without a backward); the first of the two forward passes of an accumulated step is not counted.
+once, frozen layers without a backward).  Where an accumulated step needs two forward passes, the first is not counted.
 """
 
 from __future__ import annotations

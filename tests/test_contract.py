@@ -62,6 +62,15 @@ def test_a_complete_method_passes():
     assert step(method)["loss"].requires_grad
 
 
+@pytest.mark.parametrize("name, value, message", [
+    ("mean_loss", "yes", "Bad.mean_loss='yes' must be True"),
+    ("total_weight", lambda self: 1, "Bad.total_weight is called as <lambda>(batch) and is written as <lambda>()")])
+def test_a_mean_loss_declared_wrongly_is_refused(name, value, message):
+    with pytest.raises(ValueError) as error:
+        contract.check_method(type("Bad", (Small,), {name: value})(nn.Identity()), made())
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize("missing, message", [
     ("loss", "Bad lacks loss (loss(out, batch) -> dict with 'loss')"), ("after_step", "lacks after_step"),
     ("views", "lacks views (the number of views, or None for any)"),

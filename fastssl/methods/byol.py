@@ -47,6 +47,7 @@ def haiku_(module: nn.Module) -> None:
 
 class BYOL(nn.Module):
     views = 2
+    mean_loss = True
 
     def __init__(self, config: Config, backbone: nn.Module, kernels: str):
         super().__init__()

@@ -40,6 +40,7 @@ class Config:
 
 class DeepCluster(nn.Module):
     views = 1
+    mean_loss = True
 
     def __init__(self, config: Config, backbone: nn.Module, samples: int, kernels: str):
         super().__init__()
@@ -82,8 +83,12 @@ class DeepCluster(nn.Module):
 
     def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
         labels = self.labels[batch.index]
-        right = (out["logits"].detach().argmax(1) == labels).float().mean()
-        return {"loss": cluster.weighted_cross_entropy(out["logits"], labels, self.weights), "top1": right}
+        right = (out["logits"].detach().argmax(1) == labels).float()
+        return {"loss": cluster.weighted_cross_entropy(out["logits"], labels, self.weights),
+                "top1": cluster.weighted_mean(right, labels, self.weights)}
+
+    def total_weight(self, batch) -> Tensor:
+        return cluster.total_weight(self.labels[batch.index], self.weights)
 
     def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
         pass

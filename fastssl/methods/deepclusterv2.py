@@ -37,6 +37,7 @@ class Config:
 
 class DeepClusterV2(nn.Module):
     views = None  # any number of crops
+    mean_loss = True
 
     def __init__(self, config: Config, backbone: nn.Module, samples: int, kernels: str):
         super().__init__()

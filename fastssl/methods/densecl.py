@@ -36,6 +36,7 @@ class Config:
 
 class DenseCL(nn.Module):
     views = 2
+    mean_loss = True
 
     def __init__(self, config: Config, backbone: nn.Module, kernels: str):
         super().__init__()

@@ -54,6 +54,7 @@ class Head(nn.Module):
 
 class DINO(nn.Module):
     views = None  # any number of crops
+    mean_loss = True
     evaluated = "target.0"  # the teacher's backbone, as in the paper
 
     def __init__(self, config: Config, backbone: nn.Module, kernels: str):

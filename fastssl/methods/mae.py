@@ -44,6 +44,7 @@ class Config:
 class MAE(nn.Module):
     views = 1
     exact_views = True  # targets are made of them
+    mean_loss = True
 
     def __init__(self, config: Config, backbone: nn.Module):
         super().__init__()

@@ -52,6 +52,7 @@ class NPID(nn.Module):
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=False)
         if config.init == "openselfsup":
             parts.kaiming_(self.projector)
+        self.mean_loss = not (config.shared and config.ensure_neg)  # whose negatives leave out the whole batch
         self.register_buffer("bank", parts.random_directions(samples, config.dims[-1]))
         self.seed = int(torch.randint(2**31, (), device="cpu"))  # follows the run's seed
 

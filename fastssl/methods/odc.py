@@ -42,6 +42,7 @@ class Config:
 
 class ODC(nn.Module):
     views = 1
+    mean_loss = True
     sharded = ("bank",)
     not_static = "ODC's labels and clusters change by counts that it reads from the device"
 
@@ -94,6 +95,9 @@ class ODC(nn.Module):
         labels = self.labels[batch.index]
         loss = cluster.weighted_cross_entropy(out["logits"], labels, self.weights)
         return {"loss": loss, "changed": self.changed.clone()}  # the log reads it some steps later
+
+    def total_weight(self, batch) -> Tensor:
+        return cluster.total_weight(self.labels[batch.index], self.weights)
 
     @torch.no_grad()
     def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:

@@ -26,6 +26,7 @@ class Config:
 
 class RelativeLoc(nn.Module):
     views = 9
+    mean_loss = True
 
     def __init__(self, config: Config, backbone: nn.Module):
         super().__init__()

@@ -22,6 +22,7 @@ class Config:
 
 class Rotation(nn.Module):
     views = 4
+    mean_loss = True
 
     def __init__(self, backbone: nn.Module):
         super().__init__()

@@ -26,6 +26,7 @@ class Config:
 
 class SimSiam(nn.Module):
     views = 2
+    mean_loss = True
 
     def __init__(self, config: Config, backbone: nn.Module):
         super().__init__()

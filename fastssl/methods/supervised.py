@@ -24,6 +24,7 @@ class Config:
 
 class Supervised(nn.Module):
     views = 1
+    mean_loss = True
 
     def __init__(self, config: Config, backbone: nn.Module, classes: int):
         super().__init__()
@@ -41,9 +42,14 @@ class Supervised(nn.Module):
             raise ValueError("supervised takes one class per image; data.train has several labels per image")
         summed = F.cross_entropy(logits, label, ignore_index=-1, label_smoothing=self.config.label_smoothing,
                                  reduction="sum")
-        labelled = dist.mean((label >= 0).float().sum()).clamp(min=1.0)  # of the average rank
+        labelled = self.total_weight(batch)
         right = (logits.detach().argmax(1) == label).float().sum()
         return {"loss": summed / labelled, "top1": right / labelled}
+
+    @staticmethod
+    def total_weight(batch) -> Tensor:
+        """How many images are labelled, of the average rank."""
+        return dist.mean((batch.label >= 0).float().sum()).clamp(min=1.0)
 
     def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
         pass
