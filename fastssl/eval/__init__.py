@@ -110,7 +110,10 @@ def default_out(subject, name: str, args: argparse.Namespace) -> str | None:
         return None
     recipe = getattr(args, "recipe", None)
     target, data = Path(args.target), subject.run["data"]
+    percent, subset = getattr(args, "percent", None), getattr(args, "subset", None)
     parts = [name, recipe if recipe != "probe" else None, "low_shot" if getattr(args, "low_shot", False) else None,
+             f"{percent:g}percent" if percent else None, Path(subset).stem if subset not in (None, "all") else None,
+             "coco" if getattr(args, "coco", None) else None,
              args.features if args.features != "weights" else None, args.which,
              target.name if target.resolve() != folder.resolve() else None]  # fmt: skip
     parts += [Path(given).stem for given, own in ((args.train, data.get("bank") or data.get("train")),

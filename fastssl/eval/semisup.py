@@ -95,7 +95,8 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
                "batch": args.train_batch, "milestones": list(args.milestones), "gamma": args.gamma,
                "weight_decay": decay, "held_out": len(chosen_on), "seed": args.seed, "train": loader.samples,
                "test": test.samples, "classes": classes}  # fmt: skip
-    return {"protocol": "semisup", "options": options, "results": results(cells), "selection": cells}
+    rows = [{"percent": percent, **row} for row in results(cells)]
+    return {"protocol": "semisup", "options": options, "results": rows, "selection": cells}
 
 
 def say(text: str) -> None:
