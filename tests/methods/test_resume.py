@@ -21,14 +21,14 @@ def log_of(folder: Path) -> list[dict]:
     return [r for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in r]
 
 
-def train(name: str, root: Path) -> dict:
+def train(name: str, root: Path, zero: int = 0) -> dict:
     """Straight through; then from the checkpoint at SAVED once more."""
     import safetensors.torch
 
-    from fastssl import checkpoint, engine
+    from fastssl import checkpoint, dist, engine
 
     run = cases.run(name, norm=cases.CASES[name].norm, batch=BATCH, steps=STEPS, **DROPOUT.get(name, {}))
-    run.name, run.log.root, run.deterministic = name, str(root), True
+    run.name, run.log.root, run.deterministic, run.speed.zero = f"{name}{zero}", str(root), True, zero
     run.log.every, run.log.checkpoint_steps, run.log.keep = 1, SAVED, 2
     found = {}
     for way in ("whole", "resumed"):
@@ -36,7 +36,10 @@ def train(name: str, root: Path) -> dict:
         last = checkpoint.newest(t.folder)
         assert last.name == f"step_{STEPS:08d}"
         found[way] = {"log": log_of(t.folder), "weights": safetensors.torch.load_file(last / "weights.safetensors")}
-        shutil.rmtree(last)
+        dist.barrier()
+        if dist.is_main():
+            shutil.rmtree(last)
+        dist.barrier()
     return found
 
 
@@ -54,7 +57,12 @@ def worker(out: str, root: str, what: str) -> None:
 
     dist.init("cpu")
     engine.Loader = cases.Memory
-    found = cut(root) if what == "cut" else {name: train(name, Path(root)) for name in cases.CASES}
+    if what == "cut":
+        found = cut(root)
+    elif what == "zero":
+        found = {zero: train("moco", Path(root), zero) for zero in (1, 2, 3)}
+    else:
+        found = {name: train(name, Path(root)) for name in cases.CASES}
     if dist.is_main():
         torch.save(found, out)
     dist.shutdown()
@@ -68,7 +76,16 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", cases.CASES)
 def test_resumes_in_mid_epoch_to_the_same_bits(runs, name):
-    whole, resumed = runs[name]["whole"], runs[name]["resumed"]
+    same(runs[name]["whole"], runs[name]["resumed"])
+
+
+def test_every_zero_stage_resumes_to_the_same_bits(tmp_path):
+    found = ranks.launch(__file__, 2, tmp_path / "out.pt", str(tmp_path), "zero")
+    for stage in (1, 2, 3):
+        same(found[stage]["whole"], found[stage]["resumed"])
+
+
+def same(whole: dict, resumed: dict) -> None:
     assert [r["loss"] for r in resumed["log"]] == [r["loss"] for r in whole["log"]]
     assert len(whole["log"]) == STEPS
     assert whole["weights"].keys() == resumed["weights"].keys()
