@@ -5,7 +5,6 @@ Draws NAME.png, a contact sheet of images spread over the file with their labels
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from fastssl import untrusted
 
 from .layout import ALLOCATION, FIELD, HEADER, RAW, VERSION, decode_jpeg, sample_table
 from .write import Progress, Target, geometry, sha256
@@ -30,14 +31,13 @@ class Beton:
             raise ValueError(f"there is no file {path}")
         if not self.target.card.is_file():
             raise ValueError(f"{path} has no data card {self.target.card}: convert again, or copy it too")
-        try:
-            self.card = json.loads(self.target.card.read_text())
-            self.samples, classes, multi = self.card["samples"], self.card["classes"], self.card["label"] == "multi"
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.target.card} is no data card: {error!r}") from error
-        if self.card.get("format") != 1:
-            raise ValueError(f"{self.target.card} has format {self.card.get('format')}, this version reads 1")
+        self.card = untrusted.read_card(self.target.card)
+        if missing := [key for key in ("classes", "label", "copied", "sha256") if key not in self.card]:
+            raise ValueError(f"{self.target.card} has no {missing[0]}: convert again")
+        self.samples, classes, multi = self.card["samples"], self.card["classes"], self.card["label"] == "multi"
         self.require("bytes", self.target.beton.stat().st_size)
+        if self.card["bytes"] < HEADER.itemsize:
+            raise ValueError(f"{path} is damaged: it is too short for a header")
         self.data = np.memmap(self.target.beton, np.uint8, "r")
         header = self.data[: HEADER.itemsize].view(HEADER)[0]
         if header["version"] != VERSION or header["num_fields"] != 3:
@@ -45,21 +45,32 @@ class Beton:
         self.require("samples", int(header["num_samples"]))
         dtype = sample_table(0, multi).dtype
         start = HEADER.itemsize + 3 * FIELD.itemsize
+        end, allocations = start + self.samples * dtype.itemsize, int(header["alloc_table_ptr"])
+        if not end <= allocations or self.data.size - allocations != self.samples * (1 + multi) * ALLOCATION.itemsize:
+            raise ValueError(f"{path} is damaged: its tables do not have the sizes that {self.samples} images need")
         table = self.data[start : start + self.samples * dtype.itemsize].view(dtype)
         self.images, self.index, self.labels = (table[name] for name in dtype.names)
-        allocations = self.data[int(header["alloc_table_ptr"]) :].view(ALLOCATION).reshape(self.samples, -1)
+        allocations = self.data[allocations:].view(ALLOCATION).reshape(self.samples, -1)
         self.sizes = allocations["size"][:, 0]
+        self._inside(self.images["data_ptr"], self.sizes)
         if multi:
+            self._inside(self.labels, np.full(self.samples, 4 * len(classes), np.uint64))
             self.labels = np.stack([self.data[p : p + 4 * len(classes)].view("<f4") for p in self.labels.tolist()])
 
+    def _inside(self, pointers: np.ndarray, sizes: np.ndarray) -> None:
+        if (sizes > self.data.size).any() or (pointers > self.data.size - sizes).any():
+            raise ValueError(f"{self.target.beton} is damaged: its table points outside the file")
+
     def require(self, key: str, found) -> None:
-        if self.card[key] != found:
+        if self.card.get(key) != found:
             raise ValueError(f"{self.target.beton} does not match its data card: {key} is {found}, the card says "
-                             f"{self.card[key]}: convert or copy it again")
+                             f"{self.card.get(key)}: convert or copy it again")
 
     def image(self, row: int) -> np.ndarray | None:
         """RGB pixels (height, width, 3), or None where they cannot be decoded."""
         mode, width, height, pointer = self.images[row].item()
+        if not width * height:
+            return None
         data = self.data[pointer : pointer + int(self.sizes[row])]
         if mode == RAW:
             return np.array(data).reshape(height, width, 3) if data.size == height * width * 3 else None
@@ -69,7 +80,7 @@ class Beton:
         classes, label = self.card["classes"], self.labels[row]
         if self.card["label"] == "multi":
             return " ".join(name for name, value in zip(classes, label) if value == 1)
-        return classes[label] if classes else f"{row}"
+        return classes[label] if classes and label >= 0 else f"{row}"
 
 
 def check(path: str | Path, *, workers: int = 1, progress: Progress = lambda *_: None) -> str:
@@ -95,9 +106,9 @@ def check(path: str | Path, *, workers: int = 1, progress: Progress = lambda *_:
 
 def _check_labels(beton: Beton) -> None:
     kind, classes = beton.card["label"], beton.card["classes"]
-    allowed = {"none": (-1, -1), "multi": (-1, 1)}.get(kind) or (0, len(classes) - 1)
+    allowed = {"none": (-1, -1), "multi": (-1, 1)}.get(kind) or (-1, len(classes or []) - 1)
     low, high = beton.labels.min(), beton.labels.max()
-    if low < allowed[0] or high > allowed[1]:
+    if not (low >= allowed[0] and high <= allowed[1]):  # not: also for NaN
         raise ValueError(f"{beton.target.beton} is damaged: labels from {low} to {high}, the data card allows "
                          f"{allowed[0]} to {allowed[1]}")
 

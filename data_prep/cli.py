@@ -16,6 +16,8 @@ from .image import Options
 from .sources import KINDS, open_source
 from .write import Progress, Target, check_target, convert
 
+GIVEN = ("split", "root", "labels", "label_columns", "classes")  # options of sources, recorded in the data card
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -30,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
         where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         print(f"fastssl convert: {where}{text}".replace("\n", " "), file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("fastssl convert: not enough memory: try fewer --workers", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fastssl convert: interrupted, nothing was written", file=sys.stderr)
@@ -49,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--split", help="sub-folder of PATH, or split of the dataset, to convert")
     add("--root", help="list: folder that the paths are relative to (default: that of the list)")
+    add("--label-columns", metavar="N", help="list: the column with the label, counted from 1 (the path is column 1); "
+        "2-4 or 2-: several labels an image (default: 2, where a line has no more columns)")
+    add("--classes", metavar="FILE", help="list: the class names in their order, one a line, or the .beton (or its "
+        "data card) whose classes these are, so that train and test have the same numbers (default: the sorted names)")
     add("--labels", choices=("auto", "none"), default="auto", help="none: ignore the class folders (default auto)")
     add("--short-side", type=_positive, metavar="S", help="shrink images whose short side is longer to S pixels")
     add("--upscale", action="store_true", help="with --short-side: enlarge the smaller ones too")
@@ -62,20 +71,27 @@ def _parser() -> argparse.ArgumentParser:
     add("--quality", type=_positive, default=95, help="of JPEGs that are written here (default 95)")
     add("--max-bad", type=_count, default=0, metavar="N", help="skip up to N unreadable images (default 0); they are "
                                                                "listed in NAME.bad.txt")
-    add("--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: one "
+    add("--workers", type=_workers, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: one "
                                                                                            "for each CPU)")
     add("--force", action="store_true", help="replace an existing OUT")
     return parser
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:  # 18: NumPy's and C's whole numbers have 19 digits
+        raise argparse.ArgumentTypeError(f"{text[:30]!r} is not a positive whole number of at most 18 digits")
     return int(text)
 
 
+def _workers(text: str) -> int:
+    count, most = _positive(text), max(64, 4 * (os.cpu_count() or 1))
+    if count > most:
+        raise argparse.ArgumentTypeError(f"{text} is more than {most}: a worker keeps one CPU busy")
+    return count
+
+
 def _count(text: str) -> int:
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > 18:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
     return int(text)
 
@@ -96,12 +112,14 @@ def _convert(argv: list[str]) -> int:
     check_target(target, args.force)  # before an archive is read for minutes
     options = Options(args.short_side, args.upscale, args.max_pixels, args.max_aspect or 4.0, args.quality, args.mode)
     start = time.perf_counter()
-    source = open_source(args.source, args.path, split=args.split, root=args.root, labels=args.labels)
+    source = open_source(args.source, args.path, split=args.split, root=args.root, labels=args.labels,
+                         label_columns=args.label_columns, classes=args.classes)
     for note in source.notes:
         print(note)
     with progress_bar() as progress:
         card = convert(source, args.out, options, workers=args.workers, max_bad=args.max_bad, force=args.force,
-                       given={"split": args.split, "root": args.root, "labels": args.labels}, progress=progress)
+                       given={key: getattr(args, key) for key in GIVEN},
+                       progress=progress)
     for line in summary(card, target, time.perf_counter() - start):
         print(line)
     return 0
@@ -138,7 +156,7 @@ def _check(argv: list[str]) -> int:
     parser = _Parser(prog="fastssl convert check", description="Decode everything, verify counts and hash, measure "
                      "read speed, draw the contact sheet NAME.png.")
     parser.add_argument("path", metavar="NAME.beton")
-    parser.add_argument("--workers", type=_positive, default=len(os.sched_getaffinity(0)), help="decoding threads")
+    parser.add_argument("--workers", type=_workers, default=len(os.sched_getaffinity(0)), help="decoding threads")
     try:
         args = parser.parse_args(argv)
     except SystemExit as stop:

@@ -6,9 +6,11 @@ uses that one and FFCV ignores its errors.  Everything else goes through Pillow,
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +18,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .layout import JPG, MAX_SIDE, RAW, decode_jpeg
+
+LARGE = 2 * (1 << 30) // 12  # pixels; where Pillow calls an image a decompression bomb (179 megapixels)
+LARGEST = 1 << 30  # pixels, 3 GiB when decoded
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,11 @@ def store(source: bytes | np.ndarray, options: Options) -> Stored:
     width, height = image.size[::-1] if turned >= 5 else image.size
     new_width, new_height, bounded = target_size(width, height, options)
     resized = (new_width, new_height) != (width, height)
+    if width * height > LARGE:
+        _check_large(width * height, options)
+        if image.format == "JPEG" and resized:  # decoded at 1/2, 1/4 or 1/8 of its size, still twice what is stored
+            twice = (2 * new_width, 2 * new_height)
+            image.draft(None, twice[::-1] if turned >= 5 else twice)
     if max(new_width, new_height) > MAX_SIDE:
         raise ValueError(f"{new_width}x{new_height} pixels, FFCV stores at most {MAX_SIDE} a side: use --max-pixels")
     jpeg = image.format in ("JPEG", "MPO")
@@ -90,6 +100,15 @@ def store(source: bytes | np.ndarray, options: Options) -> Stored:
     # full chroma: at short side 256, quality 92 so is 37.6 dB in 42 kB, quality 95 with 4:2:0 is 35.8 dB in 43 kB
     rgb.save(buffer, "JPEG", quality=options.quality, subsampling=0)
     return Stored(buffer.getvalue(), JPG, new_height, new_width, **facts)
+
+
+def _check_large(pixels: int, options: Options) -> None:
+    size = f"{pixels / 1e6:.0f} megapixels"
+    if pixels > LARGEST:
+        raise ValueError(f"{size}, more than {LARGEST / 1e6:.0f} are not read: make it smaller first")
+    if not (options.short_side or options.max_pixels):
+        raise ValueError(f"{size}: an image of more than {LARGE / 1e6:.0f} is read only to be made smaller, with "
+                         "--max-pixels or --short-side")
 
 
 def orientation(image: Image.Image) -> int:
@@ -116,10 +135,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+@contextlib.contextmanager
+def _without_pillows_limit() -> Iterator[None]:
+    """`store` has its own: Pillow refuses an image of more than LARGE pixels even if it is to be made smaller."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
 def store_many(refs: list, options: Options) -> list[Stored | Bad]:
     """`store` for a chunk of references, in a worker.  A damaged image is a result with its reason, not an error."""
     results: list[Stored | Bad] = []
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_pillows_limit():
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata, thousands of them in a web collection
         for ref in refs:
             try:

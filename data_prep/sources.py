@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from .tree import ARCHIVE_ERRORS, FileRef, Tree, open_tree
+from .tree import ARCHIVE_ERRORS, Tree, open_tree
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm",
             ".jp2", ".avif")
@@ -97,51 +98,50 @@ def _relative(tree: Tree, images: list[str], split: str | None, path: str) -> di
     return inner
 
 
-def open_list(path: str, root: str | None = None) -> Source:
-    """An OpenSelfSup list file: "path" or "path label" a line, relative to `root` (default: the folder of the list)."""
-    base = Path(root) if root else Path(path).parent
-    if not base.is_dir():
-        raise ValueError(f"--root {base} is no folder")
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is no text file: a list has a path, or a path and a label, on each line") from None
-    entries: list[tuple[str, int | None]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        words = line.strip().rsplit(maxsplit=1)
-        if len(words) == 1 or (not words[1].isdecimal() and (base / line.strip()).is_file()):
-            entries.append((line.strip(), None))  # a path alone, which may contain spaces
-        elif not words[1].isdecimal():
-            raise ValueError(f"{path}, line {number}: the label {words[1]!r} is no number (0, 1, 2, ...)")
-        else:
-            entries.append((words[0], int(words[1])))
-        if (entries[-1][1] is None) != (entries[0][1] is None):
-            raise ValueError(f"{path}, line {number}: some lines have a label and some have none: {line.strip()!r}")
-    if not entries:
-        raise ValueError(f"{path} lists no image")
-    labelled = entries[0][1] is not None
-    top = max(value for _, value in entries) if labelled else -1
-    if top >= max(1000, 10 * len(entries)):
-        raise ValueError(f"{path}: the label {top} is far beyond the {len(entries)} lines: labels count from 0")
-    classes = [str(i) for i in range(top + 1)] if labelled else None
+class _Type:
+    """Stands for numpy.dtype in a CIFAR pickle: whole numbers alone, of a size and byte order."""
 
-    def items():
-        for name, value in entries:
-            yield name, FileRef(str(base / name)), -1 if value is None else value
+    def __init__(self, name: str, *_):
+        name = name.decode("latin1") if isinstance(name, bytes) else name
+        if not (isinstance(name, str) and re.fullmatch("[iu][1248]", name)):
+            raise ValueError(f"it holds an array of {name!r}, not of whole numbers")
+        self.name, self.order = name, "<"
 
-    return Source("list", path, "int" if labelled else "none", classes, len(entries), items)
+    def __setstate__(self, state: tuple) -> None:
+        order = state[1].decode("latin1") if isinstance(state[1], bytes) else state[1]
+        self.order = ">" if order == ">" else "<"
+
+
+class _Array:
+    """Stands for an array in a CIFAR pickle.  NumPy's own takes pointers to objects from the file, and follows them."""
+
+    value: np.ndarray
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, kind, fortran, data = state
+        if not isinstance(kind, _Type) or not isinstance(data, bytes):
+            raise ValueError("it holds an array of something other than whole numbers")
+        self.value = np.frombuffer(data, kind.order + kind.name).reshape(shape, order="F" if fortran else "C")
+
+
+def _reconstruct(*_) -> _Array:
+    return _Array()
+
+
+def _array_class(*_):
+    raise ValueError("it would run numpy.ndarray")
 
 
 class _Plain(pickle.Unpickler):
-    """Reads the pickles of CIFAR: numbers, strings, containers and NumPy arrays.  Anything else is refused."""
+    """Reads the pickles of CIFAR: numbers, strings, containers, arrays of whole numbers.  The rest is refused."""
 
     def find_class(self, module: str, name: str):
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
+        if (module, name) == ("numpy", "ndarray"):
+            return _array_class  # only an argument of _reconstruct
+        if (module, name) == ("numpy", "dtype"):
+            return _Type
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return np._core.multiarray._reconstruct
+            return _reconstruct
         if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in protocol 2
             return _latin1
         raise ValueError(f"it would run {module}.{name}")
@@ -158,10 +158,19 @@ def read_pickle(data: bytes, name: str) -> dict:
     try:
         value = _Plain(io.BytesIO(data), encoding="bytes").load()
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise ValueError(f"{name} is refused as a CIFAR pickle: {error}") from error
+        reason = " ".join(f"{error!s:.200}".split()) or type(error).__name__
+        raise ValueError(f"{name} is refused as a CIFAR pickle: {reason}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{name} is refused as a CIFAR pickle: it holds a {type(value).__name__}")
-    return value
+    return {key: item.value if isinstance(item, _Array) else item for key, item in value.items()}
+
+
+def _integers(value, name: str) -> np.ndarray:
+    """Labels: a list of whole numbers, or an array of them."""
+    plain = isinstance(value, list) and all(type(item) is int and abs(item) < 1 << 31 for item in value)
+    if not plain and not (isinstance(value, np.ndarray) and value.ndim == 1):
+        raise ValueError(f"the labels of {name} are not whole numbers")
+    return np.asarray(value, dtype=np.int64)
 
 
 CIFAR = {  # batches of each split, the file with the class names, its key, the key of the labels
@@ -189,15 +198,17 @@ def open_cifar(kind: str, path: str, split: str | None = None) -> Source:
     wanted = [base + name for name in batches[split]]
     if missing := [name for name in wanted if name not in tree.names]:
         raise ValueError(f"{path} holds {metas[0]} and no {missing[0]}: the download is incomplete")
-    members = {name: read_pickle(data, f"{path}: {name}") for name, data in tree.read([metas[0], *wanted])}
+    members = {name: read_pickle(data if isinstance(data, bytes) else data.read(), f"{path}: {name}")
+               for name, data in tree.read([metas[0], *wanted])}
     try:
         classes = [name.decode() for name in members[metas[0]][names_key]]
         pixels = np.concatenate([members[name][b"data"] for name in wanted])
-        labels = np.concatenate([members[name][labels_key] for name in wanted]).astype(int)
+        labels = np.concatenate([_integers(members[name][labels_key], name) for name in wanted])
         pixels = np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    except (KeyError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is no {kind} archive: {error!r}") from error
-    if pixels.dtype != np.uint8 or len(pixels) != len(labels) or not (0 <= labels.min() <= labels.max() < len(classes)):
+    fits = len(labels) and 0 <= labels.min() <= labels.max() < len(classes)
+    if pixels.dtype != np.uint8 or len(pixels) != len(labels) or not fits:
         raise ValueError(f"{path} is no {kind} archive: {len(pixels)} images, {len(labels)} labels, "
                          f"{len(classes)} classes")
     return _from_arrays(kind, path, split, pixels, labels, classes)
@@ -245,8 +256,9 @@ def open_voc2007(path: str, split: str | None = None) -> Source:
     if not lists:
         raise ValueError(f"{path} has no class lists beside {found[0]} (such as ImageSets/Main/cat_{split}.txt)")
     try:
-        texts = {name: data.decode() for name, data in tree.read([found[0], *lists])}
-    except (*ARCHIVE_ERRORS, UnicodeDecodeError) as error:
+        texts = {name: (data if isinstance(data, bytes) else data.read()).decode()
+                 for name, data in tree.read([found[0], *lists])}
+    except ARCHIVE_ERRORS as error:
         raise ValueError(f"cannot read the class lists of {path}: {error}") from error
     ids = [line.split()[0] for line in texts[found[0]].splitlines() if line.strip()]
     classes = sorted(name.split("/")[-1][: -len(f"_{split}.txt")] for name in lists)
@@ -273,7 +285,7 @@ KINDS = {
     "imagefolder": "a folder of images; its sub-folders, if any, are the classes",
     "tar": "a tar of images, compressed or not, classes as in a folder",
     "zip": "a zip of images, classes as in a folder",
-    "list": 'a text file with "path" or "path label" on each line (OpenSelfSup)',
+    "list": 'a text file with "path" or "path label" on each line, or a CSV; labels are numbers (-1: none) or names',
     "cifar10": "CIFAR-10: the original python archive, or class folders of images (--split train or test)",
     "cifar100": "CIFAR-100, likewise, with its 100 fine classes",
     "voc2007": "VOC2007 with its 20 labels an image (--split trainval, train, val or test)",
@@ -282,12 +294,13 @@ KINDS = {
 
 
 def open_source(kind: str, path: str, *, split: str | None = None, root: str | None = None,
-                labels: str = "auto") -> Source:
+                labels: str = "auto", label_columns: str | None = None, classes: str | None = None) -> Source:
     """The Source for the words of `fastssl convert KIND PATH`; ValueError for an option the kind has no use for."""
     if kind not in KINDS:
         raise ValueError(f"unknown source {kind!r}: one of {', '.join(KINDS)}")
-    if root is not None and kind != "list":
-        raise ValueError(f"--root is for list files, not for {kind}")
+    for option, value in (("--root", root), ("--label-columns", label_columns), ("--classes", classes)):
+        if value is not None and kind != "list":
+            raise ValueError(f"{option} is for list files, not for {kind}")
     if labels != "auto" and kind not in ("imagefolder", "tar", "zip"):
         raise ValueError(f"--labels is for folders and archives of images, not for {kind}")
     if kind == "digits":
@@ -297,7 +310,9 @@ def open_source(kind: str, path: str, *, split: str | None = None, root: str | N
     if kind == "list":
         if split is not None:
             raise ValueError("--split is not for list files: a list is a split")
-        return open_list(path, root)
+        from .lists import open_list
+
+        return open_list(path, root, label_columns, classes)
     if kind in CIFAR:
         return open_cifar(kind, path, split)
     if kind == "voc2007":

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import lzma
 import os
+import posixpath
 import re
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -18,7 +20,22 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError)
+# What tarfile, zipfile and the decompressors raise on damaged input; RuntimeError for encrypted members.
+ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError, RuntimeError,
+                  NotImplementedError, ValueError, struct.error, IndexError, KeyError, OverflowError)
+MAX_BYTES = 512 << 20  # of one encoded image; the largest photographs have some 100 MB
+MAX_LINK = 4096  # bytes of a link's target
+
+
+class Outside(ValueError):
+    """An archive that is refused by a rule of this file; its message is complete."""
+
+
+def bounded(size: int) -> int:
+    """`size`, or OSError for more than an image may have: a few kilobytes of archive can declare 10 GiB of zeros."""
+    if size > MAX_BYTES:
+        raise OSError(f"it has {size / 2**20:.0f} MiB, at most {MAX_BYTES >> 20} MiB are read")
+    return size
 
 
 @dataclass(frozen=True)
@@ -26,8 +43,12 @@ class FileRef:
     path: str
 
     def read(self) -> bytes:
-        with open(self.path, "rb") as file:
-            return file.read()
+        handle = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for a writer
+        with open(handle, "rb") as file:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError("not a regular file")
+            return file.read(bounded(found.st_size))
 
 
 @dataclass(frozen=True)
@@ -40,7 +61,7 @@ class SliceRef:
 
     def read(self) -> bytes:
         with open(self.path, "rb") as file:
-            return os.pread(file.fileno(), self.size, self.offset)
+            return os.pread(file.fileno(), bounded(self.size), self.offset)
 
 
 @dataclass(frozen=True)
@@ -49,7 +70,24 @@ class ZipRef:
     name: str
 
     def read(self) -> bytes:
-        return _zip(self.path, os.getpid()).read(self.name)
+        return read_zip(_zip(self.path, os.getpid()), self.name, MAX_BYTES)
+
+
+@dataclass(frozen=True)
+class TooLarge:
+    """A member of a compressed tar that is not read; OSError says why, when it is asked for."""
+
+    size: int
+
+    def read(self) -> bytes:
+        return bytes(bounded(self.size))
+
+
+def read_zip(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
+    size = archive.getinfo(name).file_size  # zipfile stops there, whatever the stream holds
+    if size > most:
+        raise OSError(f"it has {size / 2**20:.3g} MiB, at most {most / 2**20:.3g} MiB are read")
+    return archive.read(name)
 
 
 @lru_cache(maxsize=2)
@@ -62,7 +100,8 @@ def _zip(path: str, pid: int) -> zipfile.ZipFile:
 class Tree:
     path: Path
     names: list[str] = field(default_factory=list)
-    hidden: int = 0  # files such as .DS_Store and __MACOSX/..., and links inside an archive
+    hidden: int = 0  # files such as .DS_Store and __MACOSX/..., and links that lead to no file of the archive
+    links: dict[str, str] = field(default_factory=dict)  # name of a link in an archive -> the file that it leads to
     streams = False
     archive = True
 
@@ -72,6 +111,21 @@ class Tree:
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         for name in names:
             yield name, self.ref(name).read()
+
+    def _link(self, name: str, target: str) -> None:
+        if self._add(name):
+            self.links[name] = posixpath.normpath(target)
+
+    def _resolve(self, files: dict) -> None:
+        """Leave the links that lead to one of `files`, at their places in `names`, and count the others as hidden."""
+        for name, target in self.links.items():
+            for _ in range(40):  # as many as Linux follows
+                target = self.links.get(target, target)
+            self.links[name] = target
+        lost = {name for name, target in self.links.items() if target not in files}
+        self.names = [name for name in self.names if name not in lost]
+        self.links = {name: target for name, target in self.links.items() if name not in lost}
+        self.hidden += len(lost)
 
     def _add(self, name: str) -> bool:
         if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
@@ -117,22 +171,29 @@ class Tar(Tree):
     def __init__(self, path: Path):
         super().__init__(path)
         self.slices: dict[str, tuple[int, int]] = {}
+        if path.stat().st_size == 0:
+            raise ValueError(f"cannot read the archive {path}: it is empty")
         try:
             with tarfile.open(path, "r:"):
                 self.mode = "r:"
-        except tarfile.ReadError:
+        except ARCHIVE_ERRORS:
             self.mode, self.streams = "r|*", True
         size = path.stat().st_size
         for name, member, _ in self._members(set()):
+            if name in self.slices or name in self.links:
+                raise ValueError(f"{path} holds two members called {name!r}: unpack it and convert the folder")
+            if member.islnk() or member.issym():
+                base = PurePosixPath(name).parent if member.issym() else PurePosixPath()
+                self._link(name, str(base / member.linkname.replace("\\", "/")))
+                continue
             if self.mode == "r:" and member.offset_data + member.size > size:
                 raise ValueError(f"{path} is cut off inside {name!r}: copy or download it again")
-            if name in self.slices:
-                raise ValueError(f"{path} holds two members called {name!r}: unpack it and convert the folder")
             if self._add(name):
                 self.slices[name] = (member.offset_data, member.size)
+        self._resolve(self.slices)
 
     def _members(self, wanted: set[str]) -> Iterator[tuple[str, tarfile.TarInfo, bytes]]:
-        """Every ordinary file: its name, its entry, and its bytes if it is wanted."""
+        """Every ordinary file and link: its name, its entry, and of a wanted file its bytes (or TooLarge)."""
         try:
             with tarfile.open(self.path, self.mode, tarinfo=_Member) as tar:
                 for member in tar:
@@ -141,51 +202,74 @@ class Tar(Tree):
                     if member.islnk() or member.issym():
                         base = PurePosixPath(member.name).parent if member.issym() else PurePosixPath()
                         inside(self.path, member.name, target=str(base / member.linkname))
-                        self.hidden += 1
+                        yield name, member, b""
                     elif member.isreg() and not member.issparse():
-                        yield name, member, tar.extractfile(member).read() if name in wanted else b""
+                        yield name, member, self._bytes(tar, member) if name in wanted else b""
                     elif not member.isdir():
-                        raise ValueError(f"{self.path}: member {name!r} is no ordinary file")
+                        raise Outside(f"{self.path}: member {name!r} is no ordinary file")
+        except Outside:
+            raise
         except ARCHIVE_ERRORS as error:
-            raise ValueError(f"cannot read the archive {self.path}: {error}") from error
+            raise ValueError(f"cannot read the archive {self.path}: {error or type(error).__name__}") from error
+
+    @staticmethod
+    def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | TooLarge:
+        if member.size > MAX_BYTES:
+            return TooLarge(member.size)
+        data = tar.extractfile(member).read()
+        if len(data) != member.size:
+            raise tarfile.ReadError(f"it is cut off inside {member.name!r}")
+        return data
 
     def ref(self, name: str) -> SliceRef:
-        return SliceRef(str(self.path), *self.slices[name])
+        return SliceRef(str(self.path), *self.slices[self.links.get(name, name)])
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         if not self.streams:
             yield from super().read(names)
             return
         wanted = set(names)
-        for name, _, data in self._members(wanted):
+        linked: dict[str, list[str]] = {}  # file -> the wanted links to it, which come with it
+        for name, target in self.links.items():
             if name in wanted:
+                linked.setdefault(target, []).append(name)
+        for name, member, data in self._members(wanted | linked.keys()):
+            if name in wanted and not (member.islnk() or member.issym()):
                 yield name, data
+            for link in linked.get(name, ()):
+                yield link, data
 
 
 class Zip(Tree):
     def __init__(self, path: Path):
         super().__init__(path)
         try:
-            members = _zip(str(path), os.getpid()).infolist()
+            self._list(path, _zip(str(path), os.getpid()))
+        except Outside:
+            raise
         except ARCHIVE_ERRORS as error:
-            raise ValueError(f"cannot read the archive {path}: {error}") from error
-        self.members = {}
-        for member in members:
+            raise ValueError(f"cannot read the archive {path}: {error or type(error).__name__}") from error
+        self._resolve(self.members)
+
+    def _list(self, path: Path, archive: zipfile.ZipFile) -> None:
+        self.members: dict[str, str] = {}
+        for member in archive.infolist():
             name = inside(path, member.filename)
+            if member.flag_bits & 1:
+                raise Outside(f"{path} is encrypted ({name!r}): unpack it and convert the folder")
             if stat.S_ISLNK(member.external_attr >> 16):
-                target = _zip(str(path), os.getpid()).read(member).decode("utf-8", "replace")
-                inside(path, member.filename, target=str(PurePosixPath(member.filename).parent / target))
-                self.hidden += 1
+                target = read_zip(archive, member.filename, MAX_LINK).decode("utf-8", "replace")
+                target = str(PurePosixPath(member.filename).parent / target)
+                inside(path, member.filename, target=target)
+                self._link(name, target)
             elif not member.is_dir():
-                if member.flag_bits & 1:
-                    raise ValueError(f"{path} is encrypted ({name!r}): unpack it and convert the folder")
-                if name in self.members:
-                    raise ValueError(f"{path} holds two members called {name!r}: unpack it and convert the folder")
+                if name in self.members or name in self.links:
+                    raise Outside(f"{path} holds two members called {name!r}: unpack it and convert the folder")
                 if self._add(name):
                     self.members[name] = member.filename
 
     def ref(self, name: str) -> ZipRef:
-        return ZipRef(str(self.path), self.members[name])
+        return ZipRef(str(self.path), self.members[self.links.get(name, name)])
 
 
 def _raise(error: OSError):
@@ -205,7 +289,7 @@ def inside(archive: Path, name: str, target: str | None = None) -> str:
             break
     if depth < 0 or where.startswith("/") or re.match(r"[A-Za-z]:", where):
         arrow = f" -> {target}" if target is not None else ""
-        raise ValueError(f"{archive}: member {name + arrow!r} points outside the archive; nothing was converted")
+        raise Outside(f"{archive}: member {name + arrow!r} points outside the archive; nothing was converted")
     return "/".join(clean)
 
 
@@ -214,5 +298,6 @@ def open_tree(path: Path) -> Tree:
     if path.is_dir():
         return Folder(path)
     if not path.is_file():
-        raise ValueError(f"there is no file or folder {path}")
+        raise ValueError(f"there is no file or folder {path}" if not path.exists() else
+                         f"{path} is neither a file nor a folder")
     return Zip(path) if zipfile.is_zipfile(path) else Tar(path)

@@ -7,11 +7,14 @@ the last byte for any number of workers (FFCV's own DatasetWriter lets its worke
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
+import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -114,11 +117,11 @@ def convert(source: Source, out: str | Path, options: Options, *, workers: int =
     check_target(target, force)
     if source.count == 0:
         raise ValueError(f"{source.path} holds no image")
-    with _exclusive(target, force) as file:
+    with _exclusive(target, force) as (file, handles):
         beton = BetonFile(file, source.count, len(source.classes) if source.label == "multi" else None)
         facts = dict.fromkeys(("copied", "resized", "bounded", "distrusted"), 0)
         bad: list[tuple[str, str]] = []
-        for done, (name, label, result) in enumerate(_encode(source, options, workers), 1):
+        for done, (name, label, result) in enumerate(_encode(source, options, workers, handles), 1):
             if isinstance(result, Bad):
                 bad.append((name, result.reason))
             elif len(bad) <= max_bad:  # beyond it only the list is completed
@@ -156,7 +159,8 @@ def check_target(target: Target, force: bool) -> None:
 
 @contextlib.contextmanager
 def _exclusive(target: Target, force: bool) -> Iterator:
-    """The temporary file, locked against a second conversion to the same name and removed unless it was renamed."""
+    """The temporary file and the descriptors of its lock, which stands against a second conversion to the same name;
+    the file is removed unless it was renamed, and one that a killed process left is taken over."""
     made = []
     for folder in [target.part.parent, *target.part.parent.parents]:
         if folder.exists():
@@ -172,7 +176,7 @@ def _exclusive(target: Target, force: bool) -> Iterator:
             check_target(target, force)  # again: the other process may have finished just now
             try:
                 with open(target.part, "wb", buffering=1 << 22) as file:
-                    yield file
+                    yield file, (lock.fileno(), file.fileno())
             except OSError as error:
                 if error.filename:
                     raise
@@ -185,7 +189,18 @@ def _exclusive(target: Target, force: bool) -> Iterator:
                 folder.rmdir()
 
 
-def _encode(source: Source, options: Options, workers: int) -> Iterator[tuple[str, object, Stored | Bad]]:
+def _end_with_parent(parent: int, handles: tuple[int, ...]) -> None:
+    """In a worker: end when the parent is killed, and do not hold its lock, whose descriptor a fork copies."""
+    for handle in handles:
+        os.close(handle)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it was killed before the line above
+        os._exit(1)
+
+
+def _encode(source: Source, options: Options, workers: int,
+            handles: tuple[int, ...] = ()) -> Iterator[tuple[str, object, Stored | Bad]]:
     """(name, label, result) in the order of the source, whatever the number of workers."""
     chunks = _chunks(source)
     if workers <= 1:
@@ -193,7 +208,8 @@ def _encode(source: Source, options: Options, workers: int) -> Iterator[tuple[st
             yield from _join(chunk, store_many([ref for _, ref, _ in chunk], options))
         return
     # fork: a spawned worker would import the caller's main module again
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+    context, ours = multiprocessing.get_context("fork"), (os.getpid(), handles)
+    with ProcessPoolExecutor(workers, context, initializer=_end_with_parent, initargs=ours) as pool:
         try:
             waiting: deque = deque()  # bounded, so that a long archive is not read into memory
             for chunk in chunks:

@@ -7,6 +7,7 @@ behind it is left as it was.  FFCV ignores what its `imdecode` returns; here a d
 from __future__ import annotations
 
 import io
+import math
 import os
 from dataclasses import replace
 from functools import cache
@@ -14,6 +15,8 @@ from functools import cache
 import numpy as np
 import torch
 from PIL import Image
+
+from fastssl import untrusted
 
 _threads = torch.get_num_threads()
 from ffcv.fields import IntField, NDArrayField, RGBImageField  # noqa: E402
@@ -24,6 +27,8 @@ from ffcv.pipeline.compiler import Compiler  # noqa: E402
 from ffcv.pipeline.operation import Operation  # noqa: E402
 from ffcv.reader import Reader  # noqa: E402
 from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType  # noqa: E402
+
+MIN_SAMPLE = 16  # bytes of an image's entry in the table of samples
 
 torch.set_num_threads(_threads)  # importing ffcv sets PyTorch to one thread
 
@@ -94,13 +99,23 @@ class Beton:
         self._check_pointers(self.image["data_ptr"])
         if isinstance(self._label_field, NDArrayField):
             self._check_pointers(self._label)
+            self._check_vectors()
+
+    def _check_vectors(self) -> None:
+        """Label vectors of numbers, each as long as the field says."""
+        dtype, shape = self._label_field.dtype, self._label_field.shape
+        lengths = self.lengths[np.searchsorted(self.pointers, self._label)]
+        if dtype.kind not in "fiu" or math.prod(map(int, shape)) * dtype.itemsize != lengths[0] or np.ptp(lengths):
+            raise ValueError(f"{self.path} is damaged: its label vectors are not of {dtype} and shape {shape}; convert "
+                             "again")  # fmt: skip
 
     def _check_pointers(self, pointers: np.ndarray) -> None:
         """A pointer that leads past the end of a mapped file kills the process with SIGBUS."""
         at = np.searchsorted(self.pointers, pointers)
         found = at < len(self.pointers)
         found[found] = self.pointers[at[found]] == pointers[found]
-        if not found.all() or (self.pointers + self.lengths > self.bytes.size).any():
+        size = np.uint64(self.bytes.size)
+        if not found.all() or (self.lengths > size).any() or (self.pointers > size - self.lengths).any():
             raise ValueError(f"{self.path} is damaged: its table points outside the file; convert again")
 
     def decode(self, rows: np.ndarray, pixels: np.ndarray, sizes: np.ndarray) -> None:
@@ -151,7 +166,7 @@ def _open(path: str) -> Reader:
     """FFCV's reader behind the checks that it lacks."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file; `fastssl convert SOURCE PATH {path}` makes it")
-    size = os.path.getsize(path)
+    size = untrusted.regular_file(path)
     broken = ValueError(f"{path} ({size} bytes) is truncated or no .beton file; convert the data again")
     header = np.fromfile(path, HeaderType, count=1)
     if not len(header):
@@ -160,9 +175,11 @@ def _open(path: str) -> Reader:
     table = int(header["alloc_table_ptr"][0])
     if not start <= table < size or (size - table) % ALLOC_TABLE_TYPE.itemsize or not header["num_samples"][0]:
         raise broken
+    if int(header["num_samples"][0]) * MIN_SAMPLE > table - start:  # before a table of that size is allocated
+        raise broken
     try:
         reader = Reader(path)
-    except (AssertionError, KeyError, ValueError, IndexError, MemoryError) as error:
+    except Exception as error:  # FFCV's parsing of field descriptions raises nearly anything on damaged ones
         raise broken from error
     if len(reader.metadata) != header["num_samples"][0]:
         raise broken

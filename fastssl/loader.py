@@ -8,7 +8,6 @@ micro-batches ahead; on CUDA it writes into pinned memory, from which a side str
 from __future__ import annotations
 
 import copy
-import json
 import os
 import time
 import warnings
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl import dist
+from fastssl import dist, untrusted
 
 AHEAD = 2  # micro-batches decoded before they are asked for; more only costs memory once the decoder keeps up
 RESIDENT_SHARE = 0.5  # of the free memory: the rest is for the model, its activations and the optimizer
@@ -81,6 +80,7 @@ class Loader:
         self._feeder = ThreadPoolExecutor(1, "feed")
         self._canvas_shape = (batch // self.world // micro, self._beton.max_pixels, 3)
         self._free: list[np.ndarray] = []
+        self._check_memory()
         if self.device.type == "cuda":
             self._side = torch.cuda.Stream(self.device)
             self._slots = cycle(
@@ -103,14 +103,21 @@ class Loader:
             raise ValueError(f"batch={self.batch} is larger than {self.path} ({self.samples} samples); "
                              f"use at most {self.samples // parts * parts}")  # fmt: skip
 
+    def _check_memory(self) -> None:
+        """One canvas a micro-batch, as large for each image as for the largest; pinned, there are two."""
+        pixels, images = self._beton.max_pixels, self._canvas_shape[0]
+        need = images * pixels * 3
+        free = free_memory(torch.device("cpu"))
+        if need * (2 if self.device.type == "cuda" else 1) > free:
+            raise ValueError(f"{self.path}: the largest image ({pixels / 1e6:.0f} megapixels) needs {need / 2**30:.1f} "
+                             f"GiB for batches of {images} and {free / 2**30:.1f} GiB are free: convert with "
+                             "--max-pixels or --short-side, or set a smaller speed.micro_batch")  # fmt: skip
+
     def _read_card(self) -> dict:
         card = Path(self.path).with_suffix(".json")
         if not card.exists():
             return {}
-        try:
-            card = json.loads(card.read_text())
-        except ValueError as error:
-            raise ValueError(f"{card} is no JSON ({error}); convert again, or delete it to go without") from None
+        card = untrusted.read_card(card)
         facts = {"format": 1, "samples": self.samples, "max_pixels": self._beton.max_pixels,
                  "bytes": self._beton.bytes.size}  # fmt: skip
         if any(card.get(k) != v for k, v in facts.items()):

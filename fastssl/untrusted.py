@@ -6,6 +6,7 @@ Nothing in these files runs.  A file that torch.save wrote is read by PyTorch's 
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -13,6 +14,8 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+JSON_BYTES = 64 << 20  # a data card of 21,000 classes has 0.5 MB
 
 
 class CodeRefused(ValueError):
@@ -103,3 +106,54 @@ def _check_tensor(tensor: Any, path: str) -> None:
         kind = f"a tensor of shape {tuple(tensor.shape)} over {tensor.untyped_storage().nbytes()} bytes"
     if kind:
         raise ValueError(f"{path} holds {kind}: only dense tensors are read")
+
+
+def parse_json(text: str | bytes, name: str | Path) -> Any:
+    """The value in `text`, which is that of the file `name`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also bytes that are not UTF-8, and huge whole numbers
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{name} is not valid JSON: {why}") from None
+
+
+def read_json(path: str | Path) -> Any:
+    size = regular_file(path)
+    if size > JSON_BYTES:
+        raise ValueError(f"{path} has {size} bytes: no JSON file that is read here has more than {JSON_BYTES}")
+    try:
+        return parse_json(Path(path).read_bytes(), path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+CARD = {"format": int, "samples": int, "bytes": int, "max_height": int, "max_width": int, "max_pixels": int,
+        "min_side": int, "jpeg": int, "raw": int, "copied": int, "resized": int, "bounded": int, "distrusted": int,
+        "bad": int, "mean_pixels": float, "sha256": str, "label": str, "options": dict, "source": str, "kind": str}
+CARD_NEEDS = ("format", "samples", "bytes", "max_pixels")  # the others have been there since the first version, too
+
+
+def read_card(path: str | Path) -> dict:
+    """A data card: every entry of the type in CARD, `classes` None or names, numbers 0 or more."""
+    card = read_json(path)
+    if not isinstance(card, dict):
+        raise ValueError(f"{path} is no data card: it holds a {type(card).__name__}; convert again, or copy it too")
+    missing = [key for key in CARD_NEEDS if key not in card]
+    if missing:
+        raise ValueError(f"{path} is no data card: {missing[0]} is missing; convert again, or copy it too")
+    for key, kind in CARD.items():
+        value = card.get(key, 0)
+        good = key not in card or type(value) is kind or (kind is float and type(value) is int)
+        if not good or (kind in (int, float) and not 0 <= value < 1 << 62):
+            raise ValueError(f"{path} is no data card: {key} is {value!r:.60}")
+    if card["format"] != 1:
+        raise ValueError(f"{path} has format {card['format']}, this version reads 1: convert again")
+    names = card.get("classes")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{path} is no data card: classes is {names!r:.60}, not a list of names")
+    label = card.get("label", "int")
+    if label not in ("none", "int", "multi") or (label == "multi" and not names):
+        raise ValueError(f"{path} is no data card: label is {label!r:.60} with classes {names!r:.60}")
+    if card["samples"] == 0:
+        raise ValueError(f"{path} is no data card: samples is 0")
+    return card

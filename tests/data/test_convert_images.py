@@ -206,3 +206,19 @@ def test_a_side_beyond_16_bits_is_bad(tmp_path, capsys):
     assert convert("imagefolder", tmp_path / "in", tmp_path / "out.beton") == 2
     assert "--max-pixels" in capsys.readouterr().err
     assert one(tmp_path, "--max-pixels", 5000).pixels(0).shape == (1, 5000, 3)
+
+
+@pytest.mark.parametrize("name", ["slide.png", "slide.jpg"])
+def test_an_image_beyond_pillow_s_limit_is_read_to_be_made_smaller(tmp_path, capsys, monkeypatch, name):
+    """The limit is lowered for the test: Pillow's own and ours."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    monkeypatch.setattr("fastssl.data_prep.image.LARGE", 20_000)
+    save(tmp_path / "in" / name, photo(1, 300, 400))
+    assert convert("imagefolder", tmp_path / "in", tmp_path / "o.beton") == 2
+    assert "--max-pixels" in capsys.readouterr().err
+    for option, value, size in (("--short-side", 60, (60, 80)), ("--max-pixels", 1200, (30, 40))):
+        assert convert("imagefolder", tmp_path / "in", tmp_path / "o.beton", option, value, "--force") == 0
+        pixels = Stock(tmp_path / "o.beton").pixels(0)
+        small = np.asarray(Image.fromarray(photo(1, 300, 400)).resize(size[::-1], Image.Resampling.BICUBIC))
+        assert pixels.shape == (*size, 3) and abs(pixels.astype(int) - small).mean() < 3
+    assert Image.MAX_IMAGE_PIXELS == 10_000

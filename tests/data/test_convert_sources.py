@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from convert_tools import Stock, convert, folder, photo, save, shared
 
+from fastssl import data_prep
+from fastssl.data_prep.sources import read_pickle
+
 BATCH_NAMES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
 
 
 def refused(capsys, *argv) -> str:
     """The single line on stderr of a conversion that fails, having left nothing behind."""
     out = argv[2]
-    before = set(out.parent.parent.rglob("*"))
+    before = {p for p in out.parent.parent.rglob("*") if not p.name.endswith(".bad.txt")}
     assert convert(*argv) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and line.startswith("fastssl convert: ")
@@ -135,11 +138,11 @@ def test_members_that_point_outside(tmp_path, capsys, name):
         assert "points outside the archive" in refused(capsys, kind, tmp_path / path, tmp_path / "new" / "o.beton")
 
 
-@pytest.mark.parametrize("target, outside", [("/etc/passwd", True), ("../../x", True), ("../ok.jpg", False)])
+@pytest.mark.parametrize("target, outside", [("/etc/passwd", True), ("../../x", True), ("../gone.jpg", False)])
 def test_links_in_a_tar(tmp_path, capsys, target, outside):
     data = save(tmp_path / "a.jpg").read_bytes()
     with tarfile.open(tmp_path / "in.tar", "w") as tar:
-        for name, link in (("ok.jpg", ""), ("d/link.jpg", target)):
+        for name, link in (("e/ok.jpg", ""), ("d/link.jpg", target)):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = (tarfile.SYMTYPE, link) if link else (tarfile.REGTYPE, "")
             info.size = 0 if link else len(data)
@@ -183,8 +186,10 @@ def test_list_files(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("a.jpg cat\n", "line 1: the label 'cat' is no number"), ("a.jpg -1\n", "'-1' is no number"),
-    ("a.jpg 1.5\n", "'1.5' is no number"), ("a.jpg 0\na.jpg\n", "line 2: some lines have a label"),
+    ("a.jpg 0\na.jpg cat\n", "line 2: the label 'cat' is no number, unlike"), ("a.jpg -2\na.jpg 0", "'-2' is below 0"),
+    ("a.jpg 1.5\n", "'1.5' is neither"), ("a.jpg 0\na.jpg\n", "line 2: some lines have a label"),
+    ("a.jpg cat dog\n", "3 columns: name those with labels, --label-columns 2"), ("a.jpg\tx\t1\n", "3 columns"),
+    ('a.jpg,"x\n', "line 1"), ("a.jpg\0 1\n", "no text file"), (",1\n,2\n", "the path is empty"),
     ("\n\n", "lists no image"), ("a.jpg 20000000\n", "far beyond")])
 def test_list_files_that_make_no_sense(tmp_path, capsys, text, message):
     save(tmp_path / "a.jpg")
@@ -234,6 +239,112 @@ def test_cifar_python_archives(tmp_path, kind, protocol):
             assert stock.table["label"].tolist() == truth[split][1]
             assert all(np.array_equal(stock.pixels(i), truth[split][0][i]) for i in range(len(truth[split][1])))
             assert stock.card["classes"][3] == "name3" and stock.card["raw"] == stock.card["samples"]
+
+
+def listed(tmp_path, text: str | bytes, *options) -> Stock:
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        save(tmp_path / name, photo(ord(name[0])))
+    (tmp_path / "l.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert convert("list", tmp_path / "l.txt", tmp_path / "l.beton", "--force", *options) == 0
+    return Stock(tmp_path / "l.beton")
+
+
+@pytest.mark.parametrize("text, labels, classes", [
+    ("a.jpg dog\nb.jpg cat\nc.jpg dog\n", [1, 0, 1], ["cat", "dog"]),
+    (b"\xef\xbb\xbfa.jpg 0\r\nb.jpg 1\r\n", [0, 1], ["0", "1"]),
+    ("a.jpg,0\nb.jpg,1\n", [0, 1], ["0", "1"]),
+    ('path,label\na.jpg,"polar bear"\nb.jpg,"cat, big"\n', [1, 0], ["cat, big", "polar bear"]),
+    ("a.jpg\tn2\nb.jpg\tn1\n", [1, 0], ["n1", "n2"]),
+    ("a.jpg 0\nb.jpg -1\nc.jpg 1\n", [0, -1, 1], ["0", "1"]),
+    ("a.jpg -1\nb.jpg -1\n", [-1, -1], None)])
+def test_labels_in_a_list(tmp_path, text, labels, classes):
+    stock = listed(tmp_path, text)
+    assert stock.table["label"].tolist() == labels and stock.card["classes"] == classes
+    assert stock.payload(0) == (tmp_path / "a.jpg").read_bytes()
+    assert data_prep.main(["check", str(tmp_path / "l.beton")]) == 0
+
+
+def test_tiny_imagenet_s_validation_list_gets_the_numbers_of_its_training_set(tmp_path, capsys):
+    """val_annotations.txt: image, class, box, in columns; the order of wnids.txt is not that of the folders."""
+    folder(tmp_path / "train", 1, ("n03", "n01", "n02"))
+    assert convert("imagefolder", tmp_path / "train", tmp_path / "train.beton") == 0
+    text = "a.jpg\tn02\t0\t32\t44\t62\nb.jpg\tn03\t52\t55\t57\t59\nc.jpg\tn02\t4\t0\t60\t55\n"
+    for classes, labels in (("train.beton", [1, 2, 1]), ("train.json", [1, 2, 1]), ("wnids.txt", [0, 2, 0])):
+        (tmp_path / "wnids.txt").write_text("n02\nn01\nn03\n")
+        stock = listed(tmp_path, text, "--label-columns", 2, "--classes", tmp_path / classes)
+        assert stock.table["label"].tolist() == labels and len(stock.card["classes"]) == 3
+    (tmp_path / "wnids.txt").write_text("n01\nn03\n")
+    line = refused(capsys, "list", tmp_path / "l.txt", tmp_path / "new" / "o.beton", "--label-columns", 2, "--classes",
+                   tmp_path / "wnids.txt")  # fmt: skip
+    assert "line 1: the label 'n02' is none of the 2 classes" in line
+
+
+@pytest.mark.parametrize("text", ["a.jpg cat dog\nb.jpg\nc.jpg dog\n", "a.jpg,cat;dog\nb.jpg,\nc.jpg,dog\n",
+                                  "a.jpg\tcat\tdog\nb.jpg\t\t\nc.jpg\tdog\t\n"])
+def test_several_labels_a_line(tmp_path, text):
+    stock = listed(tmp_path, text, "--label-columns", "2-")
+    assert stock.card["label"] == "multi" and stock.card["classes"] == ["cat", "dog"]
+    assert [stock.vector(i).tolist() for i in range(3)] == [[1, 1], [0, 0], [0, 1]]
+
+
+def pickled_array(dtype: bytes, raw: bytes, shape=(1,)) -> bytes:
+    """The pickle of a dictionary with such an array under "labels", written by hand."""
+    return (b"\x80\x02}(C\x06labelscnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R"
+            b"(K\x01" + pickle.dumps(shape, 2)[2:-1] + b"cnumpy\ndtype\nC" + bytes([len(dtype)]) + dtype
+            + b"K\x00K\x01\x87R(K\x03C\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ftb\x89C"
+            + bytes([len(raw)]) + raw + b"tbu.")
+
+
+@pytest.mark.parametrize("dtype, raw, message", [
+    (b"O8", b"AAAAAAAA", "not of whole numbers"), (b"f4", b"abcd", "not of whole numbers"),
+    (b"i8", b"1234", "is refused"), (b"V8", bytes(8), "not of whole numbers")])
+def test_arrays_of_pointers_in_a_cifar_pickle_are_refused(dtype, raw, message):
+    """NumPy would follow the pointer and end the process."""
+    assert read_pickle(pickled_array(b"u1", b"\x07"), "x")[b"labels"].tolist() == [7]
+    with pytest.raises(ValueError, match=message):
+        read_pickle(pickled_array(dtype, raw), "x")
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_links_in_an_archive_are_read_as_the_files_they_name(tmp_path, name):
+    root = folder(tmp_path / "in", 2)
+    os.link(root / "cat" / "0.jpg", root / "cat" / "5.jpg")
+    os.symlink("1.jpg", root / "dog" / "0a.jpg")  # stands in the archive before the file that it names
+    with tarfile.open(tmp_path / name, "w:" + name[6:]) as tar:
+        tar.add(root, "in")
+    assert convert("imagefolder", root, tmp_path / "o.beton") == 0
+    assert convert("tar", tmp_path / name, tmp_path / "p.beton") == 0
+    ours, theirs = Stock(tmp_path / "p.beton"), Stock(tmp_path / "o.beton")
+    pairs = [sorted((s.table["label"][i], s.payload(i)) for i in range(6)) for s in (ours, theirs)]
+    assert ours.card["samples"] == 6 and pairs[0] == pairs[1]
+
+
+def test_what_is_read_is_bounded(tmp_path, capsys, monkeypatch):
+    """Declared sizes, pipes and devices; the bound is lowered for the test."""
+    monkeypatch.setattr("fastssl.data_prep.tree.MAX_BYTES", 1 << 20)
+    zeros = {"a.jpg": save(tmp_path / "a.jpg").read_bytes(), "z.jpg": bytes(2 << 20)}
+    archive(tmp_path / "a.tar.gz", zeros, "w:gz")
+    archive(tmp_path / "a.tar", zeros)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        for member, data in zeros.items():
+            z.writestr(member, data)
+    (tmp_path / "new").mkdir()  # for NAME.bad.txt
+    for kind, name in (("tar", "a.tar.gz"), ("tar", "a.tar"), ("zip", "a.zip")):
+        line = refused(capsys, kind, tmp_path / name, tmp_path / "new" / "o.beton")
+        assert "1 of 2 images" in line and "z.jpg (OSError: it has 2 MiB, at most 1 MiB are read)" in line
+    save(tmp_path / "in" / "a.jpg")
+    os.mkfifo(tmp_path / "in" / "b.jpg")
+    os.symlink("/dev/zero", tmp_path / "in" / "c.jpg")
+    line = refused(capsys, "imagefolder", tmp_path / "in", tmp_path / "new" / "o.beton")
+    assert "2 of 3 images" in line and "not a regular file" in line
+    for path in ("/dev/zero", tmp_path / "in" / "b.jpg"):
+        assert "not a regular file" in refused(capsys, "list", path, tmp_path / "new" / "o.beton")
+
+
+@pytest.mark.parametrize("count", ["0", "5000", "99999999999", "9" * 5000])
+def test_workers_are_bounded(tmp_path, capsys, count):
+    assert data_prep.main(["digits", "test", str(tmp_path / "o.beton"), "--workers", count]) == 2
+    assert "--workers" in capsys.readouterr().err
 
 
 class Evil:

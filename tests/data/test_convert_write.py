@@ -221,27 +221,53 @@ def test_a_full_disk_keeps_the_old_file(mixed, tmp_path, monkeypatch, capsys):
     assert {p.name: p.read_bytes() for p in tmp_path.glob("o.*")} == before
 
 
-def test_killed_in_the_middle(mixed, tmp_path):
-    """kill -9: no target appears, and the next conversion succeeds over what was left."""
-    out = tmp_path / "o.beton"
-    fifo = tmp_path / "in" / "wait.jpg"
-    save(tmp_path / "in" / "a.jpg")
-    os.mkfifo(fifo)  # reading it blocks, so the kill comes in the middle for certain
-    process = child("imagefolder", tmp_path / "in", out, "--workers", 1)
-    while True:  # until it has opened the fifo
+WAITING = """
+import sys, time
+from pathlib import Path
+from fastssl import data_prep
+from fastssl.data_prep import write
+
+def wait(refs, options):  # in place of store_many
+    Path(sys.argv[1]).touch()
+    time.sleep(600)
+
+write.store_many = wait
+data_prep.main(sys.argv[2:])
+"""
+
+
+def children(pid: int) -> set[str]:
+    return set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_in_the_middle(mixed, tmp_path, workers):
+    """kill -9: no target appears, the workers end, and the next conversion takes over what was left."""
+    out, begun = tmp_path / "o.beton", tmp_path / "begun"
+    process = subprocess.Popen([sys.executable, "-c", WAITING, str(begun), "imagefolder", str(mixed), str(out),
+                                "--workers", str(workers)])  # fmt: skip
+    while not begun.exists():
         assert process.poll() is None
-        with contextlib.suppress(OSError):
-            writer = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
-            break
         time.sleep(0.02)
     assert data_prep.main(["imagefolder", str(mixed), str(out)]) == 2  # the name is taken while the process lives
+    forked = children(process.pid)
+    assert len(forked) == (2 if workers == 2 else 0)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    os.close(writer)
-    assert not out.exists()
-    fifo.unlink()
-    assert convert("imagefolder", tmp_path / "in", out) == 0
+    process.wait()
+    assert not out.exists() and (tmp_path / "o.beton.part").exists()
+    assert convert("imagefolder", mixed, out) == 0
     assert not (tmp_path / "o.beton.part").exists()
+    deadline = time.monotonic() + 60
+    while any(WAITING[:40] in command_of(pid) for pid in forked):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.02)
+
+
+def command_of(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
 
 
 def test_check_finds_a_sound_file_sound(mixed, tmp_path, capsys):
@@ -285,7 +311,7 @@ def damage(out: Path, how: str, stock: Stock) -> None:
 
 @pytest.mark.parametrize("how, message", [
     ("bit", "sha256"), ("short", "bytes"), ("jpeg", "do not decode, the first is row 1"), ("index", "index"),
-    ("label", "labels from"), ("height", "max_height"), ("card", "samples"), ("json", "is no data card")])
+    ("label", "labels from"), ("height", "max_height"), ("card", "samples"), ("json", "is not valid JSON")])
 def test_check_finds_damage(mixed, tmp_path, capsys, how, message):
     out = tmp_path / "o.beton"
     assert convert("imagefolder", mixed, out) == 0

@@ -330,6 +330,13 @@ def test_missing_and_damaged_files_are_named(beton, tmp_path):
         open_loader(path)
 
 
+def test_a_batch_that_cannot_fit_names_the_largest_image_and_the_options(beton, monkeypatch):
+    monkeypatch.setattr("fastssl.loader.free_memory", lambda device: 1000)
+    with pytest.raises(ValueError, match=r"the largest image \(.* megapixels\) needs .* GiB for batches of 16 .*"
+                                         "--max-pixels or --short-side"):  # fmt: skip
+        open_loader(beton)
+
+
 def test_a_damaged_image_is_named(beton, photos, tmp_path):
     whole, victim = beton.read_bytes(), photos[5]
     at = whole.index(victim)
@@ -362,12 +369,14 @@ def test_card(beton, tmp_path):
             "bytes": path.stat().st_size, "classes": ["cat", "dog"]}  # fmt: skip
     card.write_text(json.dumps(good))
     assert open_loader(path).classes == ["cat", "dog"] and open_loader(path).card == good
-    for change in ({"samples": 102}, {"format": 2}, {"bytes": 5}, {"max_pixels": None}):
+    other = r"photos\.beton is not this file's"
+    for change, message in (({"samples": 102}, other), ({"bytes": 5}, other), ({"format": 2}, "json has format 2"),
+                            ({"max_pixels": None}, "photos.json is no data card: max_pixels is None")):  # fmt: skip
         card.write_text(json.dumps({**good, **change}))
-        with pytest.raises(ValueError, match=r"photos\.beton is not this file's"):
+        with pytest.raises(ValueError, match=message):
             open_loader(path)
     card.write_text("{")
-    with pytest.raises(ValueError, match=r"photos\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"photos\.json is not valid JSON"):
         open_loader(path)
 
 

@@ -1,0 +1,210 @@
+"""List files: a path on each line, and its label or labels.  `open_list` is what `fastssl convert list` reads.
+
+Columns are separated by tabs, commas (CSV, with quotes) or blanks, whichever the first line has.  Labels are whole
+numbers from 0, with -1 for none, or names.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fastssl import untrusted
+
+from .sources import SUFFIXES, Source
+from .tree import FileRef
+
+MAX_LIST = 1 << 30  # bytes; ImageNet's lists have 50 MB
+WHOLE = re.compile(r"[+-]?\d{1,18}", re.ASCII)
+
+
+def open_list(path: str, root: str | None = None, label_columns: str | None = None,
+              classes: str | None = None) -> Source:
+    """Paths are relative to `root` (default: the folder of the list).  `label_columns`: "2" (one label), "2-4" or "2-"
+    (several an image).  `classes`: a file of names in their order, or a .beton or data card whose classes these are."""
+    base = Path(root) if root else Path(path).parent
+    if not base.is_dir():
+        raise ValueError(f"--root {base} is not a folder")
+    columns = _columns(label_columns)
+    known = read_classes(classes) if classes else None
+    notes: list[str] = []
+    rows = list(_rows(path, base, columns, notes))
+    if not rows:
+        raise ValueError(f"{path} lists no image")
+    names = [name for _, name, _ in rows]
+    several = columns is not None and columns[1] != columns[0] + 1
+    if all(labels is None for *_, labels in rows):
+        if known:
+            raise ValueError(f"--classes {classes}: {path} has no labels")
+        kind, values, found = "none", [-1] * len(rows), None
+    else:
+        found = known or _names(path, [(number, label) for number, _, labels in rows for label in labels], len(rows))
+        numbers = _numbers(path, rows, found, classes)
+        kind, values = ("multi", numbers) if several else ("int", [row[0] for row in numbers])
+        if kind == "int" and max(values) < 0:
+            kind, found = "none", None
+
+    def items() -> Iterator[tuple[str, FileRef, object]]:
+        for name, value in zip(names, values):
+            if kind == "multi":
+                vector = np.zeros(len(found), np.float32)
+                vector[value] = 1
+                value = vector
+            yield name, FileRef(str(base / name)), value
+
+    return Source("list", path, kind, found, len(rows), items, notes)
+
+
+def read_classes(path: str) -> list[str]:
+    """The names in a text file, one a line, or the classes of a converted file."""
+    if Path(path).suffix in (".beton", ".json"):
+        names = untrusted.read_card(Path(path).with_suffix(".json")).get("classes")
+        if not names:
+            raise ValueError(f"--classes {path}: that file has no classes")
+        return names
+    names = [line.strip() for line in _lines(path) if line.strip()]
+    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
+    if twice or not names:
+        raise ValueError(f"--classes {path}: " + (f"{min(twice)!r} stands there twice" if twice else "it is empty"))
+    return names
+
+
+def _columns(text: str | None) -> tuple[int, int | None] | None:
+    """(first, end) of the label columns, counted from 0; end None: all the rest."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,4})(-(\d{0,4}))?", text, re.ASCII)
+    first = int(match[1]) if match else 0
+    last = first if match and match[2] is None else int(match[3]) if match and match[3] else None
+    if first < 2 or (last is not None and last < first):
+        raise ValueError(f"--label-columns {text}: give a column from 2 on, as 2, or several as 2-4 or 2-")
+    return first - 1, last
+
+
+def _lines(path: str) -> list[str]:
+    if untrusted.regular_file(path) > MAX_LIST:
+        raise ValueError(f"{path} is larger than {MAX_LIST >> 30} GiB: it is not a list")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # Windows writes a byte order mark
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(f"{path} is no text file: a list has a path, or a path and a label, on each line")
+    return text.splitlines()
+
+
+def _rows(path: str, base: Path, columns: tuple[int, int | None] | None,
+          notes: list[str]) -> Iterator[tuple[int, str, list[str] | None]]:
+    """(line number, path, labels or None) of each line that is not empty."""
+    lines = [(number, line) for number, line in enumerate(_lines(path), 1) if line.strip()]
+    if not lines:
+        return
+    separator = _separator(lines[0][1], base)
+    cells = list(_cells(path, lines, separator, columns, base))
+    if separator and len(cells) > 1 and not _is_image(cells[0][0], base):
+        notes.append(f"line {lines[0][0]} of {path} was taken for the names of the columns: {lines[0][1].strip()!r}")
+        lines, cells = lines[1:], cells[1:]
+    labelled = len(cells[0]) > 1
+    for (number, line), row in zip(lines, cells):
+        name, *rest = row
+        if not name:
+            raise ValueError(f"{path}, line {number}: the path is empty: {line.strip()[:80]!r}")
+        if bool(rest) != labelled and columns is None:
+            raise ValueError(f"{path}, line {number}: some lines have a label and some have none: {line.strip()!r}")
+        if columns is None and len(rest) > 1:
+            raise ValueError(f"{path}, line {number} has {len(row)} columns: name those with labels, --label-columns 2 "
+                             "for one label an image, 2- for several")
+        if columns is not None:
+            first, end = columns
+            if len(row) <= first and end == first + 1:
+                raise ValueError(f"{path}, line {number} has {len(row)} columns: --label-columns "
+                                 f"{first + 1} is beyond them")
+            rest = row[first:end]
+            if end != first + 1:
+                rest = [label.strip() for cell in rest for label in re.split("[;|]", cell) if label.strip()]
+        yield number, name, rest if labelled or columns else None
+
+
+def _separator(line: str, base: Path) -> str | None:
+    """Tab or comma; None for blanks, where a path may hold commas."""
+    if "\t" in line:
+        return "\t"
+    text = line.strip()
+    whole = _is_file(base / text) or _is_file(base / text.rpartition(" ")[0])
+    return "," if "," in text and not whole else None
+
+
+def _cells(path: str, lines: list, separator: str | None, columns, base: Path) -> Iterator[list[str]]:
+    if separator:
+        for number, line in lines:
+            try:
+                row = next(csv.reader([line], delimiter=separator, strict=True, skipinitialspace=True), [])
+            except csv.Error as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+            yield [cell.strip() for cell in row]
+        return
+    if columns is not None:
+        yield from (line.split() for _, line in lines)
+        return
+    first = lines[0][1].split()
+    if len(first) > 2 and _is_file(base / first[0]):
+        yield from ([first[0], *first[1:]] for _ in lines[:1])  # refused by _rows, which names --label-columns
+        return
+    for _, line in lines:
+        words = line.strip().rsplit(maxsplit=1)
+        alone = len(words) == 1 or (not WHOLE.fullmatch(words[1]) and (
+            words[1].lower().endswith(SUFFIXES) or _is_file(base / line.strip())))
+        yield [line.strip()] if alone else words  # a path alone may contain spaces
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long
+        return False
+
+
+def _is_image(name: str, base: Path) -> bool:
+    return name.lower().endswith(SUFFIXES) or _is_file(base / name)
+
+
+def _names(path: str, labels: list[tuple[int, str]], images: int) -> list[str]:
+    """The classes that the labels themselves say: 0 to the largest number, or the sorted names."""
+    whole = [bool(WHOLE.fullmatch(label)) for _, label in labels]
+    if not any(whole):
+        for number, label in labels:
+            if not label or re.fullmatch(r"[+-]?\d*\.\d+", label):
+                raise ValueError(f"{path}, line {number}: the label {label!r} is neither a whole number nor a name")
+        return sorted({label for _, label in labels})
+    if not all(whole):
+        number, label = labels[whole.index(not whole[0])]
+        raise ValueError(f"{path}, line {number}: the label {label!r} is {'a' if not whole[0] else 'no'} number, "
+                         "unlike those before; with --classes FILE numbers are names, too")
+    top = max(int(label) for _, label in labels)
+    if top >= max(1000, 10 * images):
+        raise ValueError(f"{path}: the label {top} is far beyond the {images} lines: labels count from 0")
+    return [str(i) for i in range(top + 1)]
+
+
+def _numbers(path: str, rows: list, names: list[str], given: str | None) -> list[list[int]]:
+    """The labels of each row as numbers in `names`: a name that stands there, or else its number."""
+    place = {name: i for i, name in enumerate(names)}
+    out = []
+    for number, _, labels in rows:
+        out.append([])
+        for label in labels:
+            value = place.get(label)
+            if value is None and WHOLE.fullmatch(label) and -1 <= int(label) < len(names):
+                value = int(label)
+            if value is None and WHOLE.fullmatch(label) and not given:
+                raise ValueError(f"{path}, line {number}: the label {label!r} is below 0 (-1: no label)")
+            if value is None:
+                raise ValueError(f"{path}, line {number}: the label {label!r} is none of the {len(names)} classes of "
+                                 f"--classes {given}")
+            if value >= 0 or len(labels) == 1:
+                out[-1].append(value)
+    return out
