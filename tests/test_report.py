@@ -247,7 +247,7 @@ def test_evaluations_have_a_row_a_metric_and_mark_the_best(data, tmp_path):
     table = text[text.index('id="evaluations"') : text.index('id="configuration"')]
     rows = [re.sub(r"<[^>]*>", " ", row).split() for row in table.split("<tr>")[2:]]
     first = ["knn", "t.beton", "top-1", "%", "k=10", "50.00", "k=20", "61.00", "k=10", "70.50", "k=20", "60.00"]
-    assert rows[0] == first and len(rows) == 4 and rows[2][:3] == ["knn", "baseline:", "pixels"]
+    assert rows[0] == first and len(rows) == 4 and rows[2][:4] == ["knn", "t.beton", "baseline:", "pixels"]
     assert re.findall(r'<b class="best">([\d.]+)</b>', table.split("<tr>")[2]) == ["70.50"]
 
 

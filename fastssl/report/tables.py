@@ -39,6 +39,8 @@ def table(heads: list[str], runs: list[RunData], rows: list[Row], code: bool = F
 def timings(timed: list[RunData], runs: list[RunData]) -> str:
     rows = []
     for name in (*PHASES, "total"):
+        if not any(run.scalars[f"{name}_ms"][1].any() for run in timed if f"{name}_ms" in run.scalars):
+            continue  # "step" without a CUDA graph
         cells = []
         for run in runs:
             if run not in timed or f"{name}_ms" not in run.scalars:
@@ -89,16 +91,16 @@ def evaluations(runs: list[RunData]) -> str:
         by_run = found[place]
         some = [row for part in by_run.values() for row in part]
         what = {"weights": "", "untrained": "untrained network", "pixels": "pixels"}.get(features, features)
-        first = [escape(protocol) + (f'<br><span class="badge base">baseline: {escape(what)}</span>' if what else ""),
-                 escape(Path(test).name)]  # fmt: skip
+        first = escape(protocol) + (f"<small>{escape(Path(test).name)}</small>" if test else "")
+        first += f'<span class="badge base">baseline: {escape(what)}</span>' if what else ""
         metrics = [m for m in METRICS if any(m in row for row in some)]
         for metric in metrics or [""]:
             values = [row[metric] for row in some if is_number(row.get(metric))]
             best = max(values) if len(values) > 1 and metric not in NO_BEST else None
             cells = [_cell(by_run.get(i, []), metric, best) for i in range(len(runs))]
-            rows.append(([*first, escape(METRICS.get(metric, ""))], cells, False))
+            rows.append(([first, escape(METRICS.get(metric, ""))], cells, False))
     marked = '<p class="about">The <b class="best">best</b> of a row is marked; above a figure stands its setting.</p>'
-    return marked + table(["protocol", "test file", "metric"], runs, rows)
+    return marked + table(["protocol, test file", "metric"], runs, rows)
 
 
 def _cell(rows: list[dict], metric: str, best: float | None) -> str:
