@@ -1,7 +1,8 @@
 """Ranks and the few collectives that methods need.  One process is the same code: every function is then the identity.
 
 The convention of every loss: the global loss is the mean over ranks of what each rank returns, and DeepSpeed averages
-parameter gradients over ranks.  `gather` and `mean` run backward as their true adjoints, so gradients are exact.
+parameter gradients over ranks.  `gather` and `mean` run backward as their true adjoints, so gradients are exact;
+`replicated_mean` is `mean` without communication in backward, for a mean that every rank uses in the same way.
 """
 
 from __future__ import annotations
@@ -212,6 +213,16 @@ class _Mean(torch.autograd.Function):
         return sum_(grad.clone()) / world()
 
 
+class _ReplicatedMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return sum_(x.clone()) / world()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
 def gather(x: Tensor) -> Tensor:
     """(n, ...) on each rank -> (W n, ...), rank-major.  Differentiable: backward sums over ranks, keeps own rows."""
     return x if world() == 1 else _Gather.apply(x)
@@ -220,6 +231,12 @@ def gather(x: Tensor) -> Tensor:
 def mean(x: Tensor) -> Tensor:
     """Mean over ranks, differentiable (its own adjoint)."""
     return x if world() == 1 else _Mean.apply(x)
+
+
+def replicated_mean(x: Tensor) -> Tensor:
+    """Mean over ranks of which every rank computes the same loss: its gradient is equal on all ranks, so that the mean
+    of them, the adjoint, is the gradient itself.  Wrong where the mean meets a rank's own samples: use `mean` there."""
+    return x if world() == 1 else _ReplicatedMean.apply(x)
 
 
 @torch.no_grad()

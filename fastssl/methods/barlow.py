@@ -43,7 +43,7 @@ class BarlowTwins(nn.Module):
 
     def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
         z_0, z_1 = (parts.standardize(z) for z in out["z"].unbind(1))
-        c_DD = dist.mean(z_0.T @ z_1 / len(z_0))
+        c_DD = dist.replicated_mean(z_0.T @ z_1 / len(z_0))
         on_diagonal = (c_DD.diagonal() - 1).square().sum()
         off_diagonal = parts.off_diagonal(c_DD).square().sum()
         loss = self.config.scale * (on_diagonal + self.config.redundancy * off_diagonal)

@@ -62,7 +62,7 @@ class LeJEPA(nn.Module):
         t = torch.linspace(0, c.end, c.knots, dtype=z_VnD.dtype, device=z_VnD.device)
         gauss = torch.exp(-t.square() / 2)
         x_VnMt = x_VnM[..., None] * t
-        real, imaginary = dist.mean(torch.stack([x_VnMt.cos().mean(1), x_VnMt.sin().mean(1)]))
+        real, imaginary = dist.replicated_mean(torch.stack([x_VnMt.cos().mean(1), x_VnMt.sin().mean(1)]))
         error = (real - gauss).square() + imaginary.square()
         return 2 * torch.trapezoid(error * gauss, t).mean() * z_VnD.shape[1] * dist.world()
 

@@ -1,8 +1,9 @@
 """VICReg: equal views (invariance), spread features (variance), no redundancy (covariance).
 https://arxiv.org/abs/2105.04906
 
-Variance and covariance are those of the global batch.  The variance term is the mean over both views, as in the
-original; solo-learn sums them, so that its weight of 25 is 50 here.
+Variance and covariance are those of the global batch, without a D x D matrix where the batch has fewer than D samples.
+The variance term is the mean over both views, as in the original; solo-learn sums them, so that its weight of 25 is 50
+here.
 """
 
 from __future__ import annotations
@@ -46,18 +47,31 @@ class VICReg(nn.Module):
     def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
         z_0, z_1 = out["z"].unbind(1)
         invariance = (z_0 - z_1).square().mean()
-        covariances = [self.covariance(z) for z in (z_0, z_1)]
-        variance = sum((1 - (c.diagonal() + 1e-4).sqrt()).relu().mean() for c in covariances) / 2
-        covariance = sum(parts.off_diagonal(c).square().sum() / len(c) for c in covariances)
+        variances, redundancies = zip(*(self.spread(z) for z in (z_0, z_1)))
+        variance = sum((1 - (v_D + 1e-4).sqrt()).relu().mean() for v_D in variances) / 2
+        covariance = sum(redundancies) / z_0.shape[1]
         w = self.config
         return {"loss": w.invariance * invariance + w.variance * variance + w.covariance * covariance,
                 "invariance": invariance, "variance": variance, "covariance": covariance}
 
     @staticmethod
-    def covariance(z: Tensor) -> Tensor:
-        """(D, D), unbiased, over the samples of all ranks."""
-        z = z - dist.mean(z.mean(0))
-        return dist.mean(z.T @ z) * (dist.world() / (len(z) * dist.world() - 1))
+    def spread(z_nD: Tensor) -> tuple[Tensor, Tensor]:
+        """Unbiased variances (D,) over the N samples of all ranks, and the sum of the squared covariances of different
+        features (as the mean over ranks of what each returns).
+
+        With fewer samples than features the D x D covariance is not made: ranks exchange samples instead, 2 N D numbers
+        for 2 D D, and since |z^T z| = |z z^T| (Frobenius) each multiplies its own samples with all of them.
+        """
+        (n, features), samples = z_nD.shape, len(z_nD) * dist.world()
+        if samples >= features:
+            z_nD = z_nD - dist.mean(z_nD.mean(0))
+            c_DD = dist.replicated_mean(z_nD.T @ z_nD) * (dist.world() / (samples - 1))
+            return c_DD.diagonal(), parts.off_diagonal(c_DD).square().sum()
+        z_ND = dist.gather(z_nD)
+        z_ND = z_ND - z_ND.mean(0)
+        v_D = z_ND.square().sum(0) / (samples - 1)
+        k_nN = z_ND[dist.rank() * n :][:n] @ z_ND.T / (samples - 1)
+        return v_D, dist.world() * k_nN.square().sum() - v_D.square().sum()
 
     def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
         pass

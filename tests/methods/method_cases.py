@@ -41,6 +41,8 @@ CASES = {
                         "freeze_patch_embed": True, "temperature": 0.2}, views.byol(32), VIT, True, "mocov3"),
     "barlow": Case({"dims": (24, 24, 12), "scale": 0.1}, norm=True),
     "vicreg": Case({"dims": (24, 24, 12), "invariance": 1.0, "variance": 1.0, "covariance": 0.04}, norm=True),
+    "vicreg wide": Case({"dims": (24, 24, 40), "invariance": 1.0, "variance": 1.0, "covariance": 0.04}, norm=True,
+                        module="vicreg"),  # more features than a batch of 16 has samples
     "nnclr": Case({"dims": (24, 24, 12), "predictor": 24, "queue": 48, "temperature": 0.5}, norm=True),
     "dino": Case({"dims": (24, 12), "prototypes": 20, "freeze_epochs": 0, "momentum": 0.9}, CROPS, norm=True),
     "swav": Case({"dims": (24, 12), "prototypes": 10, "freeze_epochs": 0}, CROPS, norm=True),

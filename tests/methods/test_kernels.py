@@ -14,7 +14,7 @@ from fastssl import backbones, engine, kernels
 
 OPS = [importlib.import_module(f"fastssl.kernels.{module.name}")
        for module in pkgutil.iter_modules(kernels.__path__) if module.ispkg]  # fmt: skip
-WITHOUT = {"simsiam", "barlow", "vicreg", "supervised", "mae", "lejepa", "rotation", "relative_loc",
+WITHOUT = {"simsiam", "barlow", "vicreg", "vicreg wide", "supervised", "mae", "lejepa", "rotation", "relative_loc",
            "deepcluster pic"}  # no op beyond the views
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastssl import dist
+
 N, D = 6, 5
 LABEL = torch.tensor([0, 1, 0, 2, -1, 1])
 
@@ -127,19 +129,39 @@ def test_barlow_twins_is_that_of_its_pseudocode():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
-def test_vicreg_is_that_of_its_three_terms():
-    z = rows(N, 2, D)
+@pytest.mark.parametrize("width", [D, N, 3 * N])  # fewer features than samples, as many, more
+def test_vicreg_is_that_of_its_three_terms(width):
+    z = rows(N, 2, width)
     x = array(z)
     cov = [np.cov(x[:, v].T) for v in (0, 1)]
     std = [np.sqrt(x[:, v].var(0, ddof=1) + 1e-4) for v in (0, 1)]
     want = {"invariance": ((x[:, 0] - x[:, 1]) ** 2).mean(),
             "variance": sum(np.maximum(0, 1 - s).mean() for s in std) / 2,
-            "covariance": sum((c**2).sum() - (np.diag(c) ** 2).sum() for c in cov) / D}
+            "covariance": sum((c**2).sum() - (np.diag(c) ** 2).sum() for c in cov) / width}
     out = build("vicreg", invariance=25.0, variance=24.0, covariance=2.0).loss({"z": z}, batch())
     for name, value in want.items():
         close(out[name], value)
     assert want["variance"] > 0.01
     close(out["loss"], 25 * want["invariance"] + 24 * want["variance"] + 2 * want["covariance"])
+    torch_cov = [torch.cov(z[:, v].T) for v in (0, 1)]
+    by_hand = sum(c.fill_diagonal_(0).square().sum() for c in torch_cov) / width
+    for ours, theirs in zip(*(torch.autograd.grad(x, z, retain_graph=True) for x in (out["covariance"], by_hand))):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name, width, whole", [("barlow", D, 1), ("vicreg", D, 2), ("vicreg", 3 * N, 0)])
+def test_a_matrix_of_all_features_is_reduced_once(name, width, whole, monkeypatch):
+    """On two ranks, whose second is pretended: D x D matrices that they add up, none of them in backward; VICReg makes
+    none where there are fewer samples than features."""
+    sizes, z = [], rows(N, 2, width)
+    method = build(name)  # one rank's copy
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    monkeypatch.setattr(dist, "gather", lambda x: torch.cat([x, x]))
+    monkeypatch.setattr(dist, "sum_", lambda x: sizes.append(x.numel()) or x.mul_(2))
+    loss = method.loss({"z": z}, batch())["loss"]
+    assert sizes.count(width**2) == whole
+    loss.backward()
+    assert sizes.count(width**2) == whole and z.grad.abs().max() > 1e-6
 
 
 def test_nnclr_takes_the_nearest_row_of_the_queue_as_positive():
