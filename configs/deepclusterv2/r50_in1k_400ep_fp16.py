@@ -14,7 +14,8 @@ def get_config() -> Run:
     return Run(
         method=deepclusterv2.Config(),
         backbone=Backbone("resnet50"),
-        data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.simclr(224)),
+        data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton",
+                  views=views.simclr(224, std=(0.228, 0.224, 0.225))),
         optim=Optim(name="lars", lr=4.8, batch=4096, epochs=400, weight_decay=1e-6, warmup_epochs=10,
                     warmup_ratio=0.0625, lr_end=1e-3, lr_in_momentum=False, lars_denominator="larc", precision="fp16"),
         speed=Speed(micro_batch=64),

@@ -11,7 +11,7 @@ from fastssl.methods import supervised
 
 def get_config() -> Run:
     return Run(
-        method=supervised.Config(),
+        method=supervised.Config(init="openselfsup"),
         backbone=Backbone("resnet50", init="fan_in"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.supervised(224)),
         optim=Optim(name="sgd", lr=0.1, batch=256, epochs=90, weight_decay=1e-4, schedule="step", milestones=(30, 60)),

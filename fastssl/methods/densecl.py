@@ -26,9 +26,11 @@ class Config:
     queue: int = 65536
     momentum: float = 0.999
     shuffle: bool = True  # shuffled batch norm
+    init: str = "torch"  # of the projector; "openselfsup" (as the authors'): Kaiming; the dense one stays torch's there
 
     def build(self, backbone: nn.Module, *, batch: int, kernels: str = "auto", **_) -> DenseCL:
         parts.need_queue(self.queue, batch)
+        parts.check_init(self.init)
         if self.shuffle:
             parts.warn_unshuffled(backbone)
         return DenseCL(self, backbone, kernels)
@@ -44,6 +46,8 @@ class DenseCL(nn.Module):
         self.backbone = backbone
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=False)
         self.dense_projector = parts.mlp(backbone.dim, *config.dims, norm=False)
+        if config.init == "openselfsup":
+            parts.kaiming_(self.projector)
         self.target = parts.frozen_copy(self.backbone, self.projector, self.dense_projector)
         for name in ("queue", "dense_queue"):
             self.register_buffer(name, parts.random_directions(config.queue, config.dims[-1]))

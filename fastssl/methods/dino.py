@@ -33,6 +33,11 @@ class Config:
     norm: bool = False  # batch norm in the head
     large: int = 2  # crops that the teacher sees, the first of the recipe
 
+    def init_backbone(self, backbone: nn.Module) -> None:
+        token = getattr(getattr(backbone, "body", None), "cls_token", None)
+        if token is not None:  # timm starts it at almost 0
+            nn.init.trunc_normal_(token, std=0.02)
+
     def build(self, backbone: nn.Module, *, kernels: str = "auto", **_) -> DINO:
         return DINO(self, backbone, kernels)
 

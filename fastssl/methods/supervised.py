@@ -17,8 +17,10 @@ from fastssl.methods import parts
 @dataclass(frozen=True)
 class Config:
     label_smoothing: float = 0.0
+    init: str = "torch"  # of the classifier; "openselfsup": N(0, 0.01) and no bias
 
     def build(self, backbone: nn.Module, *, classes: list | None, **_) -> Supervised:
+        parts.check_init(self.init)
         return Supervised(self, backbone, parts.need_labels("supervised", classes))
 
 
@@ -31,6 +33,9 @@ class Supervised(nn.Module):
         self.config = config
         self.backbone = backbone
         self.head = nn.Linear(backbone.dim, classes)
+        if config.init == "openselfsup":
+            nn.init.normal_(self.head.weight, std=0.01)
+            nn.init.zeros_(self.head.bias)
 
     def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
         h = self.backbone(views[0])

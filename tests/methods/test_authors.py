@@ -271,12 +271,14 @@ def test_openselfsups_networks_start_as_there():
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
             assert deviation(m.weight) == pytest.approx((2 / m.weight[0].numel()) ** 0.5, rel=0.05)
-    for name in ("moco", "simclr", "npid", "byol"):
+    for name in ("moco", "simclr", "npid", "byol", "densecl"):
         projector = cases.config(name, dims=(600, 400), init="openselfsup").build(
             Net(512), samples=600, batch=4, kernels="reference", classes=None).projector
         for layer, fan in zip([m for m in projector if isinstance(m, nn.Linear)], (512, 600)):
             assert deviation(layer.weight) == pytest.approx((2 / fan) ** 0.5, rel=0.03), name
             assert layer.bias is None or layer.bias.abs().max() == 0
+    head = cases.config("supervised", init="openselfsup").build(Net(512), classes=["a"] * 90).head
+    assert deviation(head.weight) == pytest.approx(0.01, rel=0.03) and head.bias.abs().max() == 0
 
 
 def test_simclrs_last_norm_has_no_shift_at_google():
@@ -290,6 +292,18 @@ def test_byols_last_linear_layers_have_no_bias_at_its_authors():
     method = build(cases.config("byol", last_bias=False, norm=True))
     for head in (method.projector, method.predictor):
         assert head[0].bias is not None and head[-1].bias is None
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_224"])
+def test_dinos_vit_starts_as_the_authors(name):
+    """vision_transformer.py: truncated normal of std 0.02 for linear layers, positions and class token."""
+    torch.manual_seed(0)
+    body = backbones.build(Backbone(name, options={"depth": 2}), dino.Config()).body
+    linear = [m for m in body.modules() if isinstance(m, nn.Linear)]
+    assert len(linear) == 8
+    for weight in [m.weight for m in linear] + [body.pos_embed, body.cls_token]:
+        assert deviation(weight) == pytest.approx(0.02, rel=0.1)
+    assert not any(m.bias.any() for m in linear)
 
 
 def test_dinos_student_alone_drops_paths():

@@ -22,7 +22,7 @@ RUNS = [(name, norm, world, micro, zero)  # (case, batch norm in its heads, rank
         for name, case in cases.CASES.items() for norm in ((False, True) if case.norm else (False,))
         for world, micro, zero in ((*s, 0) for s in (WITH_NORM if norm else MICRO if case.norm else PLAIN))]
 RUNS += [(name, False, *ZERO) for name in cases.CASES]
-RUNS += [(name, False, 2, 1, zero) for name in cases.CASES if name == "deepcluster" for zero in (1, 2)]  # new head
+RUNS += [(name, False, 2, 1, zero) for name in ("deepcluster", "swav") for zero in (1, 2)]  # they overwrite parameters
 
 
 def in_double(engine) -> None:
