@@ -1,6 +1,6 @@
 """SimCLR, ResNet-50, ImageNet, batch 4096, 100 epochs, fp16.
-The default command in the README of google-research/simclr (fp32 or bf16 on TPUs there): lr by step, weight decay in
-LARS's norm, a last batch norm without shift.
+The authors' command for ImageNet in google-research/simclr's README (float32 on TPUs there), with the weight decay of
+the paper (1e-6; 1e-4 in today's README): lr by step, weight decay in LARS's norm, a last batch norm without shift.
 Published: linear about 64.5 top-1 (the authors' README).
 deepspeed --num_gpus 8 fastssl/train.py configs/simclr/r50_in1k_authors_100ep_fp16.py
 Not measured yet."""
