@@ -52,7 +52,7 @@ def open_list(path: str, root: str | None = None, label_columns: str | None = No
         for name, value in zip(names, values):
             if kind == "multi":
                 vector = np.zeros(len(found), np.float32)
-                vector[value] = 1
+                vector[[number for number in value if number >= 0]] = 1
                 value = vector
             yield name, FileRef(str(base / name)), value
 
@@ -205,6 +205,5 @@ def _numbers(path: str, rows: list, names: list[str], given: str | None) -> list
             if value is None:
                 raise ValueError(f"{path}, line {number}: the label {label!r} is none of the {len(names)} classes of "
                                  f"--classes {given}")
-            if value >= 0 or len(labels) == 1:
-                out[-1].append(value)
+            out[-1].append(value)
     return out

@@ -11,10 +11,13 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+
+from fastssl import untrusted
 
 MANIFEST = "manifest.json"
 LOCK = "lock"
@@ -61,13 +64,13 @@ def newest(run_dir: str | Path, warn=print) -> Path | None:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        files = _entries(path / MANIFEST)
+    except ValueError:
         return f"{MANIFEST} is missing or unreadable"
     for name, entry in files.items():
         file = path / name
         if not file.is_file():
-            return f"{name} is missing"
+            return f"{name} is missing"  # or a pipe or a device, whose reading may never end
         if file.stat().st_size != entry["bytes"]:
             return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
         if _sha256(file) != entry["sha256"]:
@@ -75,9 +78,23 @@ def damage(path: Path) -> str | None:
     return None
 
 
+def _entries(manifest: Path) -> dict[str, dict]:
+    """The files of a manifest with their "bytes" and "sha256"; ValueError for anything else, or files elsewhere."""
+    value = untrusted.read_json(manifest)
+    files = value.get("files") if isinstance(value, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{manifest} lists no files")
+    for name, entry in files.items():
+        inside = "\0" not in name and ".." not in Path(name).parts and not Path(name).is_absolute()
+        good = isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
+        if not (inside and good):
+            raise ValueError(f"{manifest}: the entry {name!r:.60} is not a file with its size and hash")
+    return files
+
+
 def found(run_dir: str | Path) -> list[Path]:
     """Checkpoint folders, damaged ones too, newest first."""
-    return sorted((p for p in folder(run_dir).glob("step_*") if p.suffix == ""), reverse=True)
+    return sorted((p for p in folder(run_dir).glob("step_*") if re.fullmatch(r"step_\d+", p.name)), reverse=True)
 
 
 def step_of(path: Path) -> int:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl import dist
+from fastssl import dist, untrusted
 
 FETCH = 10  # steps between two copies of scalars to the host; a killed run loses the lines of about so many steps
 REMEDY = "lower optim.lr, lengthen optim.warmup_epochs, set optim.clip, or use bf16 or fp32 instead of fp16"
@@ -270,10 +270,18 @@ TIMING_KEYS = ("data_ms", "views_ms", "forward_ms", "backward_ms", "optimizer_ms
 
 
 def read(path: str | Path) -> list[dict]:
-    """The records of a log.jsonl (or of the run folder that holds it); a last line cut short is left out."""
+    """The records of a log.jsonl (or of the run folder that holds it); a last line cut short is left out.  ValueError
+    for a line that is not a record with its step."""
     path = Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path)
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    out = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        if not line.strip():
+            continue
+        record = untrusted.parse_json(line, f"{path}, line {number},")
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise ValueError(f"{path}, line {number}, is not the record of a step: remove the line")
+        out.append(record)
+    return out
 
 
 def _fetch(x: Tensor) -> Tensor:

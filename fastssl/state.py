@@ -298,9 +298,10 @@ def note_environment(t) -> None:
         return
     path, device = t.folder / "environment.json", t.device
     try:
-        before = json.loads(path.read_text()) if t.step else []
-    except (OSError, ValueError):  # a run of before this record, or killed while it was written
+        before = untrusted.read_json(path) if t.step else []
+    except ValueError:  # a run of before this record, or killed while it was written
         before = []
+    before = [entry for entry in before if isinstance(entry, dict)] if isinstance(before, list) else []
     cuda = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     entry = {"step": t.step, "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), "ranks": dist.world(),
              "accelerator": device.type,

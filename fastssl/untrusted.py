@@ -157,3 +157,16 @@ def read_card(path: str | Path) -> dict:
     if card["samples"] == 0:
         raise ValueError(f"{path} is no data card: samples is 0")
     return card
+
+
+def read_safetensors(path: str | Path, tensors: bool = True) -> tuple[dict[str, str], dict]:
+    """The metadata and, where asked for, the tensors of a .safetensors file."""
+    import safetensors
+
+    regular_file(path)
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            meta = file.metadata() or {}
+            return meta, {key: file.get_tensor(key) for key in file.keys()} if tensors else {}  # noqa: SIM118
+    except Exception as error:  # a damaged header raises nearly anything; types that PyTorch lacks do, too
+        raise ValueError(f"{path} is no complete safetensors file: {one_line(error)}") from None

@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -32,6 +30,7 @@ HEADS = {
     "pre_logits", "head_dist",  # timm's older ViTs
     "mask_token", "decoder_embed", "decoder_pos_embed", "decoder_blocks", "decoder_norm", "decoder_pred",  # MAE
 }  # fmt: skip
+MOST = 100_000  # dictionaries in a file of weights
 META = "fastssl.backbone"  # metadata key of our safetensors exports: the Backbone as JSON
 
 
@@ -125,32 +124,42 @@ def read(path: str | Path) -> tuple[str, dict[str, Tensor]]:
     if not path.is_file():
         raise ValueError(f"no weights at {path}")
     if path.suffix == ".safetensors":
-        try:
-            return str(path), safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is no complete safetensors file: {error}") from None
+        return str(path), untrusted.read_safetensors(path)[1]
     value = _read_pickle(path)
     foreign.refuse(str(path), value)
-    return str(path), _flat(value)
+    return str(path), _flat(value, str(path))
 
 
 def run_config(path: str | Path) -> dict | None:
     """The config of the run that a run folder or one of its checkpoints belongs to; None for anything else."""
     for folder in (Path(path), *Path(path).parents[:2]) if Path(path).is_dir() else ():
         if (folder / "config.json").is_file():
-            return json.loads((folder / "config.json").read_text())
+            config = untrusted.read_json(folder / "config.json")
+            if not isinstance(config, dict):
+                raise ValueError(f"{folder / 'config.json'} is not the config of a run")
+            return config
     return None
 
 
 def spec_of(path: str | Path) -> Backbone | None:
     """The architecture, where a run's config or the metadata of our safetensors exports says it; None elsewhere."""
     config, path = run_config(path), Path(path)
-    spec = Backbone(**config["backbone"]) if config else None
+    spec = _backbone(config.get("backbone"), "config.json") if config else None
     if path.suffix == ".safetensors" and path.is_file():
-        with safetensors.safe_open(path, "pt") as f:
-            meta = f.metadata() or {}
-        spec = Backbone(**json.loads(meta[META])) if META in meta else None
+        meta, _ = untrusted.read_safetensors(path, tensors=False)
+        spec = _backbone(untrusted.parse_json(meta[META], path), path) if META in meta else None
     return spec and dataclasses.replace(spec, pretrained=None, frozen=0)  # how it was trained, not what it is
+
+
+def _backbone(fields, where: str | Path) -> Backbone:
+    """The Backbone of `fields`, which must be its fields, of the types of their defaults."""
+    own = vars(Backbone())
+    wrong = [key for key, value in fields.items() if key not in own or not (
+        type(value) is type(own[key]) or (key == "pretrained" and isinstance(value, str)))] if isinstance(
+            fields, dict) else ["backbone"]  # fmt: skip
+    if wrong:
+        raise ValueError(f"{where} does not describe a backbone of this version: {wrong[0]!r:.60}")
+    return Backbone(**fields)
 
 
 def has_sobel(path: str | Path) -> bool:
@@ -225,16 +234,21 @@ def _read_pickle(path: Path):
         ) from None
 
 
-def _flat(value, prefix: str = "") -> dict[str, Tensor]:
+def _flat(value, file: str) -> dict[str, Tensor]:
     """Tensors of nested dictionaries with string keys; optimizer states have numbers for keys and stay out."""
     if not isinstance(value, dict):
-        raise ValueError(f"the file holds a {type(value).__name__}, not a dictionary of tensors")
-    out = {}
-    for key, item in value.items():
-        if isinstance(item, Tensor) and isinstance(key, str):
-            out[prefix + key] = item
-        elif isinstance(item, dict) and isinstance(key, str):
-            out |= _flat(item, f"{prefix}{key}.")
+        raise ValueError(f"{file} holds a {type(value).__name__}, not a dictionary of tensors")
+    out, waiting, seen = {}, [(value, "")], 0
+    while waiting:
+        level, prefix = waiting.pop()
+        seen += 1
+        if seen > MOST or prefix.count(".") > 100:  # a dictionary may hold itself, or another a hundred times
+            raise ValueError(f"{file} is nested too deeply for a dictionary of tensors")
+        for key, item in level.items():
+            if isinstance(item, Tensor) and isinstance(key, str):
+                out[prefix + key] = item
+            elif isinstance(item, dict) and isinstance(key, str):
+                waiting.append((item, f"{prefix}{key}."))
     return out
 
 
@@ -302,7 +316,7 @@ def _check(file: str, prefix: str, found: dict[str, Tensor], needed: list[str], 
             hint = "; two channels are those of Sobel filters: is backbone.sobel right?" if stem else hint
             theirs, ours = tuple(tensor.shape), tuple(own[name].shape)
             raise ValueError(f"{where}: {name} is {theirs} in the file and {ours} in the backbone{hint}")
-        if not tensor.isfinite().all():
+        if tensor.is_floating_point() and not tensor.double().isfinite().all():
             raise ValueError(f"{where}: {name} holds NaN or infinity; that training diverged")
 
 
