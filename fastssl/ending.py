@@ -82,26 +82,28 @@ class Signals:
         return int(host)
 
 
-def first_to_fail(reason: str, code: int) -> bool:
-    """Tell the other ranks that this one ends with `code`; False where another rank was first: its reason is printed.
+def first_to_fail(reason: str, code: int) -> tuple[bool, int]:
+    """Tell the other ranks that this one ends with `code`.  Returns whether it is the first to fail, which prints its
+    reason, and the first one's code.
 
     Before the ranks are joined, each node's first rank speaks."""
     if not td.is_initialized():
-        return int(os.environ.get("LOCAL_RANK", 0)) == 0
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0, code
     if dist.world() == 1:
-        return True
+        return True, code
     store, mine = td.distributed_c10d._get_default_store(), f"{code} {dist.rank()} {reason}"
     try:
         store.set_timeout(timedelta(seconds=5))
-        first = store.compare_set(FAILED, "", mine).decode() == mine
+        told = store.compare_set(FAILED, "", mine).decode()
+        first = told == mine
         seen = store.add(FAILED + "/seen", 1)
         deadline = time.monotonic() + 3
         while first and seen < dist.world() and time.monotonic() < deadline:  # rank 0 may hold the store for the others
             time.sleep(0.1)
             seen = store.add(FAILED + "/seen", 0)
-        return first
+        return first, int(told.split()[0])
     except RuntimeError:  # the rank that held the store has ended, and has said why or was killed
-        return False
+        return False, code
 
 
 class Watch:

@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
 def _fail(reason: str, code: int, details: str = "") -> int:
     """Print the reason on the first rank that fails.  Several ranks end here: a group whose ranks have ended cannot be
     left in order."""
-    if ending.first_to_fail(reason, code):
+    first, code = ending.first_to_fail(reason, code)
+    if first:
         where = f" (rank {dist.rank()} on {socket.gethostname()})" if dist.rank() else ""
         print(f"{details}fastssl: {reason}{where}", file=sys.stderr, flush=True)
     if dist.world() > 1:

@@ -1,0 +1,119 @@
+"""How a run on two ranks ends before its time: a signal or an error on one rank alone, a launcher that is gone."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CONFIG = """
+import os, signal
+from pathlib import Path
+from fastssl import views
+from fastssl.config import Backbone, Data, Log, Optim, Run, Speed
+from fastssl.hooks import Hook
+from fastssl.methods import simclr
+
+class Act(Hook):
+    def after_step(self, t, out, batch):
+        mode, rank = os.environ["MODE"], int(os.environ["RANK"])
+        if mode == "signal" and rank == 1 and t.step == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        if mode == "error" and rank == 1 and t.step == 5:
+            raise ValueError("image 100 is damaged")
+        if mode == "gone" and t.step == 2:
+            Path(f"pid{{rank}}.new").write_text(f"{{os.getpid()}} {{os.getppid()}}")
+            Path(f"pid{{rank}}.new").rename(f"pid{{rank}}")
+
+def get_config():
+    return Run(method=simclr.Config(dims=(32, 16)), backbone=Backbone("resnet10", stem="cifar", width=8),
+               data=Data(train={beton!r}, views=views.simclr(16)), hooks=(Act(),), name="r",
+               optim=Optim(lr=0.05, batch=16, epochs=9999, schedule="constant"), speed=Speed(workers=1),
+               log=Log(every=1, checkpoint_epochs=0, collapse_every=0, tensorboard=False))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, beton):
+    folder = tmp_path_factory.mktemp("ends")
+    (folder / "c.py").write_text(CONFIG.format(beton=str(beton)))
+    return folder
+
+
+def srun(folder: Path, mode: str, *args: str) -> tuple[list[int], list[str]]:
+    """Start two ranks as Slurm's srun does; their exit codes and the lines of both."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}  # of dist.init
+    env = {**env, "MODE": mode, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "1",
+           "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_NODEID": "0"}  # fmt: skip
+    command = [sys.executable, str(ROOT / "fastssl/train.py"), "c.py", *args]
+    with open(folder / f"{mode}.log", "w") as out:
+        both = [subprocess.Popen(command, cwd=folder, stdout=out, stderr=out,
+                                 env=env | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}) for rank in (0, 1)]
+        try:
+            codes = [process.wait(300) for process in both]
+        finally:
+            for process in both:
+                process.kill()
+    return codes, (folder / f"{mode}.log").read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def stopped(folder):
+    return srun(folder, "signal")
+
+
+def test_srun_joins_the_ranks_and_a_signal_to_one_of_them_ends_both_with_a_checkpoint(folder, stopped):
+    codes, lines = stopped
+    assert codes == [75, 75], lines
+    assert any("; 2 ranks on CPU" in line for line in lines)
+    assert sum(line.startswith("stopped by SIGUSR1 at step 3 of 59994; checkpoint ") for line in lines) == 1
+    assert [p.name for p in (folder / "work_dirs/r/checkpoints").iterdir()] == ["step_00000003"]
+
+
+def test_an_error_on_one_rank_is_the_last_line_and_ends_the_other(folder, stopped):
+    codes, lines = srun(folder, "error", "--resume")
+    assert codes == [2, 2], lines
+    assert any(line.startswith("step 4/") for line in lines)
+    assert lines[-1] == f"fastssl: image 100 is damaged (rank 1 on {socket.gethostname()})"
+    assert not [line for line in lines if "Traceback" in line]
+
+
+def test_ranks_end_with_their_launcher(folder):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    env = {**os.environ, "MODE": "gone", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port,
+               str(ROOT / "fastssl/train.py"), "c.py", "name=gone"]
+    with open(folder / "gone.log", "w") as out:
+        process = subprocess.Popen(command, cwd=folder, env=env, stdout=out, stderr=out, start_new_session=True)
+    try:
+        wait_for(lambda: (folder / "pid0").exists() and (folder / "pid1").exists(), folder)
+        ranks, launchers = zip(*(map(int, (folder / f"pid{r}").read_text().split()) for r in (0, 1)))
+        os.kill(launchers[0], signal.SIGKILL)
+        wait_for(lambda: not any(alive(pid) for pid in ranks), folder)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert len(list((folder / "work_dirs/gone/checkpoints").glob("step_*/manifest.json"))) == 1
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(condition, folder: Path) -> None:
+    deadline = time.time() + 240
+    while not condition():
+        assert time.time() < deadline, (folder / "gone.log").read_text()[-3000:]
+        time.sleep(0.1)
