@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +20,11 @@ from PIL import Image, ImageOps
 
 from .layout import JPG, MAX_SIDE, RAW, decode_jpeg
 
+# By content, whatever the name.  Pillow has readers beyond these; that of EPS starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 LARGE = 2 * (1 << 30) // 12  # pixels; where Pillow calls an image a decompression bomb (179 megapixels)
 LARGEST = 1 << 30  # pixels, 3 GiB when decoded
+MOST = (1 << 31) // 3  # pixels that fit into one of FFCV's pages
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def store(source: bytes | np.ndarray, options: Options) -> Stored:
     """What the file stores for one image: encoded bytes of any format Pillow reads, or uint8 pixels (H, W, 3).
 
     Raises whatever Pillow raises on damaged input, and ValueError."""
-    image = Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(io.BytesIO(source))
+    image = Image.fromarray(source) if isinstance(source, np.ndarray) else _open(source)
     turned = orientation(image)
     width, height = image.size[::-1] if turned >= 5 else image.size
     new_width, new_height, bounded = target_size(width, height, options)
@@ -82,8 +86,9 @@ def store(source: bytes | np.ndarray, options: Options) -> Stored:
         if image.format == "JPEG" and resized:  # decoded at 1/2, 1/4 or 1/8 of its size, still twice what is stored
             twice = (2 * new_width, 2 * new_height)
             image.draft(None, twice[::-1] if turned >= 5 else twice)
-    if max(new_width, new_height) > MAX_SIDE:
-        raise ValueError(f"{new_width}x{new_height} pixels, FFCV stores at most {MAX_SIDE} a side: use --max-pixels")
+    if max(new_width, new_height) > MAX_SIDE or new_width * new_height > MOST:
+        raise ValueError(f"{new_width}x{new_height} pixels, FFCV stores at most {MAX_SIDE} a side and {MOST} in all: "
+                         "use --max-pixels")
     jpeg = image.format in ("JPEG", "MPO")
     distrusted = False
     if jpeg and options.mode != "raw" and turned == 1 and not resized and image.mode in ("RGB", "L"):
@@ -100,6 +105,16 @@ def store(source: bytes | np.ndarray, options: Options) -> Stored:
     # full chroma: at short side 256, quality 92 so is 37.6 dB in 42 kB, quality 95 with 4:2:0 is 35.8 dB in 43 kB
     rgb.save(buffer, "JPEG", quality=options.quality, subsampling=0)
     return Stored(buffer.getvalue(), JPG, new_height, new_width, **facts)
+
+
+@cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]  # Pillow may be built without one
+
+
+def _open(source: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(source), formats=_formats())
 
 
 def _check_large(pixels: int, options: Options) -> None:

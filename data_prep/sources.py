@@ -5,15 +5,13 @@ A reference is what a worker turns into an image: encoded bytes, pixels (H, W, 3
 
 from __future__ import annotations
 
-import io
-import pickle
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from .plainpickle import read_pickle
 from .tree import ARCHIVE_ERRORS, Tree, open_tree
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm",
@@ -98,81 +96,6 @@ def _relative(tree: Tree, images: list[str], split: str | None, path: str) -> di
     return inner
 
 
-class _Type:
-    """Stands for numpy.dtype in a CIFAR pickle: whole numbers alone, of a size and byte order."""
-
-    def __init__(self, name: str, *_):
-        name = name.decode("latin1") if isinstance(name, bytes) else name
-        if not (isinstance(name, str) and re.fullmatch("[iu][1248]", name)):
-            raise ValueError(f"it holds an array of {name!r}, not of whole numbers")
-        self.name, self.order = name, "<"
-
-    def __setstate__(self, state: tuple) -> None:
-        order = state[1].decode("latin1") if isinstance(state[1], bytes) else state[1]
-        self.order = ">" if order == ">" else "<"
-
-
-class _Array:
-    """Stands for an array in a CIFAR pickle.  NumPy's own takes pointers to objects from the file, and follows them."""
-
-    value: np.ndarray
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, kind, fortran, data = state
-        if not isinstance(kind, _Type) or not isinstance(data, bytes):
-            raise ValueError("it holds an array of something other than whole numbers")
-        self.value = np.frombuffer(data, kind.order + kind.name).reshape(shape, order="F" if fortran else "C")
-
-
-def _reconstruct(*_) -> _Array:
-    return _Array()
-
-
-def _array_class(*_):
-    raise ValueError("it would run numpy.ndarray")
-
-
-class _Plain(pickle.Unpickler):
-    """Reads the pickles of CIFAR: numbers, strings, containers, arrays of whole numbers.  The rest is refused."""
-
-    def find_class(self, module: str, name: str):
-        if (module, name) == ("numpy", "ndarray"):
-            return _array_class  # only an argument of _reconstruct
-        if (module, name) == ("numpy", "dtype"):
-            return _Type
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return _reconstruct
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in protocol 2
-            return _latin1
-        raise ValueError(f"it would run {module}.{name}")
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise ValueError(f"it uses the codec {encoding!r}")
-    return text.encode("latin1")
-
-
-def read_pickle(data: bytes, name: str) -> dict:
-    """The dictionary in a CIFAR batch; ValueError for a pickle that is damaged or could run code."""
-    try:
-        value = _Plain(io.BytesIO(data), encoding="bytes").load()
-    except Exception as error:  # a damaged pickle raises nearly anything
-        reason = " ".join(f"{error!s:.200}".split()) or type(error).__name__
-        raise ValueError(f"{name} is refused as a CIFAR pickle: {reason}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is refused as a CIFAR pickle: it holds a {type(value).__name__}")
-    return {key: item.value if isinstance(item, _Array) else item for key, item in value.items()}
-
-
-def _integers(value, name: str) -> np.ndarray:
-    """Labels: a list of whole numbers, or an array of them."""
-    plain = isinstance(value, list) and all(type(item) is int and abs(item) < 1 << 31 for item in value)
-    if not plain and not (isinstance(value, np.ndarray) and value.ndim == 1):
-        raise ValueError(f"the labels of {name} are not whole numbers")
-    return np.asarray(value, dtype=np.int64)
-
-
 CIFAR = {  # batches of each split, the file with the class names, its key, the key of the labels
     "cifar10": ({"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
                 "batches.meta", b"label_names", b"labels"),
@@ -200,18 +123,24 @@ def open_cifar(kind: str, path: str, split: str | None = None) -> Source:
         raise ValueError(f"{path} holds {metas[0]} and no {missing[0]}: the download is incomplete")
     members = {name: read_pickle(data if isinstance(data, bytes) else data.read(), f"{path}: {name}")
                for name, data in tree.read([metas[0], *wanted])}
-    try:
-        classes = [name.decode() for name in members[metas[0]][names_key]]
-        pixels = np.concatenate([members[name][b"data"] for name in wanted])
-        labels = np.concatenate([_integers(members[name][labels_key], name) for name in wanted])
-        pixels = np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    except (KeyError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is no {kind} archive: {error!r}") from error
-    fits = len(labels) and 0 <= labels.min() <= labels.max() < len(classes)
-    if pixels.dtype != np.uint8 or len(pixels) != len(labels) or not fits:
-        raise ValueError(f"{path} is no {kind} archive: {len(pixels)} images, {len(labels)} labels, "
-                         f"{len(classes)} classes")
-    return _from_arrays(kind, path, split, pixels, labels, classes)
+    classes = members[metas[0]].get(names_key)
+    if not isinstance(classes, list) or not all(isinstance(name, bytes | str) for name in classes):
+        raise ValueError(f"{path}: {metas[0]} has no {names_key.decode()!r}, a list of names")
+    classes = [name if isinstance(name, str) else name.decode("utf-8", "replace") for name in classes]
+    parts = [_cifar_batch(members[name], labels_key, len(classes), f"{path}: {name}") for name in wanted]
+    return _from_arrays(kind, path, split, *map(np.concatenate, zip(*parts)), classes)
+
+
+def _cifar_batch(batch: dict, key: bytes, classes: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (N, 32, 32, 3) and int64 (N,), checked."""
+    pixels, labels = batch.get(b"data"), batch.get(key)
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:
+        raise ValueError(f"{name} has no 'data' of shape (N, 3072), uint8")
+    labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
+    if not isinstance(labels, list) or len(labels) != len(pixels) or not labels or not all(
+            type(label) is int and 0 <= label < classes for label in labels):  # fmt: skip
+        raise ValueError(f"{name} has no {key.decode()!r} of {len(pixels)} numbers from 0 to {classes - 1}")
+    return np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), np.array(labels, np.int64)
 
 
 def _from_arrays(kind: str, path: str, split: str, pixels: np.ndarray, labels: np.ndarray, classes: list) -> Source:

@@ -25,6 +25,7 @@ ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.err
                   NotImplementedError, ValueError, struct.error, IndexError, KeyError, OverflowError)
 MAX_BYTES = 512 << 20  # of one encoded image; the largest photographs have some 100 MB
 MAX_LINK = 4096  # bytes of a link's target
+MAX_HEADER = 1 << 16  # bytes of a long name or a pax header in a tar, which tarfile reads whole
 
 
 class Outside(ValueError):
@@ -84,10 +85,15 @@ class TooLarge:
 
 
 def read_zip(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
-    size = archive.getinfo(name).file_size  # zipfile stops there, whatever the stream holds
+    member = archive.getinfo(name)
+    size = member.file_size
     if size > most:
         raise OSError(f"it has {size / 2**20:.3g} MiB, at most {most / 2**20:.3g} MiB are read")
-    return archive.read(name)
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # bzip2 and LZMA unpack without bound
+        raise OSError(f"it is compressed by method {member.compress_type}, and only stored and deflated members are "
+                      "read: unpack the archive and convert the folder")
+    with archive.open(member) as file:  # of read() without a size the decompressor would give all that it has
+        return file.read(size) + file.read(1)  # the second compares the checksum
 
 
 @lru_cache(maxsize=2)
@@ -157,14 +163,25 @@ class Folder(Tree):
 
 
 class _Member(tarfile.TarInfo):
-    """A tar that stops between two members reads like a complete one; only its end mark tells."""
+    """A header whose sizes are possible.  A tar that stops between two members reads like a complete one; only its end
+    mark tells."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
         try:
-            return super().fromtarfile(tar)
+            member = super().fromtarfile(tar)
         except tarfile.EmptyHeaderError:
             raise tarfile.ReadError("it has no end mark, so it is cut off; copy or download it again") from None
+        if member.size < 0 or tar.offset <= member.offset:  # it would be read again and again
+            raise tarfile.ReadError(f"the size of {member.name!r} is negative")
+        return member
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        whole = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
+                 tarfile.SOLARIS_XHDTYPE)
+        if self.size < 0 or (self.type in whole and self.size > MAX_HEADER):
+            raise tarfile.ReadError(f"the header {self.name!r} has {self.size} bytes")
+        return super()._proc_member(tar)
 
 
 class Tar(Tree):
@@ -174,7 +191,7 @@ class Tar(Tree):
         if path.stat().st_size == 0:
             raise ValueError(f"cannot read the archive {path}: it is empty")
         try:
-            with tarfile.open(path, "r:"):
+            with tarfile.open(path, "r:", tarinfo=_Member):
                 self.mode = "r:"
         except ARCHIVE_ERRORS:
             self.mode, self.streams = "r|*", True
