@@ -1,7 +1,7 @@
 """SimCLR, ResNet-18, CIFAR-10, 200 epochs.
 solo-learn's recipe for 1000 epochs, run for 200 (its stem pads by 2, as backbone.stem=cifar_pad2 does).
 deepspeed --num_gpus 1 fastssl/train.py configs/simclr/r18_cifar10_200ep.py
-One H200, 2026-11-27, with speed.resident=True speed.compile=True: 40,600 images/s; kNN 78.1 after 100 and 82.0 after 160
+One H200, 2026-11-27, speed.resident=True speed.compile=True: 40,600 images/s; kNN 78.1 after 100 and 82.0 after 160
 epochs. After 200: not measured yet (84.8 or better is expected)."""
 
 from fastssl import views
