@@ -256,8 +256,8 @@ def train_step(t: Trainer, batches: list[Batch], meter: Meter) -> tuple[dict[str
     """One optimizer step on this rank's share of a global batch, given as micro-batches, up to the method's
     `after_step`.  Returns the share's detached outputs and its batch; the method's scalars are logged."""
     progress = t.step / t.total_steps
-    if t.graphed is not None and len(batches) == 1:
-        return direct_step(t, batches[0], progress, meter), batches[0]
+    if t.graphed is not None:
+        return direct_step(t, batches, progress, meter)
     t.scale.announce(t.ds)
     if len(batches) == 1:
         (batch,) = batches
@@ -270,8 +270,7 @@ def train_step(t: Trainer, batches: list[Batch], meter: Meter) -> tuple[dict[str
             t.scale.backward(t.ds, losses["loss"])
     else:
         batch = merge(batches)
-        accumulate = accumulated_step if getattr(t.method, "mean_loss", False) else cached_step
-        out, losses = accumulate(t, batches, batch, meter)
+        out, losses = of_micro_batches(t, batches, batch, meter)
     out = {name: value.detach() for name, value in out.items()}
     with meter.phase("optimizer"):
         applied = t.scale.step(t.ds)
@@ -282,13 +281,18 @@ def train_step(t: Trainer, batches: list[Batch], meter: Meter) -> tuple[dict[str
     return out, batch
 
 
-def direct_step(t: Trainer, batch: Batch, progress: float, meter: Meter) -> dict[str, Tensor]:
-    """A step at ZeRO 0 that waits for nothing, as a replay of its CUDA graph where there is one.  DeepSpeed only counts
-    it: its own step reads numbers from the device, and does work for one rank that several need."""
+def direct_step(t: Trainer, batches: list[Batch], progress: float, meter: Meter) -> tuple[dict[str, Tensor], Batch]:
+    """`train_step` at ZeRO 0, where the host waits for nothing; one micro-batch as a replay of a CUDA graph if there is
+    one.  DeepSpeed only counts it: its own step reads numbers from the device, and does work for one rank that several
+    need."""
+    batch = batches[0] if len(batches) == 1 else merge(batches)
     t.values.write(batch, t.ds.optimizer.param_groups, progress)
     phase = t.method.phase(batch.epoch) if hasattr(t.method, "phase") else None
     frozen = tuple(group["frozen"] for group in t.ds.optimizer.param_groups)  # by optim.Schedule
-    if t.graphed.ready(batch, (phase, frozen)):
+    if len(batches) > 1:
+        out, losses = of_micro_batches(t, batches, batch, meter)
+        out, scalars = update(t, out, losses, batch, meter.phase)
+    elif t.graphed.ready(batch, (phase, frozen)):
         with meter.phase("step"):
             out, scalars = t.graphed.replay(batch)
     else:
@@ -297,13 +301,13 @@ def direct_step(t: Trainer, batch: Batch, progress: float, meter: Meter) -> dict
     t.ds.micro_steps += 1
     t.ds.global_samples += t.ds.train_batch_size()
     t.log(scalars)
-    return out
+    return out, batch
 
 
 def static_step(t: Trainer, batch: Batch, phase: Callable) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The step as a function of tensors: reads nothing from the device and, beside shapes, nothing that changes on the
     host, so that it may be captured.  Returns detached outputs and the scalars to log."""
-    values, groups = t.values, t.ds.optimizer.param_groups
+    values = t.values
     keyed = replace(batch, epoch=values.epoch, step=values.step, place=None if batch.place is None else values.place)
     seen = keyed
     if hasattr(t.method, "phase"):  # it decides on the host by the epoch's number; a graph holds for one phase
@@ -315,12 +319,19 @@ def static_step(t: Trainer, batch: Batch, phase: Callable) -> tuple[dict[str, Te
     with phase("forward"):
         out = t.method.forward(views, seen)
         losses = t.method.loss(out, seen)
+    with phase("backward"):
+        t.method.zero_grad()  # of a capture that broke off
+        t.scale.scaled(losses["loss"]).backward()
+    return update(t, out, losses, seen, phase)
+
+
+def update(t: Trainer, out: dict[str, Tensor], losses: dict, batch: Batch, phase: Callable):
+    """The second half of a step: what follows from this rank's gradients.  Reads nothing from the device.  Returns
+    detached outputs and the scalars to log."""
+    values, groups = t.values, t.ds.optimizer.param_groups
     out = {name: value.detach() for name, value in out.items()}
     params = [p for p in t.method.parameters() if p.requires_grad]
     with phase("backward"):
-        for p in params:
-            p.grad = None
-        t.scale.scaled(losses["loss"]).backward()
         grads = average_gradients(params)
     with phase("optimizer"), values.lent(groups, t.run.optim.weight_decay_end is not None):
         found_inf = t.scale.unscale_(grads)
@@ -328,12 +339,11 @@ def static_step(t: Trainer, batch: Batch, phase: Callable) -> tuple[dict[str, Te
             clip_(grads, t.run.optim.clip)
         t.ds.optimizer.found_inf = found_inf
         t.ds.optimizer.step()
-        for p in params:
-            p.grad = None
+        t.method.zero_grad()
         if found_inf is None:
-            t.method.after_step(out, seen, values.progress)
+            t.method.after_step(out, batch, values.progress)
         else:
-            t.method.after_step(out, seen, values.progress, found_inf=found_inf)
+            t.method.after_step(out, batch, values.progress, found_inf=found_inf)
         t.scale.update_()
     scalars = {name: value.detach() if isinstance(value, Tensor) else value for name, value in losses.items()}
     return out, scalars | ({"loss_scale": t.scale.scale.clone(), "applied": found_inf == 0} if t.scale.dynamic
@@ -367,22 +377,38 @@ def clip_(grads: list[Tensor], most: float) -> None:
     torch._foreach_mul_(grads, (most / (norm + 1e-6)).clamp(max=1.0))
 
 
+def of_micro_batches(t: Trainer, batches: list[Batch], batch: Batch, meter: Meter) -> tuple[dict[str, Tensor], dict]:
+    """Forward and backward of several micro-batches; outputs and scalars of their union `batch`."""
+    accumulate = accumulated_step if getattr(t.method, "mean_loss", False) else cached_step
+    return accumulate(t, batches, batch, meter)
+
+
+def backward(t: Trainer, loss: Tensor) -> None:
+    """Of a micro-batch: `update` or DeepSpeed averages the sum of all over ranks."""
+    if t.graphed is None:
+        t.scale.backward(t.ds, loss)
+    else:
+        t.scale.scaled(loss).backward()
+
+
 def accumulated_step(t: Trainer, batches: list[Batch], batch: Batch, meter: Meter):
     """Forward and backward of one micro-batch after the other, for a loss that is a mean over samples.  Returns the
     outputs and the scalars of all of them together, detached."""
     statistics, outs, scalars = norm.RunningStatistics(t.method), [], {}
-    weigh = getattr(t.method, "total_weight", lambda part: torch.tensor(len(part.index)))
+    forward, weigh = t.ds if t.graphed is None else t.method.forward, getattr(t.method, "total_weight", None)
+    share = len(batches[0].index) / len(batch.index)
     for i, micro in enumerate(batches):
         t.ds.set_gradient_accumulation_boundary(i == len(batches) - 1)
         with meter.phase("views"):
             views = make(t, micro)
         with meter.phase("forward"):
-            out = t.ds(views, micro)
+            out = forward(views, micro)
             losses = t.method.loss(out, micro)
-            share = (weigh(micro).double() / weigh(batch)).to(losses["loss"].dtype)
+            if weigh is not None:
+                share = (weigh(micro).double() / weigh(batch)).to(losses["loss"].dtype)
             losses = {name: share * value for name, value in losses.items()}
         with meter.phase("backward"):
-            t.scale.backward(t.ds, losses["loss"])
+            backward(t, losses["loss"])
         statistics.add()
         outs.append({name: value.detach() for name, value in out.items()})
         for name, value in losses.items():
@@ -394,12 +420,13 @@ def accumulated_step(t: Trainer, batches: list[Batch], batch: Batch, meter: Mete
 def cached_step(t: Trainer, batches: list[Batch], batch: Batch, meter: Meter):
     """Forward and backward of several micro-batches with the loss of all of them together."""
     statistics, states, outs = norm.RunningStatistics(t.method), [], []
+    forward = t.ds if t.graphed is None else t.method.forward
     for micro in batches:
         with meter.phase("views"):
             views = make(t, micro)
         with meter.phase("forward", counted=False), torch.no_grad():
             states.append(state.random_states(t.device))
-            outs.append(t.ds(views, micro))
+            outs.append(forward(views, micro))
     statistics.restore()
     with meter.phase("forward"):
         leaves = {name: torch.cat([o[name] for o in outs]) for name in outs[0]}
@@ -415,10 +442,10 @@ def cached_step(t: Trainer, batches: list[Batch], batch: Batch, meter: Meter):
             views = make(t, micro)
         with meter.phase("forward"):
             state.set_random_states(states[i], t.device)
-            out = t.ds(views, micro)
+            out = forward(views, micro)
             surrogate = sum((out[name] * g[i]).sum() for name, g in grads.items() if out[name].requires_grad)
         with meter.phase("backward"):
-            t.scale.backward(t.ds, surrogate)
+            backward(t, surrogate)
         statistics.add()
     statistics.settle(len(batches))
     return leaves, losses
@@ -485,8 +512,6 @@ def by_deepspeed(t: Trainer) -> str | None:
     run, more = t.run, sorted(set(t.run.deepspeed) - {"zero_optimization"})
     if run.speed.zero:
         return f"ZeRO {run.speed.zero} reads numbers from the device; use speed.zero=0"
-    if t.loader.micro > 1:
-        return "it has several micro-batches (speed.micro_batch)"
     if t.ds.optimizer is not t.ds.basic_optimizer:
         return f"the optimizer is DeepSpeed's {type(t.ds.optimizer).__name__}"
     if more:
@@ -501,6 +526,8 @@ def not_captured(t: Trainer) -> str | None:
     run = t.run
     if run.speed.graph == "off":
         return "speed.graph=off"
+    if t.loader.micro > 1:
+        return "it has several micro-batches (speed.micro_batch)"
     if t.device.type != "cuda":
         return "it needs a CUDA device"
     if run.speed.graph == "auto" and dist.world() > 1:

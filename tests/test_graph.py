@@ -149,6 +149,24 @@ def test_a_static_step_reads_nothing(name):
         engine.static_step(t, batch, lambda name: contextlib.nullcontext())
 
 
+@pytest.mark.parametrize("name", ["simclr", "byol", "dino", "supervised", "deepcluster", "npid", "vicreg"])
+def test_a_step_of_several_micro_batches_reads_nothing(name, monkeypatch):
+    """In fp16 neither, where gradients may overflow."""
+    t = build(name, optim_precision="fp16", speed_micro_batch=BATCH // 4, settings={"norm": False})
+    assert t.graphed is not None and "micro-batches" in engine.not_captured(t)
+    source = batches(t, engine.before_epoch(t, 0))
+    t.values.write(next(source), t.ds.optimizer.param_groups, 0.5)
+    micro = list(itertools.islice(source, 3, 7))
+    views = {id(b.pixels): engine.make(t, b) for b in micro}  # the reference reads
+    monkeypatch.setattr(engine, "make", lambda t, b: views[id(b.pixels)])
+    monkeypatch.setattr(t.values, "write", lambda *_: None)  # copies, and the host does not wait for it
+    t.scale.value = 4.0
+    before = t.method.state_dict()["backbone.conv1.weight"].clone()
+    with NoReads(), NoCopies():
+        engine.train_step(t, micro, Meter(t.device, batch=BATCH))
+    assert t.scalars["applied"] and not torch.equal(t.method.state_dict()["backbone.conv1.weight"], before)
+
+
 @pytest.mark.parametrize("read", [
     lambda x: x.item(), bool, float, lambda x: x.cpu(), lambda x: x.to("cpu"), lambda x: x.tolist(),
     lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.unique(), lambda x: torch.tensor([1.0]),
