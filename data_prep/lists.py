@@ -48,6 +48,9 @@ def open_list(path: str, root: str | None = None, label_columns: str | None = No
         if kind == "int" and max(values) < 0:
             kind, found = "none", None
 
+    if kind == "int" and len(found) > 1 and len(set(values) - {-1}) == 1:
+        notes.append(f"all images with a label are of one class, {found[max(values)]!r}")
+
     def items() -> Iterator[tuple[str, FileRef, object]]:
         for name, value in zip(names, values):
             if kind == "multi":

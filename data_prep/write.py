@@ -32,6 +32,7 @@ from .sources import Source
 MIN_PAGE = 1 << 23  # FFCV's default page of 8 MiB; a sample never crosses a page
 MAX_PAGE = 1 << 31
 CHUNK_SAMPLES, CHUNK_BYTES = 64, 4 << 20
+WAITING_BYTES = 1 << 29  # of a streamed archive, in the chunks that wait for a worker
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
@@ -204,7 +205,7 @@ def _encode(source: Source, options: Options, workers: int,
     """(name, label, result) in the order of the source, whatever the number of workers."""
     chunks = _chunks(source)
     if workers <= 1:
-        for chunk in chunks:
+        for chunk, _ in chunks:
             yield from _join(chunk, store_many([ref for _, ref, _ in chunk], options))
         return
     # fork: a spawned worker would import the caller's main module again
@@ -212,12 +213,15 @@ def _encode(source: Source, options: Options, workers: int,
     with ProcessPoolExecutor(workers, context, initializer=_end_with_parent, initargs=ours) as pool:
         try:
             waiting: deque = deque()  # bounded, so that a long archive is not read into memory
-            for chunk in chunks:
-                waiting.append((chunk, pool.submit(store_many, [ref for _, ref, _ in chunk], options)))
-                if len(waiting) >= 3 * workers:
-                    chunk, future = waiting.popleft()
+            held = 0
+            for chunk, size in chunks:
+                waiting.append((chunk, size, pool.submit(store_many, [ref for _, ref, _ in chunk], options)))
+                held += size
+                while waiting and (len(waiting) >= 3 * workers or held > WAITING_BYTES):
+                    chunk, size, future = waiting.popleft()
+                    held -= size
                     yield from _join(chunk, future.result())
-            for chunk, future in waiting:
+            for chunk, _, future in waiting:
                 yield from _join(chunk, future.result())
         except BrokenProcessPool:
             raise ValueError("a worker process was killed, likely for memory: try fewer --workers") from None
@@ -231,16 +235,17 @@ def _join(chunk: list, results: list) -> Iterator[tuple[str, object, Stored | Ba
         yield name, label, result
 
 
-def _chunks(source: Source) -> Iterator[list]:
+def _chunks(source: Source) -> Iterator[tuple[list, int]]:
+    """Items that a worker gets at once, and how many bytes of them are in memory."""
     chunk, size = [], 0
     for item in source.items():
         chunk.append(item)
         size += len(item[1]) if isinstance(item[1], bytes) else 0
         if len(chunk) == CHUNK_SAMPLES or size >= CHUNK_BYTES:
-            yield chunk
+            yield chunk, size
             chunk, size = [], 0
     if chunk:
-        yield chunk
+        yield chunk, size
 
 
 def _report_bad(target: Target, bad: list[tuple[str, str]], max_bad: int, total: int) -> None:

@@ -264,6 +264,12 @@ def test_labels_in_a_list(tmp_path, text, labels, classes):
     assert data_prep.main(["check", str(tmp_path / "l.beton")]) == 0
 
 
+def test_a_list_of_one_class_is_said(tmp_path, capsys):
+    for text, said in (("a.jpg 3\nb.jpg 3\nc.jpg -1\n", True), ("a.jpg 3\nb.jpg 0\n", False)):
+        listed(tmp_path, text)
+        assert ("all images with a label are of one class, '3'" in capsys.readouterr().out) == said
+
+
 def test_tiny_imagenet_s_validation_list_gets_the_numbers_of_its_training_set(tmp_path, capsys):
     """val_annotations.txt: image, class, box, in columns; the order of wnids.txt is not that of the folders."""
     folder(tmp_path / "train", 1, ("n03", "n01", "n02"))

@@ -17,7 +17,8 @@ from convert_tools import Stock, convert, folder, photo, save
 from PIL import Image
 
 from fastssl import data_prep
-from fastssl.data_prep import layout, write
+from fastssl.data_prep import layout, sources, write
+from fastssl.data_prep.image import Options
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +189,24 @@ def test_an_existing_target_needs_force(tmp_path, capsys):
     assert convert("imagefolder", root, out, "--force", "--max-bad", 1) == 0 and Stock(out).card["samples"] == 1
     assert convert("imagefolder", root, tmp_path / "o.bin") == 2
     assert "must end in .beton" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bound, most", [(1 << 20, 6), (0, 1)])
+def test_what_waits_for_a_worker_is_bounded_in_bytes(tmp_path, monkeypatch, bound, most):
+    """Of a streamed archive, whose members are in memory: here the chunks that were read and are not yet written."""
+    monkeypatch.setattr(write, "WAITING_BYTES", bound)
+    monkeypatch.setattr(write, "CHUNK_SAMPLES", 1)
+    data, ahead, written = save(tmp_path / "a.jpg").read_bytes(), [], 0
+
+    def items():
+        for i in range(20):
+            ahead.append(i - written)
+            yield f"{i}", data, -1
+
+    source = sources.Source("tar", "x", "none", None, 20, items)
+    for _ in write._encode(source, Options(), 2):
+        written += 1
+    assert written == 20 and max(ahead) == most - 1
 
 
 def child(*argv, **options) -> subprocess.Popen:
