@@ -96,7 +96,9 @@ class Extract:
                                                         kernels=t.run.speed.kernels)
         x, labels = self._features[path]
         numbers = self._numbers[path, train.path] if train else None
-        return x, labels if numbers is None else torch.from_numpy(numbers).to(labels.device)[labels]
+        if numbers is None:
+            return x, labels
+        return x, torch.where(labels < 0, labels, torch.from_numpy(numbers).to(labels.device)[labels])
 
 
 def images_per_pass(size: int) -> int:

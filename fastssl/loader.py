@@ -131,8 +131,10 @@ class Loader:
 
     def relabel(self, numbers: np.ndarray, classes: list[str]) -> None:
         """From now on class i of the file is `numbers[i]` of `classes` (its column, for several labels an image)."""
-        assert self._held is None, "before the set is held on the device"
         self.numbers, self.classes = numbers, classes
+        if self._held is not None:
+            label = torch.from_numpy(self.labels()).to(self.device)
+            self._held = [*self._held[:3], label]  # not in place: copies of this loader share the list
 
     def _labels(self, rows: np.ndarray) -> np.ndarray:
         found, numbers = self._beton.labels(rows), self.numbers

@@ -209,10 +209,12 @@ def trainer(train, test, bank=None):
                    step=10, epoch=0, total_steps=10, scalars={})  # fmt: skip
 
 
+@pytest.mark.parametrize("resident", [False, True])
 @pytest.mark.parametrize("bank", [None, "turned"])
-def test_monitors_match_too(files, bank):
+def test_monitors_match_too(files, bank, resident):
     """kNN against the bank, the probe against the training file, from one pass over the test file."""
     t = trainer(files["train"], files["subset"], files.get(bank))
+    t.run.speed.resident = resident
     shared = hooks.Extract()
     knn, probe = hooks.KnnMonitor(1, k=3, extract=shared), hooks.LinearProbe(1, extract=shared)
     knn.before_epoch(t), probe.before_epoch(t)
@@ -221,6 +223,14 @@ def test_monitors_match_too(files, bank):
         probe.after_step(t, {"features": x}, SimpleNamespace(label=y))
     knn.after_epoch(t), probe.after_epoch(t)
     assert t.scalars["knn_top1"] == 100 and t.scalars["probe_top1"] == 100
+
+
+def test_a_set_on_the_device_is_relabelled(files):
+    whole = Loader(files["turned"], 8, device="cpu", workers=1, shuffle=False, drop_last=False, resident=True)
+    other = whole.in_file_order(4)
+    match(load(files["train"]), other)
+    assert torch.cat([b.label for b in other.epoch(0)]).tolist() == [2] * 3 + [0] * 3 + [1] * 3
+    assert torch.cat([b.label for b in whole.epoch(0)]).tolist() == [0] * 3 + [1] * 3 + [2] * 3
 
 
 @pytest.mark.parametrize("train, test, said", [("train", "other", "other classes"), ("one", "one", "one class"),
