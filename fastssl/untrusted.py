@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastssl import ptfile
+
 JSON_BYTES = 64 << 20  # a data card of 21,000 classes has 0.5 MB
 
 
@@ -51,7 +53,7 @@ def read_pt(path: str | Path, allow: Sequence[type] = ()) -> Any:
     CodeRefused for any other class or function, ValueError for a damaged file and for other tensors."""
     import torch  # a second to import, and not every user of this module needs it
 
-    regular_file(path)
+    ptfile.check(path, regular_file(path))
     try:
         with torch.serialization.safe_globals(list(allow)):
             value = torch.load(path, map_location="cpu", weights_only=True)

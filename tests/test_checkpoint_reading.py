@@ -4,7 +4,9 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -143,3 +145,45 @@ def test_only_regular_files_are_opened(tmp_path):
     for path, what in [("pipe.pt", "a pipe"), (".", "a folder"), ("none.pt", "No such"), ("/dev/zero", "a device")]:
         with pytest.raises(ValueError, match=what):
             untrusted.read_pt(tmp_path / path)
+
+
+def test_a_compressed_file_is_not_inflated(tmp_path):
+    """torch.load inflates what a zip holds: 10 GiB of zeros from 10 MB."""
+    torch.save({"a": torch.zeros(1 << 18)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as good, zipfile.ZipFile(tmp_path / "b.pt", "w") as bad:
+        for item in good.infolist():
+            method = zipfile.ZIP_DEFLATED if item.filename.endswith("data/0") else zipfile.ZIP_STORED
+            bad.writestr(item.filename, good.read(item), compress_type=method)
+    with pytest.raises(ValueError, match=r"b\.pt is refused: .*data/0' in it is compressed, to unpack to 1048576 "):
+        untrusted.read_pt(tmp_path / "b.pt")
+    assert untrusted.read_pt(tmp_path / "a.pt")["a"].shape == (1 << 18,)
+
+
+READ = """
+import sys
+from fastssl import untrusted
+for path in sys.argv[1:]:
+    try:
+        untrusted.read_pt(path)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_a_deeply_nested_key_does_not_end_the_process(tmp_path):
+    """In a process of its own, since the hash of such a tuple recurses in C."""
+    nested = {"one": b"\x85" * 2_000_000, "any": b"q\x00(h\x00t" * 2_000_000}  # (x,); x into the memo, MARK, x, TUPLE
+    torch.save({}, tmp_path / "good.pt")
+    paths = []
+    for name, code in nested.items():
+        data = b"\x80\x02}K\x01" + code + b"K\x01s."
+        paths += [tmp_path / f"{name}_plain.pt", tmp_path / f"{name}_zip.pt"]
+        head = b"".join(pickle.dumps(v, 2) for v in (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001}))
+        paths[-2].write_bytes(head + data + pickle.dumps([], 2))
+        with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(paths[-1], "w") as bad:
+            for item in good.infolist():
+                bad.writestr(item.filename, data if item.filename.endswith("data.pkl") else good.read(item))
+    done = subprocess.run([sys.executable, "-c", READ, *map(str, paths)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr[-500:])
+    refusal = "is refused: it has more than 100 tuples inside each other"
+    assert done.stdout.splitlines() == [f"{path} {refusal}" for path in paths]

@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("kernels", "data_prep", "configs")  # imported as fastssl.kernels, ...
 # A package (kernels, data_prep, eval) is one word; inside it modules may import each other.
 LAYERS = """
-    parsing untrusted
+    parsing ptfile
+    untrusted
     kernels data_prep settings
     configfile named
     config dist positions

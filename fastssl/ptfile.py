@@ -1,0 +1,86 @@
+"""What a file of torch.save must not be before torch.load reads it: larger than it looks, or nested without bound.
+
+PyTorch's restricted unpickler runs no code, but it inflates members of the zip without a limit, and it hashes keys: the
+hash of a tuple in a tuple in a tuple ... recurses in C and ends the process at some 100,000 levels.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import zipfile
+from pathlib import Path
+from typing import BinaryIO
+
+DEEPEST = 100  # tuples inside each other; torch.save writes about four
+LEGACY_PICKLES = 5  # of a file without a zip: magic number, version, system, object, keys of the storages
+
+
+def check(path: str | Path, size: int) -> None:
+    """ValueError for a file of `size` bytes that would fill the memory or end the process; what is damaged in another
+    way is left to torch.load."""
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            for _ in range(LEGACY_PICKLES):
+                if not _check_nesting(file, path):
+                    return
+        return
+    try:
+        archive = zipfile.ZipFile(path)
+    except Exception as error:  # about a dozen types on damaged files
+        raise ValueError(f"{path} is not a complete PyTorch file ({type(error).__name__})") from None
+    with archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
+                raise ValueError(f"{path} is refused: {member.filename!r:.60} in it is compressed, to unpack to "
+                                 f"{member.file_size} bytes; torch.save compresses nothing")
+        for member in archive.infolist():
+            if member.filename.endswith("data.pkl"):
+                try:
+                    file = archive.open(member)
+                except Exception as error:
+                    raise ValueError(f"{path} is not a complete PyTorch file ({type(error).__name__})") from None
+                with file:
+                    _check_nesting(file, path)
+
+
+def _check_nesting(file: BinaryIO, path: str | Path) -> bool:
+    """Whether a pickle was read to its end.  The stack holds how many tuples are inside each other at each place."""
+    stack: list[int] = []
+    marks: list[list[int]] = []
+    memo: dict[int, int] = {}
+    try:
+        for op, arg, _ in pickletools.genops(file):
+            name = op.name
+            if name == "MARK":
+                marks.append(stack)
+                stack = []
+            elif name in ("TUPLE", "LIST", "DICT", "APPENDS", "SETITEMS"):
+                items, stack = stack, marks.pop()
+                if name in ("TUPLE", "LIST", "DICT"):
+                    stack.append(1 + max(items, default=0) if name == "TUPLE" else 0)
+            elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+                count = int(name[-1])
+                stack[-count:] = [1 + max(stack[-count:])]
+            elif name in ("REDUCE", "NEWOBJ"):  # the object may be a tuple of what it is made from
+                stack[-2:] = [stack[-1]]
+            elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
+                memo[arg] = stack[-1]
+            elif name in ("BINGET", "LONG_BINGET", "GET"):
+                stack.append(memo[arg])
+            elif name in ("APPEND", "BUILD", "SETITEM"):
+                del stack[-2 if name == "SETITEM" else -1 :]
+            elif name == "BINPERSID":
+                stack[-1] = 0
+            elif name == "STOP":
+                return True
+            elif op.stack_before or len(op.stack_after) > 1:
+                return False  # torch.load refuses it
+            elif op.stack_after:
+                stack.append(0)
+            if stack and stack[-1] > DEEPEST:
+                break
+        else:
+            return False
+    except Exception:  # damaged here, and torch.load stops here, too
+        return False
+    raise ValueError(f"{path} is refused: it has more than {DEEPEST} tuples inside each other")
