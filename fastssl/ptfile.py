@@ -29,6 +29,8 @@ def check(path: str | Path, size: int) -> None:
     except Exception as error:  # about a dozen types on damaged files
         raise ValueError(f"{path} is not a complete PyTorch file ({type(error).__name__})") from None
     with archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise ValueError(f"{path} is a TorchScript archive: save its state_dict() instead")
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
                 raise ValueError(f"{path} is refused: {member.filename!r:.60} in it is compressed, to unpack to "

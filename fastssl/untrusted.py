@@ -63,8 +63,6 @@ def read_pt(path: str | Path, allow: Sequence[type] = ()) -> Any:
         raise CodeRefused(f"{path} is refused: it is not a pickle of tensors alone ({what}), and reading any other can "
                           "run code") from None
     except Exception as error:  # a damaged file raises nearly anything
-        if "TorchScript" in str(error):
-            raise ValueError(f"{path} is a TorchScript archive: save its state_dict() instead") from None
         raise ValueError(f"{path} is not a complete PyTorch file ({one_line(error)})") from None
     check_plain(value, str(path), allow)
     return value
