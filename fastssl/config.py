@@ -299,7 +299,7 @@ def _default_name(run: Run) -> str:
     return f"{method}/{run.backbone.name.replace('/', '_')}_{Path(run.data.train).stem}".removesuffix("_")
 
 
-def dump(run: Run) -> dict:
+def dump(run: Any) -> Any:
     """The resolved config as plain JSON data; `method` carries its module so that a run folder names its method."""
 
     def plain(value: Any) -> Any:
@@ -318,6 +318,23 @@ def dump(run: Run) -> dict:
         return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # an address differs in the next process
 
     return plain(run)
+
+
+def with_defaults(dumped: Any, now: Any) -> Any:
+    """A dumped value with the fields that its class `type(now)` has got since, at their defaults."""
+    if dataclasses.is_dataclass(now) and isinstance(dumped, dict):
+        filled = dict(dumped)
+        for f in dataclasses.fields(now):
+            if f.name in dumped:
+                filled[f.name] = with_defaults(dumped[f.name], getattr(now, f.name))
+            elif f.default is not dataclasses.MISSING:
+                filled[f.name] = dump(f.default)
+            elif f.default_factory is not dataclasses.MISSING:
+                filled[f.name] = dump(f.default_factory())
+        return filled
+    if isinstance(now, list | tuple) and isinstance(dumped, list) and len(dumped) == len(now):
+        return [with_defaults(a, b) for a, b in zip(dumped, now)]
+    return dumped
 
 
 def dumps(run: Run) -> str:

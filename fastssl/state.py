@@ -28,7 +28,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from fastssl import backbones, checkpoint, dist, untrusted
-from fastssl.config import Run, dump, dumps
+from fastssl.config import Run, dump, dumps, with_defaults
 
 RESULTS = ("method", "backbone", "data", "optim", "seed", "sync_bn")  # sections that a resumed run must share, ...
 OBSERVED = ("data.test", "data.bank", "data.eval_view")  # ... without what only the monitors read
@@ -267,7 +267,7 @@ def _check(values: dict, run: Run, path: Path) -> None:
                          f"rank: resume with {values['world']} ranks (now {dist.world()})")
     now = dump(run)
     for section in RESULTS:
-        then, this = values["config"].get(section), now[section]
+        then, this = with_defaults(values["config"].get(section), getattr(run, section)), now[section]
         if then != this:
             pairs = [(section, then, this)] if not isinstance(this, dict) else [
                 (f"{section}.{k}", then.get(k), this.get(k)) for k in sorted({*then, *this})

@@ -161,6 +161,21 @@ def test_the_dump_is_json_and_says_everything(file):
     assert len(dumped["data"]["views"]) == 2 and dumped["data"]["views"][0]["size"] == 32
 
 
+def test_fields_added_since_a_dump_have_their_defaults(file):
+    """So that a run of an older version is continued; a changed value, or a field that went away, is still seen."""
+    run = config.load(file)
+    now = config.dump(run)
+    for section, remove in (("backbone", "options"), ("optim", "clip_each"), ("optim", "betas"), ("method", "init")):
+        older = {k: v for k, v in now[section].items() if k != remove}
+        assert older != now[section] and config.with_defaults(older, getattr(run, section)) == now[section]
+    older = json.loads(json.dumps(now["data"]))
+    del older["views"][1]["extra"]
+    assert config.with_defaults(older, run.data) == now["data"]
+    older["views"][1]["blur"] = 0.25
+    assert config.with_defaults(older, run.data) != now["data"]
+    assert config.with_defaults({**now["optim"], "gone": 1}, run.optim) != now["optim"]
+
+
 def test_methods_and_configs_load_without_deepspeed():
     """It picks CPU or CUDA when it is imported; `fastssl train` decides first."""
     code = "import sys, fastssl.methods as m; m.main([]); sys.exit('deepspeed' in sys.modules)"
