@@ -5,6 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "methods"))
+import method_cases as cases
+
+from fastssl import dist, engine
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,3 +55,42 @@ def test_a_side_imports_its_own_checkout(bench, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
                           env={"PYTHONPATH": str(packages(tree, tmp_path / "site"))})  # fmt: skip
     assert Path(done.stdout.strip()).resolve() == tree / "kernels", done.stderr
+
+
+@pytest.fixture
+def peers(bench, monkeypatch):
+    """bench/peers.py on a few images in memory, without a process group to start and stop."""
+    import peers
+
+    dist.init()
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(engine, "Loader", cases.Memory)
+    monkeypatch.setattr(dist, "shutdown", lambda: None)
+    yield peers
+    torch.set_num_threads(threads)
+
+
+TINY = ["memory.beton", "--batch", "4", "--blocks", "1", "--steps", "1", "--input-steps", "1", "--warm", "1",
+        "--workers", "0", "--dry"]
+
+
+def test_peers_do_the_same_work(peers, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "kornia", None)  # not installed
+    assert peers.main([*TINY, "--peers", "kornia", "torchvision"]) == 0
+    out = capsys.readouterr().out
+    assert "kornia is left out" in out
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("ours ", "torchv"))}
+    ours, theirs = ([float(x.rstrip(",")) for x in rows[name][-peers.CHECKED :]] for name in ("ours", "torchvision"))
+    assert theirs == pytest.approx(ours, rel=1e-3)
+    assert len(set(ours)) == peers.CHECKED  # it trains
+    assert "ours / torchvision: whole step" in out
+
+
+def test_other_work_has_no_time(peers, monkeypatch, capsys):
+    import peer_loops
+
+    right = peer_loops.ntxent
+    monkeypatch.setattr(peer_loops, "ntxent", lambda temperature: right(1.1 * temperature))
+    assert peers.main([*TINY, "--peers", "torchvision"]) == 2
+    said = capsys.readouterr()
+    assert "torchvision does other work" in said.err and "images/s" not in said.out

@@ -1,0 +1,192 @@
+"""The loops that bench/peers.py compares: this project's engine, and plain PyTorch around other libraries' parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from fastssl.amp import DTYPES
+from fastssl.meters import Meter
+
+
+class Ours:
+    """fastssl's engine. `load` gives raw batches, `make` their views, `train` makes a step of a raw batch."""
+
+    def __init__(self, name: str, run, engine):
+        self.name, self.engine, self.t = name, engine, engine.build(run)
+
+    def load(self) -> Iterator:
+        epoch = 0
+        while True:
+            yield from self.t.loader.epoch(epoch)
+            epoch += 1
+
+    def make(self, raw) -> list[Tensor]:
+        return self.engine.make(self.t, raw)
+
+    def train(self, raw, meter: Meter, views: list[Tensor] | None = None) -> Tensor:
+        t, make = self.t, self.engine.make
+        if views is not None:
+            self.engine.make = lambda *_: views
+        try:
+            t.schedule.set_lr(t.ds.optimizer, t.step)
+            self.engine.train_step(t, [raw], meter)
+        finally:
+            self.engine.make = make
+        t.step += 1
+        return t.scalars["loss"]
+
+
+class Peer:
+    """A plain PyTorch loop around a library's loader, views and loss.  `pick`: the tensors of a batch that its
+    DataLoader gives; `augment`: views of them on the device, where they are not views yet."""
+
+    def __init__(self, name: str, run, device: torch.device, data: Dataset, workers: int, loss: Callable,
+                 pick: Callable = list, augment: Callable = list):
+        self.name, self.device, self.pick, self.augment, self.loss = name, device, pick, augment, loss
+        self.dtype, o = DTYPES[run.optim.precision], run.optim
+        self.loader = fresh_loader(data, o.batch, workers, device)
+        self.net = plain_network(run).to(device, memory_format=torch.channels_last).train()
+        self.optimizer = torch.optim.SGD(self.net.parameters(), o.lr, o.momentum, weight_decay=o.weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=o.precision == "fp16")
+
+    def load(self) -> Iterator:
+        while True:
+            yield from self.loader()
+
+    def make(self, raw) -> list[Tensor]:
+        moved = [x.to(self.device, non_blocking=True) for x in self.pick(raw)]
+        return [x.contiguous(memory_format=torch.channels_last) for x in self.augment(moved)]
+
+    def train(self, raw, meter: Meter, views: list[Tensor] | None = None) -> Tensor:
+        with meter.phase("views"):
+            views = self.make(raw) if views is None else views
+        with meter.phase("forward"), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            z = self.net(torch.cat(views)).float()
+        with meter.phase("forward"):
+            loss = self.loss(*z.chunk(2))
+        with meter.phase("backward"):
+            self.scaler.scale(loss).backward()
+        with meter.phase("optimizer"):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def fresh_loader(data: Dataset, batch: int, workers: int, device: torch.device) -> Callable[[], DataLoader]:
+    """A new DataLoader each time: its processes end with the block, and take no core from the next side's."""
+    return lambda: DataLoader(data, batch, shuffle=True, drop_last=True, num_workers=workers,
+                              pin_memory=device.type == "cuda")  # fmt: skip
+
+
+def plain_network(run) -> nn.Module:
+    """torchvision's ResNet with a CIFAR stem and SimCLR's projector, with torch's modules alone."""
+    net = getattr(torchvision.models, run.backbone.name)()
+    dim, (hidden, out) = net.fc.in_features, run.method.dims
+    if run.backbone.stem == "cifar":
+        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    net.fc = nn.Identity()
+    return nn.Sequential(net, nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out)))
+
+
+def ntxent(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """SimCLR's loss as its PyTorch versions write it."""
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        z = F.normalize(torch.cat([a, b]), dim=1)
+        logits = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
+        return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(a)))
+
+    return loss
+
+
+class Images(Dataset):
+    """uint8 (N, H, W, 3); `transform` of PIL images, or None for uint8 (3, H, W) tensors."""
+
+    def __init__(self, images: Tensor, transform: Callable | None):
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int):
+        if self.transform is None:
+            return self.images[i].permute(2, 0, 1)
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.images[i].numpy()))
+
+
+def decoded(loader) -> Tensor:
+    """All images of a loader's file, uint8 (N, H, W, 3)."""
+    parts, sizes = [], set()
+    for batch in loader.in_file_order().epoch(0):
+        sizes |= {tuple(s) for s in batch.sizes.tolist()}
+        parts.append(batch.pixels.cpu().clone())
+    if len(sizes) > 1:
+        raise ValueError(f"{loader.path} has images of several sizes; bench/peers.py needs one, as in CIFAR-10")
+    return torch.cat(parts).unflatten(1, sizes.pop())
+
+
+def torchvision_peer(run, device, images, workers) -> Peer:
+    from torchvision import transforms as T
+
+    v = run.data.views[0]
+    blur = [T.RandomApply([T.GaussianBlur(max(3, v.size // 10 | 1), v.blur_sigma)], v.blur)] if v.blur else []
+    one = T.Compose([
+        T.RandomResizedCrop(v.size, v.scale), T.RandomHorizontalFlip(v.flip),
+        T.RandomApply([T.ColorJitter(*v.jitter)], v.jitter_p), T.RandomGrayscale(v.gray), *blur,
+        T.ToTensor(), T.Normalize(v.mean, v.std)])  # fmt: skip
+    data = Images(images, lambda image: (one(image), one(image)))
+    return Peer("torchvision", run, device, data, workers, ntxent(run.method.temperature))
+
+
+def kornia_peer(run, device, images, workers) -> Peer:
+    import kornia.augmentation as K
+
+    v = run.data.views[0]
+    side = max(3, v.size // 10 | 1)
+    blur = [K.RandomGaussianBlur((side, side), v.blur_sigma, p=v.blur)] if v.blur else []
+    one = K.AugmentationSequential(
+        K.RandomResizedCrop((v.size, v.size), v.scale), K.RandomHorizontalFlip(p=v.flip),
+        K.ColorJitter(*v.jitter, p=v.jitter_p), K.RandomGrayscale(p=v.gray), *blur,
+        K.Normalize(torch.tensor(v.mean), torch.tensor(v.std)), data_keys=["input"]).to(device)  # fmt: skip
+
+    @torch.no_grad()
+    def augment(raw: list[Tensor]) -> list[Tensor]:
+        x = raw[0].float() / 255
+        return [one(x), one(x)]
+
+    return Peer("kornia", run, device, Images(images, None), workers, ntxent(run.method.temperature),
+                lambda raw: [raw], augment)
+
+
+def lightly_peer(run, device, images, workers) -> Peer:
+    from lightly.data import LightlyDataset
+    from lightly.loss import NTXentLoss
+    from lightly.transforms.simclr_transform import SimCLRTransform
+
+    v = run.data.views[0]
+    bright, contrast, saturation, hue = v.jitter
+    transform = SimCLRTransform(
+        input_size=v.size, cj_prob=v.jitter_p, cj_bright=bright, cj_contrast=contrast, cj_sat=saturation, cj_hue=hue,
+        min_scale=v.scale[0], random_gray_scale=v.gray, gaussian_blur=v.blur, sigmas=v.blur_sigma, hf_prob=v.flip,
+        normalize={"mean": list(v.mean), "std": list(v.std)})  # fmt: skip
+    data = LightlyDataset.from_torch_dataset(Labelled(images), transform=transform)
+    return Peer("lightly", run, device, data, workers, NTXentLoss(run.method.temperature), lambda raw: raw[0])
+
+
+class Labelled(Images):
+    """(image, 0), with the transform that LightlyDataset sets."""
+
+    def __init__(self, images: Tensor):
+        super().__init__(images, lambda image: image)
+
+    def __getitem__(self, i: int):
+        return super().__getitem__(i), 0

@@ -1,0 +1,209 @@
+"""SimCLR's step here and in other libraries: python bench/peers.py data/cifar10_train.beton [--batch 64]
+
+lightly      its SimCLRTransform on PIL images, its NTXentLoss and LightlyDataset, torch's DataLoader
+kornia       torch's DataLoader of uint8 images, the views by kornia on the device, plain PyTorch's loss
+torchvision  torchvision's transforms on PIL images, torch's DataLoader, plain PyTorch's loss
+
+All train torchvision's ResNet-18 with a CIFAR stem and SimCLR's projector (configs/simclr/r18_cifar10_200ep.py with
+SGD and bilinear crops), in one batch, precision, memory format and process, with one loading thread or process a core,
+in blocks that take turns. Before that, all of them make three steps from the same weights on the same views, and where
+their losses differ no time is printed. The others hold the images decoded in memory, as torchvision's CIFAR10 class
+does; ours decodes JPEGs in every epoch, or holds the decoded set on the device with speed.resident=True.
+
+Columns, median ms of a step: load (wait for the next batch), views (where they are made in the step), network (forward,
+loss, backward; a captured step with its views and its optimizer), rest (optimizer, logging). The last columns are the
+input side alone: load and views, with nothing trained. A library that is not installed is named and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from common import ROOT, append, environment, spread
+from peer_loops import Ours, Peer, decoded, kornia_peer, lightly_peer, torchvision_peer
+
+from fastssl import config, dist
+from fastssl.amp import DTYPES
+from fastssl.meters import Meter
+
+CONFIG = ROOT / "configs/simclr/r18_cifar10_200ep.py"
+RECIPE = ["data.views.all.interpolation=bilinear", "data.test=none", "optim.name=sgd", "optim.lr=0.05",
+          "optim.schedule=constant", "optim.warmup_epochs=0", "optim.base_batch=none", "optim.paramwise={}",
+          "optim.eta=0.001", "optim.clip_lr=False", "optim.lr_in_momentum=True", "sync_bn=False"]  # fmt: skip
+COLUMNS = {"load": ("data",), "views": ("views",), "network": ("forward", "backward", "step"),
+           "rest": ("optimizer", "other")}  # fmt: skip
+CHECKED, TOLERANCE = 3, {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}  # steps; of their losses, relative
+
+
+PEERS = {"lightly": lightly_peer, "kornia": kornia_peer, "torchvision": torchvision_peer}
+
+
+def installed(names: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Names of PEERS that can be imported, and why the others cannot."""
+    found, absent = [], {}
+    for name in names:
+        try:
+            importlib.import_module({"kornia": "kornia.augmentation", "lightly": "lightly.data"}.get(name, name))
+            found.append(name)
+        except ImportError as error:
+            absent[name] = str(error)
+    return found, absent
+
+
+def same_start(ours: Ours, peers: list[Peer]) -> None:
+    """The peers' weights become ours."""
+    state = ours.t.method.state_dict()
+    for peer in peers:
+        for i, part in enumerate(("backbone.", "projector.")):
+            peer.net[i].load_state_dict({k.removeprefix(part): v for k, v in state.items() if k.startswith(part)})
+
+
+def check(sides: list, source: Iterator, precision: str) -> dict[str, list[float]]:
+    """Losses of the first steps on the same views; ValueError where they differ."""
+    losses: dict[str, list[float]] = {side.name: [] for side in sides}
+    for _ in range(CHECKED):
+        raw = next(source)
+        views = [v.clone() for v in sides[0].make(raw)]
+        for side in sides:
+            losses[side.name].append(float(side.train(raw, Meter(sides[0].t.device, batch=1), views)))
+    first = losses[sides[0].name]
+    for name, values in losses.items():
+        off = max(abs(a - b) / abs(b) for a, b in zip(values, first))
+        if not off <= TOLERANCE[precision]:
+            raise ValueError(f"{name} does other work: its losses are {values}, ours {first}, off by {off:.1g} where "
+                             f"{TOLERANCE[precision]:.0e} is allowed; no time is printed")  # fmt: skip
+    return losses
+
+
+def block(side, meter: Meter, steps: int, warm: int, train: bool) -> list[dict]:
+    """Records of `steps` steps after `warm` ones; without `train` of loading and making views alone."""
+    records = []
+    with contextlib.closing(side.load()) as source:
+        for i in range(warm + steps):
+            with meter.phase("data"):
+                raw = next(source)
+            if train:
+                side.train(raw, meter)
+            else:
+                with meter.phase("views"):
+                    side.make(raw)
+            records += meter.end_step(i)
+        records += meter.flush()
+    return [r for r in records if r["step"] >= warm]
+
+
+def measure(sides: list, args: argparse.Namespace, deadline: float, device: torch.device) -> dict[str, dict]:
+    kept: dict[str, dict] = {side.name: {True: [], False: []} for side in sides}
+    for k in range(args.blocks):
+        for side in sides[k % len(sides) :] + sides[: k % len(sides)]:  # another one is first each time
+            for train in (True, False):
+                if kept[side.name][train] and time.perf_counter() > deadline:
+                    continue
+                meter = Meter(device, batch=args.batch)
+                meter._counter = None  # no MFU: counting slows the first step
+                warm = args.warm if train else max(2 * args.workers, args.warm)
+                steps = args.steps if train else args.input_steps
+                kept[side.name][train].append(block(side, meter, steps, warm, train))
+    results = {}
+    for name, (whole, alone) in ((name, kinds.values()) for name, kinds in kept.items()):
+        records = [r for part in whole for r in part]
+        results[name] = {
+            "images_per_s": spread([rate(part, args.batch) for part in whole]),
+            "ms": {column: round(statistics.median(sum(r[f"{p}_ms"] for p in phases) for r in records), 2)
+                   for column, phases in COLUMNS.items()},
+            "input_images_per_s": spread([rate(part, args.batch) for part in alone]),
+        }  # fmt: skip
+    return results
+
+
+def rate(records: list[dict], batch: int) -> float:
+    return 1e3 * batch * len(records) / sum(r["total_ms"] for r in records)
+
+
+def report(results: dict[str, dict], losses: dict[str, list[float]]) -> None:
+    print(f"{'':14}{'images/s':>10}{'from':>9}{'to':>9}" + "".join(f"{c + ' ms':>12}" for c in COLUMNS)
+          + f"{'input img/s':>13}{'from':>9}{'to':>9}  losses of the first steps")  # fmt: skip
+    for name, r in results.items():
+        cells = "".join(f"{r['ms'][c]:12.2f}" for c in COLUMNS)
+        whole, alone = ("".join(f"{r[key][k]:{w}.1f}" for k, w in (("median", first), ("min", 9), ("max", 9)))
+                        for key, first in (("images_per_s", 10), ("input_images_per_s", 13)))  # fmt: skip
+        print(f"{name:14}{whole}{cells}{alone}  {', '.join(f'{x:.4f}' for x in losses[name])}")
+    ours = results["ours"]
+    for name, r in results.items():
+        if not name.startswith("ours"):
+            step, side = (ours[k]["median"] / r[k]["median"] for k in ("images_per_s", "input_images_per_s"))
+            print(f"ours / {name}: whole step {step:.2f}, input side alone {side:.2f}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="a .beton file of images of one size")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="for our side: speed.resident=True")
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS), metavar="NAME")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--precision", default="fp16" if torch.cuda.is_available() else "fp32", choices=list(DTYPES))
+    parser.add_argument("--backbone", default="resnet18", help="resnet18, resnet34 or resnet50")
+    parser.add_argument("--steps", type=int, default=30, help="counted steps of a block")
+    parser.add_argument("--input-steps", type=int, default=30, help="the same, of the input side alone")
+    parser.add_argument("--warm", type=int, default=6, help="steps of a block that do not count")
+    parser.add_argument("--blocks", type=int, default=4, help="of each side")
+    parser.add_argument("--seconds", type=float, default=400, help="after which no further block is started")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)),
+                        help="loading threads of ours and loading processes of the others (one a core)")
+    parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
+    args = parser.parse_intermixed_args(argv)
+    deadline = time.perf_counter() + args.seconds
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    from fastssl import engine  # DeepSpeed picks its accelerator when it is imported
+
+    found, absent = installed(args.peers)
+    for name, why in absent.items():
+        print(f"{name} is left out: {why}")
+    try:
+        env = environment("torchvision", "deepspeed", "ffcv")
+        for name in found:
+            with contextlib.suppress(PackageNotFoundError):
+                env["versions"][name] = version(name)
+        settings = [f"data.train={args.data}", *RECIPE, f"optim.batch={args.batch}",
+                    f"optim.precision={args.precision}", f"backbone.name={args.backbone}",
+                    f"speed.workers={max(1, args.workers)}"]  # fmt: skip
+        kinds = {"ours": []}
+        if torch.cuda.is_available():
+            kinds = {"ours": ["speed.graph=on"], "ours, no graph": ["speed.graph=off"]}
+        ours = [Ours(name, config.load(CONFIG, [*settings, *args.overrides, *more]), engine)
+                for name, more in kinds.items()]  # fmt: skip
+        t = ours[0].t
+        images = decoded(t.loader)
+        peers = [PEERS[name](t.run, t.device, images, args.workers) for name in found]
+        same_start(ours[0], peers)
+        losses = check([*ours, *peers], ours[0].load(), args.precision)
+        results = measure([*ours, *peers], args, deadline, t.device)
+    except ValueError as error:
+        print(f"bench/peers.py: {error}", file=sys.stderr)
+        return 2
+    finally:
+        dist.shutdown()
+    report(results, losses)
+    if not args.dry:
+        facts = {"data": Path(args.data).name, "backbone": args.backbone, "batch": args.batch,
+                 "precision": args.precision, "threads": torch.get_num_threads(), "workers": args.workers,
+                 "overrides": args.overrides, "load_after": round(os.getloadavg()[0], 1)}  # fmt: skip
+        where = append("peers", env, **facts, sides=results, losses=losses, left_out=sorted(absent))
+        print(f"appended to {where}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
