@@ -34,18 +34,27 @@ from peer_loops import Ours, Peer, decoded, kornia_peer, lightly_peer, torchvisi
 
 from fastssl import config, dist
 from fastssl.amp import DTYPES
+from fastssl.config import Optim
 from fastssl.meters import Meter
 
 CONFIG = ROOT / "configs/simclr/r18_cifar10_200ep.py"
-RECIPE = ["data.views.all.interpolation=bilinear", "data.test=none", "optim.name=sgd", "optim.lr=0.05",
-          "optim.schedule=constant", "optim.warmup_epochs=0", "optim.base_batch=none", "optim.paramwise={}",
-          "optim.eta=0.001", "optim.clip_lr=False", "optim.lr_in_momentum=True", "sync_bn=False"]  # fmt: skip
 COLUMNS = {"load": ("data",), "views": ("views",), "network": ("forward", "backward", "step"),
            "rest": ("optimizer", "other")}  # fmt: skip
 CHECKED, TOLERANCE = 3, {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}  # steps; of their losses, relative
 
 
 PEERS = {"lightly": lightly_peer, "kornia": kornia_peer, "torchvision": torchvision_peer}
+
+
+def recipe(args: argparse.Namespace, more: list[str]) -> config.Run:
+    """Our side's: with what the other libraries have, too."""
+    run = config.load(CONFIG, [f"data.train={args.data}", "data.test=none", "data.views.all.interpolation=bilinear",
+                               f"backbone.name={args.backbone}", f"speed.workers={max(1, args.workers)}"])
+    run.sync_bn = False
+    run.optim = Optim(name="sgd", lr=0.05, batch=args.batch, schedule="constant", precision=args.precision)
+    for override in [*args.overrides, *more]:
+        config.set_override(run, override)
+    return run
 
 
 def installed(names: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -176,14 +185,10 @@ def main(argv: list[str] | None = None) -> int:
         for name in found:
             with contextlib.suppress(PackageNotFoundError):
                 env["versions"][name] = version(name)
-        settings = [f"data.train={args.data}", *RECIPE, f"optim.batch={args.batch}",
-                    f"optim.precision={args.precision}", f"backbone.name={args.backbone}",
-                    f"speed.workers={max(1, args.workers)}"]  # fmt: skip
         kinds = {"ours": []}
         if torch.cuda.is_available():
             kinds = {"ours": ["speed.graph=on"], "ours, no graph": ["speed.graph=off"]}
-        ours = [Ours(name, config.load(CONFIG, [*settings, *args.overrides, *more]), engine)
-                for name, more in kinds.items()]  # fmt: skip
+        ours = [Ours(name, recipe(args, more), engine) for name, more in kinds.items()]
         t = ours[0].t
         images = decoded(t.loader)
         peers = [PEERS[name](t.run, t.device, images, args.workers) for name in found]

@@ -1,5 +1,5 @@
-"""The step that may be a CUDA graph: it reads nothing from the device, is the plain loop to the last bit, and on a GPU
-a replay gives its bits.
+"""The step that may be a CUDA graph is the plain loop to the last bit, and on a GPU a replay gives its bits.  That it
+reads nothing from the device is counted in test_counts.py.
 
 On a GPU machine:  python -m pytest -m gpu tests/test_graph.py
 """
@@ -14,47 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent / "methods"))
 import method_cases as cases
+from step_modes import NoCopies, NoReads
 
 from fastssl import dist, engine
 from fastssl.amp import LossScale
 from fastssl.meters import Meter
 
 BATCH = 16
-READS = {  # that wait for the device, or whose result's shape depends on values
-    "_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim",
-    "unique_consecutive", "bincount", "repeat_interleave.Tensor",
-}
-
-
-class NoReads(TorchDispatchMode):
-    """Fails where the host reads a tensor, or sends one to the host."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, overload = func._schema.name.split("::")[1], func._schema.overload_name
-        if {name, f"{name}.{overload}"} & READS:
-            raise AssertionError(f"the step reads from the device: {func}")
-        if name in ("index", "index_put_", "index_put"):
-            masks = [i for i in args[1] if i is not None and i.dtype == torch.bool]
-            assert not masks, f"the step reads how much a mask takes: {func}"
-        return func(*args, **(kwargs or {}))
-
-
-class NoCopies(TorchFunctionMode):
-    """Fails where a tensor would come from the device to the host or be made of the host's numbers, for both of which
-    the host waits; a CPU has no copies that a dispatch mode could see."""
-
-    NAMES = ("cpu", "numpy", "tolist", "tensor", "new_tensor", "from_numpy", "pin_memory")
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
-        to_host = name == "to" and any(str(a).startswith("cpu") for a in (*args[1:], *(kwargs or {}).values()))
-        assert name not in self.NAMES and not to_host, f"the step copies between host and device: {name}"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(autouse=True)
@@ -132,21 +101,6 @@ def test_the_step_is_the_plain_loop_to_the_last_bit(name):
         made.append((contents(t), t.ds.global_steps, t.ds.micro_steps, t.ds.global_samples))
     assert_same(made[0][0], made[1][0])
     assert made[0][1:] == made[1][1:]
-
-
-@pytest.mark.parametrize("name", [n for n in cases.CASES if n != "deepcluster pic"])
-def test_a_static_step_reads_nothing(name):
-    t = build(name)
-    if hasattr(t.method, "not_static"):
-        pytest.skip(t.method.not_static)
-    source = batches(t, engine.before_epoch(t, 0))
-    advance(t, source, 1)
-    batch = next(source)
-    views = engine.make(t, batch)  # the reference reads; the kernel that takes its place on a GPU does not
-    t.values.write(batch, t.ds.optimizer.param_groups, 0.5)
-    with pytest.MonkeyPatch.context() as patch, NoReads(), NoCopies():
-        patch.setattr(engine, "make", lambda *_: views)
-        engine.static_step(t, batch, lambda name: contextlib.nullcontext())
 
 
 @pytest.mark.parametrize("name", ["simclr", "byol", "dino", "supervised", "deepcluster", "npid", "vicreg"])
