@@ -70,7 +70,7 @@ def peers(bench, monkeypatch):
     torch.set_num_threads(threads)
 
 
-TINY = ["memory.beton", "--batch", "4", "--blocks", "1", "--steps", "1", "--input-steps", "1", "--warm", "1",
+TINY = ["memory.beton", "data.views.all.size=16", "--batch", "4", "--blocks", "1", "--steps", "1", "--input-steps", "1", "--warm", "1",
         "--workers", "0", "--dry"]
 
 
@@ -79,7 +79,8 @@ def test_peers_do_the_same_work(peers, monkeypatch, capsys):
     assert peers.main([*TINY, "--peers", "kornia", "torchvision"]) == 0
     out = capsys.readouterr().out
     assert "kornia is left out" in out
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("ours ", "torchv"))}
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()
+            if line.startswith(("ours  ", "torchvision  "))}
     ours, theirs = ([float(x.rstrip(",")) for x in rows[name][-peers.CHECKED :]] for name in ("ours", "torchvision"))
     assert theirs == pytest.approx(ours, rel=1e-3)
     assert len(set(ours)) == peers.CHECKED  # it trains
@@ -94,3 +95,20 @@ def test_other_work_has_no_time(peers, monkeypatch, capsys):
     assert peers.main([*TINY, "--peers", "torchvision"]) == 2
     said = capsys.readouterr()
     assert "torchvision does other work" in said.err and "images/s" not in said.out
+
+
+def test_a_profile_becomes_a_picture(bench, tmp_path, capsys):
+    import picture
+
+    profile = ROOT / "bench/results/profiles/nvidia-h200_simclr_r18_graph_off.txt"
+    wall, kinds = picture.read(profile)
+    assert wall == 19.03
+    assert kinds["waits for the host"] == pytest.approx(19.03 - 6.74)
+    assert sum(kinds.values()) == pytest.approx(wall)  # no kernel counted twice, as an op and by itself
+    assert kinds["optimizer"] == pytest.approx((0.851998 + 0.402844 + 0.387711) / picture.STEPS)
+    made = [tmp_path / f"{i}.svg" for i in range(2)]
+    for out in made:
+        assert picture.main([str(out), f"a = b={profile}", "--table"]) == 0
+    assert made[0].read_bytes() == made[1].read_bytes() and "| the step | 19.03 |" in capsys.readouterr().out
+    assert picture.main([str(made[0]), f"x={__file__}"]) == 2
+    assert "is not TITLE=FILE with a step.txt" in capsys.readouterr().err
