@@ -40,7 +40,8 @@ from fastssl.meters import Meter
 CONFIG = ROOT / "configs/simclr/r18_cifar10_200ep.py"
 COLUMNS = {"load": ("data",), "views": ("views",), "network": ("forward", "backward", "step"),
            "rest": ("optimizer", "other")}  # fmt: skip
-CHECKED, TOLERANCE = 3, {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}  # steps; of their losses, relative
+CHECKED = 3  # steps
+TOLERANCE = {"fp32": (1e-4, 1e-2), "fp16": (5e-3, 2e-2), "bf16": (2e-2, 5e-2)}  # of the first loss, of later ones
 
 
 PEERS = {"lightly": lightly_peer, "kornia": kornia_peer, "torchvision": torchvision_peer}
@@ -87,10 +88,11 @@ def check(sides: list, source: Iterator, precision: str) -> dict[str, list[float
             losses[side.name].append(float(side.train(raw, Meter(sides[0].t.device, batch=1), views)))
     first = losses[sides[0].name]
     for name, values in losses.items():
-        off = max(abs(a - b) / abs(b) for a, b in zip(values, first))
-        if not off <= TOLERANCE[precision]:
-            raise ValueError(f"{name} does other work: its losses are {values}, ours {first}, off by {off:.1g} where "
-                             f"{TOLERANCE[precision]:.0e} is allowed; no time is printed")  # fmt: skip
+        off = [abs(a - b) / abs(b) for a, b in zip(values, first)]
+        allowed = [TOLERANCE[precision][i > 0] for i in range(CHECKED)]  # what rounding differs grows with each step
+        if not all(a <= b for a, b in zip(off, allowed)):
+            raise ValueError(f"{name} does other work: its losses are {values}, ours {first}, off by {max(off):.1g} "
+                             f"where {allowed} are allowed; no time is printed")
     return losses
 
 
