@@ -153,7 +153,7 @@ def measure(kind: str, ranks: int, args: argparse.Namespace, seconds: float) -> 
         except subprocess.TimeoutExpired:
             raise ValueError(f"{kind}, {ranks} ranks: not done when --seconds were over") from None
         if done.returncode or not out.exists():
-            errors = [line for line in done.stderr.splitlines() if "Error: " in line and "ChildFailed" not in line]
+            errors = [line for line in done.stderr.splitlines() if "rror" in line and "ChildFailed" not in line]
             last = (errors or done.stderr.splitlines() or ["no output"])[-1]
             raise ValueError(f"{kind}, {ranks} ranks: {last[:300]}")
         return json.loads(out.read_text())

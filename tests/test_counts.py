@@ -26,9 +26,9 @@ NAMES = [n for n in cases.CASES if n != "deepcluster pic"]
 # kernel launches: without the views, and with the losses and the optimizer in plain PyTorch), under torch 2.11.
 OPS = {
     "simclr": 217, "moco": 381, "moco symmetric": 622, "byol": 595, "simsiam": 390, "mocov3": 625, "mocov3 vit": 1121,
-    "barlow": 365, "vicreg": 396, "nnclr": 521, "dino": 592, "swav": 424, "swav queue": 460, "supcon": 221, "dcl": 218,
-    "densecl": 351, "supervised": 146, "mae": 518, "lejepa": 360, "rotation": 148, "npid": 331, "npid shared": 333,
-    "deepcluster": 172, "odc": 238, "deepclusterv2": 320, "relative_loc": 274,
+    "barlow": 365, "vicreg": 394, "vicreg wide": 422, "nnclr": 521, "dino": 592, "swav": 424, "swav queue": 460,
+    "supcon": 221, "dcl": 218, "densecl": 351, "supervised": 146, "mae": 518, "lejepa": 360, "rotation": 148,
+    "npid": 331, "npid shared": 333, "deepcluster": 172, "odc": 238, "deepclusterv2": 320, "relative_loc": 274,
 }
 
 
@@ -74,7 +74,7 @@ def test_a_step_asks_no_more_than_before(name, monkeypatch):
     assert sent / BATCH <= 3 * cases.SIDE**2 + 8 + 8 + 8 + 8 * (4 + 2 * groups) / BATCH
     assert groups == 1
     if torch.__version__.startswith("2.11."):
-        assert counts.ops <= OPS[name]
+        assert counts.ops <= OPS.get(name, 0), f"a new case: record {counts.ops}" if name not in OPS else name
 
 
 def test_what_is_counted():
