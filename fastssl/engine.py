@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl import backbones, config, contract, dist, ending, graph, norm, optim, state, weights
+from fastssl import backbones, config, contract, dist, ending, graph, limits, norm, optim, state, weights
 from fastssl import hooks as monitors
 from fastssl import views as recipes
 from fastssl.amp import DTYPES, LossScale, emulated
@@ -139,6 +139,8 @@ def fit(run: Run, hooks: list | None = None, *, resume: bool | str | Path = Fals
             log.text(t.schedule.table)
         state.note_environment(t)
         log.text(opening(t))
+        if choice := limits.chosen(t):
+            log.text(choice)
         with ending.Signals(t.device) as signals:
             train(t, log, signals)
         log.text(closing(t))
@@ -147,6 +149,7 @@ def fit(run: Run, hooks: list | None = None, *, resume: bool | str | Path = Fals
 
 def train(t: Trainer, log: Log, signals: ending.Signals) -> None:
     """The loop: from step `t.step` to the last."""
+    spent = limits.Limits()
     meter = Meter(t.device, batch=t.run.optim.batch, precision=t.run.optim.precision)
     count = t.run.optim.batch // dist.world() // micro_batch(t.run)
     while t.step < t.total_steps:
@@ -163,10 +166,15 @@ def train(t: Trainer, log: Log, signals: ending.Signals) -> None:
                 t.step += 1
                 for hook in t.hooks:
                     hook.after_step(t, out, batch)
-                log.step(t.step, t.epoch, t.scalars, meter.end_step(t.step))
+                records = meter.end_step(t.step)
+                log.step(t.step, t.epoch, t.scalars, records)
+                if warning := spent.add(t, records):
+                    log.text(warning)
                 stop = signals.agreed()
                 if stop or checkpoint_due(t):
-                    log.flush(meter.flush())
+                    records = meter.flush()
+                    log.flush(records)
+                    spent.add(t, records)
                     saved = save(t, log, needed=bool(stop))
                 if stop and t.step < t.total_steps:
                     log.text(f"stopped by {signal.Signals(stop).name} at step {t.step} of {t.total_steps}; "
@@ -178,7 +186,11 @@ def train(t: Trainer, log: Log, signals: ending.Signals) -> None:
             for hook in t.hooks:
                 hook.after_epoch(t)
             log.epoch(t.step, t.epoch, t.scalars)
-    log.close(meter.flush())
+    records = meter.flush()
+    spent.add(t, records)
+    log.close(records)
+    if summary := spent.summary(t):
+        log.text(summary)
 
 
 def save(t: Trainer, log: Log, needed: bool) -> Path | None:

@@ -69,7 +69,7 @@ class Loader:
         self.rank = dist.rank() if rank is None else rank
         self.world = dist.world() if world is None else world
         self.device = torch.device(dist.device() if device is None else device)
-        self.workers = _cores() if workers is None else workers
+        self.workers = cores() if workers is None else workers
         self.shuffle, self.drop_last, self.wait_ms = shuffle, drop_last, 0.0
         self._check_batch()
         self.steps = self.samples // batch if drop_last else -(-self.samples // batch)
@@ -284,7 +284,7 @@ def _slice(rows: np.ndarray, k: int, parts: int) -> np.ndarray:
     return rows[k * len(rows) // parts : (k + 1) * len(rows) // parts]
 
 
-def _cores() -> int:
+def cores() -> int:
     """The cores of this node that are this rank's share."""
     return max(1, len(os.sched_getaffinity(0)) // dist.local_world())
 

@@ -17,7 +17,7 @@ LAYERS = """
     config dist positions
     decode
     amp norm loader backbones optim checkpoint log meters cluster ending
-    foreign graph
+    foreign graph limits
     state weights
     export
     tools doctor
