@@ -65,6 +65,8 @@ def items() -> list[Item]:
     found += [_step(name, variant, cifar, photos) for variant in VARIANTS for name in STEPS
               if not (variant in ("graph", "plain") and name in list(STEPS)[:3])]
     found += [Item(f"kernels_{op}", [py, "bench/kernels.py", op, "--json"], 200) for op in KERNELS]
+    peers = [py, "bench/peers.py", cifar[0], CIFAR[0], "--batch", "256", "--seconds", "60"]
+    found.append(Item("peers_simclr_r18", peers, 150, cifar[:1]))
     for method in ("barlow", "byol", "moco", "dino", "vicreg", "swav", "simsiam"):
         command = [py, "bench/methods.py", method, "--set", "cifar10_200ep", "--override", CIFAR[0]]
         found.append(Item(f"run_{method}", command, 900, cifar))
