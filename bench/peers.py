@@ -116,10 +116,10 @@ def block(side, meter: Meter, steps: int, warm: int, train: bool) -> list[dict]:
 def measure(sides: list, args: argparse.Namespace, deadline: float, device: torch.device) -> dict[str, dict]:
     kept: dict[str, dict] = {side.name: {True: [], False: []} for side in sides}
     for k in range(args.blocks):
+        if k and time.perf_counter() > deadline:
+            break  # between rounds, so that every side has as many blocks
         for side in sides[k % len(sides) :] + sides[: k % len(sides)]:  # another one is first each time
             for train in (True, False):
-                if kept[side.name][train] and time.perf_counter() > deadline:
-                    continue
                 meter = Meter(device, batch=args.batch)
                 meter._counter = None  # no MFU: counting slows the first step
                 warm = args.warm if train else max(2 * args.workers, args.warm)
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--input-steps", type=int, default=30, help="the same, of the input side alone")
     parser.add_argument("--warm", type=int, default=6, help="steps of a block that do not count")
     parser.add_argument("--blocks", type=int, default=4, help="of each side")
-    parser.add_argument("--seconds", type=float, default=400, help="after which no further block is started")
+    parser.add_argument("--seconds", type=float, default=400, help="after which no further round of blocks is started")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)),
                         help="loading threads of ours and loading processes of the others (one a core)")
     parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
