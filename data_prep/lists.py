@@ -36,6 +36,9 @@ def open_list(path: str, root: str | None = None, label_columns: str | None = No
     if not rows:
         raise ValueError(f"{path} lists no image")
     names = [name for _, name, _ in rows]
+    if not any((base / name).exists() for name in names):
+        hint = "--root is another folder" if root else "name the folder of the images by --root"
+        raise ValueError(f"{path}: none of its {len(rows)} images exists, the first is {base / names[0]}: {hint}")
     several = columns is not None and columns[1] != columns[0] + 1
     if all(labels is None for *_, labels in rows):
         if known:

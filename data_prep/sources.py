@@ -50,7 +50,7 @@ def open_images(kind: str, path: str, tree: Tree, split: str | None = None, labe
     notes = []
     if other := len(tree.names) - len(images):
         first = next(name for name in tree.names if not name.lower().endswith(SUFFIXES))
-        notes.append(f"left out {other} files that are no images by their suffix, such as {first}")
+        notes.append(f"left out {other} files without an image's suffix, such as {first}")
     if tree.hidden:
         notes.append(f"left out {tree.hidden} hidden files and links")
     if not images:

@@ -75,7 +75,7 @@ def test_flat_folder_has_no_labels_and_other_files_are_announced(tmp_path, capsy
     assert stock.card["label"] == "none" and stock.card["classes"] is None
     assert stock.table["label"].tolist() == [-1, -1]
     out = capsys.readouterr().out
-    assert "left out 1 files that are no images by their suffix, such as README.txt" in out
+    assert "left out 1 files without an image's suffix, such as README.txt" in out
     assert "left out 1 hidden files" in out
 
 
@@ -203,6 +203,15 @@ def test_a_list_with_a_missing_file(tmp_path, capsys):
     (tmp_path / "o").mkdir()
     assert "missing.jpg (No such file or directory)" in refused(capsys, "list", tmp_path / "l.txt",
                                                                 tmp_path / "o" / "o.beton")
+
+
+def test_a_list_without_one_existing_image_names_root(tmp_path, capsys):
+    save(tmp_path / "images" / "a.jpg")
+    (tmp_path / "o").mkdir()
+    (tmp_path / "l.txt").write_text("a.jpg 0\nb.jpg 1\n")
+    line = refused(capsys, "list", tmp_path / "l.txt", tmp_path / "o" / "o.beton")
+    assert f"none of its 2 images exists, the first is {tmp_path / 'a.jpg'}" in line and "by --root" in line
+    assert convert("list", tmp_path / "l.txt", tmp_path / "o.beton", "--root", tmp_path / "images", "--max-bad", 1) == 0
 
 
 def cifar(root, kind="cifar10", protocol=2):
