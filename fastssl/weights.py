@@ -282,7 +282,8 @@ def _find_prefix(file: str, state: dict[str, Tensor], needed: list[str], which: 
     chosen = foreign.choose(copies, which) if which else copies
     if not chosen:
         held = ", ".join(map(repr, copies))
-        raise ValueError(f"{file} does not say which copy is its {which}; it has {held}: choose one by prefix")
+        raise ValueError(f"{file} has no {which} that is known as such, only {held}: leave out --which, or choose one by "
+                         "--prefix")
 
     def order(p: str) -> tuple:
         return foreign.rank(p), len(p)
@@ -291,7 +292,7 @@ def _find_prefix(file: str, state: dict[str, Tensor], needed: list[str], which: 
     twin = next((p for p in rest if order(p) == order(first)), None)
     if twin is not None and not all(torch.equal(state[first + name], state[twin + name]) for name in needed
                                     if first + name in state and twin + name in state):  # fmt: skip
-        raise ValueError(f"{file} holds this backbone at {first!r} and at {twin!r}: choose one by prefix")
+        raise ValueError(f"{file} holds this backbone at {first!r} and at {twin!r}: choose one by --prefix")
     return first
 
 

@@ -193,7 +193,7 @@ def test_student_or_teacher(project, which, prefix, nets, tmp_path):
 def test_a_single_copy_has_no_teacher(nets, tmp_path):
     net, other = nets["resnet"][0], ours("resnet")
     torch.save(under("backbone.", net), tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="does not say which copy is its teacher; it has 'backbone.'"):
+    with pytest.raises(ValueError, match="has no teacher that is known as such, only 'backbone.': leave out --which"):
         weights.load_backbone(tmp_path / "a.pth", other, which="teacher")
     with pytest.raises(ValueError, match="both choose a copy"):
         weights.load_backbone(tmp_path / "a.pth", other, which="teacher", prefix="backbone.")
