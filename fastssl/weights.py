@@ -282,8 +282,8 @@ def _find_prefix(file: str, state: dict[str, Tensor], needed: list[str], which: 
     chosen = foreign.choose(copies, which) if which else copies
     if not chosen:
         held = ", ".join(map(repr, copies))
-        raise ValueError(f"{file} has no {which} that is known as such, only {held}: leave out --which, or choose one by "
-                         "--prefix")
+        raise ValueError(f"{file} has no {which} that is known as such, only {held}: leave out --which, or choose "
+                         "one by --prefix")
 
     def order(p: str) -> tuple:
         return foreign.rank(p), len(p)
