@@ -10,7 +10,7 @@ import textwrap
 from fastssl.eval import PROTOCOLS
 
 COMMANDS = {
-    "train": ("fastssl.train", "pretrain a backbone in one process (several: deepspeed --num_gpus N --module fastssl.train)"),
+    "train": ("fastssl.train", "pretrain a backbone in one process (in several: deepspeed --module fastssl.train)"),
     "convert": ("fastssl.data_prep", "make a .beton of a dataset, or check one"),
     "eval": ("fastssl.eval", f"evaluate a run or weights: {', '.join(PROTOCOLS)}"),
     "export": ("fastssl.export", "write a backbone for torchvision, timm, detectron2, Hugging Face"),
