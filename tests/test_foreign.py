@@ -289,7 +289,7 @@ def test_a_stem_of_equal_shape_is_another_network(tmp_path):
 def test_every_layout_is_shown_by_a_checkpoint_above(nets):
     shown = set()
     for kind, make, _ in LAYOUTS.values():
-        flat = weights._flat(make(*nets[kind]))
+        flat = weights._flat(make(*nets[kind]), kind)
         shown |= {layout for layout, _ in foreign.renamed(list(flat))}
     assert shown == set(foreign.LAYOUTS)
 

@@ -56,4 +56,4 @@ def test_tiles_are_described_without_a_gpu():
                          env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True)  # fmt: skip
     assert run.returncode == 0, run.stderr
     line = next(line for line in run.stdout.splitlines() if line.startswith(" *"))
-    assert "128 x  64, 8 warps" in line and "   0 B spilled" in line and " 2 at a time" in line
+    assert " 64 x 128, 4 warps" in line and "   0 B spilled" in line and " 2 at a time" in line
