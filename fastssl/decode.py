@@ -14,7 +14,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fastssl import untrusted
 
@@ -130,11 +130,12 @@ class Beton:
         try:
             if field["mode"] == IMAGE_MODES["raw"]:
                 raise OSError("raw image of a wrong length")
-            image = np.asarray(Image.open(io.BytesIO(self.stored(field["data_ptr"]))).convert("RGB"))
+            image = np.asarray(Image.open(io.BytesIO(self.stored(field["data_ptr"])), formats=("JPEG",)).convert("RGB"))
             if image.shape[:2] != (field["height"], field["width"]):
                 raise OSError(f"its size is {image.shape[:2]}, the file says {field['height'], field['width']}")
         except (OSError, SyntaxError) as error:
-            raise ValueError(f"{self.path}: image {row} is damaged ({error}); convert the data again") from None
+            reason = "not a JPEG" if isinstance(error, UnidentifiedImageError) else error
+            raise ValueError(f"{self.path}: image {row} is damaged ({reason}); convert the data again") from None
         pixels[: image.shape[0] * image.shape[1]] = image.reshape(-1, 3)
         return image.shape[:2]
 
