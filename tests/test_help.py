@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib
+import os
 import subprocess
 import sys
 
@@ -19,6 +20,14 @@ def test_help_and_misspelt_commands_import_no_torch(argv):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {name for name in ("torch", "timm", "ffcv", "numpy", "deepspeed", "PIL") if f"'{name}'" in done.stdout}
     assert not heavy and "'fastssl.eval'" in done.stdout
+
+
+def test_a_reader_that_has_gone_is_not_a_traceback():
+    source, sink = os.pipe()
+    os.close(source)
+    done = subprocess.run([sys.executable, "-m", "fastssl", "--help"], stdout=sink, stderr=subprocess.PIPE, text=True)
+    os.close(sink)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_help_names_every_protocol(capsys):
