@@ -15,7 +15,7 @@ from typing import Any
 
 
 def hint(name: str, known: Iterable[str]) -> str:
-    """"; did you mean 'lars'?" where a known name is near, else ""."""
+    """ "; did you mean 'lars'?" where a known name is near, else ""."""
     near = difflib.get_close_matches(str(name), [str(k) for k in known], 1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -23,6 +23,11 @@ def hint(name: str, known: Iterable[str]) -> str:
 def names(target: Any) -> list[str]:
     """The settings of a dataclass (a class or an instance)."""
     return [f.name for f in dataclasses.fields(target)]
+
+
+def _names_below(target: Any, name: str) -> list[str]:
+    value = getattr(target, name, None)
+    return names(value) if dataclasses.is_dataclass(value) else []
 
 
 def assign(target: Any, text: str) -> None:
@@ -54,8 +59,11 @@ def _set(target: Any, path: list[str], value: Any, key: str) -> Any:
     if not dataclasses.is_dataclass(target):
         raise ValueError(f"{key}: {type(target).__name__} has no settings below it")
     if name not in names(target):
-        raise ValueError(f"{key}: unknown setting {name!r}{hint(name, names(target))} "
-                         f"({type(target).__name__} has {', '.join(names(target))})")
+        below = next((group for group in names(target) if name in _names_below(target, group)), None)  # lr -> optim.lr
+        meant = f"; did you mean {f'{below}.{name}'!r}?" if below else hint(name, names(target))
+        raise ValueError(
+            f"{key}: unknown setting {name!r}{meant} ({type(target).__name__} has {', '.join(names(target))})"
+        )
     new = _set(getattr(target, name), rest, value, key) if rest else parse(value, hints(type(target))[name], key)
     if type(target).__dataclass_params__.frozen:
         try:

@@ -76,6 +76,13 @@ def test_a_setting_that_is_assigned_under_a_wrong_name_is_found(tmp_path):
     assert "optim.lrr: unknown setting 'lrr'; did you mean 'lr'?" in refusal(tmp_path, text)
 
 
+@pytest.mark.parametrize("name, meant", [("lr", "optim.lr"), ("temperature", "method.temperature"), ("oprim", "optim")])
+def test_a_setting_without_its_group_is_found(tmp_path, name, meant):
+    (tmp_path / "c.py").write_text(SOURCE)
+    with pytest.raises(ValueError, match=f"^{name}: unknown setting '{name}'; did you mean '{meant}'"):
+        config.load(tmp_path / "c.py", [f"{name}=1"])
+
+
 def test_files_that_python_cannot_read(tmp_path):
     assert "line 1: SyntaxError" in refusal(tmp_path, "def get_config(:\n")
     assert "never closed (x = [)" in refusal(tmp_path, "x = [")
