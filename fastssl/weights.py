@@ -177,13 +177,21 @@ def metadata(spec: Backbone) -> dict[str, str]:
 
 
 def _read(path: str | Path, spec: Backbone) -> tuple[str, dict[str, Tensor]]:
-    if str(path) == "torchvision":
-        return "torchvision", torchvision.models.get_model(spec.name, weights="DEFAULT").state_dict()
-    if str(path) == "timm":
+    return (str(path), _download(str(path), spec.name)) if str(path) in ("torchvision", "timm") else read(path)
+
+
+def _download(library: str, name: str) -> dict[str, Tensor]:
+    """The library's own weights of a model, or its copy on this machine.  OSError: they cannot be had."""
+    try:
+        if library == "torchvision":
+            return torchvision.models.get_model(name, weights="DEFAULT").state_dict()
         import timm
 
-        return "timm", timm.create_model(spec.name.removeprefix("timm/"), pretrained=True).state_dict()
-    return read(path)
+        return timm.create_model(name.removeprefix("timm/"), pretrained=True).state_dict()
+    except OSError as error:
+        cache, why = "TORCH_HOME" if library == "torchvision" else "HF_HOME", untrusted.one_line(error)
+        raise OSError(f"the weights of {name} from {library} cannot be downloaded ({why}): without a network, name a "
+                      f"file of weights, or set {cache} to a cache that has them") from error
 
 
 def _told(path: str | Path, spec: Backbone) -> Backbone | None:

@@ -190,6 +190,16 @@ def test_student_or_teacher(project, which, prefix, nets, tmp_path):
         torch.testing.assert_close(mine(x), (net if prefix == default else other)(x), rtol=1e-5, atol=2e-5)
 
 
+def test_weights_that_cannot_be_downloaded_are_named(monkeypatch, tmp_path):
+    def offline(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(OSError, match="weights of resnet18 from torchvision cannot be downloaded .*Name or service"):
+        weights.load_backbone("torchvision", backbones.build(Backbone("resnet18")))
+
+
 def test_a_single_copy_has_no_teacher(nets, tmp_path):
     net, other = nets["resnet"][0], ours("resnet")
     torch.save(under("backbone.", net), tmp_path / "a.pth")
