@@ -14,7 +14,7 @@ from fastssl import backbones, export, foreign, weights
 from fastssl.config import Backbone
 
 sys.path.insert(0, str(Path(__file__).parent))
-import peers
+import peer_networks as peers
 
 
 @pytest.fixture(scope="module")
