@@ -305,7 +305,7 @@ def test_every_layout_is_shown_by_a_checkpoint_above(nets):
 
 
 def test_lightly_itself(tmp_path):
-    """Where the package is installed, its own classes in place of those of peers.py."""
+    """Where the package is installed, its own classes in place of those of peer_networks.py."""
     models = pytest.importorskip("lightly.models")
     net = models.ResNetGenerator("resnet-9", width=0.125).eval()
     net = nn.Sequential(*list(net.children())[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
