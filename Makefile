@@ -38,6 +38,7 @@ test: lint
 
 lint: setup
 	@$(PY) -m ruff check -q .
+	@$(PY) -m ruff format -q --check . || { echo "run: $(PY) -m ruff format ."; exit 1; }
 
 wheelhouse: setup
 	@bash tools/wheelhouse.sh $(VENV) wheelhouse

@@ -20,19 +20,34 @@ setup(
     package_dir={f"fastssl.{folder}": folder for folder in FOLDERS},
     package_data={"fastssl.configs.detection": ["*.yaml"], "fastssl.report": ["page.css", "page.js"]},
     install_requires=[
-        "torch>=2.11,<2.12", "torchvision>=0.26,<0.27",
+        "torch>=2.11,<2.12",
+        "torchvision>=0.26,<0.27",
         "numpy>=2,<2.4",  # Triton 3.6's interpreter breaks on 2.4
-        "ffcv==1.0.2", "numba>=0.62,<0.69",
+        "ffcv==1.0.2",
+        "numba>=0.62,<0.69",
         "deepspeed==0.19.8",  # older releases differ in accumulation and clipping
-        "scikit-learn>=1.5", "joblib", "threadpoolctl", "pillow>=10", "safetensors", "timm>=1.0.12",
-        "tensorboard", "rich", "matplotlib",
+        "scikit-learn>=1.5",
+        "joblib",
+        "threadpoolctl",
+        "pillow>=10",
+        "safetensors",
+        "timm>=1.0.12",
+        "tensorboard",
+        "rich",
+        "matplotlib",
     ],
     extras_require={
         "gpu": ["faiss-gpu==1.15.1", "cupy-cuda13x>=14"],  # large, and of use with an NVIDIA GPU only
         "umap": ["umap-learn>=0.5.9"],
         "detection": ["pycocotools>=2.0.8"],
         "test": [
-            "pytest>=8", "pytest-timeout", "pytest-xdist", "pycocotools>=2.0.8", "pyyaml", "ruff>=0.8", "scipy",
+            "pytest>=8",
+            "pytest-timeout",
+            "pytest-xdist",
+            "pycocotools>=2.0.8",
+            "pyyaml",
+            "ruff>=0.8",
+            "scipy",
             "umap-learn>=0.5.9",
             "setuptools>=77",  # tests/test_packaging.py builds a wheel
         ],

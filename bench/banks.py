@@ -43,8 +43,10 @@ def main() -> None:
         print(f"\n{name}")
         for side, ms in result["ms"].items():
             ratio = result["ms"]["published"]["median"] / ms["median"]
-            print(f"  {side:22}{ms['median']:12.2f} ms ({ms['min']:.2f} to {ms['max']:.2f}, n={ms['n']})"
-                  f"{ratio:10.1f} times as fast as published")
+            print(
+                f"  {side:22}{ms['median']:12.2f} ms ({ms['min']:.2f} to {ms['max']:.2f}, n={ms['n']})"
+                f"{ratio:10.1f} times as fast as published"
+            )
         if not args.dry:
             append(name, env, **result)
 
@@ -138,8 +140,10 @@ def npid_loss(args, batch: int = 32, dim: int = 128, temperature: float = 0.07) 
     backbone = torch.nn.Identity()
     backbone.dim = dim
     config = npid.Config(negatives=args.negatives, temperature=temperature)
-    methods = {name: replace(config, shared=shared).build(backbone, samples=args.rows, batch=batch)
-               for name, shared in (("ours", False), ("ours, shared negatives", True))}  # fmt: skip
+    methods = {
+        name: replace(config, shared=shared).build(backbone, samples=args.rows, batch=batch)
+        for name, shared in (("ours", False), ("ours, shared negatives", True))
+    }
     bank = directions(args.rows, dim)
     for method in methods.values():
         method.to(args.device).bank.copy_(bank)

@@ -44,8 +44,12 @@ def environment(*packages: str) -> dict:
 
 def spread(values: list[float], digits: int = 1) -> dict:
     """Median, extremes and count: what a figure is quoted with."""
-    return {"median": round(statistics.median(values), digits), "min": round(min(values), digits),
-            "max": round(max(values), digits), "n": len(values)}  # fmt: skip
+    return {
+        "median": round(statistics.median(values), digits),
+        "min": round(min(values), digits),
+        "max": round(max(values), digits),
+        "n": len(values),
+    }
 
 
 def append(bench: str, env: dict, **result) -> Path:

@@ -61,8 +61,9 @@ def side(text: str) -> Side:
 
 
 def _resolve(name: str) -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet", name + "^{commit}"],
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet", name + "^{commit}"], capture_output=True, text=True
+    )
     if done.returncode:
         raise ValueError(f"{name!r} is not a commit that git knows here, and has no a.b=value")
     return done.stdout.strip()
@@ -88,8 +89,13 @@ class Worker:
         path = os.pathsep.join([str(packages(tree, folder / "site")), str(tree / "bench")])
         with self.log.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", WORKER, config, *overrides, *s.settings], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+                [sys.executable, "-c", WORKER, config, *overrides, *s.settings],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "PYTHONPATH": path},
+            )
         self._answer("READY")
 
     def block(self, steps: int) -> tuple[float, float]:
@@ -125,8 +131,10 @@ def verdict(a: list[float], b: list[float]) -> str:
         return f"{seen}; no verdict from fewer than four blocks a side"
     for name, low, high in (("B", a, b), ("A", b, a)):
         if min(high) > max(low):
-            return (f"{seen}; {name} is faster: its slowest block beats the other's fastest "
-                    f"(by chance with a probability of {100 * chance:.2g} %)")
+            return (
+                f"{seen}; {name} is faster: its slowest block beats the other's fastest "
+                f"(by chance with a probability of {100 * chance:.2g} %)"
+            )
     return f"{seen}; no difference beyond the spread"
 
 
@@ -179,11 +187,18 @@ def main() -> int:
                 _git("worktree", "remove", "--force", str(tree))
     found = {}
     for k, (name, s) in enumerate(zip("AB", sides)):
-        found[name] = {"side": s.text, "commit": s.commit or env["commit"], "settings": s.settings,
-                       "images_per_s": spread(rates[k]), "last_loss": losses[k][1]}  # fmt: skip
+        found[name] = {
+            "side": s.text,
+            "commit": s.commit or env["commit"],
+            "settings": s.settings,
+            "images_per_s": spread(rates[k]),
+            "last_loss": losses[k][1],
+        }
         r = found[name]["images_per_s"]
-        print(f"{name} {s.text}: {r['median']} images/s ({r['min']} to {r['max']}, n={r['n']}), "
-              f"last loss {losses[k][1]:.6g}")
+        print(
+            f"{name} {s.text}: {r['median']} images/s ({r['min']} to {r['max']}, n={r['n']}), "
+            f"last loss {losses[k][1]:.6g}"
+        )
     said = verdict(*rates)
     print(said)
     if not args.dry:

@@ -58,24 +58,31 @@ def loss_ways(module, case, extra=None):
 def compiled(module, case, x):
     """torch.compile of the definition; the gradient is taken outside, which Dynamo does not trace."""
     if module is ntxent:
-        inputs, f = [leaf(x["z"])], lambda z: ntxent_reference.ntxent(
-            z, case.temperature, x["labels"], case.decoupled, case.normalize, None
+        inputs, f = (
+            [leaf(x["z"])],
+            lambda z: ntxent_reference.ntxent(z, case.temperature, x["labels"], case.decoupled, case.normalize, None),
         )
     elif module is infonce and case.keys == "both":
-        inputs, f = [leaf(x["q"]), leaf(x["k"])], lambda a, b: infonce_reference.infonce_symmetric(
-            a, b, case.temperature, case.normalize, None
+        inputs, f = (
+            [leaf(x["q"]), leaf(x["k"])],
+            lambda a, b: infonce_reference.infonce_symmetric(a, b, case.temperature, case.normalize, None),
         )
     elif module is infonce:
-        inputs, f = [leaf(x["q"])], lambda q: infonce_reference.infonce(
-            q, x["k"], x["queue"], case.temperature, case.normalize, None
+        inputs, f = (
+            [leaf(x["q"])],
+            lambda q: infonce_reference.infonce(q, x["k"], x["queue"], case.temperature, case.normalize, None),
         )
     elif module is gathered:
-        inputs, f = [leaf(x["q"])], lambda q: gathered_reference.gathered_nce(
-            q, x["bank"], x["positive"], x["negatives"], case.temperature, case.normalize
+        inputs, f = (
+            [leaf(x["q"])],
+            lambda q: gathered_reference.gathered_nce(
+                q, x["bank"], x["positive"], x["negatives"], case.temperature, case.normalize
+            ),
         )
     elif module is softxent:
-        inputs, f = [leaf(x["student"])], lambda s: softxent_reference.softxent(
-            s, x["teacher"], case.student, case.teacher, x["center"]
+        inputs, f = (
+            [leaf(x["student"])],
+            lambda s: softxent_reference.softxent(s, x["teacher"], case.student, case.teacher, x["center"]),
         )
     else:  # sinkhorn has no gradient
         return under_autocast(case, torch.compile(partial(module.call, case, x, "reference"), dynamic=False))
@@ -192,8 +199,11 @@ class Update:
     dtype: torch.dtype
 
 
-UPDATES = [Update("queue", 256, 65536, 128, torch.float16), Update("bank", 256, 1_281_167, 128, torch.float32),
-           Update("bank", 256, 1_281_167, 128, torch.float16)]  # fmt: skip
+UPDATES = [
+    Update("queue", 256, 65536, 128, torch.float16),
+    Update("bank", 256, 1_281_167, 128, torch.float32),
+    Update("bank", 256, 1_281_167, 128, torch.float16),
+]
 
 
 def update_state(case):
@@ -228,23 +238,47 @@ def update_ways(case):
 
 
 OPS = {
-    "ntxent": Op(ntxent.BENCH, ntxent_check, lambda c: loss_ways(ntxent, c, ntxent_extra),
-                 lambda c: (6 * c.rows**2 * c.dim, c.rows * c.dim * 6),
-                 {ntxent.Case(8192, 128): 105, ntxent.Case(16384, 128): 400, ntxent.Case(65536, 128): 6200}),
-    "infonce": Op(infonce.BENCH, lambda c: check(infonce, c, "cuda"),
-                  lambda c: loss_ways(infonce, c, infonce_extra), infonce_work,
-                  {infonce.Case(256, 65536, 128): 25, infonce.Case(4096, 65536, 128): 290}),
-    "gathered": Op(gathered.BENCH, lambda c: check(gathered, c._replace(rows=16), "cuda"),
-                   lambda c: loss_ways(gathered, c),
-                   lambda c: (None, (1 if c.shared else c.rows) * c.negatives * (c.dim * c.dtype.itemsize + 8)), {}),
-    "sinkhorn": Op(sinkhorn.BENCH, lambda c: check(sinkhorn, c, "cuda"),
-                   lambda c: loss_ways(sinkhorn, c),
-                   lambda c: (None, c.rows * c.prototypes * (2 * c.iterations * c.dtype.itemsize + 4)),
-                   {sinkhorn.Case(512, 65536): 150}),
-    "softxent": Op(softxent.BENCH, lambda c: check(softxent, c, "cuda"),
-                   lambda c: loss_ways(softxent, c),
-                   lambda c: (None, 5 * c.rows * c.prototypes * c.dtype.itemsize), {}),
+    "ntxent": Op(
+        ntxent.BENCH,
+        ntxent_check,
+        lambda c: loss_ways(ntxent, c, ntxent_extra),
+        lambda c: (6 * c.rows**2 * c.dim, c.rows * c.dim * 6),
+        {ntxent.Case(8192, 128): 105, ntxent.Case(16384, 128): 400, ntxent.Case(65536, 128): 6200},
+    ),
+    "infonce": Op(
+        infonce.BENCH,
+        lambda c: check(infonce, c, "cuda"),
+        lambda c: loss_ways(infonce, c, infonce_extra),
+        infonce_work,
+        {infonce.Case(256, 65536, 128): 25, infonce.Case(4096, 65536, 128): 290},
+    ),
+    "gathered": Op(
+        gathered.BENCH,
+        lambda c: check(gathered, c._replace(rows=16), "cuda"),
+        lambda c: loss_ways(gathered, c),
+        lambda c: (None, (1 if c.shared else c.rows) * c.negatives * (c.dim * c.dtype.itemsize + 8)),
+        {},
+    ),
+    "sinkhorn": Op(
+        sinkhorn.BENCH,
+        lambda c: check(sinkhorn, c, "cuda"),
+        lambda c: loss_ways(sinkhorn, c),
+        lambda c: (None, c.rows * c.prototypes * (2 * c.iterations * c.dtype.itemsize + 4)),
+        {sinkhorn.Case(512, 65536): 150},
+    ),
+    "softxent": Op(
+        softxent.BENCH,
+        lambda c: check(softxent, c, "cuda"),
+        lambda c: loss_ways(softxent, c),
+        lambda c: (None, 5 * c.rows * c.prototypes * c.dtype.itemsize),
+        {},
+    ),
     "views": Op(kernel_views.CASES, kernel_views.check, kernel_views.ways, kernel_views.work, kernel_views.TARGETS),
-    "memory": Op(UPDATES, update_check, update_ways,
-                 lambda c: (None, 2 * c.rows * c.dim * (c.dtype.itemsize + 4)), dict.fromkeys(UPDATES, 5)),
-}  # fmt: skip
+    "memory": Op(
+        UPDATES,
+        update_check,
+        update_ways,
+        lambda c: (None, 2 * c.rows * c.dim * (c.dtype.itemsize + 4)),
+        dict.fromkeys(UPDATES, 5),
+    ),
+}

@@ -26,9 +26,14 @@ class Case:
     dtype: torch.dtype = torch.float16
 
 
-CASES = [Case("simclr", 224, 256, 375, 500), Case("moco_v2", 224, 256, 375, 500), Case("byol", 224, 256, 375, 500),
-         Case("swav", 224, 64, 375, 500), Case("simclr", 32, 512, 32, 32),
-         Case("simclr", 224, 256, 375, 500, torch.bfloat16)]  # fmt: skip
+CASES = [
+    Case("simclr", 224, 256, 375, 500),
+    Case("moco_v2", 224, 256, 375, 500),
+    Case("byol", 224, 256, 375, 500),
+    Case("swav", 224, 64, 375, 500),
+    Case("simclr", 32, 512, 32, 32),
+    Case("simclr", 224, 256, 375, 500, torch.bfloat16),
+]
 
 
 def views_of(case):
@@ -69,11 +74,17 @@ def ways(case):
     from torchvision.transforms import v2
 
     blur = [v2.RandomApply([v2.GaussianBlur(23, (0.1, 2.0))], 0.5)] if case.size > 32 else []
-    one = v2.Compose([
-        v2.RandomResizedCrop(case.size, antialias=True), v2.RandomHorizontalFlip(),
-        v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8), v2.RandomGrayscale(0.2), *blur,
-        v2.ToDtype(case.dtype, scale=True), v2.Normalize(mean, std),
-    ])  # fmt: skip
+    one = v2.Compose(
+        [
+            v2.RandomResizedCrop(case.size, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8),
+            v2.RandomGrayscale(0.2),
+            *blur,
+            v2.ToDtype(case.dtype, scale=True),
+            v2.Normalize(mean, std),
+        ]
+    )
     result["torchvision v2"] = lambda: [one(image) for _ in views]
     try:
         import kornia.augmentation as K
@@ -81,10 +92,14 @@ def ways(case):
         return result
     blur = [K.RandomGaussianBlur((23, 23), (0.1, 2.0), p=0.5)] if case.size > 32 else []
     sequence = K.AugmentationSequential(
-        K.RandomResizedCrop((case.size, case.size)), K.RandomHorizontalFlip(),
-        K.ColorJitter(0.8, 0.8, 0.8, 0.2, p=0.8), K.RandomGrayscale(p=0.2), *blur,
-        K.Normalize(torch.tensor(mean), torch.tensor(std)), data_keys=["input"],
-    ).cuda()  # fmt: skip
+        K.RandomResizedCrop((case.size, case.size)),
+        K.RandomHorizontalFlip(),
+        K.ColorJitter(0.8, 0.8, 0.8, 0.2, p=0.8),
+        K.RandomGrayscale(p=0.2),
+        *blur,
+        K.Normalize(torch.tensor(mean), torch.tensor(std)),
+        data_keys=["input"],
+    ).cuda()
     result["kornia"] = lambda: [sequence(image.float() / 255).to(case.dtype) for _ in views]
     return result
 

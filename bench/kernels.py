@@ -67,8 +67,12 @@ def microseconds(run, cold: bool):
     torch.cuda.synchronize()
     times = sorted(1e3 * a.elapsed_time(b) for a, b in events)
     tenth = REPETITIONS // 10
-    return {"median": round(statistics.median(times), 2), "p10": round(times[tenth], 2),
-            "p90": round(times[-1 - tenth], 2), "n": REPETITIONS}  # fmt: skip
+    return {
+        "median": round(statistics.median(times), 2),
+        "p10": round(times[tenth], 2),
+        "p90": round(times[-1 - tenth], 2),
+        "n": REPETITIONS,
+    }
 
 
 def measure(op, case):
@@ -124,8 +128,10 @@ def show(name, row):
         warm, cold = r["warm_us"], r["cold_us"]
         rate = f"{r['tflops']:.0f} TFLOP/s" if "tflops" in r else f"{r['gb_s']:.0f} GB/s"
         bound = f"{100 * r['of_bound']:.0f} % of the bound" if "of_bound" in r else "bound unknown for this device"
-        print(f"  {way:18} {warm['median']:10.1f} us ({warm['p10']} to {warm['p90']}), cold {cold['median']:.1f} us, "
-              f"{rate}, {bound}, {r['extra_mb']:.0f} MB" + ("" if r["graph"] else ", not in a graph"))  # fmt: skip
+        print(
+            f"  {way:18} {warm['median']:10.1f} us ({warm['p10']} to {warm['p90']}), cold {cold['median']:.1f} us, "
+            f"{rate}, {bound}, {r['extra_mb']:.0f} MB" + ("" if r["graph"] else ", not in a graph")
+        )
     if "target_us_h200" in row:
         print(f"  target on an H200: {row['target_us_h200']} us")
 

@@ -28,8 +28,10 @@ STEPS = {  # name: config and what replaces its settings; batches that one card 
     "mae_vitb16": ("mae/vitb16_in1k_300ep_bf16.py", [*PHOTOS, "optim.batch=512"]),
     "dino_vits16": ("dino/vits16_in1k_100ep_bf16.py", [*PHOTOS, "optim.batch=128"]),
     "moco_r50": ("moco/r50_in1k_v2_200ep_fp16.py", PHOTOS),
-    "byol_r50": ("byol/r50_in1k_bs4096_accumulate2_200ep_fp16.py",
-                 [*PHOTOS, "optim.batch=256", "speed.micro_batch=none"]),
+    "byol_r50": (
+        "byol/r50_in1k_bs4096_accumulate2_200ep_fp16.py",
+        [*PHOTOS, "optim.batch=256", "speed.micro_batch=none"],
+    ),
 }
 VARIANTS = {  # of the step, in order of value
     "graph": ["speed.graph=on"],
@@ -54,16 +56,24 @@ def items() -> list[Item]:
     pytest = [py, "-m", "pytest", "-n", "8"]
     cifar, photos = ("data/cifar10_train.beton", "data/cifar10_test.beton"), ("data/photos.beton",)
     found = [
-        Item("tests_graph", [py, "-m", "pytest", "tests/test_graph.py", "tests/kernels/test_multi_tensor.py"], 150,
-             check=True),
+        Item(
+            "tests_graph",
+            [py, "-m", "pytest", "tests/test_graph.py", "tests/kernels/test_multi_tensor.py"],
+            150,
+            check=True,
+        ),
         Item("tests_kernels", [*pytest, "tests/kernels", "-k", "not every_size and not builds"], 240, check=True),
     ]
     for variant in ("graph", "plain"):
         found += [_step(name, variant, cifar, photos) for name in list(STEPS)[:3]]
     train = [py, "-m", "fastssl", "train", "configs/simclr/r18_cifar10_200ep.py", *CIFAR, "log.knn_epochs=10"]
     found.append(Item("run_simclr_cifar10", [*train, "name=lease/simclr_r18"], 540, cifar))
-    found += [_step(name, variant, cifar, photos) for variant in VARIANTS for name in STEPS
-              if not (variant in ("graph", "plain") and name in list(STEPS)[:3])]
+    found += [
+        _step(name, variant, cifar, photos)
+        for variant in VARIANTS
+        for name in STEPS
+        if not (variant in ("graph", "plain") and name in list(STEPS)[:3])
+    ]
     found += [Item(f"kernels_{op}", [py, "bench/kernels.py", op, "--json"], 200) for op in KERNELS]
     peers = [py, "bench/peers.py", cifar[0], CIFAR[0], "--batch", "256", "--seconds", "60"]
     found.append(Item("peers_simclr_r18", peers, 150, cifar[:1]))
@@ -76,10 +86,25 @@ def items() -> list[Item]:
 
 def _step(name: str, variant: str, cifar: tuple, photos: tuple) -> Item:
     config, overrides = STEPS[name]
-    command = [sys.executable, "bench/step.py", f"configs/{config}", *overrides, *VARIANTS[variant],
-               "--seconds", "40", "--blocks", "3", "--steps", "20"]
-    return Item(f"step_{name}_{variant}", command, 120 if "compile" not in variant else 200,
-                cifar if overrides[0] == CIFAR[0] else photos)
+    command = [
+        sys.executable,
+        "bench/step.py",
+        f"configs/{config}",
+        *overrides,
+        *VARIANTS[variant],
+        "--seconds",
+        "40",
+        "--blocks",
+        "3",
+        "--steps",
+        "20",
+    ]
+    return Item(
+        f"step_{name}_{variant}",
+        command,
+        120 if "compile" not in variant else 200,
+        cifar if overrides[0] == CIFAR[0] else photos,
+    )
 
 
 def main() -> int:
@@ -127,15 +152,20 @@ class Record:
         self.items = json.loads(path.read_text()) if path.exists() else {}
 
     def state(self, name: str) -> str:
-        """"done", "failed", or "" for what has not run at this commit."""
+        """ "done", "failed", or "" for what has not run at this commit."""
         entry = self.items.get(name)
         if entry is None or entry["commit"] != self.env["commit"]:
             return ""
         return "failed" if entry["rc"] else "done"
 
     def write(self, name: str, rc: int, seconds: float, last: str) -> None:
-        self.items[name] = {"commit": self.env["commit"], "date": self.env["date"], "rc": rc,
-                            "seconds": round(seconds, 1), "last": last}
+        self.items[name] = {
+            "commit": self.env["commit"],
+            "date": self.env["date"],
+            "rc": rc,
+            "seconds": round(seconds, 1),
+            "last": last,
+        }
         self.path.parent.mkdir(exist_ok=True)
         self.path.write_text(json.dumps(self.items, indent=1) + "\n")
 
@@ -169,8 +199,10 @@ def table(results: Path, commit: str) -> str:
         real = r["real"]
         mfu = "" if real["mfu"] is None else f"{100 * real['mfu']:.1f} %"
         rate = f"{real['images_per_s']['median']:,.0f}"
-        rows.append(f"| {r['config']} | {r['batch']} | {r.get('graph', '')} | {r['compile']} | {rate} | "
-                    f"{real['total_ms_mean']:.2f} | {mfu} | {real['memory_gib']} |")
+        rows.append(
+            f"| {r['config']} | {r['batch']} | {r.get('graph', '')} | {r['compile']} | {rate} | "
+            f"{real['total_ms_mean']:.2f} | {mfu} | {real['memory_gib']} |"
+        )
     return "\n".join(rows) if steps else "no step has been measured at this commit"
 
 

@@ -57,9 +57,18 @@ def main() -> None:
             card = Loader(beton, args.batch, device="cpu").card
             rates = measure(contestants(beton, jpegs, args.batch), args.repeats)
             report(name, card, rates)
-            append("loader", env, images=name, batch=args.batch, workers=WORKERS, view=SIZE, samples=card["samples"],
-                   mean_pixels=card["mean_pixels"], max_pixels=card["max_pixels"],
-                   images_per_s={k: spread(v) for k, v in rates.items()})  # fmt: skip
+            append(
+                "loader",
+                env,
+                images=name,
+                batch=args.batch,
+                workers=WORKERS,
+                view=SIZE,
+                samples=card["samples"],
+                mean_pixels=card["mean_pixels"],
+                max_pixels=card["max_pixels"],
+                images_per_s={k: spread(v) for k, v in rates.items()},
+            )
     if env["load"] > 1:
         print(f"\nThe machine was busy before this run (load {env['load']}): repeat it when it is calm.")
 
@@ -126,17 +135,31 @@ def ffcv(beton: str, batch: int, views: int):
 
     names = ["image", *(f"view{v}" for v in range(1, views))]
     rows = np.arange(Reader(beton).num_samples, dtype=np.uint64)  # any other type, and FFCV's thread dies silently
-    loader = Loader(beton, batch, num_workers=WORKERS, order=OrderOption.RANDOM, seed=0, drop_last=True,
-                    indices=np.tile(rows, PASSES),  # one long epoch: no gaps between passes
-                    pipelines={"index": None, "label": None, **{n: pipeline() for n in names}})  # fmt: skip
+    loader = Loader(
+        beton,
+        batch,
+        num_workers=WORKERS,
+        order=OrderOption.RANDOM,
+        seed=0,
+        drop_last=True,
+        indices=np.tile(rows, PASSES),  # one long epoch: no gaps between passes
+        pipelines={"index": None, "label": None, **{n: pipeline() for n in names}},
+    )
     return lambda: sum(len(out[0]) for out in loader)
 
 
 def torchvision(jpegs: Path, batch: int, views: Views):
     data = datasets.ImageFolder(str(jpegs), views)
     order = torch.cat([torch.randperm(len(data)) for _ in range(PASSES)]).tolist()
-    loader = torch.utils.data.DataLoader(data, batch, sampler=order, num_workers=WORKERS, drop_last=True,
-                                         persistent_workers=True, multiprocessing_context="forkserver")  # fmt: skip
+    loader = torch.utils.data.DataLoader(
+        data,
+        batch,
+        sampler=order,
+        num_workers=WORKERS,
+        drop_last=True,
+        persistent_workers=True,
+        multiprocessing_context="forkserver",
+    )
     return lambda: sum(len(labels) for _, labels in loader)
 
 
@@ -145,9 +168,15 @@ class Views:
 
     def __init__(self, views: int, colours: tuple = ()):
         self.views = views
-        self.view = transforms.Compose([transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(),
-                                        *colours, transforms.ToTensor(),
-                                        transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+        self.view = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(SIZE),
+                transforms.RandomHorizontalFlip(),
+                *colours,
+                transforms.ToTensor(),
+                transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ]
+        )
 
     def __call__(self, image: Image.Image):
         return [self.view(image) for _ in range(self.views)] or np.asarray(image).shape
@@ -176,8 +205,10 @@ def report(name: str, card: dict, rates: dict) -> None:
     print(f"\n{card['samples']} images {name}, {card['mean_pixels']:.0f} pixels on average, {WORKERS} workers")
     ours = np.median(rates["ours"])
     for row, values in rates.items():
-        print(f"  {row:28}{np.median(values):8.0f} images/s ({min(values):.0f} to {max(values):.0f}, n={len(values)})"
-              f"   ours is {ours / np.median(values):.2f} times as fast")  # fmt: skip
+        print(
+            f"  {row:28}{np.median(values):8.0f} images/s ({min(values):.0f} to {max(values):.0f}, n={len(values)})"
+            f"   ours is {ours / np.median(values):.2f} times as fast"
+        )
 
 
 if __name__ == "__main__":

@@ -63,32 +63,60 @@ def measure(name: str, file: Path, folder: Path, run, args, env: dict) -> None:
     steps = [r for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in r]
     tenth = max(1, len(steps) // 10)
     first, last = (sum(r["loss"] for r in part) / len(part) for part in (steps[:tenth], steps[-tenth:]))
-    result = {"method": name, "config": str(file.relative_to(ROOT)), "overrides": args.override,
-              "backbone": run.backbone.name + (f", width {run.backbone.width}" if run.backbone.width != 64 else ""),
-              "batch": run.optim.batch, "steps": steps[-1]["step"],
-              "train_s": round(seconds, 1), "loss_first": first, "loss_last": last,
-              "knn_untrained": knn(folder, args, "untrained"), "knn": knn(folder, args, "weights")}  # fmt: skip
+    result = {
+        "method": name,
+        "config": str(file.relative_to(ROOT)),
+        "overrides": args.override,
+        "backbone": run.backbone.name + (f", width {run.backbone.width}" if run.backbone.width != 64 else ""),
+        "batch": run.optim.batch,
+        "steps": steps[-1]["step"],
+        "train_s": round(seconds, 1),
+        "loss_first": first,
+        "loss_last": last,
+        "knn_untrained": knn(folder, args, "untrained"),
+        "knn": knn(folder, args, "weights"),
+    }
     (folder / "result.json").write_text(json.dumps({**env, **result}, indent=1) + "\n")
     if not args.dry:
         append("methods", env, **result)
-    print(f"{name}: loss {first:.3f} to {last:.3f}, kNN {result['knn']:.1f} % "
-          f"(untrained {result['knn_untrained']:.1f} %), {seconds:.0f} s", flush=True)  # fmt: skip
+    print(
+        f"{name}: loss {first:.3f} to {last:.3f}, kNN {result['knn']:.1f} % "
+        f"(untrained {result['knn_untrained']:.1f} %), {seconds:.0f} s",
+        flush=True,
+    )
 
 
 def knn(folder: Path, args, features: str) -> float:
     out = folder / f"knn_{features}.json"
-    call("eval", "knn", str(folder), "--train", args.train, "--test", args.test, "--k", str(K), "--features", features,
-         "--out", str(out))  # fmt: skip
+    call(
+        "eval",
+        "knn",
+        str(folder),
+        "--train",
+        args.train,
+        "--test",
+        args.test,
+        "--k",
+        str(K),
+        "--features",
+        features,
+        "--out",
+        str(out),
+    )
     return json.loads(out.read_text())["results"][0]["top1"]
 
 
 def write_table(path: Path, name: str, results: list[dict]) -> None:
     """Replace what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`."""
-    rows = ["| method | backbone | steps x batch | loss, first to last tenth | kNN untrained | kNN trained | seconds |",
-            "|---|---|---|---|---|---|---|"]  # fmt: skip
+    rows = [
+        "| method | backbone | steps x batch | loss, first to last tenth | kNN untrained | kNN trained | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for r in results:
-        rows.append(f"| {r['method']} | {r['backbone']} | {r['steps']} x {r['batch']} | {r['loss_first']:.3f}, "
-                    f"{r['loss_last']:.3f} | {r['knn_untrained']:.1f} | **{r['knn']:.1f}** | {r['train_s']:.0f} |")
+        rows.append(
+            f"| {r['method']} | {r['backbone']} | {r['steps']} x {r['batch']} | {r['loss_first']:.3f}, "
+            f"{r['loss_last']:.3f} | {r['knn_untrained']:.1f} | **{r['knn']:.1f}** | {r['train_s']:.0f} |"
+        )
     made = sorted({(r["device"], r["date"], *(f"{k} {v}" for k, v in r["versions"].items())) for r in results})
     rows += ["", *(f"Measured on {device}, {date}, {', '.join(versions)}." for device, date, *versions in made)]
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"

@@ -46,8 +46,17 @@ class Peer:
     """A plain PyTorch loop around a library's loader, views and loss.  `pick`: the tensors of a batch that its
     DataLoader gives; `augment`: views of them on the device, where they are not views yet."""
 
-    def __init__(self, name: str, run, device: torch.device, data: Dataset, workers: int, loss: Callable,
-                 pick: Callable = list, augment: Callable = list):
+    def __init__(
+        self,
+        name: str,
+        run,
+        device: torch.device,
+        data: Dataset,
+        workers: int,
+        loss: Callable,
+        pick: Callable = list,
+        augment: Callable = list,
+    ):
         self.name, self.device, self.pick, self.augment, self.loss = name, device, pick, augment, loss
         self.dtype, o = DTYPES[run.optim.precision], run.optim
         self.loader = fresh_loader(data, o.batch, workers, device)
@@ -81,8 +90,9 @@ class Peer:
 
 def fresh_loader(data: Dataset, batch: int, workers: int, device: torch.device) -> Callable[[], DataLoader]:
     """A new DataLoader each time: its processes end with the block, and take no core from the next side's."""
-    return lambda: DataLoader(data, batch, shuffle=True, drop_last=True, num_workers=workers,
-                              pin_memory=device.type == "cuda")  # fmt: skip
+    return lambda: DataLoader(
+        data, batch, shuffle=True, drop_last=True, num_workers=workers, pin_memory=device.type == "cuda"
+    )
 
 
 def plain_network(run) -> nn.Module:
@@ -139,10 +149,17 @@ def torchvision_peer(run, device, images, workers) -> Peer:
 
     v = run.data.views[0]
     blur = [T.RandomApply([T.GaussianBlur(max(3, v.size // 10 | 1), v.blur_sigma)], v.blur)] if v.blur else []
-    one = T.Compose([
-        T.RandomResizedCrop(v.size, v.scale), T.RandomHorizontalFlip(v.flip),
-        T.RandomApply([T.ColorJitter(*v.jitter)], v.jitter_p), T.RandomGrayscale(v.gray), *blur,
-        T.ToTensor(), T.Normalize(v.mean, v.std)])  # fmt: skip
+    one = T.Compose(
+        [
+            T.RandomResizedCrop(v.size, v.scale),
+            T.RandomHorizontalFlip(v.flip),
+            T.RandomApply([T.ColorJitter(*v.jitter)], v.jitter_p),
+            T.RandomGrayscale(v.gray),
+            *blur,
+            T.ToTensor(),
+            T.Normalize(v.mean, v.std),
+        ]
+    )
     data = Images(images, lambda image: (one(image), one(image)))
     return Peer("torchvision", run, device, data, workers, ntxent(run.method.temperature))
 
@@ -154,17 +171,23 @@ def kornia_peer(run, device, images, workers) -> Peer:
     side = max(3, v.size // 10 | 1)
     blur = [K.RandomGaussianBlur((side, side), v.blur_sigma, p=v.blur)] if v.blur else []
     one = K.AugmentationSequential(
-        K.RandomResizedCrop((v.size, v.size), v.scale), K.RandomHorizontalFlip(p=v.flip),
-        K.ColorJitter(*v.jitter, p=v.jitter_p), K.RandomGrayscale(p=v.gray), *blur,
-        K.Normalize(torch.tensor(v.mean), torch.tensor(v.std)), data_keys=["input"]).to(device)  # fmt: skip
+        K.RandomResizedCrop((v.size, v.size), v.scale),
+        K.RandomHorizontalFlip(p=v.flip),
+        K.ColorJitter(*v.jitter, p=v.jitter_p),
+        K.RandomGrayscale(p=v.gray),
+        *blur,
+        K.Normalize(torch.tensor(v.mean), torch.tensor(v.std)),
+        data_keys=["input"],
+    ).to(device)
 
     @torch.no_grad()
     def augment(raw: list[Tensor]) -> list[Tensor]:
         x = raw[0].float() / 255
         return [one(x), one(x)]
 
-    return Peer("kornia", run, device, Images(images, None), workers, ntxent(run.method.temperature),
-                lambda raw: [raw], augment)
+    return Peer(
+        "kornia", run, device, Images(images, None), workers, ntxent(run.method.temperature), lambda raw: [raw], augment
+    )
 
 
 def lightly_peer(run, device, images, workers) -> Peer:
@@ -175,9 +198,19 @@ def lightly_peer(run, device, images, workers) -> Peer:
     v = run.data.views[0]
     bright, contrast, saturation, hue = v.jitter
     transform = SimCLRTransform(
-        input_size=v.size, cj_prob=v.jitter_p, cj_bright=bright, cj_contrast=contrast, cj_sat=saturation, cj_hue=hue,
-        min_scale=v.scale[0], random_gray_scale=v.gray, gaussian_blur=v.blur, sigmas=v.blur_sigma, hf_prob=v.flip,
-        normalize={"mean": list(v.mean), "std": list(v.std)})  # fmt: skip
+        input_size=v.size,
+        cj_prob=v.jitter_p,
+        cj_bright=bright,
+        cj_contrast=contrast,
+        cj_sat=saturation,
+        cj_hue=hue,
+        min_scale=v.scale[0],
+        random_gray_scale=v.gray,
+        gaussian_blur=v.blur,
+        sigmas=v.blur_sigma,
+        hf_prob=v.flip,
+        normalize={"mean": list(v.mean), "std": list(v.std)},
+    )
     data = LightlyDataset.from_torch_dataset(Labelled(images), transform=transform)
     return Peer("lightly", run, device, data, workers, NTXentLoss(run.method.temperature), lambda raw: raw[0])
 

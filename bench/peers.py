@@ -38,8 +38,12 @@ from fastssl.config import Optim
 from fastssl.meters import Meter
 
 CONFIG = ROOT / "configs/simclr/r18_cifar10_200ep.py"
-COLUMNS = {"load": ("data",), "views": ("views",), "network": ("forward", "backward", "step"),
-           "rest": ("optimizer", "other")}  # fmt: skip
+COLUMNS = {
+    "load": ("data",),
+    "views": ("views",),
+    "network": ("forward", "backward", "step"),
+    "rest": ("optimizer", "other"),
+}
 CHECKED = 3  # steps
 TOLERANCE = {"fp32": (1e-4, 1e-2), "fp16": (5e-3, 2e-2), "bf16": (2e-2, 5e-2)}  # of the first loss, of later ones
 
@@ -49,8 +53,16 @@ PEERS = {"lightly": lightly_peer, "kornia": kornia_peer, "torchvision": torchvis
 
 def recipe(args: argparse.Namespace, more: list[str]) -> config.Run:
     """Our side's: with what the other libraries have, too."""
-    run = config.load(CONFIG, [f"data.train={args.data}", "data.test=none", "data.views.all.interpolation=bilinear",
-                               f"backbone.name={args.backbone}", f"speed.workers={max(1, args.workers)}"])
+    run = config.load(
+        CONFIG,
+        [
+            f"data.train={args.data}",
+            "data.test=none",
+            "data.views.all.interpolation=bilinear",
+            f"backbone.name={args.backbone}",
+            f"speed.workers={max(1, args.workers)}",
+        ],
+    )
     run.sync_bn = False
     run.optim = Optim(name="sgd", lr=0.05, batch=args.batch, schedule="constant", precision=args.precision)
     for override in [*args.overrides, *more]:
@@ -91,8 +103,10 @@ def check(sides: list, source: Iterator, precision: str) -> dict[str, list[float
         off = [abs(a - b) / abs(b) for a, b in zip(values, first)]
         allowed = [TOLERANCE[precision][i > 0] for i in range(CHECKED)]  # what rounding differs grows with each step
         if not all(a <= b for a, b in zip(off, allowed)):
-            raise ValueError(f"{name} does other work: its losses are {values}, ours {first}, off by {max(off):.1g} "
-                             f"where {allowed} are allowed; no time is printed")
+            raise ValueError(
+                f"{name} does other work: its losses are {values}, ours {first}, off by {max(off):.1g} "
+                f"where {allowed} are allowed; no time is printed"
+            )
     return losses
 
 
@@ -130,10 +144,12 @@ def measure(sides: list, args: argparse.Namespace, deadline: float, device: torc
         records = [r for part in whole for r in part]
         results[name] = {
             "images_per_s": spread([rate(part, args.batch) for part in whole]),
-            "ms": {column: round(statistics.median(sum(r[f"{p}_ms"] for p in phases) for r in records), 2)
-                   for column, phases in COLUMNS.items()},
+            "ms": {
+                column: round(statistics.median(sum(r[f"{p}_ms"] for p in phases) for r in records), 2)
+                for column, phases in COLUMNS.items()
+            },
             "input_images_per_s": spread([rate(part, args.batch) for part in alone]),
-        }  # fmt: skip
+        }
     return results
 
 
@@ -142,12 +158,17 @@ def rate(records: list[dict], batch: int) -> float:
 
 
 def report(results: dict[str, dict], losses: dict[str, list[float]]) -> None:
-    print(f"{'':14}{'images/s':>10}{'from':>9}{'to':>9}" + "".join(f"{c + ' ms':>12}" for c in COLUMNS)
-          + f"{'input img/s':>13}{'from':>9}{'to':>9}  losses of the first steps")  # fmt: skip
+    print(
+        f"{'':14}{'images/s':>10}{'from':>9}{'to':>9}"
+        + "".join(f"{c + ' ms':>12}" for c in COLUMNS)
+        + f"{'input img/s':>13}{'from':>9}{'to':>9}  losses of the first steps"
+    )
     for name, r in results.items():
         cells = "".join(f"{r['ms'][c]:12.2f}" for c in COLUMNS)
-        whole, alone = ("".join(f"{r[key][k]:{w}.1f}" for k, w in (("median", first), ("min", 9), ("max", 9)))
-                        for key, first in (("images_per_s", 10), ("input_images_per_s", 13)))  # fmt: skip
+        whole, alone = (
+            "".join(f"{r[key][k]:{w}.1f}" for k, w in (("median", first), ("min", 9), ("max", 9)))
+            for key, first in (("images_per_s", 10), ("input_images_per_s", 13))
+        )
         print(f"{name:14}{whole}{cells}{alone}  {', '.join(f'{x:.4f}' for x in losses[name])}")
     ours = results["ours"]
     for name, r in results.items():
@@ -169,8 +190,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--warm", type=int, default=6, help="steps of a block that do not count")
     parser.add_argument("--blocks", type=int, default=4, help="of each side")
     parser.add_argument("--seconds", type=float, default=400, help="after which no further round of blocks is started")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)),
-                        help="loading threads of ours and loading processes of the others (one a core)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="loading threads of ours and loading processes of the others (one a core)",
+    )
     parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
     args = parser.parse_intermixed_args(argv)
     deadline = time.perf_counter() + args.seconds
@@ -204,9 +229,16 @@ def main(argv: list[str] | None = None) -> int:
         dist.shutdown()
     report(results, losses)
     if not args.dry:
-        facts = {"data": Path(args.data).name, "backbone": args.backbone, "batch": args.batch,
-                 "precision": args.precision, "threads": torch.get_num_threads(), "workers": args.workers,
-                 "overrides": args.overrides, "load_after": round(os.getloadavg()[0], 1)}  # fmt: skip
+        facts = {
+            "data": Path(args.data).name,
+            "backbone": args.backbone,
+            "batch": args.batch,
+            "precision": args.precision,
+            "threads": torch.get_num_threads(),
+            "workers": args.workers,
+            "overrides": args.overrides,
+            "load_after": round(os.getloadavg()[0], 1),
+        }
         where = append("peers", env, **facts, sides=results, losses=losses, left_out=sorted(absent))
         print(f"appended to {where}")
     return 0

@@ -25,9 +25,27 @@ KINDS = {  # the first pattern that fits a kernel's name
     "copies and casts": r"copy|Memcpy|Memset|memcpy|FillFunctor|CatArray|stack",
     "adds and sums": r"_add|_sum|reduce_kernel",
 }
-COLOURS = dict(zip([*KINDS, "other kernels", "not in the table", "waits for the host"], [
-    "#17becf", "#8c564b", "#9467bd", "#1f77b4", "#1f77b4", "#e377c2", "#e377c2", "#2ca02c", "#2ca02c", "#ff7f0e",
-    "#ffbb78", "#bcbd22", "#c7c7c7", "#f0f0f0"]))  # fmt: skip
+COLOURS = dict(
+    zip(
+        [*KINDS, "other kernels", "not in the table", "waits for the host"],
+        [
+            "#17becf",
+            "#8c564b",
+            "#9467bd",
+            "#1f77b4",
+            "#1f77b4",
+            "#e377c2",
+            "#e377c2",
+            "#2ca02c",
+            "#2ca02c",
+            "#ff7f0e",
+            "#ffbb78",
+            "#bcbd22",
+            "#c7c7c7",
+            "#f0f0f0",
+        ],
+    )
+)
 STEPS = 13  # of a profile, warm ones included (bench/step.py)
 
 
@@ -106,8 +124,10 @@ def main(argv: list[str] | None = None) -> int:
         try:
             found[title] = read(Path(file))
         except (OSError, TypeError) as error:  # no such file, or none of the lines of a step.txt
-            print(f"bench/picture.py: {text!r} is not TITLE=FILE with a step.txt of bench/step.py --profile ({error})",
-                  file=sys.stderr)
+            print(
+                f"bench/picture.py: {text!r} is not TITLE=FILE with a step.txt of bench/step.py --profile ({error})",
+                file=sys.stderr,
+            )
             return 2
     draw(found, args.out)
     if args.table:

@@ -87,10 +87,15 @@ def worker(out: Path, kind: str, args: argparse.Namespace) -> None:
     with recorded(device) as found:
         bench_step.run_block(t, engine, meter, source, args.steps)
         made = found[len(found) * bench_step.WARM // (bench_step.WARM + args.steps) :]
-    result = {"ranks": dist.world(), "kind": kind, "batch": run.optim.batch,
-              "ms": statistics.median(r["total_ms"] for r in records),
-              "communication_ms": sum(ms for *_, ms in made) / args.steps,
-              "collectives": summed(made, args.steps), **(link(device) if dist.world() > 1 else {})}  # fmt: skip
+    result = {
+        "ranks": dist.world(),
+        "kind": kind,
+        "batch": run.optim.batch,
+        "ms": statistics.median(r["total_ms"] for r in records),
+        "communication_ms": sum(ms for *_, ms in made) / args.steps,
+        "collectives": summed(made, args.steps),
+        **(link(device) if dist.world() > 1 else {}),
+    }
     if dist.is_main():
         out.write_text(json.dumps(result))
     dist.shutdown()
@@ -145,8 +150,21 @@ def model(found: list[dict], latency_us: float, gb_s: float, most: int = 512) ->
 def measure(kind: str, ranks: int, args: argparse.Namespace, seconds: float) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                   __file__, args.config, *args.overrides, "--steps", str(args.steps), "--worker", kind, str(out)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            __file__,
+            args.config,
+            *args.overrides,
+            "--steps",
+            str(args.steps),
+            "--worker",
+            kind,
+            str(out),
+        ]
         env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         try:
             done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=max(seconds, 1))
@@ -160,16 +178,20 @@ def measure(kind: str, ranks: int, args: argparse.Namespace, seconds: float) -> 
 
 
 def report(found: list[dict]) -> None:
-    print(f"{'':8}{'ranks':>6}{'batch':>8}{'ms a step':>11}{'images/s':>10}{'of ideal':>10}{'communication ms':>18}"
-          f"{'of the step':>13}{'calls':>7}{'MB given':>10}")  # fmt: skip
+    print(
+        f"{'':8}{'ranks':>6}{'batch':>8}{'ms a step':>11}{'images/s':>10}{'of ideal':>10}{'communication ms':>18}"
+        f"{'of the step':>13}{'calls':>7}{'MB given':>10}"
+    )
     for r in found:
         one = next(x for x in found if x["kind"] == r["kind"])
         ideal = one["ms"] * (1 if r["kind"] == "weak" else one["ranks"] / r["ranks"])
         share = 100 * r["communication_ms"] / r["ms"]
         calls, size = (sum(c[key] for c in r["collectives"].values()) for key in ("calls", "bytes"))
-        print(f"{r['kind']:8}{r['ranks']:6}{r['batch']:8}{r['ms']:11.1f}{1e3 * r['batch'] / r['ms']:10.1f}"
-              f"{100 * ideal / r['ms']:8.0f} %{r['communication_ms']:18.2f}{share:11.1f} %"
-              f"{calls:7.1f}{size / 1e6:10.2f}")
+        print(
+            f"{r['kind']:8}{r['ranks']:6}{r['batch']:8}{r['ms']:11.1f}{1e3 * r['batch'] / r['ms']:10.1f}"
+            f"{100 * ideal / r['ms']:8.0f} %{r['communication_ms']:18.2f}{share:11.1f} %"
+            f"{calls:7.1f}{size / 1e6:10.2f}"
+        )
 
 
 def main() -> int:
@@ -179,8 +201,13 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=10, help="counted steps of a measurement")
     parser.add_argument("--seconds", type=float, default=400, help="of all measurements together")
-    parser.add_argument("--link", type=float, nargs=2, metavar=("US", "GB_S"),
-                        help="latency and bandwidth a rank for the model, instead of those measured here")
+    parser.add_argument(
+        "--link",
+        type=float,
+        nargs=2,
+        metavar=("US", "GB_S"),
+        help="latency and bandwidth a rank for the model, instead of those measured here",
+    )
     parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
     parser.add_argument("--worker", nargs=2, metavar=("KIND", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()

@@ -34,9 +34,12 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=30, help="counted steps of a block")
     parser.add_argument("--blocks", type=int, default=4, help="of each kind")
     parser.add_argument("--seconds", type=float, default=400, help="after which blocks end early")
-    parser.add_argument("--profile", metavar="FOLDER",
-                        help="write FOLDER/step.txt (kernels, launches, busy share, host time) and step.json.gz, a "
-                             "trace for https://ui.perfetto.dev, instead of blocks")  # fmt: skip
+    parser.add_argument(
+        "--profile",
+        metavar="FOLDER",
+        help="write FOLDER/step.txt (kernels, launches, busy share, host time) and step.json.gz, a "
+        "trace for https://ui.perfetto.dev, instead of blocks",
+    )
     parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
@@ -106,13 +109,17 @@ def profile(t, engine, folder: Path, steps: int = 10) -> str:
     busy = sum(e.time_range.elapsed_us() for e in on_device) / (WARM + steps) / 1e3
     calls = sum(e.name.startswith(("cudaLaunch", "cuLaunch", "cudaGraphLaunch")) for e in found.events())
     kernels = len(on_device) / (WARM + steps)
-    lines = [f"{t.run.name}: batch {t.run.optim.batch}, {t.run.optim.precision}, {describe(t)}",
-             f"{wall:.2f} ms a step ({t.run.optim.batch / wall * 1e3:.0f} images/s); "
-             f"the host has asked for a step in {host:.2f} ms",
-             f"{kernels:.0f} kernels and copies a step by {calls / (WARM + steps):.0f} launches",
-             f"the device works {busy:.2f} ms of it, {100 * busy / wall:.0f} %"]  # fmt: skip
-    tables = [found.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=90)
-              for key in (["self_cuda_time_total"] * cuda + ["self_cpu_time_total"])]  # fmt: skip
+    lines = [
+        f"{t.run.name}: batch {t.run.optim.batch}, {t.run.optim.precision}, {describe(t)}",
+        f"{wall:.2f} ms a step ({t.run.optim.batch / wall * 1e3:.0f} images/s); "
+        f"the host has asked for a step in {host:.2f} ms",
+        f"{kernels:.0f} kernels and copies a step by {calls / (WARM + steps):.0f} launches",
+        f"the device works {busy:.2f} ms of it, {100 * busy / wall:.0f} %",
+    ]
+    tables = [
+        found.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=90)
+        for key in (["self_cuda_time_total"] * cuda + ["self_cpu_time_total"])
+    ]
     if dist.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "step.txt").write_text("\n".join([*lines, *tables]))
@@ -165,19 +172,33 @@ def summarise(t, meter: Meter, blocks: list[list[dict]]) -> dict:
 def describe(t) -> dict:
     run = t.run
     return {
-        "config": run.name, "method": type(run.method).__module__.rsplit(".", 1)[-1], "backbone": run.backbone.name,
-        "stem": run.backbone.stem, "view_sizes": [view.size for view in run.data.views], "ranks": dist.world(),
-        "batch": run.optim.batch, "optimizer": run.optim.name, "precision": run.optim.precision,
-        "zero": run.speed.zero, "micro_batch": run.speed.micro_batch, "workers": t.loader.workers,
-        "resident": run.speed.resident, "channels_last": run.speed.channels_last, "compile": run.speed.compile,
+        "config": run.name,
+        "method": type(run.method).__module__.rsplit(".", 1)[-1],
+        "backbone": run.backbone.name,
+        "stem": run.backbone.stem,
+        "view_sizes": [view.size for view in run.data.views],
+        "ranks": dist.world(),
+        "batch": run.optim.batch,
+        "optimizer": run.optim.name,
+        "precision": run.optim.precision,
+        "zero": run.speed.zero,
+        "micro_batch": run.speed.micro_batch,
+        "workers": t.loader.workers,
+        "resident": run.speed.resident,
+        "channels_last": run.speed.channels_last,
+        "compile": run.speed.compile,
         "graph": t.graphed is not None and t.graphed.reason is None,
-        "kernels": run.speed.kernels, "samples": t.loader.samples, "mean_pixels": t.loader.card.get("mean_pixels"),
-    }  # fmt: skip
+        "kernels": run.speed.kernels,
+        "samples": t.loader.samples,
+        "mean_pixels": t.loader.card.get("mean_pixels"),
+    }
 
 
 def report(run, results: dict[str, dict]) -> None:
-    print(f"\n{run.name}: batch {run.optim.batch}, {len(run.data.views)} views, {run.optim.precision}, "
-          f"{dist.world()} rank(s), ZeRO {run.speed.zero}; median ms of a step")  # fmt: skip
+    print(
+        f"\n{run.name}: batch {run.optim.batch}, {len(run.data.views)} views, {run.optim.precision}, "
+        f"{dist.world()} rank(s), ZeRO {run.speed.zero}; median ms of a step"
+    )
     print(f"{'':10}" + "".join(f"{name:>11}" for name in (*COLUMNS, "images/s", "from", "to", "MFU %", "GiB")))
     for name, r in results.items():
         rate, mfu = r["images_per_s"], "-" if r["mfu"] is None else f"{100 * r['mfu']:.1f}"

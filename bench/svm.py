@@ -47,13 +47,26 @@ def main() -> None:
     args = parser.parse_args()
     env = environment("numpy", "numba", "scikit-learn")
     x, labels = features(args.train + args.test, args.dim)
-    data = [torch.from_numpy(part) for part in (x[: args.train], labels[: args.train].astype(np.float32),
-                                                x[args.train :], labels[args.train :].astype(np.float32))]  # fmt: skip
+    data = [
+        torch.from_numpy(part)
+        for part in (
+            x[: args.train],
+            labels[: args.train].astype(np.float32),
+            x[args.train :],
+            labels[args.train :].astype(np.float32),
+        )
+    ]
     solver = "cuda" if args.device == "cuda" else "fast"
     small = [part[:200, :64] if part.shape[1] > 20 else part[:200] for part in data]
     svm.low_shot(*small, shots=(1,), samples=1, solver=solver)  # compiles
-    result = {"train": args.train, "test": args.test, "dim": args.dim, "threads": svm_solver.threads(),
-              "solver": solver, "joblib_jobs": svm_solver.threads()}  # fmt: skip
+    result = {
+        "train": args.train,
+        "test": args.test,
+        "dim": args.dim,
+        "threads": svm_solver.threads(),
+        "solver": solver,
+        "joblib_jobs": svm_solver.threads(),
+    }
     for name, call, sample in (("full", svm.svm, full_sample), ("low_shot", svm.low_shot, low_shot_sample)):
         start = time.perf_counter()
         ours = call(*data, solver=solver)
@@ -61,11 +74,18 @@ def main() -> None:
         print(f"{name}: ours {seconds:.1f} s", *ours["results"], sep="\n  ", flush=True)
         theirs = sample(data, args.budget / 2, solver)
         times = theirs["extrapolated_s"] / seconds
-        result[name] = {"ours_s": round(seconds, 1), "sklearn": theirs, "times_faster": round(times, 1),
-                        "map": round(ours["results"][-1]["map"], 2)}  # fmt: skip
-        print(f"{name}: scikit-learn {theirs['extrapolated_s']:.0f} s extrapolated from {theirs['fits']} of "
-              f"{theirs['of']} fits: {times:.1f} times as long; mAP differs by {theirs['map_difference']:.3f} points, "
-              f"an AP by up to {theirs['largest_ap_difference']:.3f}", flush=True)  # fmt: skip
+        result[name] = {
+            "ours_s": round(seconds, 1),
+            "sklearn": theirs,
+            "times_faster": round(times, 1),
+            "map": round(ours["results"][-1]["map"], 2),
+        }
+        print(
+            f"{name}: scikit-learn {theirs['extrapolated_s']:.0f} s extrapolated from {theirs['fits']} of "
+            f"{theirs['of']} fits: {times:.1f} times as long; mAP differs by {theirs['map_difference']:.3f} points, "
+            f"an AP by up to {theirs['largest_ap_difference']:.3f}",
+            flush=True,
+        )
     if not args.dry:
         print(f"appended to {append('svm', env, **result)}")
 
@@ -80,8 +100,11 @@ def full_sample(data, budget: float, solver: str) -> dict:
 
     result = compare(data, budget, solver, {"full": problem}, 3 * classes)
     one = result["of"] / (3 * classes)  # fits of a class on a fold
-    return {**result, "extrapolated_s": round(result["extrapolated_s"] * (1 + 1 / (3 * one)), 1),
-            "of": result["of"] + classes}  # fmt: skip
+    return {
+        **result,
+        "extrapolated_s": round(result["extrapolated_s"] * (1 + 1 / (3 * one)), 1),
+        "of": result["of"] + classes,
+    }
 
 
 def low_shot_sample(data, budget: float, solver: str) -> dict:
@@ -117,11 +140,18 @@ def compare(data, budget: float, solver: str, kinds: dict, count: int) -> dict:
                 a, b = average_precision(np.stack([score, ours[0]]), np.stack([y_test[:, c]] * 2))
                 differences.append(100 * (b - a))
     mean = {key: float(np.mean(values)) for key, values in spent.items()}
-    return {"extrapolated_s": round(count * sum(mean.values()), 1), "fits": len(differences), "of": count * len(spent),
-            "map_difference": round(float(np.mean(differences)), 4),
-            "largest_ap_difference": round(float(np.abs(differences).max()), 3),
-            "ms_per_fit": {f"{kind} at {cost:.2g}": round(1e3 * value, 1) for (kind, cost), value in mean.items()
-                           if kind in ("full", 1, 96) and cost in (svm.COSTS[0], 1.0, 100.0)}}  # fmt: skip
+    return {
+        "extrapolated_s": round(count * sum(mean.values()), 1),
+        "fits": len(differences),
+        "of": count * len(spent),
+        "map_difference": round(float(np.mean(differences)), 4),
+        "largest_ap_difference": round(float(np.abs(differences).max()), 3),
+        "ms_per_fit": {
+            f"{kind} at {cost:.2g}": round(1e3 * value, 1)
+            for (kind, cost), value in mean.items()
+            if kind in ("full", 1, 96) and cost in (svm.COSTS[0], 1.0, 100.0)
+        },
+    }
 
 
 def one(x, x_test, rows, positive, cost):

@@ -145,13 +145,22 @@ def main() -> int:
                 lines.append((us or math.inf, b.spills, each, tiles, b))
             for us, spills, each, tiles, b in sorted(lines, key=lambda line: line[:3]):
                 limit = f" (of {tiles.registers})" if tiles.registers else ""
-                print(f" {'*' if tiles == shipped else ' '} {tiles.bm:3} x {tiles.bn:3}, {tiles.warps} warps, "
-                      f"{tiles.stages} stages: {b.registers:3} registers{limit:9}, {spills:4} B spilled, "
-                      f"{b.shared / 1024:5.1f} KB, {b.resident} at a time, {each:4.1f} instructions an entry"
-                      + (f", {us:.1f} us" if us < math.inf else ""))  # fmt: skip
+                print(
+                    f" {'*' if tiles == shipped else ' '} {tiles.bm:3} x {tiles.bn:3}, {tiles.warps} warps, "
+                    f"{tiles.stages} stages: {b.registers:3} registers{limit:9}, {spills:4} B spilled, "
+                    f"{b.shared / 1024:5.1f} KB, {b.resident} at a time, {each:4.1f} instructions an entry"
+                    + (f", {us:.1f} us" if us < math.inf else "")
+                )
             if cuda:
-                append("tiles", env, kernel=name, width=width, rows=args.rows, shipped=shipped._asdict(),
-                       us=[[*tiles, us] for us, _, _, tiles, _ in lines if us < math.inf])  # fmt: skip
+                append(
+                    "tiles",
+                    env,
+                    kernel=name,
+                    width=width,
+                    rows=args.rows,
+                    shipped=shipped._asdict(),
+                    us=[[*tiles, us] for us, _, _, tiles, _ in lines if us < math.inf],
+                )
     if not cuda:
         print("\nno CUDA device: nothing was timed")
     return 0

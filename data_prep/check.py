@@ -63,8 +63,10 @@ class Beton:
 
     def require(self, key: str, found) -> None:
         if self.card.get(key) != found:
-            raise ValueError(f"{self.target.beton} does not match its data card: {key} is {found}, the card says "
-                             f"{self.card.get(key)}: convert or copy it again")
+            raise ValueError(
+                f"{self.target.beton} does not match its data card: {key} is {found}, the card says "
+                f"{self.card.get(key)}: convert or copy it again"
+            )
 
     def image(self, row: int) -> np.ndarray | None:
         """RGB pixels (height, width, 3), or None where they cannot be decoded."""
@@ -96,12 +98,16 @@ def check(path: str | Path, *, workers: int = 1, progress: Progress = lambda *_:
     sheet = beton.target.beton.with_suffix(".png")
     contact_sheet(beton).save(sheet)
     card = beton.card
-    return "\n".join([
-        f"{path}: sound. {card['samples']} images ({card['jpeg']} JPEG, {card['raw']} raw), sizes up to "
-        f"{card['max_height']}x{card['max_width']}, {card['bytes'] / 1e6:.1f} MB, hash and every image verified",
-        f"decoded {rate:.0f} images/s, {rate * card['bytes'] / card['samples'] / 1e6:.1f} MB/s on {workers} threads, "
-        "from the page cache",
-        f"contact sheet: {sheet}"])
+    return "\n".join(
+        [
+            f"{path}: sound. {card['samples']} images ({card['jpeg']} JPEG, {card['raw']} raw), sizes up to "
+            f"{card['max_height']}x{card['max_width']}, {card['bytes'] / 1e6:.1f} MB, hash and every image verified",
+            f"decoded {rate:.0f} images/s, "
+            f"{rate * card['bytes'] / card['samples'] / 1e6:.1f} MB/s on {workers} threads, "
+            "from the page cache",
+            f"contact sheet: {sheet}",
+        ]
+    )
 
 
 def _check_labels(beton: Beton) -> None:
@@ -109,12 +115,15 @@ def _check_labels(beton: Beton) -> None:
     allowed = {"none": (-1, -1), "multi": (-1, 1)}.get(kind) or (-1, len(classes or []) - 1)
     low, high = beton.labels.min(), beton.labels.max()
     if not (low >= allowed[0] and high <= allowed[1]):  # not: also for NaN
-        raise ValueError(f"{beton.target.beton} is damaged: labels from {low} to {high}, the data card allows "
-                         f"{allowed[0]} to {allowed[1]}")
+        raise ValueError(
+            f"{beton.target.beton} is damaged: labels from {low} to {high}, the data card allows "
+            f"{allowed[0]} to {allowed[1]}"
+        )
 
 
 def _decode_all(beton: Beton, workers: int, progress: Progress) -> float:
     """Images per second; ValueError names the first that does not decode.  The decoder releases the GIL."""
+
     def decode(start: int) -> list[int]:
         return [row for row in range(start, min(start + CHUNK, beton.samples)) if beton.image(row) is None]
 
@@ -126,8 +135,9 @@ def _decode_all(beton: Beton, workers: int, progress: Progress) -> float:
             broken += waiting.popleft().result()
             progress("images", min((chunk + 1) * CHUNK, beton.samples), beton.samples)
     if broken:
-        raise ValueError(f"{beton.target.beton} is damaged: {len(broken)} images do not decode, the first is row "
-                         f"{broken[0]}")
+        raise ValueError(
+            f"{beton.target.beton} is damaged: {len(broken)} images do not decode, the first is row {broken[0]}"
+        )
     return beton.samples / (time.perf_counter() - begin)
 
 

@@ -44,35 +44,62 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     kinds = "\n".join(f"  {name:<12} {text}" for name, text in KINDS.items())
     parser = _Parser(
-        prog="fastssl convert", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="fastssl convert",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"Convert images to one FFCV file OUT (NAME.beton) with a data card NAME.json.\n\nSOURCE\n{kinds}",
         epilog="fastssl convert check NAME.beton   decodes everything, verifies counts and hash, measures read speed, "
-               "draws NAME.png")
+        "draws NAME.png",
+    )
     parser.add_argument("source", metavar="SOURCE", choices=list(KINDS))
     parser.add_argument("path", metavar="PATH")
     parser.add_argument("out", metavar="OUT")
     add = parser.add_argument
     add("--split", help="sub-folder of PATH, or split of the dataset, to convert")
     add("--root", help="list: folder that the paths are relative to (default: that of the list)")
-    add("--label-columns", metavar="N", help="list: the column with the label, counted from 1 (the path is column 1); "
-        "2-4 or 2-: several labels an image (default: 2, where a line has no more columns)")
-    add("--classes", metavar="FILE", help="list: the class names in their order, one a line, or the .beton (or its "
-        "data card) whose classes these are, so that train and test have the same numbers (default: the sorted names)")
+    add(
+        "--label-columns",
+        metavar="N",
+        help="list: the column with the label, counted from 1 (the path is column 1); "
+        "2-4 or 2-: several labels an image (default: 2, where a line has no more columns)",
+    )
+    add(
+        "--classes",
+        metavar="FILE",
+        help="list: the class names in their order, one a line, or the .beton (or its "
+        "data card) whose classes these are, so that train and test have the same numbers (default: the sorted names)",
+    )
     add("--labels", choices=("auto", "none"), default="auto", help="none: ignore the class folders (default auto)")
     add("--short-side", type=_positive, metavar="S", help="shrink images whose short side is longer to S pixels")
     add("--upscale", action="store_true", help="with --short-side: enlarge the smaller ones too")
     add("--max-pixels", type=_positive, metavar="N", help="shrink images of more than N pixels (height x width)")
-    add("--max-aspect", type=float, metavar="R",
+    add(
+        "--max-aspect",
+        type=float,
+        metavar="R",
         help="with --short-side S: shrink long images further, to the area of R*S by S, because the largest image "
-             "sets the canvas of every batch (default 4)")
-    add("--mode", choices=("jpg", "raw"),
+        "sets the canvas of every batch (default 4)",
+    )
+    add(
+        "--mode",
+        choices=("jpg", "raw"),
         help="how to store what cannot be stored as it is, raw also decodes JPEGs (default: jpg for JPEG sources, raw "
-             "for lossless ones)")
+        "for lossless ones)",
+    )
     add("--quality", type=_positive, default=95, help="of JPEGs that are written here (default 95)")
-    add("--max-bad", type=_count, default=0, metavar="N", help="skip up to N unreadable images (default 0); they are "
-                                                               "listed in NAME.bad.txt")
-    add("--workers", type=_workers, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: one "
-                                                                                           "for each CPU)")
+    add(
+        "--max-bad",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="skip up to N unreadable images (default 0); they are listed in NAME.bad.txt",
+    )
+    add(
+        "--workers",
+        type=_workers,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes (default: one for each CPU)",
+    )
     add("--force", action="store_true", help="replace an existing OUT")
     return parser
 
@@ -104,57 +131,89 @@ def _convert(argv: list[str]) -> int:
     if args.quality > 100:
         raise ValueError(f"--quality {args.quality}: 1 to 100")
     if not args.short_side and (args.upscale or args.max_aspect is not None):
-        raise ValueError(f"{'--upscale' if args.upscale else '--max-aspect'} needs --short-side; "
-                         "--max-pixels bounds images without it")
+        raise ValueError(
+            f"{'--upscale' if args.upscale else '--max-aspect'} needs --short-side; "
+            "--max-pixels bounds images without it"
+        )
     if args.max_aspect is not None and not args.max_aspect >= 1:
         raise ValueError(f"--max-aspect {args.max_aspect}: 1 or more")
     target = Target.of(args.out)
     check_target(target, args.force)  # before an archive is read for minutes
     options = Options(args.short_side, args.upscale, args.max_pixels, args.max_aspect or 4.0, args.quality, args.mode)
     start = time.perf_counter()
-    source = open_source(args.source, args.path, split=args.split, root=args.root, labels=args.labels,
-                         label_columns=args.label_columns, classes=args.classes)
+    source = open_source(
+        args.source,
+        args.path,
+        split=args.split,
+        root=args.root,
+        labels=args.labels,
+        label_columns=args.label_columns,
+        classes=args.classes,
+    )
     for note in source.notes:
         print(note)
     with progress_bar() as progress:
-        card = convert(source, args.out, options, workers=args.workers, max_bad=args.max_bad, force=args.force,
-                       given={key: getattr(args, key) for key in GIVEN},
-                       progress=progress)
+        card = convert(
+            source,
+            args.out,
+            options,
+            workers=args.workers,
+            max_bad=args.max_bad,
+            force=args.force,
+            given={key: getattr(args, key) for key in GIVEN},
+            progress=progress,
+        )
     for line in summary(card, target, time.perf_counter() - start):
         print(line)
     return 0
 
 
 def summary(card: dict, target: Target, seconds: float) -> Iterator[str]:
-    classes = {"int": f"{len(card['classes'] or [])} classes", "none": "no labels",
-               "multi": f"{len(card['classes'] or [])} labels an image"}[card["label"]]
-    yield (f"{target.beton}: {card['samples']} images, {classes}, {card['bytes'] / 1e6:.1f} MB in {seconds:.1f} s "
-           f"({card['copied']} JPEGs bit for bit, {card['jpeg'] - card['copied']} written as JPEG, {card['raw']} raw)")
+    classes = {
+        "int": f"{len(card['classes'] or [])} classes",
+        "none": "no labels",
+        "multi": f"{len(card['classes'] or [])} labels an image",
+    }[card["label"]]
+    yield (
+        f"{target.beton}: {card['samples']} images, {classes}, {card['bytes'] / 1e6:.1f} MB in {seconds:.1f} s "
+        f"({card['copied']} JPEGs bit for bit, {card['jpeg'] - card['copied']} written as JPEG, {card['raw']} raw)"
+    )
     options = card["options"]
     if card["label"] == "int" and len(card["classes"] or []) == 1:
-        yield (f"all images are of one class ({card['classes'][0]!r}): fit for training without labels, and no "
-               "evaluation will take it as a training set; each class needs a folder of its own")
+        yield (
+            f"all images are of one class ({card['classes'][0]!r}): fit for training without labels, and no "
+            "evaluation will take it as a training set; each class needs a folder of its own"
+        )
     if card["bad"]:
         yield f"skipped {card['bad']} unreadable images, listed in {target.bad}"
     if card["bounded"]:
-        yield (f"--max-aspect {options['max_aspect']:g}: {card['bounded']} long images were shrunk to the area of "
-               f"{options['max_aspect'] * options['short_side']:g} by {options['short_side']}")
+        yield (
+            f"--max-aspect {options['max_aspect']:g}: {card['bounded']} long images were shrunk to the area of "
+            f"{options['max_aspect'] * options['short_side']:g} by {options['short_side']}"
+        )
     if card["distrusted"]:
-        yield (f"{card['distrusted']} JPEGs make FFCV's decoder complain (damaged, or of a rare kind) and were decoded "
-               "by Pillow")
+        yield (
+            f"{card['distrusted']} JPEGs make FFCV's decoder complain (damaged, or of a rare kind) and were decoded "
+            "by Pillow"
+        )
     if options["short_side"] and not card["resized"]:
         yield f"no image was changed by --short-side {options['short_side']}" + (
-            "" if options["upscale"] else ": none is larger (--upscale enlarges the smaller ones)")
+            "" if options["upscale"] else ": none is larger (--upscale enlarges the smaller ones)"
+        )
     if card["max_pixels"] > 8 * card["mean_pixels"]:
-        yield (f"the largest image sets the canvas of every batch in the loader: {card['max_pixels']} pixels, "
-               f"{card['max_pixels'] / card['mean_pixels']:.0f} times the mean; --max-pixels or --short-side bounds it")
+        yield (
+            f"the largest image sets the canvas of every batch in the loader: {card['max_pixels']} pixels, "
+            f"{card['max_pixels'] / card['mean_pixels']:.0f} times the mean; --max-pixels or --short-side bounds it"
+        )
 
 
 def _check(argv: list[str]) -> int:
     from .check import check
 
-    parser = _Parser(prog="fastssl convert check", description="Decode everything, verify counts and hash, measure "
-                     "read speed, draw the contact sheet NAME.png.")
+    parser = _Parser(
+        prog="fastssl convert check",
+        description="Decode everything, verify counts and hash, measure read speed, draw the contact sheet NAME.png.",
+    )
     parser.add_argument("path", metavar="NAME.beton")
     parser.add_argument("--workers", type=_workers, default=len(os.sched_getaffinity(0)), help="decoding threads")
     try:

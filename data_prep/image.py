@@ -87,8 +87,10 @@ def store(source: bytes | np.ndarray, options: Options) -> Stored:
             twice = (2 * new_width, 2 * new_height)
             image.draft(None, twice[::-1] if turned >= 5 else twice)
     if max(new_width, new_height) > MAX_SIDE or new_width * new_height > MOST:
-        raise ValueError(f"{new_width}x{new_height} pixels, FFCV stores at most {MAX_SIDE} a side and {MOST} in all: "
-                         "use --max-pixels")
+        raise ValueError(
+            f"{new_width}x{new_height} pixels, FFCV stores at most {MAX_SIDE} a side and {MOST} in all: "
+            "use --max-pixels"
+        )
     jpeg = image.format in ("JPEG", "MPO")
     distrusted = False
     if jpeg and options.mode != "raw" and turned == 1 and not resized and image.mode in ("RGB", "L"):
@@ -122,8 +124,10 @@ def _check_large(pixels: int, options: Options) -> None:
     if pixels > LARGEST:
         raise ValueError(f"{size}, more than {LARGEST / 1e6:.0f} are not read: make it smaller first")
     if not (options.short_side or options.max_pixels):
-        raise ValueError(f"{size}: an image of more than {LARGE / 1e6:.0f} is read only to be made smaller, with "
-                         "--max-pixels or --short-side")
+        raise ValueError(
+            f"{size}: an image of more than {LARGE / 1e6:.0f} is read only to be made smaller, with "
+            "--max-pixels or --short-side"
+        )
 
 
 def orientation(image: Image.Image) -> int:

@@ -17,8 +17,16 @@ import numpy as np
 VERSION = 2
 JPG, RAW = 0, 1  # values of `mode`
 MAX_SIDE = 65535  # height and width have 16 bits
-HEADER = np.dtype([("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"),
-                   ("alloc_table_ptr", "<u8")], align=True)
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ],
+    align=True,
+)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 FIELD = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True)
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
@@ -62,6 +70,7 @@ def decode_jpeg(data: bytes | np.ndarray, height: int, width: int) -> np.ndarray
     """RGB pixels (height, width, 3) as FFCV decodes them; None where its decoder reports an error or a warning."""
     source = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
     pixels = np.empty((height, width, 3), np.uint8)
-    code = _imdecode()(source.ctypes.data, source.size, height, width, pixels.ctypes.data,
-                       height, width, 0, 0, 1, 1, False, False)
+    code = _imdecode()(
+        source.ctypes.data, source.size, height, width, pixels.ctypes.data, height, width, 0, 0, 1, 1, False, False
+    )
     return pixels if code == 0 else None

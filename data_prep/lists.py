@@ -22,8 +22,9 @@ MAX_LIST = 1 << 30  # bytes; ImageNet's lists have 50 MB
 WHOLE = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 
 
-def open_list(path: str, root: str | None = None, label_columns: str | None = None,
-              classes: str | None = None) -> Source:
+def open_list(
+    path: str, root: str | None = None, label_columns: str | None = None, classes: str | None = None
+) -> Source:
     """Paths are relative to `root` (default: the folder of the list).  `label_columns`: "2" (one label), "2-4" or "2-"
     (several an image).  `classes`: a file of names in their order, or a .beton or data card whose classes these are."""
     base = Path(root) if root else Path(path).parent
@@ -103,8 +104,9 @@ def _lines(path: str) -> list[str]:
     return text.splitlines()
 
 
-def _rows(path: str, base: Path, columns: tuple[int, int | None] | None,
-          notes: list[str]) -> Iterator[tuple[int, str, list[str] | None]]:
+def _rows(
+    path: str, base: Path, columns: tuple[int, int | None] | None, notes: list[str]
+) -> Iterator[tuple[int, str, list[str] | None]]:
     """(line number, path, labels or None) of each line that is not empty."""
     lines = [(number, line) for number, line in enumerate(_lines(path), 1) if line.strip()]
     if not lines:
@@ -122,13 +124,16 @@ def _rows(path: str, base: Path, columns: tuple[int, int | None] | None,
         if bool(rest) != labelled and columns is None:
             raise ValueError(f"{path}, line {number}: some lines have a label and some have none: {line.strip()!r}")
         if columns is None and len(rest) > 1:
-            raise ValueError(f"{path}, line {number} has {len(row)} columns: name those with labels, --label-columns 2 "
-                             "for one label an image, 2- for several")
+            raise ValueError(
+                f"{path}, line {number} has {len(row)} columns: name those with labels, --label-columns 2 "
+                "for one label an image, 2- for several"
+            )
         if columns is not None:
             first, end = columns
             if len(row) <= first and end == first + 1:
-                raise ValueError(f"{path}, line {number} has {len(row)} columns: --label-columns "
-                                 f"{first + 1} is beyond them")
+                raise ValueError(
+                    f"{path}, line {number} has {len(row)} columns: --label-columns {first + 1} is beyond them"
+                )
             rest = row[first:end]
             if end != first + 1:
                 rest = [label.strip() for cell in rest for label in re.split("[;|]", cell) if label.strip()]
@@ -162,8 +167,9 @@ def _cells(path: str, lines: list, separator: str | None, columns, base: Path) -
         return
     for _, line in lines:
         words = line.strip().rsplit(maxsplit=1)
-        alone = len(words) == 1 or (not WHOLE.fullmatch(words[1]) and (
-            words[1].lower().endswith(SUFFIXES) or _is_file(base / line.strip())))
+        alone = len(words) == 1 or (
+            not WHOLE.fullmatch(words[1]) and (words[1].lower().endswith(SUFFIXES) or _is_file(base / line.strip()))
+        )
         yield [line.strip()] if alone else words  # a path alone may contain spaces
 
 
@@ -188,8 +194,10 @@ def _names(path: str, labels: list[tuple[int, str]], images: int) -> list[str]:
         return sorted({label for _, label in labels})
     if not all(whole):
         number, label = labels[whole.index(not whole[0])]
-        raise ValueError(f"{path}, line {number}: the label {label!r} is {'a' if not whole[0] else 'no'} number, "
-                         "unlike those before; with --classes FILE numbers are names, too")
+        raise ValueError(
+            f"{path}, line {number}: the label {label!r} is {'a' if not whole[0] else 'no'} number, "
+            "unlike those before; with --classes FILE numbers are names, too"
+        )
     top = max(int(label) for _, label in labels)
     if top >= max(1000, 10 * images):
         raise ValueError(f"{path}: the label {top} is far beyond the {images} lines: labels count from 0")
@@ -209,7 +217,9 @@ def _numbers(path: str, rows: list, names: list[str], given: str | None) -> list
             if value is None and WHOLE.fullmatch(label) and not given:
                 raise ValueError(f"{path}, line {number}: the label {label!r} is below 0 (-1: no label)")
             if value is None:
-                raise ValueError(f"{path}, line {number}: the label {label!r} is none of the {len(names)} classes of "
-                                 f"--classes {given}")
+                raise ValueError(
+                    f"{path}, line {number}: the label {label!r} is none of the {len(names)} classes of "
+                    f"--classes {given}"
+                )
             out[-1].append(value)
     return out

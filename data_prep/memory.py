@@ -30,8 +30,9 @@ def open_memory(images: Any, labels: Any = None, classes: Sequence[str] | None =
     own = getattr(images, "classes", None)
     if classes is None and paired and labels is None and isinstance(own, list | tuple):
         classes = [str(name) for name in own]
-    kind, values, classes = ("int" if paired else "none", None, classes) if labels is None else _labels(
-        labels, count, classes)  # fmt: skip
+    kind, values, classes = (
+        ("int" if paired else "none", None, classes) if labels is None else _labels(labels, count, classes)
+    )
     source = Source("memory", type(images).__name__, kind, classes and list(map(str, classes)), count, lambda: iter(()))
 
     def items() -> Iterator[tuple[str, np.ndarray, Any]]:
@@ -54,8 +55,9 @@ def open_memory(images: Any, labels: Any = None, classes: Sequence[str] | None =
 
 def _length(images: Any) -> int:
     if not hasattr(images, "__len__") or not hasattr(images, "__getitem__") or isinstance(images, str | bytes | dict):
-        raise ValueError(f"images of type {type(images).__name__}: give something with len() and [i], a list, an array "
-                         "or a Dataset")
+        raise ValueError(
+            f"images of type {type(images).__name__}: give something with len() and [i], a list, an array or a Dataset"
+        )
     return len(images)
 
 
@@ -78,8 +80,9 @@ def _labels(labels: Any, count: int, classes: Sequence[str] | None) -> tuple[str
             raise ValueError(f"the label {unknown!r} is none of the classes {', '.join(names[:8])}")
         return "int", np.array([number[str(v)] for v in values]), names
     if values.dtype.kind not in "iu" or values.min() < -1:
-        raise ValueError(f"labels of type {values.dtype} from {values.min()}: whole numbers from 0 are needed, -1 for "
-                         "none")
+        raise ValueError(
+            f"labels of type {values.dtype} from {values.min()}: whole numbers from 0 are needed, -1 for none"
+        )
     return "int", values, classes or [str(c) for c in range(values.max() + 1)]
 
 

@@ -37,8 +37,7 @@ class _Array:
 
 
 def read_pickle(data: bytes, name: str) -> dict:
-    """The dictionary in a CIFAR batch; ValueError for a pickle that is damaged, holds anything else or would run code.
-    """
+    """The dictionary in a CIFAR batch; ValueError for a pickle that is damaged, holds anything else or runs code."""
     try:
         value = _run(data)
     except Exception as error:  # pickletools on a damaged file: five types
@@ -141,8 +140,13 @@ def _build(target, state) -> None:
     if not isinstance(target, _Array) or type(state) is not tuple or len(state) != 5:
         raise ValueError(f"it sets the state of a {type(target).__name__}")
     _, shape, dtype, fortran, content = state
-    if not isinstance(dtype, np.dtype) or type(content) is not bytes or type(shape) is not tuple or not all(
-            type(n) is int and 0 <= n < 1 << 40 for n in shape) or len(shape) > 8:
+    if (
+        not isinstance(dtype, np.dtype)
+        or type(content) is not bytes
+        or type(shape) is not tuple
+        or not all(type(n) is int and 0 <= n < 1 << 40 for n in shape)
+        or len(shape) > 8
+    ):
         raise ValueError("it has an array that is not one of whole numbers")
     target.value = np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
 

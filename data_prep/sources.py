@@ -14,8 +14,23 @@ import numpy as np
 from .plainpickle import read_pickle
 from .tree import ARCHIVE_ERRORS, Tree, open_tree
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm",
-            ".jp2", ".avif")
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".bmp",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".jp2",
+    ".avif",
+)
 SPLIT_NAMES = {"train", "test", "val", "valid", "validation", "trainval", "unlabeled"}
 DIGITS_TRAIN = 1437  # the first four fifths; the writers of the last fifth are mostly others
 
@@ -33,6 +48,7 @@ class Source:
 
 def _from_tree(kind: str, tree: Tree, given: str, labels: dict[str, object], label: str, classes, notes) -> Source:
     """A Source over members of a tree: `labels` maps each name to its label, in order (a stream keeps its own)."""
+
     def items():
         if tree.streams:
             for name, data in tree.read(labels):
@@ -62,17 +78,24 @@ def open_images(kind: str, path: str, tree: Tree, split: str | None = None, labe
     if len(flat) == len(inner):
         return _from_tree(kind, tree, path, dict.fromkeys(inner, -1), "none", None, notes)
     if flat:
-        raise ValueError(f"{path} holds images both outside of any class folder (such as {flat[0]}) and inside of "
-                         "some: move them, or give --labels none")
+        raise ValueError(
+            f"{path} holds images both outside of any class folder (such as {flat[0]}) and inside of "
+            "some: move them, or give --labels none"
+        )
     classes = sorted({rest.split("/")[0] for rest in inner.values()})
     if len(set(classes) & SPLIT_NAMES) > 1:
         raise ValueError(f"{path} holds the splits {', '.join(classes)}: choose one, such as --split {classes[-1]}")
     if not tree.archive:
-        empty = sorted(entry.name for entry in Path(path, split or "").iterdir()
-                       if entry.is_dir() and not entry.name.startswith(".") and entry.name not in classes)
+        empty = sorted(
+            entry.name
+            for entry in Path(path, split or "").iterdir()
+            if entry.is_dir() and not entry.name.startswith(".") and entry.name not in classes
+        )
         if empty:
-            raise ValueError(f"the class folder {empty[0]!r} in {path} holds no image: remove or fill it (an empty "
-                             "class would be missing from the labels)")
+            raise ValueError(
+                f"the class folder {empty[0]!r} in {path} holds no image: remove or fill it (an empty "
+                "class would be missing from the labels)"
+            )
     number = {name: i for i, name in enumerate(classes)}
     values = {name: number[rest.split("/")[0]] for name, rest in inner.items()}
     return _from_tree(kind, tree, path, values, "int", classes, notes)
@@ -84,7 +107,7 @@ def _relative(tree: Tree, images: list[str], split: str | None, path: str) -> di
     while True:
         if split:
             prefix = split.strip("/") + "/"
-            chosen = {name: rest[len(prefix):] for name, rest in inner.items() if rest.startswith(prefix)}
+            chosen = {name: rest[len(prefix) :] for name, rest in inner.items() if rest.startswith(prefix)}
             if chosen:
                 return chosen
         tops = {rest.split("/")[0] for rest in inner.values() if "/" in rest}
@@ -97,8 +120,12 @@ def _relative(tree: Tree, images: list[str], split: str | None, path: str) -> di
 
 
 CIFAR = {  # batches of each split, the file with the class names, its key, the key of the labels
-    "cifar10": ({"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
-                "batches.meta", b"label_names", b"labels"),
+    "cifar10": (
+        {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
+        "batches.meta",
+        b"label_names",
+        b"labels",
+    ),
     "cifar100": ({"train": ["train"], "test": ["test"]}, "meta", b"fine_label_names", b"fine_labels"),
 }
 
@@ -121,8 +148,10 @@ def open_cifar(kind: str, path: str, split: str | None = None) -> Source:
     wanted = [base + name for name in batches[split]]
     if missing := [name for name in wanted if name not in tree.names]:
         raise ValueError(f"{path} holds {metas[0]} and no {missing[0]}: the download is incomplete")
-    members = {name: read_pickle(data if isinstance(data, bytes) else data.read(), f"{path}: {name}")
-               for name, data in tree.read([metas[0], *wanted])}
+    members = {
+        name: read_pickle(data if isinstance(data, bytes) else data.read(), f"{path}: {name}")
+        for name, data in tree.read([metas[0], *wanted])
+    }
     classes = members[metas[0]].get(names_key)
     if not isinstance(classes, list) or not all(isinstance(name, bytes | str) for name in classes):
         raise ValueError(f"{path}: {metas[0]} has no {names_key.decode()!r}, a list of names")
@@ -137,8 +166,12 @@ def _cifar_batch(batch: dict, key: bytes, classes: int, name: str) -> tuple[np.n
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:
         raise ValueError(f"{name} has no 'data' of shape (N, 3072), uint8")
     labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
-    if not isinstance(labels, list) or len(labels) != len(pixels) or not labels or not all(
-            type(label) is int and 0 <= label < classes for label in labels):  # fmt: skip
+    if (
+        not isinstance(labels, list)
+        or len(labels) != len(pixels)
+        or not labels
+        or not all(type(label) is int and 0 <= label < classes for label in labels)
+    ):
         raise ValueError(f"{name} has no {key.decode()!r} of {len(pixels)} numbers from 0 to {classes - 1}")
     return np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), np.array(labels, np.int64)
 
@@ -177,16 +210,21 @@ def open_voc2007(path: str, split: str | None = None) -> Source:
     found = [name for name in tree.names if name == ending or name.endswith("/" + ending)]
     found = [name for name in found if "VOC2007" in name] or found
     if len(found) != 1:
-        raise ValueError(f"{path} holds {len(found) or 'no'} {ending}: give the VOC2007 folder or its archive, and "
-                         "--split train, val, trainval or test")
+        raise ValueError(
+            f"{path} holds {len(found) or 'no'} {ending}: give the VOC2007 folder or its archive, and "
+            "--split train, val, trainval or test"
+        )
     base = found[0][: -len(ending)]
-    lists = [name for name in tree.names
-             if name.startswith(f"{base}ImageSets/Main/") and name.endswith(f"_{split}.txt")]
+    lists = [
+        name for name in tree.names if name.startswith(f"{base}ImageSets/Main/") and name.endswith(f"_{split}.txt")
+    ]
     if not lists:
         raise ValueError(f"{path} has no class lists beside {found[0]} (such as ImageSets/Main/cat_{split}.txt)")
     try:
-        texts = {name: (data if isinstance(data, bytes) else data.read()).decode()
-                 for name, data in tree.read([found[0], *lists])}
+        texts = {
+            name: (data if isinstance(data, bytes) else data.read()).decode()
+            for name, data in tree.read([found[0], *lists])
+        }
     except ARCHIVE_ERRORS as error:
         raise ValueError(f"cannot read the class lists of {path}: {error}") from error
     ids = [line.split()[0] for line in texts[found[0]].splitlines() if line.strip()]
@@ -222,8 +260,16 @@ KINDS = {
 }
 
 
-def open_source(kind: str, path: str, *, split: str | None = None, root: str | None = None,
-                labels: str = "auto", label_columns: str | None = None, classes: str | None = None) -> Source:
+def open_source(
+    kind: str,
+    path: str,
+    *,
+    split: str | None = None,
+    root: str | None = None,
+    labels: str = "auto",
+    label_columns: str | None = None,
+    classes: str | None = None,
+) -> Source:
     """The Source for the words of `fastssl convert KIND PATH`; ValueError for an option the kind has no use for."""
     if kind not in KINDS:
         raise ValueError(f"unknown source {kind!r}: one of {', '.join(KINDS)}")

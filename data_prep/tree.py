@@ -21,8 +21,21 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 # What tarfile, zipfile and the decompressors raise on damaged input; RuntimeError for encrypted members.
-ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError, RuntimeError,
-                  NotImplementedError, ValueError, struct.error, IndexError, KeyError, OverflowError)
+ARCHIVE_ERRORS = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    lzma.LZMAError,
+    zlib.error,
+    EOFError,
+    OSError,
+    RuntimeError,
+    NotImplementedError,
+    ValueError,
+    struct.error,
+    IndexError,
+    KeyError,
+    OverflowError,
+)
 MAX_BYTES = 512 << 20  # of one encoded image; the largest photographs have some 100 MB
 MAX_LINK = 4096  # bytes of a link's target
 MAX_HEADER = 1 << 16  # bytes of a long name or a pax header in a tar, which tarfile reads whole
@@ -90,8 +103,10 @@ def read_zip(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
     if size > most:
         raise OSError(f"it has {size / 2**20:.3g} MiB, at most {most / 2**20:.3g} MiB are read")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # bzip2 and LZMA unpack without bound
-        raise OSError(f"it is compressed by method {member.compress_type}, and only stored and deflated members are "
-                      "read: unpack the archive and convert the folder")
+        raise OSError(
+            f"it is compressed by method {member.compress_type}, and only stored and deflated members are "
+            "read: unpack the archive and convert the folder"
+        )
     with archive.open(member) as file:  # of read() without a size the decompressor would give all that it has
         return file.read(size) + file.read(1)  # the second compares the checksum
 
@@ -177,8 +192,13 @@ class _Member(tarfile.TarInfo):
         return member
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        whole = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
-                 tarfile.SOLARIS_XHDTYPE)
+        whole = (
+            tarfile.GNUTYPE_LONGNAME,
+            tarfile.GNUTYPE_LONGLINK,
+            tarfile.XHDTYPE,
+            tarfile.XGLTYPE,
+            tarfile.SOLARIS_XHDTYPE,
+        )
         if self.size < 0 or (self.type in whole and self.size > MAX_HEADER):
             raise tarfile.ReadError(f"the header {self.name!r} has {self.size} bytes")
         return super()._proc_member(tar)
@@ -315,6 +335,7 @@ def open_tree(path: Path) -> Tree:
     if path.is_dir():
         return Folder(path)
     if not path.is_file():
-        raise ValueError(f"there is no file or folder {path}" if not path.exists() else
-                         f"{path} is neither a file nor a folder")
+        raise ValueError(
+            f"there is no file or folder {path}" if not path.exists() else f"{path} is neither a file nor a folder"
+        )
     return Zip(path) if zipfile.is_zipfile(path) else Tar(path)

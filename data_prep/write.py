@@ -108,8 +108,17 @@ class Target(NamedTuple):
         return self.beton.with_name(self.beton.name + ".part")
 
 
-def convert(source: Source, out: str | Path, options: Options, *, workers: int = 1, max_bad: int = 0,
-            force: bool = False, given: dict | None = None, progress: Progress = lambda *_: None) -> dict:
+def convert(
+    source: Source,
+    out: str | Path,
+    options: Options,
+    *,
+    workers: int = 1,
+    max_bad: int = 0,
+    force: bool = False,
+    given: dict | None = None,
+    progress: Progress = lambda *_: None,
+) -> dict:
     """Write `out` (NAME.beton) and NAME.json; return the data card.
 
     `given`: further options to record in the card.  Raises ValueError or OSError, and then leaves an existing target
@@ -200,8 +209,9 @@ def _end_with_parent(parent: int, handles: tuple[int, ...]) -> None:
         os._exit(1)
 
 
-def _encode(source: Source, options: Options, workers: int,
-            handles: tuple[int, ...] = ()) -> Iterator[tuple[str, object, Stored | Bad]]:
+def _encode(
+    source: Source, options: Options, workers: int, handles: tuple[int, ...] = ()
+) -> Iterator[tuple[str, object, Stored | Bad]]:
     """(name, label, result) in the order of the source, whatever the number of workers."""
     chunks = _chunks(source)
     if workers <= 1:
@@ -255,8 +265,10 @@ def _report_bad(target: Target, bad: list[tuple[str, str]], max_bad: int, total:
     target.bad.write_text("".join(f"{name}\t{reason}\n" for name, reason in bad), errors="surrogateescape")
     if len(bad) > max_bad:
         name, reason = bad[0]
-        raise BadImages(f"{len(bad)} of {total} images cannot be read, the first is {name} ({reason}): all are listed "
-                        f"in {target.bad}; repair or remove them, or skip them with --max-bad {len(bad)}")
+        raise BadImages(
+            f"{len(bad)} of {total} images cannot be read, the first is {name} ({reason}): all are listed "
+            f"in {target.bad}; repair or remove them, or skip them with --max-bad {len(bad)}"
+        )
 
 
 def sha256(path: Path, progress: Progress = lambda *_: None) -> str:
@@ -272,19 +284,43 @@ def sha256(path: Path, progress: Progress = lambda *_: None) -> str:
 def geometry(modes: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> dict:
     """The sizes in a data card, from the table of a file; `check` computes them again."""
     pixels = heights.astype(np.int64) * widths
-    return {"max_height": int(heights.max()), "max_width": int(widths.max()), "max_pixels": int(pixels.max()),
-            "min_side": int(np.minimum(heights, widths).min()), "mean_pixels": float(pixels.mean()),
-            "jpeg": int((modes == 0).sum()), "raw": int((modes == 1).sum())}
+    return {
+        "max_height": int(heights.max()),
+        "max_width": int(widths.max()),
+        "max_pixels": int(pixels.max()),
+        "min_side": int(np.minimum(heights, widths).min()),
+        "mean_pixels": float(pixels.mean()),
+        "jpeg": int((modes == 0).sum()),
+        "raw": int((modes == 1).sum()),
+    }
 
 
-def _card(source: Source, beton: BetonFile, facts: dict, bad: list, digest: str, size: int, options: Options,
-          given: dict) -> dict:
+def _card(
+    source: Source, beton: BetonFile, facts: dict, bad: list, digest: str, size: int, options: Options, given: dict
+) -> dict:
     image = beton.image[: beton.samples]
-    recorded = {**given, "short_side": options.short_side, "upscale": options.upscale,
-                "max_pixels": options.max_pixels, "max_aspect": options.max_aspect if options.short_side else None,
-                "quality": options.quality, "mode": options.mode}
-    return {"format": 1, "source": source.path, "kind": source.kind, "samples": beton.samples,
-            "classes": source.classes, "label": source.label,
-            **geometry(image["mode"], image["height"], image["width"]), **facts, "bad": len(bad),
-            "bytes": size, "options": recorded, "sha256": digest,
-            "fastssl": version("fastssl"), "ffcv": version("ffcv")}
+    recorded = {
+        **given,
+        "short_side": options.short_side,
+        "upscale": options.upscale,
+        "max_pixels": options.max_pixels,
+        "max_aspect": options.max_aspect if options.short_side else None,
+        "quality": options.quality,
+        "mode": options.mode,
+    }
+    return {
+        "format": 1,
+        "source": source.path,
+        "kind": source.kind,
+        "samples": beton.samples,
+        "classes": source.classes,
+        "label": source.label,
+        **geometry(image["mode"], image["height"], image["width"]),
+        **facts,
+        "bad": len(bad),
+        "bytes": size,
+        "options": recorded,
+        "sha256": digest,
+        "fastssl": version("fastssl"),
+        "ffcv": version("ffcv"),
+    }

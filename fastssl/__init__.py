@@ -11,9 +11,17 @@ import importlib
 import sys
 
 _FROM = {
-    "load": "config", "Run": "config", "Backbone": "config", "Data": "config", "Optim": "config", "Speed": "config",
-    "Log": "config", "fit": "api", "features": "api", "convert": "api",
-}  # fmt: skip
+    "load": "config",
+    "Run": "config",
+    "Backbone": "config",
+    "Data": "config",
+    "Optim": "config",
+    "Speed": "config",
+    "Log": "config",
+    "fit": "api",
+    "features": "api",
+    "convert": "api",
+}
 _MODULES = ("config", "hooks", "methods", "views")
 
 __all__ = ["__version__", *_FROM, *_MODULES]

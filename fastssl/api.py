@@ -29,14 +29,16 @@ def fit(run: Run, hooks: Sequence = (), *, resume: bool = False, device: str | N
     """
     if device == "cpu" or (device is None and not torch.cuda.is_available()):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
-    from fastssl import engine, hooks as monitors  # noqa: I001
+    from fastssl import engine
+    from fastssl import hooks as monitors
 
     with _group(device):
         return engine.fit(run, [*monitors.of(run), *hooks], resume=resume, device=device)
 
 
-def features(target: Any, data: str | Path = "train", *, layers: Sequence[str] = ("last",),
-             **options: Any) -> tuple[np.ndarray, ...]:  # fmt: skip
+def features(
+    target: Any, data: str | Path = "train", *, layers: Sequence[str] = ("last",), **options: Any
+) -> tuple[np.ndarray, ...]:
     """Features of each image by a trained backbone, then labels: `x, y = fastssl.features("work_dirs/mine/r50")`.
 
     target: a run or checkpoint folder, a weight file, or what `fit` returned; None with features="untrained" or
@@ -50,8 +52,9 @@ def features(target: Any, data: str | Path = "train", *, layers: Sequence[str] =
     unknown = next((name for name in options if not hasattr(args, name)), None)
     if unknown:
         known = sorted(vars(args).keys() - {"target", "train", "test", "out"})
-        raise ValueError(f"features: unknown option {unknown!r}{settings.hint(unknown, known)} (it takes "
-                         f"{', '.join(known)})")
+        raise ValueError(
+            f"features: unknown option {unknown!r}{settings.hint(unknown, known)} (it takes {', '.join(known)})"
+        )
     which = str(data) if str(data) in ("train", "test") else "train"
     vars(args).update(options, target=None if target is None else str(getattr(target, "folder", target)))
     setattr(args, which, None if str(data) == which else str(data))
@@ -61,8 +64,16 @@ def features(target: Any, data: str | Path = "train", *, layers: Sequence[str] =
         return tuple(part.cpu().numpy() for part in what.features(getattr(what, which), tuple(layers)))
 
 
-def convert(images: Any, out: str | Path, labels: Any = None, *, classes: Sequence[str] | None = None,
-            force: bool = False, workers: int = 1, **options: Any) -> str:  # fmt: skip
+def convert(
+    images: Any,
+    out: str | Path,
+    labels: Any = None,
+    *,
+    classes: Sequence[str] | None = None,
+    force: bool = False,
+    workers: int = 1,
+    **options: Any,
+) -> str:
     """Write images in memory to the .beton `out`, and return its path for `Data(train=...)`.
 
     images: a list of PIL images, an array (N, H, W, 3), or a torch Dataset of images or (image, label) pairs; see
@@ -72,8 +83,9 @@ def convert(images: Any, out: str | Path, labels: Any = None, *, classes: Sequen
     known = settings.names(Options)
     unknown = next((name for name in options if name not in known), None)
     if unknown:
-        raise ValueError(f"convert: unknown option {unknown!r}{settings.hint(unknown, known)} (it takes "
-                         f"{', '.join(known)})")
+        raise ValueError(
+            f"convert: unknown option {unknown!r}{settings.hint(unknown, known)} (it takes {', '.join(known)})"
+        )
     write(open_memory(images, labels, classes), out, Options(**options), workers=workers, force=force)
     return str(out)
 

@@ -77,8 +77,10 @@ class ResNet(nn.Module):
         self.spec = spec
         block, blocks, groups, group_width = RESNETS[spec.name]
         if spec.options:
-            raise ValueError(f"backbone.options={spec.options} are arguments of timm's models, and {spec.name} is "
-                             f"built as in torchvision: name 'timm/{spec.name}', or use width, stem, norm, ...")
+            raise ValueError(
+                f"backbone.options={spec.options} are arguments of timm's models, and {spec.name} is "
+                f"built as in torchvision: name 'timm/{spec.name}', or use width, stem, norm, ..."
+            )
         if spec.width < 1:
             raise ValueError(f"backbone.width={spec.width} must be positive")
         if spec.width != 64 and (groups, group_width) != (1, 64):
@@ -87,8 +89,10 @@ class ResNet(nn.Module):
         if norm is None:
             raise ValueError(f"backbone.norm={spec.norm!r} is none of 'bn', 'gn' and 'frozen'")
         if not 0 <= spec.frozen < 5:
-            raise ValueError(f"backbone.frozen={spec.frozen}: a {spec.name} has five stages with its stem, of which 0 "
-                             "to 4 can stay as they are")
+            raise ValueError(
+                f"backbone.frozen={spec.frozen}: a {spec.name} has five stages with its stem, of which 0 "
+                "to 4 can stay as they are"
+            )
         self.sobel = Sobel() if spec.sobel else nn.Identity()
         self.conv1 = _stem(spec)
         self.bn1 = norm(spec.width)
@@ -187,13 +191,17 @@ class Timm(nn.Module):
 
 # Arguments of timm.create_model that Backbone has under other names, or that do not describe the network.
 NOT_OPTIONS = {
-    "num_classes": "a backbone has no classifier", "in_chans": "use backbone.in_channels",
-    "device": "the network is moved later", "dtype": "use optim.precision",
+    "num_classes": "a backbone has no classifier",
+    "in_chans": "use backbone.in_channels",
+    "device": "the network is moved later",
+    "dtype": "use optim.precision",
     "features_only": "a backbone gives all its stages",
-    **dict.fromkeys(("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"),
-                    "use backbone.pretrained"),
+    **dict.fromkeys(
+        ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"),
+        "use backbone.pretrained",
+    ),
     **dict.fromkeys(("scriptable", "exportable", "no_jit"), "it does not change the network"),
-}  # fmt: skip
+}
 
 
 def timm_signature(name: str) -> list[str]:
@@ -242,8 +250,10 @@ def timm_model(name: str, spec: Backbone, **defaults) -> nn.Module:
         if key in NOT_OPTIONS:
             raise ValueError(f"backbone.options.{key}: {NOT_OPTIONS[key]}")
         if not _is_data(value):
-            raise ValueError(f"backbone.options.{key}={value!r} cannot be written to config.json: give a number, a "
-                             "string, a bool or a list of them")
+            raise ValueError(
+                f"backbone.options.{key}={value!r} cannot be written to config.json: give a number, a "
+                "string, a bool or a list of them"
+            )
     arguments = {"num_classes": 0, "in_chans": spec.in_channels, **defaults, **spec.options}
     try:
         return timm.create_model(name, **arguments)
@@ -255,10 +265,12 @@ def timm_model(name: str, spec: Backbone, **defaults) -> nn.Module:
             known = timm_signature(name)
             near = difflib.get_close_matches(unknown[1], known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"backbone.options: timm's {name} has no argument {unknown[1]!r}{hint} (it has "
-                             f"{', '.join(known)})") from None
-        raise ValueError(f"timm does not build {name} with backbone.options={spec.options}: "
-                         f"{type(error).__name__}: {error}") from None
+            raise ValueError(
+                f"backbone.options: timm's {name} has no argument {unknown[1]!r}{hint} (it has {', '.join(known)})"
+            ) from None
+        raise ValueError(
+            f"timm does not build {name} with backbone.options={spec.options}: {type(error).__name__}: {error}"
+        ) from None
 
 
 def _is_data(value) -> bool:

@@ -121,12 +121,16 @@ def lock(run_dir: str | Path, say=print) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in NO_LOCKS:
-                    say(f"{run_dir}: its file system has no locks ({error.strerror}); see to it that no other run "
-                        "writes there")
+                    say(
+                        f"{run_dir}: its file system has no locks ({error.strerror}); see to it that no other run "
+                        "writes there"
+                    )
                 else:
                     file.seek(0)
-                    raise ValueError(f"{run_dir} is being trained by another process ({file.read().strip()}): wait "
-                                     "for its end, or give another name=...") from None
+                    raise ValueError(
+                        f"{run_dir} is being trained by another process ({file.read().strip()}): wait "
+                        "for its end, or give another name=..."
+                    ) from None
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()

@@ -32,13 +32,25 @@ class Clusters(NamedTuple):
 def check_clusters(clusters: int, samples: int, least: int = 1) -> None:
     """Refuse more clusters than the data can fill with `least` samples each."""
     if clusters < 1 or clusters * least > samples:
-        raise ValueError(f"method.clusters={clusters} of {least} or more samples each cannot be made of the {samples} "
-                         f"samples of data.train: set method.clusters to at most {max(1, samples // least)}")
+        raise ValueError(
+            f"method.clusters={clusters} of {least} or more samples each cannot be made of the {samples} "
+            f"samples of data.train: set method.clusters to at most {max(1, samples // least)}"
+        )
 
 
-def kmeans(x: Tensor, clusters: int, index: Tensor | None = None, *, iterations: int = 20, seed: int = 0,
-           spherical: bool = False, init: str = "random", empty: str = "split",
-           backend: str = "torch", kernels: str = "auto") -> Clusters:
+def kmeans(
+    x: Tensor,
+    clusters: int,
+    index: Tensor | None = None,
+    *,
+    iterations: int = 20,
+    seed: int = 0,
+    spherical: bool = False,
+    init: str = "random",
+    empty: str = "split",
+    backend: str = "torch",
+    kernels: str = "auto",
+) -> Clusters:
     """Lloyd's algorithm from `clusters` rows drawn at random, or by k-means++ (one pass over the data per cluster).
 
     A cluster that runs empty takes half of a large one, as in faiss, and at the end the farthest row; with empty="keep"
@@ -79,8 +91,12 @@ def assign(x: Tensor, centroids: Tensor, spherical: bool = False) -> tuple[Tenso
     labels = torch.empty(len(x), dtype=torch.int64, device=x.device)
     for part, out in zip(_blocks(x, len(centroids)), _blocks(labels, len(centroids))):
         torch.argmax(torch.addmm(-half, part, centroids.T), 1, out=out)
-    distances = torch.cat([(part - centroids[own]).square().sum(1) for part, own in
-                           zip(_blocks(x, x.shape[1]), _blocks(labels, x.shape[1]))])
+    distances = torch.cat(
+        [
+            (part - centroids[own]).square().sum(1)
+            for part, own in zip(_blocks(x, x.shape[1]), _blocks(labels, x.shape[1]))
+        ]
+    )
     return labels, distances
 
 
@@ -124,8 +140,9 @@ def means(x: Tensor, labels: Tensor, old: Tensor, kernels: str = "auto") -> tupl
     return torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], old), counts
 
 
-def _update(x: Tensor, labels: Tensor, old: Tensor, spherical: bool, kernels: str = "auto",
-            split: bool = True) -> tuple[Tensor, Tensor]:
+def _update(
+    x: Tensor, labels: Tensor, old: Tensor, spherical: bool, kernels: str = "auto", split: bool = True
+) -> tuple[Tensor, Tensor]:
     """Means of the clusters over all ranks; one that is empty takes half of a large one, or (not `split`) stays."""
     new, counts = means(x, labels, old, kernels)
     empty = (counts == 0).nonzero()[:, 0]
@@ -191,8 +208,15 @@ def _faiss(x: Tensor, clusters: int, index: Tensor, iterations: int, seed: int, 
     everything = dist.gather_ragged(x)[dist.gather_ragged(index).argsort()]
     centroids = x.new_zeros(clusters, x.shape[1])
     if dist.is_main():
-        found = faiss.Kmeans(x.shape[1], clusters, niter=iterations, seed=seed, spherical=spherical,
-                             max_points_per_centroid=10**7, min_points_per_centroid=1)
+        found = faiss.Kmeans(
+            x.shape[1],
+            clusters,
+            niter=iterations,
+            seed=seed,
+            spherical=spherical,
+            max_points_per_centroid=10**7,
+            min_points_per_centroid=1,
+        )
         found.train(everything.float().cpu().numpy())
         centroids.copy_(torch.from_numpy(found.centroids))
     return dist.broadcast_(centroids)
@@ -223,9 +247,6 @@ def two_means(x: Tensor, least: int) -> Tensor:
     return second
 
 
-# ---- PCA -------------------------------------------------------------------------------------------------------------
-
-
 def pca_whiten(x: Tensor, dims: int) -> Tensor:
     """(n_r, dims) projections on the first principal components of all ranks' rows, each of variance 1 (over N - 1).
 
@@ -233,8 +254,10 @@ def pca_whiten(x: Tensor, dims: int) -> Tensor:
     """
     n = int(dist.sum_(torch.tensor(len(x), device=x.device)))
     if not 0 < dims <= min(n, x.shape[1]):
-        raise ValueError(f"method.pca={dims}: {n} features of {x.shape[1]} dimensions have 1 to {min(n, x.shape[1])} "
-                         "components; 0 switches it off")
+        raise ValueError(
+            f"method.pca={dims}: {n} features of {x.shape[1]} dimensions have 1 to {min(n, x.shape[1])} "
+            "components; 0 switches it off"
+        )
     mean = (dist.sum_(x.sum(0, dtype=torch.float64)) / n).to(x.dtype)
     scatter_DD = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
     for part in _blocks(x, x.shape[1]):
@@ -248,11 +271,16 @@ def pca_whiten(x: Tensor, dims: int) -> Tensor:
     return torch.cat([(part - mean) @ project for part in _blocks(x, x.shape[1])])
 
 
-# ---- power iteration clustering --------------------------------------------------------------------------------------
-
-
-def pic(x: Tensor, clusters: int, index: Tensor, *, neighbours: int = 5, sigma: float = 0.2, alpha: float = 0.001,
-        iterations: int = 200) -> Tensor:
+def pic(
+    x: Tensor,
+    clusters: int,
+    index: Tensor,
+    *,
+    neighbours: int = 5,
+    sigma: float = 0.2,
+    alpha: float = 0.001,
+    iterations: int = 200,
+) -> Tensor:
     """Labels (n_r,) by power iteration clustering as in DeepCluster: samples climb to the peaks of a random walk's
     distribution on the neighbour graph; a sample alone joins its nearest neighbour that is not.
 
@@ -314,9 +342,6 @@ def _join_singles(labels: Tensor, near: Tensor) -> Tensor:
     return torch.where(joins, labels[host], labels).unique(return_inverse=True)[1]
 
 
-# ---- sampling --------------------------------------------------------------------------------------------------------
-
-
 def uniform_order(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """N sample numbers, equally many of every non-empty cluster (with replacement where it is too small), shuffled."""
     random = np.random.Philox(key=[seed, epoch])
@@ -369,5 +394,7 @@ def describe(counts: Tensor, samples: int) -> str:
     """One line for the log."""
     sizes = counts[counts > 0]
     left = samples - int(counts.sum())
-    return (f"{len(counts)} clusters, {len(counts) - len(sizes)} empty, the others of {int(sizes.min())} to "
-            f"{int(sizes.max())} samples" + f"; {left} samples in none" * bool(left))  # fmt: skip
+    return (
+        f"{len(counts)} clusters, {len(counts) - len(sizes)} empty, the others of {int(sizes.min())} to "
+        f"{int(sizes.max())} samples" + f"; {left} samples in none" * bool(left)
+    )

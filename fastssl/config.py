@@ -220,8 +220,10 @@ def validate(run: Run) -> None:
         if not isinstance(view, View):
             raise ValueError(f"data.views.{i} must be a View, got {view!r}; recipes are tuples, joined by +")
     if not isinstance(run.data.eval_view, View | None):
-        raise ValueError(f"data.eval_view must be one View or None, got {run.data.eval_view!r}: of a recipe its first, "
-                         "views.center(224)[0]")
+        raise ValueError(
+            f"data.eval_view must be one View or None, got {run.data.eval_view!r}: of a recipe its first, "
+            "views.center(224)[0]"
+        )
     for key, choices in _CHOICES.items():
         section, name = key.split(".")
         value = getattr(getattr(run, section), name)
@@ -258,8 +260,10 @@ def validate(run: Run) -> None:
         key, readers = _READ_BY.get(f.name, (None, ()))
         value, choice = getattr(run.optim, f.name), key and getattr(run.optim, key)
         if key and choice not in readers and value != f.default:
-            raise ValueError(f"optim.{f.name}={value!r} has no effect with optim.{key}={choice!r}, only with "
-                             f"{' and '.join(map(repr, readers))}: set optim.{key}, or optim.{f.name}={f.default!r}")
+            raise ValueError(
+                f"optim.{f.name}={value!r} has no effect with optim.{key}={choice!r}, only with "
+                f"{' and '.join(map(repr, readers))}: set optim.{key}, or optim.{f.name}={f.default!r}"
+            )
     if run.optim.clip_each and not run.optim.clip:
         raise ValueError("optim.clip_each=True clips every tensor's gradient to optim.clip, which is 0: set optim.clip")
     if not run.data.views:
@@ -273,23 +277,29 @@ def _check_names(part: Any, prefix: str) -> None:
     """`run.optim.lrr = 1` in a config file would otherwise be a new attribute that nothing reads."""
     for name in vars(part).keys() - set(settings.names(part)):
         known = settings.names(part)
-        raise ValueError(f"{prefix}{name}: unknown setting {name!r}{settings.hint(name, known)} "
-                         f"({type(part).__name__} has {', '.join(known)})")
+        raise ValueError(
+            f"{prefix}{name}: unknown setting {name!r}{settings.hint(name, known)} "
+            f"({type(part).__name__} has {', '.join(known)})"
+        )
 
 
 def _check_method(method: Any) -> None:
     """A method is given by its Config, a dataclass with build(backbone, ...)."""
     if inspect.ismodule(method):
-        raise ValueError(f"method is the module {method.__name__}: give its Config, "
-                         f"{method.__name__.rpartition('.')[2]}.Config(...)")
+        raise ValueError(
+            f"method is the module {method.__name__}: give its Config, {method.__name__.rpartition('.')[2]}.Config(...)"
+        )
     if isinstance(method, type):
-        raise ValueError(f"method is the class {method.__module__}.{method.__name__}: give an instance, "
-                         f"{method.__name__}(...)")
+        raise ValueError(
+            f"method is the class {method.__module__}.{method.__name__}: give an instance, {method.__name__}(...)"
+        )
     if not dataclasses.is_dataclass(method):
         raise ValueError(f"method must be a method's Config, a dataclass with build(backbone, ...), got {method!r}")
     if not callable(getattr(method, "build", None)):
-        raise ValueError(f"method: {type(method).__name__} has no build(backbone, *, samples, classes, batch, kernels) "
-                         "that returns the method; see docs/extending.md")
+        raise ValueError(
+            f"method: {type(method).__name__} has no build(backbone, *, samples, classes, batch, kernels) "
+            "that returns the method; see docs/extending.md"
+        )
 
 
 def _default_name(run: Run) -> str:

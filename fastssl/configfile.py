@@ -141,8 +141,13 @@ def _parameters(tb: TracebackType, frame: traceback.FrameSummary | None, functio
 def _callee(frame: traceback.FrameSummary, user, argument: str) -> Any:
     """The function or class that the file calls with `argument=` on that line; None where this cannot be told."""
     tree = ast.parse(Path(frame.filename).read_text())
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)
-             and node.lineno <= frame.lineno <= node.end_lineno and argument in [k.arg for k in node.keywords]]
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and node.lineno <= frame.lineno <= node.end_lineno
+        and argument in [k.arg for k in node.keywords]
+    ]
     try:
         value: Any = None
         for i, name in enumerate(ast.unparse(min(calls, key=lambda c: c.end_lineno - c.lineno).func).split(".")):

@@ -21,18 +21,23 @@ def check_method(method: Any, config: Any) -> None:
     """ValueError where what `config.build(...)` returned is not a method."""
     kind = type(method).__name__
     if not isinstance(method, nn.Module):
-        raise ValueError(f"{type(config).__name__}.build(...) returned {kind}, not an nn.Module: it must return the "
-                         "method")
+        raise ValueError(
+            f"{type(config).__name__}.build(...) returned {kind}, not an nn.Module: it must return the method"
+        )
     missing = [name for name in METHOD if not hasattr(method, name)]
     if type(method).forward is nn.Module.forward:
         missing.append("forward")
-    what = {"backbone": "the backbone given to build, as an attribute", "views": "the number of views, or None for any",
-            "forward": "forward(views, batch) -> dict of tensors with a row for each sample",
-            "loss": "loss(out, batch) -> dict with 'loss'",
-            "after_step": "after_step(out, batch, progress), which may do nothing"}  # fmt: skip
+    what = {
+        "backbone": "the backbone given to build, as an attribute",
+        "views": "the number of views, or None for any",
+        "forward": "forward(views, batch) -> dict of tensors with a row for each sample",
+        "loss": "loss(out, batch) -> dict with 'loss'",
+        "after_step": "after_step(out, batch, progress), which may do nothing",
+    }
     if missing:
-        raise ValueError(f"the method {kind} lacks {'; '.join(f'{name} ({what[name]})' for name in missing)}; "
-                         "see docs/extending.md")
+        raise ValueError(
+            f"the method {kind} lacks {'; '.join(f'{name} ({what[name]})' for name in missing)}; see docs/extending.md"
+        )
     _check_call(f"{kind}.forward", method.forward, ("views", "batch"))
     _check_call(f"{kind}.loss", method.loss, ("out", "batch"))
     _check_call(f"{kind}.after_step", method.after_step, ("out", "batch", "progress"))
@@ -48,32 +53,43 @@ def _check_call(owner: str, function: Callable, arguments: tuple[str, ...], **op
         inspect.signature(function).bind(*arguments, **options)
     except TypeError as error:
         wanted = ", ".join([*arguments, *(f"{name}=..." for name in options)])
-        raise ValueError(f"{owner} is called as {function.__name__}({wanted}) and is written as "
-                         f"{function.__name__}{inspect.signature(function)}: {error}") from None
+        raise ValueError(
+            f"{owner} is called as {function.__name__}({wanted}) and is written as "
+            f"{function.__name__}{inspect.signature(function)}: {error}"
+        ) from None
 
 
 def check_config(config: Any) -> None:
     """ValueError where build does not take what the engine gives; `**_` takes what it does not need."""
-    _check_call(f"{type(config).__name__}.build", config.build, ("backbone",), samples=0, classes=None, batch=1,
-                kernels="auto")
+    _check_call(
+        f"{type(config).__name__}.build", config.build, ("backbone",), samples=0, classes=None, batch=1, kernels="auto"
+    )
 
 
 def check_output(method: nn.Module, out: Any, rows: int) -> dict[str, Tensor]:
     """What forward returned: a dict of tensors of `rows` rows, "features" among them."""
     kind = type(method).__name__
     if not isinstance(out, dict):
-        raise ValueError(f"{kind}.forward returned {type(out).__name__}: it must return a dict of tensors, such as "
-                         '{"z": z, "features": h.detach()}')
+        raise ValueError(
+            f"{kind}.forward returned {type(out).__name__}: it must return a dict of tensors, such as "
+            '{"z": z, "features": h.detach()}'
+        )
     for name, value in out.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{kind}.forward returned {name!r} of type {type(value).__name__}: every value is a "
-                             "tensor with a row for each sample")
+            raise ValueError(
+                f"{kind}.forward returned {name!r} of type {type(value).__name__}: every value is a "
+                "tensor with a row for each sample"
+            )
         if not value.ndim or len(value) != rows:
-            raise ValueError(f"{kind}.forward returned {name!r} of shape {tuple(value.shape)} for {rows} samples: the "
-                             "first dimension is the sample; stack the views in the second, torch.stack(z, 1)")
+            raise ValueError(
+                f"{kind}.forward returned {name!r} of shape {tuple(value.shape)} for {rows} samples: the "
+                "first dimension is the sample; stack the views in the second, torch.stack(z, 1)"
+            )
     if "features" not in out:
-        raise ValueError(f'{kind}.forward returned {", ".join(out) or "nothing"} without "features": the backbone\'s '
-                         'output for one view of each sample, h.detach(); the monitors and evaluations read it')
+        raise ValueError(
+            f'{kind}.forward returned {", ".join(out) or "nothing"} without "features": the backbone\'s '
+            "output for one view of each sample, h.detach(); the monitors and evaluations read it"
+        )
     return out
 
 
@@ -82,15 +98,19 @@ def check_losses(method: nn.Module, losses: Any) -> dict[str, Any]:
     kind = type(method).__name__
     if not isinstance(losses, dict) or "loss" not in losses:
         got = f"a dict of {', '.join(losses) or 'nothing'}" if isinstance(losses, dict) else type(losses).__name__
-        raise ValueError(f'{kind}.loss returned {got}: it must return a dict with "loss", {{"loss": loss}}, and '
-                         "scalars to log beside it")
+        raise ValueError(
+            f'{kind}.loss returned {got}: it must return a dict with "loss", {{"loss": loss}}, and '
+            "scalars to log beside it"
+        )
     loss = losses["loss"]
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f'{kind}.loss returned {got} as "loss": it must be one number, the mean over the batch')
     if not loss.requires_grad:
-        raise ValueError(f'{kind}.loss returned a "loss" without a gradient: it must depend on an output of forward '
-                         "that is not detached")
+        raise ValueError(
+            f'{kind}.loss returned a "loss" without a gradient: it must depend on an output of forward '
+            "that is not detached"
+        )
     return losses
 
 
@@ -101,8 +121,10 @@ def check_hook(hook: Any) -> Any:
         raise ValueError(f"the hook {hook.__name__} is a class: give an instance, {hook.__name__}()")
     missing = [name for name in HOOK if not callable(getattr(hook, name, None))]
     if missing:
-        raise ValueError(f"the hook {kind} has no {' and no '.join(missing)}: derive it from fastssl.hooks.Hook, whose "
-                         "methods do nothing, and write those that it needs")
+        raise ValueError(
+            f"the hook {kind} has no {' and no '.join(missing)}: derive it from fastssl.hooks.Hook, whose "
+            "methods do nothing, and write those that it needs"
+        )
     for name, arguments in zip(HOOK, (("t",), ("t", "out", "batch"), ("t",))):
         _check_call(f"{kind}.{name}", getattr(hook, name), arguments)
     own = [name for name in vars(type(hook)) if name not in HOOK and name[0] != "_"]

@@ -89,8 +89,10 @@ class Beton:
         self.index = np.ascontiguousarray(reader.metadata[columns["index"]])
         self.samples, self.max_pixels = len(self.image), max_pixels(self.image)
         if not np.array_equal(self.index, np.arange(self.samples)):
-            raise ValueError(f"{path}: the index field must hold the row numbers 0..{self.samples - 1}: memory banks "
-                             "and views go by it; convert again")  # fmt: skip
+            raise ValueError(
+                f"{path}: the index field must hold the row numbers 0..{self.samples - 1}: memory banks "
+                "and views go by it; convert again"
+            )
 
         table = np.sort(reader.alloc_table, order="ptr")
         self.pointers, self.lengths = np.ascontiguousarray(table["ptr"]), np.ascontiguousarray(table["size"])
@@ -106,8 +108,9 @@ class Beton:
         dtype, shape = self._label_field.dtype, self._label_field.shape
         lengths = self.lengths[np.searchsorted(self.pointers, self._label)]
         if dtype.kind not in "fiu" or math.prod(map(int, shape)) * dtype.itemsize != lengths[0] or np.ptp(lengths):
-            raise ValueError(f"{self.path} is damaged: its label vectors are not of {dtype} and shape {shape}; convert "
-                             "again")  # fmt: skip
+            raise ValueError(
+                f"{self.path} is damaged: its label vectors are not of {dtype} and shape {shape}; convert again"
+            )
 
     def _check_pointers(self, pointers: np.ndarray) -> None:
         """A pointer that leads past the end of a mapped file kills the process with SIGBUS."""

@@ -38,8 +38,10 @@ def init(device: str | None = None) -> torch.device:
     cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
     if cuda and not torch.cuda.is_available():
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-        raise ValueError(f"device={device}: torch {torch.__version__} (built {built}) finds no GPU on this machine; "
-                         "use cpu, or run `fastssl doctor`")  # fmt: skip
+        raise ValueError(
+            f"device={device}: torch {torch.__version__} (built {built}) finds no GPU on this machine; "
+            "use cpu, or run `fastssl doctor`"
+        )
     from_slurm()
     local = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
@@ -52,14 +54,16 @@ def init(device: str | None = None) -> torch.device:
         if "MASTER_PORT" not in os.environ:
             os.environ["MASTER_PORT"] = str(_free_port())
         try:
-            td.init_process_group("nccl" if cuda else "gloo", device_id=torch.device("cuda", local) if cuda else None,
-                                  timeout=TIMEOUT)
+            td.init_process_group(
+                "nccl" if cuda else "gloo", device_id=torch.device("cuda", local) if cuda else None, timeout=TIMEOUT
+            )
         except td.DistNetworkError as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             if "EADDRINUSE" in str(error):
-                raise ValueError(f"port {where} is in use by another job on this machine: choose one by deepspeed "
-                                 "--master_port N (torchrun: --standalone, or --master_port N; srun: MASTER_PORT=N)"
-                                 ) from None  # fmt: skip
+                raise ValueError(
+                    f"port {where} is in use by another job on this machine: choose one by deepspeed "
+                    "--master_port N (torchrun: --standalone, or --master_port N; srun: MASTER_PORT=N)"
+                ) from None
             raise ValueError(f"rank {os.environ['RANK']} does not reach rank 0 at {where}: {error}") from None
     return torch.device("cuda", local) if cuda else torch.device("cpu")
 
@@ -71,8 +75,12 @@ def from_slurm() -> None:
         return
     parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", env["SLURM_STEP_TASKS_PER_NODE"])  # "4(x2),3": nodes with 4, 4 and 3
     tasks = [count for count, nodes in parts for _ in range(int(nodes or 1))]
-    env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"],
-               LOCAL_WORLD_SIZE=tasks[int(env.get("SLURM_NODEID", 0))])
+    env.update(
+        RANK=env["SLURM_PROCID"],
+        WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"],
+        LOCAL_RANK=env["SLURM_LOCALID"],
+        LOCAL_WORLD_SIZE=tasks[int(env.get("SLURM_NODEID", 0))],
+    )
     env.setdefault("MASTER_ADDR", _first_node(env["SLURM_STEP_NODELIST"]))
     step = int(env["SLURM_STEP_ID"]) if env.get("SLURM_STEP_ID", "").isdecimal() else 0
     env.setdefault("MASTER_PORT", str(15000 + (int(env["SLURM_JOB_ID"]) * 7 + step) % 15000))
@@ -122,8 +130,11 @@ def _gloo_threads() -> dict[str, list[str]]:
     for task in Path("/proc/self/task").glob("*"):
         with contextlib.suppress(OSError):  # it ended meanwhile
             if (task / "comm").read_text() == "pt_gloo_runloop\n":
-                found[task.name] = [line for line in (task / "status").read_text().splitlines()
-                                    if line.startswith(("State:", "voluntary_ctxt", "nonvoluntary_ctxt"))]
+                found[task.name] = [
+                    line
+                    for line in (task / "status").read_text().splitlines()
+                    if line.startswith(("State:", "voluntary_ctxt", "nonvoluntary_ctxt"))
+                ]
     return found
 
 

@@ -70,20 +70,29 @@ def main(argv: list[str] | None = None) -> int:
     return int(bool(failed))
 
 
-# ---- checks: the parent process --------------------------------------------------------------------------------------
-
-
 def check_machine(args) -> list[Finding]:
     inside = (3, 10) <= sys.version_info[:2] <= (3, 13)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    out = [Finding("ok" if inside else "FAIL", "python", f"{platform.python_version()}, {sys.executable}",
-                   "" if inside else "make clean, then make setup PYTHON=python3.13"),
-           Finding("ok", "machine", f"{platform.platform()}, {cores} cores, {memory:.0f} GiB memory")]  # fmt: skip
+    out = [
+        Finding(
+            "ok" if inside else "FAIL",
+            "python",
+            f"{platform.python_version()}, {sys.executable}",
+            "" if inside else "make clean, then make setup PYTHON=python3.13",
+        ),
+        Finding("ok", "machine", f"{platform.platform()}, {cores} cores, {memory:.0f} GiB memory"),
+    ]
     shm = Path("/dev/shm")
     if shm.is_dir() and (size := shutil.disk_usage(shm).total) < 2**28:
-        out.append(Finding("note", "/dev/shm", f"{size / 2**20:.0f} MiB: NCCL between several GPUs needs more",
-                           "docker run --shm-size 8g"))  # fmt: skip
+        out.append(
+            Finding(
+                "note",
+                "/dev/shm",
+                f"{size / 2**20:.0f} MiB: NCCL between several GPUs needs more",
+                "docker run --shm-size 8g",
+            )
+        )
     return out
 
 
@@ -109,8 +118,14 @@ def check_packages(args) -> list[Finding]:
             continue
         fits = _fits(found, requirement[len(name) :])
         asked = "" if fits else f", asked for is {requirement}"
-        out.append(Finding("ok" if fits else need, name, (found or "of no version") + asked,
-                           "" if fits else f'pip install "{requirement}"'))  # fmt: skip
+        out.append(
+            Finding(
+                "ok" if fits else need,
+                name,
+                (found or "of no version") + asked,
+                "" if fits else f'pip install "{requirement}"',
+            )
+        )
     return out
 
 
@@ -177,8 +192,10 @@ def check_gpu(args) -> list[Finding]:
     if isinstance(result, str):
         return [Finding("FAIL", "gpu", result, "repair torch first")]
     if result["devices"]:
-        return [Finding("ok", f"gpu {i}", f"{d}; CUDA {result['cuda']}, driver {driver or 'unknown'}")
-                for i, d in enumerate(result["devices"])]  # fmt: skip
+        return [
+            Finding("ok", f"gpu {i}", f"{d}; CUDA {result['cuda']}, driver {driver or 'unknown'}")
+            for i, d in enumerate(result["devices"])
+        ]
     if smi and driver:
         seen = f"driver {driver} is there and torch (CUDA {result['cuda']}) sees no GPU: {result['why']}"
         return [Finding("FAIL", "gpu", seen, "update the driver to one for that CUDA, or check CUDA_VISIBLE_DEVICES")]
@@ -191,8 +208,14 @@ def check_compiler(args) -> list[Finding]:
     level = "FAIL" if shutil.which("nvidia-smi") else "note"
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     if not cc:
-        return [Finding(level, "compiler", "no C compiler: Triton's kernels cannot be built",
-                        "apt-get install gcc, or train with speed.kernels=reference")]  # fmt: skip
+        return [
+            Finding(
+                level,
+                "compiler",
+                "no C compiler: Triton's kernels cannot be built",
+                "apt-get install gcc, or train with speed.kernels=reference",
+            )
+        ]
     import sysconfig
 
     with tempfile.TemporaryDirectory() as folder:
@@ -201,8 +224,14 @@ def check_compiler(args) -> list[Finding]:
         command = [cc, "-shared", "-fPIC", f"-I{sysconfig.get_paths()['include']}", str(source), "-o", f"{folder}/a.so"]
         said, ending = _child(command, timeout=60, errors=True)
     if ending != "ended":
-        return [Finding(level, "compiler", f"{cc} {ending}: {said.strip()[:200]}",
-                        f"apt-get install {version}-dev gcc, or train with speed.kernels=reference")]  # fmt: skip
+        return [
+            Finding(
+                level,
+                "compiler",
+                f"{cc} {ending}: {said.strip()[:200]}",
+                f"apt-get install {version}-dev gcc, or train with speed.kernels=reference",
+            )
+        ]
     return [Finding("ok", "compiler", f"{cc}, with Python's headers")]
 
 
@@ -231,8 +260,16 @@ def check_loader(args) -> list[Finding]:
     return [Finding("ok", "loader", result["detail"])]
 
 
-CHECKS = (check_machine, check_packages, check_imports, check_gpu, check_compiler, check_kernel, check_disk,
-          check_loader)  # fmt: skip
+CHECKS = (
+    check_machine,
+    check_packages,
+    check_imports,
+    check_gpu,
+    check_compiler,
+    check_kernel,
+    check_disk,
+    check_loader,
+)
 
 
 def _disk_speed(folder: Path) -> tuple[float, float]:
@@ -258,8 +295,14 @@ def _disk_speed(folder: Path) -> tuple[float, float]:
 def _child(command: list[str], timeout: float, errors: bool = False) -> tuple[str, str]:
     """What a process printed and how it ended, in words; "ended" is well."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout,
-                              env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})  # fmt: skip
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+        )
     except subprocess.TimeoutExpired as error:
         out = error.stdout or b""
         return out.decode(errors="replace") if isinstance(out, bytes) else out, f"did not end in {timeout:.0f} s"
@@ -280,9 +323,6 @@ def _probe(name: str, args) -> dict | str:
                 return json.loads(line)
     lines = [line for line in said.splitlines() if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
     return lines[-1][:300] if lines else f"the check {ending}"
-
-
-# ---- probes: processes of their own, free to fail --------------------------------------------------------------------
 
 
 def probe_gpu(args) -> dict:

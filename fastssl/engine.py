@@ -65,8 +65,9 @@ class Method(Protocol):
     def forward(self, views: list[Tensor], batch: Batch) -> dict[str, Tensor]: ...  # every trainable parameter acts
     def loss(self, out: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]: ...  # "loss", and scalars to log
 
-    def after_step(self, out: dict[str, Tensor], batch: Batch, progress: float | Tensor,
-                   found_inf: Tensor | None = None) -> None: ...  # EMA, queue, bank
+    def after_step(
+        self, out: dict[str, Tensor], batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None
+    ) -> None: ...  # EMA, queue, bank
 
 
 @dataclass
@@ -110,8 +111,14 @@ class Trainer:
         yield copy
 
 
-def fit(run: Run, hooks: list | None = None, *, resume: bool | str | Path = False, force: bool = False,
-        device: str | None = None) -> Trainer:  # fmt: skip
+def fit(
+    run: Run,
+    hooks: list | None = None,
+    *,
+    resume: bool | str | Path = False,
+    force: bool = False,
+    device: str | None = None,
+) -> Trainer:
     """Train `run` to its end, or to a signal: SystemExit then, after a checkpoint (docs/runs.md).
 
     `hooks`: None for those that `run.log` asks for (kNN, probe, collapse); a list takes their place.  `resume`: True
@@ -121,8 +128,10 @@ def fit(run: Run, hooks: list | None = None, *, resume: bool | str | Path = Fals
     where = dist.init(device)
     if emulated(run.optim.precision, where):
         if dist.is_main():
-            print(f"optim.precision={run.optim.precision}: this CPU has no instructions for it and would emulate it, "
-                  "many times slower; training in fp32")
+            print(
+                f"optim.precision={run.optim.precision}: this CPU has no instructions for it and would emulate it, "
+                "many times slower; training in fp32"
+            )
         run = replace(run, optim=replace(run.optim, precision="fp32"))
     hooks = monitors.of(run) if hooks is None else hooks
     with state.claimed(run):
@@ -177,8 +186,10 @@ def train(t: Trainer, log: Log, signals: ending.Signals) -> None:
                     spent.add(t, records)
                     saved = save(t, log, needed=bool(stop))
                 if stop and t.step < t.total_steps:
-                    log.text(f"stopped by {signal.Signals(stop).name} at step {t.step} of {t.total_steps}; "
-                             f"checkpoint {saved}; continue with --resume")
+                    log.text(
+                        f"stopped by {signal.Signals(stop).name} at step {t.step} of {t.total_steps}; "
+                        f"checkpoint {saved}; continue with --resume"
+                    )
                     log.close()
                     raise ending.Stopped(stop)
         if t.step % t.loader.steps == 0 or t.step == t.total_steps:
@@ -212,9 +223,11 @@ def opening(t: Trainer) -> str:
     optim, world, epochs = t.run.optim, dist.world(), t.total_steps / t.loader.steps
     device = torch.cuda.get_device_name(t.device) if t.device.type == "cuda" else "CPU"
     classes = f", {len(t.loader.classes)} classes" if t.loader.classes else ""
-    return (f"{type(t.method).__name__}, {t.run.backbone.name}: {t.loader.samples} images{classes}, {t.total_steps} "
-            f"steps of {optim.batch} images ({epochs:.4g} epochs); {world} {'rank' if world == 1 else 'ranks'} on "
-            f"{device}, {optim.precision}; run folder {t.folder}")
+    return (
+        f"{type(t.method).__name__}, {t.run.backbone.name}: {t.loader.samples} images{classes}, {t.total_steps} "
+        f"steps of {optim.batch} images ({epochs:.4g} epochs); {world} {'rank' if world == 1 else 'ranks'} on "
+        f"{device}, {optim.precision}; run folder {t.folder}"
+    )
 
 
 def closing(t: Trainer) -> str:
@@ -358,8 +371,11 @@ def update(t: Trainer, out: dict[str, Tensor], losses: dict, batch: Batch, phase
             t.method.after_step(out, batch, values.progress, found_inf=found_inf)
         t.scale.update_()
     scalars = {name: value.detach() if isinstance(value, Tensor) else value for name, value in losses.items()}
-    return out, scalars | ({"loss_scale": t.scale.scale.clone(), "applied": found_inf == 0} if t.scale.dynamic
-                           else {"loss_scale": 1.0, "applied": True})
+    return out, scalars | (
+        {"loss_scale": t.scale.scale.clone(), "applied": found_inf == 0}
+        if t.scale.dynamic
+        else {"loss_scale": 1.0, "applied": True}
+    )
 
 
 @torch.no_grad()
@@ -468,17 +484,22 @@ def make(t: Trainer, batch: Batch, views: tuple | None = None) -> list[Tensor]:
     if batch.place is not None:  # a sample that comes twice in an epoch looks different each time
         key = torch.arange(len(key), device=key.device) + batch.place
     dtype = torch.float32 if getattr(t.method, "exact_views", False) else DTYPES[t.run.optim.precision]
-    return make_views(batch.pixels, batch.sizes, key, views or t.run.data.views, seed=t.run.seed, epoch=batch.epoch,
-                      dtype=dtype, impl=t.run.speed.kernels)
+    return make_views(
+        batch.pixels,
+        batch.sizes,
+        key,
+        views or t.run.data.views,
+        seed=t.run.seed,
+        epoch=batch.epoch,
+        dtype=dtype,
+        impl=t.run.speed.kernels,
+    )
 
 
 def merge(batches: list[Batch]) -> Batch:
     """Index and labels of all micro-batches; their pixels stay apart."""
     cat = {name: torch.cat([getattr(b, name) for b in batches]) for name in ("sizes", "index", "label")}
     return replace(batches[0], pixels=batches[0].pixels[:0], **cat)
-
-
-# ---- building --------------------------------------------------------------------------------------------------------
 
 
 def build(run: Run, hooks: list = (), device: str | None = None) -> Trainer:
@@ -492,23 +513,42 @@ def build(run: Run, hooks: list = (), device: str | None = None) -> Trainer:
     if where.type == "cuda":  # losses are computed in fp32; beside a 16-bit network their products may use tensor cores
         torch.set_float32_matmul_precision("highest" if run.optim.precision == "fp32" else "high")
     micro = micro_batch(run)
-    loader = Loader(run.data.train, run.optim.batch, seed=run.seed, device=where, workers=run.speed.workers,
-                    micro=run.optim.batch // dist.world() // micro, resident=run.speed.resident)
+    loader = Loader(
+        run.data.train,
+        run.optim.batch,
+        seed=run.seed,
+        device=where,
+        workers=run.speed.workers,
+        micro=run.optim.batch // dist.world() // micro,
+        resident=run.speed.resident,
+    )
     if run.backbone.in_channels != 3:
-        raise ValueError(f"backbone.in_channels={run.backbone.in_channels}: views have 3 channels, of grey images too; "
-                         "leave it at 3")
+        raise ValueError(
+            f"backbone.in_channels={run.backbone.in_channels}: views have 3 channels, of grey images too; leave it at 3"
+        )
     torch.manual_seed(run.seed)  # the same weights, queue and bank on every rank
     method = prepare(build_method(run, loader), run, where)
     settings = optim.frozen(run.optim, getattr(method, "freeze_epochs", {}))
-    optimizer, schedule = optim.build(method.named_parameters(), settings, steps_per_epoch=loader.steps,
-                                        impl=run.speed.kernels)
+    optimizer, schedule = optim.build(
+        method.named_parameters(), settings, steps_per_epoch=loader.steps, impl=run.speed.kernels
+    )
     if hasattr(method, "total_steps"):
         method.total_steps = schedule.total_steps
     torch.manual_seed(run.seed + 1 + dist.rank())  # dropout and the like differ by rank
     ds = start_deepspeed(method, optimizer, run, micro)
     optim.attach(ds)
-    t = Trainer(run, state.run_folder(run), where, method, ds, schedule, loader, schedule.total_steps,
-                scale=LossScale(run.optim.precision, "cpu" if run.speed.zero else where), hooks=hooks)
+    t = Trainer(
+        run,
+        state.run_folder(run),
+        where,
+        method,
+        ds,
+        schedule,
+        loader,
+        schedule.total_steps,
+        scale=LossScale(run.optim.precision, "cpu" if run.speed.zero else where),
+        hooks=hooks,
+    )
     t.values = graph.Values(len(ds.optimizer.param_groups), where)
     why = by_deepspeed(t)
     if why is None:
@@ -557,21 +597,26 @@ def build_method(run: Run, loader: Loader) -> nn.Module:
     anything that copies it; a method that writes to it later is refused."""
     backbone, pretrained = backbones.build(run.backbone, run.method), run.backbone.pretrained
     if (run.backbone.frozen or run.backbone.norm == "frozen") and not pretrained:
-        raise ValueError("backbone.frozen and backbone.norm='frozen' keep pretrained weights as they are: give "
-                         "backbone.pretrained")
+        raise ValueError(
+            "backbone.frozen and backbone.norm='frozen' keep pretrained weights as they are: give backbone.pretrained"
+        )
     if pretrained:
         report = weights.load_backbone(pretrained, backbone)
         if dist.is_main():
             print(report)
     with weights.unchanged(backbone) if pretrained else contextlib.nullcontext():
-        method = run.method.build(backbone, samples=loader.samples, classes=loader.classes,
-                                  batch=run.optim.batch, kernels=run.speed.kernels)
+        method = run.method.build(
+            backbone, samples=loader.samples, classes=loader.classes, batch=run.optim.batch, kernels=run.speed.kernels
+        )
     contract.check_method(method, run.method)
     check_views(method, run.data.views)
     if run.optim.batch < getattr(method, "least_batch", 1) and dist.is_main():
-        warnings.warn(f"optim.batch={run.optim.batch}: the loss of {type(method).__name__} compares the images of a "
-                      "batch, and one image has none to be compared with; use a larger optim.batch (it counts the "
-                      "images of all GPUs together; speed.micro_batch bounds the memory)", stacklevel=2)
+        warnings.warn(
+            f"optim.batch={run.optim.batch}: the loss of {type(method).__name__} compares the images of a "
+            "batch, and one image has none to be compared with; use a larger optim.batch (it counts the "
+            "images of all GPUs together; speed.micro_batch bounds the memory)",
+            stacklevel=2,
+        )
     return method
 
 
@@ -589,8 +634,9 @@ def micro_batch(run: Run) -> int:
 
 def check_views(method: nn.Module, views: tuple) -> None:
     if method.views is not None and len(views) != method.views:
-        raise ValueError(f"{type(method).__name__} needs a recipe of {method.views} views, "
-                         f"data.views gives {len(views)}")
+        raise ValueError(
+            f"{type(method).__name__} needs a recipe of {method.views} views, data.views gives {len(views)}"
+        )
 
 
 def prepare(method: nn.Module, run: Run, device: torch.device) -> nn.Module:

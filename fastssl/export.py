@@ -33,8 +33,9 @@ from fastssl.parsing import Parser
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, where no run says what it trained with
 
 
-def write(backbone: nn.Module, path: str | Path, to: str | None = None, *, run: dict | None = None,
-          steps: int | None = None) -> str:  # fmt: skip
+def write(
+    backbone: nn.Module, path: str | Path, to: str | None = None, *, run: dict | None = None, steps: int | None = None
+) -> str:
     """Write the backbone's tensors and return the Python that loads them.
 
     `to`: of WRITERS; None: torchvision for its ResNets, timm for any other.  `run`: its config.json, and `steps`: how
@@ -47,8 +48,11 @@ def write(backbone: nn.Module, path: str | Path, to: str | None = None, *, run: 
     state = {k: v.detach().cpu().contiguous() for k, v in getattr(backbone, "body", backbone).state_dict().items()}
     if spec.norm == "frozen":  # elsewhere it is batch norm like any other
         spec = dataclasses.replace(spec, norm="bn")
-        state |= {re.sub("running_mean$", "num_batches_tracked", k): torch.tensor(0)
-                  for k in state if k.endswith("running_mean")}  # fmt: skip
+        state |= {
+            re.sub("running_mean$", "num_batches_tracked", k): torch.tensor(0)
+            for k in state
+            if k.endswith("running_mean")
+        }
     empty = [name for name, value in state.items() if value.numel() == 0]
     if empty:
         raise ValueError(f"{empty[0]} is empty: this backbone is partitioned by ZeRO-3; export from its run folder")
@@ -61,8 +65,10 @@ def write(backbone: nn.Module, path: str | Path, to: str | None = None, *, run: 
     lines = [WRITERS[to][1](state, spec, path, run)]
     if run and to != "detectron2":
         mean, std = _normalisation(run)
-        lines += [f"mean, std = {mean}, {std}  # of the channels of its images, in [0, 1]; trained at "
-                  f"{_size(run)} x {_size(run)} pixels"]
+        lines += [
+            f"mean, std = {mean}, {std}  # of the channels of its images, in [0, 1]; trained at "
+            f"{_size(run)} x {_size(run)} pixels"
+        ]
     return "\n".join(lines)
 
 
@@ -109,13 +115,17 @@ def _torchvision_recipe(spec: Backbone) -> str:
         lines += [f"net = torchvision.models.{spec.name}({given})"]
     else:  # torchvision's class with stages of other lengths and widths
         block, blocks, *_ = backbones.RESNETS[spec.name]
-        lines += [f"from torchvision.models.resnet import {block.__name__}, ResNet",
-                  f"net = ResNet({', '.join(filter(None, [block.__name__, str(list(blocks)), given]))})"]
+        lines += [
+            f"from torchvision.models.resnet import {block.__name__}, ResNet",
+            f"net = ResNet({', '.join(filter(None, [block.__name__, str(list(blocks)), given]))})",
+        ]
         if spec.width != 64:
-            lines += [f"net.inplanes, net.bn1 = {spec.width}, {norm}({spec.width})",
-                      f"for i, blocks in enumerate({list(blocks)}):",
-                      f"    stage = net._make_layer({block.__name__}, {spec.width} << i, blocks, stride=2 if i else 1)",
-                      '    setattr(net, f"layer{i + 1}", stage)']
+            lines += [
+                f"net.inplanes, net.bn1 = {spec.width}, {norm}({spec.width})",
+                f"for i, blocks in enumerate({list(blocks)}):",
+                f"    stage = net._make_layer({block.__name__}, {spec.width} << i, blocks, stride=2 if i else 1)",
+                '    setattr(net, f"layer{i + 1}", stage)',
+            ]
     if (spec.stem, spec.in_channels, spec.width) != ("imagenet", 3, 64):
         lines += [_first_convolution(spec)]
     if spec.stem != "imagenet":
@@ -127,8 +137,10 @@ def _torchvision_recipe(spec: Backbone) -> str:
 
 def _first_convolution(spec: Backbone) -> str:
     kernel, stride, padding = STEMS[spec.stem]
-    return (f"net.conv1 = torch.nn.Conv2d({spec.in_channels}, {spec.width}, {kernel}, stride={stride}, "
-            f"padding={padding}, bias=False)")
+    return (
+        f"net.conv1 = torch.nn.Conv2d({spec.in_channels}, {spec.width}, {kernel}, stride={stride}, "
+        f"padding={padding}, bias=False)"
+    )
 
 
 def _timm(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> str:
@@ -164,8 +176,10 @@ def _timm_model(spec: Backbone) -> tuple[str, dict]:
 def _safetensors(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> str:
     with complete(path) as temporary:
         save(state, temporary, weights.metadata(spec))
-    return ("from fastssl import backbones, weights  # without fastssl, safetensors.torch.load_file reads the tensors\n"
-            f"net = backbones.build(weights.spec_of({str(path)!r}))\nweights.load_backbone({str(path)!r}, net)")
+    return (
+        "from fastssl import backbones, weights  # without fastssl, safetensors.torch.load_file reads the tensors\n"
+        f"net = backbones.build(weights.spec_of({str(path)!r}))\nweights.load_backbone({str(path)!r}, net)"
+    )
 
 
 def save(state: dict[str, Tensor], path: Path, meta: dict[str, str]) -> None:
@@ -183,8 +197,13 @@ def save(state: dict[str, Tensor], path: Path, meta: dict[str, str]) -> None:
 
 def detectron2_names(keys) -> dict[str, str]:
     """torchvision's names of a ResNet's tensors -> detectron2's."""
-    rules = ((r"^(?!layer)", "stem."), (r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}"), (r"\bbn(\d)", r"conv\1.norm"),
-             (r"downsample\.0", "shortcut"), (r"downsample\.1", "shortcut.norm"))  # fmt: skip
+    rules = (
+        (r"^(?!layer)", "stem."),
+        (r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}"),
+        (r"\bbn(\d)", r"conv\1.norm"),
+        (r"downsample\.0", "shortcut"),
+        (r"downsample\.1", "shortcut.norm"),
+    )
     out = {}
     for key in keys:
         out[key] = key
@@ -217,16 +236,26 @@ def _detectron2(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> st
         resnets |= {"NUM_GROUPS": int(depth[2]), "WIDTH_PER_GROUP": int(depth[3])}
     if int(depth[1]) < 50:
         resnets["RES2_OUT_CHANNELS"] = 64
-    lines = ["MODEL:", f'  WEIGHTS: "{path}"', f"  PIXEL_MEAN: {mean}", f"  PIXEL_STD: {std}", "  RESNETS:",
-             *(f"    {key}: {value}" for key, value in resnets.items()), "INPUT:", '  FORMAT: "RGB"']  # fmt: skip
+    lines = [
+        "MODEL:",
+        f'  WEIGHTS: "{path}"',
+        f"  PIXEL_MEAN: {mean}",
+        f"  PIXEL_STD: {std}",
+        "  RESNETS:",
+        *(f"    {key}: {value}" for key, value in resnets.items()),
+        "INPUT:",
+        '  FORMAT: "RGB"',
+    ]
     return "\n".join(lines)
 
 
 def _huggingface(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> str:
     name, options = _timm_model(spec)
     if spec.stem != "imagenet":
-        raise ValueError(f"a Hugging Face folder names a network that timm builds, and timm has no {name} with "
-                         f"stem={spec.stem!r}: export with --to torchvision, timm or safetensors")  # fmt: skip
+        raise ValueError(
+            f"a Hugging Face folder names a network that timm builds, and timm has no {name} with "
+            f"stem={spec.stem!r}: export with --to torchvision, timm or safetensors"
+        )
     import timm
 
     with torch.device("meta"):
@@ -237,8 +266,16 @@ def _huggingface(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> s
     size = _size(run) or net.pretrained_cfg["input_size"][-1]
     if getattr(getattr(net, "patch_embed", None), "strict_img_size", False):
         size = net.pretrained_cfg["input_size"][-1]
-    cfg = {"input_size": [spec.in_channels, size, size], "mean": mean, "std": std, "interpolation": "bicubic",
-           "crop_pct": 0.875, "num_classes": 0, "first_conv": None, "classifier": None}  # fmt: skip
+    cfg = {
+        "input_size": [spec.in_channels, size, size],
+        "mean": mean,
+        "std": std,
+        "interpolation": "bicubic",
+        "crop_pct": 0.875,
+        "num_classes": 0,
+        "first_conv": None,
+        "classifier": None,
+    }
     config = {"architecture": name, "num_classes": 0, "num_features": net.num_features, "pretrained_cfg": cfg}
     if options:
         config["model_args"] = options
@@ -288,8 +325,10 @@ def card(path: Path, name: str, run: dict | None) -> str:
         title = f"{name}, {method}"
         rows = {"method": method} | {f"method.{k}": v for k, v in run["method"].items() if k != "type"}
         length = "steps" if run["optim"].get("steps") else "epochs"  # a run of few steps ends long before its epochs
-        rows |= {f"optim.{k}": run["optim"][k]
-                 for k in ("name", "lr", "batch", length, "weight_decay", "schedule", "precision")}  # fmt: skip
+        rows |= {
+            f"optim.{k}": run["optim"][k]
+            for k in ("name", "lr", "batch", length, "weight_decay", "schedule", "precision")
+        }
         if run.get("steps_done") is not None:
             rows |= {"steps made": run["steps_done"]}
         rows |= {"image size": _size(run), "data": Path(run["data"]["train"]).name, "seed": run["seed"]}
@@ -297,8 +336,9 @@ def card(path: Path, name: str, run: dict | None) -> str:
         training = f"\n## How it was trained\n\n| | |\n|---|---|\n{table}\n"
     mean, std = _normalisation(run)
     digest = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
-    return CARD.format(title=title, training=training, version=version("fastssl"), digest=digest, mean=list(mean),
-                       std=list(std))  # fmt: skip
+    return CARD.format(
+        title=title, training=training, version=version("fastssl"), digest=digest, mean=list(mean), std=list(std)
+    )
 
 
 def _view(run: dict | None) -> dict:
@@ -342,11 +382,19 @@ def add_backbone_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--norm", choices=("bn", "gn", "frozen"), help=f"of a ResNet; default: {plain.norm}")
     parser.add_argument("--width", type=int, help=f"channels of a ResNet's first stage; default: {plain.width}")
     parser.add_argument("--in-channels", type=int, dest="in_channels", help=f"default: {plain.in_channels}")
-    parser.add_argument("--sobel", action="store_true", default=None,
-                        help="the network sees gradients (DeepCluster); default: if the weights' first convolution has "
-                        "two channels")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
-                        help="an argument of timm's model, such as num_heads=12; may be given several times")
+    parser.add_argument(
+        "--sobel",
+        action="store_true",
+        default=None,
+        help="the network sees gradients (DeepCluster); default: if the weights' first convolution has two channels",
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of timm's model, such as num_heads=12; may be given several times",
+    )
 
 
 def spec_from(args: argparse.Namespace, target: str | None) -> Backbone | None:
@@ -355,8 +403,10 @@ def spec_from(args: argparse.Namespace, target: str | None) -> Backbone | None:
     given = {key: getattr(args, key) for key in options if getattr(args, key) is not None}
     known = weights.spec_of(target) if target else None
     if known and (args.backbone or given or args.option):
-        raise ValueError(f"{target} names its backbone ({known.name}): leave out --backbone, --stem, --norm, --width, "
-                         "--in-channels, --sobel and --option")  # fmt: skip
+        raise ValueError(
+            f"{target} names its backbone ({known.name}): leave out --backbone, --stem, --norm, --width, "
+            "--in-channels, --sobel and --option"
+        )
     if (given or args.option) and not args.backbone:
         first = next(iter([*given, "option"])).replace("_", "-")
         raise ValueError(f"--{first} describes a backbone: give its --backbone NAME, too")
@@ -376,16 +426,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN_OR_WEIGHTS", help="run or checkpoint folder, .safetensors, .pt or .pth")
     parser.add_argument("--to", choices=tuple(WRITERS), help="default: torchvision for a ResNet, timm for any other")
     parser.add_argument("--out", help="default: backbone.pth, backbone.safetensors, ... in the run's folder")
-    parser.add_argument("--which", choices=("student", "teacher"),
-                        help="the trained network or its moving average; default: what the method evaluates")
+    parser.add_argument(
+        "--which",
+        choices=("student", "teacher"),
+        help="the trained network or its moving average; default: what the method evaluates",
+    )
     parser.add_argument("--prefix", help="another copy in the file, e.g. target.0.")
     add_backbone_options(parser)
     args = parser.parse_args(argv)
     try:
         spec = spec_from(args, args.run)
         if spec is None:
-            raise ValueError(f"what the backbone in {args.run} is stands nowhere: it is no run folder and no export of "
-                             "ours; give --backbone NAME")  # fmt: skip
+            raise ValueError(
+                f"what the backbone in {args.run} is stands nowhere: it is no run folder and no export of "
+                "ours; give --backbone NAME"
+            )
         folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
         to = args.to or default_target(spec)
         out = args.out or folder / WRITERS[to][0]

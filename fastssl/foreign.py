@@ -17,11 +17,23 @@ from fastssl.config import Backbone
 
 # Of several complete copies of a network, those below such a name are averages of another or learn from one.
 TEACHER = {
-    "teacher", "target", "ema", "encoder_k", "key_encoder",
-    "teacher_backbone", "momentum_backbone", "backbone_momentum",  # lightly, solo-learn
-    "momentum_encoder", "target_net", "target_encoder", "target_network", "target_network_state_dict",  # MoCo v3, BYOLs
-    "state_dict_ema", "model_ema", "ema_model",  # timm, torchvision
-}  # fmt: skip
+    "teacher",
+    "target",
+    "ema",
+    "encoder_k",
+    "key_encoder",
+    "teacher_backbone",
+    "momentum_backbone",
+    "backbone_momentum",  # lightly, solo-learn
+    "momentum_encoder",
+    "target_net",
+    "target_encoder",
+    "target_network",
+    "target_network_state_dict",  # MoCo v3, BYOLs
+    "state_dict_ema",
+    "model_ema",
+    "ema_model",  # timm, torchvision
+}
 STUDENT = {"student", "student_backbone"}
 
 
@@ -68,9 +80,11 @@ def refuse(file: str, checkpoint) -> None:
 def refuse_layout(file: str, layout: str | None, stem: str) -> None:
     """An error where the keys say that no ReLU follows the stem's norm and the backbone has one."""
     if layout == NO_RELU and stem != "cifar_norelu":
-        raise ValueError(f"{file} is refused for stem {stem!r}: it is a ResNet whose children were put into an "
-                         "nn.Sequential (lightly's ResNetGenerator), which left out the ReLU after the stem's norm; "
-                         "give stem='cifar_norelu' (--stem cifar_norelu)")  # fmt: skip
+        raise ValueError(
+            f"{file} is refused for stem {stem!r}: it is a ResNet whose children were put into an "
+            "nn.Sequential (lightly's ResNetGenerator), which left out the ReLU after the stem's norm; "
+            "give stem='cifar_norelu' (--stem cifar_norelu)"
+        )
 
 
 def refuse_heads(file: str, table: Tensor, net: nn.Module, spec: Backbone) -> None:
@@ -83,10 +97,12 @@ def refuse_heads(file: str, table: Tensor, net: nn.Module, spec: Backbone) -> No
     if dim not in (192, 384) or heads == 12 or "num_heads" in spec.options or table.ndim != 3:
         return
     if positions.is_sincos(table):
-        raise ValueError(f"{file} has the fixed positions of MoCo v3 and MAE. With {dim} channels, MoCo v3's authors, "
-                         f"MMSelfSup and solo-learn have 12 heads, timm's {spec.name} has {heads}, and the file does "
-                         f"not say which: give num_heads=12 or num_heads={heads} (--option num_heads=12, or "
-                         "backbone.options.num_heads=12)")  # fmt: skip
+        raise ValueError(
+            f"{file} has the fixed positions of MoCo v3 and MAE. With {dim} channels, MoCo v3's authors, "
+            f"MMSelfSup and solo-learn have 12 heads, timm's {spec.name} has {heads}, and the file does "
+            f"not say which: give num_heads=12 or num_heads={heads} (--option num_heads=12, or "
+            "backbone.options.num_heads=12)"
+        )
 
 
 def _by_patterns(*rules: tuple[str, str]) -> Callable[[list[str]], dict[str, str]]:

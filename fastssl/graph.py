@@ -74,8 +74,10 @@ class Captured:
         if self.packed is None:
             return self.out, dict(self.scalars)
         now = iter(self.packed.clone().unbind())  # the log reads them some steps later
-        return self.out, {name: _as(next(now), value.dtype) if isinstance(value, Tensor) else value
-                          for name, value in self.scalars.items()}
+        return self.out, {
+            name: _as(next(now), value.dtype) if isinstance(value, Tensor) else value
+            for name, value in self.scalars.items()
+        }
 
 
 def _as(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -64,11 +64,19 @@ class Extract:
             if path == run.data.train:  # no second copy of a resident set
                 loader = t.loader.in_file_order(batch)
             else:
-                loader = Loader(path, batch, device=t.device, workers=run.speed.workers, shuffle=False,
-                                drop_last=False, resident=run.speed.resident)
+                loader = Loader(
+                    path,
+                    batch,
+                    device=t.device,
+                    workers=run.speed.workers,
+                    shuffle=False,
+                    drop_last=False,
+                    resident=run.speed.resident,
+                )
             if not loader.classes:
-                raise ValueError(f"{path} has no classes: kNN and the probe need labelled data (data.bank, data.test); "
-                                 f"{OFF}")  # fmt: skip
+                raise ValueError(
+                    f"{path} has no classes: kNN and the probe need labelled data (data.bank, data.test); {OFF}"
+                )
             if loader.card.get("label") == "multi":
                 raise ValueError(f"{path} has several labels per image: kNN and the probe need one class each; {OFF}")
             self._loaders[path] = loader
@@ -92,8 +100,9 @@ class Extract:
             loader, data = self.loader(t, path), t.run.data
             view = data.eval_view or views.default_view(data.views[0], loader.card)
             with t.plain_backbone() as backbone:
-                self._features[path] = features.extract(backbone, loader, view, precision=t.run.optim.precision,
-                                                        kernels=t.run.speed.kernels)
+                self._features[path] = features.extract(
+                    backbone, loader, view, precision=t.run.optim.precision, kernels=t.run.speed.kernels
+                )
         x, labels = self._features[path]
         numbers = self._numbers[path, train.path] if train else None
         if numbers is None:
@@ -158,8 +167,10 @@ class LinearProbe:
     def before_epoch(self, t) -> None:
         names = t.loader.classes
         if not names or t.loader.card.get("label") == "multi":
-            raise ValueError(f"log.probe=True needs one class per image and {t.run.data.train} has "
-                             f"{'several' if names else 'none'}; set log.probe=False")
+            raise ValueError(
+                f"log.probe=True needs one class per image and {t.run.data.train} has "
+                f"{'several' if names else 'none'}; set log.probe=False"
+            )
         if not self.state:  # zeros: convex, so nothing needs to be drawn
             weights = torch.zeros(len(names), t.method.backbone.dim + 1)
             self.state = {"classifier": weights, "buffer": weights.clone()}

@@ -50,8 +50,10 @@ class Limits:
         if self.share("data") > WAIT:
             return f"the limit is loading: {data_switch(t)}"
         if self.share("other") > BETWEEN:
-            return ("the limit is what happens between steps (kNN, probe, collapse measure, checkpoints): raise "
-                    "log.knn_epochs, log.collapse_every or log.checkpoint_epochs")
+            return (
+                "the limit is what happens between steps (kNN, probe, collapse measure, checkpoints): raise "
+                "log.knn_epochs, log.collapse_every or log.checkpoint_epochs"
+            )
         if self.share("views") > self.share("forward", "backward", "step"):
             plain = cuda and speed.kernels == "reference"
             return f"the limit is making views: {'try speed.kernels=auto' if plain else 'smaller or fewer ones help'}"
@@ -94,4 +96,3 @@ def chosen(t: Any) -> str:
     if speed.micro_batch is None:
         parts.append(f"micro_batch={t.run.optim.batch // dist.world()} (a rank's whole share of the batch)")
     return "speed, as chosen: " + ", ".join(parts) if parts else ""
-

@@ -57,9 +57,21 @@ class Loader:
     refers to it.
     """
 
-    def __init__(self, path, batch: int, *, seed: int = 0, device=None, rank: int | None = None,
-                 world: int | None = None, micro: int = 1, workers: int | None = None, shuffle: bool = True,
-                 drop_last: bool = True, resident: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        path,
+        batch: int,
+        *,
+        seed: int = 0,
+        device=None,
+        rank: int | None = None,
+        world: int | None = None,
+        micro: int = 1,
+        workers: int | None = None,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        resident: bool = False,
+    ):
         _check_file(path)
         from fastssl.decode import Beton  # 4 s: ffcv brings OpenCV and numba
 
@@ -97,11 +109,15 @@ class Loader:
             raise ValueError(f"rank={self.rank}: must be below world={self.world}")
         if self.batch < 1 or self.batch % parts:
             near = max(1, round(self.batch / parts)) * parts
-            raise ValueError(f"batch={self.batch} is not divisible by world * micro = {self.world} * {self.micro}; "
-                             f"the nearest batch that is: {near}")  # fmt: skip
+            raise ValueError(
+                f"batch={self.batch} is not divisible by world * micro = {self.world} * {self.micro}; "
+                f"the nearest batch that is: {near}"
+            )
         if self.drop_last and self.batch > self.samples:
-            raise ValueError(f"batch={self.batch} is larger than {self.path} ({self.samples} samples); "
-                             f"use at most {self.samples // parts * parts}")  # fmt: skip
+            raise ValueError(
+                f"batch={self.batch} is larger than {self.path} ({self.samples} samples); "
+                f"use at most {self.samples // parts * parts}"
+            )
 
     def _check_memory(self) -> None:
         """One canvas a micro-batch, as large for each image as for the largest; pinned, there are two."""
@@ -109,20 +125,28 @@ class Loader:
         need = images * pixels * 3
         free = free_memory(torch.device("cpu"))
         if need * (2 if self.device.type == "cuda" else 1) > free:
-            raise ValueError(f"{self.path}: the largest image ({pixels / 1e6:.0f} megapixels) needs {need / 2**30:.1f} "
-                             f"GiB for batches of {images} and {free / 2**30:.1f} GiB are free: convert with "
-                             "--max-pixels or --short-side, or set a smaller speed.micro_batch")  # fmt: skip
+            raise ValueError(
+                f"{self.path}: the largest image ({pixels / 1e6:.0f} megapixels) needs {need / 2**30:.1f} "
+                f"GiB for batches of {images} and {free / 2**30:.1f} GiB are free: convert with "
+                "--max-pixels or --short-side, or set a smaller speed.micro_batch"
+            )
 
     def _read_card(self) -> dict:
         card = Path(self.path).with_suffix(".json")
         if not card.exists():
             return {}
         card = untrusted.read_card(card)
-        facts = {"format": 1, "samples": self.samples, "max_pixels": self._beton.max_pixels,
-                 "bytes": self._beton.bytes.size}  # fmt: skip
+        facts = {
+            "format": 1,
+            "samples": self.samples,
+            "max_pixels": self._beton.max_pixels,
+            "bytes": self._beton.bytes.size,
+        }
         if any(card.get(k) != v for k, v in facts.items()):
-            raise ValueError(f"the data card of {self.path} is not this file's: it says "
-                             f"{ {k: card.get(k) for k in facts} }, needed {facts}; convert again")  # fmt: skip
+            raise ValueError(
+                f"the data card of {self.path} is not this file's: it says "
+                f"{ {k: card.get(k) for k in facts} }, needed {facts}; convert again"
+            )
         return card
 
     def labels(self) -> np.ndarray:
@@ -275,8 +299,10 @@ def _check_file(path) -> None:
     kind = "imagefolder" if Path(path).is_dir() else kinds.get(Path(name).suffix.lower())
     if name and kind and Path(path).exists():
         what = "a folder" if kind == "imagefolder" else f"a {Path(name).suffix} file"
-        raise ValueError(f"{path} is {what}, and a .beton file is needed: `fastssl convert {kind} {name} "
-                         f"{Path(name).name.partition('.')[0]}.beton` makes one")  # fmt: skip
+        raise ValueError(
+            f"{path} is {what}, and a .beton file is needed: `fastssl convert {kind} {name} "
+            f"{Path(name).name.partition('.')[0]}.beton` makes one"
+        )
 
 
 def _slice(rows: np.ndarray, k: int, parts: int) -> np.ndarray:

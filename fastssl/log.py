@@ -61,8 +61,6 @@ class Log:
         self._bad: list[tuple[int, int, float]] = []  # (step, epoch, loss) of the last steps, not finite
         self._low = 0  # measures of collapse in a row that are below their limit
 
-    # ---- what the loop calls ----
-
     def step(self, step: int, epoch: int, scalars: dict[str, Any], timings: Iterable[dict] = ()) -> None:
         """Record `step` (from 1).  `timings`: the meter's records, of this or of earlier steps, found by "step"."""
         self._buffer.append(Row(step, epoch, dict(scalars), True))
@@ -122,8 +120,6 @@ class Log:
             self._progress.stop()
         self._file = self._writer = self._progress = None
 
-    # ---- from tensors to lines ----
-
     def _time(self, timings: Iterable[dict]) -> None:
         self._timings.update((t["step"], t) for t in timings)
 
@@ -139,8 +135,15 @@ class Log:
                     if value.numel() != 1:
                         raise ValueError(f"only scalars are logged: {name!r} has shape {tuple(value.shape)}")
                     tensors.append(value.detach().reshape(()))
-        rows = [row._replace(scalars={k: v._replace(tensor=_fetch(v.tensor)) if isinstance(v, Later) else v
-                                      for k, v in row.scalars.items()}) for row in rows]
+        rows = [
+            row._replace(
+                scalars={
+                    k: v._replace(tensor=_fetch(v.tensor)) if isinstance(v, Later) else v
+                    for k, v in row.scalars.items()
+                }
+            )
+            for row in rows
+        ]
         host = event = None
         if tensors:
             wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -160,8 +163,14 @@ class Log:
             values = iter(host.tolist() if host is not None else [])
             for row in rows:
                 record = {"step": row.step, "epoch": row.epoch}
-                record |= {k: _number(next(values), v.dtype) if isinstance(v, Tensor) else
-                           float(v) if isinstance(v, Later) else v for k, v in row.scalars.items()}
+                record |= {
+                    k: _number(next(values), v.dtype)
+                    if isinstance(v, Tensor)
+                    else float(v)
+                    if isinstance(v, Later)
+                    else v
+                    for k, v in row.scalars.items()
+                }
                 self._rows.append((row, record))
                 self._check(record)
         done = []
@@ -187,18 +196,21 @@ class Log:
         step, epoch, loss = self._bad[0]
         return f"the loss is {loss} since step {step} (epoch {epoch}): {REMEDY}"
 
-    # ---- files and the terminal, rank 0 only ----
-
     def _tell_collapse(self, record: dict) -> None:
         """Say it once, at the third measure in a row."""
         if not COLLAPSED.keys() & record.keys():
             return
-        low = [f"{key} {_short(record[key])} (below {limit:g})" for key, limit in COLLAPSED.items()
-               if key in record and record[key] < limit]  # fmt: skip
+        low = [
+            f"{key} {_short(record[key])} (below {limit:g})"
+            for key, limit in COLLAPSED.items()
+            if key in record and record[key] < limit
+        ]
         self._low = self._low + 1 if low else 0
         if self._low == 3:
-            self.text(f"step {record['step']}: collapse, the network gives nearly the same for every image: "
-                      f"{', '.join(low)}; lower optim.lr, or look at the method's settings")  # fmt: skip
+            self.text(
+                f"step {record['step']}: collapse, the network gives nearly the same for every image: "
+                f"{', '.join(low)}; lower optim.lr, or look at the method's settings"
+            )
 
     def _write(self, done: list[tuple[Row, dict]]) -> None:
         if self._file is None:
@@ -241,8 +253,10 @@ class Log:
         timed = [r for r in self._window if r.get("total_ms")]
         if row.timed and timed:
             total = sum(r["total_ms"] for r in timed)
-            parts += [f"{sum(r['images_per_s'] * r['total_ms'] for r in timed) / total:.0f} images/s",
-                      f"data {100 * sum(r['data_ms'] for r in timed) / total:.0f} %"]
+            parts += [
+                f"{sum(r['images_per_s'] * r['total_ms'] for r in timed) / total:.0f} images/s",
+                f"data {100 * sum(r['data_ms'] for r in timed) / total:.0f} %",
+            ]
             if timed[-1].get("mfu"):
                 parts.append(f"mfu {100 * sum(r['mfu'] * r['total_ms'] for r in timed if r['mfu']) / total:.0f} %")
             seconds = round((self.total_steps - row.step) * total / len(timed) / 1e3)
@@ -254,8 +268,14 @@ class Log:
         if self._progress is None:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            self._progress = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("eta"),
-                                      TimeRemainingColumn(), speed_estimate_period=120)
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                speed_estimate_period=120,
+            )
             self._progress.start()
             atexit.register(self._progress.stop)  # an error must not leave the terminal without a cursor
             self._task = self._progress.add_task("", total=self.total_steps)
@@ -265,8 +285,19 @@ class Log:
 # Below these a run has collapsed (hooks.Collapse).  Digits, a ResNet-10, 100 steps: SimCLR has embedding_std 1.0,
 # embedding_rank 21 and feature_rank 58; VICReg without its variance and covariance terms 0.07, 1.7 and 30.
 COLLAPSED = {"feature_std": 0.02, "feature_rank": 2.0, "embedding_std": 0.1, "embedding_rank": 2.0}
-TIMING_KEYS = ("data_ms", "views_ms", "forward_ms", "backward_ms", "optimizer_ms", "step_ms", "other_ms", "total_ms",
-               "images_per_s", "memory_gib", "mfu")
+TIMING_KEYS = (
+    "data_ms",
+    "views_ms",
+    "forward_ms",
+    "backward_ms",
+    "optimizer_ms",
+    "step_ms",
+    "other_ms",
+    "total_ms",
+    "images_per_s",
+    "memory_gib",
+    "mfu",
+)
 
 
 def read(path: str | Path) -> list[dict]:

@@ -23,9 +23,27 @@ PHASES = ("data", "views", "forward", "backward", "optimizer", "step")
 # Dense tensor-core TFLOP/s, bf16 or fp16 with fp32 accumulation, from NVIDIA's data sheets (half of "with sparsity").
 # TF32, which convolutions use in an fp32 run, is half of it on all of them.  The first name that fits counts.
 PEAK_TFLOPS = {
-    "GB200": 2500, "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756,
-    "H100": 989, "H800 PCIe": 756, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "A40": 149.7, "A30": 165,
-    "L40S": 362, "L40": 181, "L4": 121, "RTX 4090": 165.2, "RTX 3090": 71, "RTX A6000": 154.8,
+    "GB200": 2500,
+    "B200": 2250,
+    "GH200": 989,
+    "H200 NVL": 835,
+    "H200": 989,
+    "H100 NVL": 835,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "H800 PCIe": 756,
+    "H800": 989,
+    "H20": 148,
+    "A100": 312,
+    "A800": 312,
+    "A40": 149.7,
+    "A30": 165,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71,
+    "RTX A6000": 154.8,
 }
 
 
@@ -124,8 +142,13 @@ class Meter:
             spent[name] += self._ms(start, end)
         total = self._ms(begin, stop)
         record = {f"{name}_ms": ms for name, ms in spent.items()}
-        record |= {"step": step, "other_ms": total - sum(spent.values()), "total_ms": total,
-                   "images_per_s": self.batch / total * 1e3 if total else None, "memory_gib": memory_gib(self.device)}
+        record |= {
+            "step": step,
+            "other_ms": total - sum(spent.values()),
+            "total_ms": total,
+            "images_per_s": self.batch / total * 1e3 if total else None,
+            "memory_gib": memory_gib(self.device),
+        }
         record["mfu"] = self.flops / (total / 1e3) / self.peak if self.flops and total else None
         return record
 

@@ -26,8 +26,11 @@ def method(text: str) -> Any:
 def recipe(text: str, like: tuple, key: str) -> tuple:
     """A recipe of fastssl.views; size, mean and std are those of view 0 of `like` unless they are given."""
     name, args, options = _call(text, key)
-    known = {n: f for n, f in vars(importlib.import_module("fastssl.views")).items()
-             if inspect.isfunction(f) and n[0] != "_" and "size" in inspect.signature(f).parameters}
+    known = {
+        n: f
+        for n, f in vars(importlib.import_module("fastssl.views")).items()
+        if inspect.isfunction(f) and n[0] != "_" and "size" in inspect.signature(f).parameters
+    }
     if name not in known:
         raise ValueError(f"{key}={name!r} is none of {', '.join(known)}{settings.hint(name, known)}")
     kept = {f: getattr(like[0], f) for f in ("size", "mean", "std")} if like else {}
@@ -43,8 +46,11 @@ def _call(text: str, key: str) -> tuple[str, tuple, dict]:
         if isinstance(node, ast.Name):
             return node.id, (), {}
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and all(k.arg for k in node.keywords):
-            return (node.func.id, tuple(ast.literal_eval(a) for a in node.args),
-                    {k.arg: ast.literal_eval(k.value) for k in node.keywords})  # fmt: skip
+            return (
+                node.func.id,
+                tuple(ast.literal_eval(a) for a in node.args),
+                {k.arg: ast.literal_eval(k.value) for k in node.keywords},
+            )
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         pass
     raise ValueError(f"{key}={text}: give a name, or name(argument=value, ...) with plain values")

@@ -17,8 +17,10 @@ def convert_sync_bn(module: nn.Module, where: torch.device) -> nn.Module:
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)]
     for m in norms:
         if type(m).__module__ != nn.BatchNorm2d.__module__ and not hasattr(m, "act"):
-            raise ValueError(f"sync_bn=True: {type(m).__name__} is a batch norm that does more than PyTorch's, which "
-                             "would be lost; set sync_bn=False")
+            raise ValueError(
+                f"sync_bn=True: {type(m).__name__} is a batch norm that does more than PyTorch's, which "
+                "would be lost; set sync_bn=False"
+            )
     if where.type == "cuda":
         if any(hasattr(m, "act") for m in norms):  # torch's own converter drops the activation
             from timm.layers import convert_sync_batchnorm
@@ -72,8 +74,9 @@ class RunningStatistics:
     """
 
     def __init__(self, module: nn.Module):
-        norms = [m for m in module.modules()
-                 if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+        norms = [
+            m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+        ]
         moving = [b for m in norms for b in (m.running_mean, m.running_var)]
         self.buffers = [b for b in (moving, [m.num_batches_tracked for m in norms]) if b]  # a dtype each, for foreach
         self.start = [[b.clone() for b in buffers] for buffers in self.buffers]

@@ -24,14 +24,29 @@ from fastssl.kernels import multi_tensor
 from .config import Optim
 
 NORM_AND_BIAS = "ndim<=1"  # a pattern beside the regexes: names miss norms such as `downsample.1`, shapes do not
-KEYS = ("lr", "lr_mult", "momentum", "momentum_mult", "weight_decay", "weight_decay_mult", "lars_exclude", "schedule",
-        "freeze_epochs")
+KEYS = (
+    "lr",
+    "lr_mult",
+    "momentum",
+    "momentum_mult",
+    "weight_decay",
+    "weight_decay_mult",
+    "lars_exclude",
+    "schedule",
+    "freeze_epochs",
+)
 # Optim.lars_denominator: LARS's options in kernels.multi_tensor
 DENOMINATORS = {"openselfsup": {}, "larc": {"eps": 1e-8}, "sum": {"norm_of_sum": True}}
 
 
-def build(named_parameters: Iterable[tuple[str, Tensor]], optim: Optim, *, steps_per_epoch: int,
-          total_steps: int | None = None, impl: str = "auto") -> tuple[torch.optim.Optimizer, Schedule]:
+def build(
+    named_parameters: Iterable[tuple[str, Tensor]],
+    optim: Optim,
+    *,
+    steps_per_epoch: int,
+    total_steps: int | None = None,
+    impl: str = "auto",
+) -> tuple[torch.optim.Optimizer, Schedule]:
     """The optimizer over the trainable parameters, and the schedule that sets its rates (`schedule.table` to print).
 
     `impl`: which kernels update the parameters ("auto", "reference", "triton"; adamw's are torch's).
@@ -41,20 +56,47 @@ def build(named_parameters: Iterable[tuple[str, Tensor]], optim: Optim, *, steps
     groups = [{"params": g.params, **g.options} for g in schedule.groups]
     clip_each = optim.clip if optim.clip_each else 0.0
     if optim.name == "lars":
-        made = Lars(groups, lr=schedule.lr, momentum=optim.momentum, dampening=optim.dampening,
-                    weight_decay=optim.weight_decay, nesterov=optim.nesterov, eta=optim.eta, clip_lr=optim.clip_lr,
-                    lr_in_momentum=optim.lr_in_momentum, clip_each=clip_each, impl=impl,
-                    **DENOMINATORS[optim.lars_denominator])
+        made = Lars(
+            groups,
+            lr=schedule.lr,
+            momentum=optim.momentum,
+            dampening=optim.dampening,
+            weight_decay=optim.weight_decay,
+            nesterov=optim.nesterov,
+            eta=optim.eta,
+            clip_lr=optim.clip_lr,
+            lr_in_momentum=optim.lr_in_momentum,
+            clip_each=clip_each,
+            impl=impl,
+            **DENOMINATORS[optim.lars_denominator],
+        )
     elif optim.name == "sgd":
         if optim.nesterov and (optim.dampening or not optim.momentum):
-            raise ValueError(f"optim.nesterov=True needs optim.momentum above 0 (now {optim.momentum:g}) and "
-                             f"optim.dampening=0 (now {optim.dampening:g})")
-        made = Lars(groups, lr=schedule.lr, momentum=optim.momentum, dampening=optim.dampening,
-                    weight_decay=optim.weight_decay, nesterov=optim.nesterov, lr_in_momentum=False, lars_exclude=True,
-                    clip_each=clip_each, impl=impl)
+            raise ValueError(
+                f"optim.nesterov=True needs optim.momentum above 0 (now {optim.momentum:g}) and "
+                f"optim.dampening=0 (now {optim.dampening:g})"
+            )
+        made = Lars(
+            groups,
+            lr=schedule.lr,
+            momentum=optim.momentum,
+            dampening=optim.dampening,
+            weight_decay=optim.weight_decay,
+            nesterov=optim.nesterov,
+            lr_in_momentum=False,
+            lars_exclude=True,
+            clip_each=clip_each,
+            impl=impl,
+        )
     elif optim.name == "adamw":
-        made = AdamW(groups, lr=schedule.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
-                     clip_each=clip_each)
+        made = AdamW(
+            groups,
+            lr=schedule.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            clip_each=clip_each,
+        )
     else:
         raise ValueError(f"optim.name={optim.name!r} is none of sgd, adamw, lars")
     schedule.set_lr(made, 0)
@@ -66,9 +108,6 @@ def frozen(optim: Optim, epochs: dict[str, float]) -> Optim:
     own = {pattern: {"freeze_epochs": n} for pattern, n in epochs.items() if n}
     merged = {key: {**own.get(key, {}), **optim.paramwise.get(key, {})} for key in {**own, **optim.paramwise}}
     return replace(optim, paramwise=merged)
-
-
-# ---- parameter groups ------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -107,8 +146,10 @@ def group_parameters(named: Iterable[tuple[str, Tensor]], optim: Optim, lr: floa
         groups[patterns].params.append(p)
     if unused:
         names = [name for name, _ in named]
-        raise ValueError(f"optim.paramwise pattern {sorted(unused)[0]!r} matches no parameter; "
-                         f"their names are like {', '.join(names[:2] + names[-2:])}")
+        raise ValueError(
+            f"optim.paramwise pattern {sorted(unused)[0]!r} matches no parameter; "
+            f"their names are like {', '.join(names[:2] + names[-2:])}"
+        )
     return list(groups.values())
 
 
@@ -121,8 +162,9 @@ def _check(pattern: str, options: dict, optim: Optim) -> None:
         where = f"optim.paramwise[{pattern!r}][{key!r}]"
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, 1)
-            raise ValueError(f"{where}: unknown option{f'; did you mean {near[0]!r}?' if near else ''} "
-                             f"(there are {', '.join(KEYS)})")
+            raise ValueError(
+                f"{where}: unknown option{f'; did you mean {near[0]!r}?' if near else ''} (there are {', '.join(KEYS)})"
+            )
         if key == "schedule":
             valid = value == "constant"
         elif key == "lars_exclude":
@@ -168,9 +210,6 @@ def _table(groups: list[Group]) -> str:
     return "\n".join(f"{row[0]:<{a}}  {row[1]:>{b}}  {row[2]:>{c}}  {row[3]}" for row in rows)
 
 
-# ---- schedules -------------------------------------------------------------------------------------------------------
-
-
 def lr_multiplier(optim: Optim, step: int, steps_per_epoch: int, total_steps: int) -> float:
     """lr at `step` (from 0) over the base lr.
 
@@ -198,15 +237,18 @@ def _cosine(done: float, start: float, end: float) -> float:
 class Schedule:
     """What every group's lr and weight decay are at a step.  Holds no state that a checkpoint would need."""
 
-    def __init__(self, named: Iterable[tuple[str, Tensor]], optim: Optim, *, steps_per_epoch: int,
-                 total_steps: int | None = None):
+    def __init__(
+        self, named: Iterable[tuple[str, Tensor]], optim: Optim, *, steps_per_epoch: int, total_steps: int | None = None
+    ):
         self.optim, self.steps_per_epoch = optim, steps_per_epoch
         self.total_steps = total_steps or optim.steps or optim.epochs * steps_per_epoch
         if optim.schedule == "step" and not optim.milestones:
             raise ValueError("optim.schedule='step' needs optim.milestones, the epochs where lr falls by optim.gamma")
         if optim.warmup_epochs and optim.warmup_epochs * steps_per_epoch >= self.total_steps:
-            raise ValueError(f"optim.warmup_epochs={optim.warmup_epochs} is not shorter than the run of "
-                             f"{self.total_steps / steps_per_epoch:g} epochs")
+            raise ValueError(
+                f"optim.warmup_epochs={optim.warmup_epochs} is not shorter than the run of "
+                f"{self.total_steps / steps_per_epoch:g} epochs"
+            )
         if optim.weight_decay_end is not None and not optim.weight_decay:
             raise ValueError("optim.weight_decay_end needs optim.weight_decay > 0 to start from")
         lr_multiplier(optim, 0, steps_per_epoch, self.total_steps)  # an unknown name fails here, not at step 0
@@ -214,8 +256,10 @@ class Schedule:
         self.groups = group_parameters(named, optim, self.lr)
         self.table = _table(self.groups)  # now: ZeRO-3 takes the shapes away
         if self.lr != optim.lr:
-            self.table = (f"linear scaling: lr {optim.lr:g} x batch {optim.batch} / {optim.base_batch} = {self.lr:g}\n"
-                          + self.table)
+            self.table = (
+                f"linear scaling: lr {optim.lr:g} x batch {optim.batch} / {optim.base_batch} = {self.lr:g}\n"
+                + self.table
+            )
 
     def multiplier(self, step: int) -> float:
         return lr_multiplier(self.optim, step, self.steps_per_epoch, self.total_steps)
@@ -238,9 +282,6 @@ class Schedule:
         return self.lr * factor
 
 
-# ---- optimizers ------------------------------------------------------------------------------------------------------
-
-
 class _Whole:
     """What optimizers need to know of whole tensors although ZeRO hands them one flat partition at a time, and the
     options that they share: a group that is `frozen` is left alone with its state, as if it had no gradient, and
@@ -259,8 +300,11 @@ class _Whole:
 
     def _moving(self) -> list[tuple[dict, list[Tensor]]]:
         """The groups that are not frozen, with their parameters that have a gradient, clipped."""
-        moving = [(group, [p for p in group["params"] if p.grad is not None])
-                  for group in self.param_groups if not group.get("frozen")]
+        moving = [
+            (group, [p for p in group["params"] if p.grad is not None])
+            for group in self.param_groups
+            if not group.get("frozen")
+        ]
         for _, params in moving if self.clip_each else ():
             grads = self._views(params, [p.grad for p in params])
             squares = torch.stack(torch._foreach_norm(grads)).square()[None] if grads else None
@@ -279,8 +323,10 @@ class _Whole:
             elif p in self._whole:
                 out.append(value)
             else:
-                raise RuntimeError(f"{type(self).__name__} was handed a flat partition that it does not know: call "
-                                   "optim.attach(engine) after deepspeed.initialize")
+                raise RuntimeError(
+                    f"{type(self).__name__} was handed a flat partition that it does not know: call "
+                    "optim.attach(engine) after deepspeed.initialize"
+                )
         return out
 
     def _add_fragments(self, params: list[Tensor], squares: Tensor | None, rows: int) -> Tensor | None:
@@ -337,14 +383,37 @@ class Lars(_Whole, torch.optim.Optimizer):
     instead of d; `clip_lr` bounds ratio lr by lr (both solo-learn); `norm_of_sum` divides by |g + wd w| + eps.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.9, dampening: float = 0.0, weight_decay: float = 0.0,
-                 nesterov: bool = False, eta: float = 1e-3, clip_lr: bool = False, lr_in_momentum: bool = True,
-                 lars_exclude: bool = False, eps: float = 0.0, norm_of_sum: bool = False, clip_each: float = 0.0,
-                 impl: str = "auto"):
+    def __init__(
+        self,
+        params,
+        lr: float,
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        eta: float = 1e-3,
+        clip_lr: bool = False,
+        lr_in_momentum: bool = True,
+        lars_exclude: bool = False,
+        eps: float = 0.0,
+        norm_of_sum: bool = False,
+        clip_each: float = 0.0,
+        impl: str = "auto",
+    ):
         self.impl = impl
-        options = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
-                   "nesterov": nesterov, "eta": eta, "clip_lr": clip_lr, "lr_in_momentum": lr_in_momentum,
-                   "lars_exclude": lars_exclude, "eps": eps, "norm_of_sum": norm_of_sum}
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "eta": eta,
+            "clip_lr": clip_lr,
+            "lr_in_momentum": lr_in_momentum,
+            "lars_exclude": lars_exclude,
+            "eps": eps,
+            "norm_of_sum": norm_of_sum,
+        }
         super().__init__(params, options, clip_each=clip_each)
 
     @torch.no_grad()
@@ -369,8 +438,21 @@ class Lars(_Whole, torch.optim.Optimizer):
             for p in params if first else ():
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffers = views(params, [self.state[p]["momentum_buffer"] for p in params])
-        options = {k: group[k] for k in ("lr", "weight_decay", "momentum", "dampening", "nesterov", "eta", "clip_lr",
-                                         "lr_in_momentum", "eps", "norm_of_sum")}
+        options = {
+            k: group[k]
+            for k in (
+                "lr",
+                "weight_decay",
+                "momentum",
+                "dampening",
+                "nesterov",
+                "eta",
+                "clip_lr",
+                "lr_in_momentum",
+                "eps",
+                "norm_of_sum",
+            )
+        }
         multi_tensor.lars_(w, g, buffers, squares, **options, first=first, found_inf=self.found_inf, impl=self.impl)
 
     def _squares(self, group: dict, params: list[Tensor], w: list[Tensor], g: list[Tensor]) -> Tensor | None:
@@ -399,8 +481,13 @@ class Fragments:
                 keep += [False, True]
                 owner.append(i)
                 at = stop
-        return cls([*sizes, flat.numel() - at], [*keep, False], torch.tensor(owner, dtype=torch.int64).to(flat.device),
-                   len(stretches), group)
+        return cls(
+            [*sizes, flat.numel() - at],
+            [*keep, False],
+            torch.tensor(owner, dtype=torch.int64).to(flat.device),
+            len(stretches),
+            group,
+        )
 
 
 def attach(engine) -> None:
@@ -427,5 +514,7 @@ def attach(engine) -> None:
                 stretches.append((max(start, 0), min(stop, size)))
             ours._fragments[flat] = Fragments.of(stretches, flat, group)
     else:
-        raise ValueError(f"{type(ours).__name__} does not know how {type(zero).__name__} cuts parameters; "
-                         "use speed.zero 0 to 3 without other DeepSpeed optimizers")
+        raise ValueError(
+            f"{type(ours).__name__} does not know how {type(zero).__name__} cuts parameters; "
+            "use speed.zero 0 to 3 without other DeepSpeed optimizers"
+        )

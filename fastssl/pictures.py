@@ -35,8 +35,9 @@ def view_rows(batch, views: tuple[View, ...], seed: int, epochs: int = 3) -> Ten
     return torch.stack(columns, 1)
 
 
-def batches(path: str, rows: np.ndarray, *, batch: int = 256, device=None,
-            workers: int | None = None) -> Iterator[Batch]:  # fmt: skip
+def batches(
+    path: str, rows: np.ndarray, *, batch: int = 256, device=None, workers: int | None = None
+) -> Iterator[Batch]:
     """These rows of a file, each at most once, in their order; all of them on this rank."""
     loader = Loader(path, batch, device=device, workers=workers, shuffle=False, drop_last=False, rank=0, world=1)
     left = len(rows)
@@ -52,8 +53,10 @@ def batches(path: str, rows: np.ndarray, *, batch: int = 256, device=None,
 def images(path: str, rows: np.ndarray, view: View, *, device=None, workers: int | None = None) -> Tensor:
     """Tiles (len(rows), SIDE, SIDE, 3) of these rows of a file, which may repeat, as `view` shows them."""
     once, places = np.unique(rows, return_inverse=True)
-    made = [tiles(make_views(b.pixels, b.sizes, b.index, (view,), seed=0, epoch=0)[0], view)
-            for b in batches(path, once, batch=min(64, len(once)), device=device, workers=workers)]  # fmt: skip
+    made = [
+        tiles(make_views(b.pixels, b.sizes, b.index, (view,), seed=0, epoch=0)[0], view)
+        for b in batches(path, once, batch=min(64, len(once)), device=device, workers=workers)
+    ]
     return torch.cat(made)[torch.from_numpy(places)]
 
 
@@ -70,8 +73,14 @@ def sheet(path: Path, panels: list[tuple[str, Tensor]]) -> None:
     from matplotlib import pyplot
 
     widths = [t.shape[1] for _, t in panels]
-    figure, axes = pyplot.subplots(1, len(panels), width_ratios=widths, squeeze=False, layout="constrained",
-                                   figsize=(0.6 * sum(widths) + len(panels), 0.6 * panels[0][1].shape[0] + 0.6))
+    figure, axes = pyplot.subplots(
+        1,
+        len(panels),
+        width_ratios=widths,
+        squeeze=False,
+        layout="constrained",
+        figsize=(0.6 * sum(widths) + len(panels), 0.6 * panels[0][1].shape[0] + 0.6),
+    )
     for axis, (title, grid) in zip(axes[0], panels):
         rows, columns, step, apart = *grid.shape[:2], SIDE + SIDE // 16, SIDE // 8
         canvas = torch.ones(rows * step, columns * step + apart, 3)

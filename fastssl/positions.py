@@ -31,8 +31,10 @@ def is_sincos(table: Tensor) -> bool:
     side = round(n**0.5)
     if side * side != n or dim % 4:
         return False
-    return any(torch.allclose(table[0, 1:].float(), sincos(side, side, dim, columns_first=first), atol=1e-3)
-               for first in (True, False))  # fmt: skip
+    return any(
+        torch.allclose(table[0, 1:].float(), sincos(side, side, dim, columns_first=first), atol=1e-3)
+        for first in (True, False)
+    )
 
 
 def resample(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

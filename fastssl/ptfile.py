@@ -33,8 +33,10 @@ def check(path: str | Path, size: int) -> None:
             raise ValueError(f"{path} is a TorchScript archive: save its state_dict() instead")
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
-                raise ValueError(f"{path} is refused: {member.filename!r:.60} in it is compressed, to unpack to "
-                                 f"{member.file_size} bytes; torch.save compresses nothing")
+                raise ValueError(
+                    f"{path} is refused: {member.filename!r:.60} in it is compressed, to unpack to "
+                    f"{member.file_size} bytes; torch.save compresses nothing"
+                )
         for member in archive.infolist():
             if member.filename.endswith("data.pkl"):
                 try:

@@ -70,16 +70,22 @@ def pretrain(run: config.Run, overrides: list[str]) -> None:
 def report(run: config.Run) -> None:
     """Print the comparison and draw the picture."""
     device = dist.init()
-    loaders = [Loader(path, 256, device=device, shuffle=False, drop_last=False)
-               for path in (run.data.train, run.data.test)]
+    loaders = [
+        Loader(path, 256, device=device, shuffle=False, drop_last=False) for path in (run.data.train, run.data.test)
+    ]
     torch.manual_seed(run.seed)
     untrained, trained = backbones.build(run.backbone), backbones.build(run.backbone)
     folder = Path(run.log.root) / run.name
     weights.load_backbone(folder, trained)
-    networks = {"raw pixels": features.Pixels(run.data.eval_view.size), "untrained network": untrained,
-                "trained, without labels": trained}
-    print(f"\n{'accuracy in %':26}{'1 label a class':>18}{'5 labels a class':>18}{'kNN, all labels':>18}"
-          f"{'linear, all labels':>20}")
+    networks = {
+        "raw pixels": features.Pixels(run.data.eval_view.size),
+        "untrained network": untrained,
+        "trained, without labels": trained,
+    }
+    print(
+        f"\n{'accuracy in %':26}{'1 label a class':>18}{'5 labels a class':>18}{'kNN, all labels':>18}"
+        f"{'linear, all labels':>20}"
+    )
     for name, network in networks.items():
         sets = [part for loader in loaders for part in extract(network.to(device), loader, run)]
         few = [sum(few_labels(*sets, count, seed) for seed in range(DRAWS)) / DRAWS for count in (1, 5)]
@@ -109,8 +115,10 @@ def draw(path: Path, loaders: list[Loader], network: nn.Module, run: config.Run)
     views = pictures.view_rows(first, run.data.views, run.seed)
     (bank, _), (queries, _) = (extract(network, loader, run) for loader in loaders)
     plain = [extract(features.Pixels(run.data.eval_view.size), loader, run)[0] for loader in loaders]
-    images = [pictures.tiles(x.view(-1, 3, run.data.eval_view.size, run.data.eval_view.size), run.data.eval_view)
-              for x in plain]
+    images = [
+        pictures.tiles(x.view(-1, 3, run.data.eval_view.size, run.data.eval_view.size), run.data.eval_view)
+        for x in plain
+    ]
     some = torch.arange(0, len(queries), len(queries) // rows)[:rows]
     near = pictures.neighbours(bank, queries[some.to(queries.device)], 6).cpu()
     grid = torch.cat([images[1][some][:, None], images[0][near]], 1)

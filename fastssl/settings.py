@@ -53,8 +53,10 @@ def _set(target: Any, path: list[str], value: Any, key: str) -> Any:
         return target
     if isinstance(target, tuple | list):
         places = range(len(target)) if name == "all" else [_place(target, name, key)]
-        new = [(_set(item, rest, value, key) if rest else parse(value, type(item), key)) if i in places else item
-               for i, item in enumerate(target)]  # fmt: skip
+        new = [
+            (_set(item, rest, value, key) if rest else parse(value, type(item), key)) if i in places else item
+            for i, item in enumerate(target)
+        ]
         return type(target)(new)
     if not dataclasses.is_dataclass(target):
         raise ValueError(f"{key}: {type(target).__name__} has no settings below it")

@@ -45,8 +45,9 @@ def whole(module: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
             if mine:
                 own: dict[str, Tensor] = {}
                 child._save_to_state_dict(own, name + "." if name else "", False)
-                out.update({key: value.detach().clone(memory_format=torch.contiguous_format)
-                            for key, value in own.items()})
+                out.update(
+                    {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in own.items()}
+                )
     for name in getattr(module, "sharded", ()):
         blocks = _blocks(getattr(module, name))
         if mine:
@@ -95,9 +96,16 @@ def _write(t, path: Path) -> None:
     weights = whole(t.method)
     if dist.is_main():
         safetensors.torch.save_file({k: v.cpu() for k, v in weights.items()}, path / "weights.safetensors")
-        torch.save({"step": t.step, "scale": t.scale.state_dict(), "config": dump(t.run), "world": dist.world(),
-                    "hooks": {name: h.state_dict() for name, h in _named(t.hooks) if hasattr(h, "state_dict")}},
-                   path / "state.pt")
+        torch.save(
+            {
+                "step": t.step,
+                "scale": t.scale.state_dict(),
+                "config": dump(t.run),
+                "world": dist.world(),
+                "hooks": {name: h.state_dict() for name, h in _named(t.hooks) if hasattr(h, "state_dict")},
+            },
+            path / "state.pt",
+        )
 
 
 def _disk_error(path: Path) -> ValueError | None:
@@ -134,21 +142,30 @@ def _find(run: Run, resume: bool | str | Path, force: bool, say) -> Path | None:
     if not resume:
         if there and not force:
             path = checkpoint.newest(folder, say)
-            what = (f"already holds {path.name}: continue it with --resume" if path else
-                    "holds damaged checkpoints only, from which --resume cannot continue: mend one")
-            raise ValueError(f"{folder} {what}, give another name=..., or start anew with --force, which deletes its "
-                             "checkpoints and its log")
+            what = (
+                f"already holds {path.name}: continue it with --resume"
+                if path
+                else "holds damaged checkpoints only, from which --resume cannot continue: mend one"
+            )
+            raise ValueError(
+                f"{folder} {what}, give another name=..., or start anew with --force, which deletes its "
+                "checkpoints and its log"
+            )
         return None
     if resume is True and force:
         raise ValueError("--force starts anew and --resume continues: give one of them")
     path = checkpoint.newest(folder, say) if resume is True else _sound(Path(resume))
     if path is None:
-        raise ValueError(f"--resume: no complete checkpoint in {checkpoint.folder(folder)}; start without --resume"
-                         + ", but with --force, which deletes the damaged ones" * bool(there))
+        raise ValueError(
+            f"--resume: no complete checkpoint in {checkpoint.folder(folder)}; start without --resume"
+            + ", but with --force, which deletes the damaged ones" * bool(there)
+        )
     newer = [p for p in there if path.parent.resolve() != p.parent.resolve() or p.name > path.name]
     if newer and resume is not True and not force:
-        raise ValueError(f"{folder} holds {newer[0].name}, which does not lead to {path}: give another name=..., or "
-                         "delete it with --force")
+        raise ValueError(
+            f"{folder} holds {newer[0].name}, which does not lead to {path}: give another name=..., or "
+            "delete it with --force"
+        )
     _check(_read(path / "state.pt"), run, path)
     return path
 
@@ -156,8 +173,10 @@ def _find(run: Run, resume: bool | str | Path, force: bool, say) -> Path | None:
 def _sound(path: Path) -> Path:
     problem = checkpoint.damage(path)
     if problem:
-        raise ValueError(f"--resume-from {path}: not a complete checkpoint ({problem}); they are the folders "
-                         "checkpoints/step_... of a run")
+        raise ValueError(
+            f"--resume-from {path}: not a complete checkpoint ({problem}); they are the folders "
+            "checkpoints/step_... of a run"
+        )
     return path
 
 
@@ -196,8 +215,9 @@ def load(t, path: Path, say=print) -> None:
     except (ValueError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # anything, from a file whose contents are of other types or shapes
-        raise ValueError(f"{path} does not fit this run ({untrusted.one_line(error)}); start a new run with another "
-                         "name=...") from error
+        raise ValueError(
+            f"{path} does not fit this run ({untrusted.one_line(error)}); start a new run with another name=..."
+        ) from error
 
 
 def _read_deepspeed(path: str, map_location=None):
@@ -209,8 +229,11 @@ def _read(path: Path) -> dict:
     """state.pt, whose fields everything else may trust."""
     values = untrusted.read_pt(path)
     fields = {"step": int, "scale": dict, "config": dict, "world": int, "hooks": dict}
-    if (not isinstance(values, dict) or not all(isinstance(values.get(k), kind) for k, kind in fields.items())
-            or not isinstance(values["config"].get("speed"), dict)):
+    if (
+        not isinstance(values, dict)
+        or not all(isinstance(values.get(k), kind) for k, kind in fields.items())
+        or not isinstance(values["config"].get("speed"), dict)
+    ):
         raise ValueError(f"{path} is not the state of a run: it needs {', '.join(fields)}")
     return values
 
@@ -242,8 +265,9 @@ def _layout(t, channels_last: bool) -> None:
     for m in t.method.modules():
         if type(m) is (backbones.Conv2d if t.run.speed.channels_last else nn.Conv2d):
             held = t.ds.optimizer.state.get(m.weight, {})
-            held.update({k: v.permute(order).contiguous() for k, v in held.items()
-                         if isinstance(v, Tensor) and v.ndim == 4})
+            held.update(
+                {k: v.permute(order).contiguous() for k, v in held.items() if isinstance(v, Tensor) and v.ndim == 4}
+            )
 
 
 @torch.no_grad()
@@ -257,35 +281,56 @@ def _check(values: dict, run: Run, path: Path) -> None:
     then, now = values["config"]["speed"], run.speed
     zero, layout = then.get("zero"), then.get("channels_last")
     if zero != now.zero:
-        raise ValueError(f"--resume: {path.name} was written at ZeRO {zero} and speed.zero={now.zero} now: each stage "
-                         f"cuts the optimizer's state differently; continue with speed.zero={zero}")
+        raise ValueError(
+            f"--resume: {path.name} was written at ZeRO {zero} and speed.zero={now.zero} now: each stage "
+            f"cuts the optimizer's state differently; continue with speed.zero={zero}"
+        )
     if now.zero and layout != now.channels_last:
-        raise ValueError(f"--resume: {path.name} was written with speed.channels_last={layout}, whose layout ZeRO "
-                         f"{now.zero} has cut: continue with it (ZeRO 0 can change it)")
+        raise ValueError(
+            f"--resume: {path.name} was written with speed.channels_last={layout}, whose layout ZeRO "
+            f"{now.zero} has cut: continue with it (ZeRO 0 can change it)"
+        )
     if values["world"] != dist.world() and run.speed.zero:
-        raise ValueError(f"{path} was written by {values['world']} ranks and ZeRO {run.speed.zero} cuts its state by "
-                         f"rank: resume with {values['world']} ranks (now {dist.world()})")
+        raise ValueError(
+            f"{path} was written by {values['world']} ranks and ZeRO {run.speed.zero} cuts its state by "
+            f"rank: resume with {values['world']} ranks (now {dist.world()})"
+        )
     now = dump(run)
     for section in RESULTS:
         then, this = with_defaults(values["config"].get(section), getattr(run, section)), now[section]
         if then != this:
-            pairs = [(section, then, this)] if not isinstance(this, dict) else [
-                (f"{section}.{k}", then.get(k), this.get(k)) for k in sorted({*then, *this})
-                if then.get(k) != this.get(k)]
+            pairs = (
+                [(section, then, this)]
+                if not isinstance(this, dict)
+                else [
+                    (f"{section}.{k}", then.get(k), this.get(k))
+                    for k in sorted({*then, *this})
+                    if then.get(k) != this.get(k)
+                ]
+            )
             for key, a, b in pairs:
                 if key in OBSERVED or (key in LENGTH and any_length(run)):
                     continue
-                longer = (f"; optim.schedule={run.optim.schedule!r} follows the run's length, so train longer in a new "
-                          "run that starts from this one's weights (backbone.pretrained)" if key in LENGTH else "")
-                raise ValueError(f"--resume: {key} was {a!r} when {path.name} was written and is {b!r} now; "
-                                 f"start a new run (name=...) or restore it{longer}")
+                longer = (
+                    f"; optim.schedule={run.optim.schedule!r} follows the run's length, so train longer in a new "
+                    "run that starts from this one's weights (backbone.pretrained)"
+                    if key in LENGTH
+                    else ""
+                )
+                raise ValueError(
+                    f"--resume: {key} was {a!r} when {path.name} was written and is {b!r} now; "
+                    f"start a new run (name=...) or restore it{longer}"
+                )
 
 
 def any_length(run: Run) -> bool:
     """Whether a step's lr, weight decay and the method's momentum are the same in a longer run."""
     momentum = getattr(run.method, "momentum", None)
-    return (run.optim.schedule in ("constant", "step") and run.optim.weight_decay_end is None
-            and getattr(run.method, "momentum_end", momentum) in (None, momentum))
+    return (
+        run.optim.schedule in ("constant", "step")
+        and run.optim.weight_decay_end is None
+        and getattr(run.method, "momentum_end", momentum) in (None, momentum)
+    )
 
 
 def run_folder(run: Run) -> Path:
@@ -303,12 +348,18 @@ def note_environment(t) -> None:
         before = []
     before = [entry for entry in before if isinstance(entry, dict)] if isinstance(before, list) else []
     cuda = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    entry = {"step": t.step, "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), "ranks": dist.world(),
-             "accelerator": device.type,
-             "device": f"{cuda.name}, {cuda.total_memory / 2**30:.0f} GiB" if cuda else _processor(),
-             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-             "system": platform.platform(), "python": platform.python_version(), "cuda": torch.version.cuda or "none",
-             **{name: metadata.version(name) for name in ("fastssl", "torch", "torchvision", "ffcv", "deepspeed")}}
+    entry = {
+        "step": t.step,
+        "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        "ranks": dist.world(),
+        "accelerator": device.type,
+        "device": f"{cuda.name}, {cuda.total_memory / 2**30:.0f} GiB" if cuda else _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda or "none",
+        **{name: metadata.version(name) for name in ("fastssl", "torch", "torchvision", "ffcv", "deepspeed")},
+    }
     path.write_text(json.dumps([*before, entry], indent=1) + "\n")
 
 

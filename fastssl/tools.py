@@ -21,12 +21,23 @@ from fastssl.config import STEMS, Backbone
 from fastssl.parsing import Parser
 
 # What resumes a training and is no weight, by the first name of its keys; other optimizer states have numbers for keys.
-TRAINING = {"optimizer", "optimizers", "optimizer_states", "optimizer_state_dict", "scaler", "amp", "lr_scheduler",
-            "lr_schedulers", "scheduler", "loops", "callbacks", "param_schedulers", "message_hub", "meta"}  # fmt: skip
+TRAINING = {
+    "optimizer",
+    "optimizers",
+    "optimizer_states",
+    "optimizer_state_dict",
+    "scaler",
+    "amp",
+    "lr_scheduler",
+    "lr_schedulers",
+    "scheduler",
+    "loops",
+    "callbacks",
+    "param_schedulers",
+    "message_hub",
+    "meta",
+}
 CONTAINERS = {"state_dict", "model"}  # dictionaries that checkpoints wrap all weights in
-
-
-# ---- publish ---------------------------------------------------------------------------------------------------------
 
 
 def publish(source: str | Path, folder: str | Path | None = None, name: str | None = None) -> tuple[Path, str]:
@@ -88,9 +99,6 @@ def publish_main(argv: list[str] | None = None) -> int:
     return _run("publish", work)
 
 
-# ---- params ----------------------------------------------------------------------------------------------------------
-
-
 def count(module: nn.Module) -> tuple[int, int]:
     """Parameters, and those that are trained."""
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
@@ -108,8 +116,14 @@ def flops(backbone: nn.Module, size: int) -> int:
     return counter.get_total_flops()
 
 
-def params(target: str, overrides: list[str] = (), *, size: int | None = None, samples: int | None = None,
-           spec: Backbone | None = None) -> list[tuple[str, str]]:  # fmt: skip
+def params(
+    target: str,
+    overrides: list[str] = (),
+    *,
+    size: int | None = None,
+    samples: int | None = None,
+    spec: Backbone | None = None,
+) -> list[tuple[str, str]]:
     """Rows of the table for a config file or a backbone's name.  Nothing is allocated: the network is built without
     memory, so that any size fits."""
     run = config.load(target, overrides) if target.endswith(".py") else None
@@ -119,16 +133,28 @@ def params(target: str, overrides: list[str] = (), *, size: int | None = None, s
         rows = [("backbone", spec.name), *_parameters("backbone", backbone)]
         if run:
             samples = samples or _samples(run)
-            method = run.method.build(backbone, samples=samples, classes=list(map(str, range(1000))),
-                                      batch=run.optim.batch, kernels=run.speed.kernels)  # fmt: skip
+            method = run.method.build(
+                backbone,
+                samples=samples,
+                classes=list(map(str, range(1000))),
+                batch=run.optim.batch,
+                kernels=run.speed.kernels,
+            )
             stored = sum(b.numel() * b.element_size() for b in method.buffers())
-            rows += [("method", type(run.method).__module__.rpartition(".")[2]), *_parameters("method", method),
-                     (f"method's buffers at {samples:,} samples", f"{stored / 2**20:.2f} MiB")]  # fmt: skip
+            rows += [
+                ("method", type(run.method).__module__.rpartition(".")[2]),
+                *_parameters("method", method),
+                (f"method's buffers at {samples:,} samples", f"{stored / 2**20:.2f} MiB"),
+            ]
     sizes = [size] if size else sorted({v.size for v in run.data.views}, reverse=True) if run else [_size(backbone)]
     for side in sizes:
         amount = flops(backbone, side)
-        rows += [(f"backbone's forward, one image of {side} x {side}", f"{amount / 1e9:.3f} GFLOPs "
-                  f"({amount / 2e9:.3f} GMACs)")]  # fmt: skip
+        rows += [
+            (
+                f"backbone's forward, one image of {side} x {side}",
+                f"{amount / 1e9:.3f} GFLOPs ({amount / 2e9:.3f} GMACs)",
+            )
+        ]
     return rows
 
 
@@ -140,8 +166,10 @@ def _samples(run: config.Run) -> int:
 
 def _parameters(name: str, module: nn.Module) -> list[tuple[str, str]]:
     total, trained = count(module)
-    return [(f"{name}'s parameters", f"{total:,} ({total / 1e6:.2f} M)"),
-            (f"{name}'s trained parameters", f"{trained:,} ({trained / 1e6:.2f} M)")]  # fmt: skip
+    return [
+        (f"{name}'s parameters", f"{total:,} ({total / 1e6:.2f} M)"),
+        (f"{name}'s trained parameters", f"{trained:,} ({trained / 1e6:.2f} M)"),
+    ]
 
 
 def _size(backbone: nn.Module) -> int:
@@ -159,8 +187,13 @@ def params_main(argv: list[str] | None = None) -> int:
     parser.add_argument("--norm", choices=("bn", "gn"), default=None)
     parser.add_argument("--width", type=int)
     parser.add_argument("--in-channels", type=int, dest="in_channels")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
-                        help="an argument of timm's model, such as num_heads=12; may be given several times")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of timm's model, such as num_heads=12; may be given several times",
+    )
     args = parser.parse_intermixed_args(argv)
 
     def work() -> None:
@@ -179,9 +212,6 @@ def params_main(argv: list[str] | None = None) -> int:
         print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
 
     return _run("params", work)
-
-
-# ---- upgrade ---------------------------------------------------------------------------------------------------------
 
 
 def upgrade(old: str | Path, new: str | Path, spec: Backbone | None = None) -> str:
@@ -224,8 +254,9 @@ def upgrade_main(argv: list[str] | None = None) -> int:
     parser.add_argument("new", help=".safetensors, or .pth for {'state_dict': ...}")
     export.add_backbone_options(parser)
     args = parser.parse_args(argv)
-    return _run("upgrade", lambda: print(f"{upgrade(args.old, args.new, export.spec_from(args, None))}\n"
-                                         f"wrote {args.new}"))  # fmt: skip
+    return _run(
+        "upgrade", lambda: print(f"{upgrade(args.old, args.new, export.spec_from(args, None))}\nwrote {args.new}")
+    )
 
 
 def _run(command: str, work) -> int:

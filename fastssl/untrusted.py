@@ -60,8 +60,9 @@ def read_pt(path: str | Path, allow: Sequence[type] = ()) -> Any:
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL ([\w.]+)|Unsupported \w+ \d+", str(error))
         what = (culprit[1] or culprit[0]) if culprit else one_line(error)
-        raise CodeRefused(f"{path} is refused: it is not a pickle of tensors alone ({what}), and reading any other can "
-                          "run code") from None
+        raise CodeRefused(
+            f"{path} is refused: it is not a pickle of tensors alone ({what}), and reading any other can run code"
+        ) from None
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(f"{path} is not a complete PyTorch file ({one_line(error)})") from None
     check_plain(value, str(path), allow)
@@ -127,9 +128,28 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
-CARD = {"format": int, "samples": int, "bytes": int, "max_height": int, "max_width": int, "max_pixels": int,
-        "min_side": int, "jpeg": int, "raw": int, "copied": int, "resized": int, "bounded": int, "distrusted": int,
-        "bad": int, "mean_pixels": float, "sha256": str, "label": str, "options": dict, "source": str, "kind": str}
+CARD = {
+    "format": int,
+    "samples": int,
+    "bytes": int,
+    "max_height": int,
+    "max_width": int,
+    "max_pixels": int,
+    "min_side": int,
+    "jpeg": int,
+    "raw": int,
+    "copied": int,
+    "resized": int,
+    "bounded": int,
+    "distrusted": int,
+    "bad": int,
+    "mean_pixels": float,
+    "sha256": str,
+    "label": str,
+    "options": dict,
+    "source": str,
+    "kind": str,
+}
 CARD_NEEDS = ("format", "samples", "bytes", "max_pixels")  # the others have been there since the first version, too
 
 

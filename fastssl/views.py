@@ -11,9 +11,31 @@ from fastssl.kernels.views import View
 from fastssl.kernels.views.extra import Erase, Lighting, Random, Transform
 from fastssl.kernels.views.randaugment import RandAugment
 
-__all__ = ["CIFAR10", "CIFAR100", "Erase", "Lighting", "RandAugment", "Random", "Transform", "View", "byol", "center",
-           "deepcluster", "default_view", "dino", "mae", "moco_v1", "moco_v2", "npid", "padded", "patches", "rotation",
-           "simclr", "supervised", "swav"]  # fmt: skip
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "Erase",
+    "Lighting",
+    "RandAugment",
+    "Random",
+    "Transform",
+    "View",
+    "byol",
+    "center",
+    "deepcluster",
+    "default_view",
+    "dino",
+    "mae",
+    "moco_v1",
+    "moco_v2",
+    "npid",
+    "padded",
+    "patches",
+    "rotation",
+    "simclr",
+    "supervised",
+    "swav",
+]
 
 CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
 CIFAR100 = {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)}
@@ -40,25 +62,40 @@ def moco_v2(size: int = 224, **changes) -> tuple[View, ...]:
     return _views(view, view, **changes)
 
 
-def byol(size: int = 224, *, blur: tuple[float, float] = (1.0, 0.1), solarize: tuple[float, float] = (0.0, 0.2),
-         **changes) -> tuple[View, ...]:
+def byol(
+    size: int = 224, *, blur: tuple[float, float] = (1.0, 0.1), solarize: tuple[float, float] = (0.0, 0.2), **changes
+) -> tuple[View, ...]:
     """Two views of different blur and solarize probability, also Barlow Twins' and VICReg's, and MoCo v3's with
     bilinear crops (solo-learn's "asymmetric"; at 32 pixels it has blur=(0, 0))."""
     view = View(size, interpolation="bicubic", flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2)
     return _views(*(replace(view, blur=b, solarize=s) for b, s in zip(blur, solarize)), **changes)
 
 
-def swav(size: int = 224, *, crops: int = 2, small: int = 96, small_crops: int = 6,
-         scale: tuple[float, float] = (0.14, 1.0), small_scale: tuple[float, float] = (0.05, 0.14),
-         **changes) -> tuple[View, ...]:
+def swav(
+    size: int = 224,
+    *,
+    crops: int = 2,
+    small: int = 96,
+    small_crops: int = 6,
+    scale: tuple[float, float] = (0.14, 1.0),
+    small_scale: tuple[float, float] = (0.05, 0.14),
+    **changes,
+) -> tuple[View, ...]:
     """Multi-crop: `crops` large views, then `small_crops` small ones."""
     view = simclr(size)[0]
     large, local = replace(view, scale=scale), replace(view, size=small, scale=small_scale)
     return _views(*[large] * crops, *[local] * small_crops, **changes)
 
 
-def dino(size: int = 224, *, small: int = 96, small_crops: int = 8, scale: tuple[float, float] = (0.4, 1.0),
-         small_scale: tuple[float, float] = (0.05, 0.4), **changes) -> tuple[View, ...]:
+def dino(
+    size: int = 224,
+    *,
+    small: int = 96,
+    small_crops: int = 8,
+    scale: tuple[float, float] = (0.4, 1.0),
+    small_scale: tuple[float, float] = (0.05, 0.4),
+    **changes,
+) -> tuple[View, ...]:
     """Multi-crop: BYOL's two views large, then `small_crops` small ones (blur 0.5, no solarization)."""
     large = byol(size, scale=scale)
     local = replace(large[0], size=small, scale=small_scale, blur=0.5)
@@ -72,8 +109,18 @@ def mae(size: int = 224, **changes) -> tuple[View, ...]:
 
 def npid(size: int = 224, **changes) -> tuple[View, ...]:
     """One view, that of MoCo v1."""
-    return _views(View(size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray=0.2,
-                       order=("gray", "jitter", "blur", "solarize")), **changes)
+    return _views(
+        View(
+            size,
+            scale=(0.2, 1.0),
+            flip=0.5,
+            jitter=(0.4, 0.4, 0.4, 0.4),
+            jitter_p=1.0,
+            gray=0.2,
+            order=("gray", "jitter", "blur", "solarize"),
+        ),
+        **changes,
+    )
 
 
 def rotation(size: int = 224, **changes) -> tuple[View, ...]:
@@ -83,8 +130,10 @@ def rotation(size: int = 224, **changes) -> tuple[View, ...]:
 
 def patches(size: int = 64, *, resize: int = 292, window: int = 255, **changes) -> tuple[View, ...]:
     """The 3x3 cells of one random crop, row by row, each cropped with jitter: relative location; 4 is the centre."""
-    return _views(*(View(size, crop="patch", resize=resize, window=window, cell=cell, gray=0.66, stream=0)
-                    for cell in range(9)), **changes)
+    return _views(
+        *(View(size, crop="patch", resize=resize, window=window, cell=cell, gray=0.66, stream=0) for cell in range(9)),
+        **changes,
+    )
 
 
 def deepcluster(size: int = 224, **changes) -> tuple[View, ...]:

@@ -26,10 +26,24 @@ from fastssl.config import Backbone
 
 # Beside the backbone, under its own prefix, a file may hold these; they are named in the report and not loaded.
 HEADS = {
-    "fc", "head", "heads", "classifier", "linear", "projection_head", "prototypes", "projector", "predictor",
-    "pre_logits", "head_dist",  # timm's older ViTs
-    "mask_token", "decoder_embed", "decoder_pos_embed", "decoder_blocks", "decoder_norm", "decoder_pred",  # MAE
-}  # fmt: skip
+    "fc",
+    "head",
+    "heads",
+    "classifier",
+    "linear",
+    "projection_head",
+    "prototypes",
+    "projector",
+    "predictor",
+    "pre_logits",
+    "head_dist",  # timm's older ViTs
+    "mask_token",
+    "decoder_embed",
+    "decoder_pos_embed",
+    "decoder_blocks",
+    "decoder_norm",
+    "decoder_pred",  # MAE
+}
 MOST = 100_000  # dictionaries in a file of weights
 META = "fastssl.backbone"  # metadata key of our safetensors exports: the Backbone as JSON
 
@@ -95,8 +109,7 @@ def load_backbone(
     net.load_state_dict({name: found.get(name, own[name]) for name in own})
     heads = [prefix + name for name in found if name not in own]
     other = Counter(key.split(".")[0] for key in state if not key.startswith(prefix))
-    return Report(file, prefix, sum(name in found for name in own), heads, dict(other), layout,
-                  resampled)  # fmt: skip
+    return Report(file, prefix, sum(name in found for name in own), heads, dict(other), layout, resampled)
 
 
 @contextlib.contextmanager
@@ -106,8 +119,10 @@ def unchanged(backbone: nn.Module) -> Iterator[None]:
     yield
     written = [name for name, value in backbone.state_dict().items() if not torch.equal(value, before[name])]
     if written:
-        raise ValueError(f"the method overwrites {len(written)} of the tensors that backbone.pretrained loaded "
-                         f"({_few(written)}): its Config should do so in init_backbone(backbone), which runs before")
+        raise ValueError(
+            f"the method overwrites {len(written)} of the tensors that backbone.pretrained loaded "
+            f"({_few(written)}): its Config should do so in init_backbone(backbone), which runs before"
+        )
 
 
 def read(path: str | Path) -> tuple[str, dict[str, Tensor]]:
@@ -154,9 +169,15 @@ def spec_of(path: str | Path) -> Backbone | None:
 def _backbone(fields, where: str | Path) -> Backbone:
     """The Backbone of `fields`, which must be its fields, of the types of their defaults."""
     own = vars(Backbone())
-    wrong = [key for key, value in fields.items() if key not in own or not (
-        type(value) is type(own[key]) or (key == "pretrained" and isinstance(value, str)))] if isinstance(
-            fields, dict) else ["backbone"]  # fmt: skip
+    wrong = (
+        [
+            key
+            for key, value in fields.items()
+            if key not in own or not (type(value) is type(own[key]) or (key == "pretrained" and isinstance(value, str)))
+        ]
+        if isinstance(fields, dict)
+        else ["backbone"]
+    )
     if wrong:
         raise ValueError(f"{where} does not describe a backbone of this version: {wrong[0]!r:.60}")
     return Backbone(**fields)
@@ -167,8 +188,9 @@ def has_sobel(path: str | Path) -> bool:
     if not Path(path).exists():
         return False
     names = r"(?!.*(layer\d|downsample|shortcut)\.)(.*\.)?(conv1|0)\.weight"  # "0": of numbered children
-    return any(value.ndim == 4 and value.shape[1] == 2 and re.fullmatch(names, key)
-               for key, value in read(path)[1].items())  # fmt: skip
+    return any(
+        value.ndim == 4 and value.shape[1] == 2 and re.fullmatch(names, key) for key, value in read(path)[1].items()
+    )
 
 
 def metadata(spec: Backbone) -> dict[str, str]:
@@ -190,8 +212,10 @@ def _download(library: str, name: str) -> dict[str, Tensor]:
         return timm.create_model(name.removeprefix("timm/"), pretrained=True).state_dict()
     except OSError as error:
         cache, why = "TORCH_HOME" if library == "torchvision" else "HF_HOME", untrusted.one_line(error)
-        raise OSError(f"the weights of {name} from {library} cannot be downloaded ({why}): without a network, name a "
-                      f"file of weights, or set {cache} to a cache that has them") from error
+        raise OSError(
+            f"the weights of {name} from {library} cannot be downloaded ({why}): without a network, name a "
+            f"file of weights, or set {cache} to a cache that has them"
+        ) from error
 
 
 def _told(path: str | Path, spec: Backbone) -> Backbone | None:
@@ -276,8 +300,9 @@ def _matches(state: dict[str, Tensor], needed: list[str]) -> dict[str, int]:
     by_last: dict[str, list[str]] = {}
     for key in state:
         by_last.setdefault(key.rpartition(".")[2], []).append(key)
-    starts = {key[: -len(name)] for name in needed for key in by_last.get(name.rpartition(".")[2], ())
-              if key.endswith(name)}  # fmt: skip
+    starts = {
+        key[: -len(name)] for name in needed for key in by_last.get(name.rpartition(".")[2], ()) if key.endswith(name)
+    }
     return {p: sum(p + name in state for name in needed) for p in starts if p == "" or p.endswith(".")}
 
 
@@ -290,16 +315,20 @@ def _find_prefix(file: str, state: dict[str, Tensor], needed: list[str], which: 
     chosen = foreign.choose(copies, which) if which else copies
     if not chosen:
         held = ", ".join(map(repr, copies))
-        raise ValueError(f"{file} has no {which} that is known as such, only {held}: leave out --which, or choose "
-                         "one by --prefix")
+        raise ValueError(
+            f"{file} has no {which} that is known as such, only {held}: leave out --which, or choose one by --prefix"
+        )
 
     def order(p: str) -> tuple:
         return foreign.rank(p), len(p)
 
     first, *rest = sorted(chosen, key=order)
     twin = next((p for p in rest if order(p) == order(first)), None)
-    if twin is not None and not all(torch.equal(state[first + name], state[twin + name]) for name in needed
-                                    if first + name in state and twin + name in state):  # fmt: skip
+    if twin is not None and not all(
+        torch.equal(state[first + name], state[twin + name])
+        for name in needed
+        if first + name in state and twin + name in state
+    ):
         raise ValueError(f"{file} holds this backbone at {first!r} and at {twin!r}: choose one by --prefix")
     return first
 
@@ -307,8 +336,11 @@ def _find_prefix(file: str, state: dict[str, Tensor], needed: list[str], which: 
 def _check(file: str, prefix: str, found: dict[str, Tensor], needed: list[str], own: dict[str, Tensor]) -> None:
     where = f"{file}" + (f" (prefix {prefix!r})" if prefix else "")
     missing = [name for name in needed if name not in found]
-    extra = [name for name in found if name not in own and name.split(".")[0] not in HEADS
-             and not name.endswith("num_batches_tracked")]  # a frozen batch norm has none
+    extra = [
+        name
+        for name in found
+        if name not in own and name.split(".")[0] not in HEADS and not name.endswith("num_batches_tracked")
+    ]  # a frozen batch norm has none
     if missing or extra:
         parts = []
         if missing:

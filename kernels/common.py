@@ -10,7 +10,7 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def choose(impl: str, x: torch.Tensor) -> str:
-    """"reference" or "triton".  "auto" is Triton on CUDA and the reference elsewhere; what cannot run is an error."""
+    """ "reference" or "triton".  "auto" is Triton on CUDA and the reference elsewhere; what cannot run is an error."""
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: choose one of {', '.join(IMPLS)}")
     if impl == "auto":

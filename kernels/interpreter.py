@@ -34,9 +34,7 @@ def repair() -> None:
         return cast(self, src, dst_type)
 
     def create_dot(self, a, b, d, *rest):
-        a, b = (
-            TensorHandle(from_bfloat16(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)
-        )
+        a, b = (TensorHandle(from_bfloat16(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return dot(self, a, b, d, *rest)
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot

@@ -14,9 +14,12 @@ def philox4x32(c0: Tensor, c1, c2, c3, seed: int) -> tuple[Tensor, Tensor, Tenso
     """Four words in [0, 2**32) as int64 tensors for each counter (c0, c1, c2, c3; they broadcast, and only their low
     32 bits count) under the 64-bit key `seed`: the same words as `tl.philox(seed, c0, c1, c2, c3)`."""
     device = next(c.device for c in (c0, c1, c2, c3) if isinstance(c, Tensor))
-    counter = [c.long() & MASK if isinstance(c, Tensor)
-               else torch.full((), c & MASK, dtype=torch.int64, device=device)  # a copy from the host would wait
-               for c in (c0, c1, c2, c3)]
+    counter = [
+        c.long() & MASK
+        if isinstance(c, Tensor)
+        else torch.full((), c & MASK, dtype=torch.int64, device=device)  # a copy from the host would wait
+        for c in (c0, c1, c2, c3)
+    ]
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = seed & MASK, (seed >> 32) & MASK
     for _ in range(10):

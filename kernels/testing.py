@@ -206,9 +206,12 @@ def compile_launch(launch: Launch, arch: int) -> Build:
 
 
 def _loop(sass: str) -> int:
-    code = [(int(m[1], 16), bool(m[2]), m[3], int(m[4] or "0", 16)) for m in re.finditer(
-        r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\w+)?\s*([A-Z][\w.]*)(?:[^;\n]*?0x([0-9a-f]+))?[^;\n]*;", sass
-    )]  # fmt: skip
+    code = [
+        (int(m[1], 16), bool(m[2]), m[3], int(m[4] or "0", 16))
+        for m in re.finditer(
+            r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\w+)?\s*([A-Z][\w.]*)(?:[^;\n]*?0x([0-9a-f]+))?[^;\n]*;", sass
+        )
+    ]
     back = [(to, at) for at, _, name, to in code if name.startswith("BRA") and to < at]
     first, last = max(back, key=lambda ends: ends[1] - ends[0], default=(0, -1))
     shortest = {first: 0}  # instructions before this one, by the shortest way
@@ -234,4 +237,3 @@ def _cuobjdump(cubin: bytes) -> tuple[str, str]:
             subprocess.run([tool, flag, f.name], check=True, capture_output=True, text=True).stdout
             for flag in ("--dump-resource-usage", "-sass")
         )
-

@@ -25,14 +25,27 @@ class Page:
         self.console, self.requests, self.loaded = [], [], False
         self._timeout, self._count, self._buffer = timeout, 0, b""
         ours, theirs = os.pipe(), os.pipe()  # commands to it, messages from it
-        command = [find(), "--headless", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--no-first-run",
-                   "--disable-dev-shm-usage", "--hide-scrollbars", f"--user-data-dir={folder}",
-                   f"--window-size={width},{height}"]  # fmt: skip
+        command = [
+            find(),
+            "--headless",
+            "--remote-debugging-pipe",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-dev-shm-usage",
+            "--hide-scrollbars",
+            f"--user-data-dir={folder}",
+            f"--window-size={width},{height}",
+        ]
 
         # The child finds the pipes at 3 and 4: a shell puts them there.
         shell = f'exec 3<&{ours[0]} 4>&{theirs[1]}; exec "$@"'
-        self._process = subprocess.Popen(["bash", "-c", shell, "bash", *command], pass_fds=(ours[0], theirs[1]),
-                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        self._process = subprocess.Popen(
+            ["bash", "-c", shell, "bash", *command],
+            pass_fds=(ours[0], theirs[1]),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(ours[0])
         os.close(theirs[1])
         self._out, self._in = ours[1], theirs[0]
@@ -75,16 +88,31 @@ class Page:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def media(self, media: str = "", scheme: str = "light") -> None:
-        self.call("Emulation.setEmulatedMedia", media=media,
-                  features=[{"name": "prefers-color-scheme", "value": scheme}])  # fmt: skip
+        self.call(
+            "Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": scheme}]
+        )
 
     def hover(self, x: float, y: float) -> None:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def screenshot(self, path, whole: bool = True) -> None:
-        made = self.call("Page.captureScreenshot", captureBeyondViewport=whole, **(
-            {"clip": {"x": 0, "y": 0, "scale": 1, "width": self.value("document.documentElement.scrollWidth"),
-                      "height": self.value("document.documentElement.scrollHeight")}} if whole else {}))  # fmt: skip
+        made = self.call(
+            "Page.captureScreenshot",
+            captureBeyondViewport=whole,
+            **(
+                {
+                    "clip": {
+                        "x": 0,
+                        "y": 0,
+                        "scale": 1,
+                        "width": self.value("document.documentElement.scrollWidth"),
+                        "height": self.value("document.documentElement.scrollHeight"),
+                    }
+                }
+                if whole
+                else {}
+            ),
+        )
         with open(path, "wb") as f:
             f.write(base64.b64decode(made["data"]))
 

@@ -68,8 +68,9 @@ def photos():
     rng = np.random.default_rng(0)
     images = [photo(rng, *rng.integers(20, 60, 2)) for _ in range(103)]
     gray = {7: images[7][:, :, 0], 50: images[50][:, :, 1]}
-    return [im if i % 4 == 3 and i not in gray else jpeg(gray.get(i, im), subsampling=i % 3)
-            for i, im in enumerate(images)]  # fmt: skip
+    return [
+        im if i % 4 == 3 and i not in gray else jpeg(gray.get(i, im), subsampling=i % 3) for i, im in enumerate(images)
+    ]
 
 
 @pytest.fixture(scope="session")

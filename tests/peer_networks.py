@@ -138,10 +138,17 @@ class ViT(nn.Module):
         self.patch_embed = Holder(proj=nn.Conv2d(3, dim, patch, patch))
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + (size // patch) ** 2, dim) * 0.5)
-        self.blocks = nn.ModuleList([Holder(
-            norm1=nn.LayerNorm(dim, eps=1e-6), attn=Holder(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)),
-            norm2=nn.LayerNorm(dim, eps=1e-6), mlp=Holder(fc1=nn.Linear(dim, 4 * dim), fc2=nn.Linear(4 * dim, dim)),
-        ) for _ in range(depth)])  # fmt: skip
+        self.blocks = nn.ModuleList(
+            [
+                Holder(
+                    norm1=nn.LayerNorm(dim, eps=1e-6),
+                    attn=Holder(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)),
+                    norm2=nn.LayerNorm(dim, eps=1e-6),
+                    mlp=Holder(fc1=nn.Linear(dim, 4 * dim), fc2=nn.Linear(4 * dim, dim)),
+                )
+                for _ in range(depth)
+            ]
+        )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, x):
@@ -159,8 +166,9 @@ def sincos(rows, columns, dim):
     table = [torch.zeros(dim)]
     for row in range(rows):
         for column in range(columns):
-            table.append(torch.cat([(row * omega).sin(), (row * omega).cos(), (column * omega).sin(),
-                                    (column * omega).cos()]))  # fmt: skip
+            table.append(
+                torch.cat([(row * omega).sin(), (row * omega).cos(), (column * omega).sin(), (column * omega).cos()])
+            )
     return torch.stack(table)[None]
 
 
@@ -183,11 +191,19 @@ class MMViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + (size // patch) ** 2, dim) * 0.5)
         self.patch_embed = Holder(projection=nn.Conv2d(3, dim, patch, patch))
         hidden = 4 * dim
-        self.layers = nn.ModuleList([Holder(
-            ln1=nn.LayerNorm(dim, eps=1e-6), attn=Holder(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)),
-            ln2=nn.LayerNorm(dim, eps=1e-6),
-            ffn=Holder(layers=nn.Sequential(nn.Sequential(nn.Linear(dim, hidden), nn.GELU()), nn.Linear(hidden, dim))),
-        ) for _ in range(depth)])  # fmt: skip
+        self.layers = nn.ModuleList(
+            [
+                Holder(
+                    ln1=nn.LayerNorm(dim, eps=1e-6),
+                    attn=Holder(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)),
+                    ln2=nn.LayerNorm(dim, eps=1e-6),
+                    ffn=Holder(
+                        layers=nn.Sequential(nn.Sequential(nn.Linear(dim, hidden), nn.GELU()), nn.Linear(hidden, dim))
+                    ),
+                )
+                for _ in range(depth)
+            ]
+        )
         self.ln1 = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, x):

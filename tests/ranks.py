@@ -14,8 +14,16 @@ import torch
 def launch(file: str, world: int, out: Path, *args: str, env: dict | None = None, timeout: int = 500):
     """Start `file` on `world` ranks; the result of the first, or an error with the end of its output."""
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
-               file, str(out), *args]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={world}",
+        file,
+        str(out),
+        *args,
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return torch.load(out, weights_only=False)

@@ -8,8 +8,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = {  # that wait for the device, or whose result's shape depends on values
-    "_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim",
-    "unique_consecutive", "bincount", "repeat_interleave.Tensor",
+    "_local_scalar_dense",
+    "equal",
+    "is_nonzero",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "bincount",
+    "repeat_interleave.Tensor",
 }
 
 
@@ -18,8 +26,9 @@ def reads(func, args: tuple) -> str | None:
     name, overload = func._schema.name.split("::")[1], func._schema.overload_name
     if {name, f"{name}.{overload}"} & READS:
         return f"the step reads from the device: {func}"
-    masks = name in ("index", "index_put_", "index_put") and any(i is not None and i.dtype == torch.bool
-                                                                 for i in args[1])
+    masks = name in ("index", "index_put_", "index_put") and any(
+        i is not None and i.dtype == torch.bool for i in args[1]
+    )
     return f"the step reads how much a mask takes: {func}" if masks else None
 
 

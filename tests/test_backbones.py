@@ -112,17 +112,20 @@ def test_frozen_batch_norm_is_that_of_the_checkpoint(tmp_path):
     assert not any("bn" in name or "downsample.1" in name for name, _ in frozen.named_parameters())
 
 
-@pytest.mark.parametrize("options, text", [
-    ({"name": "resnet81"}, "did you mean 'resnet18'"),
-    ({"name": "vit_smal_patch16_224"}, "did you mean 'vit_small_patch16_224'"),
-    ({"stem": "cifra"}, "backbone.stem='cifra'"),
-    ({"norm": "ln"}, "backbone.norm='ln'"),
-    ({"frozen": 5}, "backbone.frozen=5: a resnet18 has five stages"),
-    ({"name": "vit_tiny_patch16_224", "frozen": 1}, "backbone.frozen=1 does not apply"),
-    ({"width": 0}, "backbone.width=0"),
-    ({"name": "wide_resnet50_2", "width": 32}, "backbone.width=32"),
-    ({"name": "vit_tiny_patch16_224", "stem": "cifar"}, "backbone.stem='cifar' does not apply"),
-])
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"name": "resnet81"}, "did you mean 'resnet18'"),
+        ({"name": "vit_smal_patch16_224"}, "did you mean 'vit_small_patch16_224'"),
+        ({"stem": "cifra"}, "backbone.stem='cifra'"),
+        ({"norm": "ln"}, "backbone.norm='ln'"),
+        ({"frozen": 5}, "backbone.frozen=5: a resnet18 has five stages"),
+        ({"name": "vit_tiny_patch16_224", "frozen": 1}, "backbone.frozen=1 does not apply"),
+        ({"width": 0}, "backbone.width=0"),
+        ({"name": "wide_resnet50_2", "width": 32}, "backbone.width=32"),
+        ({"name": "vit_tiny_patch16_224", "stem": "cifar"}, "backbone.stem='cifar' does not apply"),
+    ],
+)
 def test_bad_specifications_say_so(options, text):
     with pytest.raises(ValueError, match=text):
         build(**options)
@@ -231,8 +234,6 @@ def test_sobel_sees_gradients_and_no_colour():
     assert net(torch.rand(2, 3, 32, 32)).shape == (2, net.dim)
 
 
-# ---- options of timm's models ----------------------------------------------------------------------------------------
-
 VIT = "vit_tiny_patch16_224"
 
 
@@ -245,18 +246,21 @@ def test_options_reach_timm():
     assert build("timm/resnet18", options={"drop_path_rate": 0.1}).body.layer4[1].drop_path is not None
 
 
-@pytest.mark.parametrize("name, options, text", [
-    (VIT, {"drop_path": 0.1}, "no argument 'drop_path'; did you mean 'drop_path_rate'"),
-    ("convnext_atto", {"num_heads": 12}, "convnext_atto has no argument 'num_heads'"),
-    ("mobilenetv3_small_050", {"drop_rat": 0.1}, "did you mean 'drop_rate'"),
-    ("regnetz_b16", {"drop_rat": 0.1}, "did you mean 'drop_rate'"),
-    (VIT, {"num_heads": 5}, "does not build .* with backbone.options={'num_heads': 5}"),
-    (VIT, {"num_heads": "many"}, "'num_heads': 'many'"),
-    (VIT, {"in_chans": 1}, "use backbone.in_channels"),
-    (VIT, {"pretrained": True}, "use backbone.pretrained"),
-    (VIT, {"norm_layer": nn.BatchNorm1d}, "cannot be written to config.json"),
-    ("resnet18", {"drop_path_rate": 0.1}, "name 'timm/resnet18'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, options, text",
+    [
+        (VIT, {"drop_path": 0.1}, "no argument 'drop_path'; did you mean 'drop_path_rate'"),
+        ("convnext_atto", {"num_heads": 12}, "convnext_atto has no argument 'num_heads'"),
+        ("mobilenetv3_small_050", {"drop_rat": 0.1}, "did you mean 'drop_rate'"),
+        ("regnetz_b16", {"drop_rat": 0.1}, "did you mean 'drop_rate'"),
+        (VIT, {"num_heads": 5}, "does not build .* with backbone.options={'num_heads': 5}"),
+        (VIT, {"num_heads": "many"}, "'num_heads': 'many'"),
+        (VIT, {"in_chans": 1}, "use backbone.in_channels"),
+        (VIT, {"pretrained": True}, "use backbone.pretrained"),
+        (VIT, {"norm_layer": nn.BatchNorm1d}, "cannot be written to config.json"),
+        ("resnet18", {"drop_path_rate": 0.1}, "name 'timm/resnet18'"),
+    ],
+)
 def test_bad_options_say_so(name, options, text):
     with pytest.raises(ValueError, match=text):
         build(name, options=options)

@@ -52,8 +52,13 @@ def test_a_side_imports_its_own_checkout(bench, tmp_path):
         (tree / name).mkdir(parents=True)
         (tree / name / "__init__.py").write_text("")
     code = "import fastssl, fastssl.kernels, fastssl.configs; print(fastssl.kernels.__path__[0])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
-                          env={"PYTHONPATH": str(packages(tree, tmp_path / "site"))})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(packages(tree, tmp_path / "site"))},
+    )
     assert Path(done.stdout.strip()).resolve() == tree / "kernels", done.stderr
 
 
@@ -70,8 +75,23 @@ def peers(bench, monkeypatch):
     torch.set_num_threads(threads)
 
 
-TINY = ["memory.beton", "data.views.all.size=16", "--batch", "4", "--blocks", "1", "--steps", "1", "--input-steps", "1",
-        "--warm", "1", "--workers", "0", "--dry"]
+TINY = [
+    "memory.beton",
+    "data.views.all.size=16",
+    "--batch",
+    "4",
+    "--blocks",
+    "1",
+    "--steps",
+    "1",
+    "--input-steps",
+    "1",
+    "--warm",
+    "1",
+    "--workers",
+    "0",
+    "--dry",
+]
 
 
 def test_peers_do_the_same_work(peers, monkeypatch, capsys):
@@ -79,8 +99,9 @@ def test_peers_do_the_same_work(peers, monkeypatch, capsys):
     done, (out, err) = peers.main([*TINY, "--peers", "kornia", "torchvision"]), capsys.readouterr()
     assert done == 0, err
     assert "kornia is left out" in out
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()
-            if line.startswith(("ours  ", "torchvision  "))}
+    rows = {
+        line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("ours  ", "torchvision  "))
+    }
     ours, theirs = ([float(x.rstrip(",")) for x in rows[name][-peers.CHECKED :]] for name in ("ours", "torchvision"))
     assert theirs[0] == pytest.approx(ours[0], rel=1e-4)
     assert len(set(ours)) == peers.CHECKED  # it trains
@@ -94,8 +115,12 @@ def test_other_work_has_no_time(bench):
 
     def side(name, *losses):
         losses = iter(losses)
-        return SimpleNamespace(name=name, t=SimpleNamespace(device="cpu"), make=lambda raw: [torch.ones(1)],
-                               train=lambda raw, meter, views: next(losses))
+        return SimpleNamespace(
+            name=name,
+            t=SimpleNamespace(device="cpu"),
+            make=lambda raw: [torch.ones(1)],
+            train=lambda raw, meter, views: next(losses),
+        )
 
     source = iter(range(9))
     made = check([side("ours", 2.0, 1.9, 1.8), side("x", 2.0001, 1.91, 1.81)], source, "fp32")
@@ -128,8 +153,10 @@ def test_the_model_of_communication(bench):
     assert communication_ms(sent, 1, 5.0, 10.0) == 0
     # 2 * 3/4 * 8 GB and 3 * 1 GB at 10 GB/s, and 2 * 2 * 3 + 3 hops of 5 us
     assert communication_ms(sent, 4, 5.0, 10.0) == pytest.approx(1500 + 0.075)
-    found = [{"kind": "weak", "ranks": 1, "ms": 500.0, "collectives": {}},
-             {"kind": "weak", "ranks": 4, "ms": 900.0, "collectives": sent}]
+    found = [
+        {"kind": "weak", "ranks": 1, "ms": 500.0, "collectives": {}},
+        {"kind": "weak", "ranks": 4, "ms": 900.0, "collectives": sent},
+    ]
     rows = model(found, 5.0, 10.0)
     assert [r["ranks"] for r in rows] == [2**i for i in range(10)]
     assert rows[2]["ms"] == pytest.approx(2000.075) and rows[2]["efficiency"] == pytest.approx(500 / 2000.075)
@@ -145,5 +172,7 @@ def test_collectives_are_recorded(bench, monkeypatch):
         td.all_reduce(torch.ones(6))
         td.all_gather_into_tensor(torch.empty(4), torch.ones(4))
     assert td.all_reduce is real and all(ms > 0 for *_, ms in found)
-    assert summed(found, 1) == {"all_reduce": {"calls": 1, "bytes": 24},
-                                "all_gather_into_tensor": {"calls": 1, "bytes": 16}}
+    assert summed(found, 1) == {
+        "all_reduce": {"calls": 1, "bytes": 24},
+        "all_gather_into_tensor": {"calls": 1, "bytes": 16},
+    }

@@ -85,7 +85,9 @@ def fuzz(make, read, seed: int = 0) -> None:
             except ValueError as error:
                 refused += 1
                 assert type(error) in (ValueError, untrusted.CodeRefused) or "fastssl" in type(error).__module__, (
-                    case, repr(error))  # fmt: skip
+                    case,
+                    repr(error),
+                )
                 assert len(str(error)) < 2000, case
     assert refused > CASES // 20, "hardly anything was damaged"
 
@@ -196,8 +198,9 @@ def test_environments(tmp_path, monkeypatch):
 
 def test_safetensors_headers(tmp_path):
     path = tmp_path / "a.safetensors"
-    safetensors.torch.save_file({"conv1.weight": torch.ones(2, 3), "b": torch.zeros(4)}, path,
-                                weights.metadata(Backbone("resnet18")))  # fmt: skip
+    safetensors.torch.save_file(
+        {"conv1.weight": torch.ones(2, 3), "b": torch.zeros(4)}, path, weights.metadata(Backbone("resnet18"))
+    )
     whole = path.read_bytes()
     length = struct.unpack("<Q", whole[:8])[0]
     header, body = json.loads(whole[8 : 8 + length]), whole[8 + length :]
@@ -219,10 +222,17 @@ def test_safetensors_headers(tmp_path):
 
 
 ODD_TENSORS = [
-    lambda: torch.ones(2, 3).to_sparse(), lambda: torch.ones(2, 2).to_sparse_csr(),
-    lambda: torch.empty(3, device="meta"), lambda: torch.zeros(1).expand(1 << 40), lambda: None, lambda: 1 << 70,
-    lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), lambda: [torch.ones(1)],
-    lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), lambda: {"deep": {"er": torch.ones(2)}}]
+    lambda: torch.ones(2, 3).to_sparse(),
+    lambda: torch.ones(2, 2).to_sparse_csr(),
+    lambda: torch.empty(3, device="meta"),
+    lambda: torch.zeros(1).expand(1 << 40),
+    lambda: None,
+    lambda: 1 << 70,
+    lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    lambda: [torch.ones(1)],
+    lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    lambda: {"deep": {"er": torch.ones(2)}},
+]
 
 
 def test_pth_files(tmp_path):
@@ -294,14 +304,31 @@ def test_archives(tmp_path):
 
 def test_cifar_pickles():
     rows = np.zeros((3, 3072), np.uint8)
-    good = [pickle.dumps({b"labels": labels, b"data": rows[:, :9]}, protocol) for protocol in (2, 4)
-            for labels in ([1, 2, 3], np.array([1, 2, 3]), np.array(["a", None, 3], object))]  # fmt: skip
+    good = [
+        pickle.dumps({b"labels": labels, b"data": rows[:, :9]}, protocol)
+        for protocol in (2, 4)
+        for labels in ([1, 2, 3], np.array([1, 2, 3]), np.array(["a", None, 3], object))
+    ]
     fuzz(lambda rng, _: damaged(rng.choice(good), rng), lambda data: read_pickle(data, "batch"))
 
 
 def test_lists(tmp_path):
-    lines = [b"a.jpg 0", b"b c.jpg 1", b"d.jpg,cat", b'"e, f.jpg",dog', b"g.jpg\tn1\t3\t4", b"h.jpg", b"i.jpg -1",
-             b"\xef\xbb\xbf", b"path,label", b",", b"\t\t", b'"', b"99999999999999999999", b"j.jpg 0.5"]  # fmt: skip
+    lines = [
+        b"a.jpg 0",
+        b"b c.jpg 1",
+        b"d.jpg,cat",
+        b'"e, f.jpg",dog',
+        b"g.jpg\tn1\t3\t4",
+        b"h.jpg",
+        b"i.jpg -1",
+        b"\xef\xbb\xbf",
+        b"path,label",
+        b",",
+        b"\t\t",
+        b'"',
+        b"99999999999999999999",
+        b"j.jpg 0.5",
+    ]
 
     def make(rng, _):
         text = b"\n".join(rng.choice(lines) for _ in range(rng.randint(0, 3))) * 2

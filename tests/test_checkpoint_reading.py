@@ -76,8 +76,13 @@ def test_every_stage_resumes_through_the_safe_reader(saved, folder, zero):
     assert log(t.folder) == saved[1][zero]
 
 
-FILES = [(0, "deepspeed/mp_rank_00_model_states.pt"), (1, "deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt"),
-         (3, "deepspeed/zero_pp_rank_0_mp_rank_00_model_states.pt"), (0, "state.pt"), (0, "rank_0.pt")]
+FILES = [
+    (0, "deepspeed/mp_rank_00_model_states.pt"),
+    (1, "deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+    (3, "deepspeed/zero_pp_rank_0_mp_rank_00_model_states.pt"),
+    (0, "state.pt"),
+    (0, "rank_0.pt"),
+]
 
 
 @pytest.mark.parametrize("zero, name", FILES)
@@ -95,10 +100,17 @@ def test_a_pickle_that_would_run_code_is_refused(folder, monkeypatch, zero, name
     assert not Path("bombed").exists()
 
 
-@pytest.mark.parametrize("name, content", [
-    ("state.pt", {"step": 2}), ("state.pt", [1]), ("deepspeed/mp_rank_00_model_states.pt", {"module": {}}),
-    ("deepspeed/mp_rank_00_model_states.pt", None), ("rank_0.pt", [torch.zeros(3)]), ("rank_0.pt", 5),
-])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("state.pt", {"step": 2}),
+        ("state.pt", [1]),
+        ("deepspeed/mp_rank_00_model_states.pt", {"module": {}}),
+        ("deepspeed/mp_rank_00_model_states.pt", None),
+        ("rank_0.pt", [torch.zeros(3)]),
+        ("rank_0.pt", 5),
+    ],
+)
 def test_contents_of_another_kind_are_one_line(folder, name, content):
     from fastssl import engine
 
@@ -130,10 +142,18 @@ def _wide():
     return torch.zeros(1).expand(1 << 20)
 
 
-@pytest.mark.parametrize("value", [
-    torch.ones(3).to_sparse(), torch.ones(3, device="meta"), _quantised, _wide, lambda: {"a": [{"b": (print,)}]},
-    lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-], ids=["sparse", "meta", "quantised", "expanded", "function", "nested"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.ones(3).to_sparse(),
+        torch.ones(3, device="meta"),
+        _quantised,
+        _wide,
+        lambda: {"a": [{"b": (print,)}]},
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    ],
+    ids=["sparse", "meta", "quantised", "expanded", "function", "nested"],
+)
 def test_other_tensors_and_objects_are_refused(tmp_path, value):
     torch.save(value() if callable(value) else value, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="a.pt"):

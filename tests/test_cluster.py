@@ -153,4 +153,5 @@ def test_weighted_cross_entropy_is_torchs():
     target[::3] = -1
     ours = cluster.weighted_cross_entropy(logits, target, weight)
     torch.testing.assert_close(
-        ours, torch.nn.functional.cross_entropy(logits, target, weight.double(), ignore_index=-1))
+        ours, torch.nn.functional.cross_entropy(logits, target, weight.double(), ignore_index=-1)
+    )

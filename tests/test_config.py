@@ -31,10 +31,24 @@ def file(tmp_path):
 
 
 def test_overrides_reach_every_section_with_the_right_type(file):
-    run = config.load(file, ["optim.lr=1", "optim.name=adamw", "optim.betas=[0.8, 0.9]", "method.temperature=0.3",
-                             "data.test=a b.beton", "speed.micro_batch=8", "data.test=none", "log.tensorboard=false",
-                             "optim.paramwise.bias.lr=2", "seed=5", "deterministic=True",
-                             "backbone.options.drop_path_rate=0.1", "backbone.options.weight_init=jax"])
+    run = config.load(
+        file,
+        [
+            "optim.lr=1",
+            "optim.name=adamw",
+            "optim.betas=[0.8, 0.9]",
+            "method.temperature=0.3",
+            "data.test=a b.beton",
+            "speed.micro_batch=8",
+            "data.test=none",
+            "log.tensorboard=false",
+            "optim.paramwise.bias.lr=2",
+            "seed=5",
+            "deterministic=True",
+            "backbone.options.drop_path_rate=0.1",
+            "backbone.options.weight_init=jax",
+        ],
+    )
     assert run.backbone.options == {"drop_path_rate": 0.1, "weight_init": "jax"}
     assert config.dump(run)["backbone"]["options"] == run.backbone.options and config.Backbone().options == {}
     assert (run.optim.lr, type(run.optim.lr)) == (1.0, float)
@@ -46,43 +60,53 @@ def test_overrides_reach_every_section_with_the_right_type(file):
     assert run.name == "simclr/r18"
 
 
-@pytest.mark.parametrize("override, message", [
-    ("optim.wieght_decay=1", "did you mean 'weight_decay'"),
-    ("optm.lr=1", "did you mean 'optim'"),
-    ("method.temprature=1", "did you mean 'temperature'"),
-    ("optim.lr=fast", "optim.lr: wants float, got 'fast'"),
-    ("optim.batch=1.5", "optim.batch: wants int, got 1.5"),
-    ("optim.batch=True", "optim.batch: wants int, got True"),
-    ("log.tensorboard=1", "log.tensorboard: wants bool, got 1"),
-    ("optim.name=larz", "did you mean 'lars'"),
-    ("speed.zero=4", "speed.zero=4 is none of 0, 1, 2, 3"),
-    ("speed.micro_batch=0", "speed.micro_batch=0 must be at least 1, or None"),
-    ("optim.steps=0", "optim.steps=0 must be at least 1, or None"),
-    ("optim.momentum=2", "optim.momentum=2.0 must be at least 0, below 1"),
-    ("optim.weight_decay=-1", "optim.weight_decay=-1.0 must be at least 0"),
-    ("optim.milestones=(1,2)", "no effect with optim.schedule='cosine', only with 'step'"),
-    ("optim.eta=0.02", "no effect with optim.name='sgd', only with 'lars': set optim.name, or optim.eta=0.001"),
-    ("optim.betas=(0.9,0.95)", "no effect with optim.name='sgd', only with 'adamw'"),
-    ("optim.lr_end=2.0", "part of lr: at least 0, at most 1"), ("optim.warmup_ratio=-0.1", "part of lr"),
-    ("optim.lr=0", "optim.lr=0.0 must be positive"),
-    ("optim.lr.x=1", "optim.lr.x: float has no settings below it"),
-    ("optim.lr", "is not of the form a.b=value"),
-    ("optim.betas=[1,2,3]", "wants 2 values"),
-    ("optim.warmup_epochs=-1", "optim.warmup_epochs=-1.0 must be at least 0 and finite"),
-    ("optim.clip=1e999", "optim.clip=inf must be at least 0 and finite"),
-    ("log.knn_epochs=-2", "log.knn_epochs=-2 must be at least 0"),
-    ("log.keep=-2", "log.keep=-2 must be at least 1, or -1 to keep every checkpoint"),
-    ("log.keep=0", "log.keep=0 must be at least 1, or -1 to keep every checkpoint"),
-    ("optim.betas=(0.9,-1.0)", "optim.betas=(0.9, -1.0) must be"), ("backbone.frozen=-1", "backbone.frozen=-1 must be"),
-    ("data.views.2.blur=0.5", "data.views.2.blur: '2' is not one of its 2 places: 0 to 1, or all"),
-    ("data.views.blur=0.5", "'blur' is not one of its 2 places"),
-    ("data.views.0.blurr=0.5", "did you mean 'blur'"), ("data.views.0.blur=x", "wants float, got 'x'"),
-    ("data.views.0.blur=2", "View(blur=2.0): is a probability"),
-    ("data.views=moco_v3", "did you mean 'moco_v2'"), ("data.views=simclr(size=8, blurr=1)", "did you mean 'blur'"),
-    ("data.views=[1]", "give a name, or name(argument=value, ...)"), ("data.eval_view=simclr", "this recipe has 2"),
-    ("method=boyl", "did you mean 'byol'"), ("method=byol(momentm=1)", "did you mean 'momentum'"),
-    ("method=simclr.Config()", "give a name"), ("log.root.x=1", "str has no settings below it"),
-])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("optim.wieght_decay=1", "did you mean 'weight_decay'"),
+        ("optm.lr=1", "did you mean 'optim'"),
+        ("method.temprature=1", "did you mean 'temperature'"),
+        ("optim.lr=fast", "optim.lr: wants float, got 'fast'"),
+        ("optim.batch=1.5", "optim.batch: wants int, got 1.5"),
+        ("optim.batch=True", "optim.batch: wants int, got True"),
+        ("log.tensorboard=1", "log.tensorboard: wants bool, got 1"),
+        ("optim.name=larz", "did you mean 'lars'"),
+        ("speed.zero=4", "speed.zero=4 is none of 0, 1, 2, 3"),
+        ("speed.micro_batch=0", "speed.micro_batch=0 must be at least 1, or None"),
+        ("optim.steps=0", "optim.steps=0 must be at least 1, or None"),
+        ("optim.momentum=2", "optim.momentum=2.0 must be at least 0, below 1"),
+        ("optim.weight_decay=-1", "optim.weight_decay=-1.0 must be at least 0"),
+        ("optim.milestones=(1,2)", "no effect with optim.schedule='cosine', only with 'step'"),
+        ("optim.eta=0.02", "no effect with optim.name='sgd', only with 'lars': set optim.name, or optim.eta=0.001"),
+        ("optim.betas=(0.9,0.95)", "no effect with optim.name='sgd', only with 'adamw'"),
+        ("optim.lr_end=2.0", "part of lr: at least 0, at most 1"),
+        ("optim.warmup_ratio=-0.1", "part of lr"),
+        ("optim.lr=0", "optim.lr=0.0 must be positive"),
+        ("optim.lr.x=1", "optim.lr.x: float has no settings below it"),
+        ("optim.lr", "is not of the form a.b=value"),
+        ("optim.betas=[1,2,3]", "wants 2 values"),
+        ("optim.warmup_epochs=-1", "optim.warmup_epochs=-1.0 must be at least 0 and finite"),
+        ("optim.clip=1e999", "optim.clip=inf must be at least 0 and finite"),
+        ("log.knn_epochs=-2", "log.knn_epochs=-2 must be at least 0"),
+        ("log.keep=-2", "log.keep=-2 must be at least 1, or -1 to keep every checkpoint"),
+        ("log.keep=0", "log.keep=0 must be at least 1, or -1 to keep every checkpoint"),
+        ("optim.betas=(0.9,-1.0)", "optim.betas=(0.9, -1.0) must be"),
+        ("backbone.frozen=-1", "backbone.frozen=-1 must be"),
+        ("data.views.2.blur=0.5", "data.views.2.blur: '2' is not one of its 2 places: 0 to 1, or all"),
+        ("data.views.blur=0.5", "'blur' is not one of its 2 places"),
+        ("data.views.0.blurr=0.5", "did you mean 'blur'"),
+        ("data.views.0.blur=x", "wants float, got 'x'"),
+        ("data.views.0.blur=2", "View(blur=2.0): is a probability"),
+        ("data.views=moco_v3", "did you mean 'moco_v2'"),
+        ("data.views=simclr(size=8, blurr=1)", "did you mean 'blur'"),
+        ("data.views=[1]", "give a name, or name(argument=value, ...)"),
+        ("data.eval_view=simclr", "this recipe has 2"),
+        ("method=boyl", "did you mean 'byol'"),
+        ("method=byol(momentm=1)", "did you mean 'momentum'"),
+        ("method=simclr.Config()", "give a name"),
+        ("log.root.x=1", "str has no settings below it"),
+    ],
+)
 def test_mistakes_are_answered(file, override, message):
     with pytest.raises(ValueError) as error:
         config.load(file, [override])
@@ -90,8 +114,16 @@ def test_mistakes_are_answered(file, override, message):
 
 
 def test_one_view_or_all_of_them_are_changed(file):
-    run = config.load(file, ["data.views.1.blur=0.1", "data.views.all.jitter=(0.4, 0.4, 0.2, 0.1)",
-                             "data.views.0.stream=5", "optim.betas.1=0.95", "optim.name=adamw"])
+    run = config.load(
+        file,
+        [
+            "data.views.1.blur=0.1",
+            "data.views.all.jitter=(0.4, 0.4, 0.2, 0.1)",
+            "data.views.0.stream=5",
+            "optim.betas.1=0.95",
+            "optim.name=adamw",
+        ],
+    )
     assert [v.blur for v in run.data.views] == [0.5, 0.1] and run.data.views[0].stream == 5
     assert all(v.jitter == (0.4, 0.4, 0.2, 0.1) for v in run.data.views) and run.optim.betas == (0.9, 0.95)
     assert '"blur": 0.1' in run.data.views[1].json  # what the kernels read
@@ -101,8 +133,9 @@ def test_a_recipe_and_a_method_are_named(file):
     run = config.load(file, ["method.momentum=0.9", "method=byol", "data.views=moco_v2", "data.eval_view=center"])
     assert run.method == byol.Config(momentum=0.9)  # whatever the order, the method comes first
     assert run.data.views == views.moco_v2(32) and run.data.eval_view == views.center(32)[0]
-    run = config.load(file, ["method=simclr(temperature=0.3, dims=(64, 32))", "data.views=swav(64, small=24)",
-                             "data.views.2.blur=0"])  # fmt: skip
+    run = config.load(
+        file, ["method=simclr(temperature=0.3, dims=(64, 32))", "data.views=swav(64, small=24)", "data.views.2.blur=0"]
+    )
     assert run.method == simclr.Config(temperature=0.3, dims=(64, 32))
     assert [v.size for v in run.data.views] == [64, 64] + [24] * 6 and run.data.views[2].blur == 0
     other = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
@@ -111,11 +144,21 @@ def test_a_recipe_and_a_method_are_named(file):
     assert config.load(path, ["data.views=byol"]).data.views == views.byol(32, **other)  # the data's, not the recipe's
 
 
-@pytest.mark.parametrize("text, read", [
-    ("name=20241126", "20241126"), ("name=2024_01", "2024_01"), ("name=1e5", "1e5"), ("name=None", "None"),
-    ("name='a b'", "a b"), ("data.train=0001", "0001"), ("data.train=1.5", "1.5"), ("data.test=12", "12"),
-    ("data.test=none", None), ("backbone.pretrained=7", "7"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, read",
+    [
+        ("name=20241126", "20241126"),
+        ("name=2024_01", "2024_01"),
+        ("name=1e5", "1e5"),
+        ("name=None", "None"),
+        ("name='a b'", "a b"),
+        ("data.train=0001", "0001"),
+        ("data.train=1.5", "1.5"),
+        ("data.test=12", "12"),
+        ("data.test=none", None),
+        ("backbone.pretrained=7", "7"),
+    ],
+)
 def test_text_is_taken_as_it_is(file, text, read):
     run = config.load(file, [text])
     key = text.partition("=")[0].split(".")
@@ -123,8 +166,11 @@ def test_text_is_taken_as_it_is(file, text, read):
 
 
 def test_a_run_without_a_name_gets_one():
-    run = Run(method=simclr.Config(), backbone=config.Backbone("resnet18"),
-              data=Data(train="data/mine.beton", views=views.simclr(8)))
+    run = Run(
+        method=simclr.Config(),
+        backbone=config.Backbone("resnet18"),
+        data=Data(train="data/mine.beton", views=views.simclr(8)),
+    )
     config.validate(run)
     assert run.name == "simclr/resnet18_mine"
 
@@ -155,8 +201,14 @@ def test_a_config_without_views_or_of_the_wrong_type_is_refused():
 
 def test_the_dump_is_json_and_says_everything(file):
     dumped = json.loads(config.dumps(config.load(file)))
-    assert dumped["method"] == {"type": "fastssl.methods.simclr.Config", "temperature": 0.1, "dims": [2048, 128],
-                                "norm": True, "last_shift": True, "init": "torch"}
+    assert dumped["method"] == {
+        "type": "fastssl.methods.simclr.Config",
+        "temperature": 0.1,
+        "dims": [2048, 128],
+        "norm": True,
+        "last_shift": True,
+        "init": "torch",
+    }
     assert dumped["backbone"]["name"] == "resnet18"
     assert len(dumped["data"]["views"]) == 2 and dumped["data"]["views"][0]["size"] == 32
 

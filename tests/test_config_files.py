@@ -28,43 +28,51 @@ def refusal(folder, text, name="mine.py"):
     return message
 
 
-@pytest.mark.parametrize("change, message", [
-    (("warmup_epochs=10", "warmup_epOchs=10"), "did you mean 'warmup_epochs'? (it takes name, lr, batch"),
-    (("views.simclr(32, ", "views.simclr(32, scalE=(0.2, 1), "), "argument 'scalE'; did you mean 'scale'"),
-    (("simclr.Config(temperature", "simclr.Config(temprature"), "'temperature'? (it takes temperature, dims, norm"),
-    (("views.simclr(32", "views.simlcr(32"), "has no attribute 'simlcr'; did you mean 'simclr'?"),
-    (("=Optim(", "=Optm("), "NameError: name 'Optm' is not defined; did you mean 'Optim'?"),
-    (("import simclr", "import simclrr"), "cannot import name 'simclrr' from 'fastssl.methods'"),
-    (("from fastssl.methods", "from fastssl.method"), "No module named 'fastssl.method'; did you mean 'methods'?"),
-    (("views.simclr(32", "views.simclr((32, 64)"), "View(size=(32, 64)): views are square, give one number"),
-    (("    return Run(", "    run = 1 / 0\n    return Run("), "ZeroDivisionError: division by zero"),
-    (("    return Run(", "    import sys; sys.exit(3)\n    return Run("), "SystemExit: 3"),
-    (("    return Run(", "    get_config()\n    return Run("), "RecursionError"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("warmup_epochs=10", "warmup_epOchs=10"), "did you mean 'warmup_epochs'? (it takes name, lr, batch"),
+        (("views.simclr(32, ", "views.simclr(32, scalE=(0.2, 1), "), "argument 'scalE'; did you mean 'scale'"),
+        (("simclr.Config(temperature", "simclr.Config(temprature"), "'temperature'? (it takes temperature, dims, norm"),
+        (("views.simclr(32", "views.simlcr(32"), "has no attribute 'simlcr'; did you mean 'simclr'?"),
+        (("=Optim(", "=Optm("), "NameError: name 'Optm' is not defined; did you mean 'Optim'?"),
+        (("import simclr", "import simclrr"), "cannot import name 'simclrr' from 'fastssl.methods'"),
+        (("from fastssl.methods", "from fastssl.method"), "No module named 'fastssl.method'; did you mean 'methods'?"),
+        (("views.simclr(32", "views.simclr((32, 64)"), "View(size=(32, 64)): views are square, give one number"),
+        (("    return Run(", "    run = 1 / 0\n    return Run("), "ZeroDivisionError: division by zero"),
+        (("    return Run(", "    import sys; sys.exit(3)\n    return Run("), "SystemExit: 3"),
+        (("    return Run(", "    get_config()\n    return Run("), "RecursionError"),
+    ],
+)
 def test_an_error_in_the_file_names_file_line_and_the_nearest_name(tmp_path, change, message):
     assert change[0] in SOURCE
     text = SOURCE.replace(*change, 1)
     answer = refusal(tmp_path, text)
     assert message in answer, answer
-    first, last = (next(i for i, line in enumerate(text.splitlines(), 1) if part in line)
-                   for part in (change[1].splitlines()[0], change[1].splitlines()[-1]))  # fmt: skip
+    first, last = (
+        next(i for i, line in enumerate(text.splitlines(), 1) if part in line)
+        for part in (change[1].splitlines()[0], change[1].splitlines()[-1])
+    )
     assert int(re.match(rf"{tmp_path}/mine.py, line (\d+): ", answer)[1]) in range(first - 1, last + 1), answer
 
 
-@pytest.mark.parametrize("change, message", [
-    (("    return Run(", "    run = Run("), "returned NoneType, not fastssl.config.Run"),
-    (("method=simclr.Config(", "method=dict("), "a dataclass with build(backbone, ...)"),
-    ((METHOD, "simclr,"), "give its Config, simclr.Config(...)"),
-    ((METHOD, "simclr.Config,"), "give an instance, Config(...)"),
-    (("optim=Optim(", "optim=dict("), "optim must be Optim(...)"),
-    (("optim=Optim(", "seed=-1, optim=Optim("), "seed=-1 must be 0 or more"),
-    (("optim=Optim(", "seed='x', optim=Optim("), "seed: wants int, got 'x'"),
-    (("optim=Optim(", "deterministic=1, optim=Optim("), "deterministic: wants bool, got 1"),
-    (("lr=0.4", "lr=10**400"), "optim.lr: an integer too large"),
-    (("batch=256, epochs", "batch=2**70, epochs"), "optim.batch: a number of more than 64 bits"),
-    (("views=views", "views=(1, 2), eval_view=views"), "data.views.0 must be a View, got 1"),
-    (("views=views", "eval_view=views.center(32), views=views"), "data.eval_view must be one View or None"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("    return Run(", "    run = Run("), "returned NoneType, not fastssl.config.Run"),
+        (("method=simclr.Config(", "method=dict("), "a dataclass with build(backbone, ...)"),
+        ((METHOD, "simclr,"), "give its Config, simclr.Config(...)"),
+        ((METHOD, "simclr.Config,"), "give an instance, Config(...)"),
+        (("optim=Optim(", "optim=dict("), "optim must be Optim(...)"),
+        (("optim=Optim(", "seed=-1, optim=Optim("), "seed=-1 must be 0 or more"),
+        (("optim=Optim(", "seed='x', optim=Optim("), "seed: wants int, got 'x'"),
+        (("optim=Optim(", "deterministic=1, optim=Optim("), "deterministic: wants bool, got 1"),
+        (("lr=0.4", "lr=10**400"), "optim.lr: an integer too large"),
+        (("batch=256, epochs", "batch=2**70, epochs"), "optim.batch: a number of more than 64 bits"),
+        (("views=views", "views=(1, 2), eval_view=views"), "data.views.0 must be a View, got 1"),
+        (("views=views", "eval_view=views.center(32), views=views"), "data.eval_view must be one View or None"),
+    ],
+)
 def test_a_wrong_value_in_the_file_is_named(tmp_path, change, message):
     text = SOURCE.replace(*change, 1)
     assert text != SOURCE
@@ -95,8 +103,28 @@ def test_files_that_python_cannot_read(tmp_path):
 
 def damaged(rng: random.Random) -> str:
     """The config with one to three faults: misspelt words, other values, cut, foreign characters, lost lines."""
-    values = ("None", "-1", "0", "1.5", "'x'", "[]", "{}", "float('nan')", "10**400", "True", "object()", "lambda: 1",
-              "(1, 2, 3)", "b'x'", "1j", "range(3)", "...", "Optim", "views", "{1: 2}")  # fmt: skip
+    values = (
+        "None",
+        "-1",
+        "0",
+        "1.5",
+        "'x'",
+        "[]",
+        "{}",
+        "float('nan')",
+        "10**400",
+        "True",
+        "object()",
+        "lambda: 1",
+        "(1, 2, 3)",
+        "b'x'",
+        "1j",
+        "range(3)",
+        "...",
+        "Optim",
+        "views",
+        "{1: 2}",
+    )
     text = SOURCE
     for _ in range(rng.choice((1, 1, 2, 3))):
         words, given = list(re.finditer(r"[A-Za-z_]\w+", text)), list(re.finditer(r"(?<==)[^=,()\n]+", text))
@@ -154,7 +182,9 @@ def test_a_module_beside_the_config_is_imported_and_hides_no_library(tmp_path):
 
 
 def test_a_dataclass_in_the_config_file_keeps_its_annotations(tmp_path):
-    text = SOURCE.replace("def get_config", '''
+    text = SOURCE.replace(
+        "def get_config",
+        """
 import dataclasses
 @dataclasses.dataclass(frozen=True)
 class Mine:
@@ -163,7 +193,8 @@ class Mine:
     def build(self, backbone, **_): ...
 
 
-def get_config''').replace(METHOD, "Mine(),")
+def get_config""",
+    ).replace(METHOD, "Mine(),")
     text = text[text.index('"""', 3) + 3 :].lstrip()
     run = load(tmp_path, "from __future__ import annotations\n" + text, "method.weight=3", "method.dims=[1]")
     assert (run.method.weight, run.method.dims) == (3.0, (1,))

@@ -41,9 +41,14 @@ def made(kind=Small, **options):
 
 
 def run(method, beton, **changes):
-    return Run(method=method, backbone=Backbone("resnet10", stem="cifar", width=8),
-               data=Data(train=str(beton), views=views.simclr(16)), optim=Optim(batch=8, steps=1),
-               log=Log(tensorboard=False), **changes)  # fmt: skip
+    return Run(
+        method=method,
+        backbone=Backbone("resnet10", stem="cifar", width=8),
+        data=Data(train=str(beton), views=views.simclr(16)),
+        optim=Optim(batch=8, steps=1),
+        log=Log(tensorboard=False),
+        **changes,
+    )
 
 
 def step(method):
@@ -62,20 +67,28 @@ def test_a_complete_method_passes():
     assert step(method)["loss"].requires_grad
 
 
-@pytest.mark.parametrize("name, value, message", [
-    ("mean_loss", "yes", "Bad.mean_loss='yes' must be True"),
-    ("total_weight", lambda self: 1, "Bad.total_weight is called as <lambda>(batch) and is written as <lambda>()")])
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("mean_loss", "yes", "Bad.mean_loss='yes' must be True"),
+        ("total_weight", lambda self: 1, "Bad.total_weight is called as <lambda>(batch) and is written as <lambda>()"),
+    ],
+)
 def test_a_mean_loss_declared_wrongly_is_refused(name, value, message):
     with pytest.raises(ValueError) as error:
         contract.check_method(type("Bad", (Small,), {name: value})(nn.Identity()), made())
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("missing, message", [
-    ("loss", "Bad lacks loss (loss(out, batch) -> dict with 'loss')"), ("after_step", "lacks after_step"),
-    ("views", "lacks views (the number of views, or None for any)"),
-    ("forward", "lacks forward (forward(views, batch) -> dict of tensors with a row for each sample)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "missing, message",
+    [
+        ("loss", "Bad lacks loss (loss(out, batch) -> dict with 'loss')"),
+        ("after_step", "lacks after_step"),
+        ("views", "lacks views (the number of views, or None for any)"),
+        ("forward", "lacks forward (forward(views, batch) -> dict of tensors with a row for each sample)"),
+    ],
+)
 def test_a_method_without_a_part_is_refused(missing, message):
     parts = {name: value for name, value in vars(Small).items() if name not in ("__dict__", "__weakref__", missing)}
     parts["__init__"] = lambda self, backbone: (nn.Module.__init__(self), setattr(self, "backbone", backbone))[0]
@@ -87,18 +100,24 @@ def test_a_method_without_a_part_is_refused(missing, message):
         contract.check_method(None, made())
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"out": lambda z: z}, "Small.forward returned Tensor: it must return a dict of tensors"),
-    ({"out": lambda z: {"z": z}}, 'returned z without "features"'),
-    ({"out": lambda z: {"z": [z], "features": z[:, 0]}}, "returned 'z' of type list"),
-    ({"out": lambda z: {"z": z.flatten(0, 1), "features": z[:, 0]}}, "'z' of shape (8, 64) for 4 samples: the first"),
-    ({"out": lambda z: {"z": z.sum(), "features": z[:, 0]}}, "of shape () for 4 samples"),
-    ({"losses": lambda z: z.mean()}, "Small.loss returned Tensor: it must return a dict with \"loss\""),
-    ({"losses": lambda z: {"total": z.mean()}}, "returned a dict of total: it must"),
-    ({"losses": lambda z: {"loss": z}}, "a tensor of shape (4, 2, 64) as \"loss\": it must be one number"),
-    ({"losses": lambda z: {"loss": 1.0}}, "returned float as \"loss\""),
-    ({"losses": lambda z: {"loss": z.detach().mean()}}, "without a gradient"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"out": lambda z: z}, "Small.forward returned Tensor: it must return a dict of tensors"),
+        ({"out": lambda z: {"z": z}}, 'returned z without "features"'),
+        ({"out": lambda z: {"z": [z], "features": z[:, 0]}}, "returned 'z' of type list"),
+        (
+            {"out": lambda z: {"z": z.flatten(0, 1), "features": z[:, 0]}},
+            "'z' of shape (8, 64) for 4 samples: the first",
+        ),
+        ({"out": lambda z: {"z": z.sum(), "features": z[:, 0]}}, "of shape () for 4 samples"),
+        ({"losses": lambda z: z.mean()}, 'Small.loss returned Tensor: it must return a dict with "loss"'),
+        ({"losses": lambda z: {"total": z.mean()}}, "returned a dict of total: it must"),
+        ({"losses": lambda z: {"loss": z}}, 'a tensor of shape (4, 2, 64) as "loss": it must be one number'),
+        ({"losses": lambda z: {"loss": 1.0}}, 'returned float as "loss"'),
+        ({"losses": lambda z: {"loss": z.detach().mean()}}, "without a gradient"),
+    ],
+)
 def test_wrong_outputs_and_losses_are_named(options, message):
     with pytest.raises(ValueError) as error:
         step(made(**options))
@@ -184,11 +203,17 @@ def test_one_image_in_a_contrastive_batch_warns(beton):
         engine.build_method(more, source)
 
 
-@pytest.mark.parametrize("name, command", [
-    ("photos", "photos is a folder, and a .beton file is needed: `fastssl convert imagefolder {0}/photos photos.bet"),
-    ("photos.tar.gz", "photos.tar.gz is a .gz file, and a .beton file is needed: `fastssl convert tar"),
-    ("list.txt", "`fastssl convert list {0}/list.txt list.beton` makes one"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, command",
+    [
+        (
+            "photos",
+            "photos is a folder, and a .beton file is needed: `fastssl convert imagefolder {0}/photos photos.bet",
+        ),
+        ("photos.tar.gz", "photos.tar.gz is a .gz file, and a .beton file is needed: `fastssl convert tar"),
+        ("list.txt", "`fastssl convert list {0}/list.txt list.beton` makes one"),
+    ],
+)
 def test_a_folder_or_an_archive_as_data_is_answered_with_the_command(tmp_path, name, command):
     path = tmp_path / name
     path.mkdir() if "." not in name else path.write_text("x")

@@ -25,10 +25,33 @@ NAMES = [n for n in cases.CASES if n != "deepcluster pic"]
 # Calls of operations in one step from views to updated weights, with SGD, of the networks of method_cases (a proxy for
 # kernel launches: without the views, and with the losses and the optimizer in plain PyTorch), under torch 2.11.
 OPS = {
-    "simclr": 217, "moco": 381, "moco symmetric": 622, "byol": 595, "simsiam": 390, "mocov3": 625, "mocov3 vit": 1121,
-    "barlow": 365, "vicreg": 394, "vicreg wide": 422, "nnclr": 521, "dino": 592, "swav": 424, "swav queue": 460,
-    "supcon": 221, "dcl": 218, "densecl": 351, "supervised": 146, "mae": 518, "lejepa": 360, "rotation": 148,
-    "npid": 331, "npid shared": 333, "deepcluster": 172, "odc": 238, "deepclusterv2": 320, "relative_loc": 274,
+    "simclr": 217,
+    "moco": 381,
+    "moco symmetric": 622,
+    "byol": 595,
+    "simsiam": 390,
+    "mocov3": 625,
+    "mocov3 vit": 1121,
+    "barlow": 365,
+    "vicreg": 394,
+    "vicreg wide": 422,
+    "nnclr": 521,
+    "dino": 592,
+    "swav": 424,
+    "swav queue": 460,
+    "supcon": 221,
+    "dcl": 218,
+    "densecl": 351,
+    "supervised": 146,
+    "mae": 518,
+    "lejepa": 360,
+    "rotation": 148,
+    "npid": 331,
+    "npid shared": 333,
+    "deepcluster": 172,
+    "odc": 238,
+    "deepclusterv2": 320,
+    "relative_loc": 274,
 }
 
 
@@ -109,8 +132,9 @@ def test_a_resident_set_is_decoded_once_a_run(beton, monkeypatch):
     from fastssl.decode import Beton
 
     decode, rows = Beton.decode, []
-    monkeypatch.setattr(Beton, "decode", lambda self, which, *where: (rows.extend(which.tolist()),
-                                                                      decode(self, which, *where)))
+    monkeypatch.setattr(
+        Beton, "decode", lambda self, which, *where: (rows.extend(which.tolist()), decode(self, which, *where))
+    )
     loader = Loader(beton, 16, workers=2, device="cpu", resident=True)
     assert sum(len(batch.index) for epoch in range(2) for batch in loader.epoch(epoch)) == 2 * 16 * loader.steps
     assert sorted(rows) == list(range(loader.samples))

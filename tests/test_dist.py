@@ -27,6 +27,11 @@ print(codes)
 
 def test_a_rank_does_not_abort_while_gloo_drops_the_tensors_of_its_last_collective():
     """Without dist's wait seven of eight did so, with exit code -6."""
-    done = subprocess.run([sys.executable, "-c", RANK], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", RANK],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.stdout.strip() == "[0, 0, 0, 0]", done.stdout + done.stderr

@@ -23,8 +23,13 @@ def run(folder, *argv):
         if not (folder / name / "__init__.py").exists():
             (folder / name / "__init__.py").write_text("")
     env = os.environ | {"PYTHONPATH": str(folder)}
-    done = subprocess.run([sys.executable, "-m", "fastssl", "doctor", "--quick", *argv], capture_output=True, text=True,
-                          env=env, cwd=folder)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "fastssl", "doctor", "--quick", *argv],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=folder,
+    )
     assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
     return done.returncode, done.stdout
 
@@ -71,8 +76,9 @@ def test_a_sound_installation(tmp_path):
 
 
 def test_each_break_is_named_with_its_remedy(tmp_path):
-    claim(tmp_path, "torch", "ffcv", "deepspeed", "numba", "timm", "numpy<2", "not-there-at-all>=3",
-          "rich; extra == 'x'")  # fmt: skip
+    claim(
+        tmp_path, "torch", "ffcv", "deepspeed", "numba", "timm", "numpy<2", "not-there-at-all>=3", "rich; extra == 'x'"
+    )
     package(tmp_path, "torch", "raise OSError('libcudart.so.13: cannot open shared object file')")
     package(tmp_path, "ffcv", "import os\nos.kill(os.getpid(), 11)")
     package(tmp_path, "deepspeed", "raise SystemExit(3)")
@@ -161,10 +167,13 @@ def test_the_parent_imports_the_standard_library_alone():
     assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("error, fix", [
-    ("ImportError: libturbojpeg.so.0: cannot open", "libturbojpeg0"),
-    ("RuntimeError: operator torchvision::nms does not exist", "pip install -e ."),
-    ("ValueError: numpy.dtype size changed", "numpy>=2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, fix",
+    [
+        ("ImportError: libturbojpeg.so.0: cannot open", "libturbojpeg0"),
+        ("RuntimeError: operator torchvision::nms does not exist", "pip install -e ."),
+        ("ValueError: numpy.dtype size changed", "numpy>=2"),
+    ],
+)
 def test_remedies(error, fix):
     assert fix in doctor._broken("x", error).fix

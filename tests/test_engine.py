@@ -36,13 +36,28 @@ def make_run(beton: str, method: str, micro: int, optimizer: str, speed: dict, p
     from fastssl.config import Backbone, Data, Log, Optim, Run, Speed
     from fastssl.methods import moco, simclr
 
-    method = {"simclr": simclr.Config(temperature=0.5, dims=(32, 16), norm=False),
-              "moco": moco.Config(temperature=0.5, dims=(32, 16), queue=96, momentum=0.9)}[method]
-    return Run(method=method, backbone=Backbone("resnet10", stem="cifar", norm="gn", width=8),
-               data=Data(train=beton, views=views.simclr(16)),
-               optim=Optim(name=optimizer, lr=0.1 if optimizer == "sgd" else 2.0, batch=BATCH, epochs=1,
-                           weight_decay=1e-4, steps=STEPS, schedule="constant", precision=precision),
-               speed=Speed(**{"workers": 1, "micro_batch": micro, **speed}), log=Log(tensorboard=False), seed=3)
+    method = {
+        "simclr": simclr.Config(temperature=0.5, dims=(32, 16), norm=False),
+        "moco": moco.Config(temperature=0.5, dims=(32, 16), queue=96, momentum=0.9),
+    }[method]
+    return Run(
+        method=method,
+        backbone=Backbone("resnet10", stem="cifar", norm="gn", width=8),
+        data=Data(train=beton, views=views.simclr(16)),
+        optim=Optim(
+            name=optimizer,
+            lr=0.1 if optimizer == "sgd" else 2.0,
+            batch=BATCH,
+            epochs=1,
+            weight_decay=1e-4,
+            steps=STEPS,
+            schedule="constant",
+            precision=precision,
+        ),
+        speed=Speed(**{"workers": 1, "micro_batch": micro, **speed}),
+        log=Log(tensorboard=False),
+        seed=3,
+    )
 
 
 def record(t) -> dict:
@@ -85,8 +100,13 @@ def normalised() -> dict:
     norm = convert_sync_bn(norm, torch.device("cpu"))
     y = norm(mine)
     (y * up.chunk(dist.world())[dist.rank()]).sum().backward()
-    return {"y": dist.gather(y.detach()), "x": dist.gather(mine.grad), "weight": dist.sum_(norm.weight.grad),
-            "bias": dist.sum_(norm.bias.grad), **dict(norm.named_buffers())}
+    return {
+        "y": dist.gather(y.detach()),
+        "x": dist.gather(mine.grad),
+        "weight": dist.sum_(norm.weight.grad),
+        "bias": dist.sum_(norm.bias.grad),
+        **dict(norm.named_buffers()),
+    }
 
 
 def overflow(t) -> list[dict]:
@@ -105,8 +125,15 @@ def overflow(t) -> list[dict]:
             t.scale.value = 2.0**10
         after = state.whole(t.method, everywhere=True)
         moved = {k for k in after if not torch.equal(before[k], after[k])}
-        done.append({"applied": applied, "moved": moved, "scale": now / scale,
-                     "finite": all(v.isfinite().all() for v in after.values()), "loss": t.scalars["loss"].item()})
+        done.append(
+            {
+                "applied": applied,
+                "moved": moved,
+                "scale": now / scale,
+                "finite": all(v.isfinite().all() for v in after.values()),
+                "loss": t.scalars["loss"].item(),
+            }
+        )
     return done
 
 
@@ -135,8 +162,10 @@ def worker(out: str, beton: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, beton):
     folder = tmp_path_factory.mktemp("engine")
-    return {**ranks.launch(__file__, 1, folder / "one.pt", str(beton)),
-            **ranks.launch(__file__, 2, folder / "two.pt", str(beton))}
+    return {
+        **ranks.launch(__file__, 1, folder / "one.pt", str(beton)),
+        **ranks.launch(__file__, 2, folder / "two.pt", str(beton)),
+    }
 
 
 def reference(name: str) -> str:

@@ -43,13 +43,17 @@ def assert_same(theirs, ours, size=64, channels=3):
 
 
 TIMM = [
-    {"name": "resnet18"}, {"name": "resnet50"}, {"name": "resnet18", "stem": "cifar"},
-    {"name": "resnet18", "stem": "cifar_pad2"}, {"name": "resnet50", "norm": "gn"},
+    {"name": "resnet18"},
+    {"name": "resnet50"},
+    {"name": "resnet18", "stem": "cifar"},
+    {"name": "resnet18", "stem": "cifar_pad2"},
+    {"name": "resnet50", "norm": "gn"},
     {"name": "resnet18", "norm": "gn", "in_channels": 2},
-    {"name": "resnet18", "norm": "frozen"}, {"name": "vit_tiny_patch16_224"},
+    {"name": "resnet18", "norm": "frozen"},
+    {"name": "vit_tiny_patch16_224"},
     {"name": "resnet18", "stem": "cifar_norelu"},
     {"name": "vit_tiny_patch16_224", "options": {"num_heads": 12, "reg_tokens": 2}},
-]  # fmt: skip
+]
 
 
 def size_of(spec):
@@ -76,10 +80,13 @@ def test_timm_loads_the_hugging_face_folder(spec, tmp_path, monkeypatch):
 
 
 THIN = [
-    {"name": "resnet10"}, {"name": "resnet10", "width": 8}, {"name": "resnet18", "width": 16, "norm": "gn"},
-    {"name": "resnet50", "width": 16, "stem": "cifar", "in_channels": 2}, {"name": "resnet10", "stem": "cifar_norelu"},
+    {"name": "resnet10"},
+    {"name": "resnet10", "width": 8},
+    {"name": "resnet18", "width": 16, "norm": "gn"},
+    {"name": "resnet50", "width": 16, "stem": "cifar", "in_channels": 2},
+    {"name": "resnet10", "stem": "cifar_norelu"},
     {"name": "resnet10", "width": 8, "norm": "gn", "stem": "cifar_pad2"},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("spec", THIN)
@@ -93,8 +100,13 @@ def test_a_thin_resnet_gets_code_that_builds_it(spec, to, tmp_path):
 
 
 def run_of(size, backbone, **optim):
-    run = config.Run(method=byol.Config(), backbone=Backbone(**backbone), name="r", optim=config.Optim(**optim),
-                     data=config.Data(train="x/y.beton", views=views.byol(size)))  # fmt: skip
+    run = config.Run(
+        method=byol.Config(),
+        backbone=Backbone(**backbone),
+        name="r",
+        optim=config.Optim(**optim),
+        data=config.Data(train="x/y.beton", views=views.byol(size)),
+    )
     return json.loads(config.dumps(run))
 
 
@@ -174,25 +186,37 @@ def test_detectron2_file(tmp_path):
     assert model["stem.conv1.norm.num_batches_tracked"].dtype == np.int64
     strings = [arg for _, arg, _ in pickletools.genops(io.BytesIO(data)) if isinstance(arg, str)]
     assert "numpy" in strings and not [s for s in strings if s.startswith("numpy.")], "numpy 2's private names"
-    for line in ("STRIDE_IN_1X1: False", "DEPTH: 18", 'FORMAT: "RGB"', "RES2_OUT_CHANNELS: 64",
-                 "PIXEL_MEAN: [123.675, 116.28, 103.53]"):  # fmt: skip
+    for line in (
+        "STRIDE_IN_1X1: False",
+        "DEPTH: 18",
+        'FORMAT: "RGB"',
+        "RES2_OUT_CHANNELS: 64",
+        "PIXEL_MEAN: [123.675, 116.28, 103.53]",
+    ):
         assert line in recipe
 
 
-@pytest.mark.parametrize("spec, to, text", [
-    ({"name": "resnet10"}, "timm", "timm has no resnet10"),
-    ({"name": "resnet18", "sobel": True}, "torchvision", "Sobel"),
-    ({"name": "resnet18", "sobel": True}, "timm", "Sobel"),
-    ({"name": "resnet18", "sobel": True}, "detectron2", "Sobel"),
-    ({"name": "resnet18", "sobel": True}, "huggingface", "Sobel"),
-    ({"name": "resnet18", "width": 8}, "timm", "timm has no resnet18 of width 8: export with --to torchvision"),
-    ({"name": "vit_tiny_patch16_224"}, "torchvision", "no vit_tiny_patch16_224: export with --to timm"),
-    ({"name": "resnet18", "stem": "cifar"}, "huggingface", "no resnet18 with stem='cifar'"),
-    ({"name": "resnet18", "stem": "cifar"}, "detectron2", "detectron2 has no resnet18 with stem='cifar'"),
-    ({"name": "resnet10"}, "detectron2", "detectron2 has no resnet10"),
-    ({"name": "wide_resnet50_2"}, "detectron2", "detectron2 has no wide_resnet50_2"),
-    ({"name": "vit_tiny_patch16_224"}, "detectron2", "detectron2 has no vit_tiny_patch16_224 .*export with --to timm"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec, to, text",
+    [
+        ({"name": "resnet10"}, "timm", "timm has no resnet10"),
+        ({"name": "resnet18", "sobel": True}, "torchvision", "Sobel"),
+        ({"name": "resnet18", "sobel": True}, "timm", "Sobel"),
+        ({"name": "resnet18", "sobel": True}, "detectron2", "Sobel"),
+        ({"name": "resnet18", "sobel": True}, "huggingface", "Sobel"),
+        ({"name": "resnet18", "width": 8}, "timm", "timm has no resnet18 of width 8: export with --to torchvision"),
+        ({"name": "vit_tiny_patch16_224"}, "torchvision", "no vit_tiny_patch16_224: export with --to timm"),
+        ({"name": "resnet18", "stem": "cifar"}, "huggingface", "no resnet18 with stem='cifar'"),
+        ({"name": "resnet18", "stem": "cifar"}, "detectron2", "detectron2 has no resnet18 with stem='cifar'"),
+        ({"name": "resnet10"}, "detectron2", "detectron2 has no resnet10"),
+        ({"name": "wide_resnet50_2"}, "detectron2", "detectron2 has no wide_resnet50_2"),
+        (
+            {"name": "vit_tiny_patch16_224"},
+            "detectron2",
+            "detectron2 has no vit_tiny_patch16_224 .*export with --to timm",
+        ),
+    ],
+)
 def test_what_a_tool_does_not_have_is_refused(spec, to, text, tmp_path):
     net = build(**spec)
     with pytest.raises(ValueError, match=text):
@@ -200,15 +224,17 @@ def test_what_a_tool_does_not_have_is_refused(spec, to, text, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def run_folder(tmp_path):
     """A run of BYOL with one checkpoint: a student and its moving average."""
     spec = Backbone("resnet18", stem="imagenet")
-    run = config.Run(method=byol.Config(), backbone=spec, data=config.Data(train="x/y.beton", views=views.byol(64)),
-                     optim=config.Optim(lr=0.25), name="r")  # fmt: skip
+    run = config.Run(
+        method=byol.Config(),
+        backbone=spec,
+        data=config.Data(train="x/y.beton", views=views.byol(64)),
+        optim=config.Optim(lr=0.25),
+        name="r",
+    )
     folder = tmp_path / "run"
     temporary = checkpoint.begin(folder, 1)
     student, teacher = build(0, name="resnet18"), build(1, name="resnet18")
@@ -265,11 +291,14 @@ def test_command_exports_a_sobel_network_of_others(tmp_path, capsys):
         assert weights.spec_of(tmp_path / "backbone.safetensors") == net.spec
 
 
-@pytest.mark.parametrize("argv, text", [
-    (["--backbone", "resnet18"], "names its backbone"),
-    (["--stem", "cifar"], "names its backbone"),
-    (["--which", "teacher", "--prefix", "target.0"], "both choose"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, text",
+    [
+        (["--backbone", "resnet18"], "names its backbone"),
+        (["--stem", "cifar"], "names its backbone"),
+        (["--which", "teacher", "--prefix", "target.0"], "both choose"),
+    ],
+)
 def test_command_refuses(run_folder, argv, text, capsys):
     assert export.main([str(run_folder[0]), *argv]) == 2
     assert text in capsys.readouterr().err

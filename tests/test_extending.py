@@ -27,8 +27,9 @@ def folder(tmp_path_factory):
     for name, code in FILES.items():
         (path / name).write_text(code)
     for line in re.findall(r"^    ((?:python|fastssl) .*)$", TEXT, re.M):
-        command = [sys.executable, *line.split()[1:]] if line.startswith("python") else [
-            sys.executable, "-m", *line.split()]
+        command = (
+            [sys.executable, *line.split()[1:]] if line.startswith("python") else [sys.executable, "-m", *line.split()]
+        )
         done = subprocess.run(command, cwd=path, env=ENV, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return path
@@ -52,8 +53,13 @@ def test_the_page_trains_with_its_method_hook_source_and_views(folder):
     assert names == ["Lighting", "Erase", "RandAugment", "Fade", "Transform"]
     assert "ElasticTransform" in config["data"]["views"][0]["extra"][4]["fn"]
     assert config["data"]["views"][1]["blur"] == 0
-    again = subprocess.run([sys.executable, "-m", "fastssl", "train", "exp/mine.py", "method.t=1.0",
-                            "data.views.all.blur=0", "--resume"], cwd=folder, env=ENV, capture_output=True, text=True)
+    again = subprocess.run(
+        [sys.executable, "-m", "fastssl", "train", "exp/mine.py", "method.t=1.0", "data.views.all.blur=0", "--resume"],
+        cwd=folder,
+        env=ENV,
+        capture_output=True,
+        text=True,
+    )
     assert again.returncode == 0 and "continuing" in again.stdout, again.stderr  # the same config in another process
 
 

@@ -45,96 +45,236 @@ OPTIMIZER = {"state": {0: {"momentum_buffer": torch.zeros(3), "step": 3}}, "para
 
 
 def moco(net, other):
-    return {"epoch": 200, "arch": "resnet50", "optimizer": OPTIMIZER, "state_dict": {
-        **under("module.encoder_q.", net), **linear("module.encoder_q.fc.0."), **linear("module.encoder_q.fc.2."),
-        **under("module.encoder_k.", other), **linear("module.encoder_k.fc.0."), "module.queue": torch.ones(4, 8),
-        "module.queue_ptr": torch.zeros(1)}}  # fmt: skip
+    return {
+        "epoch": 200,
+        "arch": "resnet50",
+        "optimizer": OPTIMIZER,
+        "state_dict": {
+            **under("module.encoder_q.", net),
+            **linear("module.encoder_q.fc.0."),
+            **linear("module.encoder_q.fc.2."),
+            **under("module.encoder_k.", other),
+            **linear("module.encoder_k.fc.0."),
+            "module.queue": torch.ones(4, 8),
+            "module.queue_ptr": torch.zeros(1),
+        },
+    }
 
 
 def dino(net, other):
     """Also the scripts' argparse.Namespace, as the published full checkpoints have it."""
-    return {"student": {**under("module.backbone.", other), **linear("module.head.mlp.0.")},
-            "teacher": {**under("backbone.", net), "head.last_layer.weight_g": torch.ones(4, 1)}, "epoch": 100,
-            "optimizer": OPTIMIZER, "args": argparse.Namespace(arch="vit_small", lr=0.1),
-            "dino_loss": collections.OrderedDict(center=torch.ones(1, 4))}  # fmt: skip
+    return {
+        "student": {**under("module.backbone.", other), **linear("module.head.mlp.0.")},
+        "teacher": {**under("backbone.", net), "head.last_layer.weight_g": torch.ones(4, 1)},
+        "epoch": 100,
+        "optimizer": OPTIMIZER,
+        "args": argparse.Namespace(arch="vit_small", lr=0.1),
+        "dino_loss": collections.OrderedDict(center=torch.ones(1, 4)),
+    }
 
 
 def mae(net, other):
-    decoder = {"mask_token": torch.ones(1, 1, 4), "decoder_pos_embed": torch.ones(1, 5, 4),
-               **linear("decoder_embed."), **linear("decoder_blocks.0.norm1."), **linear("decoder_norm."),
-               **linear("decoder_pred.")}  # fmt: skip
+    decoder = {
+        "mask_token": torch.ones(1, 1, 4),
+        "decoder_pos_embed": torch.ones(1, 5, 4),
+        **linear("decoder_embed."),
+        **linear("decoder_blocks.0.norm1."),
+        **linear("decoder_norm."),
+        **linear("decoder_pred."),
+    }
     return {"model": {**keys(net), **decoder}, "args": argparse.Namespace(mask_ratio=0.75), "optimizer": OPTIMIZER}
 
 
 def trunk(inner):
-    return {"phase_idx": 9, "iteration": 3, "classy_state_dict": {"train": True, "base_model": {
-        "model": {"trunk": inner, "heads": linear("0.clf.0.")}, "meta": {"config": {}}}}}  # fmt: skip
+    return {
+        "phase_idx": 9,
+        "iteration": 3,
+        "classy_state_dict": {
+            "train": True,
+            "base_model": {"model": {"trunk": inner, "heads": linear("0.clf.0.")}, "meta": {"config": {}}},
+        },
+    }
 
 
 def openselfsup(net, other):
     """OpenSelfSup's MoCo registers its backbone twice."""
-    return {"meta": {"epoch": 200, "config": "model = dict(backbone=dict(depth=50))"}, "optimizer": OPTIMIZER,
-            "state_dict": {**under("encoder_q.0.", net), **under("encoder_k.0.", other), **under("backbone.", net),
-                           **linear("encoder_q.1.mlp.0."), "queue": torch.ones(2)}}  # fmt: skip
+    return {
+        "meta": {"epoch": 200, "config": "model = dict(backbone=dict(depth=50))"},
+        "optimizer": OPTIMIZER,
+        "state_dict": {
+            **under("encoder_q.0.", net),
+            **under("encoder_k.0.", other),
+            **under("backbone.", net),
+            **linear("encoder_q.1.mlp.0."),
+            "queue": torch.ones(2),
+        },
+    }
 
 
 LAYOUTS = {  # project: kind of network (peers.KINDS), its checkpoint, the prefix expected
     "OpenSelfSup": ("resnet", openselfsup, "state_dict.backbone."),
     "OpenSelfSup, extracted": ("resnet", lambda n, o: {"state_dict": keys(n), "author": "OpenSelfSup"}, "state_dict."),
-    "OpenSelfSup BYOL": ("resnet", lambda n, o: {"state_dict": {
-        **under("online_net.0.", n), **under("target_net.0.", o), **under("backbone.", n)}}, "state_dict.backbone."),
+    "OpenSelfSup BYOL": (
+        "resnet",
+        lambda n, o: {
+            "state_dict": {**under("online_net.0.", n), **under("target_net.0.", o), **under("backbone.", n)}
+        },
+        "state_dict.backbone.",
+    ),
     "OpenSelfSup, group norm": ("mmlab gn", lambda n, o: {"state_dict": under("backbone.", n)}, "state_dict.backbone."),
-    "MMSelfSup MoCo": ("resnet", lambda n, o: {"meta": {"cfg": "x = 1"}, "state_dict": {
-        **under("backbone.", n), **linear("neck.mlp.0."), **under("encoder_k.module.0.", o)}}, "state_dict.backbone."),
-    "MMSelfSup MoCo v3, ViT-S": ("mmlab mocov3", lambda n, o: {"state_dict": {
-        **under("backbone.", n), **under("momentum_encoder.module.0.", o)}}, "state_dict.backbone."),
+    "MMSelfSup MoCo": (
+        "resnet",
+        lambda n, o: {
+            "meta": {"cfg": "x = 1"},
+            "state_dict": {**under("backbone.", n), **linear("neck.mlp.0."), **under("encoder_k.module.0.", o)},
+        },
+        "state_dict.backbone.",
+    ),
+    "MMSelfSup MoCo v3, ViT-S": (
+        "mmlab mocov3",
+        lambda n, o: {"state_dict": {**under("backbone.", n), **under("momentum_encoder.module.0.", o)}},
+        "state_dict.backbone.",
+    ),
     "MMSelfSup MAE, extracted": ("mmlab vit", lambda n, o: {"state_dict": keys(n)}, "state_dict."),
     "MoCo": ("resnet", moco, "state_dict.module.encoder_q."),
-    "MoCo v3": ("mocov3", lambda n, o: {"arch": "vit_small", "state_dict": {
-        **under("module.base_encoder.", n), **linear("module.base_encoder.head.0."),
-        **under("module.momentum_encoder.", o), **linear("module.predictor.0.")}}, "state_dict.module.base_encoder."),
-    "SimSiam": ("resnet", lambda n, o: {"state_dict": {
-        **under("module.encoder.", n), **linear("module.encoder.fc.0."), **linear("module.predictor.0.")}},
-        "state_dict.module.encoder."),
-    "byol-pytorch (lucidrains)": ("resnet", lambda n, o: {
-        **under("net.", n), **linear("net.fc."), **under("online_encoder.net.", n), **linear("online_encoder.net.fc."),
-        **under("target_encoder.net.", o), **linear("online_predictor.0.")}, "net."),
-    "PyTorch-BYOL (sthalles)": ("numbered", lambda n, o: {
-        "online_network_state_dict": {**under("encoder.", n), **linear("projetion.net.0.")},
-        "target_network_state_dict": {**under("encoder.", o), **linear("projetion.net.0.")}},
-        "online_network_state_dict.encoder."),
+    "MoCo v3": (
+        "mocov3",
+        lambda n, o: {
+            "arch": "vit_small",
+            "state_dict": {
+                **under("module.base_encoder.", n),
+                **linear("module.base_encoder.head.0."),
+                **under("module.momentum_encoder.", o),
+                **linear("module.predictor.0."),
+            },
+        },
+        "state_dict.module.base_encoder.",
+    ),
+    "SimSiam": (
+        "resnet",
+        lambda n, o: {
+            "state_dict": {
+                **under("module.encoder.", n),
+                **linear("module.encoder.fc.0."),
+                **linear("module.predictor.0."),
+            }
+        },
+        "state_dict.module.encoder.",
+    ),
+    "byol-pytorch (lucidrains)": (
+        "resnet",
+        lambda n, o: {
+            **under("net.", n),
+            **linear("net.fc."),
+            **under("online_encoder.net.", n),
+            **linear("online_encoder.net.fc."),
+            **under("target_encoder.net.", o),
+            **linear("online_predictor.0."),
+        },
+        "net.",
+    ),
+    "PyTorch-BYOL (sthalles)": (
+        "numbered",
+        lambda n, o: {
+            "online_network_state_dict": {**under("encoder.", n), **linear("projetion.net.0.")},
+            "target_network_state_dict": {**under("encoder.", o), **linear("projetion.net.0.")},
+        },
+        "online_network_state_dict.encoder.",
+    ),
     "SimCLR (leftthomas)": ("numbered, no pool", lambda n, o: {**under("f.", n), **linear("g.0.")}, "f."),
-    "SwAV": ("resnet 7x7", lambda n, o: {
-        **under("module.", n), **linear("module.projection_head.0."), "module.prototypes.weight": torch.ones(9, 2)},
-        "module."),
+    "SwAV": (
+        "resnet 7x7",
+        lambda n, o: {
+            **under("module.", n),
+            **linear("module.projection_head.0."),
+            "module.prototypes.weight": torch.ones(9, 2),
+        },
+        "module.",
+    ),
     "Barlow Twins": ("resnet", lambda n, o: keys(n), ""),
-    "Barlow Twins, full": ("resnet", lambda n, o: {"epoch": 1, "model": {
-        **under("module.backbone.", n), **linear("module.projector.0."), "module.bn.running_mean": torch.ones(4)}},
-        "model.module.backbone."),
-    "VICReg, full": ("resnet", lambda n, o: {"model": {**under("module.backbone.", n), **linear("module.projector.0.")},
-                                             "optimizer": OPTIMIZER}, "model.module.backbone."),
+    "Barlow Twins, full": (
+        "resnet",
+        lambda n, o: {
+            "epoch": 1,
+            "model": {
+                **under("module.backbone.", n),
+                **linear("module.projector.0."),
+                "module.bn.running_mean": torch.ones(4),
+            },
+        },
+        "model.module.backbone.",
+    ),
+    "VICReg, full": (
+        "resnet",
+        lambda n, o: {
+            "model": {**under("module.backbone.", n), **linear("module.projector.0.")},
+            "optimizer": OPTIMIZER,
+        },
+        "model.module.backbone.",
+    ),
     "DINO": ("vit", dino, "teacher.backbone."),
     "MAE": ("vit", mae, "model."),
-    "solo-learn": ("resnet pad 2", lambda n, o: {"pytorch-lightning_version": "2", "state_dict": {
-        **under("backbone.", n), **under("momentum_backbone.", o), **linear("classifier."), **linear("projector.0.")},
-        "optimizer_states": [OPTIMIZER]}, "state_dict.backbone."),
-    "solo-learn MoCo v3, ViT-Ti": ("mocov3", lambda n, o: {"pytorch-lightning_version": "2", "state_dict": {
-        **under("backbone.", n), **under("momentum_backbone.", o), **linear("classifier.")}}, "state_dict.backbone."),
-    "lightly, numbered": ("numbered", lambda n, o: {"state_dict": {
-        **under("backbone.", n), **under("backbone_momentum.", o), **linear("projection_head.layers.0.")}},
-        "state_dict.backbone."),
-    "lightly, its own ResNet numbered": ("lightly numbered", lambda n, o: {"state_dict": under("backbone.", n)},
-                                         "state_dict.backbone."),
+    "solo-learn": (
+        "resnet pad 2",
+        lambda n, o: {
+            "pytorch-lightning_version": "2",
+            "state_dict": {
+                **under("backbone.", n),
+                **under("momentum_backbone.", o),
+                **linear("classifier."),
+                **linear("projector.0."),
+            },
+            "optimizer_states": [OPTIMIZER],
+        },
+        "state_dict.backbone.",
+    ),
+    "solo-learn MoCo v3, ViT-Ti": (
+        "mocov3",
+        lambda n, o: {
+            "pytorch-lightning_version": "2",
+            "state_dict": {**under("backbone.", n), **under("momentum_backbone.", o), **linear("classifier.")},
+        },
+        "state_dict.backbone.",
+    ),
+    "lightly, numbered": (
+        "numbered",
+        lambda n, o: {
+            "state_dict": {
+                **under("backbone.", n),
+                **under("backbone_momentum.", o),
+                **linear("projection_head.layers.0."),
+            }
+        },
+        "state_dict.backbone.",
+    ),
+    "lightly, its own ResNet numbered": (
+        "lightly numbered",
+        lambda n, o: {"state_dict": under("backbone.", n)},
+        "state_dict.backbone.",
+    ),
     "lightly, its own ResNet whole": ("lightly", lambda n, o: {**keys(n), **linear("linear.")}, ""),
-    "lightly DINO": ("resnet", lambda n, o: {"state_dict": {
-        **under("student_backbone.", o), **under("teacher_backbone.", n)}}, "state_dict.teacher_backbone."),
-    "VISSL": ("resnet", lambda n, o: trunk(under("_feature_blocks.", n)),
-              "classy_state_dict.base_model.model.trunk._feature_blocks."),
+    "lightly DINO": (
+        "resnet",
+        lambda n, o: {"state_dict": {**under("student_backbone.", o), **under("teacher_backbone.", n)}},
+        "state_dict.teacher_backbone.",
+    ),
+    "VISSL": (
+        "resnet",
+        lambda n, o: trunk(under("_feature_blocks.", n)),
+        "classy_state_dict.base_model.model.trunk._feature_blocks.",
+    ),
     "VISSL, ViT": ("vit", lambda n, o: trunk(keys(n)), "classy_state_dict.base_model.model.trunk."),
-    "timm": ("vit", lambda n, o: {"arch": "vit", "state_dict": {**keys(n), **linear("head.")},
-                                  "state_dict_ema": {**keys(o), **linear("head.")}}, "state_dict."),
+    "timm": (
+        "vit",
+        lambda n, o: {
+            "arch": "vit",
+            "state_dict": {**keys(n), **linear("head.")},
+            "state_dict_ema": {**keys(o), **linear("head.")},
+        },
+        "state_dict.",
+    ),
     "torchvision, ViT": ("torchvision vit", lambda n, o: {**keys(n), **linear("heads.head.")}, ""),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("project", LAYOUTS)
@@ -160,8 +300,16 @@ def test_one_lost_tensor_is_an_error_in_every_layout(project, key, nets, tmp_pat
     net, other = nets[kind]
     checkpoint = make(net, other)
     state = checkpoint["state_dict"]
-    mine = [k for k in state if "encoder_k" not in k and "momentum" not in k and not k.endswith("num_batches_tracked")
-            and ".fc." not in k and "head" not in k and "queue" not in k]  # fmt: skip
+    mine = [
+        k
+        for k in state
+        if "encoder_k" not in k
+        and "momentum" not in k
+        and not k.endswith("num_batches_tracked")
+        and ".fc." not in k
+        and "head" not in k
+        and "queue" not in k
+    ]
     for k in list(state):  # the other copy would be found instead
         if k not in mine or k == mine[0 if key == "first" else -1]:
             del state[k]
@@ -170,16 +318,19 @@ def test_one_lost_tensor_is_an_error_in_every_layout(project, key, nets, tmp_pat
         weights.load_backbone(tmp_path / "a.pth", ours(kind))
 
 
-@pytest.mark.parametrize("project, which, prefix", [
-    ("DINO", "student", "student.module.backbone."),
-    ("DINO", "teacher", "teacher.backbone."),
-    ("MoCo", "student", "state_dict.module.encoder_q."),
-    ("MoCo", "teacher", "state_dict.module.encoder_k."),
-    ("lightly DINO", "student", "state_dict.student_backbone."),
-    ("solo-learn", "teacher", "state_dict.momentum_backbone."),
-    ("timm", "teacher", "state_dict_ema."),
-    ("PyTorch-BYOL (sthalles)", "teacher", "target_network_state_dict.encoder."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "project, which, prefix",
+    [
+        ("DINO", "student", "student.module.backbone."),
+        ("DINO", "teacher", "teacher.backbone."),
+        ("MoCo", "student", "state_dict.module.encoder_q."),
+        ("MoCo", "teacher", "state_dict.module.encoder_k."),
+        ("lightly DINO", "student", "state_dict.student_backbone."),
+        ("solo-learn", "teacher", "state_dict.momentum_backbone."),
+        ("timm", "teacher", "state_dict_ema."),
+        ("PyTorch-BYOL (sthalles)", "teacher", "target_network_state_dict.encoder."),
+    ],
+)
 def test_student_or_teacher(project, which, prefix, nets, tmp_path):
     kind, make, default = LAYOUTS[project]
     net, other = nets[kind]
@@ -228,10 +379,13 @@ def test_safetensors_of_others(nets, tmp_path):
         torch.testing.assert_close(mine(x), net(x), rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("meta, text", [
-    ({"config": "backbone=dict(type='ResNet', style='caffe')"}, "strides in the 1x1"),
-    ({"cfg": "conv_cfg=dict(type='ConvWS')"}, "standardise their weights"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "meta, text",
+    [
+        ({"config": "backbone=dict(type='ResNet', style='caffe')"}, "strides in the 1x1"),
+        ({"cfg": "conv_cfg=dict(type='ConvWS')"}, "standardise their weights"),
+    ],
+)
 def test_networks_of_equal_keys_and_other_arithmetic_are_refused(meta, text, nets, tmp_path):
     net, other = nets["resnet"][0], ours("resnet")
     torch.save({"meta": meta, "state_dict": keys(net)}, tmp_path / "a.pth")
@@ -239,12 +393,15 @@ def test_networks_of_equal_keys_and_other_arithmetic_are_refused(meta, text, net
         weights.load_backbone(tmp_path / "a.pth", other)
 
 
-@pytest.mark.parametrize("project, kind, text", [
-    ("MoCo v3", "vit", "12 heads.* has 3, .*num_heads=12 or num_heads=3"),
-    ("MMSelfSup MoCo v3, ViT-S", "mmlab vit", "num_heads=12"),
-    ("solo-learn MoCo v3, ViT-Ti", "vit", "num_heads=12"),
-    ("lightly, its own ResNet numbered", "numbered", "ReLU after the stem's norm.*--stem cifar_norelu"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "project, kind, text",
+    [
+        ("MoCo v3", "vit", "12 heads.* has 3, .*num_heads=12 or num_heads=3"),
+        ("MMSelfSup MoCo v3, ViT-S", "mmlab vit", "num_heads=12"),
+        ("solo-learn MoCo v3, ViT-Ti", "vit", "num_heads=12"),
+        ("lightly, its own ResNet numbered", "numbered", "ReLU after the stem's norm.*--stem cifar_norelu"),
+    ],
+)
 def test_peers_of_other_arithmetic_are_refused_until_it_is_given(project, kind, text, nets, tmp_path):
     """With the options of the layouts above they are what their authors compute."""
     right, make, _ = LAYOUTS[project]
@@ -263,8 +420,17 @@ def test_moco_v3_is_exported_with_its_heads(nets, tmp_path, capsys):
     """The command as a user gives it; the code that it prints computes what the authors' network does."""
     net, other = nets["mocov3"]
     torch.save(LAYOUTS["MoCo v3"][1](net, other), tmp_path / "vit-s.pth")
-    argv = [str(tmp_path / "vit-s.pth"), "--to", "timm", "--backbone", "vit_tiny_patch16_224", "--option", "depth=2",
-            "--option", "img_size=32"]  # fmt: skip
+    argv = [
+        str(tmp_path / "vit-s.pth"),
+        "--to",
+        "timm",
+        "--backbone",
+        "vit_tiny_patch16_224",
+        "--option",
+        "depth=2",
+        "--option",
+        "img_size=32",
+    ]
     assert export.main(argv) == 2
     assert "--option num_heads=12" in capsys.readouterr().err
     assert export.main([*argv, "--option", "num_heads=12"]) == 0
@@ -275,11 +441,14 @@ def test_moco_v3_is_exported_with_its_heads(nets, tmp_path, capsys):
         torch.testing.assert_close(scope["net"].eval()(x), net(x), rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("here, text", [
-    ({"options": {**peers.VIT["options"], "num_heads": 12}}, r"options.num_heads is None there, 12 here"),
-    ({"options": {**peers.VIT["options"], "act_layer": "relu"}}, r"options.act_layer is None there, 'relu' here"),
-    ({"options": {**peers.VIT["options"], "drop_path_rate": 0.2, "weight_init": "jax"}}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "here, text",
+    [
+        ({"options": {**peers.VIT["options"], "num_heads": 12}}, r"options.num_heads is None there, 12 here"),
+        ({"options": {**peers.VIT["options"], "act_layer": "relu"}}, r"options.act_layer is None there, 'relu' here"),
+        ({"options": {**peers.VIT["options"], "drop_path_rate": 0.2, "weight_init": "jax"}}, None),
+    ],
+)
 def test_weights_that_say_what_they_are_load_into_nothing_else(here, text, tmp_path):
     """The same for a run's folder, and for what timm and torchvision download."""
     export.write(ours("vit"), tmp_path / "a.safetensors", "safetensors")

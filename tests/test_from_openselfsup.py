@@ -24,10 +24,16 @@ def test_commands_exist():
     assert {m[1] for code in CODE for m in re.finditer(r"--to (\w+)", code)} <= set(WRITERS)
 
 
-@pytest.mark.parametrize("section, kind", [
-    ("backbone", config.Backbone), ("data", config.Data), ("optim", config.Optim), ("speed", config.Speed),
-    ("log", config.Log),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "section, kind",
+    [
+        ("backbone", config.Backbone),
+        ("data", config.Data),
+        ("optim", config.Optim),
+        ("speed", config.Speed),
+        ("log", config.Log),
+    ],
+)
 def test_settings_exist(section, kind):
     used = {m[1] for code in OURS for m in re.finditer(rf"\b{section}\.(\w+)", code)}
     assert used and used <= {f.name for f in dataclasses.fields(kind)}

@@ -50,8 +50,10 @@ def contents(t) -> dict:
     params = [n for n, p in t.method.named_parameters() if p.requires_grad]
     kept = t.ds.optimizer.state
     by_name = dict(t.method.named_parameters())
-    return {**{k: v.clone() for k, v in t.method.state_dict().items()},
-            **{f"{n} {k}": torch.as_tensor(v).clone() for n in params for k, v in kept[by_name[n]].items()}}
+    return {
+        **{k: v.clone() for k, v in t.method.state_dict().items()},
+        **{f"{n} {k}": torch.as_tensor(v).clone() for n in params for k, v in kept[by_name[n]].items()},
+    }
 
 
 def assert_same(a: dict, b: dict) -> None:
@@ -121,10 +123,22 @@ def test_a_step_of_several_micro_batches_reads_nothing(name, monkeypatch):
     assert t.scalars["applied"] and not torch.equal(t.method.state_dict()["backbone.conv1.weight"], before)
 
 
-@pytest.mark.parametrize("read", [
-    lambda x: x.item(), bool, float, lambda x: x.cpu(), lambda x: x.to("cpu"), lambda x: x.tolist(),
-    lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.unique(), lambda x: torch.tensor([1.0]),
-    lambda x: x.new_tensor([1.0])])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.item(),
+        bool,
+        float,
+        lambda x: x.cpu(),
+        lambda x: x.to("cpu"),
+        lambda x: x.tolist(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.unique(),
+        lambda x: torch.tensor([1.0]),
+        lambda x: x.new_tensor([1.0]),
+    ],
+)
 def test_reads_are_found(read):
     x = torch.ones(1)
     with pytest.raises(AssertionError, match="the step"), NoReads(), NoCopies():
@@ -169,9 +183,15 @@ def test_the_scale_doubles_after_good_steps():
     assert (scale.value, int(scale.good)) == (1.0, 0)
 
 
-@pytest.mark.parametrize("changes, reason", [
-    ({"speed_graph": "on"}, "CUDA device"), ({"speed_graph": "on", "speed_zero": 1}, "ZeRO 1"),
-    ({"speed_graph": "on", "speed_micro_batch": 4}, "micro-batches"), ({"speed_graph": "off"}, "")])
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"speed_graph": "on"}, "CUDA device"),
+        ({"speed_graph": "on", "speed_zero": 1}, "ZeRO 1"),
+        ({"speed_graph": "on", "speed_micro_batch": 4}, "micro-batches"),
+        ({"speed_graph": "off"}, ""),
+    ],
+)
 def test_the_reason_is_said(changes, reason, capsys):
     build("simclr", **changes)
     said = capsys.readouterr().out
@@ -229,8 +249,6 @@ def test_replays_take_their_numbers_from_the_device(name, monkeypatch):
     assert made[0][:2] == made[1][:2]
     assert_same(made[0][2], made[1][2])
 
-
-# ---- on a GPU ----
 
 FIRST = {"simclr": "lars", "byol": "lars", "moco": "sgd", "barlow": "sgd", "dino": "adamw"}
 REST = {n: "sgd" for n in cases.CASES if n not in FIRST and n not in ("deepcluster pic", "odc", "lejepa")}

@@ -34,11 +34,13 @@ def trainer(backbone=None, **data):
     backbone = backbone or nn.Identity()
     backbone.dim = getattr(backbone, "dim", DIM)
     run = Run(method=None, data=Data(train="train.beton", **data), optim=Optim(batch=16))
-    loader = SimpleNamespace(classes=list("rgb"), card={"label": "int"}, path="train.beton",
-                             labels=lambda: np.arange(9) % 3)  # fmt: skip
+    loader = SimpleNamespace(
+        classes=list("rgb"), card={"label": "int"}, path="train.beton", labels=lambda: np.arange(9) % 3
+    )
     method = SimpleNamespace(backbone=backbone)
-    return Trainer(run=run, method=method, loader=loader, device=torch.device("cpu"), step=0, epoch=0, total_steps=100,
-                   scalars={})
+    return Trainer(
+        run=run, method=method, loader=loader, device=torch.device("cpu"), step=0, epoch=0, total_steps=100, scalars={}
+    )
 
 
 def steps(count):
@@ -60,9 +62,6 @@ def observe(hook, count=5):
         hook.after_step(t, {"features": x[share], "z": z}, SimpleNamespace(label=label[share]))
         seen.append({k: float(v) for k, v in t.scalars.items()})
     return seen
-
-
-# ---- two ranks are one -----------------------------------------------------------------------------------------------
 
 
 def worker(out: str) -> None:
@@ -101,9 +100,6 @@ def test_collapse_is_that_of_the_global_batch(two_ranks):
 
 def test_the_log_averages_tensors_over_ranks(two_ranks):
     assert [(r["loss"], r["lr"]) for r in read(two_ranks[0])] == [(10.5, 0.5), (20.5, 0.5)]
-
-
-# ---- the probe -------------------------------------------------------------------------------------------------------
 
 
 def test_the_probe_is_batch_norm_and_sgd_on_cross_entropy():
@@ -165,9 +161,6 @@ def test_labels_are_asked_for_before_training():
         hooks.LinearProbe().before_epoch(t)
 
 
-# ---- collapse --------------------------------------------------------------------------------------------------------
-
-
 def test_collapse_measures_know_the_extremes():
     torch.manual_seed(0)
     same = torch.ones(400, 32) * torch.rand(400, 1)
@@ -194,9 +187,6 @@ def test_collapse_takes_view_0_every_n_steps():
     assert seen[1]["embedding_std"] == pytest.approx(seen[1]["feature_std"])
 
 
-# ---- evaluation on files ---------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
     """30 flat colours in three classes that pixels tell apart, and a card."""
@@ -207,9 +197,21 @@ def labelled(tmp_path_factory):
     images = [np.full((8, 8, 3), c, np.uint8) for c in colours]
     path = write_beton(tmp_path_factory.mktemp("hooks") / "colours.beton", images, [i % 3 for i in range(30)])
     opened = Beton(str(path))
-    path.with_suffix(".json").write_text(json.dumps({
-        "format": 1, "samples": 30, "max_pixels": opened.max_pixels, "bytes": opened.bytes.size, "label": "int",
-        "classes": list("rgb"), "min_side": 8, "max_height": 8, "max_width": 8}))
+    path.with_suffix(".json").write_text(
+        json.dumps(
+            {
+                "format": 1,
+                "samples": 30,
+                "max_pixels": opened.max_pixels,
+                "bytes": opened.bytes.size,
+                "label": "int",
+                "classes": list("rgb"),
+                "min_side": 8,
+                "max_height": 8,
+                "max_width": 8,
+            }
+        )
+    )
     return str(path)
 
 

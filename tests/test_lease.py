@@ -36,8 +36,10 @@ def test_every_item_can_be_started(lease):
 def test_a_later_call_goes_on(lease, monkeypatch, capsys):
     ran = lease.ROOT / "ran"
     script = "import sys; open(sys.argv[1], 'a').write(sys.argv[2]); sys.exit(int(sys.argv[3]))"
-    made = [lease.Item(name, [sys.executable, "-c", script, str(ran), name, rc], 60, files)
-            for name, rc, files in (("a", "0", ()), ("b", "3", ()), ("c", "0", ("absent.beton",)))]
+    made = [
+        lease.Item(name, [sys.executable, "-c", script, str(ran), name, rc], 60, files)
+        for name, rc, files in (("a", "0", ()), ("b", "3", ()), ("c", "0", ("absent.beton",)))
+    ]
     monkeypatch.setattr(lease, "items", lambda: made)
     monkeypatch.setattr(sys, "argv", ["lease.py"])
     assert lease.main() == 1

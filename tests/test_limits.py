@@ -12,8 +12,15 @@ import method_cases as cases
 
 from fastssl import dist, engine, limits
 
-RECORD = {"data_ms": 0.0, "views_ms": 1.0, "forward_ms": 3.0, "backward_ms": 5.0, "optimizer_ms": 1.0, "step_ms": 0.0,
-          "other_ms": 0.0}  # fmt: skip
+RECORD = {
+    "data_ms": 0.0,
+    "views_ms": 1.0,
+    "forward_ms": 3.0,
+    "backward_ms": 5.0,
+    "optimizer_ms": 1.0,
+    "step_ms": 0.0,
+    "other_ms": 0.0,
+}
 
 
 def records(n, **changes):
@@ -22,8 +29,15 @@ def records(n, **changes):
 
 
 def trainer(device="cuda", *, pixels=1024, workers=64, **speed):
-    speed = {"resident": False, "workers": None, "kernels": "auto", "graph": "auto", "compile": False, "zero": 0,
-             "micro_batch": None} | speed
+    speed = {
+        "resident": False,
+        "workers": None,
+        "kernels": "auto",
+        "graph": "auto",
+        "compile": False,
+        "zero": 0,
+        "micro_batch": None,
+    } | speed
     loader = SimpleNamespace(card={"max_pixels": pixels}, samples=1000, workers=workers, micro=1)
     run = SimpleNamespace(speed=SimpleNamespace(**speed), optim=SimpleNamespace(batch=64, precision="fp16"))
     return SimpleNamespace(run=run, loader=loader, device=torch.device(device), graphed=SimpleNamespace(reason=None))

@@ -12,8 +12,18 @@ import torch
 from fastssl import dist
 from fastssl.log import Later, Log, read
 
-TIMING = {"data_ms": 1.0, "views_ms": 1.0, "forward_ms": 2.0, "backward_ms": 4.0, "optimizer_ms": 1.0, "other_ms": 1.0,
-          "total_ms": 10.0, "images_per_s": 800.0, "memory_gib": 0.5, "mfu": None}
+TIMING = {
+    "data_ms": 1.0,
+    "views_ms": 1.0,
+    "forward_ms": 2.0,
+    "backward_ms": 4.0,
+    "optimizer_ms": 1.0,
+    "other_ms": 1.0,
+    "total_ms": 10.0,
+    "images_per_s": 800.0,
+    "memory_gib": 0.5,
+    "mfu": None,
+}
 
 
 def timing(step):
@@ -144,8 +154,9 @@ def test_plain_lines_say_how_it_goes(tmp_path, capsys):
     log.close()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[:2]] == ["step 1/20", "step 5/20"]
-    assert lines[2] == ("step 10/20  epoch 1  loss 0.1  lr 1  accuracy 10  800 images/s  data 10 %  0.5 GiB  "
-                        "eta 00:00:00")
+    assert lines[2] == (
+        "step 10/20  epoch 1  loss 0.1  lr 1  accuracy 10  800 images/s  data 10 %  0.5 GiB  eta 00:00:00"
+    )
     assert lines[3:] == ["step 10/20  epoch 1  knn 81.25", "[bold] is not markup"]
     assert (tmp_path / "log.txt").read_text().splitlines() == lines
 

@@ -27,8 +27,9 @@ def test_phases_add_up_to_the_step(clock):
     with meter.phase("backward"):
         clock(20)
     (second,) = meter.end_step(2)
-    spent = [[round(record[f"{name}_ms"], 6) for name in (*meters.PHASES, "other", "total")]
-             for record in (first, second)]
+    spent = [
+        [round(record[f"{name}_ms"], 6) for name in (*meters.PHASES, "other", "total")] for record in (first, second)
+    ]
     assert spent == [[20, 0, 15, 0, 0, 0, 3, 38], [0, 0, 0, 20, 0, 0, 30, 50]]
     assert (first["step"], second["step"]) == (1, 2)
     assert second["images_per_s"] == pytest.approx(1000)

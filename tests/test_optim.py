@@ -37,18 +37,59 @@ def batches(steps=5):
 
 
 SETTINGS = {
-    "lars": Optim(name="lars", lr=2.0, weight_decay=1e-2, epochs=1, warmup_epochs=0.4,
-                  paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True, "lr_mult": 0.01}}),
-    "solo": Optim(name="lars", lr=0.5, weight_decay=1e-2, epochs=1, eta=0.02, clip_lr=True, lr_in_momentum=False,
-                  paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}}),
-    "sgd": Optim(name="sgd", lr=0.1, weight_decay=1e-2, epochs=1, nesterov=True,
-                 paramwise={"^predictor": {"schedule": "constant", "momentum": 0.5}}),
-    "adamw": Optim(name="adamw", lr=1e-2, weight_decay=0.1, weight_decay_end=0.2, epochs=1,
-                   paramwise={"ndim<=1": {"weight_decay": 0.0}}),
-    "frozen": Optim(name="adamw", lr=1e-2, weight_decay=0.1, epochs=1, clip=0.1, clip_each=True,
-                    paramwise={"^head": {"freeze_epochs": 0.6}}),
-    "sum": Optim(name="lars", lr=2.0, weight_decay=1e-2, epochs=1, lars_denominator="sum", clip=0.1, clip_each=True,
-                 paramwise={"^head": {"freeze_epochs": 0.6}}),
+    "lars": Optim(
+        name="lars",
+        lr=2.0,
+        weight_decay=1e-2,
+        epochs=1,
+        warmup_epochs=0.4,
+        paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True, "lr_mult": 0.01}},
+    ),
+    "solo": Optim(
+        name="lars",
+        lr=0.5,
+        weight_decay=1e-2,
+        epochs=1,
+        eta=0.02,
+        clip_lr=True,
+        lr_in_momentum=False,
+        paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}},
+    ),
+    "sgd": Optim(
+        name="sgd",
+        lr=0.1,
+        weight_decay=1e-2,
+        epochs=1,
+        nesterov=True,
+        paramwise={"^predictor": {"schedule": "constant", "momentum": 0.5}},
+    ),
+    "adamw": Optim(
+        name="adamw",
+        lr=1e-2,
+        weight_decay=0.1,
+        weight_decay_end=0.2,
+        epochs=1,
+        paramwise={"ndim<=1": {"weight_decay": 0.0}},
+    ),
+    "frozen": Optim(
+        name="adamw",
+        lr=1e-2,
+        weight_decay=0.1,
+        epochs=1,
+        clip=0.1,
+        clip_each=True,
+        paramwise={"^head": {"freeze_epochs": 0.6}},
+    ),
+    "sum": Optim(
+        name="lars",
+        lr=2.0,
+        weight_decay=1e-2,
+        epochs=1,
+        lars_denominator="sum",
+        clip=0.1,
+        clip_each=True,
+        paramwise={"^head": {"freeze_epochs": 0.6}},
+    ),
 }
 
 
@@ -61,9 +102,6 @@ def train(settings: Optim) -> dict:
         (net(x) - y).square().mean().backward()
         optimizer.step()
     return {name: p.detach() for name, p in net.named_parameters()}
-
-
-# ---- LARS against its sources ----------------------------------------------------------------------------------------
 
 
 def openselfsup(w, g, buf, lr, wd, eta, momentum, dampening, nesterov, exclude):
@@ -91,16 +129,26 @@ def test_lars_is_its_source(source, dampening, nesterov, exclude):
     ours = [torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((4, 3), (5,), (2, 2))]
     with torch.no_grad():
         ours[2].zero_()  # OpenSelfSup never moved such a tensor
-    lars = optim.Lars(ours, lr=0.7, weight_decay=wd, dampening=dampening, nesterov=nesterov, lars_exclude=exclude,
-                      eta=0.02 if solo else 1e-3, clip_lr=solo, lr_in_momentum=not solo)
+    lars = optim.Lars(
+        ours,
+        lr=0.7,
+        weight_decay=wd,
+        dampening=dampening,
+        nesterov=nesterov,
+        lars_exclude=exclude,
+        eta=0.02 if solo else 1e-3,
+        clip_lr=solo,
+        lr_in_momentum=not solo,
+    )
     plain, buffers = [p.detach().clone() for p in ours], [None] * 3
     for step in range(4):
         for i, p in enumerate(ours):
             p.grad = torch.randn_like(p) * 10.0 ** (i - 3)
             if not solo and (step, i) == (2, 1):
                 p.grad.zero_()  # with wd 0 OpenSelfSup divided by zero; solo-learn drops the decay too: not followed
-            plain[i], buffers[i] = source(plain[i], p.grad, buffers[i], 0.7, wd, lars.defaults["eta"], 0.9, dampening,
-                                          nesterov, exclude)
+            plain[i], buffers[i] = source(
+                plain[i], p.grad, buffers[i], 0.7, wd, lars.defaults["eta"], 0.9, dampening, nesterov, exclude
+            )
         lars.step()
     assert plain[2].abs().max() > 0
     for p, q in zip(ours, plain):
@@ -116,8 +164,11 @@ def test_lars_denominators_are_those_of_their_authors(denominator):
     lars, _ = optim.build([("w", w)], settings, steps_per_epoch=5)
     w.grad = torch.randn_like(w) * 1e-9  # a gradient of pure rounding
     g, decayed = w.grad.clone(), w.grad + wd * plain
-    below = {"openselfsup": g.norm() + wd * plain.norm(), "larc": g.norm() + wd * plain.norm() + 1e-8,
-             "sum": decayed.norm()}[denominator]
+    below = {
+        "openselfsup": g.norm() + wd * plain.norm(),
+        "larc": g.norm() + wd * plain.norm() + 1e-8,
+        "sum": decayed.norm(),
+    }[denominator]
     lars.step()
     torch.testing.assert_close(w.detach(), plain - lr * eta * plain.norm() / below * decayed, rtol=1e-14, atol=0)
 
@@ -125,8 +176,9 @@ def test_lars_denominators_are_those_of_their_authors(denominator):
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_frozen_is_the_authors_gradient_of_none(name):
     """Neither decay nor moments nor the step count of Adam run on while a group is frozen."""
-    settings = Optim(name=name, lr=0.1, weight_decay=0.1, epochs=1, schedule="constant",
-                     paramwise={"^head": {"freeze_epochs": 0.6}})
+    settings = Optim(
+        name=name, lr=0.1, weight_decay=0.1, epochs=1, schedule="constant", paramwise={"^head": {"freeze_epochs": 0.6}}
+    )
     nets = Net().double(), Net().double()
     ours, schedule = optim.build(nets[0].named_parameters(), settings, steps_per_epoch=5)
     kind, options = (torch.optim.AdamW, {}) if name == "adamw" else (torch.optim.SGD, {"momentum": 0.9})
@@ -195,9 +247,6 @@ def test_unused_parameters_stay_where_they_are():
     assert not torch.equal(used, torch.ones(3, 3))
 
 
-# ---- under DeepSpeed -------------------------------------------------------------------------------------------------
-
-
 def poison(zero, stage: int) -> int:
     """Set DeepSpeed's padding to NaN: nothing may read it.  Returns the number of elements on this rank."""
     count = 0
@@ -232,9 +281,16 @@ def worker(out: str) -> None:
             zero = {"stage": stage, "stage3_param_persistence_threshold": 20}
             if stage == 3 and name == "solo":
                 zero["sub_group_size"] = 40  # several partitions for one group of the optimizer
-            engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config={
-                "train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.0, "zero_optimization": zero,
-                "zero_allow_untested_optimizer": True})
+            engine, *_ = deepspeed.initialize(
+                model=net,
+                optimizer=optimizer,
+                config={
+                    "train_micro_batch_size_per_gpu": 4,
+                    "gradient_clipping": 0.0,
+                    "zero_optimization": zero,
+                    "zero_allow_untested_optimizer": True,
+                },
+            )
             optim.attach(engine)
             poisoned = poison(engine.optimizer, stage) if settings.name == "lars" else 0
             for step, (x, y) in enumerate(batches()):
@@ -280,9 +336,6 @@ def test_lars_refuses_partitions_that_it_was_not_told_about():
         lars.step()
 
 
-# ---- groups ----------------------------------------------------------------------------------------------------------
-
-
 def groups(**options):
     net = Net()
     schedule = optim.Schedule(net.named_parameters(), Optim(**{"lr": 1.0, **options}), steps_per_epoch=10)
@@ -291,9 +344,14 @@ def groups(**options):
 
 
 def test_all_patterns_apply_and_the_later_wins():
-    _, found = groups(name="lars", weight_decay=0.5, paramwise={
-        "ndim<=1": {"weight_decay": 0.0, "lars_exclude": True},
-        "predictor|head": {"lr_mult": 10.0, "weight_decay": 0.2}})
+    _, found = groups(
+        name="lars",
+        weight_decay=0.5,
+        paramwise={
+            "ndim<=1": {"weight_decay": 0.0, "lars_exclude": True},
+            "predictor|head": {"lr_mult": 10.0, "weight_decay": 0.2},
+        },
+    )
     options = {name: o for names, o in found for name in names}
     assert options["downsample.1.weight"] == {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.9, "lars_exclude": True}
     assert options["head.bias"] == {"lr": 10.0, "weight_decay": 0.2, "momentum": 0.9, "lars_exclude": True}
@@ -311,8 +369,13 @@ def test_the_shape_pattern_catches_the_norm_that_names_miss():
 
 
 def test_the_table_names_patterns_counts_and_options():
-    schedule, _ = groups(name="lars", weight_decay=0.5, batch=512, base_batch=256, paramwise={
-        "ndim<=1": {"lars_exclude": True}, "predictor": {"schedule": "constant", "lr": 0.3}})
+    schedule, _ = groups(
+        name="lars",
+        weight_decay=0.5,
+        batch=512,
+        base_batch=256,
+        paramwise={"ndim<=1": {"lars_exclude": True}, "predictor": {"schedule": "constant", "lr": 0.3}},
+    )
     lines = schedule.table.splitlines()
     assert lines[0] == "linear scaling: lr 1 x batch 512 / 256 = 2"
     row = next(line for line in lines if line.startswith("predictor"))
@@ -322,25 +385,25 @@ def test_the_table_names_patterns_counts_and_options():
     assert any(line.startswith("(no pattern)") for line in lines)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"paramwise": {"nothing_like_it": {"lr_mult": 2.0}}}, "'nothing_like_it' matches no parameter"),
-    ({"paramwise": {"head": {"weight_deacy": 0.0}}}, "did you mean 'weight_decay'"),
-    ({"paramwise": {"head": {"lr": "big"}}}, "must be a number"),
-    ({"paramwise": {"head": {"schedule": "cosine"}}}, "must be 'constant'"),
-    ({"paramwise": {"head": {"lars_exclude": 1}}}, "True or False"),
-    ({"paramwise": {"(head": {"lr": 1.0}}}, "no regular expression"),
-    ({"name": "adamw", "paramwise": {"head": {"momentum": 0.0}}}, "adamw has no momentum"),
-    ({"schedule": "step"}, "needs optim.milestones"),
-    ({"schedule": "cosin"}, "'cosin' is none of"),
-    ({"epochs": 2, "warmup_epochs": 2.0}, "not shorter than the run"),
-    ({"weight_decay": 0.0, "weight_decay_end": 0.4}, "weight_decay > 0"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"paramwise": {"nothing_like_it": {"lr_mult": 2.0}}}, "'nothing_like_it' matches no parameter"),
+        ({"paramwise": {"head": {"weight_deacy": 0.0}}}, "did you mean 'weight_decay'"),
+        ({"paramwise": {"head": {"lr": "big"}}}, "must be a number"),
+        ({"paramwise": {"head": {"schedule": "cosine"}}}, "must be 'constant'"),
+        ({"paramwise": {"head": {"lars_exclude": 1}}}, "True or False"),
+        ({"paramwise": {"(head": {"lr": 1.0}}}, "no regular expression"),
+        ({"name": "adamw", "paramwise": {"head": {"momentum": 0.0}}}, "adamw has no momentum"),
+        ({"schedule": "step"}, "needs optim.milestones"),
+        ({"schedule": "cosin"}, "'cosin' is none of"),
+        ({"epochs": 2, "warmup_epochs": 2.0}, "not shorter than the run"),
+        ({"weight_decay": 0.0, "weight_decay_end": 0.4}, "weight_decay > 0"),
+    ],
+)
 def test_mistakes_are_named(options, message):
     with pytest.raises(ValueError, match=message.replace("(", "\\(")):
         groups(**options)
-
-
-# ---- schedules -------------------------------------------------------------------------------------------------------
 
 
 def curve(settings: Optim, per_epoch: int, total: int) -> list[float]:
@@ -372,8 +435,14 @@ def test_step_schedule_falls_at_its_epochs():
 
 def test_set_lr_writes_every_group():
     net = Net()
-    settings = Optim(name="adamw", lr=0.5, epochs=10, weight_decay=0.04, weight_decay_end=0.4, paramwise={
-        "ndim<=1": {"weight_decay": 0.0}, "predictor": {"schedule": "constant", "lr_mult": 0.1}})
+    settings = Optim(
+        name="adamw",
+        lr=0.5,
+        epochs=10,
+        weight_decay=0.04,
+        weight_decay_end=0.4,
+        paramwise={"ndim<=1": {"weight_decay": 0.0}, "predictor": {"schedule": "constant", "lr_mult": 0.1}},
+    )
     optimizer, schedule = optim.build(net.named_parameters(), settings, steps_per_epoch=10)
     for group in optimizer.param_groups:
         group.update(optimizer.param_groups[0])  # what DeepSpeed's universal checkpoint leaves behind
@@ -386,9 +455,6 @@ def test_set_lr_writes_every_group():
 
 if __name__ == "__main__":
     worker(sys.argv[1])
-
-
-# ---- values on the device --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -441,8 +507,13 @@ def test_a_step_that_overflowed_changes_nothing(name, at):
 def test_sgd_is_torchs():
     nets = Net().double(), Net().double()
     ours, schedule = optim.build(nets[0].named_parameters(), SETTINGS["sgd"], steps_per_epoch=5)
-    options = [{"params": [p for n, p in nets[1].named_parameters() if n.startswith("predictor") == own],
-                "momentum": 0.5 if own else 0.9} for own in (False, True)]  # fmt: skip
+    options = [
+        {
+            "params": [p for n, p in nets[1].named_parameters() if n.startswith("predictor") == own],
+            "momentum": 0.5 if own else 0.9,
+        }
+        for own in (False, True)
+    ]
     theirs = torch.optim.SGD(options, lr=0.1, momentum=0.9, weight_decay=1e-2, nesterov=True)
     for step, (x, y) in enumerate(batches()):
         schedule.set_lr(ours, step)

@@ -63,7 +63,10 @@ def test_wheel_imports_from_any_folder(wheel, tmp_path):
     wheel.extractall(tmp_path / "site")
     found = run_python(IMPORT, tmp_path, tmp_path / "site").split()
     assert [Path(f).relative_to(tmp_path / "site").parts[:-1] for f in found] == [
-        ("fastssl",), ("fastssl", "kernels"), ("fastssl", "data_prep"), ("fastssl", "configs"),
+        ("fastssl",),
+        ("fastssl", "kernels"),
+        ("fastssl", "data_prep"),
+        ("fastssl", "configs"),
     ]
 
 
@@ -155,16 +158,23 @@ def test_the_config_in_the_readme_loads(tmp_path):
 READY = {"python3.12": COMPLETE, "pkg-config": "exit 0", "g++": "exit 0"}
 
 
-@pytest.mark.parametrize("extras, programs, said", [
-    ("test", {}, "no Chromium is installed (this machine has no apt)"),
-    ("test,gpu", {"apt-get": "", "id": "echo 1000", "sudo": "exit 1"}, "no Chromium is installed (it needs root)"),
-    ("test", {"apt-get": "", "id": "echo 0", "apt-cache": "exit 1"}, "apt knows no chromium-headless-shell"),
-    ("test", {"apt-get": "[[ $1 == update ]] || { echo broken; exit 1; }", "id": "echo 0", "apt-cache": ""},
-     "no Chromium is installed (apt-get did not succeed: broken)"),
-    ("test", {"apt-get": "", "id": "echo 0", "apt-cache": ""}, "installing chromium-headless-shell"),
-    ("test", {"chromium": ""}, ""),
-    ("gpu", {"apt-get": "exit 99", "id": "echo 0"}, ""),
-], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "extras, programs, said",
+    [
+        ("test", {}, "no Chromium is installed (this machine has no apt)"),
+        ("test,gpu", {"apt-get": "", "id": "echo 1000", "sudo": "exit 1"}, "no Chromium is installed (it needs root)"),
+        ("test", {"apt-get": "", "id": "echo 0", "apt-cache": "exit 1"}, "apt knows no chromium-headless-shell"),
+        (
+            "test",
+            {"apt-get": "[[ $1 == update ]] || { echo broken; exit 1; }", "id": "echo 0", "apt-cache": ""},
+            "no Chromium is installed (apt-get did not succeed: broken)",
+        ),
+        ("test", {"apt-get": "", "id": "echo 0", "apt-cache": ""}, "installing chromium-headless-shell"),
+        ("test", {"chromium": ""}, ""),
+        ("gpu", {"apt-get": "exit 99", "id": "echo 0"}, ""),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_setup_brings_a_browser_for_the_tests_alone(tmp_path, extras, programs, said):
     """It goes on without one: the stub of Python then fails to make the environment."""
     env = stub(tmp_path / "bin", **READY, **programs) | {"EXTRAS": extras}

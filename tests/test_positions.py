@@ -49,9 +49,9 @@ def test_gradients_reach_the_table(vit):
     vit.zero_grad()
 
 
-@pytest.mark.parametrize("options", [
-    {"reg_tokens": 3}, {"reg_tokens": 3, "no_embed_class": True}, {"class_token": False},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{"reg_tokens": 3}, {"reg_tokens": 3, "no_embed_class": True}, {"class_token": False}]
+)
 def test_tokens_before_the_patches_keep_their_places(options):
     """At the table's own size timm's code runs, at another ours: a table of equal rows must give equal tokens."""
     if "class_token" in options:

@@ -62,9 +62,11 @@ def test_features_of_layers_and_baselines(page, monkeypatch):
 
 
 def test_the_package_is_light_and_names_what_it_has():
-    code = ("import sys, fastssl; print(fastssl.__version__); assert not {'torch', 'numpy'} & set(sys.modules);"
-            "assert set(fastssl.__all__) <= set(dir(fastssl)); fastssl.fit; fastssl.views.simclr(8); fastssl.Run;"
-            "assert 'deepspeed' not in sys.modules")  # fmt: skip
+    code = (
+        "import sys, fastssl; print(fastssl.__version__); assert not {'torch', 'numpy'} & set(sys.modules);"
+        "assert set(fastssl.__all__) <= set(dir(fastssl)); fastssl.fit; fastssl.views.simclr(8); fastssl.Run;"
+        "assert 'deepspeed' not in sys.modules"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert out.stdout.strip() == version("fastssl") == fastssl.__version__
@@ -97,16 +99,20 @@ class Pairs(torch.utils.data.Dataset):
         return Image.fromarray(COLOUR[i]), i % 2
 
 
-@pytest.mark.parametrize("images, labels, options, expect, classes", [
-    (COLOUR, None, {}, [-1] * 6, None),
-    ([Image.fromarray(c) for c in COLOUR], [2, 0, 1, 1, -1, 0], {}, [2, 0, 1, 1, -1, 0], ["0", "1", "2"]),
-    ([torch.from_numpy(c.transpose(2, 0, 1).copy()) for c in COLOUR], list("bababa"), {}, [1, 0] * 3, ["a", "b"]),
-    (Pairs(), None, {}, [0, 1] * 3, ["cat", "dog"]),
-    (Pairs(), [1] * 6, {"classes": ["x", "y"]}, [1] * 6, ["x", "y"]),
-    ([(c, i) for i, c in enumerate(COLOUR)], None, {}, list(range(6)), list("012345")),
-    ([np.dstack([c, np.full(c.shape[:2], 255, np.uint8)]) for c in COLOUR], None, {}, [-1] * 6, None),
-    (COLOUR, np.eye(6, dtype=int), {}, np.eye(6).tolist(), list("012345")),
-], ids=["arrays", "PIL", "tensors, names", "Dataset", "Dataset, labels", "pairs", "alpha", "several"])  # fmt: skip
+@pytest.mark.parametrize(
+    "images, labels, options, expect, classes",
+    [
+        (COLOUR, None, {}, [-1] * 6, None),
+        ([Image.fromarray(c) for c in COLOUR], [2, 0, 1, 1, -1, 0], {}, [2, 0, 1, 1, -1, 0], ["0", "1", "2"]),
+        ([torch.from_numpy(c.transpose(2, 0, 1).copy()) for c in COLOUR], list("bababa"), {}, [1, 0] * 3, ["a", "b"]),
+        (Pairs(), None, {}, [0, 1] * 3, ["cat", "dog"]),
+        (Pairs(), [1] * 6, {"classes": ["x", "y"]}, [1] * 6, ["x", "y"]),
+        ([(c, i) for i, c in enumerate(COLOUR)], None, {}, list(range(6)), list("012345")),
+        ([np.dstack([c, np.full(c.shape[:2], 255, np.uint8)]) for c in COLOUR], None, {}, [-1] * 6, None),
+        (COLOUR, np.eye(6, dtype=int), {}, np.eye(6).tolist(), list("012345")),
+    ],
+    ids=["arrays", "PIL", "tensors, names", "Dataset", "Dataset, labels", "pairs", "alpha", "several"],
+)
 def test_images_in_memory_are_stored_bit_for_bit(tmp_path, images, labels, options, expect, classes):
     path = fastssl.convert(images, tmp_path / "x.beton", labels, **options)
     made, found, names = stored(path)
@@ -125,18 +131,25 @@ def test_grey_arrays_and_options(tmp_path):
     fastssl.convert(COLOUR, tmp_path / "g.beton", force=True)
 
 
-@pytest.mark.parametrize("images, labels, options, message", [
-    ([], None, {}, "images is empty"), (iter(COLOUR), None, {}, "give something with len"),
-    ("x.jpg", None, {}, "of type str"),
-    ([c / 255 for c in COLOUR], None, {}, r"item 0 is float64 \(5, 7, 3\): wanted is a PIL image.*ToTensor"),
-    ([*COLOUR, None], None, {}, "item 6 is NoneType"), ([COLOUR[0][None]], None, {}, "has shape"),
-    (COLOUR, [0, 1], {}, r"labels of shape \(2,\) for 6 images"), (COLOUR, [0.5] * 6, {}, "labels of type float64"),
-    (COLOUR, [-2] * 6, {}, "from -2"), (COLOUR, [[0, 2]] * 6, {}, "must be 0 and 1"),
-    (COLOUR, list("aaabbc"), {"classes": ["a", "b"]}, "'c' is none of the classes a, b"),
-    (COLOUR, [3] * 6, {"classes": ["a"]}, "label 3 is beyond the 1 classes"),
-    ([(COLOUR[0], "a")], None, {}, "item 0: the label 'a' is not a whole number"),
-    (COLOUR, None, {"short_sid": 3}, "did you mean 'short_side'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "images, labels, options, message",
+    [
+        ([], None, {}, "images is empty"),
+        (iter(COLOUR), None, {}, "give something with len"),
+        ("x.jpg", None, {}, "of type str"),
+        ([c / 255 for c in COLOUR], None, {}, r"item 0 is float64 \(5, 7, 3\): wanted is a PIL image.*ToTensor"),
+        ([*COLOUR, None], None, {}, "item 6 is NoneType"),
+        ([COLOUR[0][None]], None, {}, "has shape"),
+        (COLOUR, [0, 1], {}, r"labels of shape \(2,\) for 6 images"),
+        (COLOUR, [0.5] * 6, {}, "labels of type float64"),
+        (COLOUR, [-2] * 6, {}, "from -2"),
+        (COLOUR, [[0, 2]] * 6, {}, "must be 0 and 1"),
+        (COLOUR, list("aaabbc"), {"classes": ["a", "b"]}, "'c' is none of the classes a, b"),
+        (COLOUR, [3] * 6, {"classes": ["a"]}, "label 3 is beyond the 1 classes"),
+        ([(COLOUR[0], "a")], None, {}, "item 0: the label 'a' is not a whole number"),
+        (COLOUR, None, {"short_sid": 3}, "did you mean 'short_side'"),
+    ],
+)
 def test_what_cannot_be_stored_is_named(tmp_path, images, labels, options, message):
     with pytest.raises(ValueError, match=message):
         fastssl.convert(images, tmp_path / "x.beton", labels, **options)

@@ -26,11 +26,28 @@ STEPS, PER_EPOCH = 60, 20
 
 
 def record(step, loss):
-    phases = {"data_ms": 1.0, "views_ms": 2.0, "forward_ms": 30.0, "backward_ms": 60.0, "optimizer_ms": 5.0,
-              "other_ms": 2.0 + 100 * (step == 1)}  # fmt: skip
+    phases = {
+        "data_ms": 1.0,
+        "views_ms": 2.0,
+        "forward_ms": 30.0,
+        "backward_ms": 60.0,
+        "optimizer_ms": 5.0,
+        "other_ms": 2.0 + 100 * (step == 1),
+    }
     total = sum(phases.values())
-    return {"step": step, "epoch": (step - 1) // PER_EPOCH, "lr": 0.1, "loss": loss, "loss_scale": 1.0, "applied": True,
-            **phases, "total_ms": total, "images_per_s": 32 / total * 1e3, "memory_gib": 0.5, "mfu": None}  # fmt: skip
+    return {
+        "step": step,
+        "epoch": (step - 1) // PER_EPOCH,
+        "lr": 0.1,
+        "loss": loss,
+        "loss_scale": 1.0,
+        "applied": True,
+        **phases,
+        "total_ms": total,
+        "images_per_s": 32 / total * 1e3,
+        "memory_gib": 0.5,
+        "mfu": None,
+    }
 
 
 def lines(steps, knn=True):
@@ -43,8 +60,13 @@ def lines(steps, knn=True):
 
 
 def write_run(folder, data, steps=STEPS, *, name="a", temperature=0.5, weights=True, tail=""):
-    run = Run(method=simclr.Config(temperature=temperature), backbone=SPEC, name=name, optim=Optim(batch=32, epochs=3),
-              data=Data(train=data[0], test=data[1], views=views.simclr(16)))  # fmt: skip
+    run = Run(
+        method=simclr.Config(temperature=temperature),
+        backbone=SPEC,
+        name=name,
+        optim=Optim(batch=32, epochs=3),
+        data=Data(train=data[0], test=data[1], views=views.simclr(16)),
+    )
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(config.dumps(run))
     (folder / "log.jsonl").write_text("\n".join(lines(steps)) + "\n" + tail)
@@ -65,9 +87,21 @@ def data(tmp_path_factory):
         images = [(photo(rng, 20, 20) // 2 + 60 * (i % 3)).astype(np.uint8) for i in range(n)]
         out.append(str(write_beton(folder / f"{name}.beton", images, [i % 3 for i in range(n)])))
     path, classes = folder / "train.beton", ["red", "green", "blue"]
-    path.with_suffix(".json").write_text(json.dumps({
-        "format": 1, "samples": 24, "max_pixels": 400, "bytes": path.stat().st_size, "label": "int", "min_side": 20,
-        "max_height": 20, "max_width": 20, "classes": classes}))  # fmt: skip
+    path.with_suffix(".json").write_text(
+        json.dumps(
+            {
+                "format": 1,
+                "samples": 24,
+                "max_pixels": 400,
+                "bytes": path.stat().st_size,
+                "label": "int",
+                "min_side": 20,
+                "max_height": 20,
+                "max_width": 20,
+                "classes": classes,
+            }
+        )
+    )
     return out
 
 
@@ -76,8 +110,15 @@ def page(data, tmp_path_factory):
     """A page of a finished run with an evil name and of one that was killed in mid-line, without data and weights."""
     folder = tmp_path_factory.mktemp("runs")
     first = write_run(folder / "first", data, name=EVIL)
-    second = write_run(folder / "second", ("gone.beton", "gone.beton"), 25, name="killed", temperature=0.1,
-                       weights=False, tail='{"step": 26, "epoch": 1, "lo')  # fmt: skip
+    second = write_run(
+        folder / "second",
+        ("gone.beton", "gone.beton"),
+        25,
+        name="killed",
+        temperature=0.1,
+        weights=False,
+        tail='{"step": 26, "epoch": 1, "lo',
+    )
     (first / "environment.json").write_text(json.dumps([{"step": 0, "device": "<b>X100</b>", "torch": "2.11.0"}]))
     (first / "eval").mkdir()
     row = {"k": 20, "top1": 71.25, "selected_on": "test"}
@@ -90,9 +131,6 @@ def page(data, tmp_path_factory):
 
 def text_of(page):
     return page.read_text()
-
-
-# ---- in a browser ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +163,17 @@ def test_the_page_opens_without_error_or_request(chromium, page, tmp_path):
     assert [url for url in shown.requests if not url.startswith("data:")] == [page.as_uri()]
     assert shown.value("window.hacked") is None and shown.value("document.scripts.length") == 1
     ids = shown.value("[...document.querySelectorAll('section')].map(s => s.id)")
-    assert ids == ["summary", "training", "speed", "views", "nearest-neighbours", "embedding-map", "evaluations",
-                   "configuration", "environment"]  # fmt: skip
+    assert ids == [
+        "summary",
+        "training",
+        "speed",
+        "views",
+        "nearest-neighbours",
+        "embedding-map",
+        "evaluations",
+        "configuration",
+        "environment",
+    ]
     assert shown.value("document.querySelector('h1').textContent") == "2 runs"
     assert shown.value("document.querySelector('.card h3').textContent") == EVIL
     assert shown.value("[...document.images].length") == 6 * 7 + 8 * 9
@@ -179,9 +226,6 @@ def test_the_browser_would_report_errors_and_requests(chromium, tmp_path):
     assert "one" in said and "two" in said and "file:///nowhere.png" in shown.requests
 
 
-# ---- what the page says ----------------------------------------------------------------------------------------------
-
-
 def test_nothing_outside_is_named(page):
     text = text_of(page)
     assert set(re.findall(r"""(?:src|href|action)\s*=\s*["']?([a-z]+:|/|#)""", text)) <= {"data:", "#"}
@@ -229,8 +273,10 @@ def test_a_collapse_is_called_one(data, tmp_path):
         for step, rank in enumerate([9.0] * 5 + [1.9, 1.8, 1.7], 5):
             f.write(json.dumps({**record(step, 1.0), "embedding_rank": rank, "feature_rank": 30.0}) + "\n")
     assert report.main([str(folder), "--points", "0", "--out", str(tmp_path / "o.html")]) == 0
-    assert ("<b>Collapsed.</b> The network gives nearly the same for every image: Effective rank of the embeddings 1.8 "
-            "(below 2; mean of the last 3 measures).") in (tmp_path / "o.html").read_text()  # fmt: skip
+    assert (
+        "<b>Collapsed.</b> The network gives nearly the same for every image: Effective rank of the embeddings 1.8 "
+        "(below 2; mean of the last 3 measures)."
+    ) in (tmp_path / "o.html").read_text()
 
 
 def test_evaluations_have_a_row_a_metric_and_mark_the_best(data, tmp_path):
@@ -264,14 +310,17 @@ def test_defaults_are_gray_and_nothing_that_a_config_names_is_imported(data, tmp
     assert "antigravity" not in sys.modules
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["nowhere"], "no run folder nowhere"),
-    (["EMPTY"], "is no run folder: it has neither log.jsonl nor config.json"),
-    (["RUN", "RUN"], "named twice"),
-    (["RUN", "--points", "3"], "points=3: a map needs 5 or more"),
-    (["RUN", "--eval", "RUN/config.json"], "is no result of fastssl eval"),
-    (["RUN", "--eval", "OTHER"], "was computed from 72 tensors from elsewhere/checkpoints/x, which are none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["nowhere"], "no run folder nowhere"),
+        (["EMPTY"], "is no run folder: it has neither log.jsonl nor config.json"),
+        (["RUN", "RUN"], "named twice"),
+        (["RUN", "--points", "3"], "points=3: a map needs 5 or more"),
+        (["RUN", "--eval", "RUN/config.json"], "is no result of fastssl eval"),
+        (["RUN", "--eval", "OTHER"], "was computed from 72 tensors from elsewhere/checkpoints/x, which are none"),
+    ],
+)
 def test_mistakes_are_one_line_and_exit_code_2(page, tmp_path, capsys, argv, said):
     (tmp_path / "empty").mkdir()
     other = {"protocol": "knn", "results": [], "of": {"weights": "72 tensors from elsewhere/checkpoints/x"}}
@@ -285,8 +334,12 @@ def test_mistakes_are_one_line_and_exit_code_2(page, tmp_path, capsys, argv, sai
 
 def test_results_that_lie_elsewhere_come_to_their_run(page, tmp_path):
     first, second = page.parent / "first", page.parent / "second"
-    result = {"protocol": "linear", "results": [{"lr": 1.0, "top1": 55.5}], "options": {},
-              "of": {"weights": f"72 tensors from {second}/checkpoints/step_00000025/weights.safetensors"}}  # fmt: skip
+    result = {
+        "protocol": "linear",
+        "results": [{"lr": 1.0, "top1": 55.5}],
+        "options": {},
+        "of": {"weights": f"72 tensors from {second}/checkpoints/step_00000025/weights.safetensors"},
+    }
     (tmp_path / "linear.json").write_text(json.dumps(result))
     argv = [first, second, "--points", 0, "--eval", tmp_path / "linear.json", "--out", tmp_path / "o.html"]
     assert report.main(list(map(str, argv))) == 0
@@ -306,9 +359,6 @@ def test_each_start_of_a_run_is_noted_and_shown(data, tmp_path):
     assert "was started 2 times: step 0" in text and escape(first["device"]) in text
     state.note_environment(SimpleNamespace(folder=folder, device=torch.device("cpu"), step=0))  # a new run in its place
     assert len(json.loads((folder / "environment.json").read_text())) == 1
-
-
-# ---- reading damaged and unfinished runs -----------------------------------------------------------------------------
 
 
 def test_a_run_that_has_just_begun_or_is_damaged(tmp_path):
@@ -366,8 +416,10 @@ def test_shares_of_the_step_add_up(data, tmp_path):
     assert run.steps_per_epoch == PER_EPOCH and run.total_steps == 60
 
 
-@pytest.mark.parametrize("low, high, expected", [(0, 10, [0, 2, 4, 6, 8, 10]), (0.93, 1.0, [0.94, 0.96, 0.98, 1.0]),
-                                                 (-1, 1, [-1, -0.5, 0, 0.5, 1]), (3, 3, [3])])  # fmt: skip
+@pytest.mark.parametrize(
+    "low, high, expected",
+    [(0, 10, [0, 2, 4, 6, 8, 10]), (0.93, 1.0, [0.94, 0.96, 0.98, 1.0]), (-1, 1, [-1, -0.5, 0, 0.5, 1]), (3, 3, [3])],
+)
 def test_ticks_are_round(low, high, expected):
     assert charts.ticks(low, high) == expected
 
@@ -386,5 +438,3 @@ def test_settings_are_flattened():
     view = {"type": "fastssl.kernels.views.params.View", "size": 32, "flip": 0.5, "scale": [0.08, 1.0]}
     flat = tables.flatten({"a": {"b": None, "c": [1, 2]}, "views": [view], "e": {}})
     assert flat == {"a.b": "null", "a.c": "[1, 2]", "views[0].size": "32", "views[0].flip": "0.5", "e": "{}"}
-
-

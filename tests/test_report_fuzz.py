@@ -9,12 +9,52 @@ from test_report import lines, write_run
 
 from fastssl import report
 
-EVIL = [10**400, 2**63, -(2**70), 1e308, -1e308, 1e-320, float("inf"), float("nan"), -1, 0, True, None, "", "nan",
-        "x" * 3000, "\ud800", "<b>", [], [1], [[]], {}, {"type": 3}, {"a": {"b": 1}}, [None, "a", 1e300], "1e999"]
-RAW = ["", "null", "[]", "3", "{", "\x00\xff", "[" * 3000 + "]" * 3000, '{"a":' * 3000, "1" * 5000, '"' * 3,
-       '{"a":' * 500 + "1" + "}" * 500]
-RESULT = {"protocol": "knn", "options": {"a": 1}, "of": {"features": "weights", "test": "t.beton"},
-          "results": [{"k": 10, "top1": 50.0, "top5": 60.0}, {"k": 20, "top1": 51.0, "selected_on": "test"}]}
+EVIL = [
+    10**400,
+    2**63,
+    -(2**70),
+    1e308,
+    -1e308,
+    1e-320,
+    float("inf"),
+    float("nan"),
+    -1,
+    0,
+    True,
+    None,
+    "",
+    "nan",
+    "x" * 3000,
+    "\ud800",
+    "<b>",
+    [],
+    [1],
+    [[]],
+    {},
+    {"type": 3},
+    {"a": {"b": 1}},
+    [None, "a", 1e300],
+    "1e999",
+]
+RAW = [
+    "",
+    "null",
+    "[]",
+    "3",
+    "{",
+    "\x00\xff",
+    "[" * 3000 + "]" * 3000,
+    '{"a":' * 3000,
+    "1" * 5000,
+    '"' * 3,
+    '{"a":' * 500 + "1" + "}" * 500,
+]
+RESULT = {
+    "protocol": "knn",
+    "options": {"a": 1},
+    "of": {"features": "weights", "test": "t.beton"},
+    "results": [{"k": 10, "top1": 50.0, "top5": 60.0}, {"k": 20, "top1": 51.0, "selected_on": "test"}],
+}
 ENVIRONMENT = [{"step": 0, "time": "t", "ranks": 1, "device": "cpu", "accelerator": "cpu", "torch": "2"}]
 
 
@@ -48,15 +88,22 @@ def test_damaged_run_folders(part, tmp_path, capsys):
     folder = write_run(tmp_path / "run", ("a.beton", "b.beton"), 3, weights=False)
     (folder / "eval").mkdir()
     whole = {"config": json.loads((folder / "config.json").read_text()), "environment": ENVIRONMENT, "result": RESULT}
-    files = {"config": folder / "config.json", "environment": folder / "environment.json",
-             "result": folder / "eval" / "knn.json"}  # fmt: skip
+    files = {
+        "config": folder / "config.json",
+        "environment": folder / "environment.json",
+        "result": folder / "eval" / "knn.json",
+    }
     for name, file in files.items():
         file.write_text(json.dumps(whole[name]))
     for case in range(150):
         if part == "log":
             records = [json.loads(line) for line in lines(24, knn=True)]
-            text = "\n".join([*(json.dumps(damaged(record, rng)) for record in records[:: 1 + case % 5]),
-                              *([RAW[case % len(RAW)]] * (case % 3 == 0))])  # fmt: skip
+            text = "\n".join(
+                [
+                    *(json.dumps(damaged(record, rng)) for record in records[:: 1 + case % 5]),
+                    *([RAW[case % len(RAW)]] * (case % 3 == 0)),
+                ]
+            )
             (folder / "log.jsonl").write_text(text + "\n", errors="surrogatepass")
         else:
             text = RAW[case] if case < len(RAW) else json.dumps(damaged(whole[part], rng))

@@ -61,8 +61,10 @@ def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_continues(train, 
     monkeypatch.setenv("SEND", str(int(number)))
     got, lines = train()
     assert got == code
-    assert (f"stopped by {number.name} at step 3 of 6; checkpoint work_dirs/r/checkpoints/step_00000003; "
-            "continue with --resume") in lines
+    assert (
+        f"stopped by {number.name} at step 3 of 6; checkpoint work_dirs/r/checkpoints/step_00000003; "
+        "continue with --resume"
+    ) in lines
     assert checkpoints() == [2, 3] and len(losses()) == 3 and signal.getsignal(number) is before
     monkeypatch.delenv("SEND")
     assert train("--resume")[0] == 0
@@ -72,8 +74,9 @@ def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_continues(train, 
 def test_the_first_lines_say_what_is_trained_and_the_last_what_is_next(train):
     code, lines = train("log.keep_every=0.5", "log.keep=1")
     assert code == 0
-    assert ("SimCLR, resnet10: 103 images, 6 steps of 16 images (1 epochs); 1 rank on CPU, fp32; run folder "
-            "work_dirs/r") in lines
+    assert (
+        "SimCLR, resnet10: 103 images, 6 steps of 16 images (1 epochs); 1 rank on CPU, fp32; run folder work_dirs/r"
+    ) in lines
     assert any(line.startswith("step 1/6  epoch 0  loss ") for line in lines)
     assert "done: work_dirs/r; next: fastssl report work_dirs/r" in lines
     assert checkpoints() == [3, 6]
@@ -202,14 +205,23 @@ def test_a_port_in_use_is_named(monkeypatch):
             dist.init("cpu")
 
 
-@pytest.mark.parametrize("nodes, first", [("gpu[07-09,12],x", "gpu07"), ("a1", "a1"), ("a1,a2", "a1"),
-                                          ("r[1-2]n[03,04]", "r1n03"), ("n[5]-ib,m", "n5-ib")])  # fmt: skip
+@pytest.mark.parametrize(
+    "nodes, first",
+    [("gpu[07-09,12],x", "gpu07"), ("a1", "a1"), ("a1,a2", "a1"), ("r[1-2]n[03,04]", "r1n03"), ("n[5]-ib,m", "n5-ib")],
+)
 def test_srun_is_a_launcher(monkeypatch, nodes, first):
     from fastssl import dist
 
-    step = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
-            "SLURM_STEP_TASKS_PER_NODE": "4,3", "SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "123456",
-            "SLURM_STEP_ID": "2"}  # fmt: skip
+    step = {
+        "SLURM_PROCID": "5",
+        "SLURM_STEP_NUM_TASKS": "7",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "4,3",
+        "SLURM_STEP_NODELIST": nodes,
+        "SLURM_JOB_ID": "123456",
+        "SLURM_STEP_ID": "2",
+    }
     monkeypatch.setattr(os, "environ", dict(step))
     dist.from_slurm()
     wanted = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": first}

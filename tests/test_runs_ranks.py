@@ -50,13 +50,32 @@ def srun(folder: Path, mode: str, *args: str) -> tuple[list[int], list[str]]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}  # of dist.init
-    env = {**env, "MODE": mode, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "1",
-           "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_NODEID": "0"}  # fmt: skip
+    env = {
+        **env,
+        "MODE": mode,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NODEID": "0",
+    }
     command = [sys.executable, str(ROOT / "fastssl/train.py"), "c.py", *args]
     with open(folder / f"{mode}.log", "w") as out:
-        both = [subprocess.Popen(command, cwd=folder, stdout=out, stderr=out,
-                                 env=env | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}) for rank in (0, 1)]
+        both = [
+            subprocess.Popen(
+                command,
+                cwd=folder,
+                stdout=out,
+                stderr=out,
+                env=env | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            )
+            for rank in (0, 1)
+        ]
         try:
             codes = [process.wait(300) for process in both]
         finally:
@@ -90,8 +109,18 @@ def test_ranks_end_with_their_launcher(folder):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
     env = {**os.environ, "MODE": "gone", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port,
-               str(ROOT / "fastssl/train.py"), "c.py", "name=gone"]
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        port,
+        str(ROOT / "fastssl/train.py"),
+        "c.py",
+        "name=gone",
+    ]
     with open(folder / "gone.log", "w") as out:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=out, stderr=out, start_new_session=True)
     try:

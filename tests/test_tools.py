@@ -42,9 +42,6 @@ def run_folder(tmp_path):
     return folder
 
 
-# ---- publish ---------------------------------------------------------------------------------------------------------
-
-
 def test_publish_a_run(run_folder, capsys):
     assert main(["publish", str(run_folder)]) == 0
     out = capsys.readouterr().out
@@ -68,8 +65,14 @@ def test_publish_a_foreign_checkpoint_without_its_optimizer(tmp_path):
     net = build()
     shared = net.state_dict()
     state = {f"backbone.{k}": v for k, v in shared.items()} | {f"encoder_q.0.{k}": v for k, v in shared.items()}
-    torch.save({"meta": {"x": torch.ones(2)}, "state_dict": state, "optimizer": {
-        "state": {0: {"exp_avg": torch.ones(50)}}, "master": torch.ones(50)}}, tmp_path / "epoch_9.pth")  # fmt: skip
+    torch.save(
+        {
+            "meta": {"x": torch.ones(2)},
+            "state_dict": state,
+            "optimizer": {"state": {0: {"exp_avg": torch.ones(50)}}, "master": torch.ones(50)},
+        },
+        tmp_path / "epoch_9.pth",
+    )
     path, digest = tools.publish(tmp_path / "epoch_9.pth", tmp_path / "out", "mine")
     assert path == tmp_path / "out" / f"mine-{digest[:8]}.safetensors"
     assert set(safetensors.torch.load_file(path)) == set(state)
@@ -78,17 +81,17 @@ def test_publish_a_foreign_checkpoint_without_its_optimizer(tmp_path):
     assert weights.load_backbone(path, build(1)).prefix == "backbone."
 
 
-@pytest.mark.parametrize("content, text", [
-    ({"optimizer": {"x": torch.ones(2)}}, "no weights to publish"),
-    ({"state_dict": {"w": torch.tensor([1.0, float("nan")])}}, "w holds NaN"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, text",
+    [
+        ({"optimizer": {"x": torch.ones(2)}}, "no weights to publish"),
+        ({"state_dict": {"w": torch.tensor([1.0, float("nan")])}}, "w holds NaN"),
+    ],
+)
 def test_publish_refuses(content, text, tmp_path, capsys):
     torch.save(content, tmp_path / "a.pth")
     assert main(["publish", str(tmp_path / "a.pth")]) == 2
     assert text in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1
-
-
-# ---- params ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
@@ -118,10 +121,12 @@ def test_params_takes_options_of_timms_models(capsys):
 
 def test_params_of_a_config(tmp_path, capsys):
     file = tmp_path / "c.py"
-    file.write_text("from fastssl import views\nfrom fastssl.config import *\nfrom fastssl.methods import moco\n"
-                    "def get_config():\n    return Run(method=moco.Config(queue=64), backbone=Backbone('resnet10', "
-                    "stem='cifar', width=8), data=Data(train='x', views=views.swav(32, small=16)), "
-                    "optim=Optim(batch=8))\n")
+    file.write_text(
+        "from fastssl import views\nfrom fastssl.config import *\nfrom fastssl.methods import moco\n"
+        "def get_config():\n    return Run(method=moco.Config(queue=64), backbone=Backbone('resnet10', "
+        "stem='cifar', width=8), data=Data(train='x', views=views.swav(32, small=16)), "
+        "optim=Optim(batch=8))\n"
+    )
     assert main(["params", str(file), "backbone.width=16"]) == 0
     out = capsys.readouterr().out
     small = Backbone("resnet10", width=16, stem="cifar")
@@ -143,19 +148,19 @@ def test_params_count_a_bank_by_the_data_card(tmp_path):
     assert mib[1] - mib[0] == pytest.approx((1_281_167 - 1000) * 128 * 4 / 2**20, abs=0.02)
 
 
-@pytest.mark.parametrize("argv, text", [
-    (["resnet5"], "did you mean"),
-    (["resnet50", "optim.lr=1"], "is a backbone"),
-    (["vit_tiny_patch16_224", "--option", "dept=2"], "did you mean 'depth'"),
-    (["resnet50", "--option", "drop_path_rate=0.1"], "name 'timm/resnet50'"),
-    (["nowhere.py"], "nowhere.py"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, text",
+    [
+        (["resnet5"], "did you mean"),
+        (["resnet50", "optim.lr=1"], "is a backbone"),
+        (["vit_tiny_patch16_224", "--option", "dept=2"], "did you mean 'depth'"),
+        (["resnet50", "--option", "drop_path_rate=0.1"], "name 'timm/resnet50'"),
+        (["nowhere.py"], "nowhere.py"),
+    ],
+)
 def test_params_refuses(argv, text, capsys):
     assert main(["params", *argv]) == 2
     assert text in capsys.readouterr().err
-
-
-# ---- upgrade ---------------------------------------------------------------------------------------------------------
 
 
 def old_file(tmp_path):
@@ -178,8 +183,17 @@ def test_upgrade_wraps_and_drops_the_head(tmp_path, capsys):
 
 def test_upgrade_with_a_backbone_describes_itself(tmp_path, capsys):
     net = old_file(tmp_path)
-    argv = ["upgrade", str(tmp_path / "old.pth"), str(tmp_path / "new.safetensors"),
-            "--backbone", "resnet10", "--width", "8", "--stem", "cifar"]  # fmt: skip
+    argv = [
+        "upgrade",
+        str(tmp_path / "old.pth"),
+        str(tmp_path / "new.safetensors"),
+        "--backbone",
+        "resnet10",
+        "--width",
+        "8",
+        "--stem",
+        "cifar",
+    ]
     assert main(argv) == 0
     assert weights.spec_of(tmp_path / "new.safetensors") == SMALL
     state = safetensors.torch.load_file(tmp_path / "new.safetensors")
@@ -187,12 +201,15 @@ def test_upgrade_with_a_backbone_describes_itself(tmp_path, capsys):
     assert main(argv) == 2 and "exists already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv, text", [
-    (["new.txt"], "must end in"),
-    (["new.pth", "--backbone", "resnet10"], "must end in .safetensors"),
-    (["new.safetensors", "--width", "8"], "give its --backbone"),
-    (["new.safetensors", "--backbone", "resnet18"], "does not fit the backbone"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, text",
+    [
+        (["new.txt"], "must end in"),
+        (["new.pth", "--backbone", "resnet10"], "must end in .safetensors"),
+        (["new.safetensors", "--width", "8"], "give its --backbone"),
+        (["new.safetensors", "--backbone", "resnet18"], "does not fit the backbone"),
+    ],
+)
 def test_upgrade_refuses(argv, text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     old_file(tmp_path)

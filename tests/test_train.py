@@ -31,8 +31,15 @@ def start(folder: Path, *args: str, launcher=("-m", "deepspeed.launcher.runner",
     train = str(Path(__file__).parents[1] / "fastssl" / "train.py")
     extra = ["--master_port", str(port)] if "deepspeed.launcher.runner" in launcher else []
     command = [sys.executable, *launcher, *extra, train, str(folder / "configs/moco/tiny.py"), "--deterministic", *args]
-    return subprocess.Popen(command, cwd=folder, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True)
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def finish(process) -> str:
@@ -97,20 +104,25 @@ def test_a_killed_run_continues_to_the_same_bits(runs):
 def test_only_the_newest_checkpoints_are_kept(runs):
     for folder in runs[:2]:
         assert [p.name for p in sorted((folder / "work_dirs/moco/tiny/checkpoints").iterdir())] == [
-            "step_00000020", "step_00000024"]
+            "step_00000020",
+            "step_00000024",
+        ]
 
 
-@pytest.mark.parametrize("args, message", [
-    ((), "already holds step_00000024: continue it with --resume"),
-    (("--resume", "optim.lr=0.2"), "optim.lr was 0.1 when step_00000024 was written and is 0.2 now"),
-    (("--resume", "name=other"), "no complete checkpoint in work_dirs/other/checkpoints"),
-    (("optim.lrr=0.2",), "did you mean 'lr'"),
-    (("name=other", "optim.batch=15"), "speed.micro_batch=4 does not divide a rank's share, 15"),
-    (("name=other", "data.train=no.beton"), "no.beton"),
-    (("name=other", "backbone.in_channels=1"), "backbone.in_channels=1: views have 3 channels"),
-    (("name=other", "backbone.name=resnet19"), "did you mean 'resnet1"),
-    (("name=other", "method.queue=8"), "method.queue=8 is smaller than optim.batch=16"),
-])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ((), "already holds step_00000024: continue it with --resume"),
+        (("--resume", "optim.lr=0.2"), "optim.lr was 0.1 when step_00000024 was written and is 0.2 now"),
+        (("--resume", "name=other"), "no complete checkpoint in work_dirs/other/checkpoints"),
+        (("optim.lrr=0.2",), "did you mean 'lr'"),
+        (("name=other", "optim.batch=15"), "speed.micro_batch=4 does not divide a rank's share, 15"),
+        (("name=other", "data.train=no.beton"), "no.beton"),
+        (("name=other", "backbone.in_channels=1"), "backbone.in_channels=1: views have 3 channels"),
+        (("name=other", "backbone.name=resnet19"), "did you mean 'resnet1"),
+        (("name=other", "method.queue=8"), "method.queue=8 is smaller than optim.batch=16"),
+    ],
+)
 def test_mistakes_end_in_one_line_and_code_2(runs, monkeypatch, capsys, args, message):
     from fastssl import train
 

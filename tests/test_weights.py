@@ -43,9 +43,6 @@ def prefixed(net, prefix):
     return {prefix + k: v for k, v in net.state_dict().items()}
 
 
-# ---- export ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("ohwi", [False, True])
 def test_export_is_what_torchvision_loads(tmp_path, name, ohwi):
@@ -75,9 +72,9 @@ def test_the_recipe_of_an_export_runs(tmp_path, options):
         torch.testing.assert_close(theirs(x), net(x), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name, options", [
-    ("resnet10", {"width": 8, "stem": "cifar"}), ("vit_tiny_patch16_224", {}), ("resnet18", {}),
-])
+@pytest.mark.parametrize(
+    "name, options", [("resnet10", {"width": 8, "stem": "cifar"}), ("vit_tiny_patch16_224", {}), ("resnet18", {})]
+)
 def test_safetensors_round_trip(tmp_path, name, options):
     net = backbones.channels_last_(build(name, **options))
     file = tmp_path / "deep" / "a.safetensors"
@@ -90,17 +87,17 @@ def test_safetensors_round_trip(tmp_path, name, options):
     assert same(net, twin) and report.loaded == len(net.state_dict()) and not report.heads and not report.other
 
 
-@pytest.mark.parametrize("options, to, text", [
-    ({"name": "test_vit"}, "torchvision", "torchvision has no test_vit: export with --to timm"),
-    ({}, "onnx", "known are torchvision, timm, "),
-])
+@pytest.mark.parametrize(
+    "options, to, text",
+    [
+        ({"name": "test_vit"}, "torchvision", "torchvision has no test_vit: export with --to timm"),
+        ({}, "onnx", "known are torchvision, timm, "),
+    ],
+)
 def test_export_refuses(tmp_path, options, to, text):
     with pytest.raises(ValueError, match=text):
         export.write(build(**options), tmp_path / "a", to)
     assert os.listdir(tmp_path) == []
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def test_torchvision_state_dict_names_its_classifier(tmp_path):
@@ -115,18 +112,32 @@ def test_torchvision_state_dict_names_its_classifier(tmp_path):
 MOCO = {"epoch": 3, "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}}}
 
 
-@pytest.mark.parametrize("wrap, prefix", [
-    (lambda n, o: n.state_dict(), ""),
-    (lambda n, o: prefixed(n, "module."), "module."),
-    (lambda n, o: {"state_dict": prefixed(n, "backbone.") | {"neck.0.weight": torch.ones(2)}}, "state_dict.backbone."),
-    (lambda n, o: {**MOCO, "state_dict": prefixed(o, "module.encoder_k.") | prefixed(n, "module.encoder_q.")
-                   | {"module.encoder_q.fc.0.weight": torch.ones(2), "module.queue": torch.ones(2)}},
-     "state_dict.module.encoder_q."),
-    (lambda n, o: {"student": prefixed(o, "module.backbone."), "teacher": prefixed(n, "backbone.")},
-     "teacher.backbone."),
-    (lambda n, o: prefixed(o, "target.0.") | prefixed(n, "backbone.") | {"queue": torch.ones(2)}, "backbone."),
-    (lambda n, o: {"a": {"very": {"deep": n.state_dict()}}}, "a.very.deep."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrap, prefix",
+    [
+        (lambda n, o: n.state_dict(), ""),
+        (lambda n, o: prefixed(n, "module."), "module."),
+        (
+            lambda n, o: {"state_dict": prefixed(n, "backbone.") | {"neck.0.weight": torch.ones(2)}},
+            "state_dict.backbone.",
+        ),
+        (
+            lambda n, o: {
+                **MOCO,
+                "state_dict": prefixed(o, "module.encoder_k.")
+                | prefixed(n, "module.encoder_q.")
+                | {"module.encoder_q.fc.0.weight": torch.ones(2), "module.queue": torch.ones(2)},
+            },
+            "state_dict.module.encoder_q.",
+        ),
+        (
+            lambda n, o: {"student": prefixed(o, "module.backbone."), "teacher": prefixed(n, "backbone.")},
+            "teacher.backbone.",
+        ),
+        (lambda n, o: prefixed(o, "target.0.") | prefixed(n, "backbone.") | {"queue": torch.ones(2)}, "backbone."),
+        (lambda n, o: {"a": {"very": {"deep": n.state_dict()}}}, "a.very.deep."),
+    ],
+)
 @pytest.mark.parametrize("ohwi", [False, True])
 def test_prefixes_are_found_by_keys(tmp_path, small, wrap, prefix, ohwi):
     torch.save(wrap(small, other(small)), tmp_path / "a.pt")
@@ -178,14 +189,17 @@ def put(key, value):
     return lambda state: state.__setitem__(key, value)
 
 
-@pytest.mark.parametrize("damage, text", [
-    (drop("layer3.0.conv2.weight"), r"1 of the backbone's \d+ tensors are not in it: layer3.0.conv2.weight"),
-    (drop("layer4.0.bn1.running_mean"), "layer4.0.bn1.running_mean"),
-    (put("layer1.1.conv1.weight", torch.ones(8, 8, 3, 3)), "1 of its tensors load nowhere: layer1.1.conv1.weight"),
-    (put("mystery", torch.ones(2)), "load nowhere: mystery"),
-    (put("conv1.weight", torch.ones(8, 3, 7, 7)), r"conv1.weight is \(8, 3, 7, 7\) in the file.*stem"),
-    (put("bn1.weight", torch.full((8,), float("nan"))), "bn1.weight holds NaN"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage, text",
+    [
+        (drop("layer3.0.conv2.weight"), r"1 of the backbone's \d+ tensors are not in it: layer3.0.conv2.weight"),
+        (drop("layer4.0.bn1.running_mean"), "layer4.0.bn1.running_mean"),
+        (put("layer1.1.conv1.weight", torch.ones(8, 8, 3, 3)), "1 of its tensors load nowhere: layer1.1.conv1.weight"),
+        (put("mystery", torch.ones(2)), "load nowhere: mystery"),
+        (put("conv1.weight", torch.ones(8, 3, 7, 7)), r"conv1.weight is \(8, 3, 7, 7\) in the file.*stem"),
+        (put("bn1.weight", torch.full((8,), float("nan"))), "bn1.weight holds NaN"),
+    ],
+)
 @pytest.mark.parametrize("prefix", ["", "backbone."])
 def test_incomplete_weights_are_refused_and_change_nothing(tmp_path, small, damage, text, prefix):
     state = dict(small.state_dict())
@@ -228,15 +242,18 @@ def _torn(file):
     file.write_bytes(data[: len(data) // 2])
 
 
-@pytest.mark.parametrize("make, text", [
-    (lambda f: None, "no weights at"),
-    (lambda f: f.write_bytes(b""), "not a complete PyTorch file"),
-    (lambda f: f.write_text("not a checkpoint at all"), "not a pickle of tensors alone"),
-    (lambda f: torch.save([torch.ones(2)], f), "holds a list"),
-    (lambda f: torch.save({"x": torch.ones(2)}, f), "none of the backbone's keys .conv1.weight.*it has x"),
-    (lambda f: (torch.save({"x": torch.ones(2000)}, f), _torn(f)), "not a complete PyTorch file"),
-    (lambda f: torch.jit.script(nn.Linear(2, 2)).save(str(f)), "TorchScript"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, text",
+    [
+        (lambda f: None, "no weights at"),
+        (lambda f: f.write_bytes(b""), "not a complete PyTorch file"),
+        (lambda f: f.write_text("not a checkpoint at all"), "not a pickle of tensors alone"),
+        (lambda f: torch.save([torch.ones(2)], f), "holds a list"),
+        (lambda f: torch.save({"x": torch.ones(2)}, f), "none of the backbone's keys .conv1.weight.*it has x"),
+        (lambda f: (torch.save({"x": torch.ones(2000)}, f), _torn(f)), "not a complete PyTorch file"),
+        (lambda f: torch.jit.script(nn.Linear(2, 2)).save(str(f)), "TorchScript"),
+    ],
+)
 def test_files_that_are_no_weights(tmp_path, small, make, text):
     make(tmp_path / "a.pth")
     with pytest.raises(ValueError, match=text):

@@ -15,7 +15,15 @@ def get_config() -> Run:
         method=barlow.Config(),
         backbone=Backbone("vit_small_patch16_224"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.byol(224)),
-        optim=Optim(name="adamw", lr=5e-4, batch=256, epochs=100, warmup_epochs=10, weight_decay=0.05, precision="bf16",
-                    paramwise={"ndim<=1": {"weight_decay": 0.0}}),
+        optim=Optim(
+            name="adamw",
+            lr=5e-4,
+            batch=256,
+            epochs=100,
+            warmup_epochs=10,
+            weight_decay=0.05,
+            precision="bf16",
+            paramwise={"ndim<=1": {"weight_decay": 0.0}},
+        ),
         log=Log(knn_epochs=20, probe=True),
     )

@@ -14,7 +14,15 @@ def get_config() -> Run:
         method=byol.Config(dims=(4096, 256), momentum=0.996, init="openselfsup"),
         backbone=Backbone("resnet50", init="fan_in"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.byol(224)),
-        optim=Optim(name="lars", lr=0.2, batch=256, epochs=200, weight_decay=1.5e-6, warmup_epochs=2,
-                    schedule="cosine_epoch", paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}}),
+        optim=Optim(
+            name="lars",
+            lr=0.2,
+            batch=256,
+            epochs=200,
+            weight_decay=1.5e-6,
+            warmup_epochs=2,
+            schedule="cosine_epoch",
+            paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}},
+        ),
         log=Log(knn_epochs=20, probe=True),
     )

@@ -14,7 +14,15 @@ def get_config() -> Run:
         method=deepcluster.Config(),
         backbone=Backbone("resnet50", init="fan_in"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.deepcluster(224)),
-        optim=Optim(name="sgd", lr=0.3, batch=512, epochs=200, weight_decay=1e-5, schedule="constant",
-                    paramwise={"^head": {"momentum": 0.0}}, precision="fp16"),
+        optim=Optim(
+            name="sgd",
+            lr=0.3,
+            batch=512,
+            epochs=200,
+            weight_decay=1e-5,
+            schedule="constant",
+            paramwise={"^head": {"momentum": 0.0}},
+            precision="fp16",
+        ),
         log=Log(knn_epochs=20, probe=True),
     )

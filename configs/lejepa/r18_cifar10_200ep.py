@@ -13,10 +13,22 @@ def get_config() -> Run:
     return Run(
         method=lejepa.Config(dims=(2048, 2048, 16), weight=0.02, directions=256, end=3.0, large=4),
         backbone=Backbone("resnet18", stem="cifar"),
-        data=Data(train="data/cifar10_train.beton", test="data/cifar10_test.beton",
-                  views=views.simclr(32, solarize=0.2, **views.CIFAR10) * 2),
-        optim=Optim(name="adamw", lr=2e-3, batch=256, epochs=200, warmup_epochs=1, warmup_ratio=0.01,
-                    weight_decay=5e-4, lr_end=0.5, precision="bf16"),
+        data=Data(
+            train="data/cifar10_train.beton",
+            test="data/cifar10_test.beton",
+            views=views.simclr(32, solarize=0.2, **views.CIFAR10) * 2,
+        ),
+        optim=Optim(
+            name="adamw",
+            lr=2e-3,
+            batch=256,
+            epochs=200,
+            warmup_epochs=1,
+            warmup_ratio=0.01,
+            weight_decay=5e-4,
+            lr_end=0.5,
+            precision="bf16",
+        ),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,
     )

@@ -12,10 +12,20 @@ def get_config() -> Run:
     return Run(
         method=mae.Config(decoder=256, depth=4, heads=8),
         backbone=Backbone("vit_small_patch8_224"),
-        data=Data(train="data/cifar10_train.beton", test="data/cifar10_test.beton",
-                  views=views.mae(64, **views.CIFAR10)),
-        optim=Optim(name="adamw", lr=1.5e-4, base_batch=256, batch=1024, epochs=200, warmup_epochs=20,
-                    weight_decay=0.05, betas=(0.9, 0.95), precision="bf16",
-                    paramwise={"ndim<=1": {"weight_decay": 0.0}}),
+        data=Data(
+            train="data/cifar10_train.beton", test="data/cifar10_test.beton", views=views.mae(64, **views.CIFAR10)
+        ),
+        optim=Optim(
+            name="adamw",
+            lr=1.5e-4,
+            base_batch=256,
+            batch=1024,
+            epochs=200,
+            warmup_epochs=20,
+            weight_decay=0.05,
+            betas=(0.9, 0.95),
+            precision="bf16",
+            paramwise={"ndim<=1": {"weight_decay": 0.0}},
+        ),
         log=Log(knn_epochs=20, probe=True),
     )

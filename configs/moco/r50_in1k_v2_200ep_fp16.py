@@ -14,7 +14,8 @@ def get_config() -> Run:
         method=moco.Config(init="openselfsup", temperature=0.2, dims=(2048, 128)),
         backbone=Backbone("resnet50", init="fan_in"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.moco_v2(224)),
-        optim=Optim(name="sgd", lr=0.03, batch=256, epochs=200, weight_decay=1e-4, schedule="cosine_epoch",
-                    precision="fp16"),
+        optim=Optim(
+            name="sgd", lr=0.03, batch=256, epochs=200, weight_decay=1e-4, schedule="cosine_epoch", precision="fp16"
+        ),
         log=Log(knn_epochs=20, probe=True),
     )

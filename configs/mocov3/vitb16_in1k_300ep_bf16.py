@@ -11,13 +11,24 @@ from fastssl.methods import mocov3
 
 def get_config() -> Run:
     return Run(
-        method=mocov3.Config(temperature=0.2, dims=(4096, 4096, 256), predictor_norm=True, momentum=0.99,
-                             freeze_patch_embed=True),
+        method=mocov3.Config(
+            temperature=0.2, dims=(4096, 4096, 256), predictor_norm=True, momentum=0.99, freeze_patch_embed=True
+        ),
         backbone=Backbone("vit_base_patch16_224"),
-        data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton",
-                  views=views.byol(224, interpolation="bilinear")),
-        optim=Optim(name="adamw", lr=1.5e-4, batch=4096, epochs=300, weight_decay=0.1, base_batch=256,
-                    warmup_epochs=40, warmup_ratio=0.0, precision="bf16"),
+        data=Data(
+            train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.byol(224, interpolation="bilinear")
+        ),
+        optim=Optim(
+            name="adamw",
+            lr=1.5e-4,
+            batch=4096,
+            epochs=300,
+            weight_decay=0.1,
+            base_batch=256,
+            warmup_epochs=40,
+            warmup_ratio=0.0,
+            precision="bf16",
+        ),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,
     )

@@ -14,8 +14,16 @@ def get_config() -> Run:
         method=npid.Config(init="openselfsup", ensure_neg=True, shared=True),
         backbone=Backbone("resnet50", init="fan_in"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.npid(224)),
-        optim=Optim(name="sgd", lr=0.03, batch=256, epochs=200, weight_decay=1e-4, schedule="step",
-                    milestones=(120, 160), precision="fp16"),
+        optim=Optim(
+            name="sgd",
+            lr=0.03,
+            batch=256,
+            epochs=200,
+            weight_decay=1e-4,
+            schedule="step",
+            milestones=(120, 160),
+            precision="fp16",
+        ),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,
     )

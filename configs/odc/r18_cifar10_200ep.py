@@ -12,10 +12,23 @@ def get_config() -> Run:
     return Run(
         method=odc.Config(clusters=500),
         backbone=Backbone("resnet18", stem="cifar"),
-        data=Data(train="data/cifar10_train.beton", test="data/cifar10_test.beton",
-                  views=views.deepcluster(32, **views.CIFAR10)),
-        optim=Optim(name="sgd", lr=0.06, batch=256, epochs=200, weight_decay=1e-5, schedule="step", milestones=(180,),
-                    gamma=0.4, precision="fp16", paramwise={"^head": {"momentum": 0.0}}),
+        data=Data(
+            train="data/cifar10_train.beton",
+            test="data/cifar10_test.beton",
+            views=views.deepcluster(32, **views.CIFAR10),
+        ),
+        optim=Optim(
+            name="sgd",
+            lr=0.06,
+            batch=256,
+            epochs=200,
+            weight_decay=1e-5,
+            schedule="step",
+            milestones=(180,),
+            gamma=0.4,
+            precision="fp16",
+            paramwise={"^head": {"momentum": 0.0}},
+        ),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,
     )

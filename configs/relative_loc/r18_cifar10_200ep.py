@@ -12,11 +12,21 @@ def get_config() -> Run:
     return Run(
         method=relative_loc.Config(hidden=1024),
         backbone=Backbone("resnet18", stem="cifar"),
-        data=Data(train="data/cifar10_train.beton", test="data/cifar10_test.beton",
-                  views=views.patches(8, resize=36, window=33, **views.CIFAR10),
-                  eval_view=views.center(32, **views.CIFAR10)[0]),  # whole images, not the size of a patch
-        optim=Optim(name="sgd", lr=0.1, batch=256, epochs=200, weight_decay=1e-4, warmup_epochs=5,
-                    paramwise={r"^head": {"weight_decay": 5e-4}}),
+        data=Data(
+            train="data/cifar10_train.beton",
+            test="data/cifar10_test.beton",
+            views=views.patches(8, resize=36, window=33, **views.CIFAR10),
+            eval_view=views.center(32, **views.CIFAR10)[0],
+        ),  # whole images, not the size of a patch
+        optim=Optim(
+            name="sgd",
+            lr=0.1,
+            batch=256,
+            epochs=200,
+            weight_decay=1e-4,
+            warmup_epochs=5,
+            paramwise={r"^head": {"weight_decay": 5e-4}},
+        ),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,
     )

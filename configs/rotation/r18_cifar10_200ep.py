@@ -13,10 +13,22 @@ def get_config() -> Run:
     return Run(
         method=rotation.Config(),
         backbone=Backbone("resnet18", stem="cifar"),
-        data=Data(train="data/cifar10_train.beton", test="data/cifar10_test.beton",
-                  views=views.rotation(32, crop="random", pad=4, **views.CIFAR10)),
-        optim=Optim(name="sgd", lr=0.1, batch=128, epochs=200, weight_decay=5e-4, nesterov=True,
-                    schedule="step", milestones=(60, 120, 160), gamma=0.2),
+        data=Data(
+            train="data/cifar10_train.beton",
+            test="data/cifar10_test.beton",
+            views=views.rotation(32, crop="random", pad=4, **views.CIFAR10),
+        ),
+        optim=Optim(
+            name="sgd",
+            lr=0.1,
+            batch=128,
+            epochs=200,
+            weight_decay=5e-4,
+            nesterov=True,
+            schedule="step",
+            milestones=(60, 120, 160),
+            gamma=0.2,
+        ),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,
     )

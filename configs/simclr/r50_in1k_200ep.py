@@ -14,8 +14,16 @@ def get_config() -> Run:
         method=simclr.Config(init="openselfsup", temperature=0.1, dims=(2048, 128)),
         backbone=Backbone("resnet50", init="fan_in"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.simclr(224)),
-        optim=Optim(name="lars", lr=0.3, batch=256, epochs=200, weight_decay=1e-6, warmup_epochs=10,
-                    schedule="cosine_epoch", paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}}),
+        optim=Optim(
+            name="lars",
+            lr=0.3,
+            batch=256,
+            epochs=200,
+            weight_decay=1e-6,
+            warmup_epochs=10,
+            schedule="cosine_epoch",
+            paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}},
+        ),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,
     )

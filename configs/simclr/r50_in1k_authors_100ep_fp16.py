@@ -14,11 +14,22 @@ def get_config() -> Run:
     return Run(
         method=simclr.Config(temperature=0.1, dims=(2048, 128), last_shift=False),
         backbone=Backbone("resnet50", zero_init_residual=True),
-        data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton",
-                  views=views.simclr(224, interpolation="bicubic")),
-        optim=Optim(name="lars", lr=0.3, batch=4096, epochs=100, weight_decay=1e-6, base_batch=256, warmup_epochs=10,
-                    warmup_ratio=0.0, lars_denominator="sum", precision="fp16",
-                    paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}}),
+        data=Data(
+            train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.simclr(224, interpolation="bicubic")
+        ),
+        optim=Optim(
+            name="lars",
+            lr=0.3,
+            batch=4096,
+            epochs=100,
+            weight_decay=1e-6,
+            base_batch=256,
+            warmup_epochs=10,
+            warmup_ratio=0.0,
+            lars_denominator="sum",
+            precision="fp16",
+            paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}},
+        ),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,
     )

@@ -12,10 +12,22 @@ def get_config() -> Run:
     return Run(
         method=simsiam.Config(),
         backbone=Backbone("resnet18", stem="cifar"),
-        data=Data(train="data/cifar10_train.beton", test="data/cifar10_test.beton",
-                  views=views.moco_v2(32, scale=(0.08, 1.0), interpolation="bicubic", **views.CIFAR10)),
-        optim=Optim(name="sgd", lr=0.5, base_batch=256, batch=256, epochs=200, warmup_epochs=10, weight_decay=1e-5,
-                    precision="fp16", paramwise={r"^predictor": {"schedule": "constant"}}),
+        data=Data(
+            train="data/cifar10_train.beton",
+            test="data/cifar10_test.beton",
+            views=views.moco_v2(32, scale=(0.08, 1.0), interpolation="bicubic", **views.CIFAR10),
+        ),
+        optim=Optim(
+            name="sgd",
+            lr=0.5,
+            base_batch=256,
+            batch=256,
+            epochs=200,
+            warmup_epochs=10,
+            weight_decay=1e-5,
+            precision="fp16",
+            paramwise={r"^predictor": {"schedule": "constant"}},
+        ),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,
     )

@@ -14,8 +14,15 @@ def get_config() -> Run:
         method=simsiam.Config(),
         backbone=Backbone("resnet50", zero_init_residual=True),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.moco_v2(224)),
-        optim=Optim(name="sgd", lr=0.05, batch=256, epochs=100, weight_decay=1e-4, schedule="cosine_epoch",
-                    paramwise={r"^predictor": {"schedule": "constant"}}),
+        optim=Optim(
+            name="sgd",
+            lr=0.05,
+            batch=256,
+            epochs=100,
+            weight_decay=1e-4,
+            schedule="cosine_epoch",
+            paramwise={r"^predictor": {"schedule": "constant"}},
+        ),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,
     )

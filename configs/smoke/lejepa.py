@@ -11,8 +11,11 @@ def get_config() -> Run:
     return Run(
         method=lejepa.Config(dims=(256, 256, 32), directions=256, large=2),
         backbone=Backbone("resnet10", stem="cifar", width=16),
-        data=Data(train="data/cifar10_train.beton", bank="data/cifar10_test.beton",
-                  views=views.simclr(32, **views.CIFAR10) * 2),
+        data=Data(
+            train="data/cifar10_train.beton",
+            bank="data/cifar10_test.beton",
+            views=views.simclr(32, **views.CIFAR10) * 2,
+        ),
         optim=Optim(name="adamw", lr=2e-3, batch=64, steps=150, warmup_epochs=0.01, weight_decay=1e-4),
         log=Log(every=20, checkpoint_epochs=0, knn_epochs=1),
     )

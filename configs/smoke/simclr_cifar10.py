@@ -12,8 +12,9 @@ def get_config() -> Run:
     return Run(
         method=simclr.Config(temperature=0.2, dims=(512, 128)),
         backbone=Backbone("resnet10", stem="cifar", width=16),
-        data=Data(train="data/cifar10_train.beton", test="data/cifar10_test.beton",
-                  views=views.simclr(32, **views.CIFAR10)),
+        data=Data(
+            train="data/cifar10_train.beton", test="data/cifar10_test.beton", views=views.simclr(32, **views.CIFAR10)
+        ),
         optim=Optim(name="adamw", lr=3e-3, batch=512, epochs=12, warmup_epochs=1, weight_decay=1e-4, precision="bf16"),
         log=Log(every=20, checkpoint_epochs=2, knn_epochs=4, probe=True),
     )

@@ -11,9 +11,17 @@ def get_config() -> Run:
     return Run(
         method=simsiam.Config(dims=(256, 256, 256), predictor=64),
         backbone=Backbone("resnet10", stem="cifar", width=16),
-        data=Data(train="data/cifar10_train.beton", bank="data/cifar10_test.beton",
-                  views=views.moco_v2(32, **views.CIFAR10)),
-        optim=Optim(name="adamw", lr=2e-3, batch=64, steps=150, warmup_epochs=0.01, weight_decay=1e-4,
-                    paramwise={r"^predictor": {"schedule": "constant"}}),
+        data=Data(
+            train="data/cifar10_train.beton", bank="data/cifar10_test.beton", views=views.moco_v2(32, **views.CIFAR10)
+        ),
+        optim=Optim(
+            name="adamw",
+            lr=2e-3,
+            batch=64,
+            steps=150,
+            warmup_epochs=0.01,
+            weight_decay=1e-4,
+            paramwise={r"^predictor": {"schedule": "constant"}},
+        ),
         log=Log(every=20, checkpoint_epochs=0, knn_epochs=1),
     )

@@ -12,10 +12,21 @@ def get_config() -> Run:
     return Run(
         method=supcon.Config(temperature=0.2, dims=(2048, 256)),
         backbone=Backbone("resnet18", stem="cifar"),
-        data=Data(train="data/cifar10_train.beton", test="data/cifar10_test.beton",
-                  views=views.simclr(32, interpolation="bicubic", **views.CIFAR10)),
-        optim=Optim(name="sgd", lr=0.4, base_batch=256, batch=256, epochs=200, warmup_epochs=10, weight_decay=1e-5,
-                    precision="fp16"),
+        data=Data(
+            train="data/cifar10_train.beton",
+            test="data/cifar10_test.beton",
+            views=views.simclr(32, interpolation="bicubic", **views.CIFAR10),
+        ),
+        optim=Optim(
+            name="sgd",
+            lr=0.4,
+            base_batch=256,
+            batch=256,
+            epochs=200,
+            warmup_epochs=10,
+            weight_decay=1e-5,
+            precision="fp16",
+        ),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,
     )

@@ -12,10 +12,12 @@ def get_config() -> Run:
     return Run(
         method=supervised.Config(),
         backbone=Backbone("resnet18", stem="cifar"),
-        data=Data(train="data/cifar10_train.beton", test="data/cifar10_test.beton",
-                  views=views.padded(32, **views.CIFAR10)),
-        optim=Optim(name="sgd", lr=0.1, batch=128, epochs=200, weight_decay=5e-4, schedule="step",
-                    milestones=(85, 143)),
+        data=Data(
+            train="data/cifar10_train.beton", test="data/cifar10_test.beton", views=views.padded(32, **views.CIFAR10)
+        ),
+        optim=Optim(
+            name="sgd", lr=0.1, batch=128, epochs=200, weight_decay=5e-4, schedule="step", milestones=(85, 143)
+        ),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,
     )

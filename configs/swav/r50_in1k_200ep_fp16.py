@@ -14,10 +14,20 @@ def get_config() -> Run:
     return Run(
         method=swav.Config(prototypes=3000, queue=3840, queue_epoch=15, freeze_epochs=1),
         backbone=Backbone("resnet50"),
-        data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton",
-                  views=views.swav(224, std=(0.228, 0.224, 0.225))),
-        optim=Optim(name="lars", lr=0.6, batch=256, epochs=200, weight_decay=1e-6, lr_end=1e-3,
-                    lr_in_momentum=False, lars_denominator="larc", precision="fp16"),
+        data=Data(
+            train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.swav(224, std=(0.228, 0.224, 0.225))
+        ),
+        optim=Optim(
+            name="lars",
+            lr=0.6,
+            batch=256,
+            epochs=200,
+            weight_decay=1e-6,
+            lr_end=1e-3,
+            lr_in_momentum=False,
+            lars_denominator="larc",
+            precision="fp16",
+        ),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,
     )

@@ -13,12 +13,28 @@ def get_config() -> Run:
     return Run(
         method=vicreg.Config(dims=(2048, 2048, 2048), variance=50.0),
         backbone=Backbone("resnet18", stem="cifar"),
-        data=Data(train="data/cifar10_train.beton", test="data/cifar10_test.beton",
-                  views=views.byol(32, blur=(0.0, 0.0), solarize=(0.1, 0.1), scale=(0.2, 1.0),
-                                   interpolation="bicubic", **views.CIFAR10)),
-        optim=Optim(name="lars", lr=0.3, base_batch=256, batch=256, epochs=200, warmup_epochs=10, weight_decay=1e-4,
-                    precision="fp16", eta=0.02, clip_lr=True, lars_denominator="larc", lr_in_momentum=False,
-                    paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}}),
+        data=Data(
+            train="data/cifar10_train.beton",
+            test="data/cifar10_test.beton",
+            views=views.byol(
+                32, blur=(0.0, 0.0), solarize=(0.1, 0.1), scale=(0.2, 1.0), interpolation="bicubic", **views.CIFAR10
+            ),
+        ),
+        optim=Optim(
+            name="lars",
+            lr=0.3,
+            base_batch=256,
+            batch=256,
+            epochs=200,
+            warmup_epochs=10,
+            weight_decay=1e-4,
+            precision="fp16",
+            eta=0.02,
+            clip_lr=True,
+            lars_denominator="larc",
+            lr_in_momentum=False,
+            paramwise={"ndim<=1": {"weight_decay": 0.0, "lars_exclude": True}},
+        ),
         log=Log(knn_epochs=20, probe=True),
         sync_bn=True,
     )

@@ -111,13 +111,22 @@ def default_out(subject, name: str, args: argparse.Namespace) -> str | None:
     recipe = getattr(args, "recipe", None)
     target, data = Path(args.target), subject.run["data"]
     percent, subset = getattr(args, "percent", None), getattr(args, "subset", None)
-    parts = [name, recipe if recipe != "probe" else None, "low_shot" if getattr(args, "low_shot", False) else None,
-             f"{percent:g}percent" if percent else None, Path(subset).stem if subset not in (None, "all") else None,
-             "coco" if getattr(args, "coco", None) else None,
-             args.features if args.features != "weights" else None, args.which,
-             target.name if target.resolve() != folder.resolve() else None]  # fmt: skip
-    parts += [Path(given).stem for given, own in ((args.train, data.get("bank") or data.get("train")),
-                                                  (args.test, data.get("test"))) if given and given != own]  # fmt: skip
+    parts = [
+        name,
+        recipe if recipe != "probe" else None,
+        "low_shot" if getattr(args, "low_shot", False) else None,
+        f"{percent:g}percent" if percent else None,
+        Path(subset).stem if subset not in (None, "all") else None,
+        "coco" if getattr(args, "coco", None) else None,
+        args.features if args.features != "weights" else None,
+        args.which,
+        target.name if target.resolve() != folder.resolve() else None,
+    ]
+    parts += [
+        Path(given).stem
+        for given, own in ((args.train, data.get("bank") or data.get("train")), (args.test, data.get("test")))
+        if given and given != own
+    ]
     return str(folder / "eval" / ("-".join(filter(None, parts)) + ".json"))
 
 
@@ -127,13 +136,22 @@ def table(results: list[dict]) -> str:
     used = [key for key in METRICS if any(key in row for _, row in lines)]
     rows = [["protocol", "setting", *(METRICS[key] for key in used)]]
     for result, row in lines:
-        setting = " ".join(f"{key}={value:g}" if isinstance(value, (int, float)) else f"{key}={value}"
-                           for key, value in row.items() if key not in METRICS)  # fmt: skip
+        setting = " ".join(
+            f"{key}={value:g}" if isinstance(value, (int, float)) else f"{key}={value}"
+            for key, value in row.items()
+            if key not in METRICS
+        )
         rows.append([result["protocol"], setting, *(f"{row[key]:.2f}" if key in row else "" for key in used)])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([*(cell.ljust(w) for cell, w in zip(row[:2], widths)),
-                                *(cell.rjust(w) for cell, w in zip(row[2:], widths[2:]))]).rstrip()
-                     for row in rows)  # fmt: skip
+    return "\n".join(
+        "  ".join(
+            [
+                *(cell.ljust(w) for cell, w in zip(row[:2], widths)),
+                *(cell.rjust(w) for cell, w in zip(row[2:], widths[2:])),
+            ]
+        ).rstrip()
+        for row in rows
+    )
 
 
 def _write(path: str, result: dict) -> None:

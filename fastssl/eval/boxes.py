@@ -20,8 +20,28 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-VOC = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
-       "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")  # fmt: skip
+VOC = (
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+)
 
 
 @dataclass
@@ -36,16 +56,27 @@ class Picture:
     crowd: list[bool] = field(default_factory=list)  # COCO: a region of many objects, not trained on
     difficult: list[bool] = field(default_factory=list)  # VOC: trained on, neither right nor wrong in a test
 
-    def add(self, where: str, box: tuple[float, ...], label: int, *, area: float | None = None, crowd: bool = False,
-            difficult: bool = False, drop_empty: bool = False) -> None:  # fmt: skip
+    def add(
+        self,
+        where: str,
+        box: tuple[float, ...],
+        label: int,
+        *,
+        area: float | None = None,
+        crowd: bool = False,
+        difficult: bool = False,
+        drop_empty: bool = False,
+    ) -> None:
         x0, y0, x1, y1 = box
         if not all(map(math.isfinite, box)):
             raise ValueError(f"{where}: the box {box} is not finite")
         if x1 <= x0 or y1 <= y0:
             if drop_empty:
                 return
-            raise ValueError(f"{where}: the box {box} (x0, y0, x1, y1) has no area: repair it, or leave such boxes out "
-                             "with --drop-empty")  # fmt: skip
+            raise ValueError(
+                f"{where}: the box {box} (x0, y0, x1, y1) has no area: repair it, or leave such boxes out "
+                "with --drop-empty"
+            )
         self.boxes.append(box)
         self.labels.append(label)
         self.areas.append((x1 - x0) * (y1 - y0) if area is None else area)
@@ -60,8 +91,10 @@ class Picture:
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"{self.file} does not decode: {error}") from None
         if self.size and pixels.shape[:2] != self.size[::-1]:
-            raise ValueError(f"{self.file} is {pixels.shape[1]} x {pixels.shape[0]} and its annotation says "
-                             f"{self.size[0]} x {self.size[1]}: the boxes are another image's")  # fmt: skip
+            raise ValueError(
+                f"{self.file} is {pixels.shape[1]} x {pixels.shape[0]} and its annotation says "
+                f"{self.size[0]} x {self.size[1]}: the boxes are another image's"
+            )
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
     def target(self, flip: bool, width: int) -> dict[str, Tensor]:
@@ -73,9 +106,6 @@ class Picture:
         return {"boxes": boxes, "labels": torch.tensor([self.labels[i] for i in rows], dtype=torch.int64)}
 
 
-# ---- PASCAL VOC ------------------------------------------------------------------------------------------------------
-
-
 def read_voc(root: str, splits: tuple[str, ...], classes: tuple[str, ...] = VOC, drop_empty: bool = False):
     """Pictures of `splits` such as "VOC2007/trainval" of a VOCdevkit: YEAR/ImageSets/Main/SPLIT.txt,
     YEAR/Annotations/ID.xml, YEAR/JPEGImages/ID.jpg."""
@@ -85,8 +115,9 @@ def read_voc(root: str, splits: tuple[str, ...], classes: tuple[str, ...] = VOC,
         base = Path(root) / year
         listed = base / "ImageSets" / "Main" / f"{name}.txt"
         if not listed.is_file():
-            raise ValueError(f"there is no {listed}: --voc is the folder that holds VOC2007, and splits are such as "
-                             "VOC2007/trainval")  # fmt: skip
+            raise ValueError(
+                f"there is no {listed}: --voc is the folder that holds VOC2007, and splits are such as VOC2007/trainval"
+            )
         ids = [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
         if not ids:
             raise ValueError(f"{listed} lists no image")
@@ -110,12 +141,19 @@ def _voc(base: Path, name: str, classes: tuple[str, ...], drop_empty: bool) -> P
     for item in tree.findall("object"):
         label = (item.findtext("name") or "").strip()
         if label not in classes:
-            raise ValueError(f"{file}: {label!r} is none of the {len(classes)} classes ({', '.join(classes[:3])}, "
-                             "...): name all with --classes")  # fmt: skip
+            raise ValueError(
+                f"{file}: {label!r} is none of the {len(classes)} classes ({', '.join(classes[:3])}, "
+                "...): name all with --classes"
+            )
         box = [_number(file, item, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
         difficult = item.find("difficult") is not None and _number(file, item, "difficult") != 0
-        picture.add(str(file), (box[0] - 1, box[1] - 1, box[2], box[3]), classes.index(label) + 1, difficult=difficult,
-                    drop_empty=drop_empty)  # fmt: skip
+        picture.add(
+            str(file),
+            (box[0] - 1, box[1] - 1, box[2], box[3]),
+            classes.index(label) + 1,
+            difficult=difficult,
+            drop_empty=drop_empty,
+        )
     return picture
 
 
@@ -126,9 +164,6 @@ def _number(file: Path, node: ElementTree.Element, path: str) -> float:
     except (TypeError, ValueError):
         what = "has no" if text is None else f"has {text.strip()!r} for"
         raise ValueError(f"{file} {what} {node.tag}/{path}") from None
-
-
-# ---- COCO ------------------------------------------------------------------------------------------------------------
 
 
 def read_coco(root: str, split: str, drop_empty: bool = False) -> tuple[list[Picture], tuple[str, ...]]:
@@ -149,8 +184,14 @@ def read_coco(root: str, split: str, drop_empty: bool = False) -> tuple[list[Pic
             if a["image_id"] not in pictures:
                 raise ValueError(f"{where}: there is no image {a['image_id']}")
             x, y, w, h = map(float, a["bbox"])
-            pictures[a["image_id"]].add(where, (x, y, x + w, y + h), label[a["category_id"]], area=a.get("area"),
-                                        crowd=bool(a.get("iscrowd", 0)), drop_empty=drop_empty)  # fmt: skip
+            pictures[a["image_id"]].add(
+                where,
+                (x, y, x + w, y + h),
+                label[a["category_id"]],
+                area=a.get("area"),
+                crowd=bool(a.get("iscrowd", 0)),
+                drop_empty=drop_empty,
+            )
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is no JSON: {error}") from None
     except (KeyError, TypeError) as error:
@@ -162,9 +203,6 @@ def read_coco(root: str, split: str, drop_empty: bool = False) -> tuple[list[Pic
     if missing:
         raise ValueError(f"{len(missing)} images of {file} are missing, such as {missing[0]}")
     return list(pictures.values()), tuple(known.values())
-
-
-# ---- average precision -----------------------------------------------------------------------------------------------
 
 
 def average_precision(pictures: list[Picture], classes: int, found: np.ndarray, eleven: bool = False) -> dict:
@@ -189,17 +227,41 @@ def average_precision(pictures: list[Picture], classes: int, found: np.ndarray, 
             return out
 
     truth, guess = COCO(), COCO()
-    common = {"images": [{"id": i} for i in range(len(pictures))],
-              "categories": [{"id": c + 1} for c in range(classes)]}  # fmt: skip
+    common = {
+        "images": [{"id": i} for i in range(len(pictures))],
+        "categories": [{"id": c + 1} for c in range(classes)],
+    }
     objects = [(i, p, k) for i, p in enumerate(pictures) for k in range(len(p.boxes))]
-    truth.dataset = {**common, "annotations": [
-        {"id": n, "image_id": i, "category_id": p.labels[k], "bbox": _xywh(p.boxes[k]), "area": p.areas[k],
-         "iscrowd": int(p.crowd[k] or p.difficult[k]), "difficult": p.difficult[k]}
-        for n, (i, p, k) in enumerate(objects, 1)]}  # fmt: skip
-    guess.dataset = {**common, "annotations": [
-        {"id": n, "image_id": int(row[0]), "category_id": int(row[1]), "score": row[2], "bbox": _xywh(row[3:]),
-         "area": (row[5] - row[3]) * (row[6] - row[4]), "iscrowd": 0}
-        for n, row in enumerate(found.tolist(), 1)]}  # fmt: skip
+    truth.dataset = {
+        **common,
+        "annotations": [
+            {
+                "id": n,
+                "image_id": i,
+                "category_id": p.labels[k],
+                "bbox": _xywh(p.boxes[k]),
+                "area": p.areas[k],
+                "iscrowd": int(p.crowd[k] or p.difficult[k]),
+                "difficult": p.difficult[k],
+            }
+            for n, (i, p, k) in enumerate(objects, 1)
+        ],
+    }
+    guess.dataset = {
+        **common,
+        "annotations": [
+            {
+                "id": n,
+                "image_id": int(row[0]),
+                "category_id": int(row[1]),
+                "score": row[2],
+                "bbox": _xywh(row[3:]),
+                "area": (row[5] - row[3]) * (row[6] - row[4]),
+                "iscrowd": 0,
+            }
+            for n, row in enumerate(found.tolist(), 1)
+        ],
+    }
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         truth.createIndex()
         guess.createIndex()

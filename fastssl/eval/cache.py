@@ -36,8 +36,9 @@ ELSEWHERE = "give --cache DIR elsewhere, or --no-cache"
 STALE = 24 * 3600  # seconds after which an unfinished temporary shard is nobody's
 
 
-def features(folder: Path, backbone: nn.Module, loader, view: View, layers: tuple[str, ...], precision: str,
-             weights: str = "") -> tuple[Tensor, ...]:  # fmt: skip
+def features(
+    folder: Path, backbone: nn.Module, loader, view: View, layers: tuple[str, ...], precision: str, weights: str = ""
+) -> tuple[Tensor, ...]:
     """What features.extract returns, bit for bit, from the shards in `folder` and, of those missing, computed.
 
     `weights` says in words what they are, for the manifest.  ValueError when a feature is NaN or infinite.
@@ -59,8 +60,16 @@ def labels(loader) -> Tensor:
     return torch.from_numpy(loader.labels()).to(loader.device)
 
 
-def visit(folder: Path | None, backbone: nn.Module, loader, view: View, layers: tuple[str, ...], precision: str,
-          take: Callable[[int, list[Tensor]], None], weights: str = "") -> None:  # fmt: skip
+def visit(
+    folder: Path | None,
+    backbone: nn.Module,
+    loader,
+    view: View,
+    layers: tuple[str, ...],
+    precision: str,
+    take: Callable[[int, list[Tensor]], None],
+    weights: str = "",
+) -> None:
     """`features` shard by shard, for sets that no memory holds: take(first row, [(n, dim) of each layer]) on all ranks
     for every shard, those that were kept before the others.  No folder: none is kept.
     """
@@ -86,13 +95,27 @@ class Store:
     def __init__(self, folder: Path, backbone: nn.Module, loader, view: View, layers, precision, sizes, weights):
         self.layers, self.sizes, self.samples = layers, sizes, loader.samples
         spec = dataclasses.asdict(backbone.spec) if hasattr(backbone, "spec") else repr(backbone)
-        facts = {"format": FORMAT, "fastssl": version("fastssl"), "weights": hash_weights(backbone),
-                 "data": hash_data(loader), "view": dataclasses.asdict(view), "layers": layers, "precision": precision,
-                 "backbone": spec}  # fmt: skip
+        facts = {
+            "format": FORMAT,
+            "fastssl": version("fastssl"),
+            "weights": hash_weights(backbone),
+            "data": hash_data(loader),
+            "view": dataclasses.asdict(view),
+            "layers": layers,
+            "precision": precision,
+            "backbone": spec,
+        }
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = folder / key
-        self.about = {**facts, "of": weights, "file": loader.path, "samples": loader.samples, "rows": ROWS,
-                      "dims": dict(zip(layers, sizes)), "dtype": "float32"}  # fmt: skip
+        self.about = {
+            **facts,
+            "of": weights,
+            "file": loader.path,
+            "samples": loader.samples,
+            "rows": ROWS,
+            "dims": dict(zip(layers, sizes)),
+            "dtype": "float32",
+        }
 
     def shard(self, k: int) -> Path:
         return self.folder / f"{k:05d}"
@@ -192,14 +215,25 @@ def _read(store: Store | None, k: int, sizes: list[int], loader, take) -> bool:
     parts = store.read(k) if store else None
     if not dist.broadcast_(torch.tensor([parts is not None], dtype=torch.uint8, device=dist.device())):
         return False
-    rows = ([torch.from_numpy(part).to(loader.device) for part in parts] if parts else
-            [torch.empty(stop - first, dim, device=loader.device) for dim in sizes])  # fmt: skip
+    rows = (
+        [torch.from_numpy(part).to(loader.device) for part in parts]
+        if parts
+        else [torch.empty(stop - first, dim, device=loader.device) for dim in sizes]
+    )
     take(first, [dist.broadcast_(part) for part in rows])
     return True
 
 
-def _compute(store: Store | None, missing: list[int], backbone: nn.Module, loader, view: View, layers: tuple[str, ...],
-             precision: str, take) -> None:  # fmt: skip
+def _compute(
+    store: Store | None,
+    missing: list[int],
+    backbone: nn.Module,
+    loader,
+    view: View,
+    layers: tuple[str, ...],
+    precision: str,
+    take,
+) -> None:
     on_main(lambda: store and store.room(len(missing)))
     for run in _runs(missing):
         start, stop = run[0] * ROWS // loader.batch, -(-min((run[-1] + 1) * ROWS, loader.samples) // loader.batch)
@@ -220,15 +254,19 @@ def _emit(store: Store | None, k: int, mine: list[Tensor], loader, take) -> None
     *parts, _, index = (dist.gather_ragged(part) for part in mine)
     order = index.argsort()
     if not torch.equal(index[order], torch.arange(first, stop, device=index.device)):
-        raise ValueError(f"{loader.path}: the ranks gave {len(index)} samples that are not {first} to {stop - 1}, each "
-                         "once; were all given the same file?")  # fmt: skip
+        raise ValueError(
+            f"{loader.path}: the ranks gave {len(index)} samples that are not {first} to {stop - 1}, each "
+            "once; were all given the same file?"
+        )
     parts = [part[order] for part in parts]
     for part in parts:
         bad = ~part.isfinite().all(1)
         if bad.any():
-            raise ValueError(f"{loader.path}: features of {int(bad.sum())} samples are NaN or infinite (first: sample "
-                             f"{first + int(bad.nonzero()[0])}): the training diverged, or precision is too low; "
-                             "nothing of them was kept")  # fmt: skip
+            raise ValueError(
+                f"{loader.path}: features of {int(bad.sum())} samples are NaN or infinite (first: sample "
+                f"{first + int(bad.nonzero()[0])}): the training diverged, or precision is too low; "
+                "nothing of them was kept"
+            )
     on_main(lambda: store and store.write(k, [part.cpu().numpy() for part in parts]))
     take(first, parts)
 

@@ -30,8 +30,10 @@ def match(train: Loader, test: Loader, labelled: str = "all") -> None:
         raise ValueError(f"{train.path} has {one} an image and {test.path} {other}: they cannot be compared")
     known, found = _count(train, y), _count(test, test_y)
     if y.ndim == 1 and known == 1 and labelled != "none":
-        raise ValueError(f"{train.path} has one class{_named(train)}, so that every answer would be right: convert a "
-                         "folder in which each class has a folder of its own")  # fmt: skip
+        raise ValueError(
+            f"{train.path} has one class{_named(train)}, so that every answer would be right: convert a "
+            "folder in which each class has a folder of its own"
+        )
     names, test_names = list(train.classes or ()), list(test.classes or ())
     if names and names == test_names:
         return
@@ -39,39 +41,52 @@ def match(train: Loader, test: Loader, labelled: str = "all") -> None:
         return _by_name(train, test, y.ndim == 2)
     if names and test_names and not _plain(names) and not _plain(test_names):
         strange = [name for name in test_names if name not in names]
-        why = (f"{_some(strange)} of the first {'is' if len(strange) == 1 else 'are'} not among {_some(names)} of the "
-               "second" if strange else "some names occur twice")  # fmt: skip
+        why = (
+            f"{_some(strange)} of the first {'is' if len(strange) == 1 else 'are'} not among {_some(names)} of the "
+            "second"
+            if strange
+            else "some names occur twice"
+        )
         raise ValueError(f"{test.path} and {train.path} have other classes: {why}; give files of one data set")
     # A folder that lacks a class numbers the later ones lower, and without names on the other side nobody would see it.
     if found > known or (found < known and test_names and not _plain(test_names)):
-        raise ValueError(f"{test.path} has {found} classes{_named(test)} and {train.path} {known}{_named(train)}: "
-                         "without class names in both files they are compared by number, and these numbers do not "
-                         "agree; convert both from class folders")  # fmt: skip
+        raise ValueError(
+            f"{test.path} has {found} classes{_named(test)} and {train.path} {known}{_named(train)}: "
+            "without class names in both files they are compared by number, and these numbers do not "
+            "agree; convert both from class folders"
+        )
     bare, other = (test, train) if names and not _plain(names) else (train, test)
     if other.classes and not _plain(other.classes):
         first = ", ".join(f"{i} = {name}" for i, name in enumerate(other.classes[:3]))
-        _say(f"{bare.path} has no class names: its labels are taken as numbers of the classes of {other.path} "
-             f"({first}{', ...' if len(other.classes) > 3 else ''})")  # fmt: skip
+        _say(
+            f"{bare.path} has no class names: its labels are taken as numbers of the classes of {other.path} "
+            f"({first}{', ...' if len(other.classes) > 3 else ''})"
+        )
 
 
 def _check_labels(loader: Loader, labels: np.ndarray, strict: bool) -> None:
     missing = int((labels < 0).sum()) if labels.ndim == 1 else 0
     if missing == len(labels) or (strict and missing):
         count = "no labels" if missing == len(labels) else f"{missing} of {len(labels)} images without label"
-        raise ValueError(f"{loader.path} has {count}, and this needs the class of each image: convert labelled data, "
-                         "such as a folder in which each class has a folder")  # fmt: skip
+        raise ValueError(
+            f"{loader.path} has {count}, and this needs the class of each image: convert labelled data, "
+            "such as a folder in which each class has a folder"
+        )
     top = labels.shape[1] - 1 if labels.ndim == 2 else int(labels.max())
     if loader.classes and top >= len(loader.classes):
-        raise ValueError(f"{loader.path} has label {top}, and its data card names {len(loader.classes)} classes: "
-                         "convert it again")  # fmt: skip
+        raise ValueError(
+            f"{loader.path} has label {top}, and its data card names {len(loader.classes)} classes: convert it again"
+        )
 
 
 def _by_name(train: Loader, test: Loader, multi: bool) -> None:
     names, test_names = train.classes, test.classes
     lacking = [name for name in names if name not in test_names]
     if multi and lacking:
-        raise ValueError(f"{test.path} does not have the labels {_some(lacking)} of {train.path}: with several labels "
-                         "an image both files must have the same")  # fmt: skip
+        raise ValueError(
+            f"{test.path} does not have the labels {_some(lacking)} of {train.path}: with several labels "
+            "an image both files must have the same"
+        )
     test.relabel(np.array([names.index(name) for name in test_names]), names)
     what = f"it lacks {_some(lacking)}, {len(lacking)} of {len(names)}" if lacking else "they are in another order"
     _say(f"{test.path}: its classes are matched by name with those of {train.path} ({what})")

@@ -18,8 +18,9 @@ NAMES = ("head", "fc", "fc_cls", "classifier", "linear")  # last word of the lay
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--head", metavar="NAME",
-                        help="the linear layer's name in the file, e.g. head.fc_cls; default: found")
+    parser.add_argument(
+        "--head", metavar="NAME", help="the linear layer's name in the file, e.g. head.fc_cls; default: found"
+    )
 
 
 def run(subject: Subject, args: argparse.Namespace) -> dict:
@@ -36,15 +37,25 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
 
 def head(file: str, state: dict[str, Tensor], dim: int, name: str | None = None) -> tuple[Tensor, Tensor]:
     """(C, dim) and (C,) of the linear classifier on the backbone's features in a file."""
-    found = [key[: -len(".weight")] for key, value in state.items() if key.endswith(".weight")
-             and value.ndim == 2 and value.shape[1] == dim and f"{key[:-len('weight')]}bias" in state]  # fmt: skip
+    found = [
+        key[: -len(".weight")]
+        for key, value in state.items()
+        if key.endswith(".weight")
+        and value.ndim == 2
+        and value.shape[1] == dim
+        and f"{key[: -len('weight')]}bias" in state
+    ]
     named = [key for key in found if (f".{key}".endswith(f".{name}") if name else key.split(".")[-1] in NAMES)]
     if name and not named:
-        raise ValueError(f"--head {name}: {file} has no such linear layer on {dim} features"
-                         + (f"; it has {', '.join(found)}" if found else ""))
+        raise ValueError(
+            f"--head {name}: {file} has no such linear layer on {dim} features"
+            + (f"; it has {', '.join(found)}" if found else "")
+        )
     if len(named) != 1:
-        raise ValueError(f"{file} holds {len(named)} classifiers on {dim} features ({', '.join(named) or 'none'}): "
-                         + ("choose one with --head" if named else "`fastssl eval linear` trains one"))
+        raise ValueError(
+            f"{file} holds {len(named)} classifiers on {dim} features ({', '.join(named) or 'none'}): "
+            + ("choose one with --head" if named else "`fastssl eval linear` trains one")
+        )
     return state[f"{named[0]}.weight"].float(), state[f"{named[0]}.bias"].float()
 
 
@@ -54,8 +65,10 @@ def classify(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> 
     check("test set", features, labels)
     classes = len(weight)
     if int(labels.max()) >= classes:
-        raise ValueError(f"the test set has class {int(labels.max())}, the classifier {classes} classes (0 to "
-                         f"{classes - 1}): is it of the same data?")
+        raise ValueError(
+            f"the test set has class {int(labels.max())}, the classifier {classes} classes (0 to "
+            f"{classes - 1}): is it of the same data?"
+        )
     scores = features @ weight.T + bias
     tops = (1, 5) if classes > 5 else (1,)
     row = {f"top{n}": 100 * hits(scores, labels, n).sum().item() / len(labels) for n in tops}

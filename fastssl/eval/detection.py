@@ -57,10 +57,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--train-batch", type=int, default=16, help="images of all ranks together")
     add("--lr", type=float, default=0.02, help="for 16 images, scaled linearly")
     add("--weight-decay", type=float, default=1e-4, help="not of norms")
-    add("--bn", choices=("sync", "frozen"), default="sync",
-        help="batch norm over all ranks, also in the pyramid (MoCo), or as pretrained")
-    add("--min-size", type=numbers(int), help="short sides drawn from in training, the last in tests; default: 480 to "
-                                              "800 by 32 for VOC, from 640 for COCO")
+    add(
+        "--bn",
+        choices=("sync", "frozen"),
+        default="sync",
+        help="batch norm over all ranks, also in the pyramid (MoCo), or as pretrained",
+    )
+    add(
+        "--min-size",
+        type=numbers(int),
+        help="short sides drawn from in training, the last in tests; default: 480 to "
+        "800 by 32 for VOC, from 640 for COCO",
+    )
     add("--max-size", type=int, default=1333, help="of the long side")
 
 
@@ -70,24 +78,61 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
     train, test, classes = read(args)
     steps, milestones, warmup = schedule(args)
     sizes = args.min_size or tuple(range(480 if args.voc else 640, 801, 32))
-    model = build(subject.backbone, len(classes), bn=args.bn, min_size=sizes, max_size=args.max_size,
-                  mean=subject.view.mean, std=subject.view.std, seed=args.seed)  # fmt: skip
-    optim = Optim(name="sgd", lr=args.lr, base_batch=16, batch=args.train_batch, epochs=steps, momentum=0.9,
-                  weight_decay=args.weight_decay, schedule="step", milestones=milestones, gamma=0.1,
-                  warmup_epochs=warmup, warmup_ratio=1e-3, precision=args.precision,
-                  paramwise=without_decay(model))  # fmt: skip
+    model = build(
+        subject.backbone,
+        len(classes),
+        bn=args.bn,
+        min_size=sizes,
+        max_size=args.max_size,
+        mean=subject.view.mean,
+        std=subject.view.std,
+        seed=args.seed,
+    )
+    optim = Optim(
+        name="sgd",
+        lr=args.lr,
+        base_batch=16,
+        batch=args.train_batch,
+        epochs=steps,
+        momentum=0.9,
+        weight_decay=args.weight_decay,
+        schedule="step",
+        milestones=milestones,
+        gamma=0.1,
+        warmup_epochs=warmup,
+        warmup_ratio=1e-3,
+        precision=args.precision,
+        paramwise=without_decay(model),
+    )
     with ThreadPoolExecutor(args.workers or 4, "decode") as pool:
         fit(model, train, optim, device=args.device, pool=pool, seed=args.seed)
-        found = detect(model, test, device=args.device, pool=pool, batch=max(1, args.train_batch // dist.world()),
-                       precision=args.precision)  # fmt: skip
+        found = detect(
+            model,
+            test,
+            device=args.device,
+            pool=pool,
+            batch=max(1, args.train_batch // dist.world()),
+            precision=args.precision,
+        )
     data = "VOC" if args.voc else "COCO"
     rows = [{"data": data, "metric": "coco", **boxes.average_precision(test, len(classes), found)}]
     if args.voc:
         rows += [{"data": data, "metric": "voc07", **boxes.average_precision(test, len(classes), found, eleven=True)}]
-    options = {"steps": steps, "milestones": list(milestones), "warmup_steps": warmup, "lr": args.lr,
-               "batch": args.train_batch, "weight_decay": args.weight_decay, "bn": args.bn, "min_size": list(sizes),
-               "max_size": args.max_size, "seed": args.seed, "train": len(train), "test": len(test),
-               "classes": len(classes)}  # fmt: skip
+    options = {
+        "steps": steps,
+        "milestones": list(milestones),
+        "warmup_steps": warmup,
+        "lr": args.lr,
+        "batch": args.train_batch,
+        "weight_decay": args.weight_decay,
+        "bn": args.bn,
+        "min_size": list(sizes),
+        "max_size": args.max_size,
+        "seed": args.seed,
+        "train": len(train),
+        "test": len(test),
+        "classes": len(classes),
+    }
     return {"protocol": "detection", "options": options, "results": rows}
 
 
@@ -119,8 +164,10 @@ def read(args: argparse.Namespace) -> tuple[list[Picture], list[Picture], tuple[
     if args.voc:
         classes = tuple(args.classes.split(",")) if args.classes else boxes.VOC
         train_splits = (args.train_split or "VOC2007/trainval,VOC2012/trainval").split(",")
-        both = [boxes.read_voc(args.voc, tuple(splits), classes, args.drop_empty)
-                for splits in (train_splits, (args.test_split or "VOC2007/test").split(","))]  # fmt: skip
+        both = [
+            boxes.read_voc(args.voc, tuple(splits), classes, args.drop_empty)
+            for splits in (train_splits, (args.test_split or "VOC2007/test").split(","))
+        ]
     else:
         splits = args.train_split or "train2017", args.test_split or "val2017"
         (train, classes), (test, others) = (boxes.read_coco(args.coco, split, args.drop_empty) for split in splits)
@@ -141,18 +188,21 @@ def schedule(args: argparse.Namespace) -> tuple[int, tuple[float, ...], int]:
     return args.steps, tuple(round(m * args.steps / steps) for m in milestones), warmup * args.steps // steps
 
 
-# ---- the network -----------------------------------------------------------------------------------------------------
-
-
-def build(backbone: ResNet, classes: int, *, bn: str, min_size: tuple[int, ...], max_size: int, mean, std,
-          seed: int) -> FasterRCNN:  # fmt: skip
+def build(
+    backbone: ResNet, classes: int, *, bn: str, min_size: tuple[int, ...], max_size: int, mean, std, seed: int
+) -> FasterRCNN:
     """Faster R-CNN with a feature pyramid on a copy of `backbone`, whose layer1 to layer4 it sees."""
     torch.manual_seed(seed)
     net = copy.deepcopy(backbone)
     if bn == "frozen":
         freeze(net)
-    body = BackboneWithFPN(net, {f"layer{i}": str(i - 1) for i in range(1, 5)}, list(net.stages[1:]), CHANNELS,
-                           norm_layer=nn.BatchNorm2d if bn == "sync" else None)  # fmt: skip
+    body = BackboneWithFPN(
+        net,
+        {f"layer{i}": str(i - 1) for i in range(1, 5)},
+        list(net.stages[1:]),
+        CHANNELS,
+        norm_layer=nn.BatchNorm2d if bn == "sync" else None,
+    )
     return FasterRCNN(body, classes + 1, min_size=min_size, max_size=max_size, image_mean=mean, image_std=std)
 
 
@@ -170,16 +220,18 @@ def freeze(module: nn.Module) -> None:
 def without_decay(model: nn.Module) -> dict[str, dict]:
     """optim.paramwise that exempts norms, as detectron2's WEIGHT_DECAY_NORM = 0 does (biases of others decay)."""
     kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
-    names = [f"{name}.{own}" for name, m in model.named_modules() if isinstance(m, kinds)
-             for own, _ in m.named_parameters(recurse=False)]  # fmt: skip
+    names = [
+        f"{name}.{own}"
+        for name, m in model.named_modules()
+        if isinstance(m, kinds)
+        for own, _ in m.named_parameters(recurse=False)
+    ]
     return {f"^({'|'.join(map(re.escape, names))})$": {"weight_decay": 0.0}} if names else {}
 
 
-# ---- training and detecting ------------------------------------------------------------------------------------------
-
-
-def fit(model: FasterRCNN, pictures: list[Picture], optim: Optim, *, device, pool: ThreadPoolExecutor,
-        seed: int) -> None:  # fmt: skip
+def fit(
+    model: FasterRCNN, pictures: list[Picture], optim: Optim, *, device, pool: ThreadPoolExecutor, seed: int
+) -> None:
     """Train `model` in place for optim.epochs steps (milestones and warm-up are steps, too)."""
     dtype = DTYPES[optim.precision]
     model = norm.convert_sync_bn(model.to(device), device).train()
@@ -208,8 +260,9 @@ def fit(model: FasterRCNN, pictures: list[Picture], optim: Optim, *, device, poo
                 print(f"step {step + 1}/{optim.epochs}: loss {mean:.4f}", flush=True)
 
 
-def batches(pictures: list[Picture], batch: int, steps: int, pool: ThreadPoolExecutor,
-            seed: int) -> Iterator[tuple[list[Tensor], list[dict]]]:  # fmt: skip
+def batches(
+    pictures: list[Picture], batch: int, steps: int, pool: ThreadPoolExecutor, seed: int
+) -> Iterator[tuple[list[Tensor], list[dict]]]:
     """This rank's share of `steps` batches: permutation after permutation, half of the images mirrored."""
     share = batch // dist.world()
     order: dict[int, np.ndarray] = {}
@@ -233,8 +286,9 @@ def batches(pictures: list[Picture], batch: int, steps: int, pool: ThreadPoolExe
 
 
 @torch.no_grad()
-def detect(model: FasterRCNN, pictures: list[Picture], *, device, pool: ThreadPoolExecutor, batch: int,
-           precision: str) -> np.ndarray:  # fmt: skip
+def detect(
+    model: FasterRCNN, pictures: list[Picture], *, device, pool: ThreadPoolExecutor, batch: int, precision: str
+) -> np.ndarray:
     """float64 (n, 7) rows of picture, label, score, x0, y0, x1, y1 in order of the pictures, those of all ranks."""
     model.eval()
     dtype, rows = DTYPES[precision], [torch.zeros(0, 7, dtype=torch.float64, device=device)]
@@ -245,8 +299,12 @@ def detect(model: FasterRCNN, pictures: list[Picture], *, device, pool: ThreadPo
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             found = model(images)
         for i, out in zip(part, found):
-            columns = [torch.full_like(out["scores"], i)[:, None].double(), out["labels"][:, None].double(),
-                       out["scores"][:, None].double(), out["boxes"].double()]  # fmt: skip
+            columns = [
+                torch.full_like(out["scores"], i)[:, None].double(),
+                out["labels"][:, None].double(),
+                out["scores"][:, None].double(),
+                out["boxes"].double(),
+            ]
             rows.append(torch.cat(columns, 1))
     rows = dist.gather_ragged(torch.cat(rows)).cpu().numpy()
     return rows[np.argsort(rows[:, 0], kind="stable")]

@@ -27,13 +27,24 @@ ELSEWHERE = "give another --folder"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layers", type=lambda text: tuple(text.split(",")), default=("last",),
-                        help="stem,layer1,layer2,layer3,layer4,last (other networks than ResNets: stage1, ...) or all")
+    parser.add_argument(
+        "--layers",
+        type=lambda text: tuple(text.split(",")),
+        default=("last",),
+        help="stem,layer1,layer2,layer3,layer4,last (other networks than ResNets: stage1, ...) or all",
+    )
     parser.add_argument("--only", choices=("train", "test"), help="one of the two files; default: both")
-    parser.add_argument("--to", choices=("npy", "safetensors"), default="npy",
-                        help="a file for each layer and one of the labels, or one of all")
-    parser.add_argument("--squash", action="store_true",
-                        help="the whole image at the view's size instead of a crop, as OpenSelfSup does for VOC07")
+    parser.add_argument(
+        "--to",
+        choices=("npy", "safetensors"),
+        default="npy",
+        help="a file for each layer and one of the labels, or one of all",
+    )
+    parser.add_argument(
+        "--squash",
+        action="store_true",
+        help="the whole image at the view's size instead of a crop, as OpenSelfSup does for VOC07",
+    )
     parser.add_argument("--folder", help="default: eval/ in the run's folder")
     parser.add_argument("--force", action="store_true", help="replace files that are there")
 
@@ -63,8 +74,10 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
             *parts, labels = subject.features(path, layers)
             state = {**dict(zip(layers, parts)), "labels": labels}
             on_main(partial(_write_safetensors, targets[name]["labels"], state, {**about, "file": path}), ELSEWHERE)
-        rows += [{"file": name, "layer": layer, "rows": samples, "dim": dim, "path": str(targets[name][layer])}
-                 for layer, dim in zip(layers, dims)]  # fmt: skip
+        rows += [
+            {"file": name, "layer": layer, "rows": samples, "dim": dim, "path": str(targets[name][layer])}
+            for layer, dim in zip(layers, dims)
+        ]
     return {"protocol": "extract", "options": {"layers": list(layers), "to": args.to}, "results": rows}
 
 
@@ -73,8 +86,9 @@ def _targets(folder: Path, name: str, layers: tuple[str, ...], to: str) -> dict[
     return {part: folder / (f"{name}.safetensors" if to == "safetensors" else f"{name}_{part}.npy") for part in parts}
 
 
-def _write_npy(subject: Subject, path: str, targets: dict[str, Path], layers: tuple[str, ...],
-               shapes: list[tuple[int, int]]) -> None:  # fmt: skip
+def _write_npy(
+    subject: Subject, path: str, targets: dict[str, Path], layers: tuple[str, ...], shapes: list[tuple[int, int]]
+) -> None:
     """A file for each layer that no memory needs to hold: five of ImageNet's training set are 226 GB."""
     loader, files, starts = subject.loader(path), [], []
     with contextlib.ExitStack() as stack:
@@ -96,8 +110,16 @@ def _write_npy(subject: Subject, path: str, targets: dict[str, Path], layers: tu
                 file.write(part.cpu().contiguous().numpy().astype("<f4", copy=False))
 
         on_main(begin, ELSEWHERE)
-        cache.visit(subject.cache_folder(), subject.backbone, loader, subject.view, layers, subject.args.precision,
-                    lambda first, parts: on_main(partial(put, first, parts), ELSEWHERE), subject.weights)  # fmt: skip
+        cache.visit(
+            subject.cache_folder(),
+            subject.backbone,
+            loader,
+            subject.view,
+            layers,
+            subject.args.precision,
+            lambda first, parts: on_main(partial(put, first, parts), ELSEWHERE),
+            subject.weights,
+        )
 
 
 def _write_safetensors(path: Path, parts: dict[str, torch.Tensor], about: dict) -> None:

@@ -38,13 +38,12 @@ class Pixels(nn.Module):
         return x.flatten(1)
 
 
-# ---- layers ----------------------------------------------------------------------------------------------------------
-
-
 def layers_of(backbone: nn.Module) -> tuple[str, ...]:
     """The names of the backbone's layers in order, "last" at the end."""
-    names = [f"layer{i}" if hasattr(backbone, "layer4") else f"stage{i + 1}"
-             for i in range(len(getattr(backbone, "stages", ())))]  # fmt: skip
+    names = [
+        f"layer{i}" if hasattr(backbone, "layer4") else f"stage{i + 1}"
+        for i in range(len(getattr(backbone, "stages", ())))
+    ]
     return (*("stem" if name == "layer0" else name for name in names), "last")
 
 
@@ -52,8 +51,10 @@ def check_layers(backbone: nn.Module, layers: tuple[str, ...]) -> tuple[str, ...
     known = layers_of(backbone)
     wrong = [name for name in layers if name not in known]
     if wrong or not layers or len(set(layers)) < len(layers):
-        raise ValueError(f"layers={','.join(layers)}: {'no ' + wrong[0] if wrong else 'each once'}; this backbone has "
-                         f"{', '.join(known)}")  # fmt: skip
+        raise ValueError(
+            f"layers={','.join(layers)}: {'no ' + wrong[0] if wrong else 'each once'}; this backbone has "
+            f"{', '.join(known)}"
+        )
     return tuple(layers)
 
 
@@ -81,15 +82,20 @@ def shapes(backbone: nn.Module, view: View, layers: tuple[str, ...]) -> list[tor
     """Of one sample's features in each layer, before flattening: (dim,) or (C, g, g)."""
     device = next((p.device for p in backbone.parameters()), None)
     with torch.no_grad(), evaluating(backbone):
-        return [part.shape[1:] for part in forward(backbone, torch.zeros(1, 3, view.size, view.size, device=device),
-                                                   layers)]  # fmt: skip
+        return [
+            part.shape[1:] for part in forward(backbone, torch.zeros(1, 3, view.size, view.size, device=device), layers)
+        ]
 
 
-# ---- extraction ------------------------------------------------------------------------------------------------------
-
-
-def extract(backbone: nn.Module, loader, view: View, *, precision: str = "fp32",
-            layers: tuple[str, ...] = ("last",), kernels: str = "auto") -> tuple[Tensor, ...]:  # fmt: skip
+def extract(
+    backbone: nn.Module,
+    loader,
+    view: View,
+    *,
+    precision: str = "fp32",
+    layers: tuple[str, ...] = ("last",),
+    kernels: str = "auto",
+) -> tuple[Tensor, ...]:
     """float32 features (N, dim) of each layer, then labels (N,) or (N, C), of all samples of `loader`; row i is sample
     i's.
 
@@ -103,13 +109,22 @@ def extract(backbone: nn.Module, loader, view: View, *, precision: str = "fp32",
     *parts, index = (dist.gather_ragged(torch.cat(part)) for part in zip(*batches))
     order = index.argsort()
     if not torch.equal(index[order], torch.arange(loader.samples, device=index.device)):
-        raise ValueError(f"{loader.path}: the loader gave {len(index)} samples that are not 0 to {loader.samples - 1}, "
-                         "each once; were all ranks given the same file?")  # fmt: skip
+        raise ValueError(
+            f"{loader.path}: the loader gave {len(index)} samples that are not 0 to {loader.samples - 1}, "
+            "each once; were all ranks given the same file?"
+        )
     return tuple(part[order] for part in parts)
 
 
-def extract_rows(backbone: nn.Module, loader, view: View, rows: np.ndarray, *, precision: str = "fp32",
-                 layers: tuple[str, ...] = ("last",)) -> tuple[Tensor, ...]:  # fmt: skip
+def extract_rows(
+    backbone: nn.Module,
+    loader,
+    view: View,
+    rows: np.ndarray,
+    *,
+    precision: str = "fp32",
+    layers: tuple[str, ...] = ("last",),
+) -> tuple[Tensor, ...]:
     """As `extract`, of the samples `rows` (different ones) alone, in the order of the file."""
     check_loader(loader)
     stop = -(-len(rows) // loader.batch)
@@ -131,14 +146,23 @@ def check_memory(loader, dims: int) -> None:
     """ValueError on all ranks when a table of the file's rows x `dims` floats does not fit on one of them."""
     need, free = 4 * dims * loader.samples, free_memory(loader.device)
     if dist.sum_(torch.tensor([float(need > free)], device=dist.device())).item():
-        raise ValueError(f"features of {loader.path} need {need / 2**30:.1f} GiB on {loader.device}, and a rank has "
-                         f"less (this one {free / 2**30:.1f} GiB): take fewer --layers, or eval extract --to npy, "
-                         "which holds one shard at a time")  # fmt: skip
+        raise ValueError(
+            f"features of {loader.path} need {need / 2**30:.1f} GiB on {loader.device}, and a rank has "
+            f"less (this one {free / 2**30:.1f} GiB): take fewer --layers, or eval extract --to npy, "
+            "which holds one shard at a time"
+        )
 
 
-def by_step(backbone: nn.Module, loader, view: View, layers: tuple[str, ...], precision: str, start: int = 0,
-            stop: int | None = None,
-            order: np.ndarray | None = None) -> Iterator[tuple[int, list[Tensor]]]:  # fmt: skip
+def by_step(
+    backbone: nn.Module,
+    loader,
+    view: View,
+    layers: tuple[str, ...],
+    precision: str,
+    start: int = 0,
+    stop: int | None = None,
+    order: np.ndarray | None = None,
+) -> Iterator[tuple[int, list[Tensor]]]:
     """(step, [features (n, dim) of each layer, labels, index]) of this rank for the loader's steps from `start` to
     before `stop`; n may be 0.  Nothing before `start` is decoded."""
     pending = None
@@ -153,8 +177,9 @@ def by_step(backbone: nn.Module, loader, view: View, layers: tuple[str, ...], pr
 
 
 @torch.no_grad()
-def _of_batch(backbone: nn.Module, batch, view: View, layers: tuple[str, ...], precision: str,
-              kernels: str = "auto") -> list[Tensor]:  # fmt: skip
+def _of_batch(
+    backbone: nn.Module, batch, view: View, layers: tuple[str, ...], precision: str, kernels: str = "auto"
+) -> list[Tensor]:
     x = make_views(batch.pixels, batch.sizes, batch.index, (view,), seed=0, epoch=0, impl=kernels)[0]
     return [*of_view(backbone, x, layers, precision), batch.label, batch.index]
 
@@ -174,24 +199,25 @@ def _no_rows(backbone: nn.Module, loader, view: View, layers: tuple[str, ...]) -
     return [part.to(loader.device) for part in (*rows, labels, torch.zeros(0, dtype=torch.int64))]
 
 
-# ---- what every protocol does with them ------------------------------------------------------------------------------
-
-
 def check(name: str, features: Tensor, labels: Tensor) -> None:
     """Refuse what would give a number that means nothing."""
     if features.ndim != 2 or len(features) == 0:
         raise ValueError(f"{name}: {len(features)} samples of shape {tuple(features.shape)}; need (N, dim) with N > 0")
     if labels.ndim != 1 or labels.is_floating_point():
-        raise ValueError(f"{name}: labels are {labels.dtype} of shape {tuple(labels.shape)}; this protocol needs one "
-                         "class for each sample, multi-label data has none")  # fmt: skip
+        raise ValueError(
+            f"{name}: labels are {labels.dtype} of shape {tuple(labels.shape)}; this protocol needs one "
+            "class for each sample, multi-label data has none"
+        )
     if len(labels) != len(features):
         raise ValueError(f"{name}: {len(features)} features and {len(labels)} labels")
     if (labels < 0).any():
         raise ValueError(f"{name}: {int((labels < 0).sum())} of {len(labels)} samples have no label (-1)")
     bad = ~features.isfinite().all(1)
     if bad.any():
-        raise ValueError(f"{name}: {int(bad.sum())} of {len(features)} features are NaN or infinite (first: sample "
-                         f"{int(bad.nonzero()[0])}): the training diverged, or precision is too low")  # fmt: skip
+        raise ValueError(
+            f"{name}: {int(bad.sum())} of {len(features)} features are NaN or infinite (first: sample "
+            f"{int(bad.nonzero()[0])}): the training diverged, or precision is too low"
+        )
 
 
 def hits(scores: Tensor, labels: Tensor, n: int) -> Tensor:

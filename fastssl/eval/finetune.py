@@ -18,10 +18,28 @@ from fastssl.eval.subject import Subject
 
 NEEDS = ("train", "test")
 WITHOUT = ("cache", "no_cache")  # what is trained has no features to keep
-TRANSFORMER = {"optimizer": "adamw", "lr": 5e-4, "train_batch": 1024, "epochs": 100, "warmup_epochs": 5.0,
-               "weight_decay": 0.05, "layer_decay": 0.65, "drop_path": 0.1, "smoothing": 0.1}  # fmt: skip
-OTHER = {"optimizer": "sgd", "lr": 0.05, "train_batch": 256, "epochs": 30, "warmup_epochs": 0.0, "weight_decay": 0.0,
-         "layer_decay": 1.0, "drop_path": 0.0, "smoothing": 0.0}  # fmt: skip
+TRANSFORMER = {
+    "optimizer": "adamw",
+    "lr": 5e-4,
+    "train_batch": 1024,
+    "epochs": 100,
+    "warmup_epochs": 5.0,
+    "weight_decay": 0.05,
+    "layer_decay": 0.65,
+    "drop_path": 0.1,
+    "smoothing": 0.1,
+}
+OTHER = {
+    "optimizer": "sgd",
+    "lr": 0.05,
+    "train_batch": 256,
+    "epochs": 30,
+    "warmup_epochs": 0.0,
+    "weight_decay": 0.0,
+    "layer_decay": 1.0,
+    "drop_path": 0.0,
+    "smoothing": 0.0,
+}
 LR_END = 1e-6  # MAE's min_lr
 
 
@@ -45,8 +63,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(subject: Subject, args: argparse.Namespace) -> dict:
     is_transformer = hasattr(getattr(subject.backbone, "body", None), "patch_embed")
-    chosen = {key: getattr(args, key) if getattr(args, key) is not None else value
-              for key, value in (TRANSFORMER if is_transformer else OTHER).items()}  # fmt: skip
+    chosen = {
+        key: getattr(args, key) if getattr(args, key) is not None else value
+        for key, value in (TRANSFORMER if is_transformer else OTHER).items()
+    }
     _check({**chosen, "mixup": args.mixup, "cutmix": args.cutmix, "clip": args.clip})
     backbone = copy.deepcopy(subject.backbone)
     if args.pool:
@@ -59,14 +79,35 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
     if (args.mixup or args.cutmix) and loader.batch // dist.world() // loader.micro % 2:
         raise ValueError("--mixup and --cutmix mix pairs: the images per rank and pass must be even")
     optim = settings(backbone, chosen, args.clip, args.precision)
-    model = tuning.train(backbone, loader, tuning.training_view(subject.view), optim, classes=classes, seed=args.seed,
-                         smoothing=chosen["smoothing"], mixup=args.mixup, cutmix=args.cutmix,
-                         log=lambda text: dist.is_main() and print(text, flush=True))  # fmt: skip
+    model = tuning.train(
+        backbone,
+        loader,
+        tuning.training_view(subject.view),
+        optim,
+        classes=classes,
+        seed=args.seed,
+        smoothing=chosen["smoothing"],
+        mixup=args.mixup,
+        cutmix=args.cutmix,
+        log=lambda text: dist.is_main() and print(text, flush=True),
+    )
     row = tuning.accuracy(model, test, subject.view, classes=classes, precision=args.precision)
-    options = {**chosen, "mixup": args.mixup, "cutmix": args.cutmix, "clip": args.clip, "pool": args.pool,
-               "seed": args.seed, "train": loader.samples, "test": test.samples, "classes": classes}  # fmt: skip
-    return {"protocol": "finetune", "options": options,
-            "results": [{"optimizer": chosen["optimizer"], "epochs": chosen["epochs"], **row}]}  # fmt: skip
+    options = {
+        **chosen,
+        "mixup": args.mixup,
+        "cutmix": args.cutmix,
+        "clip": args.clip,
+        "pool": args.pool,
+        "seed": args.seed,
+        "train": loader.samples,
+        "test": test.samples,
+        "classes": classes,
+    }
+    return {
+        "protocol": "finetune",
+        "options": options,
+        "results": [{"optimizer": chosen["optimizer"], "epochs": chosen["epochs"], **row}],
+    }
 
 
 def settings(backbone, chosen: dict, clip: float, precision: str) -> Optim:
@@ -80,10 +121,21 @@ def settings(backbone, chosen: dict, clip: float, precision: str) -> Optim:
         names = {name for name, _ in backbone.body.named_parameters()}
         paramwise |= {"ndim<=1": {"weight_decay": 0.0}}
         paramwise |= {rf"^backbone\.body\.{name}$": {"weight_decay": 0.0} for name in sorted(exempt & names)}
-    return Optim(name=chosen["optimizer"], nesterov=chosen["optimizer"] == "sgd", lr=lr, base_batch=256, batch=batch,
-                 epochs=chosen["epochs"], weight_decay=chosen["weight_decay"], warmup_epochs=chosen["warmup_epochs"],
-                 warmup_ratio=0.0, lr_end=min(1.0, LR_END / (lr * batch / 256)), clip=clip, precision=precision,
-                 paramwise=paramwise)  # fmt: skip
+    return Optim(
+        name=chosen["optimizer"],
+        nesterov=chosen["optimizer"] == "sgd",
+        lr=lr,
+        base_batch=256,
+        batch=batch,
+        epochs=chosen["epochs"],
+        weight_decay=chosen["weight_decay"],
+        warmup_epochs=chosen["warmup_epochs"],
+        warmup_ratio=0.0,
+        lr_end=min(1.0, LR_END / (lr * batch / 256)),
+        clip=clip,
+        precision=precision,
+        paramwise=paramwise,
+    )
 
 
 def _check(values: dict) -> None:

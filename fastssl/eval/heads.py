@@ -49,17 +49,28 @@ class Recipe:
 
 RECIPES = {
     "moco": Recipe(30.0, 100, milestones=(60, 80), published="test"),
-    "multi": Recipe(0.01, 90, layers=None, milestones=(30, 60, 90), weight_decay=1e-4, nesterov=True, norm=True,
-                    augment="jittered"),
-    "places205": Recipe(0.01, 28, layers=None, milestones=(7, 14, 21), weight_decay=1e-4, nesterov=True, norm=True,
-                        augment="window"),
+    "multi": Recipe(
+        0.01, 90, layers=None, milestones=(30, 60, 90), weight_decay=1e-4, nesterov=True, norm=True, augment="jittered"
+    ),
+    "places205": Recipe(
+        0.01, 28, layers=None, milestones=(7, 14, 21), weight_decay=1e-4, nesterov=True, norm=True, augment="window"
+    ),
     "lars": Recipe(1.6, 90, batch=4096, lars=True, published="test"),
-}  # fmt: skip
+}
 
 
-def run(subject: Subject, name: str, *, rates: tuple[float, ...] | None = None, epochs: int | None = None,
-        batch: int | None = None, layers: tuple[str, ...] | None = None, held_out: float = 0.0,
-        augment: bool = True, say: Callable[[str], None] = lambda text: None) -> dict:  # fmt: skip
+def run(
+    subject: Subject,
+    name: str,
+    *,
+    rates: tuple[float, ...] | None = None,
+    epochs: int | None = None,
+    batch: int | None = None,
+    layers: tuple[str, ...] | None = None,
+    held_out: float = 0.0,
+    augment: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict:
     """The protocol `name` of RECIPES.  Rows: each layer and rate at the last epoch ("selected_on": "none"), the best
     rate and epoch on the test set ("test"), with `held_out` > 0 also on that share of the training set ("held-out",
     then left out of training).
@@ -69,8 +80,13 @@ def run(subject: Subject, name: str, *, rates: tuple[float, ...] | None = None, 
     """
     recipe = RECIPES[name]
     batch, epochs = (own if given is None else given for given, own in ((batch, recipe.batch), (epochs, recipe.epochs)))
-    recipe = replace(recipe, lr=recipe.lr * batch / recipe.batch, batch=batch, epochs=epochs,
-                     milestones=tuple(m * epochs / recipe.epochs for m in recipe.milestones))  # fmt: skip
+    recipe = replace(
+        recipe,
+        lr=recipe.lr * batch / recipe.batch,
+        batch=batch,
+        epochs=epochs,
+        milestones=tuple(m * epochs / recipe.epochs for m in recipe.milestones),
+    )
     rates = (recipe.lr,) if rates is None else tuple(sorted(set(rates)))
     known = features.layers_of(subject.backbone)
     names = features.check_layers(subject.backbone, layers or recipe.layers or known[:-1])
@@ -83,14 +99,16 @@ def run(subject: Subject, name: str, *, rates: tuple[float, ...] | None = None, 
         raise ValueError(f"batch={recipe.batch}: there are {len(kept)} training images; use at most so many")
     sets = {"test": subject.features(subject.test, names)}
     if len(held):
-        sets["held-out"] = features.extract_rows(subject.backbone, evaluation, subject.view, held, layers=names,
-                                                 precision=subject.args.precision)  # fmt: skip
+        sets["held-out"] = features.extract_rows(
+            subject.backbone, evaluation, subject.view, held, layers=names, precision=subject.args.precision
+        )
     for label, (*parts, y) in sets.items():
         for part in parts:
             check(label, part, y)
     shapes = features.shapes(subject.backbone, subject.view, names)
-    heads = [Heads(shape, rates, classes, recipe, subject.args.seed + i, loader.device) for i, shape in
-             enumerate(shapes)]  # fmt: skip
+    heads = [
+        Heads(shape, rates, classes, recipe, subject.args.seed + i, loader.device) for i, shape in enumerate(shapes)
+    ]
     source = live(subject, recipe, loader, names, kept) if augment else cached(subject, recipe, names, kept)
     steps, curve = len(kept) // recipe.batch, []
     for epoch in range(recipe.epochs):
@@ -106,10 +124,21 @@ def run(subject: Subject, name: str, *, rates: tuple[float, ...] | None = None, 
                     row["held_out_top1"] = found["held-out"][j]["top1"]
                 curve.append(row)
                 say(" ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
-    options = {"recipe": name, "published": recipe.published, "epochs": recipe.epochs, "batch": recipe.batch,
-               "milestones": list(recipe.milestones), "weight_decay": recipe.weight_decay, "lars": recipe.lars,
-               "augment": recipe.augment if augment else "none", "held_out": len(held), "seed": subject.args.seed,
-               "train": len(kept), "test": len(sets["test"][-1]), "classes": classes}  # fmt: skip
+    options = {
+        "recipe": name,
+        "published": recipe.published,
+        "epochs": recipe.epochs,
+        "batch": recipe.batch,
+        "milestones": list(recipe.milestones),
+        "weight_decay": recipe.weight_decay,
+        "lars": recipe.lars,
+        "augment": recipe.augment if augment else "none",
+        "held_out": len(held),
+        "seed": subject.args.seed,
+        "train": len(kept),
+        "test": len(sets["test"][-1]),
+        "classes": classes,
+    }
     return {"protocol": "linear", "options": options, "results": results(curve, names), "curve": curve}
 
 
@@ -121,14 +150,28 @@ def results(curve: list[dict], layers: tuple[str, ...]) -> list[dict]:
         chosen = [("none", row) for row in own if row["epoch"] == last] + [("test", max(own, key=lambda r: r["top1"]))]
         if "held_out_top1" in own[0]:
             chosen.append(("held-out", max(own, key=lambda r: r["held_out_top1"])))
-        rows += [{"layer": layer, "lr": row["lr"], "epoch": row["epoch"], "selected_on": on,
-                  **{key: row[key] for key in ("top1", "top5") if key in row}} for on, row in chosen]  # fmt: skip
+        rows += [
+            {
+                "layer": layer,
+                "lr": row["lr"],
+                "epoch": row["epoch"],
+                "selected_on": on,
+                **{key: row[key] for key in ("top1", "top5") if key in row},
+            }
+            for on, row in chosen
+        ]
     return rows
 
 
 def rate_factor(recipe: Recipe, epoch: int) -> float:
-    optim = Optim(lr=1.0, schedule="step" if recipe.milestones else "cosine_epoch", gamma=0.1, lr_end=0.0,
-                  milestones=recipe.milestones, warmup_epochs=0)  # fmt: skip
+    optim = Optim(
+        lr=1.0,
+        schedule="step" if recipe.milestones else "cosine_epoch",
+        gamma=0.1,
+        lr_end=0.0,
+        milestones=recipe.milestones,
+        warmup_epochs=0,
+    )
     return lr_multiplier(optim, epoch * 1000, 1000, recipe.epochs * 1000)  # 1000: milestones may fall into an epoch
 
 
@@ -141,7 +184,7 @@ def _check(subject: Subject, recipe: Recipe, rates: tuple[float, ...], held_out:
         raise ValueError(f"the evaluation's view has crop={subject.view.crop!r}: this protocol needs a centre crop")
 
 
-# ---- batches of features: source(epoch, steps) gives ([x (B, dim) of each layer], y (B,)), this rank's share ---------
+# Batches of features: source(epoch, steps) gives ([x (B, dim) of each layer], y (B,)), this rank's share
 
 
 def training_loader(subject: Subject, recipe: Recipe) -> Loader:
@@ -150,8 +193,14 @@ def training_loader(subject: Subject, recipe: Recipe) -> Loader:
     if recipe.batch % dist.world():
         raise ValueError(f"batch={recipe.batch} is not divisible by the {dist.world()} ranks")
     micro = next(m for m in range(1, share + 1) if share % m == 0 and share // m <= subject.args.batch)
-    return Loader(subject.train, recipe.batch, seed=subject.args.seed, device=subject.args.device, micro=micro,
-                  workers=subject.args.workers)  # fmt: skip
+    return Loader(
+        subject.train,
+        recipe.batch,
+        seed=subject.args.seed,
+        device=subject.args.device,
+        micro=micro,
+        workers=subject.args.workers,
+    )
 
 
 def live(subject: Subject, recipe: Recipe, loader: Loader, layers: tuple[str, ...], kept: np.ndarray):
@@ -185,9 +234,6 @@ def cached(subject: Subject, recipe: Recipe, layers: tuple[str, ...], kept: np.n
             yield [x[rows] for x in xs], y[rows]
 
     return source
-
-
-# ---- training --------------------------------------------------------------------------------------------------------
 
 
 class Heads:

@@ -23,8 +23,11 @@ K = (10, 20, 100, 200)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--k", type=numbers(int), help="neighbours that vote; default: 10,20,100,200, of these what "
-                        "the training file has images for")
+    parser.add_argument(
+        "--k",
+        type=numbers(int),
+        help="neighbours that vote; default: 10,20,100,200, of these what the training file has images for",
+    )
     parser.add_argument("--temperature", type=float, default=0.07, help="of the votes' weights exp(cosine / T)")
     parser.add_argument("--backend", choices=tuple(SEARCH), default="torch", help="of the search")
 
@@ -35,13 +38,26 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
     _check(k, args.temperature)  # before the features are computed
     if max(k) > bank:
         raise ValueError(f"--k {max(k)}: must be between 1 and {bank}, the images of {subject.train}")
-    return knn(*subject.features(subject.train), *subject.features(subject.test), k=k,
-               temperature=args.temperature, backend=args.backend)  # fmt: skip
+    return knn(
+        *subject.features(subject.train),
+        *subject.features(subject.test),
+        k=k,
+        temperature=args.temperature,
+        backend=args.backend,
+    )
 
 
 @torch.no_grad()
-def knn(bank: Tensor, bank_labels: Tensor, queries: Tensor | None = None, labels: Tensor | None = None, *,
-        k: tuple[int, ...] = K, temperature: float = 0.07, backend: str = "torch") -> dict:
+def knn(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    k: tuple[int, ...] = K,
+    temperature: float = 0.07,
+    backend: str = "torch",
+) -> dict:
     """Accuracies in percent for each k, from one pass.  Features (N, dim), (M, dim); labels (N,), (M,).
 
     Without queries, every bank sample is classified by the others (leave one out).  All ranks hold all rows and each
@@ -70,10 +86,19 @@ def knn(bank: Tensor, bank_labels: Tensor, queries: Tensor | None = None, labels
         similarity, neighbour = search(F.normalize(queries[start:stop].float(), dim=1), start)
         right += _count(similarity, bank_labels[neighbour], labels[start:stop], k, temperature, classes)
     right = dist.sum_(right.to(dist.device())).tolist()
-    rows = [{"k": n, "top1": 100 * one / len(queries)} | ({"top5": 100 * five / len(queries)} if classes > 5 else {})
-            for n, (one, five) in zip(k, right)]  # fmt: skip
-    options = {"temperature": temperature, "backend": backend, "leave_one_out": alone, "bank": len(bank),
-               "queries": len(queries), "dim": bank.shape[1], "classes": classes}  # fmt: skip
+    rows = [
+        {"k": n, "top1": 100 * one / len(queries)} | ({"top5": 100 * five / len(queries)} if classes > 5 else {})
+        for n, (one, five) in zip(k, right)
+    ]
+    options = {
+        "temperature": temperature,
+        "backend": backend,
+        "leave_one_out": alone,
+        "bank": len(bank),
+        "queries": len(queries),
+        "dim": bank.shape[1],
+        "classes": classes,
+    }
     return {"protocol": "knn", "options": options, "results": rows}
 
 

@@ -27,39 +27,74 @@ NEEDS = ("train", "test")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", choices=("probe", *heads.RECIPES), default="probe",
-                        help="probe: on cached features, the rate chosen on held-out images; the others as published: "
-                        "moco (OpenSelfSup's Last), multi (five layers), places205, lars (SimSiam, MMSelfSup)")
+    parser.add_argument(
+        "--recipe",
+        choices=("probe", *heads.RECIPES),
+        default="probe",
+        help="probe: on cached features, the rate chosen on held-out images; the others as published: "
+        "moco (OpenSelfSup's Last), multi (five layers), places205, lars (SimSiam, MMSelfSup)",
+    )
     parser.add_argument("--solver", choices=("sgd", "lbfgs"), help="of the probe; default: sgd")
-    parser.add_argument("--grid", type=numbers(float),
-                        help="learning rates, trained at once (probe with lbfgs: l2 penalties); default: the recipe's")
-    parser.add_argument("--epochs", type=int, help="default: the recipe's; probe: 100 (lbfgs: at most so many "
-                        "iterations)")
+    parser.add_argument(
+        "--grid",
+        type=numbers(float),
+        help="learning rates, trained at once (probe with lbfgs: l2 penalties); default: the recipe's",
+    )
+    parser.add_argument(
+        "--epochs", type=int, help="default: the recipe's; probe: 100 (lbfgs: at most so many iterations)"
+    )
     parser.add_argument("--probe-batch", type=int, help="of all ranks together; default: the recipe's, probe: 1024")
-    parser.add_argument("--held-out", type=float, help="share of the training set that chooses the setting, never on "
-                        "the test set; default: 0.1 for the probe, 0 for the published recipes")
-    parser.add_argument("--layers", type=lambda text: tuple(text.split(",")),
-                        help="of the published recipes: stem,layer1,...,layer4,last; default: the recipe's")
-    parser.add_argument("--no-augment", action="store_true", help="published recipes on the cached features of the "
-                        "test's crop: minutes, and not what the papers report")
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        help="share of the training set that chooses the setting, never on "
+        "the test set; default: 0.1 for the probe, 0 for the published recipes",
+    )
+    parser.add_argument(
+        "--layers",
+        type=lambda text: tuple(text.split(",")),
+        help="of the published recipes: stem,layer1,...,layer4,last; default: the recipe's",
+    )
+    parser.add_argument(
+        "--no-augment",
+        action="store_true",
+        help="published recipes on the cached features of the test's crop: minutes, and not what the papers report",
+    )
 
 
 def run(subject: Subject, args: argparse.Namespace) -> dict:
     if args.recipe == "probe":
         if args.layers or args.no_augment:
-            raise ValueError(f"--{'layers' if args.layers else 'no-augment'} is for the published recipes: give "
-                             f"--recipe, one of {', '.join(heads.RECIPES)}")  # fmt: skip
+            raise ValueError(
+                f"--{'layers' if args.layers else 'no-augment'} is for the published recipes: give "
+                f"--recipe, one of {', '.join(heads.RECIPES)}"
+            )
         if args.solver == "lbfgs" and args.probe_batch is not None:
             raise ValueError(f"--probe-batch {args.probe_batch} is for --solver sgd: lbfgs sees all rows at once")
-        return probe(*subject.features(subject.train), *subject.features(subject.test), solver=args.solver or "sgd",
-                     grid=args.grid, epochs=_given(args.epochs, 100), batch=_given(args.probe_batch, 1024),
-                     held_out=_given(args.held_out, 0.1), seed=args.seed)  # fmt: skip
+        return probe(
+            *subject.features(subject.train),
+            *subject.features(subject.test),
+            solver=args.solver or "sgd",
+            grid=args.grid,
+            epochs=_given(args.epochs, 100),
+            batch=_given(args.probe_batch, 1024),
+            held_out=_given(args.held_out, 0.1),
+            seed=args.seed,
+        )
     if args.solver:
         raise ValueError(f"--solver is the probe's: leave it out with --recipe {args.recipe}")
     say = (lambda text: print(text, flush=True)) if dist.is_main() else (lambda text: None)
-    return heads.run(subject, args.recipe, rates=args.grid, epochs=args.epochs, batch=args.probe_batch,
-                     layers=args.layers, held_out=_given(args.held_out, 0.0), augment=not args.no_augment,
-                     say=say)  # fmt: skip
+    return heads.run(
+        subject,
+        args.recipe,
+        rates=args.grid,
+        epochs=args.epochs,
+        batch=args.probe_batch,
+        layers=args.layers,
+        held_out=_given(args.held_out, 0.0),
+        augment=not args.no_augment,
+        say=say,
+    )
 
 
 def _given(value, default):
@@ -67,9 +102,19 @@ def _given(value, default):
 
 
 @torch.no_grad()
-def probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, solver: str = "sgd",
-          grid: tuple[float, ...] | None = None, epochs: int = 100, batch: int = 1024, held_out: float = 0.1,
-          seed: int = 0) -> dict:
+def probe(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    solver: str = "sgd",
+    grid: tuple[float, ...] | None = None,
+    epochs: int = 100,
+    batch: int = 1024,
+    held_out: float = 0.1,
+    seed: int = 0,
+) -> dict:
     """Test accuracy in percent.  Features (N, dim), (M, dim); labels (N,), (M,); all ranks hold all rows.
 
     "sgd": momentum 0.9, cosine to zero over `epochs`, no weight decay, `grid` holds learning rates for `batch`.
@@ -91,8 +136,17 @@ def probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor
     best = grid[held.index(max(held))]  # the smallest of equals
     w_DC = fit(x, train_labels, (best,), classes, epochs, batch, seed)[:, 0]
     setting = "lr" if solver == "sgd" else "l2"
-    options = {"solver": solver, "epochs": epochs, "batch": min(batch, len(train)), "held_out": held_out, "seed": seed,
-               "train": len(train), "test": len(test), "dim": train.shape[1], "classes": classes}  # fmt: skip
+    options = {
+        "solver": solver,
+        "epochs": epochs,
+        "batch": min(batch, len(train)),
+        "held_out": held_out,
+        "seed": seed,
+        "train": len(train),
+        "test": len(test),
+        "dim": train.shape[1],
+        "classes": classes,
+    }
     if solver == "lbfgs":
         del options["batch"]
     result = {setting: best, **_accuracy(_scaled(test, mean, scale) @ w_DC, test_labels)}
@@ -177,7 +231,13 @@ def _lbfgs(x: Tensor, y: Tensor, penalties: tuple[float, ...], classes: int, epo
             w.grad = grad + l2 * w
             return loss + 0.5 * (l2 * w * w).sum()
 
-        torch.optim.LBFGS([w], max_iter=epochs, history_size=20, tolerance_grad=1e-6, tolerance_change=1e-9,
-                          line_search_fn="strong_wolfe").step(closure)  # fmt: skip
+        torch.optim.LBFGS(
+            [w],
+            max_iter=epochs,
+            history_size=20,
+            tolerance_grad=1e-6,
+            tolerance_change=1e-9,
+            line_search_fn="strong_wolfe",
+        ).step(closure)
         out[penalty] = w.float()
     return torch.cat([out[penalty] for penalty in penalties], 1)

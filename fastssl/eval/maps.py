@@ -45,8 +45,9 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
         check_method(method)
     for key, owner in (("perplexity", "tsne"), ("near", "umap"), ("min_dist", "umap")):
         if getattr(args, key) is not None and owner not in methods:
-            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} is {owner}'s: leave it out, or add "
-                             f"{owner} to --method")  # fmt: skip
+            raise ValueError(
+                f"--{key.replace('_', '-')} {getattr(args, key)} is {owner}'s: leave it out, or add {owner} to --method"
+            )
     folder = output_folder(args)
     x, y = subject.features(subject.test)
     rows = sample(len(x), args.points, args.seed)
@@ -57,9 +58,14 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
         labels = y.numpy() if y.ndim == 1 else np.full(len(y), -1)
         names = subject.loader(subject.test).classes
         for method in methods:
-            xy, facts = project(x, method, seed=args.seed, perplexity=args.perplexity,
-                                near=15 if args.near is None else args.near,
-                                min_dist=0.1 if args.min_dist is None else args.min_dist)  # fmt: skip
+            xy, facts = project(
+                x,
+                method,
+                seed=args.seed,
+                perplexity=args.perplexity,
+                near=15 if args.near is None else args.near,
+                min_dist=0.1 if args.min_dist is None else args.min_dist,
+            )
             if len(x) <= TRUSTED:
                 facts["trustworthiness"] = trustworthiness(x, xy)
             title = f"{method} of {name_of(subject)}, {len(xy):,} images of {Path(subject.test).name}"
@@ -99,8 +105,15 @@ def check_method(method: str) -> None:
         _umap()
 
 
-def project(features: Tensor, method: str, *, seed: int = 0, perplexity: float | None = None, near: int = 15,
-            min_dist: float = 0.1) -> tuple[np.ndarray, dict]:
+def project(
+    features: Tensor,
+    method: str,
+    *,
+    seed: int = 0,
+    perplexity: float | None = None,
+    near: int = 15,
+    min_dist: float = 0.1,
+) -> tuple[np.ndarray, dict]:
     """float32 coordinates (N, 2) of features (N, dim), and the settings and figures of the method.  Needs N > 4."""
     check_method(method)
     if features.ndim != 2 or len(features) < 5:
@@ -109,8 +122,10 @@ def project(features: Tensor, method: str, *, seed: int = 0, perplexity: float |
         raise ValueError("some features are NaN or infinite: the training diverged, or precision is too low")
     x = F.normalize(features.double(), dim=1).cpu().numpy()
     if x.std(0).max() < SAME:  # scikit-learn's t-SNE divides by it, and then ends the process (SIGSEGV)
-        raise ValueError(f"the features of all {len(x)} images are equal: the images are, or the network has "
-                         "collapsed; there is nothing to map")  # fmt: skip
+        raise ValueError(
+            f"the features of all {len(x)} images are equal: the images are, or the network has "
+            "collapsed; there is nothing to map"
+        )
     from sklearn.decomposition import PCA
 
     dims = min(2 if method == "pca" else DIMS, *x.shape)
@@ -166,8 +181,9 @@ def palette(labels: np.ndarray, names: list[str] | None) -> list[tuple[str, str,
     return out + [("no class", OTHERS, none)] * bool(len(none))
 
 
-def write(folder: Path, method: str, xy: np.ndarray, labels: np.ndarray, rows: np.ndarray, names=None,
-          title: str = "") -> None:  # fmt: skip
+def write(
+    folder: Path, method: str, xy: np.ndarray, labels: np.ndarray, rows: np.ndarray, names=None, title: str = ""
+) -> None:
     """map_METHOD.png; .npy with the coordinates (N, 2); _samples.npy with each point's row in the file and class."""
     import matplotlib
 
@@ -184,9 +200,11 @@ def write(folder: Path, method: str, xy: np.ndarray, labels: np.ndarray, rows: n
     axis.set(xticks=[], yticks=[])
     axis.set_aspect("equal", adjustable="datalim")
     stem = folder / f"map_{method}"
-    for path, save in ((f"{stem}.png", lambda f: figure.savefig(f, dpi=130, format="png")),
-                       (f"{stem}.npy", lambda f: np.save(f, xy)),
-                       (f"{stem}_samples.npy", lambda f: np.save(f, np.stack([rows, labels], 1)))):  # fmt: skip
+    for path, save in (
+        (f"{stem}.png", lambda f: figure.savefig(f, dpi=130, format="png")),
+        (f"{stem}.npy", lambda f: np.save(f, xy)),
+        (f"{stem}_samples.npy", lambda f: np.save(f, np.stack([rows, labels], 1))),
+    ):
         with export.complete(Path(path)) as temporary, open(temporary, "wb") as f:
             save(f)
     pyplot.close(figure)

@@ -42,13 +42,20 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
     path = folder / "neighbours.png"
     if dist.is_main():
         near = found.cpu().numpy()[shown]
-        tiles = [pictures.images(file, rows, subject.view, device=args.device, workers=args.workers)
-                 for file, rows in ((subject.test, shown), (subject.train, near.flatten()))]  # fmt: skip
+        tiles = [
+            pictures.images(file, rows, subject.view, device=args.device, workers=args.workers)
+            for file, rows in ((subject.test, shown), (subject.train, near.flatten()))
+        ]
         grid = torch.cat([tiles[0][:, None], tiles[1].view(len(shown), args.k, *tiles[1].shape[1:])], 1)
         with export.complete(path) as temporary:
             pictures.sheet(temporary, [("a test image and its nearest training images", grid)])
-    options = {"bank": len(bank), "queries": len(queries), "dim": bank.shape[1], "seed": args.seed,
-               "shown": shown.tolist()}  # fmt: skip
+    options = {
+        "bank": len(bank),
+        "queries": len(queries),
+        "dim": bank.shape[1],
+        "seed": args.seed,
+        "shown": shown.tolist(),
+    }
     return {"protocol": "neighbours", "options": options, "results": [{**row, "picture": str(path)}]}
 
 
@@ -60,8 +67,10 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> Tensor:
     for name, x in (("training set", bank), ("test set", queries)):
         bad = ~x.isfinite().all(1)
         if bad.any():
-            raise ValueError(f"{name}: {int(bad.sum())} of {len(x)} features are NaN or infinite (first: sample "
-                             f"{int(bad.nonzero()[0])}): the training diverged, or precision is too low")  # fmt: skip
+            raise ValueError(
+                f"{name}: {int(bad.sum())} of {len(x)} features are NaN or infinite (first: sample "
+                f"{int(bad.nonzero()[0])}): the training diverged, or precision is too low"
+            )
     search = knn.SEARCH["torch"](F.normalize(bank.float(), dim=1), k, False)
     parts = [search(F.normalize(part.float(), dim=1), 0)[1] for part in queries.split(knn.QUERIES)]
     return torch.cat(parts) if parts else torch.empty(0, k, dtype=torch.int64)

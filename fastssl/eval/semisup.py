@@ -30,10 +30,18 @@ WEIGHT_DECAY = {1: 5e-4, 10: 1e-4}  # by percent of the labels
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--percent", type=float, help="of the training images of each class, drawn by --seed; default: 1")
-    add("--subset", metavar="FILE", help="the labelled images: on each line a row of the .beton (from 0) or, with "
-        "--names, an image's name (SimCLR's lists); 'all' when --train is the subset itself")
-    add("--names", metavar="FILE", help="names of the .beton's images in its order, 'name' or 'name label' "
-        "on each line: the list that it was converted from")
+    add(
+        "--subset",
+        metavar="FILE",
+        help="the labelled images: on each line a row of the .beton (from 0) or, with "
+        "--names, an image's name (SimCLR's lists); 'all' when --train is the subset itself",
+    )
+    add(
+        "--names",
+        metavar="FILE",
+        help="names of the .beton's images in its order, 'name' or 'name label' "
+        "on each line: the list that it was converted from",
+    )
     add("--lr", type=numbers(float), help="rates of the backbone; default: 0.001,0.01,0.1 (with Sobel filters 0.01)")
     add("--head-mult", type=numbers(float), help="the head's rates over those; default: 1,10,100 (Sobel: 1)")
     add("--held-out", type=float, default=0.2, help="share of the labelled images that chooses the clean cell; 0: none")
@@ -53,17 +61,38 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
     classes, rows, percent = tuning.classes(loader), *labelled(loader, args)
     decay = args.weight_decay if args.weight_decay is not None else WEIGHT_DECAY.get(round(percent, 1))
     if decay is None:
-        raise ValueError(f"{percent:g} % of the images are labelled, and a weight decay is published for 1 % and 10 % "
-                         "alone: give --weight-decay")  # fmt: skip
+        raise ValueError(
+            f"{percent:g} % of the images are labelled, and a weight decay is published for 1 % and 10 % "
+            "alone: give --weight-decay"
+        )
     chosen_on, fitted_on = split(rows, tuning.labels(loader), args.held_out, args.seed)
-    base = Optim(name="sgd", batch=args.train_batch, epochs=args.epochs, momentum=0.9, weight_decay=decay,
-                 schedule="step", milestones=args.milestones, gamma=args.gamma, precision=args.precision)  # fmt: skip
+    base = Optim(
+        name="sgd",
+        batch=args.train_batch,
+        epochs=args.epochs,
+        momentum=0.9,
+        weight_decay=decay,
+        schedule="step",
+        milestones=args.milestones,
+        gamma=args.gamma,
+        precision=args.precision,
+    )
     view = tuning.training_view(subject.view)
     held_loader = subject.loader(subject.train)
-    kept = Kept(args.out, {
-        "weights": cache.hash_weights(subject.backbone), "data": [cache.hash_data(loader), cache.hash_data(test)],
-        "backbone": dataclasses.asdict(subject.spec), "view": dataclasses.asdict(subject.view), "seed": args.seed,
-        "optim": dataclasses.asdict(base), "rows": rows.tolist(), "held_out": chosen_on.tolist(), "classes": classes})
+    kept = Kept(
+        args.out,
+        {
+            "weights": cache.hash_weights(subject.backbone),
+            "data": [cache.hash_data(loader), cache.hash_data(test)],
+            "backbone": dataclasses.asdict(subject.spec),
+            "view": dataclasses.asdict(subject.view),
+            "seed": args.seed,
+            "optim": dataclasses.asdict(base),
+            "rows": rows.tolist(),
+            "held_out": chosen_on.tolist(),
+            "classes": classes,
+        },
+    )
     total = len(rates) * len(mults) * (2 if len(chosen_on) else 1)
     if kept.done:
         say(f"{len(kept.done)} of {total} trainings are read from {kept.path}")
@@ -74,9 +103,16 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
 
         def work() -> dict:
             try:
-                model = tuning.train(subject.backbone, loader, view, tuning.with_head_rate(base, lr, mult),
-                                     classes=classes, rows=fit, seed=args.seed,
-                                     log=lambda text: say(f"{place}, {name}, {text}"))  # fmt: skip
+                model = tuning.train(
+                    subject.backbone,
+                    loader,
+                    view,
+                    tuning.with_head_rate(base, lr, mult),
+                    classes=classes,
+                    rows=fit,
+                    seed=args.seed,
+                    log=lambda text: say(f"{place}, {name}, {text}"),
+                )
             except tuning.Diverged:
                 return {"top1": 0.0, "diverged": True}
             return tuning.accuracy(model, on, subject.view, classes=classes, rows=rows, precision=args.precision)
@@ -91,10 +127,21 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
         cells.append(cell)
         say(" ".join(f"{key}={value:g}" for key, value in cell.items()))
     kept.remove()
-    options = {"percent": percent, "labelled": len(rows), "subset": args.subset or "drawn", "epochs": args.epochs,
-               "batch": args.train_batch, "milestones": list(args.milestones), "gamma": args.gamma,
-               "weight_decay": decay, "held_out": len(chosen_on), "seed": args.seed, "train": loader.samples,
-               "test": test.samples, "classes": classes}  # fmt: skip
+    options = {
+        "percent": percent,
+        "labelled": len(rows),
+        "subset": args.subset or "drawn",
+        "epochs": args.epochs,
+        "batch": args.train_batch,
+        "milestones": list(args.milestones),
+        "gamma": args.gamma,
+        "weight_decay": decay,
+        "held_out": len(chosen_on),
+        "seed": args.seed,
+        "train": loader.samples,
+        "test": test.samples,
+        "classes": classes,
+    }
     rows = [{"percent": percent, **row} for row in results(cells)]
     return {"protocol": "semisup", "options": options, "results": rows, "selection": cells}
 
@@ -126,9 +173,6 @@ def _check(args: argparse.Namespace, rates: tuple[float, ...], mults: tuple[floa
         raise ValueError(f"--percent {args.percent} must be above 0 and at most 100")
 
 
-# ---- the labelled images ---------------------------------------------------------------------------------------------
-
-
 def labelled(loader: Loader, args: argparse.Namespace) -> tuple[np.ndarray, float]:
     """int64 rows of the labelled images, sorted, and how many percent of all they are."""
     if args.subset == "all":
@@ -152,12 +196,16 @@ def split(rows: np.ndarray, labels: np.ndarray, share: float, seed: int) -> tupl
     if not share:
         return rows[:0], rows
     order = rows[permutation(len(rows), seed, 1)]
-    parts = [(own := order[labels[order] == c])[: min(round(share * len(own)), len(own) - 1)]
-             for c in np.unique(labels[rows])]  # fmt: skip
+    parts = [
+        (own := order[labels[order] == c])[: min(round(share * len(own)), len(own) - 1)]
+        for c in np.unique(labels[rows])
+    ]
     held = np.sort(np.concatenate(parts))
     if not len(held):
-        raise ValueError(f"{len(rows)} labelled images of {len(parts)} classes leave none to hold out of {share:g}: "
-                         "give --held-out 0 (no clean selection) or a larger share")  # fmt: skip
+        raise ValueError(
+            f"{len(rows)} labelled images of {len(parts)} classes leave none to hold out of {share:g}: "
+            "give --held-out 0 (no clean selection) or a larger share"
+        )
     return held, np.setdiff1d(rows, held)
 
 
@@ -170,9 +218,11 @@ def read_subset(path: str, loader: Loader, names: str | None) -> np.ndarray:
             raise ValueError(f"{path} names row {rows.max()}: {loader.path} has rows 0 to {loader.samples - 1}")
     else:
         if not names:
-            raise ValueError(f"{path} holds names ({lines[0]!r}) and a .beton keeps none: give --names, the list of "
-                             "all its images in its order, or convert the subset to a .beton of its own (--subset "
-                             "all)")  # fmt: skip
+            raise ValueError(
+                f"{path} holds names ({lines[0]!r}) and a .beton keeps none: give --names, the list of "
+                "all its images in its order, or convert the subset to a .beton of its own (--subset "
+                "all)"
+            )
         known = _names(names, loader)
         wanted = [Path(line.split()[0]).name for line in lines]
         if missing := [name for name in wanted if name not in known]:
@@ -187,19 +237,24 @@ def _names(path: str, loader: Loader) -> dict[str, int]:
     """File name without folders -> row, checked against the .beton as far as the list allows."""
     lines, labels = [line.split() for line in _lines(path)], loader.labels()
     if len(lines) != loader.samples:
-        raise ValueError(f"{path} has {len(lines)} names and {loader.path} {loader.samples} images: is it the list "
-                         "that the file was converted from?")  # fmt: skip
+        raise ValueError(
+            f"{path} has {len(lines)} names and {loader.path} {loader.samples} images: is it the list "
+            "that the file was converted from?"
+        )
     for row, (words, label) in enumerate(zip(lines, labels.tolist())):
         folder = Path(words[0]).parent.name
         told = int(words[1]) if len(words) > 1 and words[1].isdecimal() else None
         told = loader.classes.index(folder) if told is None and folder in (loader.classes or ()) else told
         if told not in (None, label):
-            raise ValueError(f"{path}, line {row + 1}: {words[0]} is of class {told}, and row {row} of {loader.path} "
-                             f"of class {label}: the list is in another order")  # fmt: skip
+            raise ValueError(
+                f"{path}, line {row + 1}: {words[0]} is of class {told}, and row {row} of {loader.path} "
+                f"of class {label}: the list is in another order"
+            )
     known = {Path(words[0]).name: row for row, words in enumerate(lines)}
     if len(known) < len(lines):
-        raise ValueError(f"{path} has {len(lines) - len(known)} file names twice, in several folders: give --subset as "
-                         "rows")  # fmt: skip
+        raise ValueError(
+            f"{path} has {len(lines) - len(known)} file names twice, in several folders: give --subset as rows"
+        )
     return known
 
 

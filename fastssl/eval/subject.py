@@ -76,9 +76,15 @@ class Subject:
         return next((p for p in (target, *target.parents[:2]) if (p / "config.json").is_file()), None)
 
     def describe(self) -> dict:
-        return {"backbone": dataclasses.asdict(self.spec), "features": self.args.features, "weights": self.weights,
-                "train": self.train, "test": self.test, "view": dataclasses.asdict(self.view),
-                "precision": self.args.precision}  # fmt: skip
+        return {
+            "backbone": dataclasses.asdict(self.spec),
+            "features": self.args.features,
+            "weights": self.weights,
+            "train": self.train,
+            "test": self.test,
+            "view": dataclasses.asdict(self.view),
+            "precision": self.args.precision,
+        }
 
 
 def load(args: argparse.Namespace, needs: tuple[str, ...] | None, labelled: str = "all") -> Subject:
@@ -112,8 +118,9 @@ def load(args: argparse.Namespace, needs: tuple[str, ...] | None, labelled: str 
 
 
 def _loader(path: str, args: argparse.Namespace) -> Loader:
-    return Loader(path, args.batch * dist.world(), device=args.device, workers=args.workers, shuffle=False,
-                  drop_last=False)  # fmt: skip
+    return Loader(
+        path, args.batch * dist.world(), device=args.device, workers=args.workers, shuffle=False, drop_last=False
+    )
 
 
 def _view(args, data: dict, spec: Backbone, card: dict) -> View:
@@ -152,19 +159,32 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
         else:
             parser.add_argument(name, **options)
 
-    add("target", nargs="?", metavar="RUN_OR_WEIGHTS",
-        help="run folder, checkpoint folder, .safetensors, .pt or .pth")
+    add("target", nargs="?", metavar="RUN_OR_WEIGHTS", help="run folder, checkpoint folder, .safetensors, .pt or .pth")
     add("--train", help=".beton of the bank or the training set; default: the run's")
     add("--test", help=".beton to evaluate on; default: the run's")
-    add("--features", choices=("weights", "untrained", "pixels"), default="weights",
-        help="the network's, or a baseline on the same images")
-    add("--cache", metavar="DIR", help="where features are kept, for this and the next evaluation; default: "
-        "features/ in the run's folder or beside the weight file")
+    add(
+        "--features",
+        choices=("weights", "untrained", "pixels"),
+        default="weights",
+        help="the network's, or a baseline on the same images",
+    )
+    add(
+        "--cache",
+        metavar="DIR",
+        help="where features are kept, for this and the next evaluation; default: "
+        "features/ in the run's folder or beside the weight file",
+    )
     add("--no-cache", action="store_true", help="compute the features anew and keep none")
-    add("--out", help="write the result as JSON; default: eval/PROTOCOL.json in the run's folder, where the report "
-        "looks for it; of bare weights nothing is written")
-    add("--which", choices=("student", "teacher"),
-        help="the trained network or its moving average; default: what the method evaluates")
+    add(
+        "--out",
+        help="write the result as JSON; default: eval/PROTOCOL.json in the run's folder, where the report "
+        "looks for it; of bare weights nothing is written",
+    )
+    add(
+        "--which",
+        choices=("student", "teacher"),
+        help="the trained network or its moving average; default: what the method evaluates",
+    )
     add("--prefix", help="where in the file the backbone lies, e.g. teacher.backbone.; default: found")
     export.add_backbone_options(parser)
     add("--size", type=int, help="side of the centre crop")

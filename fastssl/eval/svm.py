@@ -31,18 +31,32 @@ SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layers", type=lambda text: tuple(text.split(",")), default=("last",),
-                        help="stem,layer1,...,layer4,last; published: the best of the five maps")
+    parser.add_argument(
+        "--layers",
+        type=lambda text: tuple(text.split(",")),
+        default=("last",),
+        help="stem,layer1,...,layer4,last; published: the best of the five maps",
+    )
     parser.add_argument("--low-shot", action="store_true", help="few images a class instead of all")
-    parser.add_argument("--shots", type=numbers(int), help="positives a class, C - 1 times as many negatives; "
-                        "default: 1,2,4,8,16,32,64,96")
+    parser.add_argument(
+        "--shots",
+        type=numbers(int),
+        help="positives a class, C - 1 times as many negatives; default: 1,2,4,8,16,32,64,96",
+    )
     parser.add_argument("--samples", type=int, help="independent draws of each number of shots; default: 5")
     parser.add_argument("--costs", type=numbers(float), default=COSTS, help="default: the published 19")
     parser.add_argument("--folds", type=int, help="of the cross-validation; default: 3")
-    parser.add_argument("--solver", choices=tuple(SOLVERS), help="default: cuda on a GPU, fast elsewhere and for "
-                        "more images than twice the dimensions")
-    parser.add_argument("--crop", choices=("squash", "center"), default="squash",
-                        help="squash: the whole image whatever its shape, as published")
+    parser.add_argument(
+        "--solver",
+        choices=tuple(SOLVERS),
+        help="default: cuda on a GPU, fast elsewhere and for more images than twice the dimensions",
+    )
+    parser.add_argument(
+        "--crop",
+        choices=("squash", "center"),
+        default="squash",
+        help="squash: the whole image whatever its shape, as published",
+    )
 
 
 def run(subject: Subject, args: argparse.Namespace) -> dict:
@@ -74,15 +88,23 @@ def _layers(features: dict[str, tuple[Tensor, Tensor]], labels: Tensor, test_lab
     if len(results) > 1 and not args.low_shot:  # the published number is that of the best layer
         for chosen, key in (("test", "map"), ("held-out", "cv_map")):
             rows.append({"selected_on": chosen, **max(rows[: len(results)], key=lambda row: row[key])})
-    return {**next(iter(results.values())), "results": rows,
-            "classes": {name: result["classes"] for name, result in results.items()}}  # fmt: skip
+    return {
+        **next(iter(results.values())),
+        "results": rows,
+        "classes": {name: result["classes"] for name, result in results.items()},
+    }
 
 
-# ---- the two protocols -----------------------------------------------------------------------------------------------
-
-
-def svm(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, *, costs: tuple[float, ...] = COSTS,
-        folds: int = 3, solver: str = "fast") -> dict:  # fmt: skip
+def svm(
+    train: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    costs: tuple[float, ...] = COSTS,
+    folds: int = 3,
+    solver: str = "fast",
+) -> dict:
     """mAP in percent.  Features (N, D), (M, D); labels (N,), (M,) or (N, C), (M, C) of 1, 0, -1."""
     x, y, x_test, y_test, costs = _checked(train, labels, test, test_labels, costs, solver)
     if folds < 2:
@@ -103,15 +125,34 @@ def svm(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, *, cos
     ap_C = 100 * average_precision(scores_CM, y_test.T)
     cv_C = 100 * cv_AC.max(0)
     row = {"map": float(ap_C.mean()), "cv_map": float(cv_C.mean())}
-    classes = [{"class": c, "ap": float(ap), "cv_ap": float(cv), "cost": costs[i]}
-               for c, (ap, cv, i) in enumerate(zip(ap_C, cv_C, best_C))]  # fmt: skip
-    options = {"folds": folds, "costs": list(costs), "positive_weight": POSITIVE, "solver": solver, "train": len(x),
-               "test": len(x_test), "dim": x.shape[1]}  # fmt: skip
+    classes = [
+        {"class": c, "ap": float(ap), "cv_ap": float(cv), "cost": costs[i]}
+        for c, (ap, cv, i) in enumerate(zip(ap_C, cv_C, best_C))
+    ]
+    options = {
+        "folds": folds,
+        "costs": list(costs),
+        "positive_weight": POSITIVE,
+        "solver": solver,
+        "train": len(x),
+        "test": len(x_test),
+        "dim": x.shape[1],
+    }
     return {"protocol": "svm", "options": options, "results": [row], "classes": classes}
 
 
-def low_shot(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, *, shots: tuple[int, ...] = SHOTS,
-             samples: int = 5, costs: tuple[float, ...] = COSTS, solver: str = "fast", seed: int = 0) -> dict:
+def low_shot(
+    train: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    shots: tuple[int, ...] = SHOTS,
+    samples: int = 5,
+    costs: tuple[float, ...] = COSTS,
+    solver: str = "fast",
+    seed: int = 0,
+) -> dict:
     """mAP in percent for each number of shots: mean, standard deviation, least and largest of the samples at the cost
     whose mean is best on the test set (published), and on the training images not drawn."""
     x, y, x_test, y_test, costs = _checked(train, labels, test, test_labels, costs, solver)
@@ -135,9 +176,18 @@ def low_shot(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, *
         if (rest > 0).any():  # else the class is drawn whole
             ap[False][at] = 100 * average_precision(on_train, np.broadcast_to(rest, on_train.shape))
     rows = [row for i, k in enumerate(shots) for row in _choose(k, ap[True][i], ap[False][i], costs)]
-    options = {"shots": list(shots), "samples": samples, "costs": list(costs), "positive_weight": POSITIVE,
-               "solver": solver, "train": len(x), "test": len(x_test), "dim": x.shape[1], "seed": seed,
-               "fits": len(problems) * len(costs)}  # fmt: skip
+    options = {
+        "shots": list(shots),
+        "samples": samples,
+        "costs": list(costs),
+        "positive_weight": POSITIVE,
+        "solver": solver,
+        "train": len(x),
+        "test": len(x_test),
+        "dim": x.shape[1],
+        "seed": seed,
+        "fits": len(problems) * len(costs),
+    }
     return {"protocol": "svm", "options": options, "results": rows, "classes": []}
 
 
@@ -158,13 +208,18 @@ def _choose(k: int, ap_SCA: np.ndarray, held_SCA: np.ndarray, costs) -> list[dic
             continue  # every class is drawn whole: nothing is left to choose on
         best = int(table[:, known].mean((0, 1)).argmax())
         map_S = ap_SCA[:, :, best].mean(1)
-        rows.append({"shots": k, "selected_on": chosen, "cost": costs[best], "map": float(map_S.mean()),
-                     "map_std": float(map_S.std()), "map_min": float(map_S.min()),
-                     "map_max": float(map_S.max())})  # fmt: skip
+        rows.append(
+            {
+                "shots": k,
+                "selected_on": chosen,
+                "cost": costs[best],
+                "map": float(map_S.mean()),
+                "map_std": float(map_S.std()),
+                "map_min": float(map_S.min()),
+                "map_max": float(map_S.max()),
+            }
+        )
     return rows
-
-
-# ---- input -----------------------------------------------------------------------------------------------------------
 
 
 def _checked(train, labels, test, test_labels, costs, solver):
@@ -182,8 +237,10 @@ def _checked(train, labels, test, test_labels, costs, solver):
             raise ValueError(f"{name}: {len(features)} features and {len(table)} labels")
         bad = ~features.isfinite().all(1)
         if bad.any():
-            raise ValueError(f"{name}: {int(bad.sum())} of {len(features)} features are NaN or infinite (first: sample "
-                             f"{int(bad.nonzero()[0])}): the training diverged, or precision is too low")  # fmt: skip
+            raise ValueError(
+                f"{name}: {int(bad.sum())} of {len(features)} features are NaN or infinite (first: sample "
+                f"{int(bad.nonzero()[0])}): the training diverged, or precision is too low"
+            )
         x = features.float()
         out += [(x / (x.norm(dim=1, keepdim=True) + 1e-5)).cpu().numpy(), table]
     if empty := [c for c in range(classes) if not (out[3][:, c] > 0).any()]:

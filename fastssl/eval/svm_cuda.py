@@ -177,11 +177,27 @@ def newton(K, problems: list[tuple], costs: tuple[float, ...], tolerance: float 
     b, f = (cupy.empty(A * len(rows), cupy.float32) for _ in range(2))
     gaps = cupy.empty((len(problems), A))
     kernel = cupy.RawKernel(SOURCE, "newton")
-    kernel((len(problems),), (THREADS,), (
-        K, np.int64(len(K)), cupy.asarray(rows, np.int32), cupy.asarray(starts, np.int64), cupy.asarray(y, np.float32),
-        cupy.asarray(weight, np.float32), cupy.asarray(sorted(costs), np.float64), np.int32(A), b, f, gaps,
-        cupy.empty(SCRATCH * len(rows), cupy.float32), np.float64(tolerance), np.int32(svm_solver.NEWTONS),
-        np.int32(svm_solver.GRADIENTS)))  # fmt: skip
+    kernel(
+        (len(problems),),
+        (THREADS,),
+        (
+            K,
+            np.int64(len(K)),
+            cupy.asarray(rows, np.int32),
+            cupy.asarray(starts, np.int64),
+            cupy.asarray(y, np.float32),
+            cupy.asarray(weight, np.float32),
+            cupy.asarray(sorted(costs), np.float64),
+            np.int32(A),
+            b,
+            f,
+            gaps,
+            cupy.empty(SCRATCH * len(rows), cupy.float32),
+            np.float64(tolerance),
+            np.int32(svm_solver.NEWTONS),
+            np.int32(svm_solver.GRADIENTS),
+        ),
+    )
     svm_solver.check(gaps.get(), tolerance)
     return [tuple(part[A * i : A * j].reshape(A, j - i) for part in (b, f)) for i, j in pairwise(starts)]
 
@@ -207,8 +223,10 @@ class Cuda:
             y = np.where(positive_NC[:, c], 1, -1)
             problems += [(everyone, y, np.where(held, 0, np.where(y > 0, positive_weight, 1))) for held in held_CFN[c]]
         fits = newton(self.K, problems, costs)
-        ap = [svm_fits.average_precision(f.get(), np.broadcast_to(np.where(weight > 0, -1, y > 0), f.shape), False)
-              for (_, f), (_, y, weight) in zip(fits, problems)]  # fmt: skip
+        ap = [
+            svm_fits.average_precision(f.get(), np.broadcast_to(np.where(weight > 0, -1, y > 0), f.shape), False)
+            for (_, f), (_, y, weight) in zip(fits, problems)
+        ]
         return np.reshape(ap, (C, folds, len(costs))).mean(1).T
 
     def refit(self, positive_NC, cost_C, positive_weight) -> np.ndarray:
@@ -222,8 +240,9 @@ class Cuda:
             yield on_test.get(), on_train.get()
 
     def scores(self, problems, costs, positive_weight) -> Iterator:
-        chosen = [(rows, np.where(positive, 1, -1), np.where(positive, positive_weight, 1))
-                  for rows, positive in problems]  # fmt: skip
+        chosen = [
+            (rows, np.where(positive, 1, -1), np.where(positive, positive_weight, 1)) for rows, positive in problems
+        ]
         for (rows, _), (b, _) in zip(problems, newton(self.K, chosen, costs)):
             w = b @ self.x[rows]
             yield w @ self.x_test.T, w @ self.x.T

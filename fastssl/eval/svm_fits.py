@@ -61,8 +61,12 @@ class Fast:
         held_FN = held_CFN.reshape(C * folds, N)
         weight_FN = np.where(held_FN, 0, np.where(y_FN > 0, positive_weight, 1))
         truth_FN = np.where(held_FN, y_FN > 0, -1)
-        return np.stack([average_precision(f_FN, truth_FN, interpolated=False).reshape(C, folds).mean(1)
-                         for _, _, f_FN in self.rows.path(y_FN, weight_FN, costs)])  # fmt: skip
+        return np.stack(
+            [
+                average_precision(f_FN, truth_FN, interpolated=False).reshape(C, folds).mean(1)
+                for _, _, f_FN in self.rows.path(y_FN, weight_FN, costs)
+            ]
+        )
 
     def refit(self, positive_NC, cost_C, positive_weight) -> np.ndarray:
         y_CN = np.where(positive_NC.T, 1, -1)
@@ -98,16 +102,18 @@ class Sklearn:
             return average_precision(scores[None], positive[None, held].astype(np.int8), interpolated=False)[0]
 
         C, folds, _ = held_CFN.shape
-        jobs = [(self.x, positive_NC[:, c], cost, held_CFN[c, k])
-                for cost in costs for c in range(C) for k in range(folds)]  # fmt: skip
+        jobs = [
+            (self.x, positive_NC[:, c], cost, held_CFN[c, k]) for cost in costs for c in range(C) for k in range(folds)
+        ]
         return np.reshape(list(parallel(work, jobs)), (len(costs), C, folds)).mean(2)
 
     def refit(self, positive_NC, cost_C, positive_weight) -> np.ndarray:
         def work(x, x_test, positive, cost):
             return fit(x, positive, cost, positive_weight).decision_function(x_test)
 
-        return np.stack(list(parallel(work, [(self.x, self.x_test, positive_NC[:, c], cost)
-                                             for c, cost in enumerate(cost_C)])))  # fmt: skip
+        return np.stack(
+            list(parallel(work, [(self.x, self.x_test, positive_NC[:, c], cost) for c, cost in enumerate(cost_C)]))
+        )
 
     def few(self, problems, costs, positive_weight) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         def work(x, x_test, rows, positive):
@@ -124,9 +130,17 @@ def fit(x, positive, cost: float, positive_weight: float):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # 2000 passes are the protocol's, enough or not
-        return LinearSVC(C=cost, class_weight={1: positive_weight, -1: 1.0}, intercept_scaling=1.0, penalty="l2",
-                         loss="squared_hinge", tol=1e-4, dual=True, max_iter=2000,
-                         random_state=0).fit(x, np.where(positive, 1, -1))  # fmt: skip
+        return LinearSVC(
+            C=cost,
+            class_weight={1: positive_weight, -1: 1.0},
+            intercept_scaling=1.0,
+            penalty="l2",
+            loss="squared_hinge",
+            tol=1e-4,
+            dual=True,
+            max_iter=2000,
+            random_state=0,
+        ).fit(x, np.where(positive, 1, -1))
 
 
 def parallel(work, jobs) -> Iterator:

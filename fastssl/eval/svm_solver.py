@@ -210,9 +210,6 @@ def _line_search(y, e, b, f, d, fd):
     return b.dtype.type(low)
 
 
-# ---- what the protocol calls -----------------------------------------------------------------------------------------
-
-
 class Rows:
     """Training rows x (N, D), float32, with a one for the bias, and their products with the others, once."""
 
@@ -224,8 +221,9 @@ class Rows:
             wide = self.x_NE.astype(np.float64)
             self.operator = wide, np.ascontiguousarray(wide.T)
 
-    def path(self, y_FN: np.ndarray, weight_FN: np.ndarray, costs: Iterable[float],
-             tolerance: float = TOLERANCE) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:  # fmt: skip
+    def path(
+        self, y_FN: np.ndarray, weight_FN: np.ndarray, costs: Iterable[float], tolerance: float = TOLERANCE
+    ) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:
         """(cost, b (F, N), f (F, N)) by rising cost, each from where the last ended.  `weight`: of the row's class, 0
         for rows left out, whose f is that of the fit on the others."""
         b_FN, f_FN = np.zeros(np.shape(y_FN)), np.zeros(np.shape(y_FN))
@@ -238,14 +236,16 @@ class Rows:
         return solve(*self.operator, y_FN, e_FN, tolerance) @ self.x_NE
 
 
-def solve(A: np.ndarray, At: np.ndarray, y_FN: np.ndarray, e_FN: np.ndarray,
-          tolerance: float = TOLERANCE) -> np.ndarray:  # fmt: skip
+def solve(
+    A: np.ndarray, At: np.ndarray, y_FN: np.ndarray, e_FN: np.ndarray, tolerance: float = TOLERANCE
+) -> np.ndarray:
     """b (F, N) from nothing, all fits at once."""
     return fit(A, At, y_FN, e_FN, np.zeros(y_FN.shape), np.zeros(y_FN.shape), tolerance)[0]
 
 
-def solve_few(K: np.ndarray, y_N: np.ndarray, weight_N: np.ndarray, costs: tuple[float, ...],
-              tolerance: float = TOLERANCE) -> np.ndarray:  # fmt: skip
+def solve_few(
+    K: np.ndarray, y_N: np.ndarray, weight_N: np.ndarray, costs: tuple[float, ...], tolerance: float = TOLERANCE
+) -> np.ndarray:
     """b (costs, N) of one small problem, its costs rising."""
     none, out = np.zeros((0, 0), K.dtype), []
     y_AN, e_AN = np.repeat(y_N[None], len(costs), 0), 2 * np.asarray(costs)[:, None] * weight_N
@@ -260,8 +260,15 @@ def solve_few(K: np.ndarray, y_N: np.ndarray, weight_N: np.ndarray, costs: tuple
     return np.concatenate(out)
 
 
-def fit(A: np.ndarray, At: np.ndarray, y_FN: np.ndarray, e_FN: np.ndarray, b_FN: np.ndarray, f_FN: np.ndarray,
-        tolerance: float) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+def fit(
+    A: np.ndarray,
+    At: np.ndarray,
+    y_FN: np.ndarray,
+    e_FN: np.ndarray,
+    b_FN: np.ndarray,
+    f_FN: np.ndarray,
+    tolerance: float,
+) -> tuple[np.ndarray, np.ndarray]:
     """(b, f) from the given ones; in the precision of A, and where rounding is in the way in fp64."""
     y, e, b, f = (np.array(part, A.dtype, order="C") for part in (y_FN, e_FN, b_FN, f_FN))
     a = np.maximum(y * b, 0)
@@ -279,8 +286,10 @@ def fit(A: np.ndarray, At: np.ndarray, y_FN: np.ndarray, e_FN: np.ndarray, b_FN:
 
 def check(gaps: np.ndarray, tolerance: float) -> None:
     if not (gaps <= 100 * tolerance).all():
-        raise ValueError(f"a fit stopped at a duality gap of {np.max(gaps):.1e} of its size, {tolerance:.0e} was "
-                         "asked for: are the costs extreme? --solver sklearn accepts what it reaches")  # fmt: skip
+        raise ValueError(
+            f"a fit stopped at a duality gap of {np.max(gaps):.1e} of its size, {tolerance:.0e} was "
+            "asked for: are the costs extreme? --solver sklearn accepts what it reaches"
+        )
 
 
 def threads() -> int:

@@ -49,9 +49,20 @@ class Classifier(nn.Module):
         return self.head(self.backbone(x))
 
 
-def train(backbone: nn.Module, loader: Loader, view: View, optim: Optim, *, classes: int,
-          rows: np.ndarray | None = None, seed: int = 0, smoothing: float = 0.0, mixup: float = 0.0,
-          cutmix: float = 0.0, log: Callable[[str], None] = lambda text: None) -> Classifier:  # fmt: skip
+def train(
+    backbone: nn.Module,
+    loader: Loader,
+    view: View,
+    optim: Optim,
+    *,
+    classes: int,
+    rows: np.ndarray | None = None,
+    seed: int = 0,
+    smoothing: float = 0.0,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    log: Callable[[str], None] = lambda text: None,
+) -> Classifier:
     """A copy of `backbone` with a head, trained on `rows` of the file (default: all) by `optim`, in evaluation mode.
 
     `loader` shuffles and has the batch of `optim`.  The last batch of an epoch over `rows` is filled up from the
@@ -94,8 +105,10 @@ def train(backbone: nn.Module, loader: Loader, view: View, optim: Optim, *, clas
         mean = dist.mean(total).item()
         log(f"epoch {epoch + 1}/{optim.epochs}: loss {mean:.4f}")
         if not np.isfinite(mean):
-            raise Diverged(f"the loss is {mean} in epoch {epoch + 1}: lower the rate {schedule.lr:g}, or use "
-                           "--precision fp32 or bf16")  # fmt: skip
+            raise Diverged(
+                f"the loss is {mean} in epoch {epoch + 1}: lower the rate {schedule.lr:g}, or use "
+                "--precision fp32 or bf16"
+            )
     return model.eval()
 
 
@@ -110,8 +123,15 @@ def _mixing(mixup: float, cutmix: float, smoothing: float, classes: int, seed: i
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, loader: Loader, view: View, *, classes: int, rows: np.ndarray | None = None,
-             precision: str = "fp32") -> dict:  # fmt: skip
+def accuracy(
+    model: nn.Module,
+    loader: Loader,
+    view: View,
+    *,
+    classes: int,
+    rows: np.ndarray | None = None,
+    precision: str = "fp32",
+) -> dict:
     """{"top1", "top5" (more than five classes)} in percent on `rows` of the file (default: all), equal on all ranks.
 
     `loader` is one for evaluation (file order, nothing dropped).
@@ -131,9 +151,6 @@ def accuracy(model: nn.Module, loader: Loader, view: View, *, classes: int, rows
             asked &= logits.isfinite().all(1)  # comparisons with NaN would call it right
             right += torch.stack([(hits(logits, batch.label, n) & asked).sum() for n in tops])
     return {f"top{n}": 100 * r / count for n, r in zip(tops, dist.sum_(right.to(dist.device())).tolist())}
-
-
-# ---- rates and drop path of transformers -----------------------------------------------------------------------------
 
 
 def layer_decay(backbone: nn.Module, decay: float) -> dict[str, dict]:
@@ -170,9 +187,6 @@ def drop_path_(backbone: nn.Module, rate: float) -> None:
             setattr(block, name, DropPath(p) if p else nn.Identity())
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batch", type=int, help="images per rank and pass; default: the rank's whole share")
 
@@ -187,8 +201,10 @@ def training_loader(subject: Subject, batch: int) -> Loader:
     args, share = subject.args, batch // dist.world()
     size = args.micro_batch or max(share, 1)
     if batch < 1 or size < 1 or batch % dist.world() or share % size:
-        raise ValueError(f"--train-batch {batch} must be a positive multiple of the {dist.world()} ranks"
-                         + (f" times --micro-batch {size}" if args.micro_batch else ""))  # fmt: skip
+        raise ValueError(
+            f"--train-batch {batch} must be a positive multiple of the {dist.world()} ranks"
+            + (f" times --micro-batch {size}" if args.micro_batch else "")
+        )
     return Loader(subject.train, batch, seed=args.seed, device=args.device, workers=args.workers, micro=share // size)
 
 

@@ -31,8 +31,11 @@ def names() -> list[str]:
 def state(method: nn.Module) -> list[str]:
     """What the method keeps from step to step beside trained weights, as its checkpoint names it."""
     buffers = {re.sub(r"_?\d+$", "", name) for name, _ in method.named_buffers(recurse=False)}
-    encoders = {name for name, child in method.named_children()
-                if any(True for _ in child.parameters()) and not any(p.requires_grad for p in child.parameters())}
+    encoders = {
+        name
+        for name, child in method.named_children()
+        if any(True for _ in child.parameters()) and not any(p.requires_grad for p in child.parameters())
+    }
     return sorted(encoders) + sorted(buffers)
 
 
@@ -51,12 +54,22 @@ def describe(name: str) -> str:
         "views": "any number" if built.views is None else str(built.views),
         "state": ", ".join(state(built)) or "none",
         "settings": ", ".join(f"{key}={value!r}" for key, value in vars(module.Config()).items()),
-        "configs": " ".join(f"configs/{Path(file).relative_to(folder)}"
-                            for file in [*sorted(folder.glob(f"{name}/*.py")), folder / "smoke" / f"{name}.py"]),
+        "configs": " ".join(
+            f"configs/{Path(file).relative_to(folder)}"
+            for file in [*sorted(folder.glob(f"{name}/*.py")), folder / "smoke" / f"{name}.py"]
+        ),
     }
-    return "\n".join(textwrap.fill(f"{key:9}{text}".strip() if key else text, 118, initial_indent="    ",
-                                   subsequent_indent=" " * (13 if key else 4), break_long_words=False,
-                                   break_on_hyphens=False) for key, text in lines.items())  # fmt: skip
+    return "\n".join(
+        textwrap.fill(
+            f"{key:9}{text}".strip() if key else text,
+            118,
+            initial_indent="    ",
+            subsequent_indent=" " * (13 if key else 4),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for key, text in lines.items()
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

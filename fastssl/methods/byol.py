@@ -54,8 +54,9 @@ class BYOL(nn.Module):
         self.config, self.kernels = config, kernels
         self.backbone = backbone
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_bias=config.last_bias)
-        self.predictor = parts.mlp(config.dims[-1], config.predictor, config.dims[-1], norm=config.norm,
-                                   last_bias=config.last_bias)
+        self.predictor = parts.mlp(
+            config.dims[-1], config.predictor, config.dims[-1], norm=config.norm, last_bias=config.last_bias
+        )
         if config.init == "openselfsup":
             for head in (self.projector, self.predictor):
                 parts.kaiming_(head)

@@ -34,8 +34,14 @@ class DCL(nn.Module):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.backbone = backbone
-        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_norm=config.norm,
-                                   bias=not config.norm, last_bias=not config.norm)
+        self.projector = parts.mlp(
+            backbone.dim,
+            *config.dims,
+            norm=config.norm,
+            last_norm=config.norm,
+            bias=not config.norm,
+            last_bias=not config.norm,
+        )
 
     def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
         h = self.backbone(torch.cat(views))

@@ -57,9 +57,15 @@ class DeepCluster(nn.Module):
         if c.algorithm == "pic":
             labels = cluster.pic(x, c.clusters, index)
         else:
-            labels = cluster.kmeans(x, c.clusters, index, iterations=c.iterations, seed=self.seed + epoch,
-                                    backend="faiss" if c.algorithm == "faiss" else "torch",
-                                    kernels=self.kernels).labels
+            labels = cluster.kmeans(
+                x,
+                c.clusters,
+                index,
+                iterations=c.iterations,
+                seed=self.seed + epoch,
+                backend="faiss" if c.algorithm == "faiss" else "torch",
+                kernels=self.kernels,
+            ).labels
         self.labels.copy_(cluster.scatter(labels, index, len(self.labels)))
         counts = torch.bincount(self.labels[self.labels >= 0], minlength=c.clusters)
         self.weights.copy_(cluster.class_weights(counts, c.reweight, 1e-10))
@@ -84,8 +90,10 @@ class DeepCluster(nn.Module):
     def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
         labels = self.labels[batch.index]
         right = (out["logits"].detach().argmax(1) == labels).float()
-        return {"loss": cluster.weighted_cross_entropy(out["logits"], labels, self.weights),
-                "top1": cluster.weighted_mean(right, labels, self.weights)}
+        return {
+            "loss": cluster.weighted_cross_entropy(out["logits"], labels, self.weights),
+            "top1": cluster.weighted_mean(right, labels, self.weights),
+        }
 
     def total_weight(self, batch) -> Tensor:
         return cluster.total_weight(self.labels[batch.index], self.weights)

@@ -57,9 +57,16 @@ class DeepClusterV2(nn.Module):
                 self.memory[crop] = cluster.scatter(z[:, crop], index, samples)
         mine, notes = torch.arange(dist.rank(), samples, dist.world(), device=self.memory.device), []
         for i, clusters in enumerate(self.config.clusters):
-            found = cluster.kmeans(self.memory[i % self.config.large][mine], clusters, mine, spherical=True,
-                                   iterations=self.config.iterations, empty="keep", kernels=self.kernels,
-                                   seed=self.seed + epoch * len(self.labels) + i)
+            found = cluster.kmeans(
+                self.memory[i % self.config.large][mine],
+                clusters,
+                mine,
+                spherical=True,
+                iterations=self.config.iterations,
+                empty="keep",
+                kernels=self.kernels,
+                seed=self.seed + epoch * len(self.labels) + i,
+            )
             self.get_buffer(f"prototypes_{i}").copy_(found.centroids)
             self.labels[i] = cluster.scatter(found.labels, mine, samples)
             notes.append(cluster.describe(found.counts, samples))
@@ -73,8 +80,10 @@ class DeepClusterV2(nn.Module):
     def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
         z = out["z"].flatten(0, 1)  # rows: the cross entropy of maps has no deterministic gradient on CUDA
         labels = self.labels[:, batch.index].repeat_interleave(out["z"].shape[1], 1)
-        losses = [F.cross_entropy(z @ self.get_buffer(f"prototypes_{i}").T / self.config.temperature, own)
-                  for i, own in enumerate(labels)]
+        losses = [
+            F.cross_entropy(z @ self.get_buffer(f"prototypes_{i}").T / self.config.temperature, own)
+            for i, own in enumerate(labels)
+        ]
         return {"loss": sum(losses) / len(losses)}
 
     @torch.no_grad()

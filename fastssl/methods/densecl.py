@@ -82,8 +82,14 @@ class DenseCL(nn.Module):
         return {"loss": (1 - d) * single + d * dense, "single": single, "dense": dense}
 
     def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
-        parts.ema_(self.target, [self.backbone, self.projector, self.dense_projector], self.config.momentum,
-                   found_inf=found_inf, impl=self.kernels)
-        for queue, pointer, keys in zip((self.queue, self.dense_queue), self.pointers,
-                                        (out["k"], out["k_dense"].mean(1))):
+        parts.ema_(
+            self.target,
+            [self.backbone, self.projector, self.dense_projector],
+            self.config.momentum,
+            found_inf=found_inf,
+            impl=self.kernels,
+        )
+        for queue, pointer, keys in zip(
+            (self.queue, self.dense_queue), self.pointers, (out["k"], out["k_dense"].mean(1))
+        ):
             push_(queue, pointer, dist.gather(keys), found_inf=found_inf, impl=self.kernels)

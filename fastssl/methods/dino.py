@@ -83,8 +83,12 @@ class DINO(nn.Module):
     def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
         temperatures = self.config.temperature, self.teacher_temperature(batch.epoch)
         student, teacher = out["student"].unbind(1), out["teacher"].unbind(1)
-        pairs = [softxent(s, t, *temperatures, center=self.center, impl=self.kernels)
-                 for i, t in enumerate(teacher) for j, s in enumerate(student) if i != j]
+        pairs = [
+            softxent(s, t, *temperatures, center=self.center, impl=self.kernels)
+            for i, t in enumerate(teacher)
+            for j, s in enumerate(student)
+            if i != j
+        ]
         return {"loss": sum(pairs) / len(pairs)}
 
     def phase(self, epoch: int) -> tuple:

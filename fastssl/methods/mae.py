@@ -57,8 +57,9 @@ class MAE(nn.Module):
         # three dimensions: the original decays it, unlike norms and biases
         self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(1, 1, config.decoder), std=0.02))
         norm = partial(nn.LayerNorm, eps=1e-6)
-        self.decoder = nn.Sequential(*[Block(config.decoder, config.heads, qkv_bias=True, norm_layer=norm)
-                                       for _ in range(config.depth)])
+        self.decoder = nn.Sequential(
+            *[Block(config.decoder, config.heads, qkv_bias=True, norm_layer=norm) for _ in range(config.depth)]
+        )
         self.head = nn.Sequential(norm(config.decoder), nn.Linear(config.decoder, 3 * self.patch**2))
         for part in (self.embed, self.decoder, self.head):
             xavier_(part)
@@ -79,8 +80,10 @@ class MAE(nn.Module):
         order = philox.philox4x32(place, STREAM, index[:, None], epoch, self.seed)[0].argsort(dim=1, stable=True)
         kept = int(patches * (1 - self.config.mask))
         if not 0 < kept < patches:
-            raise ValueError(f"method.mask={self.config.mask} leaves {kept} of {patches} patches of {self.patch} "
-                             "pixels: use larger views, a smaller patch or another share")
+            raise ValueError(
+                f"method.mask={self.config.mask} leaves {kept} of {patches} patches of {self.patch} "
+                "pixels: use larger views, a smaller patch or another share"
+            )
         return order[:, :kept], order[:, kept:]
 
     def encode(self, x: Tensor, visible: Tensor) -> Tensor:

@@ -47,8 +47,14 @@ class MoCo(nn.Module):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.backbone = backbone
-        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_norm=config.norm,
-                                   bias=not config.norm, last_bias=not config.norm)
+        self.projector = parts.mlp(
+            backbone.dim,
+            *config.dims,
+            norm=config.norm,
+            last_norm=config.norm,
+            bias=not config.norm,
+            last_bias=not config.norm,
+        )
         if config.init == "openselfsup":
             parts.kaiming_(self.projector)
         self.target = parts.frozen_copy(self.backbone, self.projector)

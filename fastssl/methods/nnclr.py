@@ -53,8 +53,10 @@ class NNCLR(nn.Module):
     def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
         (p_0, p_1), (nn_0, nn_1) = out["p"].unbind(1), (self.nearest(z) for z in out["z"].unbind(1))
         t = self.config.temperature
-        both = [infonce_symmetric(near, p, t, group=dist.group(), impl=self.kernels)
-                for near, p in ((nn_0, p_1), (nn_1, p_0))]
+        both = [
+            infonce_symmetric(near, p, t, group=dist.group(), impl=self.kernels)
+            for near, p in ((nn_0, p_1), (nn_1, p_0))
+        ]
         return {"loss": sum(both) / 2}
 
     @torch.no_grad()

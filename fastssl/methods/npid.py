@@ -35,8 +35,10 @@ class Config:
         parts.check_init(self.init)
         positives = batch if self.shared else 1
         if self.ensure_neg and samples <= positives:
-            raise ValueError(f"method.ensure_neg=True: data.train has {samples} samples and none is left beside the "
-                             f"{positives} that may not be negatives; use more data or ensure_neg=False")
+            raise ValueError(
+                f"method.ensure_neg=True: data.train has {samples} samples and none is left beside the "
+                f"{positives} that may not be negatives; use more data or ensure_neg=False"
+            )
         if not 0 < self.momentum <= 1:
             raise ValueError(f"method.momentum={self.momentum} is the weight of the new embedding, in (0, 1]")
         return NPID(self, backbone, samples, kernels)
@@ -65,8 +67,11 @@ class NPID(nn.Module):
             logits = F.normalize(out["z"], dim=1) @ self.bank.T / self.config.temperature
             return {"loss": F.cross_entropy(logits, batch.index)}
         negatives = self.draw_shared(batch) if self.config.shared else self.draw(batch)
-        return {"loss": gathered_nce(out["z"], self.bank, batch.index, negatives, self.config.temperature,
-                                     impl=self.kernels)}
+        return {
+            "loss": gathered_nce(
+                out["z"], self.bank, batch.index, negatives, self.config.temperature, impl=self.kernels
+            )
+        }
 
     def draw(self, batch) -> Tensor:
         """(n, K) rows of the bank, uniform with replacement, each sample's own."""

@@ -51,8 +51,14 @@ class ODC(nn.Module):
         self.config, self.backbone, self.steps, self.kernels = config, backbone, steps, kernels
         hidden, dim = config.dims
         norm = nn.BatchNorm1d(hidden, momentum=0.001, affine=False) if config.norm else nn.Identity()
-        self.neck = nn.Sequential(nn.Linear(backbone.dim, hidden), norm, nn.ReLU(inplace=True),
-                                  nn.Dropout(config.dropout), nn.Linear(hidden, dim), nn.ReLU(inplace=True))
+        self.neck = nn.Sequential(
+            nn.Linear(backbone.dim, hidden),
+            norm,
+            nn.ReLU(inplace=True),
+            nn.Dropout(config.dropout),
+            nn.Linear(hidden, dim),
+            nn.ReLU(inplace=True),
+        )
         self.head = nn.Linear(dim, config.clusters)
         for layer in (self.neck[0], self.neck[4], self.head):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -74,8 +80,9 @@ class ODC(nn.Module):
             return None
         x, index = survey("z")
         x = F.normalize(x, dim=1)
-        found = cluster.kmeans(x, self.config.clusters, index, iterations=self.config.iterations, seed=self.seed,
-                               kernels=self.kernels)
+        found = cluster.kmeans(
+            x, self.config.clusters, index, iterations=self.config.iterations, seed=self.seed, kernels=self.kernels
+        )
         self.bank.copy_(cluster.scatter_block(x, index, len(self.labels)))
         self.labels.copy_(cluster.scatter(found.labels, index, len(self.labels)))
         self.add_up()

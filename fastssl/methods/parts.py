@@ -24,8 +24,15 @@ from fastssl.kernels import multi_tensor
 RELU = partial(nn.ReLU, inplace=True)
 
 
-def mlp(*dims: int, norm: bool = True, last_norm: bool = False, bias: bool = True, last_bias: bool = True,
-        last_affine: bool = True, act: Callable[[], nn.Module] = RELU) -> nn.Sequential:
+def mlp(
+    *dims: int,
+    norm: bool = True,
+    last_norm: bool = False,
+    bias: bool = True,
+    last_bias: bool = True,
+    last_affine: bool = True,
+    act: Callable[[], nn.Module] = RELU,
+) -> nn.Sequential:
     """Linear layers of the widths `dims` with `act` between them; `norm` puts batch norm before each activation,
     `last_norm` one after the last layer (`last_affine`: with scale and shift)."""
     layers: list[nn.Module] = []
@@ -67,8 +74,14 @@ def without_drop_path(target: nn.Module) -> None:
 
 
 @torch.no_grad()
-def ema_(target: nn.Module, online: list[nn.Module], momentum: float | Tensor, *, found_inf: Tensor | None = None,
-         impl: str = "auto") -> None:
+def ema_(
+    target: nn.Module,
+    online: list[nn.Module],
+    momentum: float | Tensor,
+    *,
+    found_inf: Tensor | None = None,
+    impl: str = "auto",
+) -> None:
     """target <- momentum * target + (1 - momentum) * online, parameters only (batch-norm buffers are the target's own).
 
     momentum: a number or a 0-dim tensor; `found_inf` as in kernels.multi_tensor.
@@ -130,8 +143,10 @@ def multi_crop(module: nn.Module, views: list[Tensor], large: int) -> Tensor:
     """(n, V, D) of views of mixed sizes, of which the first `large` are the large ones; views of one size that follow
     each other run as one batch (and share batch statistics, as in SwAV)."""
     if len(views) < max(large, 2) or len({x.shape for x in views[:large]}) > 1:
-        raise ValueError(f"data.views gives views of {[x.shape[-1] for x in views]} pixels: "
-                         f"needed are at least {max(large, 2)}, the first {large} of one size")
+        raise ValueError(
+            f"data.views gives views of {[x.shape[-1] for x in views]} pixels: "
+            f"needed are at least {max(large, 2)}, the first {large} of one size"
+        )
     out = []
     for _, group in itertools.groupby(views, key=lambda x: x.shape[-1]):
         group = list(group)
@@ -185,8 +200,10 @@ def vision_transformer(backbone: nn.Module) -> nn.Module:
     """timm's model inside `backbone`, or an error if it is not a vision transformer with one table of positions."""
     body = getattr(backbone, "body", None)
     if not all(hasattr(body, name) for name in ("patch_embed", "pos_embed", "blocks")):
-        raise ValueError(f"backbone.name={backbone.spec.name!r} is not a vision transformer; "
-                         "use one of timm's, such as 'vit_small_patch16_224'")
+        raise ValueError(
+            f"backbone.name={backbone.spec.name!r} is not a vision transformer; "
+            "use one of timm's, such as 'vit_small_patch16_224'"
+        )
     return body
 
 
@@ -203,15 +220,19 @@ def fixed_positions_(body: nn.Module, *, columns_first: bool) -> None:
 def need_labels(method: str, classes: list | None) -> int:
     """The number of classes, or an error before any step."""
     if not classes:
-        raise ValueError(f"{method} learns from labels and data.train has no classes: convert a labelled source, "
-                         "or choose a method that needs none")
+        raise ValueError(
+            f"{method} learns from labels and data.train has no classes: convert a labelled source, "
+            "or choose a method that needs none"
+        )
     return len(classes)
 
 
 def need_queue(queue: int, batch: int) -> None:
     if batch > queue:
-        raise ValueError(f"method.queue={queue} is smaller than optim.batch={batch}: "
-                         f"a step would overwrite its own rows; raise method.queue to at least {batch}")
+        raise ValueError(
+            f"method.queue={queue} is smaller than optim.batch={batch}: "
+            f"a step would overwrite its own rows; raise method.queue to at least {batch}"
+        )
 
 
 def random_directions(*shape: int) -> Tensor:
@@ -222,9 +243,12 @@ def random_directions(*shape: int) -> Tensor:
 def warn_unshuffled(backbone: nn.Module) -> None:
     """On one rank all keys are in one batch, whichever way they are shuffled."""
     if dist.world() == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules()):
-        warnings.warn("method.shuffle=True has no effect on one GPU: batch norm's statistics can tell which key is "
-                      "that of a query, and accuracy may suffer; use more GPUs or backbone.norm='gn' "
-                      "(method.shuffle=False: accept it)", stacklevel=2)
+        warnings.warn(
+            "method.shuffle=True has no effect on one GPU: batch norm's statistics can tell which key is "
+            "that of a query, and accuracy may suffer; use more GPUs or backbone.norm='gn' "
+            "(method.shuffle=False: accept it)",
+            stacklevel=2,
+        )
 
 
 class Shuffle:
@@ -233,8 +257,10 @@ class Shuffle:
 
     def __init__(self, n: int, device: torch.device):
         if n % dist.world():
-            raise ValueError(f"shuffled batch norm deals {n} samples to {dist.world()} ranks: "
-                             f"make optim.batch (or speed.micro_batch) a multiple of {dist.world()} per rank")
+            raise ValueError(
+                f"shuffled batch norm deals {n} samples to {dist.world()} ranks: "
+                f"make optim.batch (or speed.micro_batch) a multiple of {dist.world()} per rank"
+            )
         self.order = torch.randperm(n, device=device)
 
     def deal(self, x: Tensor) -> Tensor:

@@ -32,8 +32,13 @@ class RelativeLoc(nn.Module):
         super().__init__()
         self.backbone = backbone
         norm = nn.BatchNorm1d(config.hidden, momentum=0.003) if config.norm else nn.Identity()
-        self.head = nn.Sequential(nn.Linear(2 * backbone.dim, config.hidden), norm, nn.ReLU(inplace=True),
-                                  nn.Dropout(config.dropout), nn.Linear(config.hidden, 8))
+        self.head = nn.Sequential(
+            nn.Linear(2 * backbone.dim, config.hidden),
+            norm,
+            nn.ReLU(inplace=True),
+            nn.Dropout(config.dropout),
+            nn.Linear(config.hidden, 8),
+        )
         for layer, bias in ((self.head[0], 0.1), (self.head[-1], 0.0)):
             nn.init.normal_(layer.weight, std=0.005)
             nn.init.constant_(layer.bias, bias)

@@ -36,8 +36,14 @@ class SimCLR(nn.Module):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.backbone = backbone
-        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_norm=config.norm,
-                                   bias=not config.norm, last_bias=not config.norm)
+        self.projector = parts.mlp(
+            backbone.dim,
+            *config.dims,
+            norm=config.norm,
+            last_norm=config.norm,
+            bias=not config.norm,
+            last_bias=not config.norm,
+        )
         if config.norm and not config.last_shift:
             self.projector[-1].bias.requires_grad_(False)  # it stays 0
         if config.init == "openselfsup":

@@ -31,10 +31,18 @@ class SimSiam(nn.Module):
     def __init__(self, config: Config, backbone: nn.Module):
         super().__init__()
         self.backbone = backbone
-        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_norm=config.norm,
-                                   last_affine=False, bias=not config.norm, last_bias=not config.norm)
-        self.predictor = parts.mlp(config.dims[-1], config.predictor, config.dims[-1], norm=config.norm,
-                                   bias=not config.norm)
+        self.projector = parts.mlp(
+            backbone.dim,
+            *config.dims,
+            norm=config.norm,
+            last_norm=config.norm,
+            last_affine=False,
+            bias=not config.norm,
+            last_bias=not config.norm,
+        )
+        self.predictor = parts.mlp(
+            config.dims[-1], config.predictor, config.dims[-1], norm=config.norm, bias=not config.norm
+        )
 
     def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
         h = [self.backbone(x) for x in views]

@@ -45,8 +45,9 @@ class Supervised(nn.Module):
         logits, label = out["logits"], batch.label
         if label.is_floating_point():
             raise ValueError("supervised takes one class per image; data.train has several labels per image")
-        summed = F.cross_entropy(logits, label, ignore_index=-1, label_smoothing=self.config.label_smoothing,
-                                 reduction="sum")
+        summed = F.cross_entropy(
+            logits, label, ignore_index=-1, label_smoothing=self.config.label_smoothing, reduction="sum"
+        )
         labelled = self.total_weight(batch)
         right = (logits.detach().argmax(1) == label).float().sum()
         return {"loss": summed / labelled, "top1": right / labelled}

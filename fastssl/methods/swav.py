@@ -67,8 +67,11 @@ class SwAV(nn.Module):
         c, scores = self.config, out["scores"].unbind(1)
         pairs = []
         for i, center in enumerate(self.centers(scores[: c.large], batch.epoch)):
-            pairs += [softxent(s, scores[i], c.temperature, c.epsilon, center=center, impl=self.kernels)
-                      for j, s in enumerate(scores) if j != i]
+            pairs += [
+                softxent(s, scores[i], c.temperature, c.epsilon, center=center, impl=self.kernels)
+                for j, s in enumerate(scores)
+                if j != i
+            ]
         return {"loss": sum(pairs) / len(pairs)}
 
     def phase(self, epoch: int) -> tuple:
@@ -80,10 +83,14 @@ class SwAV(nn.Module):
         c = self.config
         if c.queue and epoch >= c.queue_epoch:
             with parts.gathered(list(self.prototypes.parameters())):
-                scores = [torch.cat([s, rows.chunk(dist.world())[dist.rank()] @ self.prototypes.directions().T])
-                          for s, rows in zip(scores, self.queue)]
-        return [sinkhorn_center(s, c.epsilon, iterations=c.iterations, group=dist.group(), impl=self.kernels)
-                for s in scores]
+                scores = [
+                    torch.cat([s, rows.chunk(dist.world())[dist.rank()] @ self.prototypes.directions().T])
+                    for s, rows in zip(scores, self.queue)
+                ]
+        return [
+            sinkhorn_center(s, c.epsilon, iterations=c.iterations, group=dist.group(), impl=self.kernels)
+            for s in scores
+        ]
 
     def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
         if not self.config.weight_norm:

@@ -51,8 +51,12 @@ class VICReg(nn.Module):
         variance = sum((1 - (v_D + 1e-4).sqrt()).relu().mean() for v_D in variances) / 2
         covariance = sum(redundancies) / z_0.shape[1]
         w = self.config
-        return {"loss": w.invariance * invariance + w.variance * variance + w.covariance * covariance,
-                "invariance": invariance, "variance": variance, "covariance": covariance}
+        return {
+            "loss": w.invariance * invariance + w.variance * variance + w.covariance * covariance,
+            "invariance": invariance,
+            "variance": variance,
+            "covariance": covariance,
+        }
 
     @staticmethod
     def spread(z_nD: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,12 +33,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser("fastssl report", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, below work_dirs/")
     parser.add_argument("--out", default="report.html", metavar="FILE", help="the page")
-    parser.add_argument("--eval", nargs="+", default=[], metavar="FILE",
-                        help="results of fastssl eval --out that lie elsewhere")
+    parser.add_argument(
+        "--eval", nargs="+", default=[], metavar="FILE", help="results of fastssl eval --out that lie elsewhere"
+    )
     parser.add_argument("--train", help=".beton for the views; default: each run's")
     parser.add_argument("--test", help=".beton for neighbours and maps; default: each run's")
-    parser.add_argument("--points", type=int, default=1000,
-                        help="images of the map and among which neighbours are looked for; 0: no pictures at all")
+    parser.add_argument(
+        "--points",
+        type=int,
+        default=1000,
+        help="images of the map and among which neighbours are looked for; 0: no pictures at all",
+    )
     parser.add_argument("--batch", type=int, default=64, help="images per pass")
     parser.add_argument("--workers", type=int, help="decoding threads; default: one for each core")
     parser.add_argument("--device", help="cpu or cuda; default: cuda when there is one")
@@ -93,16 +98,23 @@ def render(runs: list[RunData], args: argparse.Namespace) -> str:
     if args.points:
         shown, baselines = pictures(runs, args)
         sections += shown
-    sections += [("Evaluations", tables.evaluations(runs)), ("Configuration", tables.configuration(runs)),
-                 ("Environment", tables.environment(runs))]  # fmt: skip
+    sections += [
+        ("Evaluations", tables.evaluations(runs)),
+        ("Configuration", tables.configuration(runs)),
+        ("Environment", tables.environment(runs)),
+    ]
     script, style = ((HERE / name).read_text() for name in ("page.js", "page.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
     places = {name: name.lower().replace(" ", "-") for name, _ in sections}
     body = "".join(f'<section id="{places[name]}"><h2>{name}</h2>{text}</section>' for name, text in sections)
     links = "".join(f'<a href="#{place}">{name}</a>' for name, place in places.items())
-    toggles = [f'<label class="s{i}"><input type="checkbox" checked data-run="{i}"><i class="swatch"></i>'
-               f"{escape(run.label)}</label>" for i, run in enumerate(runs) if len(runs) > 1]  # fmt: skip
+    toggles = [
+        f'<label class="s{i}"><input type="checkbox" checked data-run="{i}"><i class="swatch"></i>'
+        f"{escape(run.label)}</label>"
+        for i, run in enumerate(runs)
+        if len(runs) > 1
+    ]
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     # The policy lets no script run but page.js, and nothing be fetched, whatever a run may be called.
     return f"""<!doctype html>
@@ -152,8 +164,9 @@ def training(runs: list[RunData]) -> str:
         lines, x_label = lines_of(runs, key)
         if not lines:
             if key in MAIN:
-                missing.append(note(f"{CURVES[key][0]}: no run has logged it"
-                                    + (f"; {HINTS[key]}." if key in HINTS else ".")))  # fmt: skip
+                missing.append(
+                    note(f"{CURVES[key][0]}: no run has logged it" + (f"; {HINTS[key]}." if key in HINTS else "."))
+                )
             continue
         values = {float(v) for line in lines for v in (line.low.min(), line.high.max())}
         if len(values) == 1 and key not in CURVES:
@@ -165,8 +178,11 @@ def training(runs: list[RunData]) -> str:
         drawn.append(line_chart(title, lines, x_label=x_label, unit=unit, about=about))
     same = f'<p class="about">Constant: {escape("; ".join(still))}.</p>' if still else ""
     binned = any(len(x) > 400 for run in runs for x, _ in run.scalars.values())
-    lead = ("Each point is the mean of a stretch of steps, the pale band its least and greatest value." if binned
-            else "Every logged value.")  # fmt: skip
+    lead = (
+        "Each point is the mean of a stretch of steps, the pale band its least and greatest value."
+        if binned
+        else "Every logged value."
+    )
     charts = f'<div class="charts">{"".join(drawn)}</div>'
     return f'<p class="lead">{lead}</p>{_legend(runs)}{"".join(missing)}{charts}{same}'
 
@@ -175,25 +191,43 @@ def speed(runs: list[RunData]) -> str:
     out, timed = [], [run for run in runs if "total_ms" in run.scalars]
     if not timed:
         return note("No step has been timed yet.")
-    for key, title, unit, factor in (("images_per_s", "Throughput", "images/s", 1.0), ("mfu", "MFU", "%", 100.0),
-                                     ("memory_gib", "Memory", "GiB", 1.0)):  # fmt: skip
+    for key, title, unit, factor in (
+        ("images_per_s", "Throughput", "images/s", 1.0),
+        ("mfu", "MFU", "%", 100.0),
+        ("memory_gib", "Memory", "GiB", 1.0),
+    ):
         lines, x_label = lines_of(runs, key, factor, "total_ms")
         if lines:
             out.append(line_chart(title, lines, x_label=x_label, unit=unit))
     unknown = [run.label for run in runs if "mfu" not in run.scalars and not run.on_cpu]
-    notes = note(f"MFU of {', '.join(unknown)}: not known; it needs a GPU whose peak FLOP/s are listed in "
-                 "fastssl/meters.py.") if unknown else ""  # fmt: skip
+    notes = (
+        note(
+            f"MFU of {', '.join(unknown)}: not known; it needs a GPU whose peak FLOP/s are listed in fastssl/meters.py."
+        )
+        if unknown
+        else ""
+    )
     splits = []
     for i, run in enumerate(runs):
         if run in timed:
             x, shares = reading.split(run)
-            splits.append(share_chart(f"Split of the step: {run.label}", i, x * run.x_per_step, shares, PHASES,
-                                      x_label="epoch" if run.steps_per_epoch else "step"))  # fmt: skip
+            splits.append(
+                share_chart(
+                    f"Split of the step: {run.label}",
+                    i,
+                    x * run.x_per_step,
+                    shares,
+                    PHASES,
+                    x_label="epoch" if run.steps_per_epoch else "step",
+                )
+            )
     names = ("data wait", *PHASES[1:])
     parts = legend([(f"p{i}", name) for i, name in enumerate(names)])
-    return (f'{_legend(runs)}{notes}<div class="charts">{"".join(out)}</div><h3>Where the time of a step goes</h3>'
-            f'<p class="about">other: hooks, logging, evaluations and checkpoints between two steps.</p>{parts}'
-            f'<div class="charts">{"".join(splits)}</div>{tables.timings(timed, runs)}')  # fmt: skip
+    return (
+        f'{_legend(runs)}{notes}<div class="charts">{"".join(out)}</div><h3>Where the time of a step goes</h3>'
+        f'<p class="about">other: hooks, logging, evaluations and checkpoints between two steps.</p>{parts}'
+        f'<div class="charts">{"".join(splits)}</div>{tables.timings(timed, runs)}'
+    )
 
 
 def _legend(runs: list[RunData]) -> str:

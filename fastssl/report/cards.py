@@ -15,14 +15,18 @@ def summary(runs: list[RunData], baselines: list[str]) -> str:
     cards = []
     for i, run in enumerate(runs):
         told = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts(run))
-        figures = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)} <small>{escape(more)}</small></dd></div>"
-                          for name, value, more in key_figures(run))  # fmt: skip
+        figures = "".join(
+            f"<div><dt>{escape(name)}</dt><dd>{escape(value)} <small>{escape(more)}</small></dd></div>"
+            for name, value, more in key_figures(run)
+        )
         notes = "".join(f'<p class="note">{escape(text)}</p>' for text in run.notes)
         lost = collapse(run)
         bad = f'<p class="note bad"><b>Collapsed.</b> {escape(lost)}</p>' if lost else ""
-        cards.append(f'<article class="card s{i} r{i}"><h3>{escape(run.label)}</h3><p class="meta">{escape(run.status)}'
-                     f'</p><dl class="facts">{told}</dl>{bad}<dl class="tiles">{figures}</dl>{baselines[i]}{notes}'
-                     "</article>")  # fmt: skip
+        cards.append(
+            f'<article class="card s{i} r{i}"><h3>{escape(run.label)}</h3><p class="meta">{escape(run.status)}'
+            f'</p><dl class="facts">{told}</dl>{bad}<dl class="tiles">{figures}</dl>{baselines[i]}{notes}'
+            "</article>"
+        )
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
@@ -30,12 +34,20 @@ def facts(run: RunData) -> list[tuple[str, str]]:
     """(name, text): method, network, data, views, length, machine, as far as the run's files say."""
     method = str(run.setting("method.type", ""))
     network = [str(run.setting("backbone.name", ""))]
-    network += [f"{key} {run.setting(f'backbone.{key}')}" for key, usual in (
-        ("stem", "imagenet"), ("width", 64), ("norm", "bn"), ("pretrained", None))
-        if run.setting(f"backbone.{key}") not in (None, usual)]  # fmt: skip
-    out = [("Method", method.split(".")[-2] if method.startswith("fastssl.methods.") else method.split(".")[-1]),
-           ("Network", ", ".join(network)), ("Data", _data(run, "train")), ("Tested on", _data(run, "test")),
-           ("Views", _views(run)), ("Length", _length(run)), ("Machine", _machine(run))]  # fmt: skip
+    network += [
+        f"{key} {run.setting(f'backbone.{key}')}"
+        for key, usual in (("stem", "imagenet"), ("width", 64), ("norm", "bn"), ("pretrained", None))
+        if run.setting(f"backbone.{key}") not in (None, usual)
+    ]
+    out = [
+        ("Method", method.split(".")[-2] if method.startswith("fastssl.methods.") else method.split(".")[-1]),
+        ("Network", ", ".join(network)),
+        ("Data", _data(run, "train")),
+        ("Tested on", _data(run, "test")),
+        ("Views", _views(run)),
+        ("Length", _length(run)),
+        ("Machine", _machine(run)),
+    ]
     return [(name, text) for name, text in out if text]
 
 
@@ -74,14 +86,17 @@ def _machine(run: RunData) -> str:
         return ""
     ranks = last.get("ranks", 1)
     precision = run.setting("optim.precision")
-    return (f"{ranks} rank{'s' * (ranks != 1)}, {'each ' * (ranks != 1)}{last['device']}"
-            + (f", {precision}" if precision else ""))  # fmt: skip
+    return f"{ranks} rank{'s' * (ranks != 1)}, {'each ' * (ranks != 1)}{last['device']}" + (
+        f", {precision}" if precision else ""
+    )
 
 
 def collapse(run: RunData) -> str:
     """What says that the run has collapsed at its end, or "" (log.COLLAPSED)."""
-    found = [f"{CURVES[key][0]} {value:.3g} (below {limit:g}; mean of the last {count} measures)"
-             for key, value, limit, count in reading.collapsed(run)]  # fmt: skip
+    found = [
+        f"{CURVES[key][0]} {value:.3g} (below {limit:g}; mean of the last {count} measures)"
+        for key, value, limit, count in reading.collapsed(run)
+    ]
     return f"The network gives nearly the same for every image: {'; '.join(found)}." if found else ""
 
 
@@ -117,8 +132,10 @@ def baselines(found: list[tuple[str, float | None]], about: str) -> str:
         text = "none" if value is None else f"{value:.1f} %"
         bar = f'<i style="width:{max(0.0, min(100.0, value or 0)):.1f}%"></i>'
         mark = " best" if value == best else ""
-        rows.append(f'<li class="{"own" if not i else "base"}{mark}"><span>{escape(name)}</span><b>{text}</b>'
-                    f'<span class="bar100">{bar}</span></li>')  # fmt: skip
+        rows.append(
+            f'<li class="{"own" if not i else "base"}{mark}"><span>{escape(name)}</span><b>{text}</b>'
+            f'<span class="bar100">{bar}</span></li>'
+        )
     return f'<p class="about">{escape(about)}</p><ul class="baselines">{"".join(rows)}</ul>'
 
 

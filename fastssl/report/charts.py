@@ -84,15 +84,21 @@ class Frame:
         parts = []
         for value in ticks(*self.y):
             at = float(self.py(value))
-            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
-                         f'<text x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{label(value)}</text>')  # fmt: skip
+            parts.append(
+                f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
+                f'<text x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{label(value)}</text>'
+            )
         for value in ticks(*self.x, 6):
             at = float(self.px(value))
-            parts.append(f'<line class="tick" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP + PLOT_H}" y2="{TOP + PLOT_H + 4}"/>'
-                         f'<text x="{at:.1f}" y="{TOP + PLOT_H + 17}" text-anchor="middle">{label(value)}</text>')
-        parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{TOP + PLOT_H}" y2="{TOP + PLOT_H}"/>'
-                     f'<text class="xlabel" x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{escape(x_label)}'
-                     "</text>")  # fmt: skip
+            parts.append(
+                f'<line class="tick" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP + PLOT_H}" y2="{TOP + PLOT_H + 4}"/>'
+                f'<text x="{at:.1f}" y="{TOP + PLOT_H + 17}" text-anchor="middle">{label(value)}</text>'
+            )
+        parts.append(
+            f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{TOP + PLOT_H}" y2="{TOP + PLOT_H}"/>'
+            f'<text class="xlabel" x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{escape(x_label)}'
+            "</text>"
+        )
         return "".join(parts)
 
     def data(self, x_label: str, unit: str, series: list[dict]) -> str:
@@ -107,14 +113,26 @@ def line_chart(title: str, lines: list[Line], *, x_label: str, unit: str = "", a
     low, high, cut = limits([line.y for line in lines])
     frame = Frame((min(line.x.min() for line in lines), max(line.x.max() for line in lines)), (low, high))
     drawn = [_band(frame, line) + _curve(frame, line) for line in lines]
-    series = [{"n": line.name, "c": f"s{line.run}", "r": line.run, "x": _round(line.x), "y": _round(line.y)}
-              for line in lines]  # fmt: skip
+    series = [
+        {"n": line.name, "c": f"s{line.run}", "r": line.run, "x": _round(line.x), "y": _round(line.y)} for line in lines
+    ]
     if cut is not None:
         about += f"{' ' if about else ''}Some values lie beyond the axis, up to {label(cut)}."
-    spoken = "; ".join(f"{line.name}: {label(float(line.y[0]))} at {x_label} {label(float(line.x[0]))}, "
-                       f"{label(float(line.y[-1]))} at {label(float(line.x[-1]))}" for line in lines)  # fmt: skip
-    return figure(title, svg(f"{title}. {spoken}", frame.axes(x_label) + "".join(drawn),
-                             f'data-lines="{frame.data(x_label, unit, series)}"'), about, unit)  # fmt: skip
+    spoken = "; ".join(
+        f"{line.name}: {label(float(line.y[0]))} at {x_label} {label(float(line.x[0]))}, "
+        f"{label(float(line.y[-1]))} at {label(float(line.x[-1]))}"
+        for line in lines
+    )
+    return figure(
+        title,
+        svg(
+            f"{title}. {spoken}",
+            frame.axes(x_label) + "".join(drawn),
+            f'data-lines="{frame.data(x_label, unit, series)}"',
+        ),
+        about,
+        unit,
+    )
 
 
 def _curve(frame: Frame, line: Line) -> str:
@@ -135,8 +153,9 @@ def _band(frame: Frame, line: Line) -> str:
     return f'<path class="band s{line.run} r{line.run}" d="M{path}Z"/>'
 
 
-def share_chart(title: str, run: int, x: np.ndarray, shares: np.ndarray, names: tuple[str, ...], *,
-                x_label: str) -> str:
+def share_chart(
+    title: str, run: int, x: np.ndarray, shares: np.ndarray, names: tuple[str, ...], *, x_label: str
+) -> str:
     """Stacked areas: shares (n, parts) in percent of 100."""
     if len(x) == 1:
         x, shares = np.array([x[0], x[0] + 1]), np.repeat(shares, 2, 0)
@@ -150,8 +169,11 @@ def share_chart(title: str, run: int, x: np.ndarray, shares: np.ndarray, names: 
         drawn.append(f'<path class="area p{part}" d="M{path}Z"/>')
     series = [{"n": name, "c": f"p{i}", "x": _round(x), "y": _round(shares[:, i])} for i, name in enumerate(names)]
     spoken = ", ".join(f"{name} {shares[:, i].mean():.0f} %" for i, name in enumerate(names))
-    body = svg(f"{title}. On average: {spoken}", "".join(drawn) + frame.axes(x_label),
-               f'data-lines="{frame.data(x_label, "%", series)}"')  # fmt: skip
+    body = svg(
+        f"{title}. On average: {spoken}",
+        "".join(drawn) + frame.axes(x_label),
+        f'data-lines="{frame.data(x_label, "%", series)}"',
+    )
     return figure(title, body, unit="%", run=run)
 
 
@@ -163,22 +185,32 @@ def scatter(title: str, xy: np.ndarray, groups: list[tuple[str, str, np.ndarray]
     at = 12 + (side - 24) * ((xy - low) / span + offset)
     at[:, 1] = side - at[:, 1]
     size = 7 if len(xy) <= 500 else 5 if len(xy) <= 2000 else 3
-    drawn = [f'<path class="points" stroke="{colour}" stroke-width="{size}" '
-             f'd="{"".join(f"M{x:.1f} {y:.1f}h0" for x, y in at[points])}"/>' for _, colour, points in reversed(groups)]
+    drawn = [
+        f'<path class="points" stroke="{colour}" stroke-width="{size}" '
+        f'd="{"".join(f"M{x:.1f} {y:.1f}h0" for x, y in at[points])}"/>'
+        for _, colour, points in reversed(groups)
+    ]
     group_of = np.zeros(len(xy), int)
     for i, (_, _, points) in enumerate(groups):
         group_of[points] = i
-    data = {"names": [name for name, _, _ in groups], "colours": [colour for _, colour, _ in groups],
-            "p": [[round(float(x), 1), round(float(y), 1), int(g)] for (x, y), g in zip(at, group_of)]}  # fmt: skip
-    body = (f'<svg viewBox="0 0 {side} {side}" role="img" aria-label="{escape(title)}" class="map" '
-            f'data-points="{escape(json.dumps(data, separators=(",", ":")))}">{"".join(drawn)}'
-            f'<circle class="ring" r="{size}" visibility="hidden"/></svg>')  # fmt: skip
+    data = {
+        "names": [name for name, _, _ in groups],
+        "colours": [colour for _, colour, _ in groups],
+        "p": [[round(float(x), 1), round(float(y), 1), int(g)] for (x, y), g in zip(at, group_of)],
+    }
+    body = (
+        f'<svg viewBox="0 0 {side} {side}" role="img" aria-label="{escape(title)}" class="map" '
+        f'data-points="{escape(json.dumps(data, separators=(",", ":")))}">{"".join(drawn)}'
+        f'<circle class="ring" r="{size}" visibility="hidden"/></svg>'
+    )
     return figure(title, body, about)
 
 
 def svg(spoken: str, inside: str, attributes: str) -> str:
-    return (f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(spoken)}" {attributes}>'
-            f'{inside}<line class="cursor" y1="{TOP}" y2="{TOP + PLOT_H}" visibility="hidden"/></svg>')  # fmt: skip
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(spoken)}" {attributes}>'
+        f'{inside}<line class="cursor" y1="{TOP}" y2="{TOP + PLOT_H}" visibility="hidden"/></svg>'
+    )
 
 
 def figure(title: str, body: str, about: str = "", unit: str = "", run: int | None = None) -> str:

@@ -101,8 +101,10 @@ def read(folder: str | Path) -> RunData:
     if not folder.is_dir():
         raise ValueError(f"no run folder {folder}")
     if not any((folder / name).exists() for name in ("log.jsonl", "config.json")):
-        raise ValueError(f"{folder} is no run folder: it has neither log.jsonl nor config.json; give the folder that "
-                         "`fastssl train` wrote, below work_dirs/")  # fmt: skip
+        raise ValueError(
+            f"{folder} is no run folder: it has neither log.jsonl nor config.json; give the folder that "
+            "`fastssl train` wrote, below work_dirs/"
+        )
     run = RunData(folder)
     config = _json(folder / "config.json", run)
     run.config = config if isinstance(config, dict) else {}
@@ -117,7 +119,7 @@ def read(folder: str | Path) -> RunData:
 
 
 def card(path: str) -> dict:
-    """"samples" and "classes" of a data card, where it is here and holds them."""
+    """ "samples" and "classes" of a data card, where it is here and holds them."""
     try:
         found = json.loads(Path(path).with_suffix(".json").read_text())
     except (OSError, ValueError):

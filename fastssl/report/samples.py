@@ -45,12 +45,16 @@ def views(run: RunData, args: argparse.Namespace) -> str:
     epochs = max(1, min(3, COLUMNS // len(recipe)))
     grid = pictures.view_rows(batch, recipe[:COLUMNS], run.setting("seed", 0), epochs)
     names = ["image"] + [f"view {v + 1}, epoch {e + 1}" for e in range(epochs) for v in range(len(recipe[:COLUMNS]))]
-    lines = [[_tile(tile, f"image {row}: {name}", " first" * (name == "image"))
-              for tile, name in zip(tiles, names)]
-             for row, tiles in zip(rows, grid)]  # fmt: skip
+    lines = [
+        [_tile(tile, f"image {row}: {name}", " first" * (name == "image")) for tile, name in zip(tiles, names)]
+        for row, tiles in zip(rows, grid)
+    ]
     left_out = f" (the first {COLUMNS} of {len(recipe)})" if len(recipe) > COLUMNS else ""
-    return _sheet(lines, f"Images of {Path(path).name}, each whole and then as its {len(recipe)} "
-                         f"view{'s' * (len(recipe) > 1)}{left_out} of the first {epochs} epoch{'s' * (epochs > 1)}.")
+    return _sheet(
+        lines,
+        f"Images of {Path(path).name}, each whole and then as its {len(recipe)} "
+        f"view{'s' * (len(recipe) > 1)}{left_out} of the first {epochs} epoch{'s' * (epochs > 1)}.",
+    )
 
 
 class Features:
@@ -76,8 +80,13 @@ class Features:
     def _extract(self) -> tuple[Tensor, Tensor]:
         out, labels = [], []
         with evaluating(self.subject.backbone):
-            for b in pictures.batches(self.path, self.rows, batch=min(self.args.batch, len(self.rows)),
-                                      device=self.args.device, workers=self.args.workers):  # fmt: skip
+            for b in pictures.batches(
+                self.path,
+                self.rows,
+                batch=min(self.args.batch, len(self.rows)),
+                device=self.args.device,
+                workers=self.args.workers,
+            ):
                 x = make_views(b.pixels, b.sizes, b.index, (self.subject.view,), seed=0, epoch=0)[0]
                 if isinstance(self.subject.backbone, whole.Pixels) and x.shape[-1] > PIXELS:
                     x = F.interpolate(x, size=PIXELS, mode="area")  # 1,000 images of 224 would be 0.6 GB
@@ -109,8 +118,11 @@ class Features:
         for kind, name in (("untrained", "the same network, untrained"), ("pixels", "pixels")):
             found.append((name, Features(self.run, self.args, kind).accuracy()))
         found.append(("chance (the largest class)", 100 * counts.max() / counts.sum()))
-        return cards.baselines(found, f"kNN, top-1, k = {min(K, len(known) - 1)}, of {len(known):,} images of "
-                                        f"{Path(self.path).name}, each by the others.")  # fmt: skip
+        return cards.baselines(
+            found,
+            f"kNN, top-1, k = {min(K, len(known) - 1)}, of {len(known):,} images of "
+            f"{Path(self.path).name}, each by the others.",
+        )
 
     def caption(self, label: int) -> str:
         return "" if label < 0 else self.name(label)
@@ -123,8 +135,9 @@ class Features:
         near[torch.arange(len(some)), torch.from_numpy(some)] = -torch.inf
         similarity, found = near.topk(min(NEIGHBOURS, len(x) - 1))
         shown = np.concatenate([some[:, None], found.numpy()], 1)
-        tiles = pictures.images(self.path, self.rows[shown.flatten()], self.subject.view, device=self.args.device,
-                                workers=self.args.workers)  # fmt: skip
+        tiles = pictures.images(
+            self.path, self.rows[shown.flatten()], self.subject.view, device=self.args.device, workers=self.args.workers
+        )
         tiles = tiles.view(*shown.shape, pictures.SIDE, pictures.SIDE, 3)
         lines = []
         for r, places in enumerate(shown):
@@ -134,22 +147,34 @@ class Features:
                 label = self.labels[place]
                 mark = "" if own < 0 or label < 0 else " same" if label == own else " other"
                 said = ", the same class" if mark == " same" else ", another class" if mark else ""
-                line.append(_tile(tiles[r, c + 1], f"image {self.rows[place]}, {self.name(label)}{said}, "
-                                                   f"similarity {similarity[r, c]:.3f}", mark,
-                                  self.caption(label)))  # fmt: skip
+                line.append(
+                    _tile(
+                        tiles[r, c + 1],
+                        f"image {self.rows[place]}, {self.name(label)}{said}, similarity {similarity[r, c]:.3f}",
+                        mark,
+                        self.caption(label),
+                    )
+                )
             lines.append(line)
         marked = ""
         if (self.labels >= 0).any():
             same = np.array([self.labels[places[1:]] == self.labels[places[0]] for places in shown])
-            marked = (f" Below each stands its class; a frame and a cross mark another class than the first image's: "
-                      f"{100 * same.mean():.0f} % have the same.")  # fmt: skip
-        return _sheet(lines, f"An image and its nearest among {len(x):,} of {Path(self.path).name}, by cosine "
-                             f"similarity of the features.{marked}")  # fmt: skip
+            marked = (
+                f" Below each stands its class; a frame and a cross mark another class than the first image's: "
+                f"{100 * same.mean():.0f} % have the same."
+            )
+        return _sheet(
+            lines,
+            f"An image and its nearest among {len(x):,} of {Path(self.path).name}, by cosine "
+            f"similarity of the features.{marked}",
+        )
 
     def map(self, method: str) -> str:
         xy, facts = maps.project(self.x, method)
-        said = {"pca": f"{facts.get('variance_%', 0):g} % of the variance",
-                "tsne": f"perplexity {facts.get('perplexity', 0):g}; distances between far groups mean nothing"}[method]
+        said = {
+            "pca": f"{facts.get('variance_%', 0):g} % of the variance",
+            "tsne": f"perplexity {facts.get('perplexity', 0):g}; distances between far groups mean nothing",
+        }[method]
         title = f"{ {'pca': 'PCA', 'tsne': 't-SNE'}[method] } of {self.run.label}"
         if len(xy) <= maps.TRUSTED:
             title += f", trustworthiness {maps.trustworthiness(self.x, xy):.1f} %"
@@ -174,8 +199,10 @@ def _samples(path: str, args: argparse.Namespace) -> int:
 def _sheet(lines: list[list[str]], about: str) -> str:
     columns = len(lines[0])
     inside = "".join("".join(line) for line in lines)
-    return (f'<div class="scroll"><div class="sheet" style="--n:{columns - 1}">{inside}'
-            f'</div></div><p class="about">{escape(about)}</p>')  # fmt: skip
+    return (
+        f'<div class="scroll"><div class="sheet" style="--n:{columns - 1}">{inside}'
+        f'</div></div><p class="about">{escape(about)}</p>'
+    )
 
 
 def _tile(pixels: Tensor, said: str, mark: str = "", caption: str = "") -> str:
@@ -189,5 +216,7 @@ def _tile(pixels: Tensor, said: str, mark: str = "", caption: str = "") -> str:
             best = kind, out.getvalue()
     data = base64.b64encode(best[1]).decode()
     side, below = pictures.SIDE, f"<small>{escape(caption)}</small>" if caption else ""
-    return (f'<span class="tile{mark}"><img src="data:image/{best[0]};base64,{data}" width="{side}" height="{side}" '
-            f'alt="{escape(said)}" title="{escape(said)}">{below}</span>')  # fmt: skip
+    return (
+        f'<span class="tile{mark}"><img src="data:image/{best[0]};base64,{data}" width="{side}" height="{side}" '
+        f'alt="{escape(said)}" title="{escape(said)}">{below}</span>'
+    )

@@ -27,12 +27,18 @@ Row = tuple[list[str], list[str], bool]
 def table(heads: list[str], runs: list[RunData], rows: list[Row], code: bool = False) -> str:
     """rows: (HTML of the cells before the runs' cells, HTML of the runs' cells, whether they differ)."""
     top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
-    top += "".join(f'<th scope="col" class="r{i}"><i class="swatch s{i}"></i> {escape(run.label)}</th>'
-                   for i, run in enumerate(runs))  # fmt: skip
+    top += "".join(
+        f'<th scope="col" class="r{i}"><i class="swatch s{i}"></i> {escape(run.label)}</th>'
+        for i, run in enumerate(runs)
+    )
     kind = "code " if code else ""
-    body = "".join(f'<tr{" class=differs" if differs else ""}>' + "".join(f'<th scope="row">{c}</th>' for c in first)
-                   + "".join(f'<td class="{kind}r{i}">{c}</td>' for i, c in enumerate(cells)) + "</tr>"
-                   for first, cells, differs in rows)  # fmt: skip
+    body = "".join(
+        f"<tr{' class=differs' if differs else ''}>"
+        + "".join(f'<th scope="row">{c}</th>' for c in first)
+        + "".join(f'<td class="{kind}r{i}">{c}</td>' for i, c in enumerate(cells))
+        + "</tr>"
+        for first, cells, differs in rows
+    )
     return f'<div class="table"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -49,11 +55,9 @@ def timings(timed: list[RunData], runs: list[RunData]) -> str:
             y, total = run.scalars[f"{name}_ms"][1], run.scalars["total_ms"][1]
             cells.append(f"{np.median(y):.1f} <small>{100 * y.sum() / total.sum():.0f} %</small>")
         rows.append(([("data wait" if name == "data" else name)], cells, False))
-    return ('<p class="about">Median milliseconds of a step, and the share of the whole time.</p>'
-            + table(["phase"], runs, rows))  # fmt: skip
-
-
-# ---- evaluations -----------------------------------------------------------------------------------------------------
+    return '<p class="about">Median milliseconds of a step, and the share of the whole time.</p>' + table(
+        ["phase"], runs, rows
+    )
 
 
 def weights_of(result: dict) -> str:
@@ -73,8 +77,10 @@ def owner(runs: list[RunData], result: dict) -> RunData | None:
 def evaluations(runs: list[RunData]) -> str:
     """A row for each metric of each protocol and test file; the best of all runs and settings in it is marked."""
     if not any(run.evaluations for run in runs):
-        return ('<p class="note">No results: fastssl eval knn RUN writes some into the run folder; --eval names files '
-                "that lie elsewhere.</p>")  # fmt: skip
+        return (
+            '<p class="note">No results: fastssl eval knn RUN writes some into the run folder; --eval names files '
+            "that lie elsewhere.</p>"
+        )
     found: dict[tuple, dict[int, list[dict]]] = {}  # (protocol, features, test file) -> run -> rows
     for i, run in enumerate(runs):
         for file, result in run.evaluations:
@@ -83,8 +89,16 @@ def evaluations(runs: list[RunData]) -> str:
             rows = found.setdefault(place, {}).setdefault(i, [])
             rows += [{**row, "": f"{file}: {json.dumps(result.get('options', {}))}"} for row in result["results"]]
     order = list(PROTOCOLS)
-    rank = lambda place: (order.index(place[0]) if place[0] in order else len(order), place[0], place[2],  # noqa: E731
-                          place[1] != "weights", place[1])  # fmt: skip
+
+    def rank(place):
+        return (
+            order.index(place[0]) if place[0] in order else len(order),
+            place[0],
+            place[2],
+            place[1] != "weights",
+            place[1],
+        )
+
     rows = []
     for place in sorted(found, key=rank):
         protocol, features, test = place
@@ -109,14 +123,19 @@ def _cell(rows: list[dict], metric: str, best: float | None) -> str:
         value = row.get(metric)
         if metric and value is None:
             continue
-        setting = " ".join(f"{k}={_short(v)}" for k, v in row.items()
-                           if k and k not in METRICS and k not in NOT_SHOWN and k != "selected_on")  # fmt: skip
+        setting = " ".join(
+            f"{k}={_short(v)}"
+            for k, v in row.items()
+            if k and k not in METRICS and k not in NOT_SHOWN and k != "selected_on"
+        )
         badge = ' <span class="badge">selected on test data</span>' if row.get("selected_on") == "test" else ""
         chosen = " (selected on held-out data)" if row.get("selected_on") == "held-out" else ""
         text = f"{value:.2f}" if is_number(value) else escape(str(value or ""))
         kind = ' class="best"' if is_number(value) and value == best else ""
-        out.append(f'<span class="value" title="{escape(row[""])}"><small>{escape(setting + chosen)}</small>'
-                   f"<b{kind}>{text}</b>{badge}</span>")  # fmt: skip
+        out.append(
+            f'<span class="value" title="{escape(row[""])}"><small>{escape(setting + chosen)}</small>'
+            f"<b{kind}>{text}</b>{badge}</span>"
+        )
     return "".join(out) or "<small>none</small>"
 
 
@@ -128,9 +147,6 @@ def _short(value: Any) -> str:
     return f"{value:g}" if is_number(value) else str(value)
 
 
-# ---- configuration and environment -----------------------------------------------------------------------------------
-
-
 def configuration(runs: list[RunData]) -> str:
     if not any(run.config for run in runs):
         return '<p class="note">No run has a config.json that can be read.</p>'
@@ -138,16 +154,25 @@ def configuration(runs: list[RunData]) -> str:
     rows = []
     for key in dict.fromkeys(key for part in flat for key in part):
         whole = [part.get(key, own.get(key)) if run.config else None for part, own, run in zip(flat, usual, runs)]
-        cells = ["" if v is None else f'<span class="default" title="the default">{escape(v)}</span>'
-                 if own.get(key) == v else escape(v) for v, own in zip(whole, usual)]  # fmt: skip
+        cells = [
+            ""
+            if v is None
+            else f'<span class="default" title="the default">{escape(v)}</span>'
+            if own.get(key) == v
+            else escape(v)
+            for v, own in zip(whole, usual)
+        ]
         rows.append(([f"<code>{escape(key)}</code>"], cells, len(runs) > 1 and len(set(whole)) > 1 and key != "name"))
     gray = '<p class="about">Gray: the default.'
     lead = f"{gray} Fields of views that have it in all runs are left out.</p>"
     if len(runs) == 1:
         return lead + table(["setting"], runs, rows, code=True)
     differing = [row for row in rows if row[2]]
-    top = (f"{gray}</p>" + table(["setting that differs"], runs, differing, code=True) if differing
-           else '<p class="lead">All settings are equal.</p>')  # fmt: skip
+    top = (
+        f"{gray}</p>" + table(["setting that differs"], runs, differing, code=True)
+        if differing
+        else '<p class="lead">All settings are equal.</p>'
+    )
     everything = table(["setting"], runs, rows, code=True)
     return f"{top}<details><summary>All {len(rows)} settings</summary>{lead}{everything}</details>"
 
@@ -173,8 +198,11 @@ def flatten(value: Any, key: str = "") -> dict[str, str]:
     if isinstance(value, dict) and value:
         if str(value.get("type", "")).endswith(".View"):
             default = {f.name: f.default for f in dataclasses.fields(View)}
-            value = {k: v for k, v in value.items()
-                     if k != "type" and (tuple(v) if isinstance(v, list) else v) != default.get(k)}  # fmt: skip
+            value = {
+                k: v
+                for k, v in value.items()
+                if k != "type" and (tuple(v) if isinstance(v, list) else v) != default.get(k)
+            }
         parts = [flatten(part, f"{key}.{name}" if key else name) for name, part in value.items()]
         return {k: v for part in parts for k, v in part.items()}
     if isinstance(value, list) and any(isinstance(part, dict) for part in value):
@@ -186,13 +214,19 @@ def environment(runs: list[RunData]) -> str:
     out = []
     for run in runs:
         if not run.environment:
-            out.append(f'<p class="note">{escape(run.label)}: environment.json is absent; runs of this version write '
-                       "it at their start.</p>")  # fmt: skip
+            out.append(
+                f'<p class="note">{escape(run.label)}: environment.json is absent; runs of this version write '
+                "it at their start.</p>"
+            )
         elif len(run.environment) > 1:
-            starts = "; ".join(f"step {e.get('step')}, {e.get('time')}, {e.get('ranks')} ranks, {e.get('device')}"
-                               for e in run.environment)  # fmt: skip
-            out.append(f'<p class="about">{escape(run.label)} was started {len(run.environment)} times: '
-                       f"{escape(starts)}. The table has the last.</p>")  # fmt: skip
+            starts = "; ".join(
+                f"step {e.get('step')}, {e.get('time')}, {e.get('ranks')} ranks, {e.get('device')}"
+                for e in run.environment
+            )
+            out.append(
+                f'<p class="about">{escape(run.label)} was started {len(run.environment)} times: '
+                f"{escape(starts)}. The table has the last.</p>"
+            )
     last = [run.environment[-1] if run.environment else {} for run in runs]
     keys = [key for key in dict.fromkeys(k for part in last for k in part) if key != "step"]
     rows = []

@@ -7,8 +7,9 @@ from ..common import check_rows, check_triton_dtype, choose
 from . import reference
 
 
-def update_(bank: Tensor, index: Tensor, rows: Tensor, momentum: float, *, found_inf: Tensor | None = None,
-            impl: str = "auto") -> Tensor:  # fmt: skip
+def update_(
+    bank: Tensor, index: Tensor, rows: Tensor, momentum: float, *, found_inf: Tensor | None = None, impl: str = "auto"
+) -> Tensor:
     """bank[i] = unit((1 - momentum) * bank[i] + momentum * row) for i in index (B,), in place; returns bank (S, D).
 
     An index that occurs twice takes its last row alone, mixed with the bank as it was.  A zero mix stays zero.

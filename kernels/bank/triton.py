@@ -13,9 +13,23 @@ from ..ntxent.rows import inverse_norm
 
 @triton.jit(do_not_specialize=("size", "n"))
 def update_kernel(
-    p_bank, sb_r, sb_d, p_index, si, p_rows, sr_r, sr_d, p_found_inf, momentum, size, n,
-    D: tl.constexpr, BD: tl.constexpr, BI: tl.constexpr, FLAG: tl.constexpr,
-):  # fmt: skip
+    p_bank,
+    sb_r,
+    sb_d,
+    p_index,
+    si,
+    p_rows,
+    sr_r,
+    sr_d,
+    p_found_inf,
+    momentum,
+    size,
+    n,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BI: tl.constexpr,
+    FLAG: tl.constexpr,
+):
     """One program a row.  It looks for its index among the rows after it; only the last to have it writes."""
     if FLAG and tl.load(p_found_inf) != 0.0:
         return
@@ -59,9 +73,22 @@ def centroids_kernel(
 def update(bank, index, rows, momentum, found_inf=None):
     n, d = rows.shape
     update_kernel[(n,)](
-        bank, *bank.stride(), index, index.stride(0), rows, *rows.stride(), found_inf, momentum, bank.shape[0], n,
-        D=d, BD=pow2(d), BI=256, FLAG=found_inf is not None, num_warps=1 if d <= 256 else 4,
-    )  # fmt: skip
+        bank,
+        *bank.stride(),
+        index,
+        index.stride(0),
+        rows,
+        *rows.stride(),
+        found_inf,
+        momentum,
+        bank.shape[0],
+        n,
+        D=d,
+        BD=pow2(d),
+        BI=256,
+        FLAG=found_inf is not None,
+        num_warps=1 if d <= 256 else 4,
+    )
 
 
 def centroids(out, bank, labels):
@@ -69,9 +96,8 @@ def centroids(out, bank, labels):
     start = torch.searchsorted(ordered, torch.arange(out.shape[0] + 1, device=labels.device))
     block_d = pow2(bank.shape[1])
     centroids_kernel[(out.shape[0],)](
-        out, *out.stride(), bank, *bank.stride(), order, start,
-        D=bank.shape[1], BD=block_d, BR=max(1, 4096 // block_d),
-    )  # fmt: skip
+        out, *out.stride(), bank, *bank.stride(), order, start, D=bank.shape[1], BD=block_d, BR=max(1, 4096 // block_d)
+    )
 
 
 @torch.library.custom_op("fastssl::bank_update", mutates_args=("bank",))

@@ -53,11 +53,18 @@ def scale(case: Case, name: str) -> float:
 
 
 SMALL = (
-    Case(0, 4, 9, 32), Case(1, 3, 5, 32), Case(3, 700, 1000, 96), Case(5, 129, 300, 128, F16, 0.01),
-    Case(4, 127, 300, 128, BF16), Case(4, 129, 300, 64, F32), Case(2, 33, 40, 768, BF16), Case(2, 0, 7, 64),
-    Case(4, 60, 70, 64, F16, normalize=False), Case(6, 129, 300, 128, shared=True),
+    Case(0, 4, 9, 32),
+    Case(1, 3, 5, 32),
+    Case(3, 700, 1000, 96),
+    Case(5, 129, 300, 128, F16, 0.01),
+    Case(4, 127, 300, 128, BF16),
+    Case(4, 129, 300, 64, F32),
+    Case(2, 33, 40, 768, BF16),
+    Case(2, 0, 7, 64),
+    Case(4, 60, 70, 64, F16, normalize=False),
+    Case(6, 129, 300, 128, shared=True),
     Case(6, 129, 300, 64, F32, shared=True),
-)  # fmt: skip
+)
 
 FULL = tuple(
     Case(rows, negatives, 10_000, dim, dtype, shared=shared)
@@ -70,6 +77,8 @@ FULL = tuple(
 )
 
 BENCH = (
-    Case(256, 65536, 1_281_167, 128, F16), Case(256, 65536, 1_281_167, 128, F32),
-    Case(256, 65536, 1_281_167, 128, F16, shared=True), Case(256, 4096, 1_281_167, 128, F16),
-)  # fmt: skip
+    Case(256, 65536, 1_281_167, 128, F16),
+    Case(256, 65536, 1_281_167, 128, F32),
+    Case(256, 65536, 1_281_167, 128, F16, shared=True),
+    Case(256, 4096, 1_281_167, 128, F16),
+)

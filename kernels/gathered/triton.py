@@ -16,10 +16,30 @@ from ..ntxent.rows import inverse_norm
 
 @triton.jit(do_not_specialize=("m", "n", "per_split"))
 def gathered_kernel(
-    p_q, sq_r, sq_d, p_bank, sb_r, sb_d, p_positive, sp, p_negative, sn_r, sn_k, p_stat, p_acc, p_dot, p_inv,
-    m, n, per_split, c,
-    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, NORMALIZE: tl.constexpr,
-):  # fmt: skip
+    p_q,
+    sq_r,
+    sq_d,
+    p_bank,
+    sb_r,
+    sb_d,
+    p_positive,
+    sp,
+    p_negative,
+    sn_r,
+    sn_k,
+    p_stat,
+    p_acc,
+    p_dot,
+    p_inv,
+    m,
+    n,
+    per_split,
+    c,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
     """One query, a part of its negatives; the first part takes the positive's logit too.  All float32."""
     i, i_split = tl.program_id(0), tl.program_id(1)
     o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
@@ -72,10 +92,27 @@ def forward(q, bank, positive, negatives, temperature, normalize):
     stat, acc = torch.empty((2, splits, m), **f32), torch.empty((splits, m, block_d), **f32)
     dot, inv = torch.empty(m, **f32), torch.empty(m, **f32)
     gathered_kernel[(m, splits)](
-        q, *q.stride(), bank, *bank.stride(), positive, positive.stride(0), negatives, *negatives.stride(),
-        stat, acc, dot, inv, m, n, each * block_n, form.c,
-        D=d, BD=block_d, BN=block_n, NORMALIZE=normalize,
-    )  # fmt: skip
+        q,
+        *q.stride(),
+        bank,
+        *bank.stride(),
+        positive,
+        positive.stride(0),
+        negatives,
+        *negatives.stride(),
+        stat,
+        acc,
+        dot,
+        inv,
+        m,
+        n,
+        each * block_n,
+        form.c,
+        D=d,
+        BD=block_d,
+        BN=block_n,
+        NORMALIZE=normalize,
+    )
     return infonce.combine(stat, acc, dot, bank[positive], q, inv, form, 0, False)
 
 

@@ -68,18 +68,41 @@ def scale(case: Case, name: str) -> float:
 
 
 SMALL = (
-    Case(0, 10, 32), Case(1, 5, 32), Case(2, 0, 64), Case(3, 1000, 96, F16, 0.07), Case(129, 257, 128, F16, 0.2),
-    Case(127, 129, 64, BF16), Case(5, 300, 256, BF16, 0.07), Case(60, 300, 32, F16, 0.01), Case(4, 200, 768, F16),
-    Case(9, 130, 300, BF16), Case(7, 333, 128, F32), Case(7, 333, 128, F32, precision="high"),
-    Case(6, 300, 128, F16, queue_dtype=F32), Case(6, 300, 64, BF16, queue_dtype=F16), Case(3, 129, 64, normalize=False),
-    Case(3, 129, 64, BF16, normalize=False), Case(5, 129, 300, F32, normalize=False), Case(6, 140, 96, kind="strided"),
-    Case(6, 140, 64, kind="zeros"), Case(6, 140, 64, kind="cone"),
-    Case(1, "batch", 32), Case(129, "batch", 64), Case(130, "batch", 96, BF16), Case(40, "batch", 64, F32),
+    Case(0, 10, 32),
+    Case(1, 5, 32),
+    Case(2, 0, 64),
+    Case(3, 1000, 96, F16, 0.07),
+    Case(129, 257, 128, F16, 0.2),
+    Case(127, 129, 64, BF16),
+    Case(5, 300, 256, BF16, 0.07),
+    Case(60, 300, 32, F16, 0.01),
+    Case(4, 200, 768, F16),
+    Case(9, 130, 300, BF16),
+    Case(7, 333, 128, F32),
+    Case(7, 333, 128, F32, precision="high"),
+    Case(6, 300, 128, F16, queue_dtype=F32),
+    Case(6, 300, 64, BF16, queue_dtype=F16),
+    Case(3, 129, 64, normalize=False),
+    Case(3, 129, 64, BF16, normalize=False),
+    Case(5, 129, 300, F32, normalize=False),
+    Case(6, 140, 96, kind="strided"),
+    Case(6, 140, 64, kind="zeros"),
+    Case(6, 140, 64, kind="cone"),
+    Case(1, "batch", 32),
+    Case(129, "batch", 64),
+    Case(130, "batch", 96, BF16),
+    Case(40, "batch", 64, F32),
     Case(6, "batch", 300),
-    Case(0, "both", 32), Case(1, "both", 32), Case(129, "both", 64), Case(130, "both", 128, BF16),
-    Case(40, "both", 64, F32), Case(6, "both", 300), Case(30, "both", 64, F16, 0.01),
-    Case(30, "both", 64, BF16, normalize=False), Case(30, "both", 64, kind="zeros"),
-)  # fmt: skip
+    Case(0, "both", 32),
+    Case(1, "both", 32),
+    Case(129, "both", 64),
+    Case(130, "both", 128, BF16),
+    Case(40, "both", 64, F32),
+    Case(6, "both", 300),
+    Case(30, "both", 64, F16, 0.01),
+    Case(30, "both", 64, BF16, normalize=False),
+    Case(30, "both", 64, kind="zeros"),
+)
 
 FULL = tuple(
     Case(rows, keys, dim, dtype, temperature)
@@ -92,8 +115,14 @@ FULL = tuple(
 )
 
 BENCH = (
-    Case(256, 65536, 128), Case(512, 65536, 128), Case(1024, 65536, 128), Case(4096, 65536, 128),
+    Case(256, 65536, 128),
+    Case(512, 65536, 128),
+    Case(1024, 65536, 128),
+    Case(4096, 65536, 128),
     Case(256, 65536, 128, queue_dtype=F32),  # as MoCo keeps it
-    Case(256, 65536, 256), Case(4096, 65536, 256), Case(4096, "batch", 256), Case(4096, "both", 256),
+    Case(256, 65536, 256),
+    Case(4096, 65536, 256),
+    Case(4096, "batch", 256),
+    Case(4096, "both", 256),
     Case(16384, "both", 512),
-)  # fmt: skip
+)

@@ -58,9 +58,19 @@ def _(a, b, temperature, normalize, group):
 
 @torch.library.custom_op("fastssl::infonce_symmetric_backward", mutates_args=())
 def symmetric_backward_op(
-    grad: Tensor, a: Tensor, b: Tensor, va: Tensor, inv_a: Tensor, wa: Tensor, vb: Tensor, inv_b: Tensor, wb: Tensor,
-    temperature: float, normalize: bool, group: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor,
+    va: Tensor,
+    inv_a: Tensor,
+    wa: Tensor,
+    vb: Tensor,
+    inv_b: Tensor,
+    wb: Tensor,
+    temperature: float,
+    normalize: bool,
+    group: str,
+) -> tuple[Tensor, Tensor]:
     return backward(grad, a, b, va, inv_a, wa, vb, inv_b, wb, temperature, normalize, named_group(group))
 
 

@@ -20,10 +20,25 @@ SIZES = ("m", "n", "own", "tiles_split", "splits")
 
 @triton.jit(do_not_specialize=SIZES)
 def one_pass_kernel(
-    p_q, p_k, sk_r, sk_d, p_stat, p_acc, m, n, own, tiles_split, c,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PEXP: tl.constexpr,
-    SKIP_OWN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    p_q,
+    p_k,
+    sk_r,
+    sk_d,
+    p_stat,
+    p_acc,
+    m,
+    n,
+    own,
+    tiles_split,
+    c,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PEXP: tl.constexpr,
+    SKIP_OWN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """q (m, DP) cast, keys (n, D) of any float and strides; stat (2, splits, m) maxima and sums, acc (splits, m, DP).
 
     Sums and acc are relative to 2^(maximum - PEXP): the small p of a large queue stay normal numbers in float16.
@@ -63,10 +78,30 @@ def one_pass_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def combine_kernel(
-    p_stat, p_acc, p_dot, p_positive, sp_r, sp_d, p_q, sq_r, sq_d, p_inv, p_loss, p_dq, m, splits, c, factor,
-    loss_factor, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, PEXP: tl.constexpr, NORMALIZE: tl.constexpr,
+    p_stat,
+    p_acc,
+    p_dot,
+    p_positive,
+    sp_r,
+    sp_d,
+    p_q,
+    sq_r,
+    sq_d,
+    p_inv,
+    p_loss,
+    p_dq,
+    m,
+    splits,
+    c,
+    factor,
+    loss_factor,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BS: tl.constexpr,
+    PEXP: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     NORMALIZE_POSITIVE: tl.constexpr,
-):  # fmt: skip
+):
     """Joins a row's splits, BS at a time, and its positive, which is none of their keys; dq (m, D) float32.
 
     A row a program: 256 queries would else leave most of the card idle while it reads 17 MB of parts.
@@ -142,10 +177,27 @@ def forward(q, k, queue, temperature, normalize, group, normalize_k=None):
     acc = torch.empty((splits, m, width), dtype=torch.float32, device=q.device)
     pexp = 14 if u.dtype == torch.float16 else 0
     one_pass_kernel[(programs, splits)](
-        u, keys, *keys.stride(), stat, acc, m, n, own or 0, each, form.c, D=keys.shape[1], DP=width, BM=t.bm, BN=t.bn,
-        PEXP=pexp, SKIP_OWN=own is not None, PRECISION=precision(), num_warps=t.warps, num_stages=t.stages,
+        u,
+        keys,
+        *keys.stride(),
+        stat,
+        acc,
+        m,
+        n,
+        own or 0,
+        each,
+        form.c,
+        D=keys.shape[1],
+        DP=width,
+        BM=t.bm,
+        BN=t.bn,
+        PEXP=pexp,
+        SKIP_OWN=own is not None,
+        PRECISION=precision(),
+        num_warps=t.warps,
+        num_stages=t.stages,
         maxnreg=t.registers,
-    )  # fmt: skip
+    )
     return combine(stat, acc, positive_dot, k, q, inv, form, pexp, normalize_k)
 
 
@@ -156,10 +208,29 @@ def combine(stat, acc, positive_dot, positive, q, inv, form, pexp, normalize_pos
     loss = torch.empty(m, dtype=torch.float32, device=q.device)
     dq = torch.empty((m, d), dtype=torch.float32, device=q.device)
     combine_kernel[(m,)](
-        stat, acc, positive_dot, positive, *positive.stride(), q, *q.stride(), inv, loss, dq, m, splits, form.c,
-        1 / (m * form.temperature), LN2 / m, D=d, DP=width, BS=block, PEXP=pexp, NORMALIZE=form.normalize,
-        NORMALIZE_POSITIVE=normalize_positive, num_warps=min(4, max(1, block * width // 1024)),
-    )  # fmt: skip
+        stat,
+        acc,
+        positive_dot,
+        positive,
+        *positive.stride(),
+        q,
+        *q.stride(),
+        inv,
+        loss,
+        dq,
+        m,
+        splits,
+        form.c,
+        1 / (m * form.temperature),
+        LN2 / m,
+        D=d,
+        DP=width,
+        BS=block,
+        PEXP=pexp,
+        NORMALIZE=form.normalize,
+        NORMALIZE_POSITIVE=normalize_positive,
+        num_warps=min(4, max(1, block * width // 1024)),
+    )
     return loss.sum(), dq
 
 

@@ -12,8 +12,14 @@ from ..common import choose
 from . import reference
 
 
-def lerp_(targets: list[Tensor], sources: list[Tensor], weight: float | Tensor, *, found_inf: Tensor | None = None,
-          impl: str = "auto") -> None:  # fmt: skip
+def lerp_(
+    targets: list[Tensor],
+    sources: list[Tensor],
+    weight: float | Tensor,
+    *,
+    found_inf: Tensor | None = None,
+    impl: str = "auto",
+) -> None:
     """target <- target + weight (source - target) for every pair, in place.
 
     weight: a number or a 0-dim tensor.  found_inf: None, or a 0-dim float32 tensor on the device; where it is
@@ -25,19 +31,35 @@ def lerp_(targets: list[Tensor], sources: list[Tensor], weight: float | Tensor, 
             _module(impl, targets).lerp_(targets, sources, weight, found_inf)
 
 
-def square_sums(params: list[Tensor], grads: list[Tensor], weight_decay: float | Tensor, *,
-                impl: str = "auto") -> Tensor:  # fmt: skip
+def square_sums(
+    params: list[Tensor], grads: list[Tensor], weight_decay: float | Tensor, *, impl: str = "auto"
+) -> Tensor:
     """(3, n): the sums of squares of each parameter w, of its gradient g, and of g + weight_decay w."""
     _check("square_sums", params, grads)
     with torch.no_grad():
         return _module(impl, params).square_sums(params, grads, weight_decay)
 
 
-def lars_(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor] | None, squares: Tensor | None, *,
-          lr: float | Tensor, weight_decay: float | Tensor, momentum: float = 0.0, dampening: float = 0.0,
-          nesterov: bool = False, eta: float = 1e-3, eps: float = 0.0, norm_of_sum: bool = False,
-          clip_lr: bool = False, lr_in_momentum: bool = True, first: bool = False, found_inf: Tensor | None = None,
-          impl: str = "auto") -> None:  # fmt: skip
+def lars_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor] | None,
+    squares: Tensor | None,
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    eta: float = 1e-3,
+    eps: float = 0.0,
+    norm_of_sum: bool = False,
+    clip_lr: bool = False,
+    lr_in_momentum: bool = True,
+    first: bool = False,
+    found_inf: Tensor | None = None,
+    impl: str = "auto",
+) -> None:
     """One step of SGD with momentum and LARS's trust ratio per tensor (https://arxiv.org/abs/1708.03888), in place.
 
         ratio = eta |w| / (|g| + weight_decay |w| + eps)      norm_of_sum: eta |w| / (|g + weight_decay w| + eps)
@@ -54,8 +76,23 @@ def lars_(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor] | Non
     if params:
         with torch.no_grad():
             _module(impl, params).lars_(
-                params, grads, buffers if momentum else None, squares, lr, weight_decay, momentum, dampening, nesterov,
-                eta, eps, norm_of_sum, clip_lr, lr_in_momentum, first, found_inf)  # fmt: skip
+                params,
+                grads,
+                buffers if momentum else None,
+                squares,
+                lr,
+                weight_decay,
+                momentum,
+                dampening,
+                nesterov,
+                eta,
+                eps,
+                norm_of_sum,
+                clip_lr,
+                lr_in_momentum,
+                first,
+                found_inf,
+            )
 
 
 def _module(impl: str, tensors: list[Tensor]):
@@ -79,5 +116,7 @@ def _check(op: str, first: list[Tensor], *others: list[Tensor]) -> None:
             raise ValueError(f"{op}: lists of {len(first)} and {len(other)} tensors: they pair by position")
         for a, b in zip(first, other):
             if a.numel() != b.numel() or a.dtype != b.dtype or a.device != b.device:
-                raise ValueError(f"{op}: {a.dtype} {tuple(a.shape)} on {a.device} is paired with {b.dtype} "
-                                 f"{tuple(b.shape)} on {b.device}: sizes, dtypes and devices must agree")
+                raise ValueError(
+                    f"{op}: {a.dtype} {tuple(a.shape)} on {a.device} is paired with {b.dtype} "
+                    f"{tuple(b.shape)} on {b.device}: sizes, dtypes and devices must agree"
+                )

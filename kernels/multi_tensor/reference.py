@@ -21,8 +21,24 @@ def square_sums(params, grads, weight_decay):
     return torch.stack([n for row in norms for n in row]).view(3, -1).square()
 
 
-def lars_(params, grads, buffers, squares, lr, weight_decay, momentum, dampening, nesterov, eta, eps, norm_of_sum,
-          clip_lr, lr_in_momentum, first, found_inf):  # fmt: skip
+def lars_(
+    params,
+    grads,
+    buffers,
+    squares,
+    lr,
+    weight_decay,
+    momentum,
+    dampening,
+    nesterov,
+    eta,
+    eps,
+    norm_of_sum,
+    clip_lr,
+    lr_in_momentum,
+    first,
+    found_inf,
+):
     d = _decayed(params, grads, weight_decay)
     scale = None if squares is None else ratios(squares, lr, weight_decay, eta, eps, norm_of_sum, clip_lr)
     if lr_in_momentum:

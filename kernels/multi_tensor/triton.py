@@ -50,9 +50,16 @@ def _store(p, offs, x, size, whole, ALIGNED: tl.constexpr):
 
 @triton.jit(do_not_specialize=("n",))
 def square_sums_kernel(
-    p_addresses, p_sizes, p_chunks, p_decay, p_partial, n,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
+    p_addresses,
+    p_sizes,
+    p_chunks,
+    p_decay,
+    p_partial,
+    n,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """partial (chunks, 3): this chunk's sums of squares of w, g and g + decay w."""
     chunk = tl.program_id(0)
     i, start = tl.load(p_chunks + 2 * chunk), tl.load(p_chunks + 2 * chunk + 1).to(tl.int64) * CHUNK
@@ -87,11 +94,30 @@ def combine_kernel(p_partial, p_begin, p_out, n, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=("n", "momentum", "dampening", "eta", "eps"))
 def lars_kernel(
-    p_addresses, p_sizes, p_chunks, p_squares, p_lr, p_decay, p_found_inf, n, momentum, dampening, eta, eps,
-    MOMENTUM: tl.constexpr, RATIO: tl.constexpr, NORM_OF_SUM: tl.constexpr, CLIP_LR: tl.constexpr,
-    LR_IN_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, FIRST: tl.constexpr, FLAG: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
+    p_addresses,
+    p_sizes,
+    p_chunks,
+    p_squares,
+    p_lr,
+    p_decay,
+    p_found_inf,
+    n,
+    momentum,
+    dampening,
+    eta,
+    eps,
+    MOMENTUM: tl.constexpr,
+    RATIO: tl.constexpr,
+    NORM_OF_SUM: tl.constexpr,
+    CLIP_LR: tl.constexpr,
+    LR_IN_MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    FIRST: tl.constexpr,
+    FLAG: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     chunk = tl.program_id(0)
     if FLAG and tl.load(p_found_inf) != 0.0:
         return
@@ -128,9 +154,17 @@ def lars_kernel(
 
 @triton.jit(do_not_specialize=("n",))
 def lerp_kernel(
-    p_addresses, p_sizes, p_chunks, p_weight, p_found_inf, n,
-    FLAG: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
+    p_addresses,
+    p_sizes,
+    p_chunks,
+    p_weight,
+    p_found_inf,
+    n,
+    FLAG: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     chunk = tl.program_id(0)
     if FLAG and tl.load(p_found_inf) != 0.0:
         return
@@ -148,9 +182,6 @@ def lerp_kernel(
             _store(p_t, offs, x, size, whole, ALIGNED)
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
 class Table(NamedTuple):
     addresses: Tensor  # (lists, n) int64
     sizes: Tensor  # (n,) int64
@@ -166,8 +197,10 @@ def table(*lists: list[Tensor]) -> Table:
     for values in lists:
         for a, b in zip(lists[0], values):
             if not _alike(a, b):
-                raise ValueError(f"multi_tensor: tensors of strides {a.stride()} and {b.stride()} do not lie in memory "
-                                 "in the same order: make both contiguous")
+                raise ValueError(
+                    f"multi_tensor: tensors of strides {a.stride()} and {b.stride()} do not lie in memory "
+                    "in the same order: make both contiguous"
+                )
     addresses = tuple(tuple(t.data_ptr() if device.type != "meta" else 0 for t in values) for values in lists)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         made = _table.__wrapped__(device, sizes, addresses)
@@ -197,9 +230,12 @@ def _table(device: torch.device, sizes: tuple, addresses: tuple) -> Table:
     host = tuple(
         torch.tensor(values, dtype=dtype, pin_memory=pin)
         for values, dtype in (
-            (addresses, torch.int64), (sizes, torch.int64), (chunks, torch.int32), (begin, torch.int32)
+            (addresses, torch.int64),
+            (sizes, torch.int64),
+            (chunks, torch.int32),
+            (begin, torch.int32),
         )
-    )  # fmt: skip
+    )
     moved = (x.to(device, non_blocking=True) for x in host)
     return Table(*moved, all(a % 16 == 0 for row in addresses for a in row), host)
 
@@ -210,16 +246,21 @@ def _scalar(x: float | Tensor, like: Tensor) -> Tensor:
     return torch.full((), x, dtype=torch.float32, device=like.device)
 
 
-# ---- launches --------------------------------------------------------------------------------------------------------
-
-
 def lerp_(targets, sources, weight, found_inf):
     t = table(targets, sources)
     if len(t.chunks):
         lerp_kernel[(len(t.chunks),)](
-            t.addresses, t.sizes, t.chunks, _scalar(weight, targets[0]), found_inf, len(targets),
-            FLAG=found_inf is not None, CHUNK=CHUNK, BLOCK=BLOCK, ALIGNED=t.aligned,
-        )  # fmt: skip
+            t.addresses,
+            t.sizes,
+            t.chunks,
+            _scalar(weight, targets[0]),
+            found_inf,
+            len(targets),
+            FLAG=found_inf is not None,
+            CHUNK=CHUNK,
+            BLOCK=BLOCK,
+            ALIGNED=t.aligned,
+        )
 
 
 def square_sums(params, grads, weight_decay):
@@ -228,21 +269,62 @@ def square_sums(params, grads, weight_decay):
     out = torch.empty(3, n, device=params[0].device)
     if len(t.chunks):
         square_sums_kernel[(len(t.chunks),)](
-            t.addresses, t.sizes, t.chunks, _scalar(weight_decay, params[0]), partial, n,
-            CHUNK=CHUNK, BLOCK=BLOCK, ALIGNED=t.aligned,
-        )  # fmt: skip
+            t.addresses,
+            t.sizes,
+            t.chunks,
+            _scalar(weight_decay, params[0]),
+            partial,
+            n,
+            CHUNK=CHUNK,
+            BLOCK=BLOCK,
+            ALIGNED=t.aligned,
+        )
     combine_kernel[(n, 3)](partial, t.begin, out, n, BLOCK=256)
     return out
 
 
-def lars_(params, grads, buffers, squares, lr, weight_decay, momentum, dampening, nesterov, eta, eps, norm_of_sum,
-          clip_lr, lr_in_momentum, first, found_inf):  # fmt: skip
+def lars_(
+    params,
+    grads,
+    buffers,
+    squares,
+    lr,
+    weight_decay,
+    momentum,
+    dampening,
+    nesterov,
+    eta,
+    eps,
+    norm_of_sum,
+    clip_lr,
+    lr_in_momentum,
+    first,
+    found_inf,
+):
     t = table(params, grads, *([buffers] if buffers is not None else []))
     if len(t.chunks):
         lars_kernel[(len(t.chunks),)](
-            t.addresses, t.sizes, t.chunks, squares, _scalar(lr, params[0]), _scalar(weight_decay, params[0]),
-            found_inf, len(params), momentum, dampening, eta, eps,
-            MOMENTUM=buffers is not None, RATIO=squares is not None, NORM_OF_SUM=norm_of_sum, CLIP_LR=clip_lr,
-            LR_IN_MOMENTUM=lr_in_momentum, NESTEROV=nesterov, FIRST=first, FLAG=found_inf is not None,
-            CHUNK=CHUNK, BLOCK=BLOCK, ALIGNED=t.aligned,
-        )  # fmt: skip
+            t.addresses,
+            t.sizes,
+            t.chunks,
+            squares,
+            _scalar(lr, params[0]),
+            _scalar(weight_decay, params[0]),
+            found_inf,
+            len(params),
+            momentum,
+            dampening,
+            eta,
+            eps,
+            MOMENTUM=buffers is not None,
+            RATIO=squares is not None,
+            NORM_OF_SUM=norm_of_sum,
+            CLIP_LR=clip_lr,
+            LR_IN_MOMENTUM=lr_in_momentum,
+            NESTEROV=nesterov,
+            FIRST=first,
+            FLAG=found_inf is not None,
+            CHUNK=CHUNK,
+            BLOCK=BLOCK,
+            ALIGNED=t.aligned,
+        )

@@ -128,9 +128,23 @@ def prepare(x, y, form: Form, group, normalize_y=False):
     block_r = max(1, 4096 // block_d)
     other = x if y is None else y
     rk.prepare_kernel[(cdiv(u.shape[0], block_r),)](
-        x, *x.stride(), other, *other.stride(), u, inv, dot, m, u.shape[0],
-        D=d, DP=width, BD=block_d, BR=block_r, NORMALIZE=form.normalize, DOT=y is not None, NORMALIZE_Y=normalize_y,
-    )  # fmt: skip
+        x,
+        *x.stride(),
+        other,
+        *other.stride(),
+        u,
+        inv,
+        dot,
+        m,
+        u.shape[0],
+        D=d,
+        DP=width,
+        BD=block_d,
+        BR=block_r,
+        NORMALIZE=form.normalize,
+        DOT=y is not None,
+        NORMALIZE_Y=normalize_y,
+    )
     if world > 1:
         dist.all_gather_into_tensor(v[: m * world], u, group=group)
         v[m * world :].zero_()
@@ -167,16 +181,46 @@ def row_losses(u, v, m, n, offset, classes, count, form: Form, loss, share, grou
     splits, each = n_splits(programs, cdiv(n, t.bn), v.device, t.resident)
     stat = torch.empty((3 if form.online else 2, splits, m), dtype=torch.float32, device=v.device)
     tk.row_sums_kernel[(programs, splits)](
-        u, v, classes, stat, m, n, form.half, offset, each, form.c,
-        D=v.shape[1], BM=t.bm, BN=t.bn, BK=t.bk, PRECISION=precision(), DIAG=form.diagonal, DECOUPLED=form.decoupled,
-        LABELS=has_labels, ONLINE=form.online, num_warps=t.warps, num_stages=t.stages, maxnreg=t.registers,
-    )  # fmt: skip
+        u,
+        v,
+        classes,
+        stat,
+        m,
+        n,
+        form.half,
+        offset,
+        each,
+        form.c,
+        D=v.shape[1],
+        BM=t.bm,
+        BN=t.bn,
+        BK=t.bk,
+        PRECISION=precision(),
+        DIAG=form.diagonal,
+        DECOUPLED=form.decoupled,
+        LABELS=has_labels,
+        ONLINE=form.online,
+        num_warps=t.warps,
+        num_stages=t.stages,
+        maxnreg=t.registers,
+    )
     w = torch.empty(v.shape[0] if group is None else m, dtype=torch.float32, device=v.device)
     a = torch.empty(m if has_labels else 0, dtype=torch.float32, device=v.device)
     rk.row_losses_kernel[(len(loss),)](
-        stat, classes, count, w, a, loss, m, splits, offset, share * math.log(2),
-        BR=LOSS_BLOCK, LABELS=has_labels, ONLINE=form.online,
-    )  # fmt: skip
+        stat,
+        classes,
+        count,
+        w,
+        a,
+        loss,
+        m,
+        splits,
+        offset,
+        share * math.log(2),
+        BR=LOSS_BLOCK,
+        LABELS=has_labels,
+        ONLINE=form.online,
+    )
     return gather(w, group, v.shape[0]), a
 
 
@@ -187,18 +231,37 @@ def row_gradients(grad, x, inv, u, v, w_row, w_col, a, n, offset, classes, form:
     has_labels = classes is not None
     gexp = 13 if v.dtype == torch.float16 else 0  # gradients of a logit lie in [-2, 2]: use fp16's whole range
     flags = {
-        "DIAG": form.diagonal, "DECOUPLED": form.decoupled, "LABELS": has_labels, "ONLINE": form.online, "GEXP": gexp,
+        "DIAG": form.diagonal,
+        "DECOUPLED": form.decoupled,
+        "LABELS": has_labels,
+        "ONLINE": form.online,
+        "GEXP": gexp,
         "PULL": 0.0 if form.decoupled and n == 2 else 2.0,  # of two rows, decoupled, every sum is empty
         "PRECISION": precision(),
-    }  # fmt: skip
+    }
 
     def end(acc, first, rows, splits):
         block_d = pow2(v.shape[1])
         block_r = max(1, 2048 // block_d)
         rk.row_gradients_end_kernel[(cdiv(rows, block_r),)](
-            acc, x, *x.stride(), inv, grad, out, m, rows, first, splits, factor,
-            D=x.shape[1], DP=v.shape[1], BD=block_d, BR=block_r, NORMALIZE=form.normalize, SCALE=2.0**-gexp,
-        )  # fmt: skip
+            acc,
+            x,
+            *x.stride(),
+            inv,
+            grad,
+            out,
+            m,
+            rows,
+            first,
+            splits,
+            factor,
+            D=x.shape[1],
+            DP=v.shape[1],
+            BD=block_d,
+            BR=block_r,
+            NORMALIZE=form.normalize,
+            SCALE=2.0**-gexp,
+        )
 
     width = v.shape[1]
     if width <= HELD and v.dtype.itemsize == 2:
@@ -207,9 +270,27 @@ def row_gradients(grad, x, inv, u, v, w_row, w_col, a, n, offset, classes, form:
         splits, each = n_splits(programs, cdiv(n, t.bn), v.device, t.resident)
         acc = torch.empty((splits, m, width), dtype=torch.float32, device=v.device)
         tk.row_gradients_kernel[(programs, splits)](
-            u, v, classes, w_row, w_col, a, acc, m, n, form.half, offset, each, form.c,
-            D=width, BM=t.bm, BN=t.bn, **flags, num_warps=t.warps, num_stages=t.stages, maxnreg=t.registers,
-        )  # fmt: skip
+            u,
+            v,
+            classes,
+            w_row,
+            w_col,
+            a,
+            acc,
+            m,
+            n,
+            form.half,
+            offset,
+            each,
+            form.c,
+            D=width,
+            BM=t.bm,
+            BN=t.bn,
+            **flags,
+            num_warps=t.warps,
+            num_stages=t.stages,
+            maxnreg=t.registers,
+        )
         end(acc, 0, m, splits)
         return out
 
@@ -219,10 +300,28 @@ def row_gradients(grad, x, inv, u, v, w_row, w_col, a, n, offset, classes, form:
     g = torch.empty((chunk, v.shape[0]), dtype=v.dtype, device=v.device)
     for first in range(0, m, chunk):
         tk.gradient_chunk_kernel[(chunk // t.bm, v.shape[0] // t.bn)](
-            u, v, classes, w_row, w_col, a, g, first, m, n, v.shape[0], form.half, offset, form.c,
-            D=width, BM=t.bm, BN=t.bn, BK=t.bk if width % t.bk == 0 else 16, **flags,
-            num_warps=t.warps, num_stages=t.stages,
-        )  # fmt: skip
+            u,
+            v,
+            classes,
+            w_row,
+            w_col,
+            a,
+            g,
+            first,
+            m,
+            n,
+            v.shape[0],
+            form.half,
+            offset,
+            form.c,
+            D=width,
+            BM=t.bm,
+            BN=t.bn,
+            BK=t.bk if width % t.bk == 0 else 16,
+            **flags,
+            num_warps=t.warps,
+            num_stages=t.stages,
+        )
         end(matmul_float32(g, v), first, chunk, 1)
     return out
 

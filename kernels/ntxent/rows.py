@@ -27,10 +27,25 @@ def inverse_norm(b_x, NORMALIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def prepare_kernel(
-    p_x, sx_r, sx_d, p_y, sy_r, sy_d, p_u, p_inv, p_dot, m, rows,
-    D: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr,
+    p_x,
+    sx_r,
+    sx_d,
+    p_y,
+    sy_r,
+    sy_d,
+    p_u,
+    p_inv,
+    p_dot,
+    m,
+    rows,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BD: tl.constexpr,
+    BR: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    DOT: tl.constexpr,
     NORMALIZE_Y: tl.constexpr,
-):  # fmt: skip
+):
     """u = rows of x at unit length, cast, padded with zeros to (rows, DP); DOT: <x_i, y_i> of unit rows, not cast."""
     o_row, o_d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BD)
     m_row = o_row < m
@@ -71,9 +86,20 @@ def classes_kernel(p_label, p_keys, p_count, p_class, n, slots, BR: tl.constexpr
 
 @triton.jit(do_not_specialize=(*SIZES, "offset"))
 def row_losses_kernel(
-    p_stat, p_class, p_count, p_w, p_a, p_loss, m, splits, offset, factor, BR: tl.constexpr, LABELS: tl.constexpr,
+    p_stat,
+    p_class,
+    p_count,
+    p_w,
+    p_a,
+    p_loss,
+    m,
+    splits,
+    offset,
+    factor,
+    BR: tl.constexpr,
+    LABELS: tl.constexpr,
     ONLINE: tl.constexpr,
-):  # fmt: skip
+):
     """Each row's weight w in the gradient, (LABELS) one over the number of its positives, or 0, and the sum of the
     rows' losses, in powers of two, times factor."""
     o_row = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -112,10 +138,25 @@ def row_losses_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def row_gradients_end_kernel(
-    p_acc, p_x, sx_r, sx_d, p_inv, p_grad, p_out, m, rows, first, splits, factor,
-    D: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, NORMALIZE: tl.constexpr,
+    p_acc,
+    p_x,
+    sx_r,
+    sx_d,
+    p_inv,
+    p_grad,
+    p_out,
+    m,
+    rows,
+    first,
+    splits,
+    factor,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BD: tl.constexpr,
+    BR: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     SCALE: tl.constexpr,
-):  # fmt: skip
+):
     """Adds the splits of acc (splits, rows, DP), scaled by SCALE, and applies the gradient of the normalisation.
 
     acc's row 0 is row `first` of x; out (m, D) is contiguous.

@@ -47,8 +47,9 @@ def _same_class(b_class, p_class, o_col):
 
 
 @triton.jit
-def _similarity(b_u, p_u, p_v, m_row, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
+def _similarity(
+    b_u, p_u, p_v, m_row, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
+):
     """The tile u v^T in float32; p_u and p_v point at its first row and column.
 
     BK = D: b_u is the whole row block, held.  BK < D: both sides are read chunk by chunk, and b_u is not used.
@@ -65,8 +66,9 @@ def _similarity(b_u, p_u, p_v, m_row, D: tl.constexpr, BM: tl.constexpr, BN: tl.
 
 
 @triton.jit
-def _special(t, i_row, n, half, offset, BM: tl.constexpr, BN: tl.constexpr, DIAG: tl.constexpr,
-             POSITIVES: tl.constexpr):  # fmt: skip
+def _special(
+    t, i_row, n, half, offset, BM: tl.constexpr, BN: tl.constexpr, DIAG: tl.constexpr, POSITIVES: tl.constexpr
+):
     """Whether column tile t may meet the diagonal, the positives of this row block, or the end: others need no mask."""
     row, col = i_row * BM, t * BN - offset
     special = (t + 1) * BN > n
@@ -80,10 +82,26 @@ def _special(t, i_row, n, half, offset, BM: tl.constexpr, BN: tl.constexpr, DIAG
 
 @triton.jit(do_not_specialize=SIZES)
 def row_sums_kernel(
-    p_u, p_v, p_class, p_stat, m, n, half, offset, tiles_split, c,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    DIAG: tl.constexpr, DECOUPLED: tl.constexpr, LABELS: tl.constexpr, ONLINE: tl.constexpr,
-):  # fmt: skip
+    p_u,
+    p_v,
+    p_class,
+    p_stat,
+    m,
+    n,
+    half,
+    offset,
+    tiles_split,
+    c,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DIAG: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    LABELS: tl.constexpr,
+    ONLINE: tl.constexpr,
+):
     """p_stat (3, splits, m): sum of the exponentials, sum of the positives' c s, maximum of c s (ONLINE).
 
     The positives come from the same product as the sum: tensor cores cut off bits, and what cancels in the loss has to
@@ -148,9 +166,30 @@ def _scaled(b_w, ONLINE: tl.constexpr, GEXP: tl.constexpr):
 
 
 @triton.jit
-def _gradient_tile(b_s, b_wr, b_class, b_pull, t, i_row, o_row, p_w, p_class, m, n, half, offset, c,
-                   BM: tl.constexpr, BN: tl.constexpr, DIAG: tl.constexpr, DECOUPLED: tl.constexpr,
-                   LABELS: tl.constexpr, ONLINE: tl.constexpr, GEXP: tl.constexpr, PULL: tl.constexpr):  # fmt: skip
+def _gradient_tile(
+    b_s,
+    b_wr,
+    b_class,
+    b_pull,
+    t,
+    i_row,
+    o_row,
+    p_w,
+    p_class,
+    m,
+    n,
+    half,
+    offset,
+    c,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    DIAG: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    LABELS: tl.constexpr,
+    ONLINE: tl.constexpr,
+    GEXP: tl.constexpr,
+    PULL: tl.constexpr,
+):
     """The gradient with respect to the logits of row block i_row and column tile t, both directions, times 2^GEXP.
 
     Of positives it has the pull too: -PULL, or with labels -2 a_i, as a is the same for all rows of a class.
@@ -178,11 +217,30 @@ def _gradient_tile(b_s, b_wr, b_class, b_pull, t, i_row, o_row, p_w, p_class, m,
 
 @triton.jit(do_not_specialize=SIZES)
 def row_gradients_kernel(
-    p_u, p_v, p_class, p_w_row, p_w_col, p_a, p_acc, m, n, half, offset, tiles_split, c,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
-    DIAG: tl.constexpr, DECOUPLED: tl.constexpr, LABELS: tl.constexpr, ONLINE: tl.constexpr, GEXP: tl.constexpr,
+    p_u,
+    p_v,
+    p_class,
+    p_w_row,
+    p_w_col,
+    p_a,
+    p_acc,
+    m,
+    n,
+    half,
+    offset,
+    tiles_split,
+    c,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DIAG: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    LABELS: tl.constexpr,
+    ONLINE: tl.constexpr,
+    GEXP: tl.constexpr,
     PULL: tl.constexpr,
-):  # fmt: skip
+):
     """p_acc (splits, m, D) float32; w_row and a (m,); w_col and the classes as long as v."""
     i_row, i_split = tl.program_id(0), tl.program_id(1)
     o_row, o_d = i_row * BM + tl.arange(0, BM), tl.arange(0, D)
@@ -197,20 +255,61 @@ def row_gradients_kernel(
         b_v = tl.load(p_v + tl.cast(t, tl.int64) * BN * D + o_v)
         b_s = tl.dot(b_u, tl.trans(b_v), input_precision=PRECISION)
         b_g = _gradient_tile(
-            b_s, b_wr, b_class, b_pull, t, i_row, o_row, p_w_col, p_class, m, n, half, offset, c, BM, BN,
-            DIAG, DECOUPLED, LABELS, ONLINE, GEXP, PULL,
-        )  # fmt: skip
+            b_s,
+            b_wr,
+            b_class,
+            b_pull,
+            t,
+            i_row,
+            o_row,
+            p_w_col,
+            p_class,
+            m,
+            n,
+            half,
+            offset,
+            c,
+            BM,
+            BN,
+            DIAG,
+            DECOUPLED,
+            LABELS,
+            ONLINE,
+            GEXP,
+            PULL,
+        )
         b_acc = tl.dot(b_g.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
     tl.store(p_acc + (i_split.to(tl.int64) * m + i_row * BM) * D + o_u, b_acc, mask=m_row[:, None])
 
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient_chunk_kernel(
-    p_u, p_v, p_class, p_w_row, p_w_col, p_a, p_g, first, m, n, n_padded, half, offset, c,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    DIAG: tl.constexpr, DECOUPLED: tl.constexpr, LABELS: tl.constexpr, ONLINE: tl.constexpr, GEXP: tl.constexpr,
+    p_u,
+    p_v,
+    p_class,
+    p_w_row,
+    p_w_col,
+    p_a,
+    p_g,
+    first,
+    m,
+    n,
+    n_padded,
+    half,
+    offset,
+    c,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DIAG: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    LABELS: tl.constexpr,
+    ONLINE: tl.constexpr,
+    GEXP: tl.constexpr,
     PULL: tl.constexpr,
-):  # fmt: skip
+):
     """Where D is too wide to hold a row block of gradients: logit gradients of rows `first`.., for a matmul."""
     i_local, t = tl.program_id(0), tl.program_id(1)
     i_row = first // BM + i_local
@@ -222,9 +321,29 @@ def gradient_chunk_kernel(
     b_pull = _of_rows(p_a, 0, o_row, m_row, LABELS) * (2.0 ** (GEXP + 1))
     b_s = _similarity(o_row, p_u, p_v + t.to(tl.int64) * BN * D, m_row, D, BM, BN, BK, PRECISION)
     b_g = _gradient_tile(
-        b_s, b_wr, b_class, b_pull, t, i_row, o_row, p_w_col, p_class, m, n, half, offset, c, BM, BN,
-        DIAG, DECOUPLED, LABELS, ONLINE, GEXP, PULL,
-    )  # fmt: skip
+        b_s,
+        b_wr,
+        b_class,
+        b_pull,
+        t,
+        i_row,
+        o_row,
+        p_w_col,
+        p_class,
+        m,
+        n,
+        half,
+        offset,
+        c,
+        BM,
+        BN,
+        DIAG,
+        DECOUPLED,
+        LABELS,
+        ONLINE,
+        GEXP,
+        PULL,
+    )
     o_local = (i_local * BM + tl.arange(0, BM)).to(tl.int64)
     p_g += o_local[:, None] * n_padded + (t * BN + tl.arange(0, BN))[None, :]
     tl.store(p_g, b_g.to(p_g.dtype.element_ty))

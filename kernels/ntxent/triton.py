@@ -50,16 +50,29 @@ def _(z, labels, temperature, decoupled, normalize, group):
     v = z.new_empty((cdiv(n, PAD) * PAD, padded_width(d, dtype)), dtype=dtype)
     a, classes = (0, 0) if labels is None else (m, len(v))
     return (
-        z.new_empty((), **f32), v, z.new_empty(m, **f32), z.new_empty(len(v), **f32), z.new_empty(a, **f32),
+        z.new_empty((), **f32),
+        v,
+        z.new_empty(m, **f32),
+        z.new_empty(len(v), **f32),
+        z.new_empty(a, **f32),
         z.new_empty(classes, dtype=torch.int32),
-    )  # fmt: skip
+    )
 
 
 @torch.library.custom_op("fastssl::ntxent_backward", mutates_args=())
 def ntxent_backward_op(
-    grad: Tensor, z: Tensor, v: Tensor, inv: Tensor, w: Tensor, a: Tensor, classes: Tensor,
-    temperature: float, decoupled: bool, normalize: bool, group: str,
-) -> Tensor:  # fmt: skip
+    grad: Tensor,
+    z: Tensor,
+    v: Tensor,
+    inv: Tensor,
+    w: Tensor,
+    a: Tensor,
+    classes: Tensor,
+    temperature: float,
+    decoupled: bool,
+    normalize: bool,
+    group: str,
+) -> Tensor:
     return backward(grad, z, v, inv, w, a, classes, temperature, decoupled, normalize, named_group(group))
 
 

@@ -7,8 +7,15 @@ from ..common import check_rows, check_triton_dtype, choose
 from . import reference
 
 
-def push_(queue: Tensor, pointer: Tensor, rows: Tensor, *, normalize: bool = True, found_inf: Tensor | None = None,
-          impl: str = "auto") -> Tensor:  # fmt: skip
+def push_(
+    queue: Tensor,
+    pointer: Tensor,
+    rows: Tensor,
+    *,
+    normalize: bool = True,
+    found_inf: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
     """Write rows (n, D) into queue (K, D) at pointer, pointer + 1, ... mod K, in place; returns queue.
 
     pointer: one int64 in [0, K) on the queue's device, moved on by n mod K.  Of more than K rows the last K stay.

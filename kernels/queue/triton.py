@@ -13,10 +13,22 @@ from ..ntxent.rows import inverse_norm
 
 @triton.jit(do_not_specialize=("size", "n"))
 def push_kernel(
-    p_queue, sq_r, sq_d, p_pointer, p_rows, sr_r, sr_d, p_found_inf, size, n,
-    D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, NORMALIZE: tl.constexpr,
+    p_queue,
+    sq_r,
+    sq_d,
+    p_pointer,
+    p_rows,
+    sr_r,
+    sr_d,
+    p_found_inf,
+    size,
+    n,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BR: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     FLAG: tl.constexpr,
-):  # fmt: skip
+):
     if FLAG and tl.load(p_found_inf) != 0.0:
         return
     pointer = tl.load(p_pointer) & 0xFFFFFFFF
@@ -39,9 +51,20 @@ def push(queue, pointer, rows, normalize, found_inf=None):
     block_d = pow2(d)
     block_r = max(1, 1024 // block_d)
     push_kernel[(cdiv(n, block_r),)](
-        queue, *queue.stride(), pointer, rows, *rows.stride(), found_inf, queue.shape[0], n,
-        D=d, BD=block_d, BR=block_r, NORMALIZE=normalize, FLAG=found_inf is not None,
-    )  # fmt: skip
+        queue,
+        *queue.stride(),
+        pointer,
+        rows,
+        *rows.stride(),
+        found_inf,
+        queue.shape[0],
+        n,
+        D=d,
+        BD=block_d,
+        BR=block_r,
+        NORMALIZE=normalize,
+        FLAG=found_inf is not None,
+    )
 
 
 @torch.library.custom_op("fastssl::queue_push", mutates_args=("queue", "pointer"))

@@ -7,9 +7,7 @@ from ..common import check_rows, check_triton_dtype, choose
 from . import reference
 
 
-def sinkhorn_center(
-    logits: Tensor, epsilon: float, *, iterations: int = 3, group=None, impl: str = "auto"
-) -> Tensor:
+def sinkhorn_center(logits: Tensor, epsilon: float, *, iterations: int = 3, group=None, impl: str = "auto") -> Tensor:
     """The (K,) float32 vector with which softmax((logits - center) / epsilon) are the assignments.
 
     logits (B, K) of B samples on this rank and K prototypes; over the ranks of `group` the columns are balanced

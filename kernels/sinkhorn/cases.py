@@ -41,10 +41,16 @@ def scale(case: Case, name: str) -> float:
 
 
 SMALL = (
-    Case(1, 1), Case(2, 3, F32), Case(7, 130), Case(40, 1500, seeds=1), Case(129, 130, F16, seeds=1),
-    Case(33, 129, F32, 0.1, 3, 200.0), Case(40, 100, F32, iterations=1), Case(20, 64, F16, iterations=10),
+    Case(1, 1),
+    Case(2, 3, F32),
+    Case(7, 130),
+    Case(40, 1500, seeds=1),
+    Case(129, 130, F16, seeds=1),
+    Case(33, 129, F32, 0.1, 3, 200.0),
+    Case(40, 100, F32, iterations=1),
+    Case(20, 64, F16, iterations=10),
     Case(30, 70, strided=True),
-)  # fmt: skip
+)
 
 FULL = tuple(
     Case(rows, prototypes, dtype)

@@ -49,9 +49,20 @@ def running_maximum(b_max, b_x):
 
 @triton.jit(do_not_specialize=SIZES)
 def column_kernel(
-    p_x, sx_r, sx_k, p_row, p_part, b, k, rows_split, c, BR: tl.constexpr, BK: tl.constexpr, ALIGN: tl.constexpr,
+    p_x,
+    sx_r,
+    sx_k,
+    p_row,
+    p_part,
+    b,
+    k,
+    rows_split,
+    c,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    ALIGN: tl.constexpr,
     FIRST: tl.constexpr,
-):  # fmt: skip
+):
     """part (2, splits, K): over a part of the rows, the maximum of c x + row and the sum of 2^ relative to it."""
     k, sx_r = multiple(k, ALIGN), multiple(sx_r, ALIGN)
     o_k = tl.program_id(0) * BK + tl.arange(0, BK)
@@ -96,9 +107,19 @@ def column_end_kernel(p_part, p_max, p_column, k, splits, BK: tl.constexpr, LOG:
 
 @triton.jit(do_not_specialize=SIZES)
 def row_kernel(
-    p_x, sx_r, sx_k, p_column, p_row, p_out, k, c, column_scale, BK: tl.constexpr, ALIGN: tl.constexpr,
+    p_x,
+    sx_r,
+    sx_k,
+    p_column,
+    p_row,
+    p_out,
+    k,
+    c,
+    column_scale,
+    BK: tl.constexpr,
+    ALIGN: tl.constexpr,
     WRITE: tl.constexpr,
-):  # fmt: skip
+):
     """row = -log2 sum_k 2^(c x - column); WRITE: instead the softmax of the row, out (B, K)."""
     k, sx_r = multiple(k, ALIGN), multiple(sx_r, ALIGN)
     i = tl.program_id(0)
@@ -142,9 +163,8 @@ def center(logits, epsilon, iterations, group):
     part = torch.empty((2, splits, k), **f32)
     for i in range(iterations):
         column_kernel[(programs, splits)](
-            logits, *logits.stride(), row, part, b, k, each * ROWS, c, BR=ROWS, BK=COLUMNS,
-            ALIGN=align, FIRST=i == 0,
-        )  # fmt: skip
+            logits, *logits.stride(), row, part, b, k, each * ROWS, c, BR=ROWS, BK=COLUMNS, ALIGN=align, FIRST=i == 0
+        )
         column_end_kernel[(cdiv(k, 1024),)](part, top, column, k, splits, BK=1024, LOG=group is None)
         if group is not None:
             own = top.clone()
@@ -152,8 +172,8 @@ def center(logits, epsilon, iterations, group):
             column = top + all_reduce(column * torch.exp2(own - top), group).log2()
         if i < iterations - 1:  # the last scaling of the rows is the softmax of whoever uses the center
             row_kernel[(b,)](
-                logits, *logits.stride(), column, row, row, k, c, 1.0, BK=row_block(k), ALIGN=align, WRITE=False,
-            )  # fmt: skip
+                logits, *logits.stride(), column, row, row, k, c, 1.0, BK=row_block(k), ALIGN=align, WRITE=False
+            )
     return column / c
 
 
@@ -162,9 +182,8 @@ def assignments(logits, center, epsilon):
     c = 1 / (math.log(2) * epsilon)
     out = torch.empty((b, k), dtype=torch.float32, device=logits.device)
     row_kernel[(b,)](
-        logits, *logits.stride(), center, out, out, k, c, c, BK=row_block(k), ALIGN=alignment(k, logits),
-        WRITE=True,
-    )  # fmt: skip
+        logits, *logits.stride(), center, out, out, k, c, c, BK=row_block(k), ALIGN=alignment(k, logits), WRITE=True
+    )
     return out
 
 

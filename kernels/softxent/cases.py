@@ -44,12 +44,22 @@ def scale(case: Case, name: str) -> float:
 
 
 SMALL = (
-    Case(0, 10), Case(1, 1), Case(2, 3, BF16), Case(3, 5000, F32), Case(3, 5000),
+    Case(0, 10),
+    Case(1, 1),
+    Case(2, 3, BF16),
+    Case(3, 5000, F32),
+    Case(3, 5000),
     Case(127, 1000, BF16, center=False, seeds=1),
-    Case(129, 257, F16, 0.1, 0.07, seeds=1), Case(5, 4099, F32, 0.1, None), Case(5, 4099, BF16, 0.1, None),
-    Case(5, 4099, F16, 0.1, None), Case(2, 5000, F16, 0.002, 0.001), Case(9, 300, F16, 5.0, 3.0),
-    Case(7, 300, F16, strided=True), Case(7, 300, F32, strided=True), Case(1, 20000, BF16),
-)  # fmt: skip
+    Case(129, 257, F16, 0.1, 0.07, seeds=1),
+    Case(5, 4099, F32, 0.1, None),
+    Case(5, 4099, BF16, 0.1, None),
+    Case(5, 4099, F16, 0.1, None),
+    Case(2, 5000, F16, 0.002, 0.001),
+    Case(9, 300, F16, 5.0, 3.0),
+    Case(7, 300, F16, strided=True),
+    Case(7, 300, F32, strided=True),
+    Case(1, 20000, BF16),
+)
 
 FULL = tuple(
     Case(rows, prototypes, dtype, 0.1, teacher)

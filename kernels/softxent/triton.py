@@ -37,9 +37,24 @@ def _running_maximum(b_max, b_x, c):
 
 @triton.jit(do_not_specialize=SIZES)
 def stats_kernel(
-    p_s, ss_r, ss_k, p_t, st_r, st_k, p_center, p_stat, n, k, columns_split, cs, ct,
-    BK: tl.constexpr, ALIGN: tl.constexpr, CENTER: tl.constexpr, LOGITS: tl.constexpr,
-):  # fmt: skip
+    p_s,
+    ss_r,
+    ss_k,
+    p_t,
+    st_r,
+    st_k,
+    p_center,
+    p_stat,
+    n,
+    k,
+    columns_split,
+    cs,
+    ct,
+    BK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    CENTER: tl.constexpr,
+    LOGITS: tl.constexpr,
+):
     """stat (5, splits, N): maximum and sum of the student's, of the teacher's, and sum of teacher weight x student.
 
     Logits meet their maximum before the temperature, 2^((x - maximum) c): of c x the compiler keeps more bits where it
@@ -126,9 +141,26 @@ def rows_kernel(p_stat, p_end, p_loss, n, splits, cs, ct, factor, BR: tl.constex
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient_kernel(
-    p_s, ss_r, ss_k, p_t, st_r, st_k, p_center, p_end, p_grad, p_out, n, k, cs, ct, factor,
-    BK: tl.constexpr, ALIGN: tl.constexpr, CENTER: tl.constexpr, LOGITS: tl.constexpr,
-):  # fmt: skip
+    p_s,
+    ss_r,
+    ss_k,
+    p_t,
+    st_r,
+    st_k,
+    p_center,
+    p_end,
+    p_grad,
+    p_out,
+    n,
+    k,
+    cs,
+    ct,
+    factor,
+    BK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    CENTER: tl.constexpr,
+    LOGITS: tl.constexpr,
+):
     ss_r, st_r, k = multiple(ss_r, ALIGN), multiple(st_r, ALIGN), multiple(k, ALIGN)
     i = tl.program_id(0)
     o_k = tl.program_id(1) * BK + tl.arange(0, BK)
@@ -157,9 +189,20 @@ def forward(student, teacher, student_temperature, teacher_temperature, center):
     flags = {"CENTER": center is not None, "LOGITS": teacher_temperature is not None}
     scales = _scales(student_temperature, teacher_temperature)
     stats_kernel[(n, splits)](
-        student, *student.stride(), teacher, *teacher.stride(), center, stat, n, k, each * block, *scales,
-        BK=block, ALIGN=alignment(k, student, teacher), **flags,
-    )  # fmt: skip
+        student,
+        *student.stride(),
+        teacher,
+        *teacher.stride(),
+        center,
+        stat,
+        n,
+        k,
+        each * block,
+        *scales,
+        BK=block,
+        ALIGN=alignment(k, student, teacher),
+        **flags,
+    )
     end, loss = torch.empty((4, n), **f32), torch.empty(cdiv(n, 128), **f32)
     rows_kernel[(cdiv(n, 128),)](stat, end, loss, n, splits, *scales, LN2 / n, BR=128, LOGITS=flags["LOGITS"])
     return loss.sum(), end
@@ -170,19 +213,34 @@ def backward(grad, student, teacher, center, end, student_temperature, teacher_t
     out = torch.empty((n, k), dtype=student.dtype, device=student.device)
     block = row_block(k)
     gradient_kernel[(n, cdiv(k, block))](
-        student, *student.stride(), teacher, *teacher.stride(), center, end, grad, out, n, k,
-        *_scales(student_temperature, teacher_temperature), 1 / (n * student_temperature),
-        BK=block, ALIGN=alignment(k, student, teacher), CENTER=center is not None,
+        student,
+        *student.stride(),
+        teacher,
+        *teacher.stride(),
+        center,
+        end,
+        grad,
+        out,
+        n,
+        k,
+        *_scales(student_temperature, teacher_temperature),
+        1 / (n * student_temperature),
+        BK=block,
+        ALIGN=alignment(k, student, teacher),
+        CENTER=center is not None,
         LOGITS=teacher_temperature is not None,
-    )  # fmt: skip
+    )
     return out
 
 
 @torch.library.custom_op("fastssl::softxent", mutates_args=())
 def softxent_op(
-    student: Tensor, teacher: Tensor, center: Tensor | None, student_temperature: float,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
+    student_temperature: float,
     teacher_temperature: float | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     return forward(student, teacher, student_temperature, teacher_temperature, center)
 
 
@@ -194,9 +252,14 @@ def _(student, teacher, center, student_temperature, teacher_temperature):
 
 @torch.library.custom_op("fastssl::softxent_backward", mutates_args=())
 def softxent_backward_op(
-    grad: Tensor, student: Tensor, teacher: Tensor, center: Tensor | None, end: Tensor,
-    student_temperature: float, teacher_temperature: float | None,
-) -> Tensor:  # fmt: skip
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
+    end: Tensor,
+    student_temperature: float,
+    teacher_temperature: float | None,
+) -> Tensor:
     return backward(grad, student, teacher, center, end, student_temperature, teacher_temperature)
 
 

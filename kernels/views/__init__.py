@@ -15,8 +15,17 @@ __all__ = ["COL", "COLUMNS", "IMAGENET_MEAN", "IMAGENET_STD", "View", "draw", "m
 
 
 @torch.no_grad()
-def make_views(pixels: Tensor, sizes: Tensor, index: Tensor, views, *, seed: int, epoch: int | Tensor,
-               dtype: torch.dtype = torch.float32, impl: str = "auto") -> list[Tensor]:  # fmt: skip
+def make_views(
+    pixels: Tensor,
+    sizes: Tensor,
+    index: Tensor,
+    views,
+    *,
+    seed: int,
+    epoch: int | Tensor,
+    dtype: torch.dtype = torch.float32,
+    impl: str = "auto",
+) -> list[Tensor]:
     """One (B, 3, size, size) tensor in channels_last layout for each of `views`.
 
     pixels: uint8 (B, P, 3), image i in its first h * w pixels, row-major.  sizes: int (B, 2), (h, w) of each.

@@ -14,28 +14,47 @@ STRONG = {"flip": 0.5, "jitter": (0.8, 0.8, 0.8, 0.2), "jitter_p": 0.8, "gray": 
 WEAK = {"flip": 0.5, "jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray": 0.2, "interpolation": "bicubic"}
 
 ONE_OP = {
-    "crop_bilinear": View(32), "crop_bicubic": View(32, interpolation="bicubic"), "crop_odd": View(27),
-    "upsample": View(61), "crop_one_pixel": View(1), "flip": View(24, flip=0.5),
-    "rotate": View(32, rotate=20.0), "rotate_far": View(24, rotate=180.0),
-    "gray": View(24, gray=0.5), "blur": View(33, blur=0.7),
-    "blur_wide": View(9, blur=1.0, blur_sigma=(0.05, 4.0)), "solarize": View(24, solarize=0.5),
+    "crop_bilinear": View(32),
+    "crop_bicubic": View(32, interpolation="bicubic"),
+    "crop_odd": View(27),
+    "upsample": View(61),
+    "crop_one_pixel": View(1),
+    "flip": View(24, flip=0.5),
+    "rotate": View(32, rotate=20.0),
+    "rotate_far": View(24, rotate=180.0),
+    "gray": View(24, gray=0.5),
+    "blur": View(33, blur=0.7),
+    "blur_wide": View(9, blur=1.0, blur_sigma=(0.05, 4.0)),
+    "solarize": View(24, solarize=0.5),
     "brightness": View(24, jitter=(0.8, 0, 0, 0), jitter_p=1.0),
     "contrast": View(24, jitter=(0, 0.8, 0, 0), jitter_p=1.0),
     "saturation": View(24, jitter=(0, 0, 0.8, 0), jitter_p=1.0),
     "hue": View(24, jitter=(0, 0, 0, 0.5), jitter_p=1.0),
     "jitter": View(24, jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8),
     "jitter_strong": View(24, jitter=(2.0, 2.0, 2.0, 0.5), jitter_p=1.0),
-    "quarter_turn": View(24, flip=0.5, quarter_turns=1), "half_turn": View(24, quarter_turns=2),
-    "three_quarters": View(24, quarter_turns=3), "center": View(24, crop="center", resize=28),
+    "quarter_turn": View(24, flip=0.5, quarter_turns=1),
+    "half_turn": View(24, quarter_turns=2),
+    "three_quarters": View(24, quarter_turns=3),
+    "center": View(24, crop="center", resize=28),
     "center_bicubic": View(24, crop="center", resize=29, interpolation="bicubic"),
-    "center_cut": View(31, crop="center"), "center_padded": View(97, crop="center"),
-    "squash": View(24, crop="squash"), "random": View(24, crop="random"),
-    "random_resized_first": View(24, crop="random", resize=36), "random_padded": View(32, crop="random", pad=4),
+    "center_cut": View(31, crop="center"),
+    "center_padded": View(97, crop="center"),
+    "squash": View(24, crop="squash"),
+    "random": View(24, crop="random"),
+    "random_resized_first": View(24, crop="random", resize=36),
+    "random_padded": View(32, crop="random", pad=4),
     "random_reflected": View(32, crop="random", pad=4, pad_mode="reflect"),
     "patch": View(10, crop="patch", resize=50, window=45, cell=5, gray=0.5),
-    "order": View(24, jitter=(0.4,) * 4, jitter_p=1.0, gray=0.5, blur=0.5, solarize=0.5,
-                  order=("solarize", "jitter", "blur", "gray")),
-}  # fmt: skip
+    "order": View(
+        24,
+        jitter=(0.4,) * 4,
+        jitter_p=1.0,
+        gray=0.5,
+        blur=0.5,
+        solarize=0.5,
+        order=("solarize", "jitter", "blur", "gray"),
+    ),
+}
 
 
 class Case(NamedTuple):
@@ -53,16 +72,22 @@ BENCH = {
     "simclr_224": Case(256, 375, 500, (View(224, **STRONG),) * 2),
     "simclr_224_of_256": Case(256, 256, 341, (View(224, **STRONG),) * 2),
     "byol_224": Case(256, 375, 500, (View(224, blur=1.0, **WEAK), View(224, blur=0.1, solarize=0.2, **WEAK))),
-    "swav": Case(64, 375, 500, (View(224, scale=(0.14, 1.0), **STRONG),) * 2
-                 + (View(96, scale=(0.05, 0.14), **STRONG),) * 6),
+    "swav": Case(
+        64, 375, 500, (View(224, scale=(0.14, 1.0), **STRONG),) * 2 + (View(96, scale=(0.05, 0.14), **STRONG),) * 6
+    ),
     "rotation_224": Case(128, 375, 500, tuple(View(224, flip=0.5, quarter_turns=k, stream=0) for k in range(4))),
-    "patches_64": Case(128, 375, 500, tuple(
-        View(64, crop="patch", resize=292, window=255, cell=k, gray=0.66, stream=0) for k in range(9))),
-    "deepcluster_224": Case(256, 375, 500, (
-        View(224, flip=0.5, rotate=2.0, jitter=(0.4, 0.4, 1.0, 0.5), jitter_p=1.0, gray=0.2),)),
+    "patches_64": Case(
+        128,
+        375,
+        500,
+        tuple(View(64, crop="patch", resize=292, window=255, cell=k, gray=0.66, stream=0) for k in range(9)),
+    ),
+    "deepcluster_224": Case(
+        256, 375, 500, (View(224, flip=0.5, rotate=2.0, jitter=(0.4, 0.4, 1.0, 0.5), jitter_p=1.0, gray=0.2),)
+    ),
     "center_224": Case(256, 375, 500, (View(224, crop="center", resize=256),)),
     "dinov2_518": Case(32, 640, 800, (View(518, **STRONG),) * 2),
-}  # fmt: skip
+}
 
 
 def scenes(shapes, seed: int = 0) -> list[np.ndarray]:

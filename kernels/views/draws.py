@@ -9,9 +9,37 @@ import triton.language as tl
 from . import params
 
 # what differs between views of one launch: a row of float64 in the table of numbers
-SPEC = ("offset", "stream", "cell", "quarter_turns", "scale0", "scale1", "log_ratio0", "log_ratio1", "ratio0", "ratio1",
-        "flip", "rotate", "jitter_p", "brightness", "contrast", "saturation", "hue", "gray", "blur", "sigma0", "sigma1",
-        "solarize", "threshold", "mean_r", "mean_g", "mean_b", "std_r", "std_g", "std_b")  # fmt: skip
+SPEC = (
+    "offset",
+    "stream",
+    "cell",
+    "quarter_turns",
+    "scale0",
+    "scale1",
+    "log_ratio0",
+    "log_ratio1",
+    "ratio0",
+    "ratio1",
+    "flip",
+    "rotate",
+    "jitter_p",
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+    "gray",
+    "blur",
+    "sigma0",
+    "sigma1",
+    "solarize",
+    "threshold",
+    "mean_r",
+    "mean_g",
+    "mean_b",
+    "std_r",
+    "std_g",
+    "std_b",
+)
 AT = {name: i for i, name in enumerate(SPEC)}
 WIDTH = tl.constexpr(len(SPEC))
 COLUMNS = tl.constexpr(len(params.COLUMNS))
@@ -84,8 +112,20 @@ def random_resized(spec, seed, stream, sample, epoch, H, W):
 
 
 @triton.jit
-def draw_crop(spec, seed, stream, sample, epoch, H, W, CROP: tl.constexpr, SIZE: tl.constexpr, RESIZE: tl.constexpr,
-              PAD: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+def draw_crop(
+    spec,
+    seed,
+    stream,
+    sample,
+    epoch,
+    H,
+    W,
+    CROP: tl.constexpr,
+    SIZE: tl.constexpr,
+    RESIZE: tl.constexpr,
+    PAD: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
     """y0, x0, h, w and the clip region's top, left, bottom, right, float32."""
     if CROP == RESIZED:
         y, x, h, w = random_resized(spec, seed, stream, sample, epoch, H, W)
@@ -150,15 +190,29 @@ def counter(spec, index, i_b, epoch, epoch_ptr, EPOCH_PTR: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["seed", "epoch"])
-def draw_kernel(sizes, index, specs, table, seed, epoch, epoch_ptr, CROP: tl.constexpr, SIZE: tl.constexpr,
-                RESIZE: tl.constexpr, PAD: tl.constexpr, WINDOW: tl.constexpr, EPOCH_PTR: tl.constexpr):  # fmt: skip
+def draw_kernel(
+    sizes,
+    index,
+    specs,
+    table,
+    seed,
+    epoch,
+    epoch_ptr,
+    CROP: tl.constexpr,
+    SIZE: tl.constexpr,
+    RESIZE: tl.constexpr,
+    PAD: tl.constexpr,
+    WINDOW: tl.constexpr,
+    EPOCH_PTR: tl.constexpr,
+):
     """One program writes one row of the table; grid (B, views)."""
     i_b, i_v = tl.program_id(0), tl.program_id(1)
     spec = specs + i_v * WIDTH
     stream, sample, epoch = counter(spec, index, i_b, epoch, epoch_ptr, EPOCH_PTR)
     H, W = tl.load(sizes + 2 * i_b).to(tl.int32), tl.load(sizes + 2 * i_b + 1).to(tl.int32)
     y0, x0, h, w, top, left, bottom, right = draw_crop(
-        spec, seed, stream, sample, epoch, H, W, CROP, SIZE, RESIZE, PAD, WINDOW)
+        spec, seed, stream, sample, epoch, H, W, CROP, SIZE, RESIZE, PAD, WINDOW
+    )
     flip, angle, order, b, c, s, u, gray, sigma, solarize = draw_colour(spec, seed, stream, sample, epoch)
     row = table + (i_v * tl.num_programs(0) + i_b) * COLUMNS
     tl.store(row, y0)

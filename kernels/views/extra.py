@@ -162,8 +162,10 @@ class Transform:
         y = self.fn(x)
         if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
             got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(f"{self.fn!r} made {got} of a float tensor {tuple(x.shape)}: a view's transform keeps the "
-                             "shape and the scale of 0 to 1")  # fmt: skip
+            raise ValueError(
+                f"{self.fn!r} made {got} of a float tensor {tuple(x.shape)}: a view's transform keeps the "
+                "shape and the scale of 0 to 1"
+            )
         return y
 
 
@@ -182,8 +184,10 @@ def operation(entry: Any) -> Operation:
         return entry
     if callable(entry) and not isinstance(entry, type):
         return Transform(entry)
-    raise ValueError(f"View(extra=...): {entry!r} is not an operation: give Lighting(...), Erase(...), "
-                     "RandAugment(...), a callable on tensors, or a dataclass with apply(x, random, view)")  # fmt: skip
+    raise ValueError(
+        f"View(extra=...): {entry!r} is not an operation: give Lighting(...), Erase(...), "
+        "RandAugment(...), a callable on tensors, or a dataclass with apply(x, random, view)"
+    )
 
 
 def _tuple(value: Any) -> Any:
@@ -207,4 +211,3 @@ def finish(x: Tensor, view: Any, stream: int, index: Tensor, seed: int, epoch: i
     mean, std = (constant(v, x.device).view(3, 1, 1) for v in (view.mean, view.std))
     x = ((x - mean) / std).rot90(view.quarter_turns, (2, 3))
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
-

@@ -19,8 +19,26 @@ from . import extra as operations
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # columns of the parameter table; `order` is -1 where the sample drew no jitter, `sigma` 0 where it drew no blur
-COLUMNS = ("y0", "x0", "h", "w", "top", "left", "bottom", "right", "flip", "angle",
-           "order", "brightness", "contrast", "saturation", "hue", "gray", "sigma", "solarize")
+COLUMNS = (
+    "y0",
+    "x0",
+    "h",
+    "w",
+    "top",
+    "left",
+    "bottom",
+    "right",
+    "flip",
+    "angle",
+    "order",
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+    "gray",
+    "sigma",
+    "solarize",
+)
 COL = {name: i for i, name in enumerate(COLUMNS)}
 
 TRIES, FLAGS, JITTER, OTHER, PATCH, BLOCKS = 10, 10, 11, 12, 13, 14  # Philox blocks of one (sample, stream)
@@ -90,12 +108,18 @@ class View:
         require(0 < self.scale[0] <= self.scale[1] <= 1, "scale", "needs 0 < low <= high <= 1")
         require(0 < self.ratio[0] <= self.ratio[1], "ratio", "needs 0 < low <= high")
         require(self.pad >= 0 and (self.pad == 0 or self.crop == "random"), "pad", "only a random crop can be padded")
-        require(self.resize is None or self.crop in ("center", "random", "patch"), "resize",
-                f"has no meaning for a {self.crop} crop")
+        require(
+            self.resize is None or self.crop in ("center", "random", "patch"),
+            "resize",
+            f"has no meaning for a {self.crop} crop",
+        )
         for field in ("flip", "jitter_p", "gray", "blur", "solarize"):
             require(0 <= getattr(self, field) <= 1, field, "is a probability, in [0, 1]")
-        require(len(self.jitter) == 4 and min(self.jitter) >= 0 and self.jitter[3] <= 0.5, "jitter",
-                "needs four strengths (brightness, contrast, saturation, hue) >= 0 and hue <= 0.5")
+        require(
+            len(self.jitter) == 4 and min(self.jitter) >= 0 and self.jitter[3] <= 0.5,
+            "jitter",
+            "needs four strengths (brightness, contrast, saturation, hue) >= 0 and hue <= 0.5",
+        )
         require(0 < self.blur_sigma[0] <= self.blur_sigma[1], "blur_sigma", "needs 0 < low <= high")
         require(0 <= self.rotate <= 180, "rotate", "is the largest angle in degrees, 0 to 180")
         require(self.order.index("jitter") < self.order.index("blur"), "order", "must have jitter before blur")
@@ -104,15 +128,17 @@ class View:
         require(min(self.std) > 0, "std", "must be above 0")
         if self.crop == "patch":
             require(self.cell is not None and 0 <= self.cell <= 8, "cell", "a patch crop needs a cell from 0 to 8")
-            require(self.window is not None and self.window // 3 >= self.size, "window",
-                    f"a patch crop needs a window of at least 3 x {self.size}")
+            require(
+                self.window is not None and self.window // 3 >= self.size,
+                "window",
+                f"a patch crop needs a window of at least 3 x {self.size}",
+            )
             require(self.resize is None or self.resize >= self.window, "resize", f"is below window={self.window}")
         else:
             require(self.cell is None, "cell", "is for crop='patch'")
             require(self.window is None, "window", "is for crop='patch'")
             room = None if self.resize is None else self.resize + 2 * self.pad
             require(room is None or room >= self.size, "resize", f"is below size={self.size}")
-
 
     def _complete_order(self):
         """Operations that `order` leaves out get probability 0 and a place: the kernels know orders of all four."""
@@ -236,5 +262,13 @@ def _colour(view: View, w: Tensor):
     factors = [_between(jitter[:, i], max(0.0, 1 - view.jitter[i]), 1 + view.jitter[i]) for i in range(3)]
     hue = _between(jitter[:, 3], -view.jitter[3], view.jitter[3])
     sigma = torch.where(uniform(flags[:, 3]) < view.blur, _between(other[:, 1], *view.blur_sigma), 0.0)
-    return (uniform(flags[:, 0]) < view.flip, _between(other[:, 3], -view.rotate, view.rotate), order, *factors, hue,
-            uniform(flags[:, 2]) < view.gray, sigma, uniform(other[:, 2]) < view.solarize)
+    return (
+        uniform(flags[:, 0]) < view.flip,
+        _between(other[:, 3], -view.rotate, view.rotate),
+        order,
+        *factors,
+        hue,
+        uniform(flags[:, 2]) < view.gray,
+        sigma,
+        uniform(other[:, 2]) < view.solarize,
+    )

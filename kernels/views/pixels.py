@@ -19,8 +19,6 @@ def clamp01(x):
     return tl.minimum(tl.maximum(x, 0.0), 1.0)
 
 
-# ---- geometry
-
 @triton.jit
 def tile(oy, ox, TILE: tl.constexpr):
     """Rows and columns of the pixels of a tile whose first pixel is (oy, ox)."""
@@ -70,8 +68,24 @@ def low_bits(x):
 
 
 @triton.jit
-def crop(image, W, iy, ix, y0, x0, h, w, top, left, bottom, right, flip, SIZE: tl.constexpr, BICUBIC: tl.constexpr,
-         REFLECT: tl.constexpr):  # fmt: skip
+def crop(
+    image,
+    W,
+    iy,
+    ix,
+    y0,
+    x0,
+    h,
+    w,
+    top,
+    left,
+    bottom,
+    right,
+    flip,
+    SIZE: tl.constexpr,
+    BICUBIC: tl.constexpr,
+    REFLECT: tl.constexpr,
+):
     """Output pixels (iy, ix) of the box, antialiased.  image: uint8 rows of W pixels of 3 bytes."""
     iy, ix = tl.minimum(iy, SIZE - 1), tl.minimum(ix, SIZE - 1)
     ix = tl.where(flip > 0, SIZE - 1 - ix, ix)
@@ -132,8 +146,6 @@ def rotated(view, iy, ix, angle, SIZE: tl.constexpr):
     return r, g, b
 
 
-# ---- colour
-
 @triton.jit
 def luma(r, g, b):
     return 0.2989 * r + 0.587 * g + 0.114 * b
@@ -166,8 +178,22 @@ def permutation(code):
 
 
 @triton.jit
-def jitter(r, g, b, order, first, last, brightness, contrast, saturation, shift, mean, mask, SIZE: tl.constexpr,
-           WHOLE: tl.constexpr):  # fmt: skip
+def jitter(
+    r,
+    g,
+    b,
+    order,
+    first,
+    last,
+    brightness,
+    contrast,
+    saturation,
+    shift,
+    mean,
+    mask,
+    SIZE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
     """Operations first to last - 1 of the order.  WHOLE: the tile is the view, so contrast takes its mean here."""
     packed, _ = permutation(order)
     for step in range(first, last):
@@ -268,8 +294,6 @@ def blur_tile(view, oy, ox, sigma, SIZE: tl.constexpr, TILE: tl.constexpr, HALO:
     return gauss(r, w, s, TILE), gauss(g, w, s, TILE), gauss(b, w, s, TILE)
 
 
-# ---- memory
-
 @triton.jit
 def at(view, iy, ix, SIZE: tl.constexpr):
     """Where a kept plane has a pixel.  Columns run backwards: ascending ones the compiler would hand to threads eight
@@ -286,8 +310,11 @@ def turned(turns, none, one, two, three):
 @triton.jit
 def store(out, iy, ix, m, r, g, b, turns, spec, MEAN: tl.constexpr, SIZE: tl.constexpr):
     """Normalise with the six numbers at spec + MEAN and write pixels of one view (SIZE, SIZE, 3), turned."""
-    p = out + 3 * (turned(turns, 0, SIZE * SIZE - SIZE, SIZE * SIZE - 1, SIZE - 1)
-                   + turned(turns, SIZE, 1, -SIZE, -1) * iy + turned(turns, 1, -SIZE, -1, SIZE) * ix)  # fmt: skip
+    p = out + 3 * (
+        turned(turns, 0, SIZE * SIZE - SIZE, SIZE * SIZE - 1, SIZE - 1)
+        + turned(turns, SIZE, 1, -SIZE, -1) * iy
+        + turned(turns, 1, -SIZE, -1, SIZE) * ix
+    )
     kind = out.dtype.element_ty
     for c in tl.static_range(3):
         v = r if c == 0 else (g if c == 1 else b)
@@ -315,9 +342,10 @@ def fixed(x):
 def kept(view, iy, ix, m, SIZE: tl.constexpr):
     p = at(view, iy, ix, SIZE)
     r, g, b = (
-        tl.load(p, mask=m, other=0), tl.load(p + SIZE * SIZE, mask=m, other=0),
+        tl.load(p, mask=m, other=0),
+        tl.load(p + SIZE * SIZE, mask=m, other=0),
         tl.load(p + 2 * SIZE * SIZE, mask=m, other=0),
-    )  # fmt: skip
+    )
     return unfixed(r), unfixed(g), unfixed(b)
 
 

@@ -40,13 +40,14 @@ class RandAugment:
             code = below(words[:, turn, 0], len(operations))
             sign = torch.where(uniform(words[:, turn, 1]) < 0.5, -1.0, 1.0).float()
             order, counts = code.argsort(stable=True), code.bincount(minlength=len(operations)).tolist()
-            made = [op(x[rows], self.magnitude / STRENGTHS, sign[rows])
-                    for op, rows in zip(operations, order.split(counts)) if len(rows)]
+            made = [
+                op(x[rows], self.magnitude / STRENGTHS, sign[rows])
+                for op, rows in zip(operations, order.split(counts))
+                if len(rows)
+            ]
             x = x.index_copy(0, order, torch.cat(made))
         return x
 
-
-# ---- geometry: where in the source each output pixel is taken from
 
 def _sample(x: Tensor, gx: Tensor, gy: Tensor) -> Tensor:
     """Nearest pixel at (gx, gy), (n, S, S) in pixels from the centre; black outside."""
@@ -87,8 +88,6 @@ def rotate(x: Tensor, part: float, sign: Tensor) -> Tensor:
     gx, gy = _centred(x)
     return _sample(x, a.cos() * gx - a.sin() * gy, a.sin() * gx + a.cos() * gy)
 
-
-# ---- colour
 
 def _factor(part: float, sign: Tensor) -> Tensor:
     return (1 + 0.9 * part * sign)[:, None, None]
@@ -147,8 +146,18 @@ def equalize(x: Tensor, part: float, sign: Tensor) -> Tensor:
 
 
 OPERATIONS = {
-    "Identity": lambda x, part, sign: x, "ShearX": shear_x, "ShearY": shear_y, "TranslateX": translate_x,
-    "TranslateY": translate_y, "Rotate": rotate, "Brightness": _in_place(reference.brightness),
-    "Color": _in_place(reference.saturation), "Contrast": _in_place(reference.contrast), "Sharpness": sharpness,
-    "Posterize": posterize, "Solarize": solarize, "AutoContrast": autocontrast, "Equalize": equalize,
-}  # fmt: skip
+    "Identity": lambda x, part, sign: x,
+    "ShearX": shear_x,
+    "ShearY": shear_y,
+    "TranslateX": translate_x,
+    "TranslateY": translate_y,
+    "Rotate": rotate,
+    "Brightness": _in_place(reference.brightness),
+    "Color": _in_place(reference.saturation),
+    "Contrast": _in_place(reference.contrast),
+    "Sharpness": sharpness,
+    "Posterize": posterize,
+    "Solarize": solarize,
+    "AutoContrast": autocontrast,
+    "Equalize": equalize,
+}

@@ -20,8 +20,10 @@ JITTER_ORDERS = tuple(itertools.permutations(range(4)))  # of brightness, contra
 
 def make_views(pixels: Tensor, sizes: Tensor, views, tables: Tensor, dtype: torch.dtype) -> list[Tensor]:
     B, device = len(sizes), pixels.device
-    outs = [torch.empty((B, 3, v.size, v.size), dtype=dtype, device=device, memory_format=torch.channels_last)
-            for v in views]
+    outs = [
+        torch.empty((B, 3, v.size, v.size), dtype=dtype, device=device, memory_format=torch.channels_last)
+        for v in views
+    ]
     if B == 0:
         return outs
     height, width = (int(n) for n in sizes.amax(0))
@@ -64,8 +66,6 @@ def _view(canvas: Tensor, view: View, table: Tensor) -> Tensor:
     out[sample] = x.rot90(view.quarter_turns, (2, 3))
     return out
 
-
-# ---- geometry
 
 def resample(canvas: Tensor, sample: Tensor, view: View, table: Tensor) -> Tensor:
     """Box -> (B, 3, S, S), separable and antialiased as PIL and torch do it; row b reads image sample[b]."""
@@ -136,8 +136,6 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
     return F.grid_sample(x, torch.stack([gx, gy], -1) / (S / 2), align_corners=False)
 
 
-# ---- colour: in place on (n, 3, S, S); factors (n, 1, 1)
-
 def luma(x: Tensor) -> Tensor:
     return x[:, 0].mul(0.2989).add_(x[:, 1], alpha=0.587).add_(x[:, 2], alpha=0.114)
 
@@ -162,8 +160,11 @@ def hue(x: Tensor, shift: Tensor) -> None:
     high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     spread = high - low
     inverse = torch.where(spread == 0, 1.0, spread).reciprocal_()
-    h = torch.where(high == r, (g - b).mul_(inverse),
-                    torch.where(high == g, (b - r).mul_(inverse).add_(2), (r - g).mul_(inverse).add_(4)))
+    h = torch.where(
+        high == r,
+        (g - b).mul_(inverse),
+        torch.where(high == g, (b - r).mul_(inverse).add_(2), (r - g).mul_(inverse).add_(4)),
+    )
     h.add_(6 * shift)
     h.sub_((h / 6).floor_().mul_(6))  # into [0, 6]
     r.copy_((h - 3).abs_().sub_(1).clamp_(0, 1))
@@ -176,7 +177,7 @@ def jitter(x: Tensor, view: View, table: Tensor) -> Tensor:
     """Rows are sorted by `order`; each order is a slice small enough to stay in the cache."""
     if not view.jitter_p:
         return x
-    factor = table[:, COL["brightness"]:COL["hue"] + 1].T[..., None, None]
+    factor = table[:, COL["brightness"] : COL["hue"] + 1].T[..., None, None]
     ops = (brightness, contrast, saturation, hue)
     codes, counts = table[:, COL["order"]].unique_consecutive(return_counts=True)
     start = 0
@@ -184,7 +185,7 @@ def jitter(x: Tensor, view: View, table: Tensor) -> Tensor:
         if code >= 0:
             for op in JITTER_ORDERS[code]:
                 if view.jitter[op]:
-                    ops[op](x[start:start + count], factor[op, start:start + count])
+                    ops[op](x[start : start + count], factor[op, start : start + count])
         start += count
     return x
 

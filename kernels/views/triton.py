@@ -33,14 +33,32 @@ CLIP, FLIP, ORDER = (tl.constexpr(params.COL[n]) for n in ("top", "flip", "order
 ANGLE, GRAY, SIGMA, SOLARIZE = (tl.constexpr(params.COL[n]) for n in ("angle", "gray", "sigma", "solarize"))
 
 
-# ---- kernels
-
 @triton.jit(do_not_specialize=["seed", "epoch"])
-def whole_kernel(pixels, room, sizes, index, specs, out, seed, epoch, epoch_ptr, CROP: tl.constexpr,
-                 SIZE: tl.constexpr, RESIZE: tl.constexpr, PAD: tl.constexpr, WINDOW: tl.constexpr,
-                 BICUBIC: tl.constexpr, REFLECT: tl.constexpr, JITTERS: tl.constexpr, BLURS: tl.constexpr,
-                 OPS: tl.constexpr, JITTER_AT: tl.constexpr, BLUR_AT: tl.constexpr, EPOCH_PTR: tl.constexpr,
-                 TILE: tl.constexpr):  # fmt: skip
+def whole_kernel(
+    pixels,
+    room,
+    sizes,
+    index,
+    specs,
+    out,
+    seed,
+    epoch,
+    epoch_ptr,
+    CROP: tl.constexpr,
+    SIZE: tl.constexpr,
+    RESIZE: tl.constexpr,
+    PAD: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BICUBIC: tl.constexpr,
+    REFLECT: tl.constexpr,
+    JITTERS: tl.constexpr,
+    BLURS: tl.constexpr,
+    OPS: tl.constexpr,
+    JITTER_AT: tl.constexpr,
+    BLUR_AT: tl.constexpr,
+    EPOCH_PTR: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """A whole view in registers; grid (B, views)."""
     i_b, i_v = tl.program_id(0), tl.program_id(1)
     spec = specs + i_v * WIDTH
@@ -80,16 +98,39 @@ def place(B, SIDE: tl.constexpr, STEP: tl.constexpr):
 def cut(pixels, room, sizes, row, i_b, iy, ix, SIZE: tl.constexpr, BICUBIC: tl.constexpr, REFLECT: tl.constexpr):
     """Pixels (iy, ix) of the crop that the table's row describes."""
     return px.crop(
-        pixels + i_b.to(tl.int64) * room * 3, tl.load(sizes + 2 * i_b + 1).to(tl.int32), iy, ix,
-        tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3),
-        tl.load(row + CLIP), tl.load(row + CLIP + 1), tl.load(row + CLIP + 2), tl.load(row + CLIP + 3),
-        tl.load(row + FLIP), SIZE, BICUBIC, REFLECT,
-    )  # fmt: skip
+        pixels + i_b.to(tl.int64) * room * 3,
+        tl.load(sizes + 2 * i_b + 1).to(tl.int32),
+        iy,
+        ix,
+        tl.load(row),
+        tl.load(row + 1),
+        tl.load(row + 2),
+        tl.load(row + 3),
+        tl.load(row + CLIP),
+        tl.load(row + CLIP + 1),
+        tl.load(row + CLIP + 2),
+        tl.load(row + CLIP + 3),
+        tl.load(row + FLIP),
+        SIZE,
+        BICUBIC,
+        REFLECT,
+    )
 
 
 @triton.jit
-def crop_kernel(pixels, room, sizes, table, scratch, B, SIZE: tl.constexpr, BICUBIC: tl.constexpr,
-                REFLECT: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr):  # fmt: skip
+def crop_kernel(
+    pixels,
+    room,
+    sizes,
+    table,
+    scratch,
+    B,
+    SIZE: tl.constexpr,
+    BICUBIC: tl.constexpr,
+    REFLECT: tl.constexpr,
+    TILE: tl.constexpr,
+    SIDE: tl.constexpr,
+):
     """Only for views that rotate: the crop, so that the rotation has pixels to interpolate."""
     i_b, _, image, _, oy, ox = place(B, SIDE, TILE)
     iy, ix = px.tile(oy, ox, TILE)
@@ -98,11 +139,32 @@ def crop_kernel(pixels, room, sizes, table, scratch, B, SIZE: tl.constexpr, BICU
 
 
 @triton.jit
-def colour_kernel(pixels, room, sizes, table, specs, scratch, sums, unblurred, out, B, SIZE: tl.constexpr,
-                  BICUBIC: tl.constexpr, REFLECT: tl.constexpr, ROTATE: tl.constexpr, JITTERS: tl.constexpr,
-                  BLURS: tl.constexpr, OPS: tl.constexpr, JITTER_AT: tl.constexpr, BLUR_AT: tl.constexpr,
-                  MEANS: tl.constexpr, KEPT: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr,
-                  TILES: tl.constexpr):  # fmt: skip
+def colour_kernel(
+    pixels,
+    room,
+    sizes,
+    table,
+    specs,
+    scratch,
+    sums,
+    unblurred,
+    out,
+    B,
+    SIZE: tl.constexpr,
+    BICUBIC: tl.constexpr,
+    REFLECT: tl.constexpr,
+    ROTATE: tl.constexpr,
+    JITTERS: tl.constexpr,
+    BLURS: tl.constexpr,
+    OPS: tl.constexpr,
+    JITTER_AT: tl.constexpr,
+    BLUR_AT: tl.constexpr,
+    MEANS: tl.constexpr,
+    KEPT: tl.constexpr,
+    TILE: tl.constexpr,
+    SIDE: tl.constexpr,
+    TILES: tl.constexpr,
+):
     """MEANS: of samples that jitter, the tile's sum of the gray that contrast will meet; the tile as contrast will meet
     it is kept (not where other tiles still rotate the crop).  Else the finished tile, or of samples that blur, the tile
     before its blur.
@@ -156,8 +218,19 @@ def colour_kernel(pixels, room, sizes, table, specs, scratch, sums, unblurred, o
 
 
 @triton.jit
-def blur_kernel(table, specs, unblurred, out, B, SIZE: tl.constexpr, OPS: tl.constexpr, BLUR_AT: tl.constexpr,
-                TILE: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr):  # fmt: skip
+def blur_kernel(
+    table,
+    specs,
+    unblurred,
+    out,
+    B,
+    SIZE: tl.constexpr,
+    OPS: tl.constexpr,
+    BLUR_AT: tl.constexpr,
+    TILE: tl.constexpr,
+    HALO: tl.constexpr,
+    SIDE: tl.constexpr,
+):
     """Blur and what follows it, for samples that blur; a tile is TILE wide with its halo."""
     i_b, i_v, image, _, oy, ox = place(B, SIDE, TILE - 2 * HALO)
     row, spec = table + image * COLUMNS, specs + i_v * WIDTH
@@ -172,8 +245,6 @@ def blur_kernel(table, specs, unblurred, out, B, SIZE: tl.constexpr, OPS: tl.con
         view = out + tl.load(spec + OFFSET).to(tl.int64) * B + i_b.to(tl.int64) * (SIZE * SIZE * 3)
         px.store(view, iy, ix, mask, r, g, b, tl.load(spec + TURNS).to(tl.int32), spec, MEAN, SIZE)
 
-
-# ---- launches
 
 class Group(NamedTuple):
     """Views that differ in numbers alone."""
@@ -197,8 +268,17 @@ class Group(NamedTuple):
 
 
 def _kind(view):
-    return (view.size, view.crop, view.resize, view.pad, view.pad_mode, view.window, view.interpolation, view.order,
-            view.rotate > 0)  # fmt: skip
+    return (
+        view.size,
+        view.crop,
+        view.resize,
+        view.pad,
+        view.pad_mode,
+        view.window,
+        view.interpolation,
+        view.order,
+        view.rotate > 0,
+    )
 
 
 def extent(view) -> int:
@@ -222,10 +302,29 @@ def plan(text: str) -> tuple[tuple[Group, ...], list[list[float]]]:
 
 def _numbers(view, start: int, stream: int) -> list[float]:
     log_ratio = [math.log(r) for r in view.ratio]
-    return [float(x) for x in (
-        start, stream, view.cell or 0, view.quarter_turns, *view.scale, *log_ratio, *view.ratio, view.flip, view.rotate,
-        view.jitter_p, *view.jitter, view.gray, view.blur, *view.blur_sigma, view.solarize, view.solarize_threshold,
-        *view.mean, *view.std)]  # fmt: skip
+    return [
+        float(x)
+        for x in (
+            start,
+            stream,
+            view.cell or 0,
+            view.quarter_turns,
+            *view.scale,
+            *log_ratio,
+            *view.ratio,
+            view.flip,
+            view.rotate,
+            view.jitter_p,
+            *view.jitter,
+            view.gray,
+            view.blur,
+            *view.blur_sigma,
+            view.solarize,
+            view.solarize_threshold,
+            *view.mean,
+            *view.std,
+        )
+    ]
 
 
 @functools.lru_cache(maxsize=64)
@@ -245,8 +344,16 @@ def launch_all(pixels, sizes, index, epoch_ptr, text, seed, epoch, dtype) -> Ten
 
 
 @torch.library.custom_op("fastssl::views", mutates_args=())
-def views_op(pixels: Tensor, sizes: Tensor, index: Tensor, epoch_ptr: Tensor | None, text: str, seed: int, epoch: int,
-             dtype: torch.dtype) -> Tensor:  # fmt: skip
+def views_op(
+    pixels: Tensor,
+    sizes: Tensor,
+    index: Tensor,
+    epoch_ptr: Tensor | None,
+    text: str,
+    seed: int,
+    epoch: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """All views in one row of memory: view by view, each sample by sample."""
     return launch_all(pixels, sizes, index, epoch_ptr, text, seed, epoch, dtype)
 
@@ -262,8 +369,13 @@ def _empty(pixels, text, dtype):
 
 
 def _drawing(view) -> dict:
-    return {"CROP": params.CROPS.index(view.crop), "SIZE": view.size, "RESIZE": view.resize or 0, "PAD": view.pad,
-            "WINDOW": view.window or 0}  # fmt: skip
+    return {
+        "CROP": params.CROPS.index(view.crop),
+        "SIZE": view.size,
+        "RESIZE": view.resize or 0,
+        "PAD": view.pad,
+        "WINDOW": view.window or 0,
+    }
 
 
 def _cutting(view) -> dict:
@@ -279,10 +391,24 @@ def _launch_whole(group, pixels, sizes, index, specs, out, seed, epoch, epoch_pt
     view = group.views[0]
     tile = max(16, pow2(view.size))
     whole_kernel[(len(pixels), len(group.views))](
-        pixels, pixels.shape[1], sizes, index, specs, out, seed, epoch, epoch_ptr, **_drawing(view), **_cutting(view),
-        **_ordering(view), JITTERS=group.jitters, BLURS=group.halo > 0, EPOCH_PTR=epoch_ptr is not None, TILE=tile,
+        pixels,
+        pixels.shape[1],
+        sizes,
+        index,
+        specs,
+        out,
+        seed,
+        epoch,
+        epoch_ptr,
+        **_drawing(view),
+        **_cutting(view),
+        **_ordering(view),
+        JITTERS=group.jitters,
+        BLURS=group.halo > 0,
+        EPOCH_PTR=epoch_ptr is not None,
+        TILE=tile,
         num_warps=min(8 if group.halo else 16, tile * tile // 128),  # a blur of 64 pixels needs registers, not warps
-    )  # fmt: skip
+    )
 
 
 def _launch_tiles(group, pixels, sizes, index, specs, out, seed, epoch, epoch_ptr):
@@ -303,28 +429,74 @@ def _launch_tiles(group, pixels, sizes, index, specs, out, seed, epoch, epoch_pt
     # a tile before its blur may replace its own crop, unless a rotation of another tile still reads that
     unblurred = memory(group.halo, 3, S, S, dtype=torch.int16) if group.rotates else scratch
     draws.draw_kernel[(B, V)](
-        sizes, index, specs, table, seed, epoch, epoch_ptr, **_drawing(view), EPOCH_PTR=epoch_ptr is not None,
+        sizes,
+        index,
+        specs,
+        table,
+        seed,
+        epoch,
+        epoch_ptr,
+        **_drawing(view),
+        EPOCH_PTR=epoch_ptr is not None,
         num_warps=1,
-    )  # fmt: skip
+    )
     grid = (B * side * side, V)
     if group.rotates:
         crop_kernel[grid](
-            pixels, pixels.shape[1], sizes, table, scratch, B, SIZE=S, **_cutting(view), TILE=TILE, SIDE=side,
+            pixels,
+            pixels.shape[1],
+            sizes,
+            table,
+            scratch,
+            B,
+            SIZE=S,
+            **_cutting(view),
+            TILE=TILE,
+            SIDE=side,
             num_warps=8,
-        )  # fmt: skip
+        )
     for means in (True, False) if group.jitters else (False,):
         kept = group.jitters and not means and not group.rotates  # read the crop that the first pass kept
         colour_kernel[grid](
-            pixels, pixels.shape[1], sizes, table, specs, scratch, sums, unblurred, out, B, SIZE=S, **_cutting(view),
-            ROTATE=group.rotates, JITTERS=group.jitters, BLURS=group.halo > 0, **_ordering(view), MEANS=means,
-            KEPT=kept, TILE=TILE, SIDE=side, TILES=pow2(side * side), **(KEPT_OPTIONS if kept else CUT_OPTIONS),
-        )  # fmt: skip
+            pixels,
+            pixels.shape[1],
+            sizes,
+            table,
+            specs,
+            scratch,
+            sums,
+            unblurred,
+            out,
+            B,
+            SIZE=S,
+            **_cutting(view),
+            ROTATE=group.rotates,
+            JITTERS=group.jitters,
+            BLURS=group.halo > 0,
+            **_ordering(view),
+            MEANS=means,
+            KEPT=kept,
+            TILE=TILE,
+            SIDE=side,
+            TILES=pow2(side * side),
+            **(KEPT_OPTIONS if kept else CUT_OPTIONS),
+        )
     if group.halo:
         over = cdiv(S, BLUR_TILE - 2 * group.halo)
         blur_kernel[(B * over * over, V)](
-            table, specs, unblurred, out, B, SIZE=S, OPS=_ordering(view)["OPS"], BLUR_AT=_ordering(view)["BLUR_AT"],
-            TILE=BLUR_TILE, HALO=group.halo, SIDE=over, num_warps=8,
-        )  # fmt: skip
+            table,
+            specs,
+            unblurred,
+            out,
+            B,
+            SIZE=S,
+            OPS=_ordering(view)["OPS"],
+            BLUR_AT=_ordering(view)["BLUR_AT"],
+            TILE=BLUR_TILE,
+            HALO=group.halo,
+            SIDE=over,
+            num_warps=8,
+        )
 
 
 def as_text(views) -> str:
@@ -333,8 +505,9 @@ def as_text(views) -> str:
 
 def make_views(pixels, sizes, index, views, seed, epoch, dtype) -> list[Tensor]:
     epoch_ptr, epoch = (epoch, 0) if isinstance(epoch, Tensor) else (None, epoch)
-    flat = views_op(pixels.contiguous(), sizes.contiguous(), index.contiguous(), epoch_ptr, as_text(views), seed, epoch,
-                    dtype)  # fmt: skip
+    flat = views_op(
+        pixels.contiguous(), sizes.contiguous(), index.contiguous(), epoch_ptr, as_text(views), seed, epoch, dtype
+    )
     B, start, outs = len(pixels), 0, []
     for view in views:
         S = view.size

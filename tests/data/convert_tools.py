@@ -55,7 +55,7 @@ class Stock:
 
 def photo(seed=0, height=48, width=64) -> np.ndarray:
     """A smooth colour image whose corners differ, so that a rotation or a swap of channels shows."""
-    y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     red, green, blue = 255 * x, 255 * y, 255 * (0.5 + 0.5 * np.sin(seed + 3 * x + 2 * y))
     return np.stack([red, green, blue], -1).astype(np.uint8)
 

@@ -23,8 +23,13 @@ sys.exit(data_prep.main([*sys.argv[2:], "--workers", "1"]))
 
 def refused(*argv, memory=2 << 30, seconds=60) -> str:
     """The line of a conversion that fails, in a process of its own of bounded memory: a crash is seen, too."""
-    done = subprocess.run([sys.executable, "-c", LIMIT, str(memory), *map(str, argv)], capture_output=True, text=True,
-                          timeout=seconds, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMIT, str(memory), *map(str, argv)],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, (done.returncode, done.stderr[-2000:])
     return done.stderr
 
@@ -33,15 +38,32 @@ def batch(labels) -> bytes:
     return pickle.dumps({b"labels": labels, b"data": np.zeros((2, 3072), np.uint8)}, 2)
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"\x80\x02}" + b"K\x01" + b"\x85" * 200_000 + b"K\x01s.", "key"),  # a tuple in a tuple ...: its hash recurses in C
-    (b"\x80\x02(" + b"K\x01" + b"\x85" * 200_000 + b"K\x01d.", "key"), (b"\x80\x04\x8f(K\x01\x90.", "EMPTY_SET"),
-    (b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.", "refused"), (b"(" * 1000, "refused"), (b"\x80\x02N.", "NoneType"),
-    (b"\x80\x02cos\nsystem\n(U\x02lst R.", "refused"), (b"\x80\x02(U\x02lsios\nsystem\n.", "INST"),
-    (b"\x80\x02]e.", "refused"), (b"\x80\x02K\x01a.", "refused"), (b".", "refused"), (b"", "refused"),
-    (batch([0, 0.5]), "BINFLOAT"), (batch([0, np.int64(1)]), "numpy._core.multiarray.scalar"),
-    (batch(np.zeros(2, np.float32)), "only whole numbers"), (batch(np.array([{}, None])), "only whole numbers"),
-    (batch(np.zeros(2, ">i8")), "byte order"), (b"\x80\x02}r\xff\xff\xff\x7f" + b"N" * 9, "refused")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (
+            b"\x80\x02}" + b"K\x01" + b"\x85" * 200_000 + b"K\x01s.",
+            "key",
+        ),  # a tuple in a tuple ...: its hash recurses in C
+        (b"\x80\x02(" + b"K\x01" + b"\x85" * 200_000 + b"K\x01d.", "key"),
+        (b"\x80\x04\x8f(K\x01\x90.", "EMPTY_SET"),
+        (b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.", "refused"),
+        (b"(" * 1000, "refused"),
+        (b"\x80\x02N.", "NoneType"),
+        (b"\x80\x02cos\nsystem\n(U\x02lst R.", "refused"),
+        (b"\x80\x02(U\x02lsios\nsystem\n.", "INST"),
+        (b"\x80\x02]e.", "refused"),
+        (b"\x80\x02K\x01a.", "refused"),
+        (b".", "refused"),
+        (b"", "refused"),
+        (batch([0, 0.5]), "BINFLOAT"),
+        (batch([0, np.int64(1)]), "numpy._core.multiarray.scalar"),
+        (batch(np.zeros(2, np.float32)), "only whole numbers"),
+        (batch(np.array([{}, None])), "only whole numbers"),
+        (batch(np.zeros(2, ">i8")), "byte order"),
+        (b"\x80\x02}r\xff\xff\xff\x7f" + b"N" * 9, "refused"),
+    ],
+)
 def test_pickles_that_no_cifar_file_needs(content, message):
     with pytest.raises(ValueError, match=f"^x is refused as a CIFAR pickle: .*{message}|^x is {message}"):
         read_pickle(content, "x")
@@ -50,11 +72,18 @@ def test_pickles_that_no_cifar_file_needs(content, message):
 CIFAR = ("batches.meta", "data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5")
 
 
-@pytest.mark.parametrize("change, content, message", [
-    (0, b"\x80\x02}r\xff\xff\xff\xff.", "'label_names'"),  # Python's unpickler allocates 64 GiB for this index
-    (0, pickle.dumps({b"label_names": [1, 2]}, 2), "'label_names'"), (1, batch([0, 2]), "numbers from 0 to 1"),
-    (5, batch([0]), "of 2 numbers"), (5, batch(5), "of 2 numbers"), (3, pickle.dumps({b"labels": [0]}, 2), "'data'"),
-    (2, pickle.dumps({b"labels": [0], b"data": np.zeros((1, 3071), np.uint8)}, 2), "(N, 3072)")])
+@pytest.mark.parametrize(
+    "change, content, message",
+    [
+        (0, b"\x80\x02}r\xff\xff\xff\xff.", "'label_names'"),  # Python's unpickler allocates 64 GiB for this index
+        (0, pickle.dumps({b"label_names": [1, 2]}, 2), "'label_names'"),
+        (1, batch([0, 2]), "numbers from 0 to 1"),
+        (5, batch([0]), "of 2 numbers"),
+        (5, batch(5), "of 2 numbers"),
+        (3, pickle.dumps({b"labels": [0]}, 2), "'data'"),
+        (2, pickle.dumps({b"labels": [0], b"data": np.zeros((1, 3071), np.uint8)}, 2), "(N, 3072)"),
+    ],
+)
 def test_cifar_batches_that_do_not_fit(tmp_path, change, content, message, capsys):
     (tmp_path / "in").mkdir()
     for i, name in enumerate(CIFAR):

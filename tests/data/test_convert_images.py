@@ -15,9 +15,17 @@ def one(tmp_path, *options) -> Stock:
     return Stock(tmp_path / "out.beton")
 
 
-@pytest.mark.parametrize("options", [
-    {"quality": 75}, {"quality": 90, "progressive": True}, {"quality": 100, "subsampling": 0},
-    {"quality": 80, "keep_rgb": True}, {"quality": 80, "restart_marker_blocks": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quality": 75},
+        {"quality": 90, "progressive": True},
+        {"quality": 100, "subsampling": 0},
+        {"quality": 80, "keep_rgb": True},
+        {"quality": 80, "restart_marker_blocks": 2},
+    ],
+    ids=str,
+)
 def test_jpeg_bytes_pass_through(tmp_path, options):
     path = save(tmp_path / "in" / "a.jpg", photo(height=37, width=51), **options)
     stock = one(tmp_path)
@@ -55,9 +63,16 @@ def test_the_sample_photographs_pass_through():
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_exif_rotation_comes_out_upright(tmp_path, turn):
     upright = photo(height=40, width=64)
-    inverse = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-               5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, 1),
-               7: lambda a: a[::-1, ::-1].transpose(1, 0, 2), 8: lambda a: np.rot90(a, -1)}[turn]
+    inverse = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda a: np.rot90(a, -1),
+    }[turn]
     exif = Image.Exif()
     exif[0x0112] = turn
     path = save(tmp_path / "in" / "a.jpg", np.ascontiguousarray(inverse(upright)), quality=98, subsampling=0, exif=exif)

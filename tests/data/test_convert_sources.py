@@ -185,12 +185,22 @@ def test_list_files(tmp_path):
     assert Stock(tmp_path / "p.beton").table["label"].tolist() == [-1, -1]
 
 
-@pytest.mark.parametrize("text, message", [
-    ("a.jpg 0\na.jpg cat\n", "line 2: the label 'cat' is no number, unlike"), ("a.jpg -2\na.jpg 0", "'-2' is below 0"),
-    ("a.jpg 1.5\n", "'1.5' is neither"), ("a.jpg 0\na.jpg\n", "line 2: some lines have a label"),
-    ("a.jpg cat dog\n", "3 columns: name those with labels, --label-columns 2"), ("a.jpg\tx\t1\n", "3 columns"),
-    ('a.jpg,"x\n', "line 1"), ("a.jpg\0 1\n", "no text file"), (",1\n,2\n", "the path is empty"),
-    ("\n\n", "lists no image"), ("a.jpg 20000000\n", "far beyond")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a.jpg 0\na.jpg cat\n", "line 2: the label 'cat' is no number, unlike"),
+        ("a.jpg -2\na.jpg 0", "'-2' is below 0"),
+        ("a.jpg 1.5\n", "'1.5' is neither"),
+        ("a.jpg 0\na.jpg\n", "line 2: some lines have a label"),
+        ("a.jpg cat dog\n", "3 columns: name those with labels, --label-columns 2"),
+        ("a.jpg\tx\t1\n", "3 columns"),
+        ('a.jpg,"x\n', "line 1"),
+        ("a.jpg\0 1\n", "no text file"),
+        (",1\n,2\n", "the path is empty"),
+        ("\n\n", "lists no image"),
+        ("a.jpg 20000000\n", "far beyond"),
+    ],
+)
 def test_list_files_that_make_no_sense(tmp_path, capsys, text, message):
     save(tmp_path / "a.jpg")
     (tmp_path / "l.txt").write_text(text)
@@ -201,8 +211,9 @@ def test_a_list_with_a_missing_file(tmp_path, capsys):
     save(tmp_path / "a.jpg")
     (tmp_path / "l.txt").write_text("a.jpg 0\nmissing.jpg 1\n")
     (tmp_path / "o").mkdir()
-    assert "missing.jpg (No such file or directory)" in refused(capsys, "list", tmp_path / "l.txt",
-                                                                tmp_path / "o" / "o.beton")
+    assert "missing.jpg (No such file or directory)" in refused(
+        capsys, "list", tmp_path / "l.txt", tmp_path / "o" / "o.beton"
+    )
 
 
 def test_a_list_without_one_existing_image_names_root(tmp_path, capsys):
@@ -231,8 +242,10 @@ def cifar(root, kind="cifar10", protocol=2):
     names = [f"name{i}".encode() for i in range(int(kind[5:]))]
     meta = ("batches.meta", b"label_names") if kind == "cifar10" else ("meta", b"fine_label_names")
     (root / meta[0]).write_bytes(pickle.dumps({meta[1]: names}, protocol))
-    return {split: (np.concatenate(data).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels)
-            for split, (data, labels) in splits.items()}
+    return {
+        split: (np.concatenate(data).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels)
+        for split, (data, labels) in splits.items()
+    }
 
 
 @pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
@@ -258,14 +271,18 @@ def listed(tmp_path, text: str | bytes, *options) -> Stock:
     return Stock(tmp_path / "l.beton")
 
 
-@pytest.mark.parametrize("text, labels, classes", [
-    ("a.jpg dog\nb.jpg cat\nc.jpg dog\n", [1, 0, 1], ["cat", "dog"]),
-    (b"\xef\xbb\xbfa.jpg 0\r\nb.jpg 1\r\n", [0, 1], ["0", "1"]),
-    ("a.jpg,0\nb.jpg,1\n", [0, 1], ["0", "1"]),
-    ('path,label\na.jpg,"polar bear"\nb.jpg,"cat, big"\n', [1, 0], ["cat, big", "polar bear"]),
-    ("a.jpg\tn2\nb.jpg\tn1\n", [1, 0], ["n1", "n2"]),
-    ("a.jpg 0\nb.jpg -1\nc.jpg 1\n", [0, -1, 1], ["0", "1"]),
-    ("a.jpg -1\nb.jpg -1\n", [-1, -1], None)])
+@pytest.mark.parametrize(
+    "text, labels, classes",
+    [
+        ("a.jpg dog\nb.jpg cat\nc.jpg dog\n", [1, 0, 1], ["cat", "dog"]),
+        (b"\xef\xbb\xbfa.jpg 0\r\nb.jpg 1\r\n", [0, 1], ["0", "1"]),
+        ("a.jpg,0\nb.jpg,1\n", [0, 1], ["0", "1"]),
+        ('path,label\na.jpg,"polar bear"\nb.jpg,"cat, big"\n', [1, 0], ["cat, big", "polar bear"]),
+        ("a.jpg\tn2\nb.jpg\tn1\n", [1, 0], ["n1", "n2"]),
+        ("a.jpg 0\nb.jpg -1\nc.jpg 1\n", [0, -1, 1], ["0", "1"]),
+        ("a.jpg -1\nb.jpg -1\n", [-1, -1], None),
+    ],
+)
 def test_labels_in_a_list(tmp_path, text, labels, classes):
     stock = listed(tmp_path, text)
     assert stock.table["label"].tolist() == labels and stock.card["classes"] == classes
@@ -289,13 +306,27 @@ def test_tiny_imagenet_s_validation_list_gets_the_numbers_of_its_training_set(tm
         stock = listed(tmp_path, text, "--label-columns", 2, "--classes", tmp_path / classes)
         assert stock.table["label"].tolist() == labels and len(stock.card["classes"]) == 3
     (tmp_path / "wnids.txt").write_text("n01\nn03\n")
-    line = refused(capsys, "list", tmp_path / "l.txt", tmp_path / "new" / "o.beton", "--label-columns", 2, "--classes",
-                   tmp_path / "wnids.txt")  # fmt: skip
+    line = refused(
+        capsys,
+        "list",
+        tmp_path / "l.txt",
+        tmp_path / "new" / "o.beton",
+        "--label-columns",
+        2,
+        "--classes",
+        tmp_path / "wnids.txt",
+    )
     assert "line 1: the label 'n02' is none of the 2 classes" in line
 
 
-@pytest.mark.parametrize("text", ["a.jpg cat dog\nb.jpg\nc.jpg dog\n", "a.jpg,cat;dog\nb.jpg,\nc.jpg,dog\n",
-                                  "a.jpg\tcat\tdog\nb.jpg\t\t\nc.jpg\tdog\t\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a.jpg cat dog\nb.jpg\nc.jpg dog\n",
+        "a.jpg,cat;dog\nb.jpg,\nc.jpg,dog\n",
+        "a.jpg\tcat\tdog\nb.jpg\t\t\nc.jpg\tdog\t\n",
+    ],
+)
 def test_several_labels_a_line(tmp_path, text):
     stock = listed(tmp_path, text, "--label-columns", "2-")
     assert stock.card["label"] == "multi" and stock.card["classes"] == ["cat", "dog"]
@@ -304,15 +335,29 @@ def test_several_labels_a_line(tmp_path, text):
 
 def pickled_array(dtype: bytes, raw: bytes, shape=(1,)) -> bytes:
     """The pickle of a dictionary with such an array under "labels", written by hand."""
-    return (b"\x80\x02}(C\x06labelscnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R"
-            b"(K\x01" + pickle.dumps(shape, 2)[2:-1] + b"cnumpy\ndtype\nC" + bytes([len(dtype)]) + dtype
-            + b"K\x00K\x01\x87R(K\x03C\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ftb\x89C"
-            + bytes([len(raw)]) + raw + b"tbu.")
+    return (
+        b"\x80\x02}(C\x06labelscnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R"
+        b"(K\x01"
+        + pickle.dumps(shape, 2)[2:-1]
+        + b"cnumpy\ndtype\nC"
+        + bytes([len(dtype)])
+        + dtype
+        + b"K\x00K\x01\x87R(K\x03C\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ftb\x89C"
+        + bytes([len(raw)])
+        + raw
+        + b"tbu."
+    )
 
 
-@pytest.mark.parametrize("dtype, raw, message", [
-    (b"O8", b"AAAAAAAA", "only whole numbers"), (b"f4", b"abcd", "only whole numbers"),
-    (b"i8", b"1234", "is refused"), (b"V8", bytes(8), "only whole numbers")])
+@pytest.mark.parametrize(
+    "dtype, raw, message",
+    [
+        (b"O8", b"AAAAAAAA", "only whole numbers"),
+        (b"f4", b"abcd", "only whole numbers"),
+        (b"i8", b"1234", "is refused"),
+        (b"V8", bytes(8), "only whole numbers"),
+    ],
+)
 def test_arrays_of_pointers_in_a_cifar_pickle_are_refused(dtype, raw, message):
     """NumPy would follow the pointer and end the process."""
     assert read_pickle(pickled_array(b"u1", b"\x07"), "x")[b"labels"].tolist() == [7]
@@ -401,8 +446,18 @@ def test_cifar10_from_the_shared_archive(tmp_path):
     assert convert("cifar10", path, tmp_path / "o.beton", "--split", "test") == 0
     stock = Stock(tmp_path / "o.beton")
     assert stock.card["samples"] == stock.card["copied"] == 10_000
-    assert stock.card["classes"] == ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
-                                     "truck"]
+    assert stock.card["classes"] == [
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ]
     assert np.bincount(stock.table["label"]).tolist() == [1000] * 10
     with tarfile.open(path) as tar:
         for member in tar:
@@ -471,15 +526,22 @@ def test_voc2007_that_is_incomplete(tmp_path, capsys):
     assert "000007.jpg" in refused(capsys, "voc2007", path, out)
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["imagefolders", "IN"], "invalid choice"), (["imagefolder", "IN", "--root", "x"], "--root is for list files"),
-    (["digits", "half"], "'half'"), (["digits", "train", "--split", "test"], "PATH is the split"),
-    (["imagefolder", "IN", "--upscale"], "needs --short-side"), (["imagefolder", "IN", "--quality", "101"], "1 to 100"),
-    (["imagefolder", "IN", "--max-aspect", "3"], "needs --short-side"), (["zip", "IN"], "a folder"),
-    (["imagefolder", "IN", "--short-side", "-3"], "positive"), (["imagefolder", "IN", "--nonsense"], "--nonsense")])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["imagefolders", "IN"], "invalid choice"),
+        (["imagefolder", "IN", "--root", "x"], "--root is for list files"),
+        (["digits", "half"], "'half'"),
+        (["digits", "train", "--split", "test"], "PATH is the split"),
+        (["imagefolder", "IN", "--upscale"], "needs --short-side"),
+        (["imagefolder", "IN", "--quality", "101"], "1 to 100"),
+        (["imagefolder", "IN", "--max-aspect", "3"], "needs --short-side"),
+        (["zip", "IN"], "a folder"),
+        (["imagefolder", "IN", "--short-side", "-3"], "positive"),
+        (["imagefolder", "IN", "--nonsense"], "--nonsense"),
+    ],
+)
 def test_options_that_make_no_sense(tmp_path, capsys, argv, message):
     save(tmp_path / "in" / "a.jpg")
     words = [str(tmp_path / "in") if word == "IN" else word for word in argv]
     assert message in refused(capsys, words[0], words[1], tmp_path / "new" / "o.beton", *words[2:])
-
-

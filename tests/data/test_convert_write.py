@@ -84,9 +84,15 @@ def test_stock_ffcv_loads_every_image(tmp_path, monkeypatch, os_cache):
         for image, vector in zip(pixels, vectors):
             beton.add(write.Stored(image.tobytes(), layout.RAW, 64, 48), vector)
         beton.finish()
-    loader = Loader(str(tmp_path / "o.beton"), batch_size=10, num_workers=1, os_cache=os_cache, drop_last=False,
-                    order=OrderOption.SEQUENTIAL, pipelines={
-                        "image": [SimpleRGBImageDecoder()], "index": [IntDecoder()], "label": [NDArrayDecoder()]})
+    loader = Loader(
+        str(tmp_path / "o.beton"),
+        batch_size=10,
+        num_workers=1,
+        os_cache=os_cache,
+        drop_last=False,
+        order=OrderOption.SEQUENTIAL,
+        pipelines={"image": [SimpleRGBImageDecoder()], "index": [IntDecoder()], "label": [NDArrayDecoder()]},
+    )
     seen = [[part.copy() for part in batch] for batch in loader]
     images, index, labels = (np.concatenate(parts) for parts in zip(*seen))
     assert np.array_equal(images, pixels)
@@ -103,8 +109,13 @@ def test_stock_ffcv_decodes_passed_through_jpegs(tmp_path):
         save(tmp_path / "in" / f"c{i % 2}" / f"{i:02d}.jpg", pixels, quality=90, progressive=i % 3 == 0)
     save(tmp_path / "in" / "c1" / "z.png", photo(99))
     assert convert("imagefolder", tmp_path / "in", tmp_path / "o.beton") == 0
-    loader = Loader(str(tmp_path / "o.beton"), batch_size=21, num_workers=1, order=OrderOption.SEQUENTIAL, pipelines={
-        "image": [SimpleRGBImageDecoder()], "index": [IntDecoder()], "label": [IntDecoder()]})
+    loader = Loader(
+        str(tmp_path / "o.beton"),
+        batch_size=21,
+        num_workers=1,
+        order=OrderOption.SEQUENTIAL,
+        pipelines={"image": [SimpleRGBImageDecoder()], "index": [IntDecoder()], "label": [IntDecoder()]},
+    )
     images, _, labels = next(iter(loader))
     for image, path in zip(images, sorted((tmp_path / "in").rglob("*.*"))):
         assert abs(image.astype(int) - np.asarray(Image.open(path).convert("RGB"))).mean() < 1.5, path
@@ -131,8 +142,7 @@ def test_data_card(mixed, tmp_path):
     assert convert("imagefolder", mixed, tmp_path / "o.beton") == 0
     card = json.loads((tmp_path / "o.json").read_text())
     data = (tmp_path / "o.beton").read_bytes()
-    sizes = [Image.open(p).size if p.name != "030.jpg" else Image.open(p).size[::-1]
-             for p in mixed.rglob("*.*")]
+    sizes = [Image.open(p).size if p.name != "030.jpg" else Image.open(p).size[::-1] for p in mixed.rglob("*.*")]
     areas = [w * h for w, h in sizes]
     assert card["format"] == 1 and card["kind"] == "imagefolder" and card["source"] == str(mixed)
     assert card["samples"] == 300 and card["classes"] == ["c0", "c1", "c2"]
@@ -156,7 +166,10 @@ def test_bad_images_stop_the_conversion_with_a_complete_list(tmp_path, capsys):
     assert error.count("\n") == 1 and "3 of 8 images cannot be read" in error and "--max-bad 3" in error
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "o.bad.txt"]
     assert [line.split("\t")[0] for line in (tmp_path / "o.bad.txt").read_text().splitlines()] == [
-        "cat/1.jpg", "dog/2.jpg", "dog/3.jpg"]
+        "cat/1.jpg",
+        "dog/2.jpg",
+        "dog/3.jpg",
+    ]
     assert convert("imagefolder", root, out, "--max-bad", 2) == 2 and not out.exists()
     assert convert("imagefolder", root, out, "--max-bad", 3) == 0
     assert "skipped 3 unreadable images" in capsys.readouterr().out
@@ -218,8 +231,16 @@ def child(*argv, **options) -> subprocess.Popen:
 def test_a_full_disk(mixed, tmp_path, workers):
     """A limit on the size of files stands for the disk: a write fails in the middle, and so does the flush after it."""
     out = tmp_path / "new" / "o.beton"
-    process = child("imagefolder", mixed, out, "--mode", "raw", "--workers", workers,
-                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18)))
+    process = child(
+        "imagefolder",
+        mixed,
+        out,
+        "--mode",
+        "raw",
+        "--workers",
+        workers,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18)),
+    )
     _, error = process.communicate(timeout=120)
     assert process.returncode == 2
     assert error == f"fastssl convert: {out}: File too large; nothing was kept\n"
@@ -263,8 +284,9 @@ def children(pid: int) -> set[str]:
 def test_killed_in_the_middle(mixed, tmp_path, workers):
     """kill -9: no target appears, the workers end, and the next conversion takes over what was left."""
     out, begun = tmp_path / "o.beton", tmp_path / "begun"
-    process = subprocess.Popen([sys.executable, "-c", WAITING, str(begun), "imagefolder", str(mixed), str(out),
-                                "--workers", str(workers)])  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, str(begun), "imagefolder", str(mixed), str(out), "--workers", str(workers)]
+    )
     while not begun.exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -328,9 +350,19 @@ def damage(out: Path, how: str, stock: Stock) -> None:
     out.with_suffix(".json").write_text("{" if how == "json" else json.dumps(card))
 
 
-@pytest.mark.parametrize("how, message", [
-    ("bit", "sha256"), ("short", "bytes"), ("jpeg", "do not decode, the first is row 1"), ("index", "index"),
-    ("label", "labels from"), ("height", "max_height"), ("card", "samples"), ("json", "is not valid JSON")])
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("bit", "sha256"),
+        ("short", "bytes"),
+        ("jpeg", "do not decode, the first is row 1"),
+        ("index", "index"),
+        ("label", "labels from"),
+        ("height", "max_height"),
+        ("card", "samples"),
+        ("json", "is not valid JSON"),
+    ],
+)
 def test_check_finds_damage(mixed, tmp_path, capsys, how, message):
     out = tmp_path / "o.beton"
     assert convert("imagefolder", mixed, out) == 0
@@ -352,8 +384,23 @@ def test_check_without_a_file_or_card(mixed, tmp_path, capsys):
 def test_help_names_every_source(capsys):
     assert data_prep.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for word in ("imagefolder", "list", "tar", "zip", "cifar10", "cifar100", "voc2007", "digits", "--short-side",
-                 "--max-pixels", "--quality", "--mode", "--max-bad", "--force", "check"):
+    for word in (
+        "imagefolder",
+        "list",
+        "tar",
+        "zip",
+        "cifar10",
+        "cifar100",
+        "voc2007",
+        "digits",
+        "--short-side",
+        "--max-pixels",
+        "--quality",
+        "--mode",
+        "--max-bad",
+        "--force",
+        "check",
+    ):
         assert word in text
 
 
@@ -373,8 +420,18 @@ def test_progress_on_a_terminal(mixed, tmp_path):
     import pty
 
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-W", "error::DeprecationWarning", "-m", "fastssl.data_prep", "imagefolder", str(mixed),
-               str(tmp_path / "o.beton"), "--workers", "2"]
+    command = [
+        sys.executable,
+        "-W",
+        "error::DeprecationWarning",
+        "-m",
+        "fastssl.data_prep",
+        "imagefolder",
+        str(mixed),
+        str(tmp_path / "o.beton"),
+        "--workers",
+        "2",
+    ]
     env = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
     with subprocess.Popen(command, stderr=theirs, stdout=subprocess.PIPE, text=True, env=env) as process:
         os.close(theirs)

@@ -33,8 +33,11 @@ def images(batches):
 
 
 def equal(one, two):
-    return torch.equal(one.index, two.index) and torch.equal(one.sizes, two.sizes) and all(
-        torch.equal(image(one, i), image(two, i)) for i in range(len(one.index)))  # fmt: skip
+    return (
+        torch.equal(one.index, two.index)
+        and torch.equal(one.sizes, two.sizes)
+        and all(torch.equal(image(one, i), image(two, i)) for i in range(len(one.index)))
+    )
 
 
 @pytest.fixture
@@ -76,12 +79,16 @@ def test_the_operation_in_ffcv_s_own_loader_equals_ffcv_s_decoder(tmp_path):
     rng = np.random.default_rng(1)
     path = write_beton(tmp_path / "same.beton", [jpeg(photo(rng, 40, 56)) for _ in range(12)])
     threads = torch.get_num_threads()
-    pipelines = {"image": [SimpleRGBImageDecoder()], "once": PipelineSpec("image", DecodeOnce(), []),
-                 "index": None, "label": None}  # fmt: skip
-    (stock, (pixels, sizes)), = ffcv.Loader(str(path), 12, num_workers=1, pipelines=pipelines)
+    pipelines = {
+        "image": [SimpleRGBImageDecoder()],
+        "once": PipelineSpec("image", DecodeOnce(), []),
+        "index": None,
+        "label": None,
+    }
+    ((stock, (pixels, sizes)),) = ffcv.Loader(str(path), 12, num_workers=1, pipelines=pipelines)
     torch.set_num_threads(threads)
     assert (sizes == [40, 56]).all() and np.array_equal(stock.reshape(12, -1, 3), pixels)
-    ours, = open_loader(path, 12, shuffle=False).epoch(0)
+    (ours,) = open_loader(path, 12, shuffle=False).epoch(0)
     assert np.array_equal(ours.pixels, pixels)
 
 
@@ -332,8 +339,11 @@ def test_missing_and_damaged_files_are_named(beton, tmp_path):
 
 def test_a_batch_that_cannot_fit_names_the_largest_image_and_the_options(beton, monkeypatch):
     monkeypatch.setattr("fastssl.loader.free_memory", lambda device: 1000)
-    with pytest.raises(ValueError, match=r"the largest image \(.* megapixels\) needs .* GiB for batches of 16 .*"
-                                         "--max-pixels or --short-side"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=r"the largest image \(.* megapixels\) needs .* GiB for batches of 16 .*"
+        "--max-pixels or --short-side",
+    ):
         open_loader(beton)
 
 
@@ -351,7 +361,7 @@ def test_a_damaged_image_is_named(beton, photos, tmp_path):
 def test_jpeg_with_stray_bytes_is_read(tmp_path):
     good = jpeg(photo(np.random.default_rng(0), 30, 40))
     path = write_beton(tmp_path / "stray.beton", [good[:-2] + b"stray bytes" + good[-2:], good])
-    batch, = open_loader(path, 2, shuffle=False).epoch(0)
+    (batch,) = open_loader(path, 2, shuffle=False).epoch(0)
     off = (image(batch, 0).int() - image(batch, 1).int()).abs()
     assert off.max() <= 6
 
@@ -366,13 +376,22 @@ def test_card(beton, tmp_path):
     path, card = tmp_path / "photos.beton", tmp_path / "photos.json"
     path.write_bytes(beton.read_bytes())
     assert open_loader(path).card == {} and open_loader(path).classes is None
-    good = {"format": 1, "samples": 103, "max_pixels": Beton(path).max_pixels,
-            "bytes": path.stat().st_size, "classes": ["cat", "dog"]}  # fmt: skip
+    good = {
+        "format": 1,
+        "samples": 103,
+        "max_pixels": Beton(path).max_pixels,
+        "bytes": path.stat().st_size,
+        "classes": ["cat", "dog"],
+    }
     card.write_text(json.dumps(good))
     assert open_loader(path).classes == ["cat", "dog"] and open_loader(path).card == good
     other = r"photos\.beton is not this file's"
-    for change, message in (({"samples": 102}, other), ({"bytes": 5}, other), ({"format": 2}, "json has format 2"),
-                            ({"max_pixels": None}, "photos.json is no data card: max_pixels is None")):  # fmt: skip
+    for change, message in (
+        ({"samples": 102}, other),
+        ({"bytes": 5}, other),
+        ({"format": 2}, "json has format 2"),
+        ({"max_pixels": None}, "photos.json is no data card: max_pixels is None"),
+    ):
         card.write_text(json.dumps({**good, **change}))
         with pytest.raises(ValueError, match=message):
             open_loader(path)

@@ -88,8 +88,14 @@ def test_the_key_is_all_that_decides_the_values(beton, tmp_path):
     nudged = net()
     with torch.no_grad():
         nudged.layer4[0].bn2.running_mean[0] += 1e-3  # a buffer counts as well
-    for change in ({"backbone": nudged}, {"backbone": net(1)}, {"view": replace(VIEW, mean=(0.5, 0.5, 0.5))},
-                   {"precision": "bf16"}, {"layers": ("stem", "last")}, {"backbone": net(norm="gn")}):  # fmt: skip
+    for change in (
+        {"backbone": nudged},
+        {"backbone": net(1)},
+        {"view": replace(VIEW, mean=(0.5, 0.5, 0.5))},
+        {"precision": "bf16"},
+        {"layers": ("stem", "last")},
+        {"backbone": net(norm="gn")},
+    ):
         before = len(list(tmp_path.iterdir()))
         kept(tmp_path, loader, **{"layers": few, **change})
         assert len(list(tmp_path.iterdir())) == before + 1, change
@@ -158,11 +164,20 @@ def without_sums(file):
     (file.parent / "crc32.json").unlink()
 
 
-@pytest.mark.parametrize("damage, text", [
-    (truncate, ""), (empty, ""), (wrong_shape, r"holds float32 \(19, 64\), not float32 \(20, 64\)"),
-    (wrong_type, "holds float64"), (nan, "NaN or infinite"), (flip, "has changed"), (without_sums, ""),
-    (lambda file: file.unlink(), "No such file"),
-], ids=lambda v: getattr(v, "__name__", ""))  # fmt: skip
+@pytest.mark.parametrize(
+    "damage, text",
+    [
+        (truncate, ""),
+        (empty, ""),
+        (wrong_shape, r"holds float32 \(19, 64\), not float32 \(20, 64\)"),
+        (wrong_type, "holds float64"),
+        (nan, "NaN or infinite"),
+        (flip, "has changed"),
+        (without_sums, ""),
+        (lambda file: file.unlink(), "No such file"),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
 def test_a_damaged_shard_is_named_and_computed_again(beton, tmp_path, capsys, damage, text):
     want = kept(tmp_path, load(beton), layers=("last",))
     file = key(tmp_path) / "00002" / "last.npy"
@@ -199,9 +214,6 @@ def test_no_room_and_no_folder(beton, tmp_path, monkeypatch):
         kept(tmp_path / "file", load(beton), layers=("last",))
 
 
-# ---- ranks: test_two_ranks.py ----------------------------------------------------------------------------------------
-
-
 def on_two_ranks(beton, folder):
     cache.ROWS = 20
     result = {}
@@ -215,8 +227,15 @@ def on_two_ranks(beton, folder):
     result["shards"] = {}
     for name, place in (("none", None), ("kept", Path(folder) / "16")):
         seen = result["shards"][name] = []
-        cache.visit(place, net(), load(beton, 16), VIEW, LAYERS, "fp32", lambda first, parts, seen=seen: seen.append(
-            (first, [part.clone() for part in parts])))  # fmt: skip
+        cache.visit(
+            place,
+            net(),
+            load(beton, 16),
+            VIEW,
+            LAYERS,
+            "fp32",
+            lambda first, parts, seen=seen: seen.append((first, [part.clone() for part in parts])),
+        )
     result["repaired"] = kept(Path(folder) / "16", load(beton, 16))
     try:
         kept(Path(beton), load(beton, 16))

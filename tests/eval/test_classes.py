@@ -22,17 +22,31 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220), 
 def make(path, names, per_class=6, card=True, labels=None, flat=False):
     """Flat images whose colour is the class that they are (or all equal), labelled by the place of the name."""
     rng = np.random.default_rng(len(names))
-    images = [np.full((8, 8, 3), COLOURS[n], np.uint8) + rng.integers(0, 25, (1, 1, 3), np.uint8)
-              for n in names for _ in range(per_class)]  # fmt: skip
+    images = [
+        np.full((8, 8, 3), COLOURS[n], np.uint8) + rng.integers(0, 25, (1, 1, 3), np.uint8)
+        for n in names
+        for _ in range(per_class)
+    ]
     images = [images[0]] * len(images) if flat else images
     labels = [i for i in range(len(names)) for _ in range(per_class)] if labels is None else labels
     write_beton(path, images, labels)
     if card:
         called = list(map(str, range(len(names)))) if card == "list" else list(names)
         kind = {"label": "none", "classes": None} if card == "none" else {"label": "int", "classes": called}
-        path.with_suffix(".json").write_text(json.dumps({
-            "format": 1, "samples": len(images), "max_pixels": 64, "bytes": path.stat().st_size, "min_side": 8,
-            "max_height": 8, "max_width": 8, **kind}))  # fmt: skip
+        path.with_suffix(".json").write_text(
+            json.dumps(
+                {
+                    "format": 1,
+                    "samples": len(images),
+                    "max_pixels": 64,
+                    "bytes": path.stat().st_size,
+                    "min_side": 8,
+                    "max_height": 8,
+                    "max_width": 8,
+                    **kind,
+                }
+            )
+        )
     return str(path)
 
 
@@ -40,29 +54,36 @@ def make(path, names, per_class=6, card=True, labels=None, flat=False):
 def files(tmp_path_factory):
     at = tmp_path_factory.mktemp("classes")
     train = ("red", "green", "blue")
-    return {"train": make(at / "train.beton", train), "same": make(at / "same.beton", train, 3),
-            "turned": make(at / "turned.beton", ("blue", "red", "green"), 3),
-            "subset": make(at / "subset.beton", ("green", "blue"), 3), "one": make(at / "one.beton", ("blue",), 3),
-            "list": make(at / "list.beton", train, 3, card="list"),
-            "bare": make(at / "bare.beton", train, 3, card=None),
-            "other": make(at / "other.beton", ("red", "gray"), 3), "longer": make(
-                at / "longer.beton", (*train, "gray"), 3, card="list"),
-            "none": make(at / "none.beton", train, 3, card="none", labels=[-1] * 9),
-            "some": make(at / "some.beton", train, 3, labels=[0, 0, 0, 1, 1, -1, 2, 2, 2])}  # fmt: skip
+    return {
+        "train": make(at / "train.beton", train),
+        "same": make(at / "same.beton", train, 3),
+        "turned": make(at / "turned.beton", ("blue", "red", "green"), 3),
+        "subset": make(at / "subset.beton", ("green", "blue"), 3),
+        "one": make(at / "one.beton", ("blue",), 3),
+        "list": make(at / "list.beton", train, 3, card="list"),
+        "bare": make(at / "bare.beton", train, 3, card=None),
+        "other": make(at / "other.beton", ("red", "gray"), 3),
+        "longer": make(at / "longer.beton", (*train, "gray"), 3, card="list"),
+        "none": make(at / "none.beton", train, 3, card="none", labels=[-1] * 9),
+        "some": make(at / "some.beton", train, 3, labels=[0, 0, 0, 1, 1, -1, 2, 2, 2]),
+    }
 
 
 def load(path):
     return Loader(path, 8, device="cpu", workers=1, shuffle=False, drop_last=False)
 
 
-@pytest.mark.parametrize("name, labels, said", [
-    ("same", [0, 1, 2], ""),
-    ("turned", [2, 0, 1], "matched by name with those of .*train.beton (they are in another order)"),
-    ("subset", [1, 2], "(it lacks 'red', 1 of 3)"),
-    ("one", [2], "(it lacks 'red', 'green', 2 of 3)"),
-    ("list", [0, 1, 2], "list.beton has no class names: its labels are taken as numbers of the classes of"),
-    ("bare", [0, 1, 2], "(0 = red, 1 = green, 2 = blue)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, labels, said",
+    [
+        ("same", [0, 1, 2], ""),
+        ("turned", [2, 0, 1], "matched by name with those of .*train.beton (they are in another order)"),
+        ("subset", [1, 2], "(it lacks 'red', 1 of 3)"),
+        ("one", [2], "(it lacks 'red', 'green', 2 of 3)"),
+        ("list", [0, 1, 2], "list.beton has no class names: its labels are taken as numbers of the classes of"),
+        ("bare", [0, 1, 2], "(0 = red, 1 = green, 2 = blue)"),
+    ],
+)
 def test_labels_are_those_of_the_training_file(files, capsys, name, labels, said):
     train, test = load(files["train"]), load(files[name])
     match(train, test)
@@ -74,15 +95,18 @@ def test_labels_are_those_of_the_training_file(files, capsys, name, labels, said
     assert printed.count("\n") == bool(said)
 
 
-@pytest.mark.parametrize("train, test, said", [
-    ("train", "other", "other classes: 'gray' of the first is not among 'red', 'green', 'blue' of the second"),
-    ("train", "longer", "has 4 classes .* and .*train.beton 3"),
-    ("list", "subset", "has 2 classes .'green', 'blue'. and .*list.beton 3"),
-    ("train", "none", "none.beton has no labels"),
-    ("none", "same", "none.beton has no labels"),
-    ("train", "some", "some.beton has 1 of 9 images without label"),
-    ("one", "one", "one.beton has one class .'blue'., so that every answer would be right"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "train, test, said",
+    [
+        ("train", "other", "other classes: 'gray' of the first is not among 'red', 'green', 'blue' of the second"),
+        ("train", "longer", "has 4 classes .* and .*train.beton 3"),
+        ("list", "subset", "has 2 classes .'green', 'blue'. and .*list.beton 3"),
+        ("train", "none", "none.beton has no labels"),
+        ("none", "same", "none.beton has no labels"),
+        ("train", "some", "some.beton has 1 of 9 images without label"),
+        ("one", "one", "one.beton has one class .'blue'., so that every answer would be right"),
+    ],
+)
 def test_what_cannot_be_compared_is_refused(files, train, test, said):
     with pytest.raises(ValueError, match=said):
         match(load(files[train]), load(files[test]))
@@ -93,11 +117,24 @@ def test_columns_of_several_labels_are_matched(tmp_path):
     made = []
     for name, order in (("train", "abc"), ("test", "cab"), ("two", "abd")):
         columns = ["abc".find(c) for c in order]
-        path = write_beton(tmp_path / f"{name}.beton", [np.zeros((8, 8, 3), np.uint8)] * 3,
-                           [rows[c][columns] for c in "abc"])  # fmt: skip
-        path.with_suffix(".json").write_text(json.dumps({
-            "format": 1, "samples": 3, "max_pixels": 64, "bytes": path.stat().st_size, "min_side": 8, "max_height": 8,
-            "max_width": 8, "classes": list(order), "label": "multi"}))  # fmt: skip
+        path = write_beton(
+            tmp_path / f"{name}.beton", [np.zeros((8, 8, 3), np.uint8)] * 3, [rows[c][columns] for c in "abc"]
+        )
+        path.with_suffix(".json").write_text(
+            json.dumps(
+                {
+                    "format": 1,
+                    "samples": 3,
+                    "max_pixels": 64,
+                    "bytes": path.stat().st_size,
+                    "min_side": 8,
+                    "max_height": 8,
+                    "max_width": 8,
+                    "classes": list(order),
+                    "label": "multi",
+                }
+            )
+        )
         made.append(load(path))
     match(made[0], made[1])
     assert made[1].labels().tolist() == made[0].labels().tolist() == np.stack(list(rows.values())).tolist()
@@ -106,13 +143,24 @@ def test_columns_of_several_labels_are_matched(tmp_path):
         match(made[0], made[2])
 
 
-# ---- where files come in ---------------------------------------------------------------------------------------------
-
-
 def top1(capsys, tmp_path, protocol, train, test, *options):
     out = tmp_path / "result.json"
-    argv = [protocol, "--train", train, "--test", test, "--size", 8, "--out", out, "--device", "cpu", "--workers", 1,
-            *options]  # fmt: skip
+    argv = [
+        protocol,
+        "--train",
+        train,
+        "--test",
+        test,
+        "--size",
+        8,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--workers",
+        1,
+        *options,
+    ]
     assert fastssl.eval.main(list(map(str, argv))) == 0, capsys.readouterr().err
     (row, *_) = json.loads(out.read_text())["results"]
     return row.get("top1", row.get("precision", row.get("map")))
@@ -121,9 +169,11 @@ def top1(capsys, tmp_path, protocol, train, test, *options):
 PIXELS = ("--features", "pixels")
 NET = ("--features", "untrained", "--backbone", "resnet10", "--stem", "cifar", "--width", 8)
 PROTOCOLS = {
-    "knn": (*PIXELS, "--k", 3), "linear": (*PIXELS, "--epochs", 30), "svm": PIXELS,
+    "knn": (*PIXELS, "--k", 3),
+    "linear": (*PIXELS, "--epochs", 30),
+    "svm": PIXELS,
     "neighbours": (*PIXELS, "--k", 3, "--queries", 2, "--folder", "FOLDER"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -137,31 +187,61 @@ def test_every_protocol_matches_and_refuses(files, tmp_path, capsys, protocol):
     assert "have other classes" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("protocol, options", [
-    ("finetune", ("--epochs", 1, "--train-batch", 6)),
-    ("semisup", ("--epochs", 1, "--train-batch", 6, "--percent", 50, "--weight-decay", 0, "--lr", 0.1, "--head-mult", 1,
-                 "--held-out", 0)),
-    ("linear", ("--recipe", "moco", "--epochs", 1, "--probe-batch", 6)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "protocol, options",
+    [
+        ("finetune", ("--epochs", 1, "--train-batch", 6)),
+        (
+            "semisup",
+            (
+                "--epochs",
+                1,
+                "--train-batch",
+                6,
+                "--percent",
+                50,
+                "--weight-decay",
+                0,
+                "--lr",
+                0.1,
+                "--head-mult",
+                1,
+                "--held-out",
+                0,
+            ),
+        ),
+        ("linear", ("--recipe", "moco", "--epochs", 1, "--probe-batch", 6)),
+    ],
+)
 @pytest.mark.parametrize("test", ["subset", "list"])
 def test_trainings_take_a_subset_and_a_list(files, tmp_path, capsys, protocol, options, test):
     """They refused both for ever."""
     assert top1(capsys, tmp_path, protocol, files["train"], files[test], *NET, *options) >= 0
 
 
-# ---- data that cannot be evaluated -----------------------------------------------------------------------------------
-
 TRAININGS = {
-    "finetune": ("--epochs", 1, "--train-batch", 6), "linear": ("--recipe", "moco", "--epochs", 1, "--probe-batch", 6),
+    "finetune": ("--epochs", 1, "--train-batch", 6),
+    "linear": ("--recipe", "moco", "--epochs", 1, "--probe-batch", 6),
     "semisup": ("--epochs", 1, "--train-batch", 6, "--percent", 50, "--weight-decay", 0, "--lr", 0.1, "--head-mult", 1),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("protocol, options", [
-    ("knn", PIXELS), ("linear", PIXELS), ("svm", PIXELS), *((name, (*NET, *more)) for name, more in TRAININGS.items())])
-@pytest.mark.parametrize("data, said", [
-    ("none", "has no labels, and this needs the class of each image: convert labelled data"),
-    ("one", "has one class ('blue'), so that every answer would be right: convert a folder in which each class")])
+@pytest.mark.parametrize(
+    "protocol, options",
+    [
+        ("knn", PIXELS),
+        ("linear", PIXELS),
+        ("svm", PIXELS),
+        *((name, (*NET, *more)) for name, more in TRAININGS.items()),
+    ],
+)
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        ("none", "has no labels, and this needs the class of each image: convert labelled data"),
+        ("one", "has one class ('blue'), so that every answer would be right: convert a folder in which each class"),
+    ],
+)
 def test_data_without_classes_is_refused_in_one_line(files, capsys, protocol, options, data, said):
     argv = [protocol, "--train", files[data], "--test", files[data], "--size", 8, "--device", "cpu", "--workers", 1]
     assert fastssl.eval.main(list(map(str, [*argv, *options]))) == 2
@@ -169,8 +249,15 @@ def test_data_without_classes_is_refused_in_one_line(files, capsys, protocol, op
     assert said in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("protocol, options", [("knn", (*PIXELS, "--k", 3)), ("linear", (*PIXELS, "--epochs", 3)),
-                                               ("svm", PIXELS), ("finetune", (*NET, *TRAININGS["finetune"]))])
+@pytest.mark.parametrize(
+    "protocol, options",
+    [
+        ("knn", (*PIXELS, "--k", 3)),
+        ("linear", (*PIXELS, "--epochs", 3)),
+        ("svm", PIXELS),
+        ("finetune", (*NET, *TRAININGS["finetune"])),
+    ],
+)
 def test_equal_images_give_chance(tmp_path, capsys, protocol, options):
     equal = make(tmp_path / "equal.beton", ("red", "green", "blue"), 4, flat=True)
     assert top1(capsys, tmp_path, protocol, equal, equal, *options) == pytest.approx(100 / 3)
@@ -205,8 +292,16 @@ class Trainer(SimpleNamespace):
 
 def trainer(train, test, bank=None):
     run = Run(method=None, data=Data(train=train, test=test, bank=bank, views=(View(size=8),)), optim=Optim(batch=6))
-    return Trainer(run=run, method=SimpleNamespace(backbone=Colour()), loader=load(train), device=torch.device("cpu"),
-                   step=10, epoch=0, total_steps=10, scalars={})  # fmt: skip
+    return Trainer(
+        run=run,
+        method=SimpleNamespace(backbone=Colour()),
+        loader=load(train),
+        device=torch.device("cpu"),
+        step=10,
+        epoch=0,
+        total_steps=10,
+        scalars={},
+    )
 
 
 @pytest.mark.parametrize("resident", [False, True])
@@ -233,8 +328,15 @@ def test_a_set_on_the_device_is_relabelled(files):
     assert torch.cat([b.label for b in whole.epoch(0)]).tolist() == [0] * 3 + [1] * 3 + [2] * 3
 
 
-@pytest.mark.parametrize("train, test, said", [("train", "other", "other classes"), ("one", "one", "one class"),
-                                               ("train", "some", "without label"), ("some", "same", "without label")])
+@pytest.mark.parametrize(
+    "train, test, said",
+    [
+        ("train", "other", "other classes"),
+        ("one", "one", "one class"),
+        ("train", "some", "without label"),
+        ("some", "same", "without label"),
+    ],
+)
 def test_monitors_refuse_before_training(files, train, test, said):
     with pytest.raises(ValueError, match=f"{said}.*set log.knn_epochs=0 log.probe=False"):
         hooks.KnnMonitor(1).before_epoch(trainer(files[train], files[test]))

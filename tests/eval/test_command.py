@@ -33,8 +33,17 @@ def files(tmp_path_factory):
         images = [(photo(rng, 20, 20) // 4 + t).astype(np.uint8) for t in tint]
         out.append(str(write_beton(folder / f"{name}.beton", images, labels)))
         size = (folder / f"{name}.beton").stat().st_size
-        card = {"format": 1, "samples": n, "bytes": size, "max_pixels": 400, "min_side": 20, "max_height": 20,
-                "max_width": 20, "classes": list("abcdef"), "label": "int"}  # fmt: skip
+        card = {
+            "format": 1,
+            "samples": n,
+            "bytes": size,
+            "max_pixels": 400,
+            "min_side": 20,
+            "max_height": 20,
+            "max_width": 20,
+            "classes": list("abcdef"),
+            "label": "int",
+        }
         (folder / f"{name}.json").write_text(json.dumps(card))
     return out
 
@@ -42,8 +51,12 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run_folder(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    run = Run(method=simclr.Config(), backbone=SPEC, name="x",
-              data=Data(train=files[0], test=files[1], views=views.simclr(16, mean=(0.4, 0.4, 0.4))))  # fmt: skip
+    run = Run(
+        method=simclr.Config(),
+        backbone=SPEC,
+        name="x",
+        data=Data(train=files[0], test=files[1], views=views.simclr(16, mean=(0.4, 0.4, 0.4))),
+    )
     (folder / "config.json").write_text(config.dumps(run))
     torch.manual_seed(3)
     temporary = checkpoint.begin(folder, 5)
@@ -92,8 +105,13 @@ def test_results_of_a_run_are_saved_in_its_folder(run_folder, files, tmp_path, c
     shutil.copytree(run_folder, run, ignore=shutil.ignore_patterns("eval", "features"))
     other = tmp_path / "other.beton"
     shutil.copy(files[1], other), shutil.copy(files[1].replace(".beton", ".json"), other.with_suffix(".json"))
-    for argv in ([run], [run, "--features", "pixels"], [run, "--test", other], [checkpoint.newest(run)],
-                 [run, "--out", tmp_path / "mine.json"]):  # fmt: skip
+    for argv in (
+        [run],
+        [run, "--features", "pixels"],
+        [run, "--test", other],
+        [checkpoint.newest(run)],
+        [run, "--out", tmp_path / "mine.json"],
+    ):
         assert call("knn", *argv, "--k", 3) == 0, capsys.readouterr().err
     assert call("linear", run, "--recipe", "moco", "--epochs", 1, "--probe-batch", 20) == 0
     saved = {p.name for p in (run / "eval").iterdir()}
@@ -141,8 +159,23 @@ def test_pixels_and_untrained_need_no_weights(files, tmp_path):
 
 
 def test_lbfgs_and_options(run_folder, tmp_path):
-    assert call("linear", run_folder, "--solver", "lbfgs", "--grid", "0.001,0.1", "--epochs", 30, "--precision", "bf16",
-                "--out", tmp_path / "a.json") == 0  # fmt: skip
+    assert (
+        call(
+            "linear",
+            run_folder,
+            "--solver",
+            "lbfgs",
+            "--grid",
+            "0.001,0.1",
+            "--epochs",
+            30,
+            "--precision",
+            "bf16",
+            "--out",
+            tmp_path / "a.json",
+        )
+        == 0
+    )
     result = json.loads((tmp_path / "a.json").read_text())
     assert [r["l2"] for r in result["selection"]] == [0.001, 0.1] and result["of"]["precision"] == "bf16"
 
@@ -159,8 +192,21 @@ def test_the_classifier_that_a_file_brings_along(run_folder, files, tmp_path, ca
     head = {"head.fc_cls.weight": 2 * means, "head.fc_cls.bias": -means.square().sum(1)}
     file = tmp_path / "theirs.pth"
     torch.save({"state_dict": {"backbone." + k: v for k, v in net.state_dict().items()} | head}, file)
-    bare = [file, "--test", files[1], "--backbone", "resnet10", "--stem", "cifar", "--width", 8, "--size", 16,
-            "--mean", "0.4,0.4,0.4"]  # fmt: skip
+    bare = [
+        file,
+        "--test",
+        files[1],
+        "--backbone",
+        "resnet10",
+        "--stem",
+        "cifar",
+        "--width",
+        8,
+        "--size",
+        16,
+        "--mean",
+        "0.4,0.4,0.4",
+    ]
     assert call("classifier", *bare, "--out", tmp_path / "a.json") == 0
     (row,) = json.loads((tmp_path / "a.json").read_text())["results"]
     nearest = torch.cdist(x["test"].double(), means.double()).argsort(1)
@@ -180,31 +226,35 @@ def test_the_classifier_that_a_file_brings_along(run_folder, files, tmp_path, ca
     assert "the test set has class 5, the classifier 2 classes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv, text", [
-    (["knn", "nowhere"], "no run folder or weight file nowhere"),
-    (["knn", "RUN", "--k", "5,61"], "must be between 1 and 60"),
-    (["knn", "RUN", "--k", "five"], "'five' is no comma-separated list"),
-    (["knn", "RUN", "--temp", "1"], "unrecognized arguments: --temp"),
-    (["knn", "RUN", "--stem", "cifar"], "names its backbone .resnet10.: leave out"),
-    (["knn", "PTH", "--train", "TRAIN", "--test", "TEST"], "give --backbone NAME"),
-    (["knn", "PTH", "--backbone", "resnet18", "--train", "TRAIN"], "give --test NAME.beton"),
-    (["knn", "PTH", "--backbone", "resnet10", "--train", "TRAIN", "--test", "TEST"], "stem right"),
-    (["knn", "PTH", "--backbone", "resnet1", "--train", "TRAIN", "--test", "TEST"], "did you mean 'resnet1[08]'"),
-    (["knn", "--backbone", "resnet18", "--train", "TRAIN", "--test", "TEST"], "give a run folder or a weight file"),
-    (["linear", "RUN", "--held-out", "1"], "held_out=1.0"),
-    (["linear", "RUN", "--recipe", "moco", "--solver", "sgd"], "leave it out with --recipe moco"),
-    (["linear", "RUN", "--recipe", "moco"], "batch=256.*use at most 60"),
-    (["linear", "RUN", "--solver", "lbfgs", "--probe-batch", "8"], "--probe-batch 8 is for --solver sgd"),
-    (["semisup", "RUN", "--no-cache"], "unrecognized arguments: --no-cache"),
-    (["maps", "RUN", "--train", "TRAIN"], "unrecognized arguments: --train"),
-    (["detection", "RUN", "--size", "9"], "unrecognized arguments: --size 9"),
-    (["linear", "RUN", "--layers", "stem"], "--layers is for the published recipes"),
-    (["linear", "RUN", "--epochs", "0"], "epochs=0"),
-    (["knn", "RUN", "--cache", "x", "--no-cache"], "exclude each other"),
-    (["linear", "RUN", "--test", "missing.beton"], "missing.beton"),
-    (["liner", "RUN"], "unknown protocol 'liner'; did you mean 'linear'"),
-    (["nothing"], "unknown protocol 'nothing'; known are knn, linear"),
-], ids=lambda v: " ".join(v) if isinstance(v, list) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, text",
+    [
+        (["knn", "nowhere"], "no run folder or weight file nowhere"),
+        (["knn", "RUN", "--k", "5,61"], "must be between 1 and 60"),
+        (["knn", "RUN", "--k", "five"], "'five' is no comma-separated list"),
+        (["knn", "RUN", "--temp", "1"], "unrecognized arguments: --temp"),
+        (["knn", "RUN", "--stem", "cifar"], "names its backbone .resnet10.: leave out"),
+        (["knn", "PTH", "--train", "TRAIN", "--test", "TEST"], "give --backbone NAME"),
+        (["knn", "PTH", "--backbone", "resnet18", "--train", "TRAIN"], "give --test NAME.beton"),
+        (["knn", "PTH", "--backbone", "resnet10", "--train", "TRAIN", "--test", "TEST"], "stem right"),
+        (["knn", "PTH", "--backbone", "resnet1", "--train", "TRAIN", "--test", "TEST"], "did you mean 'resnet1[08]'"),
+        (["knn", "--backbone", "resnet18", "--train", "TRAIN", "--test", "TEST"], "give a run folder or a weight file"),
+        (["linear", "RUN", "--held-out", "1"], "held_out=1.0"),
+        (["linear", "RUN", "--recipe", "moco", "--solver", "sgd"], "leave it out with --recipe moco"),
+        (["linear", "RUN", "--recipe", "moco"], "batch=256.*use at most 60"),
+        (["linear", "RUN", "--solver", "lbfgs", "--probe-batch", "8"], "--probe-batch 8 is for --solver sgd"),
+        (["semisup", "RUN", "--no-cache"], "unrecognized arguments: --no-cache"),
+        (["maps", "RUN", "--train", "TRAIN"], "unrecognized arguments: --train"),
+        (["detection", "RUN", "--size", "9"], "unrecognized arguments: --size 9"),
+        (["linear", "RUN", "--layers", "stem"], "--layers is for the published recipes"),
+        (["linear", "RUN", "--epochs", "0"], "epochs=0"),
+        (["knn", "RUN", "--cache", "x", "--no-cache"], "exclude each other"),
+        (["linear", "RUN", "--test", "missing.beton"], "missing.beton"),
+        (["liner", "RUN"], "unknown protocol 'liner'; did you mean 'linear'"),
+        (["nothing"], "unknown protocol 'nothing'; known are knn, linear"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
 def test_mistakes_are_one_line_and_exit_code_2(run_folder, files, tmp_path, capsys, argv, text):
     torch.save(backbones.build(SPEC).state_dict(), tmp_path / "a.pth")
     names = {"RUN": run_folder, "PTH": tmp_path / "a.pth", "TRAIN": files[0], "TEST": files[1]}
@@ -240,8 +290,24 @@ def test_features_are_kept_beside_the_run(run_folder, files, tmp_path, capsys):
 @pytest.mark.parametrize("recipe, more", [("moco", ["--held-out", "0.2"]), ("multi", ["--no-augment"])])
 def test_published_linear_protocols(run_folder, tmp_path, capsys, recipe, more):
     out = tmp_path / "a.json"
-    assert call("linear", run_folder, "--recipe", recipe, "--epochs", 2, "--probe-batch", 20, "--grid", "0.1,1", *more,
-                "--out", out) == 0  # fmt: skip
+    assert (
+        call(
+            "linear",
+            run_folder,
+            "--recipe",
+            recipe,
+            "--epochs",
+            2,
+            "--probe-batch",
+            20,
+            "--grid",
+            "0.1,1",
+            *more,
+            "--out",
+            out,
+        )
+        == 0
+    )
     result = json.loads(out.read_text())
     assert result["options"]["recipe"] == recipe and result["options"]["published"] in ("test", "none")
     selected = [row["selected_on"] for row in result["results"]]
@@ -259,7 +325,11 @@ def test_extract(run_folder, files, tmp_path, capsys):
     assert {p.name for p in out.iterdir()} == names
     result = json.loads((tmp_path / "a.json").read_text())
     assert [(r["file"], r["layer"], r["rows"], r["dim"]) for r in result["results"]] == [
-        ("train", "layer4", 60, 256), ("train", "last", 60, 64), ("test", "layer4", 33, 256), ("test", "last", 33, 64)]
+        ("train", "layer4", 60, 256),
+        ("train", "last", 60, 64),
+        ("test", "layer4", 33, 256),
+        ("test", "last", 33, 64),
+    ]
     arrays = {name: np.load(out / name) for name in names}
     assert arrays["test_labels.npy"].tolist() == [i % 6 for i in range(33)]
     layer4 = torch.from_numpy(arrays["test_layer4.npy"]).view(33, 64, 4)
@@ -316,7 +386,9 @@ def test_numbers_that_json_has_not(tmp_path):
     result = {"results": [{"loss": float("nan"), "k": 3}], "x": (float("-inf"), 1.5)}
     fastssl.eval._write(str(tmp_path / "a.json"), result)
     assert json.loads((tmp_path / "a.json").read_text(), parse_constant=interrupt) == {
-        "results": [{"loss": "nan", "k": 3}], "x": ["-inf", 1.5]}  # fmt: skip
+        "results": [{"loss": "nan", "k": 3}],
+        "x": ["-inf", 1.5],
+    }
 
 
 def test_one_file_is_enough_for_extract(files, tmp_path, capsys):
@@ -343,8 +415,29 @@ def test_bare_weights_say_by_themselves_that_they_see_sobel_filters(files, tmp_p
     for sobel in (True, False):
         net = backbones.build(Backbone("resnet10", stem="cifar", width=8, sobel=sobel))
         torch.save({prefix + key: value for key, value in net.state_dict().items()}, tmp_path / "a.pth")
-        assert call("knn", tmp_path / "a.pth", "--backbone", "resnet10", "--stem", "cifar", "--width", 8, "--size", 16,
-                    "--train", files[0], "--test", files[1], "--k", "3", "--out", out) == 0  # fmt: skip
+        assert (
+            call(
+                "knn",
+                tmp_path / "a.pth",
+                "--backbone",
+                "resnet10",
+                "--stem",
+                "cifar",
+                "--width",
+                8,
+                "--size",
+                16,
+                "--train",
+                files[0],
+                "--test",
+                files[1],
+                "--k",
+                "3",
+                "--out",
+                out,
+            )
+            == 0
+        )
         assert json.loads(out.read_text())["of"]["backbone"]["sobel"] is sobel
 
 

@@ -97,23 +97,36 @@ def write_coco(root, splits, seed=0):
             Image.fromarray(pixels).save(root / split / images[-1]["file_name"], quality=95)
             for kind, x0, y0, x1, y1 in objects:
                 n += 1
-                found.append({"id": n, "image_id": 10 * i + 7, "category_id": (18, 3)[kind], "iscrowd": 0,
-                              "bbox": [x0, y0, x1 - x0, y1 - y0], "area": 0.8 * (x1 - x0) * (y1 - y0),
-                              "segmentation": [[x0, y0, x1, y0, x1, y1]]})  # fmt: skip
-        data = {"info": {}, "licenses": [], "images": images, "annotations": found,
-                "categories": [{"id": 18, "name": "dog", "supercategory": "animal"},
-                               {"id": 3, "name": "car", "supercategory": "vehicle"}]}  # fmt: skip
+                found.append(
+                    {
+                        "id": n,
+                        "image_id": 10 * i + 7,
+                        "category_id": (18, 3)[kind],
+                        "iscrowd": 0,
+                        "bbox": [x0, y0, x1 - x0, y1 - y0],
+                        "area": 0.8 * (x1 - x0) * (y1 - y0),
+                        "segmentation": [[x0, y0, x1, y0, x1, y1]],
+                    }
+                )
+        data = {
+            "info": {},
+            "licenses": [],
+            "images": images,
+            "annotations": found,
+            "categories": [
+                {"id": 18, "name": "dog", "supercategory": "animal"},
+                {"id": 3, "name": "car", "supercategory": "vehicle"},
+            ],
+        }
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(data))
     return root
 
 
 @pytest.fixture(scope="module")
 def voc(tmp_path_factory):
-    return write_voc(tmp_path_factory.mktemp("VOCdevkit"),
-                     {"VOC2007/trainval": 24, "VOC2012/trainval": 24, "VOC2007/test": 13})  # fmt: skip
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
+    return write_voc(
+        tmp_path_factory.mktemp("VOCdevkit"), {"VOC2007/trainval": 24, "VOC2012/trainval": 24, "VOC2007/test": 13}
+    )
 
 
 def test_voc_is_read_as_it_lies_on_the_disk(tmp_path):
@@ -124,7 +137,8 @@ def test_voc_is_read_as_it_lies_on_the_disk(tmp_path):
     assert first.file == root / "VOC2007/JPEGImages/000000.jpg" and first.size == (64, 48)
     pixels, objects = squares(np.random.default_rng(0))
     assert [(boxes.VOC[n - 1], *box) for n, box in zip(first.labels, first.boxes)] == [
-        (NAMES[k], *rest) for k, *rest in objects]  # fmt: skip
+        (NAMES[k], *rest) for k, *rest in objects
+    ]
     assert second.boxes == [(0, 1, 64, 48), (7.5, 11, 30, 40)] and second.labels == [20, 15]
     assert second.difficult == [True, False] and second.areas == [64 * 47, 22.5 * 29] and not any(second.crowd)
     assert (first.read() * 255 - torch.from_numpy(pixels).permute(2, 0, 1)).abs().mean() < 30  # JPEG's loss of noise
@@ -233,9 +247,6 @@ def test_empty_boxes_are_left_out_when_asked(tmp_path):
     assert len(picture.boxes) == before - 1
 
 
-# ---- average precision -----------------------------------------------------------------------------------------------
-
-
 def picture(*objects):
     """Objects are (label, box) or (label, box, "difficult" or "crowd")."""
     out = Picture(Path("x.jpg"), None)
@@ -268,8 +279,12 @@ def test_average_precision_by_hand():
 
 def voc07(truth, label, found, threshold):
     """The development kit's VOCevaldet: every detection is compared with its nearest object alone."""
-    iou = lambda a, b: (w := max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))) / (  # noqa: E731
-        (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - w)  # fmt: skip
+
+    def iou(a, b):
+        return (w := max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))) / (
+            (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - w
+        )
+
     own = {(i, k) for i, p in enumerate(truth) for k, n in enumerate(p.labels) if n == label}
     taken, right = set(), []
     for row in sorted((row for row in found.tolist() if row[1] == label), key=lambda row: -row[2]):
@@ -291,8 +306,9 @@ def test_eleven_points_are_voc2007s():
     truth, found = [], []
     for i in range(40):
         corners = [(100 * k, 0) for k in range(4)]
-        objects = [(int(rng.integers(1, 4)), (x, y, x + 60, y + 60), "difficult" * (rng.random() < 0.2))
-                   for x, y in corners]  # fmt: skip
+        objects = [
+            (int(rng.integers(1, 4)), (x, y, x + 60, y + 60), "difficult" * (rng.random() < 0.2)) for x, y in corners
+        ]
         truth.append(picture(*objects))
         for label, (x0, y0, x1, y1), _ in objects:
             for _ in range(rng.integers(0, 3)):
@@ -304,9 +320,6 @@ def test_eleven_points_are_voc2007s():
     for key, threshold in (("ap50", 0.5), ("ap75", 0.75)):
         want = 100 * np.mean([voc07(truth, label, found, threshold) for label in (1, 2, 3)])
         assert 5 < want < 90 and ours[key] == pytest.approx(want)
-
-
-# ---- the network -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bn", ["sync", "frozen"])
@@ -391,9 +404,6 @@ def small(monkeypatch):
     shrink(monkeypatch.setattr)
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
-
-
 def call(*argv):
     try:
         return fastssl.eval.main([str(word) for word in ("detection", *NET, "--workers", 2, "--device", "cpu", *argv)])
@@ -423,22 +433,26 @@ def test_coco_and_frozen_statistics(small, tmp_path, capsys):
     assert result["options"]["classes"] == 2 and result["options"]["train"] == 6
 
 
-@pytest.mark.parametrize("argv, text", [
-    ([], "give --voc FOLDER or --coco FOLDER"),
-    (["--voc", "VOC", "--coco", "VOC"], "one of them"),
-    (["--voc", "VOC", "--train", "a.beton"], "leave out --train"),
-    (["--voc", "VOC", "--steps", 9, "--schedule", "1x"], "give one of them"),
-    (["--voc", "VOC", "--steps", 0], "--steps 0 must be positive"),
-    (["--voc", "VOC", "--train-batch", 0], "--train-batch 0"),
-    (["--voc", "VOC", "--workers", 0], "--workers 0 must be positive"),
-    (["--voc", "VOC", "--lr", 0], "--lr 0.0 must be positive"),
-    (["--voc", "VOC", "--min-size", "64", "--max-size", 32], "at most --max-size 32"),
-    (["--voc", "VOC", "--test-split", "VOC2012/test"], "there is no .*VOC2012/ImageSets/Main/test.txt"),
-    (["--voc", "VOC", "--classes", "cat,dog"], "'car' is none of the 2 classes"),
-    (["--coco", "VOC", "--classes", "cat,dog"], "is for VOC's format"),
-    (["--coco", "VOC"], "there is no .*instances_train2017.json"),
-    (["--voc", "VOC", "--steps", 40, "--lr", 1e9, *SMALL], "lower --lr"),
-], ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, text",
+    [
+        ([], "give --voc FOLDER or --coco FOLDER"),
+        (["--voc", "VOC", "--coco", "VOC"], "one of them"),
+        (["--voc", "VOC", "--train", "a.beton"], "leave out --train"),
+        (["--voc", "VOC", "--steps", 9, "--schedule", "1x"], "give one of them"),
+        (["--voc", "VOC", "--steps", 0], "--steps 0 must be positive"),
+        (["--voc", "VOC", "--train-batch", 0], "--train-batch 0"),
+        (["--voc", "VOC", "--workers", 0], "--workers 0 must be positive"),
+        (["--voc", "VOC", "--lr", 0], "--lr 0.0 must be positive"),
+        (["--voc", "VOC", "--min-size", "64", "--max-size", 32], "at most --max-size 32"),
+        (["--voc", "VOC", "--test-split", "VOC2012/test"], "there is no .*VOC2012/ImageSets/Main/test.txt"),
+        (["--voc", "VOC", "--classes", "cat,dog"], "'car' is none of the 2 classes"),
+        (["--coco", "VOC", "--classes", "cat,dog"], "is for VOC's format"),
+        (["--coco", "VOC"], "there is no .*instances_train2017.json"),
+        (["--voc", "VOC", "--steps", 40, "--lr", 1e9, *SMALL], "lower --lr"),
+    ],
+    ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
+)
 def test_mistakes(small, voc, capsys, argv, text):
     assert call(*(voc if word == "VOC" else word for word in argv)) == 2
     err = capsys.readouterr().err
@@ -451,18 +465,26 @@ def test_without_pycocotools(monkeypatch):
         boxes.average_precision([picture((1, (0, 0, 9, 9)))], 1, np.zeros((0, 7)))
 
 
-# ---- detectron2's recipes --------------------------------------------------------------------------------------------
-
 ROOT = Path(__file__).parents[2]
 
 
 def recipe(name):
     """A recipe over its base as detectron2 merges them; tuples are written as it reads them, by literal_eval."""
     own = yaml.safe_load((ROOT / "configs/detection" / f"{name}.yaml").read_text())
-    merge = lambda a, b: {k: merge(a.get(k, {}), b.get(k, {})) if isinstance(b.get(k, a.get(k)), dict)  # noqa: E731
-                          else b.get(k, a.get(k)) for k in a | b}  # fmt: skip
-    literal = lambda v: {k: literal(x) for k, x in v.items()} if isinstance(v, dict) else (  # noqa: E731
-        ast.literal_eval(v) if isinstance(v, str) and v.startswith("(") else v)
+
+    def merge(a, b):
+        return {
+            k: merge(a.get(k, {}), b.get(k, {})) if isinstance(b.get(k, a.get(k)), dict) else b.get(k, a.get(k))
+            for k in a | b
+        }
+
+    def literal(v):
+        return (
+            {k: literal(x) for k, x in v.items()}
+            if isinstance(v, dict)
+            else (ast.literal_eval(v) if isinstance(v, str) and v.startswith("(") else v)
+        )
+
     own = literal(own)
     return merge(recipe(own.pop("_BASE_").removesuffix(".yaml")), own) if "_BASE_" in own else own
 
@@ -482,7 +504,11 @@ def test_recipes_are_the_published_ones(name):
     cfg = recipe(name)
     model, solver, source = cfg["MODEL"], cfg["SOLVER"], cfg["INPUT"]
     assert (solver["MAX_ITER"], solver["STEPS"], solver["IMS_PER_BATCH"], solver["BASE_LR"]) == (
-        steps, milestones, 16, 0.02)  # fmt: skip
+        steps,
+        milestones,
+        16,
+        0.02,
+    )
     assert source["MIN_SIZE_TRAIN"] == tuple(range(short, 801, 32)) and source["MIN_SIZE_TEST"] == 800
     assert model["MASK_ON"] is mask and model["ROI_HEADS"]["NAME"] == heads and model["BACKBONE"]["FREEZE_AT"] == 0
     assert source["FORMAT"] == "RGB" and cfg["TEST"]["PRECISE_BN"]["ENABLED"] is True
@@ -516,12 +542,22 @@ def test_the_norm_behind_res5(monkeypatch):
         def register(self):
             return lambda kind: registered.setdefault(kind.__name__, kind)
 
-    known = {"checkpoint": ["DetectionCheckpointer"], "config": ["get_cfg"], "evaluation": ["COCOEvaluator",
-             "PascalVOCDetectionEvaluator"], "layers": ["get_norm"], "modeling.roi_heads": ["ROI_HEADS_REGISTRY",
-             "Res5ROIHeads"], "engine": ["DefaultTrainer", "default_argument_parser", "default_setup", "launch"],
-             "": [], "modeling": []}  # fmt: skip
-    given = {"get_norm": lambda norm, channels: {"SyncBN": nn.BatchNorm2d}[norm](channels),
-             "Res5ROIHeads": Res5ROIHeads, "ROI_HEADS_REGISTRY": Registry(), "DefaultTrainer": object}  # fmt: skip
+    known = {
+        "checkpoint": ["DetectionCheckpointer"],
+        "config": ["get_cfg"],
+        "evaluation": ["COCOEvaluator", "PascalVOCDetectionEvaluator"],
+        "layers": ["get_norm"],
+        "modeling.roi_heads": ["ROI_HEADS_REGISTRY", "Res5ROIHeads"],
+        "engine": ["DefaultTrainer", "default_argument_parser", "default_setup", "launch"],
+        "": [],
+        "modeling": [],
+    }
+    given = {
+        "get_norm": lambda norm, channels: {"SyncBN": nn.BatchNorm2d}[norm](channels),
+        "Res5ROIHeads": Res5ROIHeads,
+        "ROI_HEADS_REGISTRY": Registry(),
+        "DefaultTrainer": object,
+    }
     for name, members in known.items():
         module = types.ModuleType(f"detectron2.{name}".rstrip("."))
         vars(module).update({member: given.get(member) for member in members})
@@ -531,9 +567,6 @@ def test_the_norm_behind_res5(monkeypatch):
     heads = registered["Res5ROIHeadsExtraNorm"](cfg, None)
     assert list(dict(heads.res5.named_children())) == ["0", "norm"]
     assert heads.res5(torch.randn(2, 4, 3, 3)).mean((0, 2, 3)).abs().max() < 1e-5
-
-
-# ---- ranks: test_two_ranks.py ----------------------------------------------------------------------------------------
 
 
 def on_two_ranks(root):

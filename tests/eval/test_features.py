@@ -102,9 +102,6 @@ def test_pixels(beton):
     assert torch.equal(x, view.flatten(1))
 
 
-# ---- layers ----------------------------------------------------------------------------------------------------------
-
-
 def mean_of_windows(x, kernel, stride, padding):
     """Average pooling by definition; zeros beyond the edge count (OpenSelfSup's nn.AvgPool2d)."""
     x = np.pad(x, ((0, 0), (padding, padding), (padding, padding)))
@@ -113,10 +110,16 @@ def mean_of_windows(x, kernel, stride, padding):
     return np.stack(rows, -2)
 
 
-@pytest.mark.parametrize("channels, side, window, dim", [
-    (64, 112, (10, 10, 4), 9216), (256, 56, (16, 8, 0), 9216), (512, 28, (13, 5, 0), 8192), (1024, 14, (8, 3, 0), 9216),
-    (2048, 7, (6, 1, 0), 8192),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "channels, side, window, dim",
+    [
+        (64, 112, (10, 10, 4), 9216),
+        (256, 56, (16, 8, 0), 9216),
+        (512, 28, (13, 5, 0), 8192),
+        (1024, 14, (8, 3, 0), 9216),
+        (2048, 7, (6, 1, 0), 8192),
+    ],
+)
 def test_a_resnet50_is_pooled_as_openselfsup_does(channels, side, window, dim):
     x = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(side))
     got = features.pooled(x)
@@ -177,10 +180,17 @@ def test_some_rows_alone(beton, want):
         assert torch.equal(y, want[1][np.sort(rows)])
 
 
-@pytest.mark.parametrize("size, sides, resize", [
-    (224, (375, 500, 500), 256), (224, (), 256), (32, (32, 32, 32), None), (16, (8, 8, 8), 16), (64, (96, 96, 96), 64),
-    (32, (20, 32, 32), 37),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "size, sides, resize",
+    [
+        (224, (375, 500, 500), 256),
+        (224, (), 256),
+        (32, (32, 32, 32), None),
+        (16, (8, 8, 8), 16),
+        (64, (96, 96, 96), 64),
+        (32, (20, 32, 32), 37),
+    ],
+)
 def test_default_view(size, sides, resize):
     training = replace(views.simclr(size)[0], mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
     view = views.default_view(training, dict(zip(("min_side", "max_height", "max_width"), sides)))
@@ -209,9 +219,6 @@ def test_hits():
         assert torch.equal(features.hits(scores, labels, n), (scores.topk(n).indices == labels[:, None]).any(1))
 
 
-# ---- ranks: test_two_ranks.py ----------------------------------------------------------------------------------------
-
-
 def compute(beton, tiny):
     result = {}
     for batch in (10, 102):  # 102: the last batch has one sample, the second rank none of it
@@ -229,12 +236,18 @@ def compute(beton, tiny):
     return result
 
 
-@pytest.mark.parametrize("data, given, want", [
-    ({"views": [asdict(views.patches(8, resize=36, window=33)[0])]}, {"size": 32, "resize": 36}, (32, 36)),
-    ({"views": [asdict(views.patches(8, resize=36, window=33)[0])]}, {"size": 32}, (32, None)),
-    ({"views": [{"size": 16}], "eval_view": {"size": 16, "crop": "center", "resize": 16}}, {"size": 32, "resize": 32},
-     (32, 32)),
-])
+@pytest.mark.parametrize(
+    "data, given, want",
+    [
+        ({"views": [asdict(views.patches(8, resize=36, window=33)[0])]}, {"size": 32, "resize": 36}, (32, 36)),
+        ({"views": [asdict(views.patches(8, resize=36, window=33)[0])]}, {"size": 32}, (32, None)),
+        (
+            {"views": [{"size": 16}], "eval_view": {"size": 16, "crop": "center", "resize": 16}},
+            {"size": 32, "resize": 32},
+            (32, 32),
+        ),
+    ],
+)
 def test_size_and_resize_hold_together_whatever_the_run_was_trained_on(data, given, want):
     from argparse import Namespace
 

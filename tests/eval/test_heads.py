@@ -15,13 +15,12 @@ from fastssl.eval import subject as subjects
 from fastssl.eval.heads import RECIPES, Heads
 from fastssl.kernels.views import View
 
-# ---- the arithmetic --------------------------------------------------------------------------------------------------
-
 
 def batches(shape, classes, steps=4, n=24):
     g = torch.Generator().manual_seed(1)
-    return [(torch.randn(n, shape.numel(), generator=g), torch.randint(classes, (n,), generator=g))
-            for _ in range(steps)]  # fmt: skip
+    return [
+        (torch.randn(n, shape.numel(), generator=g), torch.randint(classes, (n,), generator=g)) for _ in range(steps)
+    ]
 
 
 def by_torch(recipe, rate, shape, data, classes, factors, seed=7):
@@ -46,8 +45,12 @@ def by_torch(recipe, rate, shape, data, classes, factors, seed=7):
     return head, norm.eval(), losses
 
 
-SHAPES = {"moco": torch.Size([30]), "multi": torch.Size([5, 3, 3]), "places205": torch.Size([5, 2, 2]),
-          "lars": torch.Size([30])}  # fmt: skip
+SHAPES = {
+    "moco": torch.Size([30]),
+    "multi": torch.Size([5, 3, 3]),
+    "places205": torch.Size([5, 2, 2]),
+    "lars": torch.Size([30]),
+}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -94,9 +97,6 @@ def test_the_published_settings():
     assert r["multi"].nesterov and r["places205"].nesterov and not r["moco"].nesterov
 
 
-# ---- augmentation ----------------------------------------------------------------------------------------------------
-
-
 def test_lighting_is_noise_along_the_colours_components():
     noise = augment.lighting(torch.arange(200_000), 3, 0)
     vectors, values = np.array(augment.EIGENVECTORS), np.array(augment.EIGENVALUES)
@@ -127,9 +127,6 @@ def test_window_is_a_random_crop_and_flip():
         assert torch.equal(upright, x[0, :, top : top + 14, left : left + 14])
         seen.append((top, left, flipped))
     assert len(set(seen)) == 3 * 3 * 2 and 100 < sum(flipped for *_, flipped in seen) < 200
-
-
-# ---- on files --------------------------------------------------------------------------------------------------------
 
 
 def write_files(folder):
@@ -244,25 +241,32 @@ def test_cached_features_train_the_same_heads(folder, tmp_path):
         data += [(x[rows], y[rows]) for rows in order[:60].split(20)]
     _, _, losses = by_torch(RECIPES["moco"], 3.0, x.shape[1:], data, 6, [1] * 6, seed=0)
     assert [row["loss"] for row in result["curve"]] == pytest.approx(
-        [np.mean(losses[:3]), np.mean(losses[3:])], rel=1e-4)  # fmt: skip
+        [np.mean(losses[:3]), np.mean(losses[3:])], rel=1e-4
+    )
     assert list(tmp_path.iterdir()), "kept"
 
 
-@pytest.mark.parametrize("options, text", [
-    ({"rates": ()}, "must all be positive"), ({"rates": (1.0, -1.0)}, "must all be positive"),
-    ({"epochs": 0}, "epochs=0"), ({"batch": 0}, "batch=0"), ({"batch": 200}, "use at most"),
-    ({"held_out": 1.0}, "held_out=1.0"), ({"layers": ("layer9",)}, "no layer9; this backbone has stem, layer1"),
-    ({"layers": ("stem", "stem")}, "each once"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"rates": ()}, "must all be positive"),
+        ({"rates": (1.0, -1.0)}, "must all be positive"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"batch": 0}, "batch=0"),
+        ({"batch": 200}, "use at most"),
+        ({"held_out": 1.0}, "held_out=1.0"),
+        ({"layers": ("layer9",)}, "no layer9; this backbone has stem, layer1"),
+        ({"layers": ("stem", "stem")}, "each once"),
+    ],
+)
 def test_mistakes(folder, options, text):
     with pytest.raises(ValueError, match=text):
         run(folder, **options)
 
 
-# ---- ranks: test_two_ranks.py ----------------------------------------------------------------------------------------
-
-
 def compute(folder):
-    return {"moco": run(folder, rates=(0.3, 30.0), held_out=0.2, argv=("--batch", "5")),
-            "multi": run(folder, "multi", batch=22, layers=("stem", "layer4")),
-            "cached": run(folder, "lars", augment=False, rates=(400.0,))}  # fmt: skip
+    return {
+        "moco": run(folder, rates=(0.3, 30.0), held_out=0.2, argv=("--batch", "5")),
+        "multi": run(folder, "multi", batch=22, layers=("stem", "layer4")),
+        "cached": run(folder, "lars", augment=False, rates=(400.0,)),
+    }

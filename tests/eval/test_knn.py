@@ -73,8 +73,10 @@ def test_top5_counts_classes_without_a_vote_as_dino_does():
     """Five neighbours of class 7: the first five are 7, 0, 1, 2, 3; with two neighbours the first two."""
     bank, bank_y = torch.eye(10)[:6], torch.tensor([7, 7, 7, 7, 7, 9])
     query = torch.ones(1, 10) - torch.eye(10)[5]
-    found = {y: [row["top5"] for row in knn(bank, bank_y, query, torch.tensor([y]), k=(2, 5))["results"]]
-             for y in (7, 0, 3, 4)}  # fmt: skip
+    found = {
+        y: [row["top5"] for row in knn(bank, bank_y, query, torch.tensor([y]), k=(2, 5))["results"]]
+        for y in (7, 0, 3, 4)
+    }
     assert found == {7: [100, 100], 0: [100, 100], 3: [0, 100], 4: [0, 0]}
 
 

@@ -116,18 +116,21 @@ def test_umap_absent_is_said_before_anything_is_computed(files, tmp_path, monkey
     assert 'pip install "fastssl[umap]"' in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["maps", "--method", "tnse"], "method='tnse': known are pca, tsne, umap"),
-    (["maps", "--perplexity", "99"], "perplexity=99: must be from 1 to below 21"),
-    (["maps", "--perplexity", "0"], "perplexity=0: must be from 1"),
-    (["maps", "--method", "pca", "--perplexity", "9"], "--perplexity 9.0 is tsne's"),
-    (["maps", "--near", "9"], "--near 9 is umap's: leave it out, or add umap to --method"),
-    (["maps", "--points", "-1"], "points=-1"),
-    (["maps", "--points", "3"], "N of 5 or more"),
-    (["maps", "--method", "umap", "--near", "40"], "near=40: must be between 2 and 20"),
-    (["neighbours", "--k", "41"], "k=41: must be between 1 and 40"),
-    (["neighbours", "--queries", "0"], "queries=0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["maps", "--method", "tnse"], "method='tnse': known are pca, tsne, umap"),
+        (["maps", "--perplexity", "99"], "perplexity=99: must be from 1 to below 21"),
+        (["maps", "--perplexity", "0"], "perplexity=0: must be from 1"),
+        (["maps", "--method", "pca", "--perplexity", "9"], "--perplexity 9.0 is tsne's"),
+        (["maps", "--near", "9"], "--near 9 is umap's: leave it out, or add umap to --method"),
+        (["maps", "--points", "-1"], "points=-1"),
+        (["maps", "--points", "3"], "N of 5 or more"),
+        (["maps", "--method", "umap", "--near", "40"], "near=40: must be between 2 and 20"),
+        (["neighbours", "--k", "41"], "k=41: must be between 1 and 40"),
+        (["neighbours", "--queries", "0"], "queries=0"),
+    ],
+)
 def test_mistakes_are_one_line_and_exit_code_2(files, tmp_path, capsys, argv, said):
     assert call(argv[0], files, *argv[1:], "--folder", tmp_path / "out") == 2
     err = capsys.readouterr().err

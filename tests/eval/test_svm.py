@@ -21,8 +21,9 @@ from fastssl.eval.svm_fits import average_precision
 
 def made(n, dim, seed=0):
     """Unit rows, float32, and +-1 labels that overlap."""
-    x, y = make_classification(n, dim, n_informative=min(dim, 12), n_redundant=0, weights=[0.8], flip_y=0.1,
-                               class_sep=0.7, random_state=seed)  # fmt: skip
+    x, y = make_classification(
+        n, dim, n_informative=min(dim, 12), n_redundant=0, weights=[0.8], flip_y=0.1, class_sep=0.7, random_state=seed
+    )
     x = np.maximum(x + 0.5, 0) + 1e-3
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32), np.where(y, 1, -1)
 
@@ -130,7 +131,8 @@ def test_average_precision():
         assert steps[r] == pytest.approx(average_precision_score(truth[r, known], scores[r, known]))
         tied = np.round(scores[r], 1)
         assert average_precision(tied[None], truth[r : r + 1], False)[0] == pytest.approx(
-            average_precision_score(truth[r, known], tied[known]))  # fmt: skip
+            average_precision_score(truth[r, known], tied[known])
+        )
     assert (mine > steps).all()
     # right, wrong, right: 1/2 of 1 and 1/2 of 2/3; a difficult one on top changes nothing
     assert average_precision(np.array([[9, 3, 2, 1.0]]), np.array([[-1, 1, 0, 1]]))[0] == pytest.approx(5 / 6)
@@ -145,7 +147,11 @@ def test_low_shot_solvers_agree_and_choose_apart():
         assert a["map_min"] <= a["map"] <= a["map_max"]
     rows = results["fast"]
     assert [(r["shots"], r["selected_on"]) for r in rows] == [
-        (2, "test"), (2, "held-out"), (8, "test"), (8, "held-out")]  # fmt: skip
+        (2, "test"),
+        (2, "held-out"),
+        (8, "test"),
+        (8, "held-out"),
+    ]
     assert rows[0]["map"] >= rows[1]["map"] and rows[2]["map"] > rows[0]["map"] + 3
     assert rows == svm.low_shot(*data(), shots=(8, 2), samples=3)["results"], "the seed decides"
     assert rows != svm.low_shot(*data(), shots=(2, 8), samples=3, seed=1)["results"]
@@ -166,8 +172,7 @@ def test_the_default_tolerance():
     """Weights are within 0.3 % of the optimum at every cost: what the duality gap promises."""
     x, y = made(300, 310)
     K, weight = svm_solver.Rows(x).operator[0].astype(np.float64), np.where(y > 0, 2.0, 1.0)
-    exact, default = (svm_solver.solve_few(K.astype(np.float32), y, weight, svm.COSTS, *more)
-                      for more in ((1e-8,), ()))  # fmt: skip
+    exact, default = (svm_solver.solve_few(K.astype(np.float32), y, weight, svm.COSTS, *more) for more in ((1e-8,), ()))
     norm = lambda b: np.sqrt(np.einsum("ai,ij,aj->a", b, K, b))  # noqa: E731
     assert (norm(default - exact) < 0.0035 * norm(exact)).all()
 
@@ -175,7 +180,7 @@ def test_the_default_tolerance():
 def test_many_rows_of_few_dimensions_at_large_costs():
     """Thousands of large coefficients that nearly cancel: fp32 products of them do not tell the optimum."""
     x, y = made(4000, 12)
-    (_, _, f), = svm_solver.Rows(x).path(y[None], np.where(y > 0, 2.0, 1.0)[None], (100.0,))
+    ((_, _, f),) = svm_solver.Rows(x).path(y[None], np.where(y > 0, 2.0, 1.0)[None], (100.0,))
     want = LinearSVC(C=100, class_weight={1: 2, -1: 1}, dual=False, tol=1e-9).fit(x, y).decision_function(x)
     np.testing.assert_allclose(f[0], want, atol=5e-3 * np.abs(want).max())
     K = x @ x.T + np.float32(1)  # of rank 13: fp32 gives up, fp64 goes on
@@ -199,8 +204,8 @@ def test_the_chosen_cost_is_by_the_mean_over_samples():
     assert (clean["cost"], clean["selected_on"]) == (1.0, "held-out")
     ap[1, 0] = 80, 40
     assert svm._choose(3, ap, np.full_like(ap, np.nan), (0.1, 1.0)) == [
-        {"shots": 3, "selected_on": "test", "cost": 0.1, "map": 65.0, "map_std": 15.0, "map_min": 50.0,
-         "map_max": 80.0}]  # fmt: skip
+        {"shots": 3, "selected_on": "test", "cost": 0.1, "map": 65.0, "map_std": 15.0, "map_min": 50.0, "map_max": 80.0}
+    ]
 
 
 def test_one_label_an_image_is_one_against_all():
@@ -210,8 +215,6 @@ def test_one_label_an_image_is_one_against_all():
     hot, hot_test = (torch.nn.functional.one_hot(part, 3).float() for part in (y, y_test))
     assert svm.svm(x, y, x_test, y_test)["results"] == svm.svm(x, hot, x_test, hot_test)["results"]
 
-
-# ---- the GPU's kernel ------------------------------------------------------------------------------------------------
 
 SHIM = """
 #include <math.h>
@@ -290,9 +293,6 @@ def test_without_a_gpu_the_cuda_solver_says_so():
         svm.svm(*data(), solver="cuda")
 
 
-# ---- the command and mistakes ----------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder, rng, out = tmp_path_factory.mktemp("files"), np.random.default_rng(0), []
@@ -302,15 +302,44 @@ def files(tmp_path_factory):
         labels[5][1] = -1
         out.append(str(write_beton(folder / f"{name}.beton", images, labels)))
         size = (folder / f"{name}.beton").stat().st_size
-        card = {"format": 1, "samples": n, "bytes": size, "max_pixels": 280, "min_side": 14, "max_height": 20,
-                "max_width": 14, "classes": list("abc"), "label": "multi"}  # fmt: skip
+        card = {
+            "format": 1,
+            "samples": n,
+            "bytes": size,
+            "max_pixels": 280,
+            "min_side": 14,
+            "max_height": 20,
+            "max_width": 14,
+            "classes": list("abc"),
+            "label": "multi",
+        }
         (folder / f"{name}.json").write_text(json.dumps(card))
     return out
 
 
 def call(files, *argv):
-    argv = ["svm", "--train", files[0], "--test", files[1], "--features", "untrained", "--backbone", "resnet10",
-            "--stem", "cifar", "--width", 8, "--size", 16, "--device", "cpu", "--workers", 1, *argv]  # fmt: skip
+    argv = [
+        "svm",
+        "--train",
+        files[0],
+        "--test",
+        files[1],
+        "--features",
+        "untrained",
+        "--backbone",
+        "resnet10",
+        "--stem",
+        "cifar",
+        "--width",
+        8,
+        "--size",
+        16,
+        "--device",
+        "cpu",
+        "--workers",
+        1,
+        *argv,
+    ]
     try:
         return fastssl.eval.main([str(word) for word in argv])
     except SystemExit as stop:
@@ -331,17 +360,21 @@ def test_the_command(files, tmp_path, capsys):
     assert [row["shots"] for row in result["results"]] == [1, 1, 4, 4] and result["options"]["fits"] == 2 * 2 * 3 * 19
 
 
-@pytest.mark.parametrize("argv, text", [
-    (["--costs", "1,0"], "give positive numbers"),
-    (["--folds", 1], "folds=1"),
-    (["--folds", 50], "50 folds need as many"),
-    (["--shots", 1], "--shots is of the protocol with --low-shot"),
-    (["--low-shot", "--folds", 2], "--folds is of the protocol without --low-shot"),
-    (["--resize", 20], "--resize 20 is for --crop center"),
-    (["--low-shot", "--shots", "0,1"], "shots=.0, 1."),
-    (["--layers", "top"], "this backbone has stem"),
-    (["--solver", "liblinear"], "invalid choice"),
-], ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, text",
+    [
+        (["--costs", "1,0"], "give positive numbers"),
+        (["--folds", 1], "folds=1"),
+        (["--folds", 50], "50 folds need as many"),
+        (["--shots", 1], "--shots is of the protocol with --low-shot"),
+        (["--low-shot", "--folds", 2], "--folds is of the protocol without --low-shot"),
+        (["--resize", 20], "--resize 20 is for --crop center"),
+        (["--low-shot", "--shots", "0,1"], "shots=.0, 1."),
+        (["--layers", "top"], "this backbone has stem"),
+        (["--solver", "liblinear"], "invalid choice"),
+    ],
+    ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
+)
 def test_mistakes(files, capsys, argv, text):
     assert call(files, *argv) == 2
     err = capsys.readouterr().err

@@ -63,9 +63,6 @@ class Linear(nn.Module):
         return self.layer(x.flatten(1))
 
 
-# ---- the loop --------------------------------------------------------------------------------------------------------
-
-
 def test_training_is_sgd_written_out(files):
     """Two epochs over a subset that is no multiple of the batch, two rates, a step of the schedule, in algebra."""
     torch.manual_seed(0)
@@ -81,8 +78,11 @@ def test_training_is_sgd_written_out(files):
     torch.manual_seed(4)
     head = nn.Linear(5, 3)
     nn.init.normal_(head.weight, std=0.01)
-    w = {"backbone.layer.weight": net.layer.weight.detach().double(), "head.weight": head.weight.detach().double(),
-         "head.bias": torch.zeros(3).double()}  # fmt: skip
+    w = {
+        "backbone.layer.weight": net.layer.weight.detach().double(),
+        "head.weight": head.weight.detach().double(),
+        "head.bias": torch.zeros(3).double(),
+    }
     v = {name: torch.zeros_like(value) for name, value in w.items()}
     for epoch in range(2):
         order = np.resize(rows[permutation(len(rows), 4, epoch)], 96)
@@ -92,8 +92,11 @@ def test_training_is_sgd_written_out(files):
             target = torch.full_like(p, 0.1 / 3)
             target[torch.arange(32), batch.label[some]] += 0.9
             d = (p - target) / 32
-            grad = {"backbone.layer.weight": (d @ w["head.weight"]).T @ x[some], "head.weight": d.T @ features,
-                    "head.bias": d.sum(0)}  # fmt: skip
+            grad = {
+                "backbone.layer.weight": (d @ w["head.weight"]).T @ x[some],
+                "head.weight": d.T @ features,
+                "head.bias": d.sum(0),
+            }
             for name in w:
                 lr = 0.02 * (10 if name.startswith("head") else 1) * (0.2 if epoch else 1)
                 v[name] = 0.9 * v[name] + grad[name] + 0.1 * w[name]
@@ -108,8 +111,11 @@ def test_micro_batches_change_nothing_without_batch_norm(files):
     nets = []
     for micro in (1, 4):
         torch.manual_seed(0)
-        nets.append(tuning.train(Linear(), training(files[0], 32, micro=micro), VIEW,
-                                 Optim(batch=32, epochs=1, lr=0.01), classes=3))  # fmt: skip
+        nets.append(
+            tuning.train(
+                Linear(), training(files[0], 32, micro=micro), VIEW, Optim(batch=32, epochs=1, lr=0.01), classes=3
+            )
+        )
     for a, b in zip(nets[0].parameters(), nets[1].parameters()):
         torch.testing.assert_close(a, b)
 
@@ -117,8 +123,15 @@ def test_micro_batches_change_nothing_without_batch_norm(files):
 def test_precisions_and_mixing_train(files):
     for precision, mix in (("bf16", {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}), ("fp16", {})):
         losses = []
-        model = tuning.train(Linear(), training(files[0], 32), VIEW, Optim(batch=32, epochs=2, lr=0.01, clip=1.0,
-                             precision=precision), classes=3, log=losses.append, **mix)  # fmt: skip
+        model = tuning.train(
+            Linear(),
+            training(files[0], 32),
+            VIEW,
+            Optim(batch=32, epochs=2, lr=0.01, clip=1.0, precision=precision),
+            classes=3,
+            log=losses.append,
+            **mix,
+        )
         first, last = (float(text.split()[-1]) for text in (losses[0], losses[-1]))
         assert last < first and all(p.isfinite().all() and p.dtype == torch.float32 for p in model.parameters())
 
@@ -150,13 +163,16 @@ def test_accuracy_is_sklearns(files):
 def trained(train, test):
     """State after two epochs of a network with batch norm, and its accuracy on some rows."""
     torch.manual_seed(0)
-    model = tuning.train(backbones.build(SPEC), training(train, 32), View(16, flip=0.5),
-                         Optim(batch=32, epochs=2, lr=0.02), classes=3, rows=np.arange(75))  # fmt: skip
+    model = tuning.train(
+        backbones.build(SPEC),
+        training(train, 32),
+        View(16, flip=0.5),
+        Optim(batch=32, epochs=2, lr=0.02),
+        classes=3,
+        rows=np.arange(75),
+    )
     held = tuning.accuracy(model, evaluation(test), VIEW, classes=3, rows=np.arange(0, 90, 4))
     return model.state_dict(), held
-
-
-# ---- rates of transformers -------------------------------------------------------------------------------------------
 
 
 def mae_layer(name, depth):
@@ -216,9 +232,6 @@ def test_drop_path_is_timms():
             call(backbones.build(SPEC), 0.5)
 
 
-# ---- labelled subsets ------------------------------------------------------------------------------------------------
-
-
 def test_a_drawn_subset_is_balanced_and_seeded():
     labels = np.repeat([0, 1, 2], [300, 100, 20])
     rows = semisup.balanced(labels, 10, 0)
@@ -264,9 +277,11 @@ def test_lists_of_rows_and_of_names(files, tmp_path):
 
 
 def test_the_best_cell_on_the_test_set_and_the_clean_one():
-    cells = [{"lr": 0.1, "head_mult": 1.0, "top1": 50.0, "top5": 80.0, "held_out_top1": 60.0},
-             {"lr": 0.1, "head_mult": 10.0, "top1": 55.0, "top5": 70.0, "held_out_top1": 40.0},
-             {"lr": 0.2, "head_mult": 1.0, "top1": 55.0, "top5": 90.0, "held_out_top1": 60.0}]  # fmt: skip
+    cells = [
+        {"lr": 0.1, "head_mult": 1.0, "top1": 50.0, "top5": 80.0, "held_out_top1": 60.0},
+        {"lr": 0.1, "head_mult": 10.0, "top1": 55.0, "top5": 70.0, "held_out_top1": 40.0},
+        {"lr": 0.2, "head_mult": 1.0, "top1": 55.0, "top5": 90.0, "held_out_top1": 60.0},
+    ]
     published, clean = semisup.results(cells)
     assert published == {"selected_on": "test", "lr": 0.1, "head_mult": 10.0, "top1": 55.0, "top5": 70.0}
     assert clean == {"selected_on": "held-out", "lr": 0.1, "head_mult": 1.0, "top1": 50.0, "top5": 80.0}
@@ -288,9 +303,6 @@ def test_the_published_settings():
         assert semisup.WEIGHT_DECAY[round(100 * n / of, 1)] == decay
 
 
-# ---- commands --------------------------------------------------------------------------------------------------------
-
-
 def call(files, protocol, *argv):
     argv = [protocol, "--train", files[0], "--test", files[1], *NET, *argv, "--device", "cpu", "--workers", 1]
     try:
@@ -302,8 +314,22 @@ def call(files, protocol, *argv):
 def test_semisup_says_how_far_it_is_and_goes_on_after_a_stop(files, tmp_path, capsys, monkeypatch):
     """Stopped in its third training of four, it trains two more; another seed trains all again."""
     out, done = tmp_path / "a.json", []
-    argv = ["--percent", 50, "--weight-decay", 1e-4, "--train-batch", 24, "--epochs", 1, "--lr", "0.01,0.1",
-            "--head-mult", 1, "--out", out]  # fmt: skip
+    argv = [
+        "--percent",
+        50,
+        "--weight-decay",
+        1e-4,
+        "--train-batch",
+        24,
+        "--epochs",
+        1,
+        "--lr",
+        "0.01,0.1",
+        "--head-mult",
+        1,
+        "--out",
+        out,
+    ]
     train = tuning.train
 
     def counted(*given, **options):
@@ -333,8 +359,20 @@ def test_semisup_says_how_far_it_is_and_goes_on_after_a_stop(files, tmp_path, ca
 def test_semisup_learns_from_a_quarter_of_the_labels(files, tmp_path, capsys):
     """A frozen backbone (rate 1e-9) with the same head learns less: the stripes' direction must be learned."""
     out = tmp_path / "a.json"
-    argv = ["--percent", 50, "--weight-decay", 1e-4, "--train-batch", 24, "--epochs", 16, "--milestones", "10,14",
-            "--out", out]  # fmt: skip
+    argv = [
+        "--percent",
+        50,
+        "--weight-decay",
+        1e-4,
+        "--train-batch",
+        24,
+        "--epochs",
+        16,
+        "--milestones",
+        "10,14",
+        "--out",
+        out,
+    ]
     assert call(files, "semisup", *argv, "--lr", "1e-9,0.1", "--head-mult", 1) == 0, capsys.readouterr().err
     result = json.loads(out.read_text())
     frozen, trained = result["selection"]
@@ -356,34 +394,69 @@ def test_finetune_learns(files, tmp_path, capsys):
 
 def test_finetune_a_transformer(files, tmp_path, capsys):
     out = tmp_path / "a.json"
-    vit = ["--train", files[0], "--test", files[1], "--backbone", "test_vit", "--features", "untrained", "--size", 32,
-           "--train-batch", 32, "--epochs", 2, "--warmup-epochs", 1, "--mixup", 0.8, "--cutmix", 1.0, "--pool", "avg",
-           "--device", "cpu", "--workers", 1, "--out", out]  # fmt: skip
+    vit = [
+        "--train",
+        files[0],
+        "--test",
+        files[1],
+        "--backbone",
+        "test_vit",
+        "--features",
+        "untrained",
+        "--size",
+        32,
+        "--train-batch",
+        32,
+        "--epochs",
+        2,
+        "--warmup-epochs",
+        1,
+        "--mixup",
+        0.8,
+        "--cutmix",
+        1.0,
+        "--pool",
+        "avg",
+        "--device",
+        "cpu",
+        "--workers",
+        1,
+        "--out",
+        out,
+    ]
     assert fastssl.eval.main(["finetune", *map(str, vit)]) == 0, capsys.readouterr().err
     options = json.loads(out.read_text())["options"]
     assert (options["optimizer"], options["layer_decay"], options["drop_path"], options["pool"]) == (
-        "adamw", 0.65, 0.1, "avg")  # fmt: skip
+        "adamw",
+        0.65,
+        0.1,
+        "avg",
+    )
 
 
-@pytest.mark.parametrize("argv, text", [
-    (["semisup", "--percent", 3, "--train-batch", 32], "published for 1 % and 10 % alone: give --weight-decay"),
-    (["semisup", "--percent", 0], "--percent 0.0 must be above 0"),
-    (["semisup", "--percent", 1, "--subset", "x"], "give one of them"),
-    (["semisup", "--names", "x"], "in a --subset FILE"),
-    (["semisup", "--subset", "missing.txt", "--train-batch", 32], "missing.txt"),
-    (["semisup", "--train-batch", 0], "--train-batch 0 must be a positive multiple"),
-    (["semisup", "--train-batch", 32, "--micro-batch", 5], "times --micro-batch 5"),
-    (["semisup"], "batch=256 is larger than .* .192 samples."),
-    (["semisup", "--lr", "0.1,-1"], "must be positive"),
-    (["finetune", "--lr", 0], "--lr 0.0 must be positive"),
-    (["finetune", "--layer-decay", 0.5, "--train-batch", 32], "layer-wise decay needs a timm transformer"),
-    (["finetune", "--pool", "avg", "--train-batch", 32], "--pool needs a timm transformer"),
-    (["finetune", "--layer-decay", 1.5], "must be at most 1"),
-    (["finetune", "--warmup-epochs", 5, "--epochs", 5], "--warmup-epochs 5 must be less than --epochs 5"),
-    (["finetune", "--smoothing", 1], "below 1"),
-    (["finetune", "--mixup", 1, "--train-batch", 15], "must be even"),
-    (["finetune", "--lr", 1e20, "--train-batch", 32, "--epochs", 2], "lower the rate"),
-], ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, text",
+    [
+        (["semisup", "--percent", 3, "--train-batch", 32], "published for 1 % and 10 % alone: give --weight-decay"),
+        (["semisup", "--percent", 0], "--percent 0.0 must be above 0"),
+        (["semisup", "--percent", 1, "--subset", "x"], "give one of them"),
+        (["semisup", "--names", "x"], "in a --subset FILE"),
+        (["semisup", "--subset", "missing.txt", "--train-batch", 32], "missing.txt"),
+        (["semisup", "--train-batch", 0], "--train-batch 0 must be a positive multiple"),
+        (["semisup", "--train-batch", 32, "--micro-batch", 5], "times --micro-batch 5"),
+        (["semisup"], "batch=256 is larger than .* .192 samples."),
+        (["semisup", "--lr", "0.1,-1"], "must be positive"),
+        (["finetune", "--lr", 0], "--lr 0.0 must be positive"),
+        (["finetune", "--layer-decay", 0.5, "--train-batch", 32], "layer-wise decay needs a timm transformer"),
+        (["finetune", "--pool", "avg", "--train-batch", 32], "--pool needs a timm transformer"),
+        (["finetune", "--layer-decay", 1.5], "must be at most 1"),
+        (["finetune", "--warmup-epochs", 5, "--epochs", 5], "--warmup-epochs 5 must be less than --epochs 5"),
+        (["finetune", "--smoothing", 1], "below 1"),
+        (["finetune", "--mixup", 1, "--train-batch", 15], "must be even"),
+        (["finetune", "--lr", 1e20, "--train-batch", 32, "--epochs", 2], "lower the rate"),
+    ],
+    ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
+)
 def test_mistakes(files, capsys, argv, text):
     assert call(files, *argv) == 2
     err = capsys.readouterr().err

@@ -29,10 +29,13 @@ from fastssl import dist
 def worker(out, beton, tiny, shards, linear, train, test, root):
     dist.init("cpu")
     torch.set_num_threads(1)
-    result = {"features": test_features.compute(beton, tiny), "tuning": test_tuning.trained(train, test),
-              "heads": json.loads(json.dumps(test_heads.compute(linear))),
-              "cache": test_cache.on_two_ranks(beton, shards),
-              "detection": test_detection.on_two_ranks(root)}  # fmt: skip
+    result = {
+        "features": test_features.compute(beton, tiny),
+        "tuning": test_tuning.trained(train, test),
+        "heads": json.loads(json.dumps(test_heads.compute(linear))),
+        "cache": test_cache.on_two_ranks(beton, shards),
+        "detection": test_detection.on_two_ranks(root),
+    }
     torch.save(result, out if dist.is_main() else f"{out}.1")
     dist.barrier()
     dist.shutdown()

@@ -12,8 +12,16 @@ import torch
 ARCHS = (80, 90)
 
 
-def ntxent(rows=8192, dim=128, dtype=torch.float16, temperature=0.1, labels=False, decoupled=False, precision="high",
-           normalize=True):  # fmt: skip
+def ntxent(
+    rows=8192,
+    dim=128,
+    dtype=torch.float16,
+    temperature=0.1,
+    labels=False,
+    decoupled=False,
+    precision="high",
+    normalize=True,
+):
     from fastssl.kernels.ntxent import triton
 
     torch.set_float32_matmul_precision(precision)
@@ -114,9 +122,13 @@ FORMS = {  # the other tile sizes, types and forms
 
 
 PER_PASS = {  # instructions of a warp in one pass of the main loop, on Hopper: docs/kernels.md's, and 10 % more
-    "row_sums_kernel": 326, "row_gradients_kernel": 338, "one_pass_kernel": 705, "column_kernel": 695,
-    "row_kernel": 200, "stats_kernel": 377,
-}  # fmt: skip
+    "row_sums_kernel": 326,
+    "row_gradients_kernel": 338,
+    "one_pass_kernel": 705,
+    "column_kernel": 695,
+    "row_kernel": 200,
+    "stats_kernel": 377,
+}
 
 
 def builds(name):
@@ -138,9 +150,11 @@ def peaks():
 
     result = {}
     for name, arguments in {
-        "float16": {"dtype": torch.float16}, "bfloat16": {"dtype": torch.bfloat16},
-        "float32": {"dtype": torch.float32}, "exact float32": {"dtype": torch.float32, "precision": "highest"},
-    }.items():  # fmt: skip
+        "float16": {"dtype": torch.float16},
+        "bfloat16": {"dtype": torch.bfloat16},
+        "float32": {"dtype": torch.float32},
+        "exact float32": {"dtype": torch.float32, "precision": "highest"},
+    }.items():
         with record_launches(), Allocations() as allocations:
             ntxent(65536, 128, **arguments)
         result[name] = allocations.peak - 65536 * 128 * arguments["dtype"].itemsize  # z is the caller's
@@ -188,8 +202,18 @@ def test_other_forms_compile_without_spills(name):
 def test_a_pass_is_counted_by_its_shortest_way():
     from fastssl.kernels.testing import _loop
 
-    code = ["MOV R1, R2", "FADD R1, R1, R3", "@P0 BRA 0x50", "FMUL R1, R1, R3", "BRA 0x80", "FMUL R2, R2, R3",
-            "FADD R2, R2, 0x10", "MUFU.EX2 R2, R2", "@!P1 BRA 0x10", "EXIT"]  # fmt: skip
+    code = [
+        "MOV R1, R2",
+        "FADD R1, R1, R3",
+        "@P0 BRA 0x50",
+        "FMUL R1, R1, R3",
+        "BRA 0x80",
+        "FMUL R2, R2, R3",
+        "FADD R2, R2, 0x10",
+        "MUFU.EX2 R2, R2",
+        "@!P1 BRA 0x10",
+        "EXIT",
+    ]
     sass = "\n".join(f"        /*{16 * i:04x}*/   {line} ;   /* 0x0000000000000000 */" for i, line in enumerate(code))
     assert _loop(sass) == 5  # FADD, the branch not taken, FMUL, BRA, the way back
     assert _loop(sass.replace("BRA 0x10", "NOP")) == 0

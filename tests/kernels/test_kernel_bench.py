@@ -52,8 +52,12 @@ def test_without_a_gpu_it_says_so():
 
 
 def test_tiles_are_described_without_a_gpu():
-    run = subprocess.run([sys.executable, BENCH / "tiles.py", "one_pass", "--dims", "128", "--shipped"],
-                         env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, BENCH / "tiles.py", "one_pass", "--dims", "128", "--shipped"],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     line = next(line for line in run.stdout.splitlines() if line.startswith(" *"))
     assert " 64 x 128, 4 warps" in line and "   0 B spilled" in line and " 2 at a time" in line

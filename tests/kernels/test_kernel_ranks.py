@@ -64,9 +64,7 @@ def worker(out):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    return ranks.launch(
-        __file__, WORLD, tmp_path_factory.mktemp("ranks") / "results.pt", env={"TRITON_INTERPRET": "1"}
-    )
+    return ranks.launch(__file__, WORLD, tmp_path_factory.mktemp("ranks") / "results.pt", env={"TRITON_INTERPRET": "1"})
 
 
 @pytest.mark.parametrize("name, impl", CASES)

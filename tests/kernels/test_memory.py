@@ -21,10 +21,17 @@ def unit(x):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("size, n, dim, dtype", [
-    (10, 3, 5, torch.float16), (10, 23, 96, torch.float32), (7, 7, 32, torch.bfloat16), (1, 2, 33, torch.float16),
-    (1000, 129, 128, torch.float16), (4099, 1000, 128, torch.bfloat16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "size, n, dim, dtype",
+    [
+        (10, 3, 5, torch.float16),
+        (10, 23, 96, torch.float32),
+        (7, 7, 32, torch.bfloat16),
+        (1, 2, 33, torch.float16),
+        (1000, 129, 128, torch.float16),
+        (4099, 1000, 128, torch.bfloat16),
+    ],
+)
 def test_push_writes_in_a_circle(impl, size, n, dim, dtype):
     g = torch.Generator().manual_seed(0)
     queue = torch.full((size, dim), 7.0, dtype=dtype, device=DEVICE)
@@ -74,9 +81,15 @@ def test_update_of_opposites_gives_zero_and_keeps_other_rows(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("rows, dim, k, dtype", [
-    (0, 8, 3, torch.float32), (1, 32, 2, torch.float32), (1000, 96, 9, torch.float16), (129, 256, 200, torch.bfloat16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, dim, k, dtype",
+    [
+        (0, 8, 3, torch.float32),
+        (1, 32, 2, torch.float32),
+        (1000, 96, 9, torch.float16),
+        (129, 256, 200, torch.bfloat16),
+    ],
+)
 def test_centroids_are_means_and_empty_ones_stay(impl, rows, dim, k, dtype):
     g = torch.Generator().manual_seed(0)
     bank = unit(torch.randn(rows, dim, generator=g)).to(dtype).to(DEVICE)

@@ -70,9 +70,10 @@ def test_without_a_gradient_the_norm_of_the_sum_is_that_of_the_decay(impl):
 @needs_triton
 def test_square_sums():
     w, g, _ = lists(2)
-    ours, plain, truth = (multi_tensor.square_sums([x.to(t) for x in w], [x.to(t) for x in g], 0.1, impl=impl)
-                          for impl, t in (("triton", torch.float32), ("reference", torch.float32),
-                                          ("reference", torch.float64)))  # fmt: skip
+    ours, plain, truth = (
+        multi_tensor.square_sums([x.to(t) for x in w], [x.to(t) for x in g], 0.1, impl=impl)
+        for impl, t in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64))
+    )
     assert ours.shape == (3, len(SHAPES))
     assert_as_good_as("squares", ours, plain, truth)
     assert torch.equal(ours, multi_tensor.square_sums(w, g, 0.1, impl="triton"))  # always in the same order
@@ -109,8 +110,9 @@ def test_tensors_that_lie_anywhere():
     pieces = [[f[1:9000], f[9001:9001], f[9001:]] for f in flat]
     plain = [[x.clone() for x in v] for v in pieces]
     for (w, g, b), impl in ((pieces, "triton"), (plain, "reference")):
-        multi_tensor.lars_(w, g, b, multi_tensor.square_sums(w, g, 0.0, impl=impl), lr=0.1, weight_decay=0.0,
-                           momentum=0.9, impl=impl)
+        multi_tensor.lars_(
+            w, g, b, multi_tensor.square_sums(w, g, 0.0, impl=impl), lr=0.1, weight_decay=0.0, momentum=0.9, impl=impl
+        )
     for x, y in zip(pieces[0] + pieces[2], plain[0] + plain[2]):
         torch.testing.assert_close(x, y)
 

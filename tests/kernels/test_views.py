@@ -96,10 +96,15 @@ def test_each_operation_is_torchvisions(name):
 
 
 RECIPES = {
-    "simclr": recipes.simclr(48), "byol": recipes.byol(48), "moco_v1": recipes.moco_v1(48),
-    "moco_v2": recipes.moco_v2(48), "swav": recipes.swav(48, small=20), "rotation": recipes.rotation(48),
+    "simclr": recipes.simclr(48),
+    "byol": recipes.byol(48),
+    "moco_v1": recipes.moco_v1(48),
+    "moco_v2": recipes.moco_v2(48),
+    "swav": recipes.swav(48, small=20),
+    "rotation": recipes.rotation(48),
     "deepcluster": recipes.deepcluster(48),
-    "patches": recipes.patches(10, resize=50, window=45), "center": recipes.center(32, 37),
+    "patches": recipes.patches(10, resize=50, window=45),
+    "center": recipes.center(32, 37),
 }
 
 
@@ -109,8 +114,14 @@ def test_recipes_are_torchvisions(name):
 
 
 def test_photographs_are_torchvisions(photographs):
-    views = [*recipes.simclr(), *recipes.byol(), recipes.swav()[-1], *recipes.center(224, 256), recipes.patches()[5],
-             *recipes.deepcluster()]
+    views = [
+        *recipes.simclr(),
+        *recipes.byol(),
+        recipes.swav()[-1],
+        *recipes.center(224, 256),
+        recipes.patches()[5],
+        *recipes.deepcluster(),
+    ]
     check(photographs, views, bound=0.1 / 255)
 
 
@@ -120,7 +131,7 @@ def test_a_centre_crop_without_resize_is_exact(shapes):
     out = make_views(*pack(images), recipes.center(size, **RAW), seed=0, epoch=0)[0]
     for image, x in zip(images, out):
         top, left = round((image.shape[0] - size) / 2), round((image.shape[1] - size) / 2)
-        expect = torch.from_numpy(image[top:top + size, left:left + size].copy()).permute(2, 0, 1) / 255
+        expect = torch.from_numpy(image[top : top + size, left : left + size].copy()).permute(2, 0, 1) / 255
         assert torch.equal(x, expect)
 
 
@@ -139,8 +150,12 @@ def test_a_sample_does_not_depend_on_the_batch():
     """Bitwise, in any company and at any place: so views cannot depend on the number of ranks."""
     for shapes in (SHAPES * 3, [(32, 32)] * 24):
         pixels, sizes, index = pack(scenes(shapes))
-        views = [*recipes.simclr(24), *recipes.byol(32), *recipes.deepcluster(16),
-                 *recipes.patches(10, resize=50, window=45)]
+        views = [
+            *recipes.simclr(24),
+            *recipes.byol(32),
+            *recipes.deepcluster(16),
+            *recipes.patches(10, resize=50, window=45),
+        ]
         whole = make_views(pixels, sizes, index, views, seed=5, epoch=2)
         for rows in (torch.arange(0, 12), torch.arange(12, 24), torch.tensor([7]), torch.randperm(24)):
             part = make_views(pixels[rows], sizes[rows], index[rows], views, seed=5, epoch=2)
@@ -179,20 +194,34 @@ def test_empty_batch_and_no_views():
     assert make_views(pixels, sizes, index, (), seed=0, epoch=0) == []
 
 
-@pytest.mark.parametrize("bad, named", [
-    ({"crop": "middle"}, "crop='middle'"), ({"scale": (0.0, 1.0)}, "scale"), ({"flip": 1.5}, "flip=1.5"),
-    ({"jitter": (0.4, 0.4, 0.4, 0.6)}, "jitter"), ({"order": ("gray", "sobel")}, "order"),
-    ({"order": ("gray", "gray")}, "order"), ({"size": (32, 64)}, "views are square, give one number"),
-    ({"size": 24.0}, "wants a whole number"), ({"scale": 0.5}, "scale=0.5): wants 2 numbers"),
-    ({"flip": None}, "wants a number"), ({"resize": "x"}, "wants a whole number or None"),
-    ({"crop": 3}, "wants a word"),
-    ({"blur_sigma": (0.1, float("nan"))}, "wants 2 numbers"), ({"extra": 3}, "wants a tuple"),
-    ({"order": ("blur", "jitter", "gray", "solarize")}, "jitter before blur"), ({"pad": 4}, "pad=4"),
-    ({"crop": "center", "resize": 20}, "resize=20"), ({"crop": "patch", "cell": 9, "window": 90}, "cell=9"),
-    ({"quarter_turns": 4}, "quarter_turns=4"), ({"resize": 256}, "resize=256"),
-    ({"blur_sigma": (0.0, 2.0)}, "blur_sigma"),
-    ({"interpolation": "nearest"}, "interpolation='nearest'"), ({"std": (1.0, 0.0, 1.0)}, "std"),
-])
+@pytest.mark.parametrize(
+    "bad, named",
+    [
+        ({"crop": "middle"}, "crop='middle'"),
+        ({"scale": (0.0, 1.0)}, "scale"),
+        ({"flip": 1.5}, "flip=1.5"),
+        ({"jitter": (0.4, 0.4, 0.4, 0.6)}, "jitter"),
+        ({"order": ("gray", "sobel")}, "order"),
+        ({"order": ("gray", "gray")}, "order"),
+        ({"size": (32, 64)}, "views are square, give one number"),
+        ({"size": 24.0}, "wants a whole number"),
+        ({"scale": 0.5}, "scale=0.5): wants 2 numbers"),
+        ({"flip": None}, "wants a number"),
+        ({"resize": "x"}, "wants a whole number or None"),
+        ({"crop": 3}, "wants a word"),
+        ({"blur_sigma": (0.1, float("nan"))}, "wants 2 numbers"),
+        ({"extra": 3}, "wants a tuple"),
+        ({"order": ("blur", "jitter", "gray", "solarize")}, "jitter before blur"),
+        ({"pad": 4}, "pad=4"),
+        ({"crop": "center", "resize": 20}, "resize=20"),
+        ({"crop": "patch", "cell": 9, "window": 90}, "cell=9"),
+        ({"quarter_turns": 4}, "quarter_turns=4"),
+        ({"resize": 256}, "resize=256"),
+        ({"blur_sigma": (0.0, 2.0)}, "blur_sigma"),
+        ({"interpolation": "nearest"}, "interpolation='nearest'"),
+        ({"std": (1.0, 0.0, 1.0)}, "std"),
+    ],
+)
 def test_a_wrong_view_is_named(bad, named):
     with pytest.raises(ValueError, match="View") as error:
         View(**{"size": 24, **bad})
@@ -201,8 +230,12 @@ def test_a_wrong_view_is_named(bad, named):
 
 def test_wrong_input_is_named():
     pixels, sizes, index = pack(scenes(SHAPES))
-    for args, named in [((pixels.float(), sizes, index), "float32"), ((pixels[..., 0], sizes, index), "(B, P, 3)"),
-                        ((pixels, sizes[:2], index), "sizes"), ((pixels, sizes, index[:3]), "index")]:
+    for args, named in [
+        ((pixels.float(), sizes, index), "float32"),
+        ((pixels[..., 0], sizes, index), "(B, P, 3)"),
+        ((pixels, sizes[:2], index), "sizes"),
+        ((pixels, sizes, index[:3]), "index"),
+    ]:
         with pytest.raises(ValueError) as error:
             make_views(*args, recipes.simclr(24), seed=0, epoch=0)
         assert named in str(error.value)

@@ -57,8 +57,14 @@ def test_views_without_operations_stay_as_they_are():
         assert all(x.dtype == dtype and x.is_contiguous(memory_format=torch.channels_last) for x in out)
 
 
-EVERY = (Lighting(0.1), RandAugment(3, 9), Erase(0.8), Transform(v2.RandAugment(2, 9)), Fade(),
-         v2.ColorJitter(0.4, 0.4, 0.4, 0.1))  # fmt: skip
+EVERY = (
+    Lighting(0.1),
+    RandAugment(3, 9),
+    Erase(0.8),
+    Transform(v2.RandAugment(2, 9)),
+    Fade(),
+    v2.ColorJitter(0.4, 0.4, 0.4, 0.1),
+)
 
 
 def test_a_sample_with_operations_does_not_depend_on_the_batch():
@@ -129,8 +135,9 @@ def test_lighting_adds_normal_multiples_of_the_components():
     assert (alpha.std(0) - 0.1).abs().max() < 4 * 0.1 / (2 * n) ** 0.5
     assert ((alpha / 0.1) ** 4).mean(0).sub(3).abs().max() < 0.2  # of a normal distribution: 3
     assert torch.corrcoef(alpha.T).fill_diagonal_(0).abs().max() < 4 / n**0.5
-    assert not torch.equal(op.apply(torch.zeros(4, 3, 1, 1), numbers(4, 1), None),
-                           op.apply(torch.zeros(4, 3, 1, 1), numbers(4, 0), None))  # fmt: skip
+    assert not torch.equal(
+        op.apply(torch.zeros(4, 3, 1, 1), numbers(4, 1), None), op.apply(torch.zeros(4, 3, 1, 1), numbers(4, 0), None)
+    )
 
 
 def test_erase_is_torchvisions():
@@ -197,28 +204,56 @@ def test_randaugment_draws_every_operation_and_sign_for_each_sample():
             seen.append((name, int((out == op(x[:1], 0.5, sign)).all(1).all(1).all(1).sum())))
     plus, minus = dict(seen[::2]), dict(seen[1::2])
     for name in OPERATIONS:
-        both = plus[name] if torch.equal(*(OPERATIONS[name](x[:1], 0.5, s) for s in (signs, -signs))) else (
-            plus[name] + minus[name])
+        both = (
+            plus[name]
+            if torch.equal(*(OPERATIONS[name](x[:1], 0.5, s) for s in (signs, -signs)))
+            else (plus[name] + minus[name])
+        )
         assert 130 < both < 280, (name, both)  # of 200, +- 5 standard deviations
     assert 60 < plus["Rotate"] < 140 and 60 < minus["Rotate"] < 140
     two = RandAugment(2, 15).apply(x, numbers(n), None)
     assert (two == x).flatten(1).all(1).sum() < (out == x).flatten(1).all(1).sum()
 
 
-@pytest.mark.parametrize("fn", [
-    v2.RandAugment(2, 9), v2.TrivialAugmentWide(), v2.AutoAugment(), v2.RandomErasing(1.0), v2.GaussianBlur(3),
-    v2.RandomPerspective(), v2.ElasticTransform(), v2.RandomEqualize(1.0), v2.RandomPosterize(4, 1.0),
-    v2.Compose([v2.RandomAdjustSharpness(2.0, 1.0), v2.RandomAutocontrast(1.0)]),
-], ids=lambda fn: type(fn).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "fn",
+    [
+        v2.RandAugment(2, 9),
+        v2.TrivialAugmentWide(),
+        v2.AutoAugment(),
+        v2.RandomErasing(1.0),
+        v2.GaussianBlur(3),
+        v2.RandomPerspective(),
+        v2.ElasticTransform(),
+        v2.RandomEqualize(1.0),
+        v2.RandomPosterize(4, 1.0),
+        v2.Compose([v2.RandomAdjustSharpness(2.0, 1.0), v2.RandomAutocontrast(1.0)]),
+    ],
+    ids=lambda fn: type(fn).__name__,
+)
 def test_torchvisions_transforms_work(fn):
     a, b = (make_views(*BATCH, [View(24, extra=(fn,), **RAW)], **KEY)[0] for _ in range(2))
     assert torch.equal(a, b) and a.isfinite().all() and a.min() >= -0.01 and a.max() <= 1.01
 
 
 def test_a_recipe_with_operations_is_written_and_read_back():
-    run = config.Run(method=simclr.Config(), data=config.Data(train="x.beton", views=views.simclr(
-        24, extra=(Lighting(0.2), Erase(fill=(0.0, 0.5, 1.0)), RandAugment(1, 20), v2.TrivialAugmentWide(), torch.relu,
-                   Fade(0.3)))))  # fmt: skip
+    run = config.Run(
+        method=simclr.Config(),
+        data=config.Data(
+            train="x.beton",
+            views=views.simclr(
+                24,
+                extra=(
+                    Lighting(0.2),
+                    Erase(fill=(0.0, 0.5, 1.0)),
+                    RandAugment(1, 20),
+                    v2.TrivialAugmentWide(),
+                    torch.relu,
+                    Fade(0.3),
+                ),
+            ),
+        ),
+    )
     config.validate(run)
     written = json.loads(config.dumps(run))["data"]["views"][0]
     assert " at 0x" not in json.dumps(written)
@@ -230,16 +265,22 @@ def test_a_recipe_with_operations_is_written_and_read_back():
             op.apply(torch.zeros(1, 3, 4, 4), numbers(1), None)
 
 
-@pytest.mark.parametrize("make, named", [
-    (lambda: View(24, extra=(3,)), "3 is not an operation"), (lambda: View(24, extra=(Erase,)), "is not an operation"),
-    (lambda: Erase(p=2), "Erase(p=2): is a probability"), (lambda: Erase(scale=(0.5, 0.1)), "Erase(scale=(0.5, 0.1))"),
-    (lambda: Lighting(-1.0), "Lighting(std=-1.0)"), (lambda: RandAugment(0), "RandAugment(ops=0)"),
-    (lambda: RandAugment(2, 31), "RandAugment(magnitude=31): is 0 to 30"),
-    (lambda: Transform(torch.relu, p=-1), "Transform(p=-1)"),
-    (lambda: make_views(*BATCH, [View(24, extra=(lambda x: x[:, :4],))], **KEY), "made torch.float32 (3, 4, 24)"),
-    (lambda: make_views(*BATCH, [View(24, extra=(lambda x: None,))], **KEY), "made NoneType"),
-    (lambda: numbers(2).words(300), "300 random words"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, named",
+    [
+        (lambda: View(24, extra=(3,)), "3 is not an operation"),
+        (lambda: View(24, extra=(Erase,)), "is not an operation"),
+        (lambda: Erase(p=2), "Erase(p=2): is a probability"),
+        (lambda: Erase(scale=(0.5, 0.1)), "Erase(scale=(0.5, 0.1))"),
+        (lambda: Lighting(-1.0), "Lighting(std=-1.0)"),
+        (lambda: RandAugment(0), "RandAugment(ops=0)"),
+        (lambda: RandAugment(2, 31), "RandAugment(magnitude=31): is 0 to 30"),
+        (lambda: Transform(torch.relu, p=-1), "Transform(p=-1)"),
+        (lambda: make_views(*BATCH, [View(24, extra=(lambda x: x[:, :4],))], **KEY), "made torch.float32 (3, 4, 24)"),
+        (lambda: make_views(*BATCH, [View(24, extra=(lambda x: None,))], **KEY), "made NoneType"),
+        (lambda: numbers(2).words(300), "300 random words"),
+    ],
+)
 def test_a_wrong_operation_is_named(make, named):
     with pytest.raises(ValueError) as error:
         make()

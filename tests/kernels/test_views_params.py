@@ -16,12 +16,18 @@ N = 20_000
 STRONG = {"jitter": (0.8, 0.8, 0.8, 0.2), "jitter_p": 0.8}
 
 
-@pytest.mark.parametrize("counter, seed, words", [  # Random123's kat_vectors, philox4x32 10 rounds
-    ([0] * 4, 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-    ([0xFFFFFFFF] * 4, 0xFFFFFFFFFFFFFFFF, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-    ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], 0x299F31D0A4093822,
-     [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]),
-])
+@pytest.mark.parametrize(
+    "counter, seed, words",
+    [  # Random123's kat_vectors, philox4x32 10 rounds
+        ([0] * 4, 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, 0xFFFFFFFFFFFFFFFF, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            0x299F31D0A4093822,
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
 def test_philox_known_answers(counter, seed, words):
     got = philox4x32(*(torch.tensor([c]) for c in counter), seed)
     assert [int(g) for g in got] == words
@@ -51,10 +57,15 @@ def assert_same_distribution(ours, theirs, name):
     assert p > 1e-3, f"{name}: p = {p:.1e}"
 
 
-@pytest.mark.parametrize("view, h, w", [
-    (View(224), 375, 500), (View(32), 32, 32), (View(96, scale=(0.05, 0.14)), 500, 333),
-    (View(24, ratio=(0.5, 3.0), scale=(0.6, 1.0)), 40, 90),  # mostly rejected tries
-])
+@pytest.mark.parametrize(
+    "view, h, w",
+    [
+        (View(224), 375, 500),
+        (View(32), 32, 32),
+        (View(96, scale=(0.05, 0.14)), 500, 333),
+        (View(24, ratio=(0.5, 3.0), scale=(0.6, 1.0)), 40, 90),  # mostly rejected tries
+    ],
+)
 def test_random_resized_crop_is_torchvisions(view, h, w):
     ours, theirs = columns(view, h, w), torchvision_boxes(view, h, w)
     for mine, name in (("y0", "top"), ("x0", "left"), ("h", "height"), ("w", "width")):
@@ -91,14 +102,21 @@ def test_colour_jitter_is_torchvisions():
     assert sum(counts) == len(code)
 
 
-@pytest.mark.parametrize("column, field, p", [
-    ("flip", "flip", 0.5), ("gray", "gray", 0.2), ("solarize", "solarize", 0.2), ("sigma", "blur", 0.5),
-    ("order", "jitter_p", 0.8),
-])
+@pytest.mark.parametrize(
+    "column, field, p",
+    [
+        ("flip", "flip", 0.5),
+        ("gray", "gray", 0.2),
+        ("solarize", "solarize", 0.2),
+        ("sigma", "blur", 0.5),
+        ("order", "jitter_p", 0.8),
+    ],
+)
 def test_probabilities(column, field, p):
     def drew(probability):
         values = columns(View(24, **{field: probability}))[column]
         return int((values >= 0).sum() if column == "order" else (values != 0).sum())
+
     assert stats.binomtest(drew(p), N, p).pvalue > 1e-3
     assert drew(0.0) == 0 and drew(1.0) == N
 
@@ -149,22 +167,23 @@ def test_equal_streams_draw_the_same_and_places_are_streams():
     assert torch.equal(c, d) and torch.equal(b, c)
 
 
-# ---- recipes, against OpenSelfSup's configs and solo-learn's augmentation files
-
 PAIR_WEAK, PAIR_STRONG = (0.4, 0.4, 0.4, 0.1), (0.8, 0.8, 0.8, 0.2)
 
 
-@pytest.mark.parametrize("name, sizes, scales, jitter, jitter_p, gray, blur, solarize", [
-    ("simclr", [224] * 2, [(0.08, 1)] * 2, PAIR_STRONG, 0.8, 0.2, [0.5] * 2, [0] * 2),
-    ("moco_v1", [224] * 2, [(0.2, 1)] * 2, (0.4,) * 4, 1, 0.2, [0] * 2, [0] * 2),
-    ("moco_v2", [224] * 2, [(0.2, 1)] * 2, PAIR_WEAK, 0.8, 0.2, [0.5] * 2, [0] * 2),
-    ("npid", [224], [(0.2, 1)], (0.4,) * 4, 1, 0.2, [0], [0]),
-    ("byol", [224] * 2, [(0.08, 1)] * 2, (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, [1, 0.1], [0, 0.2]),
-    ("swav", [224] * 2 + [96] * 6, [(0.14, 1)] * 2 + [(0.05, 0.14)] * 6, PAIR_STRONG, 0.8, 0.2, [0.5] * 8, [0] * 8),
-    ("deepcluster", [224], [(0.08, 1)], (0.4, 0.4, 1.0, 0.5), 1, 0.2, [0], [0]),
-    ("rotation", [224] * 4, [(0.08, 1)] * 4, (0,) * 4, 0, 0, [0] * 4, [0] * 4),
-    ("supervised", [224], [(0.08, 1)], (0,) * 4, 0, 0, [0], [0]),
-])
+@pytest.mark.parametrize(
+    "name, sizes, scales, jitter, jitter_p, gray, blur, solarize",
+    [
+        ("simclr", [224] * 2, [(0.08, 1)] * 2, PAIR_STRONG, 0.8, 0.2, [0.5] * 2, [0] * 2),
+        ("moco_v1", [224] * 2, [(0.2, 1)] * 2, (0.4,) * 4, 1, 0.2, [0] * 2, [0] * 2),
+        ("moco_v2", [224] * 2, [(0.2, 1)] * 2, PAIR_WEAK, 0.8, 0.2, [0.5] * 2, [0] * 2),
+        ("npid", [224], [(0.2, 1)], (0.4,) * 4, 1, 0.2, [0], [0]),
+        ("byol", [224] * 2, [(0.08, 1)] * 2, (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, [1, 0.1], [0, 0.2]),
+        ("swav", [224] * 2 + [96] * 6, [(0.14, 1)] * 2 + [(0.05, 0.14)] * 6, PAIR_STRONG, 0.8, 0.2, [0.5] * 8, [0] * 8),
+        ("deepcluster", [224], [(0.08, 1)], (0.4, 0.4, 1.0, 0.5), 1, 0.2, [0], [0]),
+        ("rotation", [224] * 4, [(0.08, 1)] * 4, (0,) * 4, 0, 0, [0] * 4, [0] * 4),
+        ("supervised", [224], [(0.08, 1)], (0,) * 4, 0, 0, [0], [0]),
+    ],
+)
 def test_recipe_figures(name, sizes, scales, jitter, jitter_p, gray, blur, solarize):
     views = getattr(recipes, name)()
     assert [v.size for v in views] == sizes and [v.scale for v in views] == scales
@@ -182,7 +201,8 @@ def test_rotation_and_patches_share_one_crop():
     assert [(v.quarter_turns, v.stream) for v in recipes.rotation()] == [(k, 0) for k in range(4)]
     cells = recipes.patches()
     assert [(v.cell, v.stream, v.size, v.resize, v.window, v.gray) for v in cells] == [
-        (k, 0, 64, 292, 255, 0.66) for k in range(9)]  # fmt: skip
+        (k, 0, 64, 292, 255, 0.66) for k in range(9)
+    ]
 
 
 def test_recipes_take_fields_of_view():

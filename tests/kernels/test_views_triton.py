@@ -54,9 +54,9 @@ def philox_kernel(out, seed, c1, c2, c3):
 
 
 @needs_triton
-@pytest.mark.parametrize("seed, counter", [
-    (3, (1, 2, 3)), (2**40 + 7, (0, 2**31 + 5, 99)), (2**63 - 1, (4, 5, 2**32 - 1)),
-])
+@pytest.mark.parametrize(
+    "seed, counter", [(3, (1, 2, 3)), (2**40 + 7, (0, 2**31 + 5, 99)), (2**63 - 1, (4, 5, 2**32 - 1))]
+)
 def test_philox_words_are_tritons(seed, counter):
     out = torch.empty(4, 8, dtype=torch.int64, device=DEVICE)
     philox_kernel[(1,)](out, seed, *counter)
@@ -65,10 +65,24 @@ def test_philox_words_are_tritons(seed, counter):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", [
-    "crop_bilinear", "jitter", "blur_wide", "solarize", "rotate", "center", "center_padded", "squash", "random",
-    "random_resized_first", "random_reflected", "patch", "order",
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "crop_bilinear",
+        "jitter",
+        "blur_wide",
+        "solarize",
+        "rotate",
+        "center",
+        "center_padded",
+        "squash",
+        "random",
+        "random_resized_first",
+        "random_reflected",
+        "patch",
+        "order",
+    ],
+)
 def test_parameters_are_the_references(name):
     view, n = ONE_OP[name], 40
     narrow = [(20, 300), (300, 20)]  # no try of the random-resized crop fits
@@ -79,7 +93,8 @@ def test_parameters_are_the_references(name):
     table = torch.full((n, len(COL)), float("nan"), device=DEVICE)
     specs = fused.specs_on(fused.as_text([view]), torch.device(DEVICE))
     fused.draws.draw_kernel[(n, 1)](
-        sizes, index, specs, table, 2**33 + 1, 7, None, **fused._drawing(view), EPOCH_PTR=False)  # fmt: skip
+        sizes, index, specs, table, 2**33 + 1, 7, None, **fused._drawing(view), EPOCH_PTR=False
+    )
     torch.testing.assert_close(table.cpu(), expect, rtol=2e-7, atol=1e-7)
     if view.crop == "resized":  # whole pixels: not one may move
         assert torch.equal(table.cpu()[:, :8], expect[:, :8])
@@ -108,12 +123,17 @@ def test_each_operation(name):
 
 
 TILED = {
-    "crop": View(40, flip=0.5), "bicubic": View(40, interpolation="bicubic"), "jitter": recipes.simclr(40)[0],
-    "blur": View(40, blur=0.7), "blur_wide": View(40, blur=1.0, blur_sigma=(3.0, 5.0)),
+    "crop": View(40, flip=0.5),
+    "bicubic": View(40, interpolation="bicubic"),
+    "jitter": recipes.simclr(40)[0],
+    "blur": View(40, blur=0.7),
+    "blur_wide": View(40, blur=1.0, blur_sigma=(3.0, 5.0)),
     "quarter": View(40, quarter_turns=1),
-    "rotate": recipes.deepcluster(33)[0], "gray_first": recipes.moco_v1(40)[0],
-    "solarize_last": View(40, solarize=0.5, blur=0.5), "order": replace(ONE_OP["order"], size=40),
-}  # fmt: skip
+    "rotate": recipes.deepcluster(33)[0],
+    "gray_first": recipes.moco_v1(40)[0],
+    "solarize_last": View(40, solarize=0.5, blur=0.5),
+    "order": replace(ONE_OP["order"], size=40),
+}
 
 
 @needs_triton
@@ -128,8 +148,13 @@ def test_views_of_several_tiles(name, monkeypatch):
 def test_views_of_mixed_size_and_kind(monkeypatch):
     """Groups of one launch and of several, views of another group in between, shared and own streams."""
     monkeypatch.setattr(fused, "WHOLE_LIMIT", 16)
-    views = [*recipes.byol(34)[::-1], View(10, flip=0.5), *recipes.rotation(14), View(17, crop="center", resize=20),
-             View(10, crop="squash", flip=0.5)]  # fmt: skip
+    views = [
+        *recipes.byol(34)[::-1],
+        View(10, flip=0.5),
+        *recipes.rotation(14),
+        View(17, crop="center", resize=20),
+        View(10, crop="squash", flip=0.5),
+    ]
     assert_same_views(pack(scenes([(38, 44), (41, 34)])), views)
 
 
@@ -188,8 +213,11 @@ def test_compiles_into_a_full_graph_and_takes_the_epoch_from_the_device():
 def test_white_stays_white_however_many_pixels_are_averaged():
     """Thousands of taps round to a little above 1, which kept crops of 16 bits must not take for 0."""
     shape = (1854, 2472)
-    batch = (torch.full((1, shape[0] * shape[1], 3), 255, dtype=torch.uint8), torch.tensor([shape], dtype=torch.int32),
-             torch.zeros(1, dtype=torch.int64))  # fmt: skip
+    batch = (
+        torch.full((1, shape[0] * shape[1], 3), 255, dtype=torch.uint8),
+        torch.tensor([shape], dtype=torch.int32),
+        torch.zeros(1, dtype=torch.int64),
+    )
     assert_same_views(batch, [View(32, crop="squash", rotate=1e-6)])
 
 
@@ -230,14 +258,27 @@ print(json.dumps([count, builds]))
 def test_builds_without_a_gpu_and_spills_nothing():
     """Every kernel in every form that recipes use, for sm_80 and sm_90; and how many launches a recipe takes."""
     compiled = ["simclr_32", "simclr_64", "patches_64", "byol_224", "deepcluster_224"]
-    run = subprocess.run([sys.executable, "-c", BUILD, *compiled], env={**os.environ, "TRITON_INTERPRET": "0"},
-                         capture_output=True, text=True)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", BUILD, *compiled],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     count, builds = json.loads(run.stdout.splitlines()[-1])
     assert count == {
-        "simclr_32": 1, "simclr_64": 1, "patches_64": 1, "rotation_224": 2, "center_224": 2, "simclr_224": 4,
-        "simclr_224_of_256": 4, "byol_224": 4, "deepcluster_224": 4, "dinov2_518": 4, "swav": 8,
-    }  # fmt: skip
+        "simclr_32": 1,
+        "simclr_64": 1,
+        "patches_64": 1,
+        "rotation_224": 2,
+        "center_224": 2,
+        "simclr_224": 4,
+        "simclr_224_of_256": 4,
+        "byol_224": 4,
+        "deepcluster_224": 4,
+        "dinov2_518": 4,
+        "swav": 8,
+    }
     assert len(builds) == 2 * sum(count[name] for name in compiled)
     for b in builds:
         known = 8 if (b["case"], b["arch"]) == ("simclr_64", 80) else 0  # bytes

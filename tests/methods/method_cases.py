@@ -37,17 +37,34 @@ CASES = {
     "byol": Case({"dims": (24, 12), "predictor": 24, "momentum": 0.9}, norm=True),
     "simsiam": Case({"dims": (24, 24, 12), "predictor": 8}, norm=True),
     "mocov3": Case({"dims": (24, 12), "predictor": 24, "momentum": 0.9}, norm=True),
-    "mocov3 vit": Case({"dims": (24, 12), "predictor": 24, "momentum": 0.9, "predictor_norm": True,
-                        "freeze_patch_embed": True, "temperature": 0.2}, views.byol(32), VIT, True, "mocov3"),
+    "mocov3 vit": Case(
+        {
+            "dims": (24, 12),
+            "predictor": 24,
+            "momentum": 0.9,
+            "predictor_norm": True,
+            "freeze_patch_embed": True,
+            "temperature": 0.2,
+        },
+        views.byol(32),
+        VIT,
+        True,
+        "mocov3",
+    ),
     "barlow": Case({"dims": (24, 24, 12), "scale": 0.1}, norm=True),
     "vicreg": Case({"dims": (24, 24, 12), "invariance": 1.0, "variance": 1.0, "covariance": 0.04}, norm=True),
-    "vicreg wide": Case({"dims": (24, 24, 40), "invariance": 1.0, "variance": 1.0, "covariance": 0.04}, norm=True,
-                        module="vicreg"),  # more features than a batch of 16 has samples
+    "vicreg wide": Case(
+        {"dims": (24, 24, 40), "invariance": 1.0, "variance": 1.0, "covariance": 0.04}, norm=True, module="vicreg"
+    ),  # more features than a batch of 16 has samples
     "nnclr": Case({"dims": (24, 24, 12), "predictor": 24, "queue": 48, "temperature": 0.5}, norm=True),
     "dino": Case({"dims": (24, 12), "prototypes": 20, "freeze_epochs": 0, "momentum": 0.9}, CROPS, norm=True),
     "swav": Case({"dims": (24, 12), "prototypes": 10, "freeze_epochs": 0}, CROPS, norm=True),
-    "swav queue": Case({"dims": (24, 12), "prototypes": 10, "freeze_epochs": 0, "queue": 32, "queue_epoch": 0}, CROPS,
-                       norm=True, module="swav"),
+    "swav queue": Case(
+        {"dims": (24, 12), "prototypes": 10, "freeze_epochs": 0, "queue": 32, "queue_epoch": 0},
+        CROPS,
+        norm=True,
+        module="swav",
+    ),
     "supcon": Case({"dims": (24, 12), "temperature": 0.5}, norm=True),
     "dcl": Case({"dims": (24, 12), "temperature": 0.5}, norm=True),
     "densecl": Case({"dims": (24, 12), "queue": 48, "momentum": 0.9}, views.moco_v2(32)),
@@ -56,13 +73,20 @@ CASES = {
     "lejepa": Case({"dims": (24, 24, 12), "directions": 16}, CROPS, norm=True),
     "rotation": Case({}, views.rotation(16)),
     "npid": Case({"dims": (12,), "negatives": 30, "temperature": 0.3, "ensure_neg": True}, views.npid(16)),
-    "npid shared": Case({"dims": (12,), "negatives": 30, "temperature": 0.3, "ensure_neg": True, "shared": True},
-                        views.npid(16), module="npid"),
+    "npid shared": Case(
+        {"dims": (12,), "negatives": 30, "temperature": 0.3, "ensure_neg": True, "shared": True},
+        views.npid(16),
+        module="npid",
+    ),
     "deepcluster": Case({"clusters": 6, "pca": 8}, views.deepcluster(16)),
-    "deepcluster pic": Case({"clusters": 30, "pca": 8, "algorithm": "pic", "sampling": "all", "reweight": 0.5},
-                            views.deepcluster(16), module="deepcluster"),
-    "odc": Case({"clusters": 6, "dims": (24, 12), "least": 6, "every": 2, "dropout": 0.0}, views.deepcluster(16),
-                norm=True),
+    "deepcluster pic": Case(
+        {"clusters": 30, "pca": 8, "algorithm": "pic", "sampling": "all", "reweight": 0.5},
+        views.deepcluster(16),
+        module="deepcluster",
+    ),
+    "odc": Case(
+        {"clusters": 6, "dims": (24, 12), "least": 6, "every": 2, "dropout": 0.0}, views.deepcluster(16), norm=True
+    ),
     "deepclusterv2": Case({"dims": (24, 12), "clusters": (6, 9, 4)}, CROPS, norm=True),
     "relative_loc": Case({"hidden": 24, "dropout": 0.0}, views.patches(5, resize=18, window=18), norm=True),
 }
@@ -73,21 +97,37 @@ def config(name: str, **changes):
     return importlib.import_module(f"fastssl.methods.{case.module or name}").Config(**{**case.settings, **changes})
 
 
-def run(name: str, *, norm: bool = False, batch: int = 16, micro: int | None = None, zero: int = 0, steps: int = 2,
-        **changes) -> Run:
+def run(
+    name: str,
+    *,
+    norm: bool = False,
+    batch: int = 16,
+    micro: int | None = None,
+    zero: int = 0,
+    steps: int = 2,
+    **changes,
+) -> Run:
     case = CASES[name]
     method = config(name, norm=norm, **changes) if case.norm else config(name, **changes)
-    return Run(method=method, backbone=case.backbone, data=Data(train="memory", views=case.views), seed=3, sync_bn=True,
-               optim=Optim(lr=0.05, batch=batch, epochs=1, steps=steps, weight_decay=1e-4, schedule="constant"),
-               speed=Speed(zero=zero, micro_batch=micro, workers=1), log=Log(tensorboard=False),
-               deepspeed={"zero_optimization": {"reduce_scatter": False}})  # with it ZeRO 3 refuses float64
+    return Run(
+        method=method,
+        backbone=case.backbone,
+        data=Data(train="memory", views=case.views),
+        seed=3,
+        sync_bn=True,
+        optim=Optim(lr=0.05, batch=batch, epochs=1, steps=steps, weight_decay=1e-4, schedule="constant"),
+        speed=Speed(zero=zero, micro_batch=micro, workers=1),
+        log=Log(tensorboard=False),
+        deepspeed={"zero_optimization": {"reduce_scatter": False}},
+    )  # with it ZeRO 3 refuses float64
 
 
 class Memory:
     """fastssl.loader.Loader over a few images in memory: the same order, shares and micro-batches without FFCV."""
 
-    def __init__(self, path, batch, *, seed=0, device=None, workers=None, micro=1, resident=False, shuffle=True,
-                 drop_last=True):
+    def __init__(
+        self, path, batch, *, seed=0, device=None, workers=None, micro=1, resident=False, shuffle=True, drop_last=True
+    ):
         g = torch.Generator().manual_seed(7)
         small = torch.randint(0, 256, (SAMPLES, 3, 4, 4), generator=g).float()
         images = torch.nn.functional.interpolate(small, size=SIDE, mode="bicubic").clamp(0, 255)
@@ -112,5 +152,6 @@ class Memory:
                 if len(part):
                     index, sizes = order[part], torch.full((len(part), 2), SIDE, dtype=torch.int32)
                     tensors = self.pixels[index], sizes, index, self.labels[index]
-                    yield Batch(*(x.to(self.device or "cpu") for x in tensors), epoch, step,
-                                int(part[0]) if ordered else None)
+                    yield Batch(
+                        *(x.to(self.device or "cpu") for x in tensors), epoch, step, int(part[0]) if ordered else None
+                    )

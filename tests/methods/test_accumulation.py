@@ -14,8 +14,24 @@ from fastssl import dist, engine
 from fastssl.meters import Meter
 
 BATCH, MICRO = 16, 4  # images
-MEANS = {"moco", "moco symmetric", "byol", "simsiam", "dino", "densecl", "supervised", "mae", "rotation", "npid",
-         "npid shared, any negative", "deepcluster", "deepcluster pic", "odc", "deepclusterv2", "relative_loc"}
+MEANS = {
+    "moco",
+    "moco symmetric",
+    "byol",
+    "simsiam",
+    "dino",
+    "densecl",
+    "supervised",
+    "mae",
+    "rotation",
+    "npid",
+    "npid shared, any negative",
+    "deepcluster",
+    "deepcluster pic",
+    "odc",
+    "deepclusterv2",
+    "relative_loc",
+}
 CASES = [*cases.CASES, "npid shared, any negative"]
 
 
@@ -44,9 +60,13 @@ def step(t) -> dict:
     torch.manual_seed(5)  # of dropout and shuffles
     out, _ = engine.train_step(t, list(itertools.islice(source, BATCH // MICRO)), Meter(t.device, batch=BATCH))
     t.step += 1
-    return {**found, **{n: b.clone() for n, b in t.method.named_buffers()},
-            **{f"out {n}": v for n, v in out.items()},
-            **{f"scalar {n}": torch.as_tensor(v) for n, v in t.scalars.items()}, "rng": torch.get_rng_state()}
+    return {
+        **found,
+        **{n: b.clone() for n, b in t.method.named_buffers()},
+        **{f"out {n}": v for n, v in out.items()},
+        **{f"scalar {n}": torch.as_tensor(v) for n, v in t.scalars.items()},
+        "rng": torch.get_rng_state(),
+    }
 
 
 @pytest.mark.parametrize("name", CASES)

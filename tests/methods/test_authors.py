@@ -65,9 +65,6 @@ def train(method, settings, views, steps, per_epoch=2):
     return losses
 
 
-# ---- first steps -----------------------------------------------------------------------------------------------------
-
-
 def test_relative_location_is_that_of_sixteen_passes():
     """OpenSelfSup encodes the pairs' neighbours and their centres, eight copies of each, in a call each."""
     method = build(relative_loc.Config(hidden=6, dropout=0.0))
@@ -102,8 +99,15 @@ def test_swav_moves_its_prototypes_as_the_original():
     """main_swav.py: prototypes are normalised before each step, their gradient is None while they are frozen."""
     config = swav.Config(dims=(6, 4), prototypes=5, freeze_epochs=1)
     ours, theirs = build(config), build(config)
-    settings = Optim(name="lars", lr=5.0, epochs=3, weight_decay=1e-2, schedule="constant", lr_in_momentum=False,
-                     lars_denominator="larc")
+    settings = Optim(
+        name="lars",
+        lr=5.0,
+        epochs=3,
+        weight_decay=1e-2,
+        schedule="constant",
+        lr_in_momentum=False,
+        lars_denominator="larc",
+    )
     losses = train(ours, settings, 3, steps=6)
     weights, proto = list(theirs.parameters()), theirs.prototypes.weight
     buffers, start = [None] * len(weights), proto.detach().clone()
@@ -139,13 +143,23 @@ def test_dino_leaves_its_prototypes_and_their_moments_alone_at_first():
     """main_dino.py: weight norm with g = 1, every tensor's gradient clipped, then None for the last layer's."""
     config = dino.Config(prototypes=7, dims=(6, 4), freeze_epochs=1)
     ours, theirs = build(config), build(config)
-    settings = Optim(name="adamw", lr=1e-2, epochs=3, weight_decay=0.1, schedule="constant", clip=0.02, clip_each=True,
-                     paramwise={"ndim<=1": {"weight_decay": 0.0}})
+    settings = Optim(
+        name="adamw",
+        lr=1e-2,
+        epochs=3,
+        weight_decay=0.1,
+        schedule="constant",
+        clip=0.02,
+        clip_each=True,
+        paramwise={"ndim<=1": {"weight_decay": 0.0}},
+    )
     losses = train(ours, settings, 3, steps=6)
     weights = [p for p in theirs.parameters() if p.requires_grad]
     flat = [p for p in weights if p.ndim == 1]
-    adamw = torch.optim.AdamW([{"params": [p for p in weights if p.ndim > 1], "weight_decay": 0.1},
-                               {"params": flat, "weight_decay": 0.0}], lr=1e-2)
+    adamw = torch.optim.AdamW(
+        [{"params": [p for p in weights if p.ndim > 1], "weight_decay": 0.1}, {"params": flat, "weight_decay": 0.0}],
+        lr=1e-2,
+    )
     center = torch.zeros(7, dtype=torch.float64)
     for step in range(6):
         x = images(3, step)
@@ -157,8 +171,12 @@ def test_dino_leaves_its_prototypes_and_their_moments_alone_at_first():
         with torch.no_grad():
             raw = head(theirs.target[0](torch.cat(x[:2])), theirs.target[1])
             teacher = F.softmax((raw - center) / 0.04, -1).chunk(2)
-        pairs = [-(t * F.log_softmax(s / 0.1, -1)).sum(-1).mean()
-                 for i, t in enumerate(teacher) for j, s in enumerate(student) if i != j]
+        pairs = [
+            -(t * F.log_softmax(s / 0.1, -1)).sum(-1).mean()
+            for i, t in enumerate(teacher)
+            for j, s in enumerate(student)
+            if i != j
+        ]
         loss = sum(pairs) / len(pairs)
         same(losses[step], loss.detach(), rtol=1e-9)
         adamw.zero_grad()
@@ -182,9 +200,16 @@ def test_barlow_moves_as_on_the_authors_gpus():
     w, lr, decay = 16, 0.5, 1e-2
     config = barlow.Config(dims=(6, 4))
     ours, theirs = build(config), build(config)
-    settings = Optim(name="lars", lr=lr, epochs=3, weight_decay=w * decay, schedule="constant", lr_in_momentum=False,
-                     lars_denominator="sum",
-                     paramwise={"ndim<=1": {"lr_mult": 0.024 / w, "weight_decay": 0.0, "lars_exclude": True}})
+    settings = Optim(
+        name="lars",
+        lr=lr,
+        epochs=3,
+        weight_decay=w * decay,
+        schedule="constant",
+        lr_in_momentum=False,
+        lars_denominator="sum",
+        paramwise={"ndim<=1": {"lr_mult": 0.024 / w, "weight_decay": 0.0, "lars_exclude": True}},
+    )
     losses = train(ours, settings, 2, steps=3)
     mu = {}
     for step in range(3):
@@ -236,9 +261,6 @@ def test_momentum_is_that_of_the_authors_step(name, later, monkeypatch):
     assert seen == pytest.approx(want, rel=1e-6)
 
 
-# ---- initial values --------------------------------------------------------------------------------------------------
-
-
 def deviation(weight):
     return float(weight.detach().std())
 
@@ -254,9 +276,13 @@ def test_mocov3_vit_starts_as_the_authors(name, heads):
     body = backbones.build(Backbone(name, options=options), mocov3.Config(freeze_patch_embed=True)).body
     width = body.embed_dim
     assert width // body.blocks[0].attn.num_heads == (32 if heads else 64)
-    xavier = {"patch_embed.proj": (768, width), "blocks.1.attn.qkv": (width, width),
-              "blocks.1.mlp.fc1": (width, 4 * width), "blocks.1.attn.proj": (width, width),
-              "blocks.1.mlp.fc2": (4 * width, width)}  # fmt: skip
+    xavier = {
+        "patch_embed.proj": (768, width),
+        "blocks.1.attn.qkv": (width, width),
+        "blocks.1.mlp.fc1": (width, 4 * width),
+        "blocks.1.attn.proj": (width, width),
+        "blocks.1.mlp.fc2": (4 * width, width),
+    }
     for layer, fans in xavier.items():
         layer = body.get_submodule(layer)
         assert deviation(layer.weight) == pytest.approx((2 / sum(fans)) ** 0.5, rel=0.02)
@@ -272,8 +298,11 @@ def test_openselfsups_networks_start_as_there():
         if isinstance(m, nn.Conv2d):
             assert deviation(m.weight) == pytest.approx((2 / m.weight[0].numel()) ** 0.5, rel=0.05)
     for name in ("moco", "simclr", "npid", "byol", "densecl"):
-        projector = cases.config(name, dims=(600, 400), init="openselfsup").build(
-            Net(512), samples=600, batch=4, kernels="reference", classes=None).projector
+        projector = (
+            cases.config(name, dims=(600, 400), init="openselfsup")
+            .build(Net(512), samples=600, batch=4, kernels="reference", classes=None)
+            .projector
+        )
         for layer, fan in zip([m for m in projector if isinstance(m, nn.Linear)], (512, 600)):
             assert deviation(layer.weight) == pytest.approx((2 / fan) ** 0.5, rel=0.03), name
             assert layer.bias is None or layer.bias.abs().max() == 0
@@ -309,8 +338,9 @@ def test_dinos_vit_starts_as_the_authors(name):
 def test_dinos_student_alone_drops_paths():
     backbone = backbones.build(Backbone("vit_small_patch16_224", options={"depth": 3, "drop_path_rate": 0.1}))
     method = dino.Config(prototypes=8, dims=(6, 4)).build(backbone, kernels="reference")
-    drops = [[m.drop_prob for m in part.modules() if hasattr(m, "drop_prob")]
-             for part in (method.backbone, method.target)]
+    drops = [
+        [m.drop_prob for m in part.modules() if hasattr(m, "drop_prob")] for part in (method.backbone, method.target)
+    ]
     assert max(drops[0]) == pytest.approx(0.1) and len(drops[1]) == len(drops[0]) and not any(drops[1])
 
 
@@ -318,8 +348,9 @@ def test_maes_decoder_is_the_authors():
     method = mae.Config(decoder=32, depth=1, heads=2).build(backbones.build(Backbone("test_vit")))
     norms = [m for part in (method.decoder, method.head) for m in part.modules() if isinstance(m, nn.LayerNorm)]
     assert len(norms) == 3 and {m.eps for m in norms} == {1e-6}
-    groups = optim.group_parameters(method.named_parameters(), Optim(
-        name="adamw", paramwise={"ndim<=1": {"weight_decay": 0.0}}), 1.0)
+    groups = optim.group_parameters(
+        method.named_parameters(), Optim(name="adamw", paramwise={"ndim<=1": {"weight_decay": 0.0}}), 1.0
+    )
     decayed = {id(p) for g in groups if g.options["weight_decay"] for p in g.params}
     assert id(method.mask_token) in decayed
 
@@ -341,9 +372,6 @@ def test_a_run_that_stops_while_prototypes_are_frozen_goes_on_alike(name, optimi
         shutil.rmtree(folder)
     resumed = state.whole(engine.fit(run, device="cpu", resume=True).method)
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
-
-
-# ---- the rest --------------------------------------------------------------------------------------------------------
 
 
 def test_targets_are_made_of_unrounded_pixels(monkeypatch):

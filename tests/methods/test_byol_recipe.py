@@ -30,9 +30,6 @@ def build(run):
     return settings.build(backbones.build(spec, settings)).double().train()
 
 
-# ---- the authors' formulas -------------------------------------------------------------------------------------------
-
-
 def cosine_decay(step, total):
     return 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
 
@@ -65,7 +62,8 @@ class Authors:
     @staticmethod
     def head(weights, name, x):
         assert {k for k in weights if k.startswith(name)} == {
-            f"{name}.{k}" for k in ("0.weight", "0.bias", "1.weight", "1.bias", "3.weight")}  # fmt: skip
+            f"{name}.{k}" for k in ("0.weight", "0.bias", "1.weight", "1.bias", "3.weight")
+        }
         x = x @ weights[f"{name}.0.weight"].T + weights[f"{name}.0.bias"]
         x = (x - x.mean(0)) * (x.var(0, unbiased=False) + 1e-5).rsqrt()
         x = (x * weights[f"{name}.1.weight"] + weights[f"{name}.1.bias"]).clamp(min=0)
@@ -90,9 +88,6 @@ class Authors:
             w += (1 - momentum) * (self.online[name] - w)
 
 
-# ---- and ours --------------------------------------------------------------------------------------------------------
-
-
 def test_first_steps_are_the_authors():
     """Loss, gradient and parameters of eleven steps, through warm-up into the cosine."""
     run = recipe()
@@ -107,8 +102,12 @@ def test_first_steps_are_the_authors():
         images = [torch.rand(N, 3, 16, 16, generator=g, dtype=torch.float64) for _ in range(2)]
         want = theirs.loss(images)
         grads = torch.autograd.grad(want, list(theirs.online.values()))
-        theirs.update(grads, learning_rate(step, lr, EPOCHS, STEPS_PER_EPOCH), weight_decay,
-                      target_momentum(step, momentum, EPOCHS))
+        theirs.update(
+            grads,
+            learning_rate(step, lr, EPOCHS, STEPS_PER_EPOCH),
+            weight_decay,
+            target_momentum(step, momentum, EPOCHS),
+        )
 
         schedule.set_lr(optimizer, step)
         optimizer.zero_grad()

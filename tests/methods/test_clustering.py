@@ -8,8 +8,6 @@ import pytest
 import torch
 from test_losses import D, N, Tiny, array, batch, build, close, log_softmax, rows, unit
 
-# ---- NPID ------------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_npid_tells_a_samples_own_row_from_its_negatives(shared):
@@ -68,9 +66,6 @@ def test_npid_needs_something_to_be_negative():
             cases.config("npid", **settings).build(Tiny(), samples=samples, classes=None, batch=8)
 
 
-# ---- DeepCluster -----------------------------------------------------------------------------------------------------
-
-
 def groups(samples=60, dim=8):
     """Features in five groups, and which group each is in."""
     group = torch.arange(samples) % 5
@@ -108,22 +103,27 @@ def test_deepcluster_draws_clusters_equally_often():
     assert torch.equal(method.weights, torch.full((5,), 0.2).double())
 
 
-@pytest.mark.parametrize("name, settings, most", [("deepcluster", {"clusters": 61, "pca": 0}, 60),
-                                                  ("odc", {"clusters": 61, "least": 7}, 8),
-                                                  ("deepclusterv2", {"clusters": (9, 61)}, 60)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, settings, most",
+    [
+        ("deepcluster", {"clusters": 61, "pca": 0}, 60),
+        ("odc", {"clusters": 61, "least": 7}, 8),
+        ("deepclusterv2", {"clusters": (9, 61)}, 60),
+    ],
+)
 def test_more_clusters_than_the_data_has(name, settings, most):
     with pytest.raises(ValueError, match=f"method.clusters=61 .* 60 samples .* set method.clusters to at most {most}$"):
         build(name, **settings)
 
 
 def test_deepcluster_settings_that_do_not_exist():
-    for settings, match in (({"algorithm": "dbscan"}, "method.algorithm='dbscan' is none of kmeans, pic, faiss"),
-                            ({"sampling": "some"}, "method.sampling='some'"), ({"pca": 9}, "method.pca=9 is more")):
+    for settings, match in (
+        ({"algorithm": "dbscan"}, "method.algorithm='dbscan' is none of kmeans, pic, faiss"),
+        ({"sampling": "some"}, "method.sampling='some'"),
+        ({"pca": 9}, "method.pca=9 is more"),
+    ):
         with pytest.raises(ValueError, match=match):
             build("deepcluster", **{"clusters": 5, "pca": 4, **settings})
-
-
-# ---- ODC -------------------------------------------------------------------------------------------------------------
 
 
 def odc(**settings):
@@ -213,8 +213,9 @@ def test_odc_keeps_the_sums_of_its_clusters_exactly():
     start, sizes = method.labels.clone(), set()
     for step in range(30):
         z = rows(N, D, seed=step).detach().float()
-        some = SimpleNamespace(index=torch.randint(60, (N,), generator=torch.Generator().manual_seed(step)),
-                               epoch=0, step=step)
+        some = SimpleNamespace(
+            index=torch.randint(60, (N,), generator=torch.Generator().manual_seed(step)), epoch=0, step=step
+        )
         method.after_step({"z": z}, some, 0.1)
         sizes |= set(torch.bincount(method.labels, minlength=4).tolist())
     assert len(sizes) > 10 and not torch.equal(method.labels, start)
@@ -233,9 +234,6 @@ def test_two_means_never_leaves_a_part_that_would_be_dissolved():
     assert cluster.two_means(outlier, 1).sum() == 1
     assert cluster.two_means(outlier, 3).sum() == 5
     assert cluster.two_means(torch.zeros(8, 3), 2).sum() == 4
-
-
-# ---- DeepCluster v2 --------------------------------------------------------------------------------------------------
 
 
 def test_deepcluster_v2_predicts_clusters_among_their_centroids():

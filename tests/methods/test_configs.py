@@ -20,8 +20,11 @@ SMOKE = [p for p in FILES if p.parent.name == "smoke"]
 
 def test_smoke_configs_have_the_figures_of_the_results():
     """docs/results.md is what was measured."""
-    rows = re.findall(r"^\| (\w+)(?: \(the teacher\))? \|.*\| ([\d.]+) \| \*\*([\d.]+)\*\* \|",
-                      (ROOT / "docs" / "results.md").read_text(), re.M)  # fmt: skip
+    rows = re.findall(
+        r"^\| (\w+)(?: \(the teacher\))? \|.*\| ([\d.]+) \| \*\*([\d.]+)\*\* \|",
+        (ROOT / "docs" / "results.md").read_text(),
+        re.M,
+    )
     assert {name for name, *_ in rows} == set(methods.names())
     for name, untrained, trained in rows:
         said = f"kNN (k=20) {trained} %, the untrained network {untrained} %"
@@ -65,8 +68,13 @@ def name(path):
 
 def build(run, batch=None, samples=1_281_167):
     backbone = backbones.build(run.backbone, run.method)
-    return run.method.build(backbone, samples=samples, classes=[str(i) for i in range(10)],
-                            batch=batch or run.optim.batch, kernels=run.speed.kernels)
+    return run.method.build(
+        backbone,
+        samples=samples,
+        classes=[str(i) for i in range(10)],
+        batch=batch or run.optim.batch,
+        kernels=run.speed.kernels,
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
@@ -122,8 +130,11 @@ def test_every_method_is_listed_in_one_family(capsys):
     assert methods.main([]) == 0
     listed = capsys.readouterr().out
     assert listed.count("paper    https://arxiv.org/abs/") == len(families) - 1  # "supervised" has none
-    assert all(name(path) in listed.replace("\n", " ") for path in FILES if path.name != "quickstart.py"
-               and path.stem != "simclr_cifar10")  # fmt: skip
+    assert all(
+        name(path) in listed.replace("\n", " ")
+        for path in FILES
+        if path.name != "quickstart.py" and path.stem != "simclr_cifar10"
+    )
     assert "state    target, pointers, queue" in listed  # MoCo's
 
 

@@ -18,9 +18,12 @@ STEPS, BATCH = 2, 16
 PLAIN, WITH_NORM = ((1, 1), (1, 4), (2, 1), (2, 2), (4, 1)), ((1, 1), (2, 1), (4, 1))
 MICRO = ((1, 1), (1, 4), (2, 2))
 ZERO = (2, 2, 3)  # and the ZeRO stage
-RUNS = [(name, norm, world, micro, zero)  # (case, batch norm in its heads, ranks, micro-batches, ZeRO stage)
-        for name, case in cases.CASES.items() for norm in ((False, True) if case.norm else (False,))
-        for world, micro, zero in ((*s, 0) for s in (WITH_NORM if norm else MICRO if case.norm else PLAIN))]
+RUNS = [
+    (name, norm, world, micro, zero)  # (case, batch norm in its heads, ranks, micro-batches, ZeRO stage)
+    for name, case in cases.CASES.items()
+    for norm in ((False, True) if case.norm else (False,))
+    for world, micro, zero in ((*s, 0) for s in (WITH_NORM if norm else MICRO if case.norm else PLAIN))
+]
 RUNS += [(name, False, *ZERO) for name in cases.CASES]
 RUNS += [(name, False, 2, 1, zero) for name in ("deepcluster", "swav") for zero in (1, 2)]  # they overwrite parameters
 
@@ -45,8 +48,9 @@ def measure(name: str, norm: bool, micro: int, zero: int) -> dict:
     from fastssl import dist, engine, state
     from fastssl.meters import Meter
 
-    t = engine.build(cases.run(name, norm=norm, batch=BATCH, micro=BATCH // dist.world() // micro, zero=zero),
-                     device="cpu")
+    t = engine.build(
+        cases.run(name, norm=norm, batch=BATCH, micro=BATCH // dist.world() // micro, zero=zero), device="cpu"
+    )
     meter, step, losses, grads = Meter(t.device, batch=BATCH), t.ds.optimizer.step, [], {}
 
     def spy():
@@ -80,9 +84,12 @@ def clustering() -> dict:
         ways["faiss"] = {"backend": "faiss"}
     for name, options in ways.items():
         result = cluster.kmeans(x[index], options.pop("clusters", 30), index, seed=4, **options)
-        found |= {f"{name} centroids": result.centroids, f"{name} counts": result.counts,
-                  f"{name} objective": torch.tensor(result.objective, dtype=torch.float64),
-                  f"{name} labels": cluster.scatter(result.labels, index, 403)}
+        found |= {
+            f"{name} centroids": result.centroids,
+            f"{name} counts": result.counts,
+            f"{name} objective": torch.tensor(result.objective, dtype=torch.float64),
+            f"{name} labels": cluster.scatter(result.labels, index, 403),
+        }
     found["white"] = cluster.scatter(cluster.pca_whiten(x[index], 4), index, 403)
     found["pic"] = cluster.scatter(cluster.pic(x[index], 100, index), index, 403)
     return found
@@ -197,14 +204,18 @@ def test_all_state_is_in_the_state_dict():
 
 
 def table(results: dict) -> str:
-    rows = ["| method | heads | ranks x micro-batches | loss | gradients | state after two steps |",
-            "|---|---|---|---|---|---|"]
+    rows = [
+        "| method | heads | ranks x micro-batches | loss | gradients | state after two steps |",
+        "|---|---|---|---|---|---|",
+    ]
     for key in OTHERS:
         name, norm, world, micro, zero = key
         heads = "batch norm over all ranks" if norm else "no batch norm" if cases.CASES[name].norm else "its own"
         loss, grads, state = (f"{v:.0e}" if v else "0" for v in compare(results, key))
-        rows.append(f"| {name} | {heads} | {world} x {micro}{f', ZeRO {zero}' * bool(zero)} | {loss} | "
-                    f"{'' if zero else grads} | {state} |")
+        rows.append(
+            f"| {name} | {heads} | {world} x {micro}{f', ZeRO {zero}' * bool(zero)} | {loss} | "
+            f"{'' if zero else grads} | {state} |"
+        )
     return "\n".join(rows)
 
 

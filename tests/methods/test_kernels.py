@@ -12,10 +12,23 @@ import torch
 
 from fastssl import backbones, engine, kernels
 
-OPS = [importlib.import_module(f"fastssl.kernels.{module.name}")
-       for module in pkgutil.iter_modules(kernels.__path__) if module.ispkg]  # fmt: skip
-WITHOUT = {"simsiam", "barlow", "vicreg", "vicreg wide", "supervised", "mae", "lejepa", "rotation", "relative_loc",
-           "deepcluster pic"}  # no op beyond the views
+OPS = [
+    importlib.import_module(f"fastssl.kernels.{module.name}")
+    for module in pkgutil.iter_modules(kernels.__path__)
+    if module.ispkg
+]
+WITHOUT = {
+    "simsiam",
+    "barlow",
+    "vicreg",
+    "vicreg wide",
+    "supervised",
+    "mae",
+    "lejepa",
+    "rotation",
+    "relative_loc",
+    "deepcluster pic",
+}  # no op beyond the views
 
 
 @pytest.fixture
@@ -23,6 +36,7 @@ def asked(monkeypatch):
     """(op, impl) of every call of an op of fastssl.kernels."""
     calls = []
     for op in OPS:
+
         def choose(impl, x, op=op, true=op.choose):
             calls.append((op.__name__.rpartition(".")[2], impl))
             return true(impl, x)
@@ -36,8 +50,13 @@ def test_a_method_hands_speed_kernels_to_every_op(name, asked):
     run, loader = cases.run(name), cases.Memory(None, 12)
     run = replace(run, speed=replace(run.speed, kernels="reference"))
     torch.manual_seed(0)
-    method = run.method.build(backbones.build(run.backbone), samples=loader.samples, classes=loader.classes,
-                              batch=loader.batch, kernels=run.speed.kernels)
+    method = run.method.build(
+        backbones.build(run.backbone),
+        samples=loader.samples,
+        classes=loader.classes,
+        batch=loader.batch,
+        kernels=run.speed.kernels,
+    )
     t = SimpleNamespace(run=run, loader=loader, method=method, ds=method, device=torch.device("cpu"), epoch=0)
     if hasattr(method, "before_epoch"):
         method.before_epoch(0, partial(engine.survey, t))

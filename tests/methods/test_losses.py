@@ -62,9 +62,6 @@ def array(x):
     return x.detach().numpy()
 
 
-# ---- formulas --------------------------------------------------------------------------------------------------------
-
-
 def test_byol_is_the_squared_distance_of_unit_vectors_both_ways():
     p, z = rows(N, 2, D), rows(N, 2, D, seed=2)
     u, v = unit(array(p)), unit(array(z))
@@ -135,9 +132,11 @@ def test_vicreg_is_that_of_its_three_terms(width):
     x = array(z)
     cov = [np.cov(x[:, v].T) for v in (0, 1)]
     std = [np.sqrt(x[:, v].var(0, ddof=1) + 1e-4) for v in (0, 1)]
-    want = {"invariance": ((x[:, 0] - x[:, 1]) ** 2).mean(),
-            "variance": sum(np.maximum(0, 1 - s).mean() for s in std) / 2,
-            "covariance": sum((c**2).sum() - (np.diag(c) ** 2).sum() for c in cov) / width}
+    want = {
+        "invariance": ((x[:, 0] - x[:, 1]) ** 2).mean(),
+        "variance": sum(np.maximum(0, 1 - s).mean() for s in std) / 2,
+        "covariance": sum((c**2).sum() - (np.diag(c) ** 2).sum() for c in cov) / width,
+    }
     out = build("vicreg", invariance=25.0, variance=24.0, covariance=2.0).loss({"z": z}, batch())
     for name, value in want.items():
         close(out[name], value)
@@ -177,8 +176,9 @@ def test_nnclr_takes_the_nearest_row_of_the_queue_as_positive():
 
 
 def test_dino_compares_all_crops_with_the_centred_teacher_of_the_large_ones():
-    method = build("dino", dims=(D,), prototypes=7, teacher_temperature=0.04, teacher_temperature_end=0.07,
-                   teacher_epochs=4)
+    method = build(
+        "dino", dims=(D,), prototypes=7, teacher_temperature=0.04, teacher_temperature_end=0.07, teacher_epochs=4
+    )
     method.center += torch.randn(7).double()
     s, t = rows(N, 4, 7), rows(N, 2, 7, seed=2)
     teacher = np.exp(log_softmax((array(t) - array(method.center)) / 0.06))  # epoch 2 of 0, 1, 2, 3
@@ -224,8 +224,11 @@ def test_simclr_and_its_relatives_are_sums_over_pairs(name):
     s, want = u @ u.T / 0.5, 0.0
     for i in range(2 * N):
         label = LABEL[i % N]
-        positives = [j for j in range(2 * N) if j != i and (
-            j % N == i % N or (name == "supcon" and label >= 0 and LABEL[j % N] == label))]
+        positives = [
+            j
+            for j in range(2 * N)
+            if j != i and (j % N == i % N or (name == "supcon" and label >= 0 and LABEL[j % N] == label))
+        ]
         others = [j for j in range(2 * N) if j != i and not (name == "dcl" and j in positives)]
         want += np.log(np.exp(s[i, others]).sum()) - s[i, positives].mean()
     close(build(name, temperature=0.5).loss({"z": z}, batch())["loss"], want / (2 * N))
@@ -240,8 +243,13 @@ def test_densecl_pairs_the_places_that_look_alike():
         return -log_softmax(np.concatenate([[a @ b], queue @ a]) / 0.3)[0]
 
     single = np.mean([info(a, b, array(method.queue)) for a, b in zip(unit(array(q)), unit(array(k)))])
-    dense = np.mean([info(unit(array(qd))[i, s], unit(array(kd))[i, match[i, s]], array(method.dense_queue))
-                     for i in range(N) for s in range(4)])
+    dense = np.mean(
+        [
+            info(unit(array(qd))[i, s], unit(array(kd))[i, match[i, s]], array(method.dense_queue))
+            for i in range(N)
+            for s in range(4)
+        ]
+    )
     out = method.loss({"q": q, "k": k, "q_dense": qd, "k_dense": kd, "match": match}, batch())
     close(out["loss"], 0.75 * single + 0.25 * dense)
 
@@ -300,7 +308,7 @@ def test_sigreg_is_the_integral_over_characteristic_functions():
     a = torch.randn(D, 4, generator=generator).numpy().astype(np.float64)
     a /= np.linalg.norm(a, axis=0)
     t = np.linspace(-5, 5, 20001)
-    gauss, found = np.exp(-t**2 / 2), []
+    gauss, found = np.exp(-(t**2) / 2), []
     for v in range(3):
         for m in range(4):
             phi = np.exp(1j * np.outer(array(z)[:, v] @ a[:, m], t)).mean(0)
@@ -318,9 +326,6 @@ def test_sigreg_tells_a_gaussian_from_a_collapse():
     z = torch.randn(512, 2, 8, generator=torch.Generator().manual_seed(0)).double()
     good, bad = (method.loss({"z": v}, batch())["sigreg"] for v in (z, z * 0.01))
     assert good < 1.5 and bad > 50, (good, bad)
-
-
-# ---- MAE -------------------------------------------------------------------------------------------------------------
 
 
 def mae(**settings):
@@ -360,13 +365,22 @@ def test_mae_masks_are_keyed_by_sample_and_epoch():
     assert (counts - 0.5).abs().max() < 0.05, "every place is masked equally often"
 
 
-# ---- gradients and targets -------------------------------------------------------------------------------------------
-
 # method: (outputs that get no gradient, outputs that do)
-FLOW = {"moco": ("k", "q"), "moco symmetric": ("k", "q"), "byol": ("z", "p"), "simsiam": ("z", "p"),
-        "mocov3": ("k", "q"), "nnclr": ("z", "p"), "dino": ("teacher", "student"), "swav": ("z", "scores"),
-        "densecl": ("k k_dense", "q q_dense"), "mae": ("target", "pred"), "barlow": ("", "z"), "vicreg": ("", "z"),
-        "lejepa": ("", "z")}
+FLOW = {
+    "moco": ("k", "q"),
+    "moco symmetric": ("k", "q"),
+    "byol": ("z", "p"),
+    "simsiam": ("z", "p"),
+    "mocov3": ("k", "q"),
+    "nnclr": ("z", "p"),
+    "dino": ("teacher", "student"),
+    "swav": ("z", "scores"),
+    "densecl": ("k k_dense", "q q_dense"),
+    "mae": ("target", "pred"),
+    "barlow": ("", "z"),
+    "vicreg": ("", "z"),
+    "lejepa": ("", "z"),
+}
 
 
 @pytest.mark.parametrize("name", FLOW)
@@ -448,9 +462,6 @@ def test_nnclr_and_swav_queue_the_embeddings_of_the_step():
     assert method.pointers.tolist() == [N, N]
 
 
-# ---- errors before any step ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["supervised", "supcon"])
 def test_labels_asked_of_an_unlabelled_file(name):
     with pytest.raises(ValueError, match=f"{name} learns from labels and data.train has no classes"):
@@ -508,6 +519,10 @@ def test_fixed_positions_are_the_authors(method, columns_first):
     assert body.pos_embed.shape == (1, 1 + 3 * 5, 4 * quarter) and body.pos_embed[0, 0].abs().max() == 0
     for row, column in ((0, 3), (2, 1)):
         first, second = (column, row) if columns_first else (row, column)
-        want = [f(place / 10000 ** (i / quarter)) for place in (first, second) for f in (math.sin, math.cos)
-                for i in range(quarter)]  # fmt: skip
+        want = [
+            f(place / 10000 ** (i / quarter))
+            for place in (first, second)
+            for f in (math.sin, math.cos)
+            for i in range(quarter)
+        ]
         np.testing.assert_allclose(body.pos_embed[0, 1 + 5 * row + column], want, atol=1e-6)
