@@ -21,8 +21,8 @@ from fastssl.kernels.ntxent import cases as ntxent
 from fastssl.kernels.ntxent import reference as ntxent_reference
 from fastssl.kernels.ntxent.launch import matmul_float32
 from fastssl.kernels.sinkhorn import cases as sinkhorn
-from fastssl.kernels.softxent import cases as softxent
-from fastssl.kernels.softxent import reference as softxent_reference
+from fastssl.kernels.soft_cross_entropy import cases as soft_cross_entropy
+from fastssl.kernels.soft_cross_entropy import reference as soft_cross_entropy_reference
 from fastssl.kernels.testing import assert_as_good_as, check, leaf
 
 TRUTH_ROWS = 16384  # above it, fp64 truth is computed chunk by chunk
@@ -79,10 +79,12 @@ def compiled(module, case, x):
                 q, x["bank"], x["positive"], x["negatives"], case.temperature, case.normalize
             ),
         )
-    elif module is softxent:
+    elif module is soft_cross_entropy:
         inputs, f = (
             [leaf(x["student"])],
-            lambda s: softxent_reference.softxent(s, x["teacher"], case.student, case.teacher, x["center"]),
+            lambda s: soft_cross_entropy_reference.soft_cross_entropy(
+                s, x["teacher"], case.student, case.teacher, x["center"]
+            ),
         )
     else:  # sinkhorn has no gradient
         return under_autocast(case, torch.compile(partial(module.call, case, x, "reference"), dynamic=False))
@@ -266,10 +268,10 @@ OPS = {
         lambda c: (None, c.rows * c.prototypes * (2 * c.iterations * c.dtype.itemsize + 4)),
         {sinkhorn.Case(512, 65536): 150},
     ),
-    "softxent": Op(
-        softxent.BENCH,
-        lambda c: check(softxent, c, "cuda"),
-        lambda c: loss_ways(softxent, c),
+    "soft_cross_entropy": Op(
+        soft_cross_entropy.BENCH,
+        lambda c: check(soft_cross_entropy, c, "cuda"),
+        lambda c: loss_ways(soft_cross_entropy, c),
         lambda c: (None, 5 * c.rows * c.prototypes * c.dtype.itemsize),
         {},
     ),

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from fastssl import views as recipes
-from fastssl.kernels.views import make_views
+from fastssl.kernels.augment import make_views
 
 MEAN_AREA = 0.434  # of random-resized crops of scale (0.08, 1) in a photograph of 500 x 375
 

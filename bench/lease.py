@@ -39,7 +39,7 @@ VARIANTS = {  # of the step, in order of value
     "compile_graph": ["speed.graph=on", "speed.compile=True"],
     "compile": ["speed.graph=off", "speed.compile=True"],
 }
-KERNELS = ("infonce", "ntxent", "views", "softxent", "sinkhorn", "gathered", "memory")
+KERNELS = ("infonce", "ntxent", "views", "soft_cross_entropy", "sinkhorn", "gathered", "memory")
 
 
 @dataclass(frozen=True)

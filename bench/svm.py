@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from common import append, environment
 
-from fastssl.eval import svm, svm_fits, svm_solver
-from fastssl.eval.svm_fits import average_precision
+from fastssl.eval import svm
+from fastssl.eval.svm import newton as svm_solver
+from fastssl.eval.svm import solvers as svm_fits
+from fastssl.eval.svm.solvers import average_precision
 
 VOC07 = (240, 255, 333, 188, 262, 197, 761, 344, 572, 146, 263, 430, 294, 249, 2095, 273, 97, 372, 263, 279)
 

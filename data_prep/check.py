@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from fastssl import untrusted
+from fastssl.files import untrusted
 
 from .layout import ALLOCATION, FIELD, HEADER, RAW, VERSION, decode_jpeg, sample_table
 from .write import Progress, Target, geometry, sha256

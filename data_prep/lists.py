@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastssl import untrusted
+from fastssl.files import untrusted
 
 from .sources import SUFFIXES, Source
 from .tree import FileRef

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastssl import untrusted
+from fastssl.files import untrusted
 
 MAX_OPERATIONS = 5_000_000  # CIFAR-100's largest file has 0.4 million
 INTEGERS = {f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)}

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastssl import dist, settings
-from fastssl.config import Run
+from fastssl import dist
+from fastssl.config import Run, settings
 from fastssl.data_prep.image import Options
 from fastssl.data_prep.memory import open_memory
 from fastssl.data_prep.write import convert as write
-from fastssl.eval import subject
+from fastssl.eval import target as subject
 
 
 def fit(run: Run, hooks: Sequence = (), *, resume: bool = False, device: str | None = None):

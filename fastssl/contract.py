@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastssl import settings
+from fastssl.config import settings
 
 METHOD = ("backbone", "views", "forward", "loss", "after_step")
 HOOK = ("before_epoch", "after_step", "after_epoch")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from fastssl import untrusted
+from fastssl.files import untrusted
 
 _threads = torch.get_num_threads()
 from ffcv.fields import IntField, NDArrayField, RGBImageField  # noqa: E402

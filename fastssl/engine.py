@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl import backbones, config, contract, dist, ending, graph, limits, norm, optim, state, weights
+from fastssl import backbones, config, contract, dist, ending, graph, limits, norm, optim, weights
+from fastssl import checkpoint as state
 from fastssl import hooks as monitors
 from fastssl import views as recipes
 from fastssl.amp import DTYPES, LossScale, emulated
 from fastssl.config import Run
-from fastssl.kernels.views import make_views
+from fastssl.kernels.augment import make_views
 from fastssl.loader import Batch, Loader
 from fastssl.log import REMEDY, Log
 from fastssl.meters import Meter

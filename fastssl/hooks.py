@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastssl import dist, views
 from fastssl.config import Run
-from fastssl.eval import classes, features, knn
+from fastssl.eval import features, knn
+from fastssl.eval.features import classes
 from fastssl.loader import Loader
 from fastssl.log import Later
 

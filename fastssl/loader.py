@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl import dist, untrusted
+from fastssl import dist
+from fastssl.files import untrusted
 
 AHEAD = 2  # micro-batches decoded before they are asked for; more only costs memory once the decoder keeps up
 RESIDENT_SHARE = 0.5  # of the free memory: the rest is for the model, its activations and the optimizer

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl import dist, untrusted
+from fastssl import dist
+from fastssl.files import untrusted
 
 FETCH = 10  # steps between two copies of scalars to the host; a killed run loses the lines of about so many steps
 REMEDY = "lower optim.lr, lengthen optim.warmup_epochs, set optim.clip, or use bf16 or fp32 instead of fp16"

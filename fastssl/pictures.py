@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from fastssl.kernels.views import View, make_views
+from fastssl.kernels.augment import View, make_views
 from fastssl.loader import Batch, Loader
 
 SIDE = 64  # pixels of one tile

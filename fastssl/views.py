@@ -1,4 +1,4 @@
-"""Recipes: what each method shows its network, as tuples of `View` (pure data; kernels/views applies them).
+"""Recipes: what each method shows its network, as tuples of `View` (pure data; kernels/augment applies them).
 
 Figures are those of OpenSelfSup's configs (224 pixels); solo-learn's CIFAR-10 recipes are the same operations with
 bicubic crops, e.g. simclr(32, interpolation="bicubic", **CIFAR10).  Keywords are fields of View and go to every view:
@@ -7,9 +7,9 @@ simclr(224, extra=(Lighting(0.1), Erase(p=0.25))).  A recipe of one's own is a t
 
 from dataclasses import replace
 
-from fastssl.kernels.views import View
-from fastssl.kernels.views.extra import Erase, Lighting, Random, Transform
-from fastssl.kernels.views.randaugment import RandAugment
+from fastssl.kernels.augment import View
+from fastssl.kernels.augment.extra import Erase, Lighting, Random, Transform
+from fastssl.kernels.augment.randaugment import RandAugment
 
 __all__ = [
     "CIFAR10",

@@ -10,7 +10,7 @@ from .multi_tensor import lars_, lerp_, square_sums
 from .ntxent import ntxent
 from .queue import push_
 from .sinkhorn import sinkhorn, sinkhorn_center
-from .softxent import softxent
+from .soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
     "centroids_",
@@ -23,7 +23,7 @@ __all__ = [
     "push_",
     "sinkhorn",
     "sinkhorn_center",
-    "softxent",
+    "soft_cross_entropy",
     "square_sums",
     "update_",
 ]

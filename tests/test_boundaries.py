@@ -16,13 +16,16 @@ import safetensors.torch
 import torch
 from conftest import jpeg, photo
 
-from fastssl import checkpoint, log, state, untrusted, weights
+from fastssl import checkpoint as state
+from fastssl import log, weights
+from fastssl.checkpoint import folder as checkpoint
 from fastssl.config import Backbone
 from fastssl.data_prep import check
 from fastssl.data_prep.image import Options, store_many
 from fastssl.data_prep.lists import open_list
 from fastssl.data_prep.sources import open_images, read_pickle
 from fastssl.data_prep.tree import open_tree
+from fastssl.files import untrusted
 
 CASES = 300
 ODD = [None, True, -1, 0, 1, 2**31, 2**63, 2**64, 1e308, "", "x", "\0", "../x", [], {}, [None], {"a": 1}, [[[]]], "nan"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastssl import checkpoint
+from fastssl.checkpoint import folder as checkpoint
 
 
 def write(run, step, keep=3):

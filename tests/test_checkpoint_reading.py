@@ -15,7 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "methods"))
 import method_cases as cases
 
-from fastssl import checkpoint, train, untrusted
+from fastssl import train
+from fastssl.checkpoint import folder as checkpoint
+from fastssl.files import untrusted
 
 
 class Bomb:
@@ -72,7 +74,7 @@ def test_every_stage_resumes_through_the_safe_reader(saved, folder, zero):
     from fastssl import engine
 
     t = engine.fit(make_run(zero, folder), resume=True, device="cpu")
-    assert t.ds.checkpoint_engine.load.__module__ == "fastssl.state"
+    assert t.ds.checkpoint_engine.load.__module__ == "fastssl.checkpoint"
     assert log(t.folder) == saved[1][zero]
 
 
@@ -181,7 +183,7 @@ def test_a_compressed_file_is_not_inflated(tmp_path):
 
 READ = """
 import sys
-from fastssl import untrusted
+from fastssl.files import untrusted
 for path in sys.argv[1:]:
     try:
         untrusted.read_pt(path)

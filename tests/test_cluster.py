@@ -7,7 +7,7 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
-from fastssl import cluster
+from fastssl import clustering as cluster
 
 
 def normal(*shape, seed=0):

@@ -62,7 +62,8 @@ def make_run(beton: str, method: str, micro: int, optimizer: str, speed: dict, p
 
 def record(t) -> dict:
     """Losses of STEPS steps, the gradients of the first, and the state after the last."""
-    from fastssl import backbones, dist, engine, state
+    from fastssl import backbones, dist, engine
+    from fastssl import checkpoint as state
     from fastssl.meters import Meter
 
     meter, losses, grads = Meter(t.device, batch=BATCH), [], {}
@@ -111,7 +112,8 @@ def normalised() -> dict:
 
 def overflow(t) -> list[dict]:
     """Three steps in fp16, the second with a loss scale that overflows: what each did to weights, queue and scale."""
-    from fastssl import engine, state
+    from fastssl import checkpoint as state
+    from fastssl import engine
     from fastssl.meters import Meter
 
     done, source, meter = [], t.loader.epoch(0), Meter(t.device, batch=BATCH)

@@ -15,9 +15,11 @@ import torch
 import torchvision
 from torch import nn
 
-from fastssl import backbones, checkpoint, config, export, views, weights
+from fastssl import backbones, config, views, weights
+from fastssl.checkpoint import folder as checkpoint
 from fastssl.config import Backbone
 from fastssl.methods import byol
+from fastssl.weights import export
 
 
 def build(seed=0, **spec):

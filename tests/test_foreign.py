@@ -10,8 +10,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from fastssl import backbones, export, foreign, weights
+from fastssl import backbones, weights
 from fastssl.config import Backbone
+from fastssl.weights import export, foreign
 
 sys.path.insert(0, str(Path(__file__).parent))
 import peer_networks as peers

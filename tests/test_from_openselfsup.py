@@ -8,8 +8,8 @@ import pytest
 
 from fastssl import config, methods, views
 from fastssl.__main__ import COMMANDS
-from fastssl.export import WRITERS
-from fastssl.kernels.views import View
+from fastssl.kernels.augment import View
+from fastssl.weights.export import WRITERS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "from_openselfsup.md").read_text()

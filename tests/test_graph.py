@@ -292,7 +292,7 @@ def test_a_run_resumes_to_the_same_bits(tmp_path):
     """With dropout, whose random numbers a graph counts itself."""
     import safetensors.torch
 
-    from fastssl import checkpoint
+    from fastssl.checkpoint import folder as checkpoint
 
     found = []
     for folder, graph, resume in (("off", "off", False), ("on", "on", False), ("on", "on", True)):

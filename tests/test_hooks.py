@@ -15,7 +15,7 @@ from torch import nn
 
 from fastssl import dist, hooks
 from fastssl.config import Data, Log, Optim, Run
-from fastssl.kernels.views import View
+from fastssl.kernels.augment import View
 from fastssl.log import read
 
 N, DIM, CLASSES = 64, 12, 3

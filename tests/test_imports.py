@@ -10,17 +10,16 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("kernels", "data_prep", "configs")  # imported as fastssl.kernels, ...
 # A package (kernels, data_prep, eval) is one word; inside it modules may import each other.
 LAYERS = """
-    parsing ptfile
-    untrusted
-    kernels data_prep settings
-    configfile named
-    config dist positions
+    parsing files
+    kernels data_prep
+    config
+    dist
     decode
-    amp norm loader backbones optim checkpoint log meters cluster ending
-    foreign graph limits
-    state weights
-    export
-    tools doctor
+    amp norm loader backbones optim log meters clustering ending
+    graph limits
+    checkpoint
+    weights
+    doctor
     contract
     views pictures
     methods.parts

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastssl import backbones, positions
+from fastssl import backbones
+from fastssl.backbones import positions
 from fastssl.config import Backbone
 
 

@@ -15,7 +15,9 @@ import safetensors.torch
 import torch
 from conftest import photo, write_beton
 
-from fastssl import backbones, checkpoint, config, report, state, views
+from fastssl import backbones, config, report, views
+from fastssl import checkpoint as state
+from fastssl.checkpoint import folder as checkpoint
 from fastssl.config import Backbone, Data, Optim, Run
 from fastssl.methods import simclr
 from fastssl.report import charts, runs, tables
@@ -435,6 +437,6 @@ def test_an_axis_is_not_flattened_by_one_value():
 
 
 def test_settings_are_flattened():
-    view = {"type": "fastssl.kernels.views.params.View", "size": 32, "flip": 0.5, "scale": [0.08, 1.0]}
+    view = {"type": "fastssl.kernels.augment.params.View", "size": 32, "flip": 0.5, "scale": [0.08, 1.0]}
     flat = tables.flatten({"a": {"b": None, "c": [1, 2]}, "views": [view], "e": {}})
     assert flat == {"a.b": "null", "a.c": "[1, 2]", "views[0].size": "32", "views[0].flip": "0.5", "e": "{}"}

@@ -83,7 +83,7 @@ def test_the_first_lines_say_what_is_trained_and_the_last_what_is_next(train):
 
 
 def test_a_folder_in_use_or_with_checkpoints_is_refused(train):
-    from fastssl import checkpoint
+    from fastssl.checkpoint import folder as checkpoint
 
     with checkpoint.lock("work_dirs/r"):
         code, lines = train()
@@ -160,7 +160,7 @@ def test_what_is_not_finite_takes_no_checkpoints_place(train):
 
 
 def test_a_weight_that_is_not_finite_is_seen():
-    from fastssl import state
+    from fastssl import checkpoint as state
 
     layer = torch.nn.Linear(3, 2)
     assert state.finite(layer)

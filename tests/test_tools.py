@@ -13,10 +13,12 @@ import safetensors.torch
 import torch
 import torchvision
 
-from fastssl import backbones, checkpoint, config, tools, views, weights
+from fastssl import backbones, config, views, weights
 from fastssl.__main__ import COMMANDS, main
+from fastssl.checkpoint import folder as checkpoint
 from fastssl.config import Backbone
 from fastssl.methods import byol
+from fastssl.weights import tools
 
 SMALL = Backbone("resnet10", width=8, stem="cifar")
 

@@ -11,8 +11,10 @@ import torch
 import torchvision
 from torch import nn
 
-from fastssl import backbones, checkpoint, export, weights
+from fastssl import backbones, weights
+from fastssl.checkpoint import folder as checkpoint
 from fastssl.config import Backbone
+from fastssl.weights import export
 
 
 def build(name="resnet18", seed=0, **options):

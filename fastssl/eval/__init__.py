@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser(name: str, protocol) -> Parser:
-    from fastssl.eval import subject as subjects
+    from fastssl.eval import target as subjects
 
     made = Parser(f"fastssl eval {name}", protocol.__doc__)
     subjects.add_options(made, getattr(protocol, "WITHOUT", ()))
@@ -92,7 +92,7 @@ def parser(name: str, protocol) -> Parser:
 def run(protocol, args: argparse.Namespace) -> dict:
     """The protocol's result, with what it was computed from; `args.out` becomes where it is to be written."""
     from fastssl import dist
-    from fastssl.eval import subject as subjects
+    from fastssl.eval import target as subjects
 
     subject = subjects.load(args, protocol.NEEDS, getattr(protocol, "LABELLED", "all"))
     args.out = args.out or default_out(subject, protocol.__name__.rpartition(".")[2], args)
@@ -155,7 +155,7 @@ def table(results: list[dict]) -> str:
 
 
 def _write(path: str, result: dict) -> None:
-    from fastssl import export
+    from fastssl.weights import export
 
     with export.complete(Path(path)) as temporary:
         temporary.write_text(json.dumps(_plain(result), indent=1) + "\n")

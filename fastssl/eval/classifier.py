@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastssl import weights
 from fastssl.eval.features import check, hits
-from fastssl.eval.subject import Subject
+from fastssl.eval.target import Subject
 
 NEEDS = ("test",)
 WITHOUT = ("train", "features")

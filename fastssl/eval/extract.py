@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastssl import dist, export
-from fastssl.eval import cache, features
-from fastssl.eval.cache import on_main
+from fastssl import dist
+from fastssl.eval import features
+from fastssl.eval.features import cache
+from fastssl.eval.features.cache import on_main
 from fastssl.eval.maps import output_folder
-from fastssl.eval.subject import Subject
+from fastssl.eval.target import Subject
+from fastssl.weights import export
 
 NEEDS = ()  # whichever of the two files there is
 ELSEWHERE = "give another --folder"

@@ -13,8 +13,8 @@ import copy
 
 from fastssl import dist
 from fastssl.config import Optim
-from fastssl.eval import tuning
-from fastssl.eval.subject import Subject
+from fastssl.eval.target import Subject
+from fastssl.eval.training import loop as tuning
 
 NEEDS = ("train", "test")
 WITHOUT = ("cache", "no_cache")  # what is trained has no features to keep

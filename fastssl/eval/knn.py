@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastssl import dist
 from fastssl.eval.features import check, hits
-from fastssl.eval.subject import Subject, numbers
+from fastssl.eval.target import Subject, numbers
 
 QUERIES = 1024  # rows of the similarity matrix at a time
 SIMILARITIES = 1 << 26  # entries of it at a time: 256 MB

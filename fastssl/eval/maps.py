@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl import dist, export
-from fastssl.eval.subject import Subject
+from fastssl import dist
+from fastssl.eval.target import Subject
 from fastssl.loader import permutation
+from fastssl.weights import export
 
 NEEDS = ("test",)
 WITHOUT = ("train",)

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl import dist, export, pictures
+from fastssl import dist, pictures
 from fastssl.eval import knn
 from fastssl.eval.maps import output_folder, sample
-from fastssl.eval.subject import Subject
+from fastssl.eval.target import Subject
+from fastssl.weights import export
 
 NEEDS = ("train", "test")
 LABELLED = "none"

@@ -16,9 +16,10 @@ import numpy as np
 
 from fastssl import dist
 from fastssl.config import Optim
-from fastssl.eval import cache, tuning
-from fastssl.eval.kept import Kept
-from fastssl.eval.subject import Subject, numbers
+from fastssl.eval.features import cache
+from fastssl.eval.target import Subject, numbers
+from fastssl.eval.training import loop as tuning
+from fastssl.eval.training.kept import Kept
 from fastssl.loader import Loader, permutation
 
 NEEDS = ("train", "test")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl import cluster
+from fastssl import clustering as cluster
 from fastssl.methods import parts
 
 

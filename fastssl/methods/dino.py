@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import dist
-from fastssl.kernels.softxent import softxent
+from fastssl.kernels.soft_cross_entropy import soft_cross_entropy
 from fastssl.methods import parts
 
 
@@ -84,7 +84,7 @@ class DINO(nn.Module):
         temperatures = self.config.temperature, self.teacher_temperature(batch.epoch)
         student, teacher = out["student"].unbind(1), out["teacher"].unbind(1)
         pairs = [
-            softxent(s, t, *temperatures, center=self.center, impl=self.kernels)
+            soft_cross_entropy(s, t, *temperatures, center=self.center, impl=self.kernels)
             for i, t in enumerate(teacher)
             for j, s in enumerate(student)
             if i != j

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fastssl import positions
+from fastssl.backbones import positions
 from fastssl.kernels import philox
 from fastssl.methods import parts
 

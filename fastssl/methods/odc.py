@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl import cluster, dist
+from fastssl import clustering as cluster
+from fastssl import dist
 from fastssl.kernels import update_
 
 

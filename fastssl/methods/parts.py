@@ -18,7 +18,8 @@ import torch.distributed as td
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl import dist, positions
+from fastssl import dist
+from fastssl.backbones import positions
 from fastssl.kernels import multi_tensor
 
 RELU = partial(nn.ReLU, inplace=True)

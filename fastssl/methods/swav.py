@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastssl import dist
 from fastssl.kernels import push_
 from fastssl.kernels.sinkhorn import sinkhorn_center
-from fastssl.kernels.softxent import softxent
+from fastssl.kernels.soft_cross_entropy import soft_cross_entropy
 from fastssl.methods import parts
 
 
@@ -68,7 +68,7 @@ class SwAV(nn.Module):
         pairs = []
         for i, center in enumerate(self.centers(scores[: c.large], batch.epoch)):
             pairs += [
-                softxent(s, scores[i], c.temperature, c.epsilon, center=center, impl=self.kernels)
+                soft_cross_entropy(s, scores[i], c.temperature, c.epsilon, center=center, impl=self.kernels)
                 for j, s in enumerate(scores)
                 if j != i
             ]

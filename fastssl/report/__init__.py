@@ -18,12 +18,13 @@ from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
-from fastssl import dist, export
+from fastssl import dist
 from fastssl.parsing import Parser
 from fastssl.report import cards, tables
 from fastssl.report import runs as reading
 from fastssl.report.charts import Line, label, legend, line_chart, share_chart
 from fastssl.report.runs import CURVES, HINTS, MAIN, PHASES, RunData
+from fastssl.weights import export
 
 RUNS = 8  # colours that can be told apart
 HERE = Path(__file__).parent

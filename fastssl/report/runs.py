@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastssl import checkpoint
+from fastssl.checkpoint import folder as checkpoint
 from fastssl.log import COLLAPSED, TIMING_KEYS
 
 LARGEST = 1e100  # a number above it is damage, and its square would not be finite

@@ -21,8 +21,8 @@ from fastssl import pictures
 from fastssl.backbones import evaluating
 from fastssl.eval import features as whole
 from fastssl.eval import knn, maps
-from fastssl.eval import subject as subjects
-from fastssl.kernels.views import View, make_views
+from fastssl.eval import target as subjects
+from fastssl.kernels.augment import View, make_views
 from fastssl.loader import Loader
 from fastssl.report import cards, charts
 from fastssl.report.runs import RunData

@@ -14,7 +14,7 @@ import numpy as np
 from fastssl import methods
 from fastssl.config import Run, dump
 from fastssl.eval import METRICS, PROTOCOLS
-from fastssl.kernels.views import View
+from fastssl.kernels.augment import View
 from fastssl.report.runs import PHASES, RunData
 
 NOT_SHOWN = {"picture", "path"}  # of a row of results: files beside it

@@ -12,7 +12,8 @@ def sinkhorn_center(logits: Tensor, epsilon: float, *, iterations: int = 3, grou
 
     logits (B, K) of B samples on this rank and K prototypes; over the ranks of `group` the columns are balanced
     together.  One iteration scales the columns of exp(logits / epsilon) to equal sums, then each row to sum 1.
-    The vector is all that a loss needs (softxent takes it), so the assignments need not be written.  No gradient.
+    The vector is all that a loss needs (soft_cross_entropy takes it), so the assignments need not be written.  It has
+    no gradient.
     """
     check_rows("sinkhorn", logits=logits)
     if not epsilon > 0:

@@ -13,7 +13,8 @@ import torch
 
 from fastssl import backbones, dist, views
 from fastssl.config import Backbone
-from fastssl.eval import cache, features
+from fastssl.eval import features
+from fastssl.eval.features import cache
 from fastssl.loader import Loader
 
 (VIEW,) = views.center(16, 18)

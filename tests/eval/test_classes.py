@@ -12,8 +12,8 @@ from torch import nn
 import fastssl.eval
 from fastssl import hooks
 from fastssl.config import Data, Optim, Run
-from fastssl.eval.classes import match
-from fastssl.kernels.views import View
+from fastssl.eval.features.classes import match
+from fastssl.kernels.augment import View
 from fastssl.loader import Loader
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220), "gray": (128, 128, 128)}

@@ -12,12 +12,15 @@ from conftest import photo, write_beton
 
 import fastssl.eval
 import fastssl.report
-from fastssl import backbones, checkpoint, config, export, views, weights
+from fastssl import backbones, config, views, weights
+from fastssl.checkpoint import folder as checkpoint
 from fastssl.config import Backbone, Data, Run
-from fastssl.eval import cache, features
-from fastssl.kernels.views import View
+from fastssl.eval import features
+from fastssl.eval.features import cache
+from fastssl.kernels.augment import View
 from fastssl.loader import Loader
 from fastssl.methods import simclr
+from fastssl.weights import export
 
 SPEC = Backbone("resnet10", stem="cifar", width=8)
 

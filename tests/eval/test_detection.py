@@ -24,9 +24,10 @@ from torchvision.ops import FrozenBatchNorm2d
 import fastssl.eval
 from fastssl import backbones, dist
 from fastssl.config import Backbone, Optim
-from fastssl.eval import boxes, detection
-from fastssl.eval.boxes import Picture
-from fastssl.export import MEAN, STD
+from fastssl.eval import detection
+from fastssl.eval.detection import boxes
+from fastssl.eval.detection.boxes import Picture
+from fastssl.weights.export import MEAN, STD
 
 NAMES = ("car", "dog")
 COLOURS = np.array([[255, 60, 60], [60, 60, 255]])

@@ -9,8 +9,9 @@ from torch import nn
 
 from fastssl import backbones, views
 from fastssl.config import Backbone
-from fastssl.eval import cache, features, knn, linear
-from fastssl.kernels.views import View, make_views
+from fastssl.eval import features, knn, linear
+from fastssl.eval.features import cache
+from fastssl.kernels.augment import View, make_views
 from fastssl.loader import Loader
 
 (VIEW,) = views.center(16, 18)
@@ -252,7 +253,7 @@ def test_size_and_resize_hold_together_whatever_the_run_was_trained_on(data, giv
     from argparse import Namespace
 
     from fastssl.config import Backbone
-    from fastssl.eval import subject
+    from fastssl.eval import target as subject
 
     args = Namespace(**{"size": None, "resize": None, "mean": None, "std": None, **given})
     view = subject._view(args, data, Backbone("resnet18"), {"min_side": 32, "max_height": 32, "max_width": 32})

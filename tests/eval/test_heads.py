@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastssl import optim
-from fastssl.eval import augment, features, heads, linear
-from fastssl.eval import subject as subjects
-from fastssl.eval.heads import RECIPES, Heads
-from fastssl.kernels.views import View
+from fastssl.eval import features, linear
+from fastssl.eval import target as subjects
+from fastssl.eval.linear import published as heads
+from fastssl.eval.linear.published import RECIPES, Heads
+from fastssl.eval.training import augment
+from fastssl.kernels.augment import View
 
 
 def batches(shape, classes, steps=4, n=24):

@@ -15,8 +15,10 @@ from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 
 import fastssl.eval
-from fastssl.eval import svm, svm_cuda, svm_solver
-from fastssl.eval.svm_fits import average_precision
+from fastssl.eval import svm
+from fastssl.eval.svm import cuda as svm_cuda
+from fastssl.eval.svm import newton as svm_solver
+from fastssl.eval.svm.solvers import average_precision
 
 
 def made(n, dim, seed=0):

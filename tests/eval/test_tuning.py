@@ -16,8 +16,9 @@ from torch import nn
 import fastssl.eval
 from fastssl import backbones, optim, views
 from fastssl.config import Backbone, Optim
-from fastssl.eval import finetune, semisup, tuning
-from fastssl.kernels.views import View
+from fastssl.eval import finetune, semisup
+from fastssl.eval.training import loop as tuning
+from fastssl.kernels.augment import View
 from fastssl.loader import Loader, permutation
 
 SPEC = Backbone("resnet10", stem="cifar", width=8)

@@ -67,14 +67,14 @@ def memory():
 
 def prototypes(k=65536):
     from fastssl.kernels.sinkhorn import triton as sinkhorn
-    from fastssl.kernels.softxent import triton as softxent
+    from fastssl.kernels.soft_cross_entropy import triton as soft_cross_entropy
 
     x = torch.empty(512, k, device="meta", dtype=torch.bfloat16)
     center = sinkhorn.center(x, 0.05, 3, None)
     sinkhorn.assignments(x, center, 0.05)
     for teacher, c in ((0.04, center), (0.04, None), (None, None)):
-        loss, end = softxent.forward(x, x, 0.1, teacher, c)
-        softxent.backward(loss, x, x, c, end, 0.1, teacher)
+        loss, end = soft_cross_entropy.forward(x, x, 0.1, teacher, c)
+        soft_cross_entropy.backward(loss, x, x, c, end, 0.1, teacher)
 
 
 def lists():

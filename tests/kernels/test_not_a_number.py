@@ -8,7 +8,7 @@ from fastssl.kernels.gathered import gathered_nce
 from fastssl.kernels.infonce import infonce, infonce_symmetric
 from fastssl.kernels.ntxent import ntxent
 from fastssl.kernels.sinkhorn import sinkhorn
-from fastssl.kernels.softxent import softxent
+from fastssl.kernels.soft_cross_entropy import soft_cross_entropy
 
 
 def good(rows, dim=32):
@@ -31,8 +31,8 @@ OPS = {
     "both": lambda z, impl: infonce_symmetric(z, good(8), 0.1, impl=impl),
     "gathered": lambda z, impl: gathered_nce(z, good(20), INDEX, INDEX.repeat(8, 1) + 9, 0.1, impl=impl),
     "shared": lambda z, impl: gathered_nce(z, good(20), INDEX, INDEX + 9, 0.1, impl=impl),
-    "student": lambda z, impl: softxent(z, good(8), 0.1, 0.04, impl=impl),
-    "teacher": lambda z, impl: softxent(good(8), z, 0.1, 0.04, impl=impl),
+    "student": lambda z, impl: soft_cross_entropy(z, good(8), 0.1, 0.04, impl=impl),
+    "teacher": lambda z, impl: soft_cross_entropy(good(8), z, 0.1, 0.04, impl=impl),
     "sinkhorn": lambda z, impl: sinkhorn(z, 0.05, impl=impl).sum(),
 }
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from kernel_device import DEVICE, needs_triton
 
-from fastssl.kernels import sinkhorn, sinkhorn_center, softxent
+from fastssl.kernels import sinkhorn, sinkhorn_center
+from fastssl.kernels import soft_cross_entropy as soft_cross_entropy
 from fastssl.kernels.sinkhorn import cases as sinkhorn_cases
-from fastssl.kernels.softxent import cases
+from fastssl.kernels.soft_cross_entropy import cases
 from fastssl.kernels.testing import check
 
 
@@ -26,10 +27,12 @@ def test_softxent_is_cross_entropy_and_takes_sinkhorns_center():
     s, t, c = torch.randn(6, 40).double(), torch.randn(6, 40).double().tanh(), torch.randn(40).double()
     p = ((t - c) / 0.04).softmax(1)
     expected = -(p * (s / 0.1).log_softmax(1)).sum(1).mean()
-    assert torch.allclose(softxent(s, t, 0.1, 0.04, center=c), expected)
-    assert torch.allclose(softxent(s, p, 0.1, None), expected)
+    assert torch.allclose(soft_cross_entropy(s, t, 0.1, 0.04, center=c), expected)
+    assert torch.allclose(soft_cross_entropy(s, p, 0.1, None), expected)
     center = sinkhorn_center(t, 0.05)
-    assert torch.allclose(softxent(s, t, 0.1, 0.05, center=center), softxent(s, sinkhorn(t, 0.05), 0.1, None))
+    assert torch.allclose(
+        soft_cross_entropy(s, t, 0.1, 0.05, center=center), soft_cross_entropy(s, sinkhorn(t, 0.05), 0.1, None)
+    )
 
 
 @needs_triton
@@ -52,10 +55,10 @@ def test_softxent_gradient_does_not_see_an_offset_of_all_logits():
     grads = []
     for offset in (0, 1000):
         x = (s + offset).requires_grad_()
-        grads.append(torch.autograd.grad(softxent(x, t + offset, 0.1, 0.04, impl="triton"), x)[0])
+        grads.append(torch.autograd.grad(soft_cross_entropy(x, t + offset, 0.1, 0.04, impl="triton"), x)[0])
     assert grads[0].any() and torch.equal(*grads)
     one = s[:, :1].clone().requires_grad_()
-    loss = softxent(one, t[:, :1], 0.1, 0.04, impl="triton")
+    loss = soft_cross_entropy(one, t[:, :1], 0.1, 0.04, impl="triton")
     assert loss == 0 and not torch.autograd.grad(loss, one)[0].any()
 
 
@@ -78,8 +81,8 @@ def test_kernels_survive_compile_fullgraph():
 
     def step(w):
         center = sinkhorn_center(t, 0.5, impl="triton")
-        with_center = softxent(z @ w, t, 0.1, 0.5, center=center, impl="triton")
-        return with_center + softxent(z @ w, sinkhorn(t, 0.5, impl="triton"), 0.1, None, impl="triton")
+        with_center = soft_cross_entropy(z @ w, t, 0.1, 0.5, center=center, impl="triton")
+        return with_center + soft_cross_entropy(z @ w, sinkhorn(t, 0.5, impl="triton"), 0.1, None, impl="triton")
 
     backend = "inductor" if DEVICE == "cuda" else "aot_eager"
     plain, compiled = step(w), torch.compile(step, fullgraph=True, backend=backend)(w)
@@ -90,7 +93,7 @@ def test_kernels_survive_compile_fullgraph():
 @needs_triton
 def test_ops_are_registered_properly():
     from fastssl.kernels.sinkhorn import triton as sk
-    from fastssl.kernels.softxent import triton as sx
+    from fastssl.kernels.soft_cross_entropy import triton as sx
 
     s, t = torch.randn(5, 40, device=DEVICE, requires_grad=True), torch.randn(5, 40, device=DEVICE)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -106,11 +109,11 @@ def test_ops_are_registered_properly():
 def test_errors_name_what_is_wrong():
     s, t = torch.randn(4, 8), torch.randn(4, 9)
     for match, call in (
-        ("teacher is 9 wide", lambda: softxent(s, t, 0.1, 0.04)),
-        (r"teacher \(3, 8\)", lambda: softxent(s, s[:3], 0.1, 0.04)),
-        ("teacher_temperature=0", lambda: softxent(s, s, 0.1, 0)),
-        ("belongs to teacher logits", lambda: softxent(s, s, 0.1, None, center=s[0])),
-        (r"center is \(4,\)", lambda: softxent(s, s, 0.1, 0.04, center=s[:, 0])),
+        ("teacher is 9 wide", lambda: soft_cross_entropy(s, t, 0.1, 0.04)),
+        (r"teacher \(3, 8\)", lambda: soft_cross_entropy(s, s[:3], 0.1, 0.04)),
+        ("teacher_temperature=0", lambda: soft_cross_entropy(s, s, 0.1, 0)),
+        ("belongs to teacher logits", lambda: soft_cross_entropy(s, s, 0.1, None, center=s[0])),
+        (r"center is \(4,\)", lambda: soft_cross_entropy(s, s, 0.1, 0.04, center=s[:, 0])),
         ("epsilon=0", lambda: sinkhorn(s, 0)),
         ("iterations=0", lambda: sinkhorn(s, 0.05, iterations=0)),
     ):

@@ -14,9 +14,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from fastssl import views as recipes
-from fastssl.kernels.views import COL, View, draw, make_views
-from fastssl.kernels.views.cases import ONE_OP, RAW, SHAPES, pack, scenes
-from fastssl.kernels.views.reference import JITTER_ORDERS
+from fastssl.kernels.augment import COL, View, draw, make_views
+from fastssl.kernels.augment.cases import ONE_OP, RAW, SHAPES, pack, scenes
+from fastssl.kernels.augment.reference import JITTER_ORDERS
 
 DATA = Path(os.environ.get("FASTSSL_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 

@@ -9,9 +9,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from fastssl import config, views
-from fastssl.kernels.views import View, make_views
-from fastssl.kernels.views.cases import RAW, SHAPES, pack, scenes
-from fastssl.kernels.views.randaugment import OPERATIONS
+from fastssl.kernels.augment import View, make_views
+from fastssl.kernels.augment.cases import RAW, SHAPES, pack, scenes
+from fastssl.kernels.augment.randaugment import OPERATIONS
 from fastssl.methods import simclr
 from fastssl.views import Erase, Lighting, RandAugment, Random, Transform
 

@@ -9,8 +9,8 @@ from scipy import stats
 from torchvision.transforms import v2
 
 from fastssl import views as recipes
+from fastssl.kernels.augment import COL, View, draw
 from fastssl.kernels.philox import below, philox4x32, uniform
-from fastssl.kernels.views import COL, View, draw
 
 N = 20_000
 STRONG = {"jitter": (0.8, 0.8, 0.8, 0.2), "jitter_p": 0.8}

@@ -14,13 +14,13 @@ import triton.language as tl
 from kernel_device import DEVICE, needs_triton
 
 from fastssl import views as recipes
+from fastssl.kernels.augment import COL, View, draw, make_views
+from fastssl.kernels.augment import triton as fused
+from fastssl.kernels.augment.cases import BENCH, ONE_OP, RAW, SHAPES, pack, scenes
+from fastssl.kernels.augment.pixels import permutation as fused_permutation
+from fastssl.kernels.augment.reference import JITTER_ORDERS
 from fastssl.kernels.philox import philox4x32
 from fastssl.kernels.testing import nan_memory
-from fastssl.kernels.views import COL, View, draw, make_views
-from fastssl.kernels.views import triton as fused
-from fastssl.kernels.views.cases import BENCH, ONE_OP, RAW, SHAPES, pack, scenes
-from fastssl.kernels.views.pixels import permutation as fused_permutation
-from fastssl.kernels.views.reference import JITTER_ORDERS
 
 SMALL = {k: v for k, v in ONE_OP.items() if v.size > 1}  # one pixel of a whole image is 4,800 taps: slow interpreted
 
@@ -239,8 +239,8 @@ on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 BUILD = """
 import json, sys, torch
 from fastssl.kernels import testing
-from fastssl.kernels.views import triton as fused
-from fastssl.kernels.views.cases import BENCH
+from fastssl.kernels.augment import triton as fused
+from fastssl.kernels.augment.cases import BENCH
 meta = {"device": "meta"}
 pixels = torch.empty(64, 1000, 3, dtype=torch.uint8, **meta)
 sizes, index = torch.empty(64, 2, dtype=torch.int32, **meta), torch.empty(64, dtype=torch.int64, **meta)

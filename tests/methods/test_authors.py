@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastssl import backbones, cluster, optim
+from fastssl import backbones, optim
+from fastssl import clustering as cluster
 from fastssl.config import Backbone, Optim
 from fastssl.methods import barlow, dino, mae, mocov3, npid, parts, relative_loc, rotation, simclr, swav
 
@@ -360,7 +361,8 @@ def test_a_run_that_stops_while_prototypes_are_frozen_goes_on_alike(name, optimi
     """Their optimizer state does not exist yet when the checkpoint is written."""
     import shutil
 
-    from fastssl import dist, engine, state
+    from fastssl import checkpoint as state
+    from fastssl import dist, engine
 
     monkeypatch.setattr(engine, "Loader", cases.Memory)
     dist.init("cpu")

@@ -228,7 +228,7 @@ def test_odc_keeps_the_sums_of_its_clusters_exactly():
 
 
 def test_two_means_never_leaves_a_part_that_would_be_dissolved():
-    from fastssl import cluster
+    from fastssl import clustering as cluster
 
     outlier = torch.cat([0.001 * torch.arange(9.0)[:, None], torch.tensor([[100.0]])])
     assert cluster.two_means(outlier, 1).sum() == 1

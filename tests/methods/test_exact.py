@@ -45,7 +45,8 @@ def in_double(engine) -> None:
 
 def measure(name: str, norm: bool, micro: int, zero: int) -> dict:
     """Losses of both steps, the gradients of the first, the state after the last."""
-    from fastssl import dist, engine, state
+    from fastssl import checkpoint as state
+    from fastssl import dist, engine
     from fastssl.meters import Meter
 
     t = engine.build(
@@ -72,7 +73,8 @@ def measure(name: str, norm: bool, micro: int, zero: int) -> dict:
 
 def clustering() -> dict:
     """K-means, whitening and power iteration clustering of rows that lie on the ranks unevenly and out of order."""
-    from fastssl import cluster, dist
+    from fastssl import clustering as cluster
+    from fastssl import dist
 
     g = torch.Generator().manual_seed(0)
     x, spread = torch.randn(403, 6, generator=g).double(), torch.randperm(403, generator=g)

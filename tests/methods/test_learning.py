@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastssl import backbones, dist
-from fastssl.kernels.views import make_views
+from fastssl.kernels.augment import make_views
 
 STEPS = 20
 

@@ -25,7 +25,8 @@ def train(name: str, root: Path, zero: int = 0) -> dict:
     """Straight through; then from the checkpoint at SAVED once more."""
     import safetensors.torch
 
-    from fastssl import checkpoint, dist, engine
+    from fastssl import dist, engine
+    from fastssl.checkpoint import folder as checkpoint
 
     run = cases.run(name, norm=cases.CASES[name].norm, batch=BATCH, steps=STEPS, **DROPOUT.get(name, {}))
     run.name, run.log.root, run.deterministic, run.speed.zero = f"{name}{zero}", str(root), True, zero
@@ -45,7 +46,8 @@ def train(name: str, root: Path, zero: int = 0) -> dict:
 
 def cut(root: str) -> dict:
     """The state of ODC, whose bank is cut over the ranks: after five steps, or as a checkpoint of them gives it."""
-    from fastssl import engine, state
+    from fastssl import checkpoint as state
+    from fastssl import engine
 
     run = cases.run("odc", batch=BATCH, steps=5)
     run.name, run.log.root = "cut", root

@@ -1,0 +1,66 @@
+"""Methods and recipes by a word of the command line: `method=byol`, `data.views="swav(96, small=48)"`.
+
+They stand above config.py, which asks for them here: modules are imported by name when a setting needs them.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from fastssl.config import settings
+
+
+def method(text: str) -> Any:
+    """A method's Config with its defaults and the arguments given."""
+    name, args, options = _call(text, "method")
+    known = importlib.import_module("fastssl.methods").names()
+    if name not in known:
+        raise ValueError(f"method={name!r} is none of {', '.join(known)}{settings.hint(name, known)}")
+    return _construct(importlib.import_module(f"fastssl.methods.{name}").Config, name, args, options, "method")
+
+
+def recipe(text: str, like: tuple, key: str) -> tuple:
+    """A recipe of fastssl.views; size, mean and std are those of view 0 of `like` unless they are given."""
+    name, args, options = _call(text, key)
+    known = {
+        n: f
+        for n, f in vars(importlib.import_module("fastssl.views")).items()
+        if inspect.isfunction(f) and n[0] != "_" and "size" in inspect.signature(f).parameters
+    }
+    if name not in known:
+        raise ValueError(f"{key}={name!r} is none of {', '.join(known)}{settings.hint(name, known)}")
+    kept = {f: getattr(like[0], f) for f in ("size", "mean", "std")} if like else {}
+    if args:
+        kept.pop("size", None)
+    return _construct(known[name], name, args, {**kept, **options}, key)
+
+
+def _call(text: str, key: str) -> tuple[str, tuple, dict]:
+    """`name` or `name(1, a=2)` with literals -> name, positional and keyword arguments."""
+    try:
+        node = ast.parse(text, mode="eval").body
+        if isinstance(node, ast.Name):
+            return node.id, (), {}
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and all(k.arg for k in node.keywords):
+            return (
+                node.func.id,
+                tuple(ast.literal_eval(a) for a in node.args),
+                {k.arg: ast.literal_eval(k.value) for k in node.keywords},
+            )
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        pass
+    raise ValueError(f"{key}={text}: give a name, or name(argument=value, ...) with plain values")
+
+
+def _construct(make: Callable, name: str, args: tuple, options: dict, key: str) -> Any:
+    try:
+        return make(*args, **options)
+    except TypeError as error:
+        wrong = next((k for k in options if repr(k) in str(error)), None)
+        known = [*inspect.signature(make).parameters, *settings.names(importlib.import_module("fastssl.views").View)]
+        known = known if "changes" in known else list(inspect.signature(make).parameters)
+        raise ValueError(f"{key}={name}(...): {error}" + (settings.hint(wrong, known) if wrong else "")) from error

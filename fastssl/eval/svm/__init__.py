@@ -1,0 +1,262 @@
+"""VOC07 classification by linear SVMs on frozen features, as in OpenSelfSup's benchmarks/svm_tools (whose source is
+https://arxiv.org/abs/1905.01235, section 3.2): one against all, the cost of each class chosen by cross-validation.
+
+Labels are 1 present, 0 absent, -1 difficult: difficult images are negatives in training and left out of the test, as
+published.  Data with one label an image is taken as one class against all others.  With --low-shot few images are drawn
+for each class and nothing is cross-validated: the published cost is the best on the test set, the clean one the best on
+the training images that were not drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from functools import partial
+
+import numpy as np
+from sklearn.model_selection import StratifiedKFold
+from torch import Tensor
+
+from fastssl.eval.features.cache import on_main
+from fastssl.eval.svm.cuda import Cuda
+from fastssl.eval.svm.solvers import Fast, Sklearn, average_precision
+from fastssl.eval.target import Subject, numbers
+from fastssl.eval.training.kept import shared
+
+NEEDS = ("train", "test")
+COSTS = (*(0.5**n for n in range(19, 3, -1)), 1.0, 10.0, 100.0)
+POSITIVE = 2.0  # weight of the positives' cost
+SOLVERS = {"fast": Fast, "cuda": Cuda, "sklearn": Sklearn}
+SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--layers",
+        type=lambda text: tuple(text.split(",")),
+        default=("last",),
+        help="stem,layer1,...,layer4,last; published: the best of the five maps",
+    )
+    parser.add_argument("--low-shot", action="store_true", help="few images a class instead of all")
+    parser.add_argument(
+        "--shots",
+        type=numbers(int),
+        help="positives a class, C - 1 times as many negatives; default: 1,2,4,8,16,32,64,96",
+    )
+    parser.add_argument("--samples", type=int, help="independent draws of each number of shots; default: 5")
+    parser.add_argument("--costs", type=numbers(float), default=COSTS, help="default: the published 19")
+    parser.add_argument("--folds", type=int, help="of the cross-validation; default: 3")
+    parser.add_argument(
+        "--solver",
+        choices=tuple(SOLVERS),
+        help="default: cuda on a GPU, fast elsewhere and for more images than twice the dimensions",
+    )
+    parser.add_argument(
+        "--crop",
+        choices=("squash", "center"),
+        default="squash",
+        help="squash: the whole image whatever its shape, as published",
+    )
+
+
+def run(subject: Subject, args: argparse.Namespace) -> dict:
+    unused = ("folds",) if args.low_shot else ("shots", "samples")
+    unused = [name for name in unused if getattr(args, name) is not None]
+    if unused:
+        raise ValueError(f"--{unused[0]} is of the protocol {'without' if args.low_shot else 'with'} --low-shot")
+    if args.crop == "squash":
+        if args.resize is not None:
+            raise ValueError(f"--resize {args.resize} is for --crop center: squash shows the whole image at --size")
+        subject = dataclasses.replace(subject, view=dataclasses.replace(subject.view, crop="squash", resize=None))
+    *train, labels = subject.features(subject.train, args.layers)
+    *test, test_labels = subject.features(subject.test, args.layers)
+    done: list[dict] = []
+    on_main(lambda: done.append(_layers(dict(zip(args.layers, zip(train, test))), labels, test_labels, args)))
+    result = shared(done[0] if done else None)
+    result["options"] |= {"crop": args.crop, "layers": list(args.layers)}
+    return result
+
+
+def _layers(features: dict[str, tuple[Tensor, Tensor]], labels: Tensor, test_labels: Tensor, args) -> dict:
+    call = partial(low_shot, seed=args.seed) if args.low_shot else svm
+    given = {name: getattr(args, name) for name in ("shots", "samples", "folds")}
+    few = len(labels) <= 2 * max(part.shape[1] for part, _ in features.values())  # else see svm_solver.Rows
+    solver = args.solver or ("cuda" if args.device.type == "cuda" and few else "fast")
+    options = {"costs": args.costs, "solver": solver} | {k: v for k, v in given.items() if v is not None}
+    results = {name: call(train, labels, test, test_labels, **options) for name, (train, test) in features.items()}
+    rows = [{"layer": name, **row} for name, result in results.items() for row in result["results"]]
+    if len(results) > 1 and not args.low_shot:  # the published number is that of the best layer
+        for chosen, key in (("test", "map"), ("held-out", "cv_map")):
+            rows.append({"selected_on": chosen, **max(rows[: len(results)], key=lambda row: row[key])})
+    return {
+        **next(iter(results.values())),
+        "results": rows,
+        "classes": {name: result["classes"] for name, result in results.items()},
+    }
+
+
+def svm(
+    train: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    costs: tuple[float, ...] = COSTS,
+    folds: int = 3,
+    solver: str = "fast",
+) -> dict:
+    """mAP in percent.  Features (N, D), (M, D); labels (N,), (M,) or (N, C), (M, C) of 1, 0, -1."""
+    x, y, x_test, y_test, costs = _checked(train, labels, test, test_labels, costs, solver)
+    if folds < 2:
+        raise ValueError(f"folds={folds}: cross-validation needs 2 or more")
+    positive_NC = y > 0
+    few = min(int(positive_NC.sum(0).min()), int((~positive_NC).sum(0).min()))
+    if few < folds:
+        worst = int(np.minimum(positive_NC.sum(0), (~positive_NC).sum(0)).argmin())
+        raise ValueError(f"class {worst} has {few} positive or negative training images: {folds} folds need as many")
+    held_CFN = np.zeros((y.shape[1], folds, len(x)), bool)
+    for c in range(y.shape[1]):  # the folds of sklearn's cross_val_score
+        for k, (_, rows) in enumerate(StratifiedKFold(folds).split(x, positive_NC[:, c])):
+            held_CFN[c, k, rows] = True
+    fits = SOLVERS[solver](x, x_test)
+    cv_AC = fits.cross_validate(positive_NC, held_CFN, costs, POSITIVE)
+    best_C = cv_AC.argmax(0)  # the smallest of equals
+    scores_CM = fits.refit(positive_NC, np.asarray(costs)[best_C], POSITIVE)
+    ap_C = 100 * average_precision(scores_CM, y_test.T)
+    cv_C = 100 * cv_AC.max(0)
+    row = {"map": float(ap_C.mean()), "cv_map": float(cv_C.mean())}
+    classes = [
+        {"class": c, "ap": float(ap), "cv_ap": float(cv), "cost": costs[i]}
+        for c, (ap, cv, i) in enumerate(zip(ap_C, cv_C, best_C))
+    ]
+    options = {
+        "folds": folds,
+        "costs": list(costs),
+        "positive_weight": POSITIVE,
+        "solver": solver,
+        "train": len(x),
+        "test": len(x_test),
+        "dim": x.shape[1],
+    }
+    return {"protocol": "svm", "options": options, "results": [row], "classes": classes}
+
+
+def low_shot(
+    train: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    shots: tuple[int, ...] = SHOTS,
+    samples: int = 5,
+    costs: tuple[float, ...] = COSTS,
+    solver: str = "fast",
+    seed: int = 0,
+) -> dict:
+    """mAP in percent for each number of shots: mean, standard deviation, least and largest of the samples at the cost
+    whose mean is best on the test set (published), and on the training images not drawn."""
+    x, y, x_test, y_test, costs = _checked(train, labels, test, test_labels, costs, solver)
+    shots, classes = tuple(sorted(set(shots))), y.shape[1]
+    if not shots or shots[0] < 1 or samples < 1:
+        raise ValueError(f"shots={shots}, samples={samples}: give positive numbers")
+    short = next((c for c in range(classes) if not (y[:, c] > 0).any() or not (y[:, c] == 0).any()), None)
+    if short is not None:
+        raise ValueError(f"class {short} has no positive or no negative training image to draw")
+    problems = [(k, s, c) for k in shots for s in range(samples) for c in range(classes)]
+    drawn = [draw(y[:, c], k, classes, np.random.default_rng((seed, k, s, c))) for k, s, c in problems]
+    fits = SOLVERS[solver](x, x_test)
+    ap = {True: np.zeros((len(shots), samples, classes, len(costs)))}
+    ap[False] = np.full_like(ap[True], np.nan)
+    scored = fits.few([(rows, y[rows, c] > 0) for rows, (_, _, c) in zip(drawn, problems)], costs, POSITIVE)
+    for (k, s, c), rows, (on_test, on_train) in zip(problems, drawn, scored):
+        rest = y[:, c].copy()
+        rest[rows] = -1
+        at = shots.index(k), s, c
+        ap[True][at] = 100 * average_precision(on_test, np.broadcast_to(y_test[:, c], on_test.shape))
+        if (rest > 0).any():  # else the class is drawn whole
+            ap[False][at] = 100 * average_precision(on_train, np.broadcast_to(rest, on_train.shape))
+    rows = [row for i, k in enumerate(shots) for row in _choose(k, ap[True][i], ap[False][i], costs)]
+    options = {
+        "shots": list(shots),
+        "samples": samples,
+        "costs": list(costs),
+        "positive_weight": POSITIVE,
+        "solver": solver,
+        "train": len(x),
+        "test": len(x_test),
+        "dim": x.shape[1],
+        "seed": seed,
+        "fits": len(problems) * len(costs),
+    }
+    return {"protocol": "svm", "options": options, "results": rows, "classes": []}
+
+
+def draw(labels: np.ndarray, k: int, classes: int, rng: np.random.Generator) -> np.ndarray:
+    """Rows of k positives and (C - 1) k negatives of one class, or as many as there are; difficult ones never."""
+    parts = []
+    for value, n in ((1, k), (0, (classes - 1) * k)):
+        known = np.flatnonzero(labels == value)
+        parts.append(rng.choice(known, min(n, len(known)), replace=False))
+    return np.sort(np.concatenate(parts))
+
+
+def _choose(k: int, ap_SCA: np.ndarray, held_SCA: np.ndarray, costs) -> list[dict]:
+    rows = []
+    for chosen, table in (("test", ap_SCA), ("held-out", held_SCA)):
+        known = ~np.isnan(table).any((0, 2))
+        if not known.any():
+            continue  # every class is drawn whole: nothing is left to choose on
+        best = int(table[:, known].mean((0, 1)).argmax())
+        map_S = ap_SCA[:, :, best].mean(1)
+        rows.append(
+            {
+                "shots": k,
+                "selected_on": chosen,
+                "cost": costs[best],
+                "map": float(map_S.mean()),
+                "map_std": float(map_S.std()),
+                "map_min": float(map_S.min()),
+                "map_max": float(map_S.max()),
+            }
+        )
+    return rows
+
+
+def _checked(train, labels, test, test_labels, costs, solver):
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r}: known are {', '.join(SOLVERS)}")
+    if not costs or not min(costs) > 0 or not np.isfinite(costs).all():
+        raise ValueError(f"costs={costs}: give positive numbers")
+    classes = labels.shape[1] if labels.ndim == 2 else int(max(labels.max(), test_labels.max())) + 1
+    if train.shape[1:] != test.shape[1:]:
+        raise ValueError(f"the training set has {train.shape[1]} dimensions, the test set {test.shape[1]}")
+    out = []
+    for name, features, own in (("training set", train, labels), ("test set", test, test_labels)):
+        table = _table(name, own, classes)
+        if len(features) == 0 or len(features) != len(table):
+            raise ValueError(f"{name}: {len(features)} features and {len(table)} labels")
+        bad = ~features.isfinite().all(1)
+        if bad.any():
+            raise ValueError(
+                f"{name}: {int(bad.sum())} of {len(features)} features are NaN or infinite (first: sample "
+                f"{int(bad.nonzero()[0])}): the training diverged, or precision is too low"
+            )
+        x = features.float()
+        out += [(x / (x.norm(dim=1, keepdim=True) + 1e-5)).cpu().numpy(), table]
+    if empty := [c for c in range(classes) if not (out[3][:, c] > 0).any()]:
+        raise ValueError(f"class {empty[0]} has no positive image in the test set: its average precision is undefined")
+    return (*out, tuple(sorted(float(cost) for cost in set(costs))))
+
+
+def _table(name: str, labels: Tensor, classes: int) -> np.ndarray:
+    """int8 (N, C) of 1, 0, -1."""
+    labels = labels.cpu().numpy()
+    if labels.ndim == 1:
+        if (labels < 0).any():
+            raise ValueError(f"{name}: {int((labels < 0).sum())} of {len(labels)} samples have no label (-1)")
+        return (labels[:, None] == np.arange(classes)).astype(np.int8)
+    if labels.shape[1] != classes:
+        raise ValueError(f"{name}: {labels.shape[1]} classes, the other set has {classes}")
+    if not np.isin(labels, (1, 0, -1)).all():
+        raise ValueError(f"{name}: labels must be 1 (present), 0 (absent) or -1 (difficult)")
+    return labels.astype(np.int8)

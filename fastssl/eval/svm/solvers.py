@@ -1,0 +1,149 @@
+"""What the SVM protocols ask of a solver, by scikit-learn's LinearSVC, by svm_solver.py and on the GPU; and their
+average precision.
+
+A solver is made of x (N, D) and x_test (M, D), float32, and has `cross_validate` -> (costs, C) average precision,
+`refit` -> scores (C, M), `few` -> for each problem of few rows the scores (costs, M) and (costs, N).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+from numba import njit
+
+from fastssl.eval.svm import newton as svm_solver
+
+
+def average_precision(scores_RM: np.ndarray, truth_RM: np.ndarray, interpolated: bool = True) -> np.ndarray:
+    """(R,): the area under precision over recall, each precision raised to the best at any higher recall (VOC 2010);
+    not interpolated: scikit-learn's.  Truth 1, 0, or -1: left out.  Equal scores are one threshold."""
+    bits = np.ascontiguousarray(scores_RM, np.float32).view(np.int32).astype(np.int64)
+    keys = np.where(bits < 0, -(bits & 0x7FFFFFFF), bits) * 2 + (truth_RM > 0)  # rise with the score
+    keys[truth_RM < 0] = np.iinfo(np.int64).min
+    keys.sort(1)
+    return _average_precision(keys, interpolated)
+
+
+@njit(cache=True)
+def _average_precision(keys_RM, interpolated):
+    R, M = keys_RM.shape
+    out = np.zeros(R)
+    precision, hits = np.zeros(M), np.zeros(M, np.int64)
+    for r in range(R):
+        keys, n, right = keys_RM[r], 0, 0
+        for j in range(M - 1, -1, -1):
+            if keys[j] == np.iinfo(np.int64).min:
+                break
+            right += keys[j] & 1
+            if j == 0 or keys[j - 1] >> 1 != keys[j] >> 1:  # the last of equal scores
+                precision[n], hits[n] = right / (M - j), right
+                n += 1
+        best = 0.0
+        for j in range(n - 1, -1, -1):
+            best = max(best, precision[j]) if interpolated else precision[j]
+            out[r] += best * (hits[j] - (hits[j - 1] if j else 0)) / right
+    return out
+
+
+class Fast:
+    """All classes, folds and costs share the products of the features; see svm_solver.py."""
+
+    def __init__(self, x: np.ndarray, x_test: np.ndarray) -> None:
+        self.rows = svm_solver.Rows(x)
+        self.x_test = np.concatenate([x_test, np.ones((len(x_test), 1), np.float32)], 1)
+        self._test = None
+
+    def cross_validate(self, positive_NC, held_CFN, costs, positive_weight) -> np.ndarray:
+        C, folds, N = held_CFN.shape
+        y_FN = np.repeat(np.where(positive_NC.T, 1, -1), folds, 0).astype(np.float32)
+        held_FN = held_CFN.reshape(C * folds, N)
+        weight_FN = np.where(held_FN, 0, np.where(y_FN > 0, positive_weight, 1))
+        truth_FN = np.where(held_FN, y_FN > 0, -1)
+        return np.stack(
+            [
+                average_precision(f_FN, truth_FN, interpolated=False).reshape(C, folds).mean(1)
+                for _, _, f_FN in self.rows.path(y_FN, weight_FN, costs)
+            ]
+        )
+
+    def refit(self, positive_NC, cost_C, positive_weight) -> np.ndarray:
+        y_CN = np.where(positive_NC.T, 1, -1)
+        return self.rows.fit(y_CN, 2 * cost_C[:, None] * np.where(y_CN > 0, positive_weight, 1)) @ self.x_test.T
+
+    def few(self, problems, costs, positive_weight) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        A, At = self.rows.operator
+        if not len(At) and self._test is None:
+            self._test = self.rows.x_NE @ self.x_test.T
+
+        def work(problem):
+            rows, positive = problem
+            y, weight = np.where(positive, 1, -1), np.where(positive, positive_weight, 1)
+            mine = self.rows.x_NE[rows] if len(At) else A[rows]
+            b = svm_solver.solve_few(mine @ mine.T if len(At) else mine.take(rows, 1), y, weight, costs)
+            if len(At):
+                w = b @ mine
+                return w @ self.x_test.T, w @ self.rows.x_NE.T
+            return b @ self._test[rows], b @ mine
+
+        return svm_solver.each(work, problems)
+
+
+class Sklearn:
+    """LinearSVC, a fit at a time, by joblib on all cores."""
+
+    def __init__(self, x: np.ndarray, x_test: np.ndarray) -> None:
+        self.x, self.x_test = x.astype(np.float64), x_test.astype(np.float64)
+
+    def cross_validate(self, positive_NC, held_CFN, costs, positive_weight) -> np.ndarray:
+        def work(x, positive, cost, held):
+            scores = fit(x[~held], positive[~held], cost, positive_weight).decision_function(x[held])
+            return average_precision(scores[None], positive[None, held].astype(np.int8), interpolated=False)[0]
+
+        C, folds, _ = held_CFN.shape
+        jobs = [
+            (self.x, positive_NC[:, c], cost, held_CFN[c, k]) for cost in costs for c in range(C) for k in range(folds)
+        ]
+        return np.reshape(list(parallel(work, jobs)), (len(costs), C, folds)).mean(2)
+
+    def refit(self, positive_NC, cost_C, positive_weight) -> np.ndarray:
+        def work(x, x_test, positive, cost):
+            return fit(x, positive, cost, positive_weight).decision_function(x_test)
+
+        return np.stack(
+            list(parallel(work, [(self.x, self.x_test, positive_NC[:, c], cost) for c, cost in enumerate(cost_C)]))
+        )
+
+    def few(self, problems, costs, positive_weight) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        def work(x, x_test, rows, positive):
+            fits = [fit(x[rows], positive, cost, positive_weight) for cost in costs]
+            return tuple(np.stack([f.decision_function(part) for f in fits]) for part in (x_test, x))
+
+        return parallel(work, [(self.x, self.x_test, *problem) for problem in problems])
+
+
+def fit(x, positive, cost: float, positive_weight: float):
+    """The published call."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.svm import LinearSVC
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 2000 passes are the protocol's, enough or not
+        return LinearSVC(
+            C=cost,
+            class_weight={1: positive_weight, -1: 1.0},
+            intercept_scaling=1.0,
+            penalty="l2",
+            loss="squared_hinge",
+            tol=1e-4,
+            dual=True,
+            max_iter=2000,
+            random_state=0,
+        ).fit(x, np.where(positive, 1, -1))
+
+
+def parallel(work, jobs) -> Iterator:
+    from joblib import Parallel, delayed
+
+    return Parallel(svm_solver.threads(), return_as="generator")(delayed(work)(*job) for job in jobs)

@@ -1,0 +1,210 @@
+"""What is evaluated, as the command line names it: a backbone with its weights, the view that it sees, the data."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastssl import backbones, dist, views, weights
+from fastssl.amp import DTYPES
+from fastssl.config import Backbone
+from fastssl.eval import features
+from fastssl.eval.features import cache
+from fastssl.eval.features.classes import match
+from fastssl.kernels.augment import View
+from fastssl.loader import Loader
+from fastssl.weights import export
+
+
+@dataclass
+class Subject:
+    """`backbone` is on the device; `weights` says in words where its tensors come from; `run` is its run's config."""
+
+    backbone: nn.Module
+    spec: Backbone
+    view: View
+    weights: str
+    run: dict | None
+    train: str | None
+    test: str | None
+    args: argparse.Namespace
+    numbers: np.ndarray | None = None  # classes of `test` in those of `train`, where they differ
+    classes: list[str] | None = None  # of `train`
+
+    def loader(self, path: str) -> Loader:
+        """In file order; labels of the test file are in the training file's numbers where a protocol needs both."""
+        loader = _loader(path, self.args)
+        if self.numbers is not None and path == self.test:
+            loader.relabel(self.numbers, self.classes)
+        return loader
+
+    def match_classes(self, labelled: str) -> None:
+        """See classes.match."""
+        train, test = self.loader(self.train), self.loader(self.test)
+        match(train, test, labelled)
+        self.numbers, self.classes = test.numbers, train.classes
+
+    def features(self, path: str, layers: tuple[str, ...] = ("last",)) -> tuple[Tensor, ...]:
+        """float32 features (N, dim) of each layer, then labels (N,) or (N, C), of a file, the same on all ranks:
+        `x, y = subject.features(path)`.  Computed once; then read from the cache (see cache.py)."""
+        layers, loader = features.check_layers(self.backbone, layers), self.loader(path)
+        folder = self.cache_folder()
+        if folder is None:
+            sizes = [shape.numel() for shape in features.shapes(self.backbone, self.view, layers)]
+            features.check_memory(loader, 2 * sum(sizes))  # the rows in the ranks' order, and sorted
+            return features.extract(self.backbone, loader, self.view, precision=self.args.precision, layers=layers)
+        return cache.features(folder, self.backbone, loader, self.view, layers, self.args.precision, self.weights)
+
+    def cache_folder(self) -> Path | None:
+        """Where its features are kept: --cache, or features/ beside the run or the weight file; None for none."""
+        if self.args.cache:
+            return Path(self.args.cache)
+        if self.args.no_cache or self.args.features == "pixels" or not self.args.target:
+            return None
+        target = Path(self.args.target)
+        return (self.run_folder() or (target if target.is_dir() else target.parent)) / "features"
+
+    def run_folder(self) -> Path | None:
+        """The folder of the run that is evaluated, also of one of its checkpoints; None for a weight file."""
+        target = Path(self.args.target or ".")
+        if self.args.target is None or not target.is_dir():
+            return None
+        return next((p for p in (target, *target.parents[:2]) if (p / "config.json").is_file()), None)
+
+    def describe(self) -> dict:
+        return {
+            "backbone": dataclasses.asdict(self.spec),
+            "features": self.args.features,
+            "weights": self.weights,
+            "train": self.train,
+            "test": self.test,
+            "view": dataclasses.asdict(self.view),
+            "precision": self.args.precision,
+        }
+
+
+def load(args: argparse.Namespace, needs: tuple[str, ...] | None, labelled: str = "all") -> Subject:
+    """`needs`: which of "train" and "test" the protocol reads; None: it reads no .beton at all.  With both, their
+    classes are matched (classes.match); `labelled`: which images must have a label."""
+    if args.cache and args.no_cache:
+        raise ValueError(f"--cache {args.cache} and --no-cache exclude each other: give one of them")
+    if args.target and not Path(args.target).exists():
+        raise ValueError(f"no run folder or weight file {args.target}")
+    run = weights.run_config(args.target) if args.target else None
+    data = run["data"] if run else {}
+    files = {"train": args.train or data.get("bank") or data.get("train"), "test": args.test or data.get("test")}
+    missing = next((name for name in needs or () if not files[name]), None)
+    if missing:
+        raise ValueError(f"give --{missing} NAME.beton: {args.target or 'the command'} names none")
+    spec = export.spec_from(args, args.target)
+    if spec is None and args.features != "pixels":
+        raise ValueError("bare weights do not say what they are: give --backbone NAME (and --stem, --norm, --width)")
+    spec = spec or Backbone("resnet50")
+    some = next((files[name] for name in (*(needs or ()), *files) if files[name]), None)
+    if needs is not None and not some:
+        raise ValueError(f"give --train or --test NAME.beton: {args.target or 'the command'} names none")
+    view = _view(args, data, spec, {} if needs is None else _loader(some, args).card)
+    if args.features != "pixels" and needs is not None:
+        backbones.check_sizes(spec, [view.size])
+    backbone, source = _backbone(args, spec, view)
+    subject = Subject(backbone.to(args.device), spec, view, str(source), run, files["train"], files["test"], args)
+    if needs and len(needs) == 2:
+        subject.match_classes(labelled)
+    return subject
+
+
+def _loader(path: str, args: argparse.Namespace) -> Loader:
+    return Loader(
+        path, args.batch * dist.world(), device=args.device, workers=args.workers, shuffle=False, drop_last=False
+    )
+
+
+def _view(args, data: dict, spec: Backbone, card: dict) -> View:
+    fields = data.get("eval_view") or (data["views"][0] if data else {"size": 224 if spec.stem == "imagenet" else 32})
+    changes = {key: getattr(args, key) for key in ("size", "mean", "std") if getattr(args, key) is not None}
+    view = View(**{key: value for key, value in fields.items() if key != "type"})
+    if not data.get("eval_view"):  # that of the size asked for, whatever crops the training makes
+        plain = {key: changes.pop(key) for key in ("size",) if key in changes}
+        view = views.default_view(View(**{"size": view.size, **plain, "mean": view.mean, "std": view.std}), card)
+    if args.resize is not None:
+        changes["resize"] = args.resize or None
+    return dataclasses.replace(view, **changes)
+
+
+def _backbone(args, spec: Backbone, view: View) -> tuple[nn.Module, object]:
+    """The module and what to call it."""
+    if args.features == "pixels":
+        return features.Pixels(view.size), "normalised pixels"
+    torch.manual_seed(args.seed)
+    backbone = backbones.build(spec)
+    if args.features == "untrained":
+        return backbone, f"an untrained {spec.name}, seed {args.seed}"
+    if args.target is None:
+        raise ValueError("give a run folder or a weight file, or --features untrained or pixels")
+    report = weights.load_backbone(args.target, backbone, prefix=args.prefix, which=args.which)
+    return backbones.channels_last_(backbone), report
+
+
+def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
+    """The options that protocols share; those of `without` are unknown to the command and hold their defaults."""
+
+    def add(name: str, **options) -> None:
+        key = name.removeprefix("--").replace("-", "_")
+        if key in without:
+            parser.set_defaults(**{key: options.get("default")})
+        else:
+            parser.add_argument(name, **options)
+
+    add("target", nargs="?", metavar="RUN_OR_WEIGHTS", help="run folder, checkpoint folder, .safetensors, .pt or .pth")
+    add("--train", help=".beton of the bank or the training set; default: the run's")
+    add("--test", help=".beton to evaluate on; default: the run's")
+    add(
+        "--features",
+        choices=("weights", "untrained", "pixels"),
+        default="weights",
+        help="the network's, or a baseline on the same images",
+    )
+    add(
+        "--cache",
+        metavar="DIR",
+        help="where features are kept, for this and the next evaluation; default: "
+        "features/ in the run's folder or beside the weight file",
+    )
+    add("--no-cache", action="store_true", help="compute the features anew and keep none")
+    add(
+        "--out",
+        help="write the result as JSON; default: eval/PROTOCOL.json in the run's folder, where the report "
+        "looks for it; of bare weights nothing is written",
+    )
+    add(
+        "--which",
+        choices=("student", "teacher"),
+        help="the trained network or its moving average; default: what the method evaluates",
+    )
+    add("--prefix", help="where in the file the backbone lies, e.g. teacher.backbone.; default: found")
+    export.add_backbone_options(parser)
+    add("--size", type=int, help="side of the centre crop")
+    add("--resize", type=int, help="short side before the crop, 0: none; default: by the images' sizes")
+    add("--mean", type=numbers(float), help="R,G,B; default: the run's, else ImageNet's")
+    add("--std", type=numbers(float), help="likewise")
+    add("--batch", type=int, default=256, help="images per rank and pass")
+    add("--workers", type=int, help="decoding threads per rank; default: the cores of the machine, shared by its ranks")
+    add("--precision", choices=tuple(DTYPES), default="fp32", help="of the network")
+    add("--device", help="cpu or cuda; default: cuda when there is one")
+    add("--seed", type=int, default=0, help="of all that is drawn")
+
+
+def numbers(kind):
+    def parse(text: str) -> tuple:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of numbers") from None
+
+    return parse

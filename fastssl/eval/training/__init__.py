@@ -1,0 +1,1 @@
+"""Parts that the protocols which train share."""

@@ -1,0 +1,227 @@
+"""Training a backbone and a new classifier on labels: what `semisup` and `finetune` share.
+
+One loop, plain torch with DistributedDataParallel.  Every sample's view depends on the seed, the epoch and its number
+alone and batch norm sees the global batch, so any number of ranks trains the same network (mixup and drop path draw
+their own numbers on each rank).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl import dist, norm, views
+from fastssl import optim as optims
+from fastssl.amp import DTYPES
+from fastssl.backbones import evaluating
+from fastssl.config import Optim
+from fastssl.eval.features import hits
+from fastssl.eval.target import Subject
+from fastssl.kernels.augment import View, make_views
+from fastssl.loader import Loader, permutation
+
+BEFORE_BLOCKS = "cls_token|reg_token|dist_token|pos_embed|patch_embed|norm_pre"  # of timm's transformers
+
+
+class Diverged(ValueError):
+    """The loss became NaN or infinite."""
+
+
+class Classifier(nn.Module):
+    """(B, 3, H, W) -> logits (B, classes): a backbone and a linear head N(0, 0.01) with zero bias (OpenSelfSup's)."""
+
+    def __init__(self, backbone: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Linear(backbone.dim, classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+
+def train(
+    backbone: nn.Module,
+    loader: Loader,
+    view: View,
+    optim: Optim,
+    *,
+    classes: int,
+    rows: np.ndarray | None = None,
+    seed: int = 0,
+    smoothing: float = 0.0,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    log: Callable[[str], None] = lambda text: None,
+) -> Classifier:
+    """A copy of `backbone` with a head, trained on `rows` of the file (default: all) by `optim`, in evaluation mode.
+
+    `loader` shuffles and has the batch of `optim`.  The last batch of an epoch over `rows` is filled up from the
+    epoch's beginning; of the whole file it is dropped.  Diverged when the loss is not finite.
+    """
+    rows = np.arange(loader.samples) if rows is None else rows
+    steps = min(-(-len(rows) // optim.batch), loader.steps)
+    device, dtype = loader.device, DTYPES[optim.precision]
+    torch.manual_seed(seed)
+    model = norm.convert_sync_bn(Classifier(copy.deepcopy(backbone), classes).to(device), device)
+    optimizer, schedule = optims.build(model.named_parameters(), optim, steps_per_epoch=steps)
+    parallel = nn.parallel.DistributedDataParallel(model) if dist.world() > 1 else model
+    scaler = torch.amp.GradScaler(device.type, enabled=optim.precision == "fp16")
+    mix = _mixing(mixup, cutmix, smoothing, classes, seed)
+    torch.manual_seed(seed + 1 + dist.rank())  # drop path
+    model.train()
+    for epoch in range(optim.epochs):
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        order = np.resize(rows[permutation(len(rows), seed, epoch)], loader.samples)
+        with contextlib.closing(loader.epoch(epoch, order=order)) as source:
+            for step in range(steps):
+                schedule.set_lr(optimizer, epoch * steps + step)
+                for part, batch in enumerate(islice(source, loader.micro)):
+                    x = make_views(batch.pixels, batch.sizes, batch.index, (view,), seed=seed, epoch=epoch)[0]
+                    x, target = mix(x, batch.label) if mix else (x, batch.label)
+                    with contextlib.ExitStack() as stack:
+                        stack.enter_context(torch.autocast(device.type, dtype, enabled=dtype != torch.float32))
+                        if part + 1 < loader.micro and parallel is not model:
+                            stack.enter_context(parallel.no_sync())
+                        logits = parallel(x)
+                        loss = F.cross_entropy(logits.float(), target, label_smoothing=0.0 if mix else smoothing)
+                        scaler.scale(loss / loader.micro).backward()
+                    total += loss.detach().double() / (steps * loader.micro)
+                if optim.clip:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(model.parameters(), optim.clip)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+        mean = dist.mean(total).item()
+        log(f"epoch {epoch + 1}/{optim.epochs}: loss {mean:.4f}")
+        if not np.isfinite(mean):
+            raise Diverged(
+                f"the loss is {mean} in epoch {epoch + 1}: lower the rate {schedule.lr:g}, or use "
+                "--precision fp32 or bf16"
+            )
+    return model.eval()
+
+
+def _mixing(mixup: float, cutmix: float, smoothing: float, classes: int, seed: int):
+    """timm's mixup and cutmix, one draw a batch, or None; it takes NumPy's global numbers."""
+    if not mixup and not cutmix:
+        return None
+    from timm.data import Mixup
+
+    np.random.seed(seed + dist.rank())  # every rank its own
+    return Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes)
+
+
+@torch.no_grad()
+def accuracy(
+    model: nn.Module,
+    loader: Loader,
+    view: View,
+    *,
+    classes: int,
+    rows: np.ndarray | None = None,
+    precision: str = "fp32",
+) -> dict:
+    """{"top1", "top5" (more than five classes)} in percent on `rows` of the file (default: all), equal on all ranks.
+
+    `loader` is one for evaluation (file order, nothing dropped).
+    """
+    count = loader.samples if rows is None else len(rows)
+    order = np.arange(loader.samples) if rows is None else np.resize(rows, loader.samples)
+    tops, dtype = (1, 5) if classes > 5 else (1,), DTYPES[precision]
+    right = torch.zeros(len(tops), dtype=torch.int64, device=loader.device)
+    with evaluating(model), contextlib.closing(loader.epoch(0, order=order)) as source:
+        for batch in source:
+            if batch.step * loader.batch >= count:
+                break
+            x = make_views(batch.pixels, batch.sizes, batch.index, (view,), seed=0, epoch=0)[0]
+            with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+                logits = model(x).float()
+            asked = batch.place + torch.arange(len(x), device=x.device) < count  # behind them stand repetitions
+            asked &= logits.isfinite().all(1)  # comparisons with NaN would call it right
+            right += torch.stack([(hits(logits, batch.label, n) & asked).sum() for n in tops])
+    return {f"top{n}": 100 * r / count for n, r in zip(tops, dist.sum_(right.to(dist.device())).tolist())}
+
+
+def layer_decay(backbone: nn.Module, decay: float) -> dict[str, dict]:
+    """optim.paramwise for a timm transformer: block i of depth has the rate lr decay^(depth - i), i from 0, what stands
+    before the blocks decay^(depth + 1), norm and head after them 1.
+
+    MAE's rule (util/lr_decay.py of https://github.com/facebookresearch/mae): decay^(depth + 1 - layer), where block i
+    is layer i + 1 and the patch embedding layer 0.
+    """
+    depth = len(blocks(backbone, "layer-wise decay"))
+    rates = {rf"^backbone\.body\.({BEFORE_BLOCKS})": depth + 1}
+    rates |= {rf"^backbone\.body\.blocks\.{i}\.": depth - i for i in range(depth)}
+    return {pattern: {"lr_mult": decay**power} for pattern, power in rates.items()}
+
+
+def blocks(backbone: nn.Module, what: str) -> nn.Module:
+    """The list of blocks of a timm transformer."""
+    body = getattr(backbone, "body", None)
+    if not hasattr(body, "blocks") or not hasattr(body, "patch_embed"):
+        raise ValueError(f"{what} needs a timm transformer with patch_embed and blocks, such as vit_base_patch16_224")
+    return body.blocks
+
+
+def drop_path_(backbone: nn.Module, rate: float) -> None:
+    """Stochastic depth in place, from 0 in the first block linearly to `rate` in the last (timm's drop_path_rate)."""
+    from timm.layers import DropPath
+
+    layers = blocks(backbone, "drop path")
+    for block, p in zip(layers, np.linspace(0, rate, len(layers)).tolist()):
+        names = [name for name in ("drop_path", "drop_path1", "drop_path2") if hasattr(block, name)]
+        if not names:
+            raise ValueError(f"the blocks of {backbone.spec.name} take no drop path: leave out --drop-path")
+        for name in names:
+            setattr(block, name, DropPath(p) if p else nn.Identity())
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--micro-batch", type=int, help="images per rank and pass; default: the rank's whole share")
+
+
+def training_view(view: View) -> View:
+    """A random-resized crop and flip at the size of the evaluation's view, with its normalisation."""
+    return views.supervised(view.size, mean=view.mean, std=view.std, interpolation=view.interpolation)[0]
+
+
+def training_loader(subject: Subject, batch: int) -> Loader:
+    """Shuffled batches of `batch` images on all ranks together."""
+    args, share = subject.args, batch // dist.world()
+    size = args.micro_batch or max(share, 1)
+    if batch < 1 or size < 1 or batch % dist.world() or share % size:
+        raise ValueError(
+            f"--train-batch {batch} must be a positive multiple of the {dist.world()} ranks"
+            + (f" times --micro-batch {size}" if args.micro_batch else "")
+        )
+    return Loader(subject.train, batch, seed=args.seed, device=args.device, workers=args.workers, micro=share // size)
+
+
+def labels(loader: Loader) -> np.ndarray:
+    """int64 (N,), one class for each image; ValueError for a file that has several labels an image, or none."""
+    found = loader.labels()
+    if found.ndim != 1 or (found < 0).any():
+        what = f"has {(found < 0).sum()} images without label" if found.ndim == 1 else "has several labels an image"
+        raise ValueError(f"{loader.path} {what}: training a classifier needs one class for each image")
+    return found
+
+
+def classes(train: Loader) -> int:
+    """How many classes the training file has; the test file's are among them (classes.match)."""
+    return max(int(labels(train).max()) + 1, len(train.classes or ()))
+
+
+def with_head_rate(optim: Optim, lr: float, mult: float) -> Optim:
+    """The backbone's rate `lr`, the head's `mult` times that."""
+    return replace(optim, lr=lr, paramwise={**optim.paramwise, r"^head\.": {"lr_mult": mult}})

@@ -1,0 +1,1 @@
+"""Reading and writing files: untrusted ones checked, ours complete or absent."""

@@ -1,0 +1,192 @@
+"""Readers of files that anyone may have made: what they return is checked, and everything else is a ValueError.
+
+Nothing in these files runs.  A file that torch.save wrote is read by PyTorch's restricted unpickler
+(`weights_only=True`), and every object in it must then be of one of the types named here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastssl.files import torch_file as ptfile
+
+JSON_BYTES = 64 << 20  # a data card of 21,000 classes has 0.5 MB
+
+
+class CodeRefused(ValueError):
+    """The file names a function or a class that is not allowed; an ordinary unpickler would have called it."""
+
+
+def regular_file(path: str | Path) -> int:
+    """The size of a regular file in bytes; ValueError for a folder, a pipe, a device or nothing at all."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path} is {_kind(found.st_mode)}, not a regular file")
+    return found.st_size
+
+
+def _kind(mode: int) -> str:
+    names = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return names.get(stat.S_IFMT(mode), "a device")
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """An exception as part of a one-line message."""
+    text = " ".join(str(error).split())
+    return (f"{type(error).__name__}: {text}" if text else type(error).__name__)[:limit]
+
+
+def read_pt(path: str | Path, allow: Sequence[type] = ()) -> Any:
+    """What torch.save wrote to `path`, on the CPU: numbers, strings, dense tensors and containers of them.
+
+    `allow`: further classes that may occur; of their objects the attributes are set and nothing is called.
+    CodeRefused for any other class or function, ValueError for a damaged file and for other tensors."""
+    import torch  # a second to import, and not every user of this module needs it
+
+    ptfile.check(path, regular_file(path))
+    try:
+        with torch.serialization.safe_globals(list(allow)):
+            value = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        culprit = re.search(r"GLOBAL ([\w.]+)|Unsupported \w+ \d+", str(error))
+        what = (culprit[1] or culprit[0]) if culprit else one_line(error)
+        raise CodeRefused(
+            f"{path} is refused: it is not a pickle of tensors alone ({what}), and reading any other can run code"
+        ) from None
+    except Exception as error:  # a damaged file raises nearly anything
+        raise ValueError(f"{path} is not a complete PyTorch file ({one_line(error)})") from None
+    check_plain(value, str(path), allow)
+    return value
+
+
+def check_plain(value: Any, path: str, allow: Sequence[type] = ()) -> None:
+    """ValueError unless all that `value` holds is a number, a string, a dense tensor, or an object of `allow`."""
+    import torch
+
+    leaves = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+    todo, seen = [value], set()
+    while todo:  # a stack: nesting may be deeper than Python's recursion
+        item = todo.pop()
+        if isinstance(item, torch.Tensor):
+            _check_tensor(item, path)
+        elif not isinstance(item, leaves):
+            if id(item) in seen:
+                continue
+            seen.add(id(item))
+            if isinstance(item, dict):
+                todo += [*item.keys(), *item.values()]
+            elif isinstance(item, (list, tuple, set)):
+                todo += item
+            elif not isinstance(item, type) and isinstance(item, tuple(allow)):
+                todo += getattr(item, "__dict__", {}).values()
+            else:
+                raise CodeRefused(f"{path} is refused: it holds {item!r:.60}, not a tensor, a number or a string")
+
+
+def _check_tensor(tensor: Any, path: str) -> None:
+    import torch
+
+    kind = None
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a sparse or nested tensor"
+    elif tensor.is_quantized:
+        kind = "a quantised tensor"
+    elif tensor.device.type != "cpu":
+        kind = f"a tensor without values (device {tensor.device.type!r})"
+    elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        kind = f"a tensor of shape {tuple(tensor.shape)} over {tensor.untyped_storage().nbytes()} bytes"
+    if kind:
+        raise ValueError(f"{path} holds {kind}: only dense tensors are read")
+
+
+def parse_json(text: str | bytes, name: str | Path) -> Any:
+    """The value in `text`, which is that of the file `name`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also bytes that are not UTF-8, and huge whole numbers
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{name} is not valid JSON: {why}") from None
+
+
+def read_json(path: str | Path) -> Any:
+    size = regular_file(path)
+    if size > JSON_BYTES:
+        raise ValueError(f"{path} has {size} bytes: no JSON file that is read here has more than {JSON_BYTES}")
+    try:
+        return parse_json(Path(path).read_bytes(), path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+CARD = {
+    "format": int,
+    "samples": int,
+    "bytes": int,
+    "max_height": int,
+    "max_width": int,
+    "max_pixels": int,
+    "min_side": int,
+    "jpeg": int,
+    "raw": int,
+    "copied": int,
+    "resized": int,
+    "bounded": int,
+    "distrusted": int,
+    "bad": int,
+    "mean_pixels": float,
+    "sha256": str,
+    "label": str,
+    "options": dict,
+    "source": str,
+    "kind": str,
+}
+CARD_NEEDS = ("format", "samples", "bytes", "max_pixels")  # the others have been there since the first version, too
+
+
+def read_card(path: str | Path) -> dict:
+    """A data card: every entry of the type in CARD, `classes` None or names, numbers 0 or more."""
+    card = read_json(path)
+    if not isinstance(card, dict):
+        raise ValueError(f"{path} is no data card: it holds a {type(card).__name__}; convert again, or copy it too")
+    missing = [key for key in CARD_NEEDS if key not in card]
+    if missing:
+        raise ValueError(f"{path} is no data card: {missing[0]} is missing; convert again, or copy it too")
+    for key, kind in CARD.items():
+        value = card.get(key, 0)
+        good = key not in card or type(value) is kind or (kind is float and type(value) is int)
+        if not good or (kind in (int, float) and not 0 <= value < 1 << 62):
+            raise ValueError(f"{path} is no data card: {key} is {value!r:.60}")
+    if card["format"] != 1:
+        raise ValueError(f"{path} has format {card['format']}, this version reads 1: convert again")
+    names = card.get("classes")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{path} is no data card: classes is {names!r:.60}, not a list of names")
+    label = card.get("label", "int")
+    if label not in ("none", "int", "multi") or (label == "multi" and not names):
+        raise ValueError(f"{path} is no data card: label is {label!r:.60} with classes {names!r:.60}")
+    if card["samples"] == 0:
+        raise ValueError(f"{path} is no data card: samples is 0")
+    return card
+
+
+def read_safetensors(path: str | Path, tensors: bool = True) -> tuple[dict[str, str], dict]:
+    """The metadata and, where asked for, the tensors of a .safetensors file."""
+    import safetensors
+
+    regular_file(path)
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            meta = file.metadata() or {}
+            return meta, {key: file.get_tensor(key) for key in file.keys()} if tensors else {}  # noqa: SIM118
+    except Exception as error:  # a damaged header raises nearly anything; types that PyTorch lacks do, too
+        raise ValueError(f"{path} is no complete safetensors file: {one_line(error)}") from None

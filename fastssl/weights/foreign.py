@@ -1,0 +1,167 @@
+"""Checkpoints of other projects: which copy of the network is whose, and keys that differ by more than a prefix.
+
+A prefix before torchvision's or timm's keys needs nothing from here (MoCo, SimSiam, SwAV, Barlow Twins, VICReg, DINO,
+MAE, solo-learn, VISSL's `trunk._feature_blocks.`, ...).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from torch import Tensor, nn
+
+from fastssl.backbones import positions
+from fastssl.config import Backbone
+
+# Of several complete copies of a network, those below such a name are averages of another or learn from one.
+TEACHER = {
+    "teacher",
+    "target",
+    "ema",
+    "encoder_k",
+    "key_encoder",
+    "teacher_backbone",
+    "momentum_backbone",
+    "backbone_momentum",  # lightly, solo-learn
+    "momentum_encoder",
+    "target_net",
+    "target_encoder",
+    "target_network",
+    "target_network_state_dict",  # MoCo v3, BYOLs
+    "state_dict_ema",
+    "model_ema",
+    "ema_model",  # timm, torchvision
+}
+STUDENT = {"student", "student_backbone"}
+
+
+def rank(prefix: str) -> int:
+    """Which copy is evaluated by default, the lowest first: MoCo's query, DINO's teacher."""
+    names = set(prefix.split("."))
+    return 2 if names & STUDENT else 1 if names & TEACHER else 0
+
+
+def choose(prefixes: list[str], which: str) -> list[str]:
+    """Those of a file's complete copies that are its "student" or its "teacher".  A name says which, or, beside a copy
+    that it says to be the other, its absence (MoCo's `encoder_q` beside `encoder_k`)."""
+    mine, other = (STUDENT, TEACHER) if which == "student" else (TEACHER, STUDENT)
+
+    def named(prefix: str, names: set) -> bool:
+        return bool(names & set(prefix.split(".")))
+
+    chosen = [p for p in prefixes if named(p, mine)]
+    if not chosen and any(named(p, other) for p in prefixes):
+        chosen = [p for p in prefixes if not named(p, other)]
+    return chosen
+
+
+def renamed(keys: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """For each layout that changes any of `keys`: its name, and every key with what it is called here."""
+    for layout, rename in LAYOUTS.items():
+        names = rename(keys)
+        if any(old != new for old, new in names.items()):
+            yield layout, names
+
+
+def refuse(file: str, checkpoint) -> None:
+    """An error for a network that has our keys and other arithmetic; OpenMMLab files carry their config's text."""
+    meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
+    text = " ".join(str(meta.get(key, "")) for key in ("config", "cfg")) if isinstance(meta, dict) else ""
+    for pattern, what in (
+        (r"style\s*[=:]\s*['\"]caffe", "style='caffe' strides in the 1x1 convolution, our ResNets in the 3x3"),
+        (r"ConvWS", "its convolutions standardise their weights, ours do not"),
+    ):
+        if re.search(pattern, text):
+            raise ValueError(f"{file} is refused: its keys fit and its outputs would be wrong ({what})")
+
+
+def refuse_layout(file: str, layout: str | None, stem: str) -> None:
+    """An error where the keys say that no ReLU follows the stem's norm and the backbone has one."""
+    if layout == NO_RELU and stem != "cifar_norelu":
+        raise ValueError(
+            f"{file} is refused for stem {stem!r}: it is a ResNet whose children were put into an "
+            "nn.Sequential (lightly's ResNetGenerator), which left out the ReLU after the stem's norm; "
+            "give stem='cifar_norelu' (--stem cifar_norelu)"
+        )
+
+
+def refuse_heads(file: str, table: Tensor, net: nn.Module, spec: Backbone) -> None:
+    """An error for a vision transformer whose number of heads nobody has said, and whose authors differ about it.
+
+    Fixed sine-cosine positions are those of MoCo v3 and MAE.  MoCo v3's authors, MMSelfSup and solo-learn give ViT-Ti
+    and ViT-S 12 heads, timm 3 and 6, with equal keys and shapes."""
+    dim = table.shape[-1]
+    heads = getattr(getattr(net.blocks[0], "attn", None), "num_heads", 12) if hasattr(net, "blocks") else 12
+    if dim not in (192, 384) or heads == 12 or "num_heads" in spec.options or table.ndim != 3:
+        return
+    if positions.is_sincos(table):
+        raise ValueError(
+            f"{file} has the fixed positions of MoCo v3 and MAE. With {dim} channels, MoCo v3's authors, "
+            f"MMSelfSup and solo-learn have 12 heads, timm's {spec.name} has {heads}, and the file does "
+            f"not say which: give num_heads=12 or num_heads={heads} (--option num_heads=12, or "
+            "backbone.options.num_heads=12)"
+        )
+
+
+def _by_patterns(*rules: tuple[str, str]) -> Callable[[list[str]], dict[str, str]]:
+    compiled = [(re.compile(pattern), new) for pattern, new in rules]
+
+    def rename(keys: list[str]) -> dict[str, str]:
+        out = {}
+        for key in keys:
+            out[key] = key
+            for pattern, new in compiled:
+                out[key] = pattern.sub(new, out[key])
+        return out
+
+    return rename
+
+
+def _children(relu: bool, keys: list[str]) -> dict[str, str]:
+    """nn.Sequential(*list(resnet.children())[:-1]): modules are numbers.  The four stages begin at 4 in torchvision's
+    ResNet and at 3 without its max-pool.  They begin at 2 in lightly's ResNet, whose ReLU is a function and therefore
+    missing in the nn.Sequential."""
+    out = {key: key for key in keys}
+    for key in keys:
+        if not (match := re.fullmatch(r"(|.*\.)(\d)\.0\.conv1\.weight", key)):
+            continue
+        prefix, first = match[1], int(match[2])
+        if f"{prefix}{first - 1}.0.conv1.weight" in out or first not in ((3, 4) if relu else (2,)):
+            continue
+        names = {"0": "conv1", "1": "bn1"} | {str(first + i): f"layer{i + 1}" for i in range(4)}
+        for old in keys:
+            number, _, rest = old.removeprefix(prefix).partition(".")
+            if old.startswith(prefix) and number in names:
+                out[old] = f"{prefix}{names[number]}." + re.sub(r"^(\d+)\.shortcut\.", r"\1.downsample.", rest)
+    return out
+
+
+NO_RELU = "numbered children without the stem's ReLU"
+LAYOUTS: dict[str, Callable[[list[str]], dict[str, str]]] = {
+    "numbered children": partial(_children, True),  # of torchvision's ResNet: lightly's examples, PyTorch-BYOL
+    NO_RELU: partial(_children, False),  # of lightly's ResNet, in its CIFAR benchmarks
+    "shortcut for downsample": _by_patterns((r"(layer\d\.\d+\.)shortcut\.", r"\1downsample.")),  # lightly's ResNet
+    "OpenMMLab group norm": _by_patterns((r"(^|\.)gn(\d)\.", r"\1bn\2.")),
+    "OpenMMLab ViT": _by_patterns(
+        (r"(^|\.)layers\.(\d+)\.ffn\.layers\.0\.0\.", r"\1layers.\2.mlp.fc1."),
+        (r"(^|\.)layers\.(\d+)\.ffn\.layers\.1\.", r"\1layers.\2.mlp.fc2."),
+        (r"(^|\.)layers\.(\d+)\.ln(\d)\.", r"\1blocks.\2.norm\3."),
+        (r"(^|\.)layers\.(\d+)\.(attn|mlp)\.", r"\1blocks.\2.\3."),
+        (r"(^|\.)ln1\.(weight|bias)$", r"\1norm.\2"),
+        (r"(^|\.)patch_embed\.projection\.", r"\1patch_embed.proj."),
+    ),
+    "torchvision ViT": _by_patterns(
+        (r"(^|\.)conv_proj\.", r"\1patch_embed.proj."),
+        (r"(^|\.)class_token$", r"\1cls_token"),
+        (r"(^|\.)encoder\.pos_embedding$", r"\1pos_embed"),
+        (r"(^|\.)encoder\.ln\.", r"\1norm."),
+        (r"(^|\.)encoder\.layers\.encoder_layer_(\d+)\.", r"\1blocks.\2."),
+        (r"\.ln_(\d)\.", r".norm\1."),
+        (r"\.self_attention\.in_proj_(weight|bias)$", r".attn.qkv.\1"),
+        (r"\.self_attention\.out_proj\.", ".attn.proj."),
+        (r"\.mlp\.(?:0|linear_1)\.", ".mlp.fc1."),
+        (r"\.mlp\.(?:3|linear_2)\.", ".mlp.fc2."),
+    ),
+}

@@ -1,0 +1,10 @@
+"""The definition in plain PyTorch: holds the probabilities of both sides."""
+
+from ..common import at_least_float32
+
+
+def soft_cross_entropy(student, teacher, student_temperature, teacher_temperature, center):
+    p = at_least_float32(teacher.detach())
+    if teacher_temperature is not None:
+        p = ((p if center is None else p - center.detach()) / teacher_temperature).softmax(1)
+    return -(p * (at_least_float32(student) / student_temperature).log_softmax(1)).sum(1).mean()
