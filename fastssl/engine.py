@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl import backbones, config, contract, dist, ending, graph, limits, norm, optim, weights
+from fastssl import backbones, config, contract, dist, ending, graph, limits, norm, optim, weights, zero
 from fastssl import checkpoint as state
 from fastssl import hooks as monitors
 from fastssl import views as recipes
@@ -108,7 +108,7 @@ class Trainer:
             yield module
             return
         copy = backbones.build(self.run.backbone).to(self.device)
-        copy.load_state_dict(state.whole(module, everywhere=True))
+        copy.load_state_dict(zero.full_state_dict(module, everywhere=True))
         yield copy
 
 
@@ -209,7 +209,7 @@ def save(t: Trainer, log: Log, needed: bool) -> Path | None:
     """Write a checkpoint, unless the last loss or a weight is not finite: it would take the place of a good one.  Then
     ValueError where the run ends here (`needed`, the last step), else a line in the log."""
     problem = log.lost()
-    if problem is None and not state.finite(t.method):
+    if problem is None and not zero.all_finite(t.method):
         problem = f"weights are not finite after step {t.step} (epoch {t.epoch}): {REMEDY}"
     if problem is None:
         return state.save(t)

@@ -63,8 +63,8 @@ def make_run(beton: str, method: str, micro: int, optimizer: str, speed: dict, p
 def record(t) -> dict:
     """Losses of STEPS steps, the gradients of the first, and the state after the last."""
     from fastssl import backbones, dist, engine
-    from fastssl import checkpoint as state
     from fastssl.meters import Meter
+    from fastssl.zero import full_state_dict
 
     meter, losses, grads = Meter(t.device, batch=BATCH), [], {}
     count = BATCH // dist.world() // engine.micro_batch(t.run)
@@ -85,7 +85,7 @@ def record(t) -> dict:
         engine.train_step(t, list(itertools.islice(source, count)), meter)
         t.step += 1
         losses.append(dist.mean(t.scalars["loss"]).item())
-    return {"losses": losses, "grads": grads, "state": state.whole(t.method)}
+    return {"losses": losses, "grads": grads, "state": full_state_dict(t.method)}
 
 
 def normalised() -> dict:
@@ -112,20 +112,20 @@ def normalised() -> dict:
 
 def overflow(t) -> list[dict]:
     """Three steps in fp16, the second with a loss scale that overflows: what each did to weights, queue and scale."""
-    from fastssl import checkpoint as state
     from fastssl import engine
     from fastssl.meters import Meter
+    from fastssl.zero import full_state_dict
 
     done, source, meter = [], t.loader.epoch(0), Meter(t.device, batch=BATCH)
     for step in range(STEPS):
         if step == 1:
             t.scale.value = 2.0**60
-        before, scale = state.whole(t.method, everywhere=True), t.scale.value
+        before, scale = full_state_dict(t.method, everywhere=True), t.scale.value
         engine.train_step(t, list(itertools.islice(source, 2)), meter)
         applied, now = bool(t.scalars["applied"]), float(t.scalars["loss_scale"])
         if not applied:
             t.scale.value = 2.0**10
-        after = state.whole(t.method, everywhere=True)
+        after = full_state_dict(t.method, everywhere=True)
         moved = {k for k in after if not torch.equal(before[k], after[k])}
         done.append(
             {

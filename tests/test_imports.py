@@ -15,7 +15,7 @@ LAYERS = """
     config
     dist
     decode
-    amp norm loader backbones optim log meters clustering ending
+    amp norm zero loader backbones optim log meters clustering ending
     graph limits
     checkpoint
     weights

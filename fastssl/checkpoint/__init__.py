@@ -12,13 +12,11 @@ import os
 import platform
 import shutil
 import time
-from collections import deque
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import safetensors
 import safetensors.torch
 import torch
@@ -27,7 +25,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
-from fastssl import backbones, dist
+from fastssl import backbones, dist, zero
 from fastssl.checkpoint import folder as checkpoint
 from fastssl.config import Run, dump, dumps, with_defaults
 from fastssl.files import untrusted
@@ -35,36 +33,6 @@ from fastssl.files import untrusted
 RESULTS = ("method", "backbone", "data", "optim", "seed", "sync_bn")  # sections that a resumed run must share, ...
 OBSERVED = ("data.test", "data.bank", "data.eval_view")  # ... without what only the monitors read
 LENGTH = ("optim.epochs", "optim.steps")  # may change where lr and weight decay do not depend on the run's length
-
-
-@torch.no_grad()
-def whole(module: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
-    """A copy of the state dict with ZeRO-3's shards gathered, a submodule at a time: on rank 0 (elsewhere empty), or
-    on every rank."""
-    mine, out = everywhere or dist.is_main(), {}
-    for name, child in module.named_modules():
-        with deepspeed.zero.GatheredParameters(list(child.parameters(recurse=False))):
-            if mine:
-                own: dict[str, Tensor] = {}
-                child._save_to_state_dict(own, name + "." if name else "", False)
-                out.update(
-                    {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in own.items()}
-                )
-    for name in getattr(module, "sharded", ()):
-        blocks = _blocks(getattr(module, name))
-        if mine:
-            out[name] = torch.cat([block.cpu() for block in blocks])
-        else:
-            deque(blocks, maxlen=0)
-    return out
-
-
-def _blocks(mine: Tensor) -> Iterator[Tensor]:
-    """The blocks of a table that is cut by dist.share, one at a time, since the whole may not fit on a device."""
-    sizes = dist.gather(torch.tensor([len(mine)], device=mine.device)).tolist()
-    for source, size in enumerate(sizes):
-        block = mine.clone() if source == dist.rank() else mine.new_empty(size, *mine.shape[1:])
-        yield dist.broadcast_(block, source)
 
 
 def random_states(device: torch.device) -> list[Tensor]:
@@ -95,7 +63,7 @@ def save(t) -> Path | None:
 def _write(t, path: Path) -> None:
     t.ds.save_checkpoint(str(path), tag="deepspeed", save_latest=False)
     torch.save(random_states(t.device), path / f"rank_{dist.rank()}.pt")
-    weights = whole(t.method)
+    weights = zero.full_state_dict(t.method)
     if dist.is_main():
         safetensors.torch.save_file({k: v.cpu() for k, v in weights.items()}, path / "weights.safetensors")
         torch.save(
@@ -270,13 +238,6 @@ def _layout(t, channels_last: bool) -> None:
             held.update(
                 {k: v.permute(order).contiguous() for k, v in held.items() if isinstance(v, Tensor) and v.ndim == 4}
             )
-
-
-@torch.no_grad()
-def finite(module: nn.Module) -> bool:
-    """Whether every parameter of all ranks is; under ZeRO 3 each rank looks at its shards."""
-    wrong = sum(~getattr(p, "ds_tensor", p).isfinite().all() for p in module.parameters())
-    return not dist.sum_(wrong.float())
 
 
 def _check(values: dict, run: Run, path: Path) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import clustering as cluster
-from fastssl.methods import parts
+from fastssl import zero
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class DeepCluster(nn.Module):
     def restart_head(self, epoch: int) -> None:
         generator = torch.Generator().manual_seed(self.seed + epoch)
         weight = torch.randn(self.config.clusters, self.backbone.dim, generator=generator) * 0.01
-        parts.overwrite_(self.head.weight, weight)
-        parts.overwrite_(self.head.bias, torch.zeros(self.config.clusters))
+        zero.overwrite_(self.head.weight, weight)
+        zero.overwrite_(self.head.bias, torch.zeros(self.config.clusters))
 
     def order(self, epoch: int) -> np.ndarray | None:
         if self.config.sampling == "all":

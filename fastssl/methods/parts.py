@@ -18,7 +18,7 @@ import torch.distributed as td
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl import dist
+from fastssl import dist, zero
 from fastssl.backbones import positions
 from fastssl.kernels import multi_tensor
 
@@ -96,29 +96,6 @@ def ema_(
     multi_tensor.lerp_([p.data for p in ours], [p.data for p in theirs], 1 - momentum, found_inf=found_inf, impl=impl)
 
 
-def gathered(parameters: list[nn.Parameter], modifier_rank: int | None = None):
-    """A context in which ZeRO-3's parameters are whole; at other stages nothing happens."""
-    import deepspeed  # late: it picks its accelerator when it is imported, and a config imports methods
-
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
-
-
-@torch.no_grad()
-def overwrite_(parameter: nn.Parameter, value: Tensor) -> None:
-    """Give a trainable parameter a new value, equal on all ranks, at any ZeRO stage: also in the fp32 copy that its
-    optimizer keeps and would write back over it after the next step."""
-    value = value.to(parameter)
-    if hasattr(parameter, "ds_id"):  # ZeRO-3: this rank's shard, and the optimizer's copy of the shard
-        with gathered([parameter], modifier_rank=0):
-            parameter.copy_(value)
-        kept, _ = parameter._z3_optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False)
-        kept.view(-1).copy_(parameter.ds_tensor.view(-1)[: kept.numel()])
-        return
-    parameter.copy_(value)
-    if getattr(parameter, "_hp_mapping", None) is not None:  # ZeRO-1 and 2, where this rank owns a piece of it
-        parameter.set_full_hp_param(value)
-
-
 @torch.no_grad()
 def keep_(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
     """target <- value, unless `found_inf` (as in kernels.multi_tensor) is not zero."""
@@ -190,11 +167,11 @@ class Prototypes(nn.Module):
     @torch.no_grad()
     def restore_(self, found_inf: Tensor | None = None) -> None:
         """Bring the weights to unit length, unless `found_inf` is not zero; they lie in the optimizer, too (ZeRO)."""
-        with gathered([self.weight]):
+        with zero.gathered([self.weight]):
             unit = F.normalize(self.weight, dim=1)
             if found_inf is not None:
                 unit = torch.where(found_inf != 0, self.weight, unit)
-        overwrite_(self.weight, unit)
+        zero.overwrite_(self.weight, unit)
 
 
 def vision_transformer(backbone: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl import dist
+from fastssl import dist, zero
 from fastssl.kernels import push_
 from fastssl.kernels.sinkhorn import sinkhorn_center
 from fastssl.kernels.soft_cross_entropy import soft_cross_entropy
@@ -82,7 +82,7 @@ class SwAV(nn.Module):
         """(K,) of each large crop: softmax((scores - center) / epsilon) are its balanced assignments."""
         c = self.config
         if c.queue and epoch >= c.queue_epoch:
-            with parts.gathered(list(self.prototypes.parameters())):
+            with zero.gathered(list(self.prototypes.parameters())):
                 scores = [
                     torch.cat([s, rows.chunk(dist.world())[dist.rank()] @ self.prototypes.directions().T])
                     for s, rows in zip(scores, self.queue)

@@ -361,18 +361,18 @@ def test_a_run_that_stops_while_prototypes_are_frozen_goes_on_alike(name, optimi
     """Their optimizer state does not exist yet when the checkpoint is written."""
     import shutil
 
-    from fastssl import checkpoint as state
     from fastssl import dist, engine
+    from fastssl.zero import full_state_dict
 
     monkeypatch.setattr(engine, "Loader", cases.Memory)
     dist.init("cpu")
     run = cases.run(name, steps=6, zero=zero, freeze_epochs=1)  # of four steps an epoch
     run.name, run.log.root, run.log.checkpoint_steps, run.log.keep = "x", str(tmp_path), 2, 9
     run.optim.name, run.optim.lr = optimizer, 1e-2
-    whole = state.whole(engine.fit(run, device="cpu").method)
+    whole = full_state_dict(engine.fit(run, device="cpu").method)
     for folder in (tmp_path / "x" / "checkpoints").glob("step_*[46]"):
         shutil.rmtree(folder)
-    resumed = state.whole(engine.fit(run, device="cpu", resume=True).method)
+    resumed = full_state_dict(engine.fit(run, device="cpu", resume=True).method)
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
 
 

@@ -45,9 +45,9 @@ def in_double(engine) -> None:
 
 def measure(name: str, norm: bool, micro: int, zero: int) -> dict:
     """Losses of both steps, the gradients of the first, the state after the last."""
-    from fastssl import checkpoint as state
     from fastssl import dist, engine
     from fastssl.meters import Meter
+    from fastssl.zero import full_state_dict
 
     t = engine.build(
         cases.run(name, norm=norm, batch=BATCH, micro=BATCH // dist.world() // micro, zero=zero), device="cpu"
@@ -68,7 +68,7 @@ def measure(name: str, norm: bool, micro: int, zero: int) -> dict:
         losses.append(dist.mean(t.scalars["loss"]).item())
     dist.sync_buffers(t.method)
     trainable = [n for n, p in t.method.named_parameters() if p.requires_grad]
-    return {"losses": losses, "grads": grads, "trainable": trainable, "state": state.whole(t.method)}
+    return {"losses": losses, "grads": grads, "trainable": trainable, "state": full_state_dict(t.method)}
 
 
 def clustering() -> dict:

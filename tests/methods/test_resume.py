@@ -46,12 +46,12 @@ def train(name: str, root: Path, zero: int = 0) -> dict:
 
 def cut(root: str) -> dict:
     """The state of ODC, whose bank is cut over the ranks: after five steps, or as a checkpoint of them gives it."""
-    from fastssl import checkpoint as state
     from fastssl import engine
+    from fastssl.zero import full_state_dict
 
     run = cases.run("odc", batch=BATCH, steps=5)
     run.name, run.log.root = "cut", root
-    return state.whole(engine.fit(run, resume=(Path(root) / "cut").exists(), device="cpu").method)
+    return full_state_dict(engine.fit(run, resume=(Path(root) / "cut").exists(), device="cpu").method)
 
 
 def worker(out: str, root: str, what: str) -> None:
