@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from common import append, environment, spread
 
-from fastssl.kernels import centroids_
+from fastssl.kernels import update_centroids_
 from fastssl.methods import npid, odc
 
 CLUSTERS = 10_000
@@ -107,7 +107,7 @@ def centroids(args, batch: int = 512) -> dict:
         method.renew()
 
     published()
-    for run in (ours, lambda: centroids_(method.centroids, method.bank, method.labels)):
+    for run in (ours, lambda: update_centroids_(method.centroids, method.bank, method.labels)):
         method.centroids.zero_()
         run()
         equal("centroids", method.centroids, theirs, 1e-6)

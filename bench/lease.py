@@ -39,7 +39,7 @@ VARIANTS = {  # of the step, in order of value
     "compile_graph": ["speed.graph=on", "speed.compile=True"],
     "compile": ["speed.graph=off", "speed.compile=True"],
 }
-KERNELS = ("infonce", "ntxent", "views", "soft_cross_entropy", "sinkhorn", "gathered", "memory")
+KERNELS = ("infonce", "ntxent", "augment", "soft_cross_entropy", "sinkhorn", "gathered", "queue_bank")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def items() -> list[Item]:
         for name in STEPS
         if not (variant in ("graph", "plain") and name in list(STEPS)[:3])
     ]
-    found += [Item(f"kernels_{op}", [py, "bench/kernels.py", op, "--json"], 200) for op in KERNELS]
+    found += [Item(f"kernels_{op}", [py, "bench/ops.py", op, "--json"], 200) for op in KERNELS]
     peers = [py, "bench/peers.py", cifar[0], CIFAR[0], "--batch", "256", "--seconds", "60"]
     found.append(Item("peers_simclr_r18", peers, 150, cifar[:1]))
     for method in ("barlow", "byol", "moco", "dino", "vicreg", "swav", "simsiam"):

@@ -17,6 +17,7 @@ import sys
 
 import torch
 from common import append, environment
+from ops import captured, microseconds
 from triton.runtime.errors import OutOfResources
 
 from fastssl.kernels.common import PRETENDED
@@ -24,7 +25,6 @@ from fastssl.kernels.infonce import triton as infonce
 from fastssl.kernels.ntxent import launch
 from fastssl.kernels.ntxent import triton as ntxent
 from fastssl.kernels.testing import compile_launch, record_launches
-from kernels import captured, microseconds  # bench/kernels.py
 
 QUEUE = 65536
 

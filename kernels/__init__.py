@@ -3,27 +3,27 @@
 Depends on torch and triton only.  impl="auto" picks Triton on CUDA and the definition elsewhere.
 """
 
-from .bank import centroids_, update_
+from .bank import update_bank_, update_centroids_
 from .gathered import gathered_nce
 from .infonce import infonce, infonce_symmetric
 from .multi_tensor import lars_, lerp_, square_sums
 from .ntxent import ntxent
-from .queue import push_
+from .queue import enqueue_
 from .sinkhorn import sinkhorn, sinkhorn_center
 from .soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
-    "centroids_",
+    "enqueue_",
     "gathered_nce",
     "infonce",
     "infonce_symmetric",
     "lars_",
     "lerp_",
     "ntxent",
-    "push_",
     "sinkhorn",
     "sinkhorn_center",
     "soft_cross_entropy",
     "square_sums",
-    "update_",
+    "update_bank_",
+    "update_centroids_",
 ]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import dist
-from fastssl.kernels import centroids_, philox
+from fastssl.kernels import philox, update_centroids_
 
 STREAM = 0x434C5553  # of the counter-based generator
 CHUNK = 1 << 25  # entries of a block of similarities (128 MiB in float32)
@@ -132,7 +132,7 @@ def _blocks(x: Tensor, width: int) -> tuple[Tensor, ...]:
 def means(x: Tensor, labels: Tensor, old: Tensor, kernels: str = "auto") -> tuple[Tensor, Tensor]:
     """(K, D) means over all ranks' rows of each label, `old` where there are none, and (K,) their counts."""
     counts = torch.bincount(labels, minlength=len(old))
-    own = centroids_(old.clone(), x, labels, impl=kernels)
+    own = update_centroids_(old.clone(), x, labels, impl=kernels)
     if dist.world() == 1:
         return own, counts
     sums = dist.sum_(own * counts[:, None])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import dist
-from fastssl.kernels import infonce, push_
+from fastssl.kernels import enqueue_, infonce
 from fastssl.methods import parts
 
 
@@ -92,4 +92,4 @@ class DenseCL(nn.Module):
         for queue, pointer, keys in zip(
             (self.queue, self.dense_queue), self.pointers, (out["k"], out["k_dense"].mean(1))
         ):
-            push_(queue, pointer, dist.gather(keys), found_inf=found_inf, impl=self.kernels)
+            enqueue_(queue, pointer, dist.gather(keys), found_inf=found_inf, impl=self.kernels)

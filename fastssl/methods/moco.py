@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import dist
-from fastssl.kernels import infonce, push_
+from fastssl.kernels import enqueue_, infonce
 from fastssl.methods import parts
 
 
@@ -85,4 +85,4 @@ class MoCo(nn.Module):
         momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
         parts.ema_(self.target, [self.backbone, self.projector], momentum, found_inf=found_inf, impl=self.kernels)
         for k, queue, pointer in zip(dist.gather(out["k"]).unbind(1), self.queue, self.pointers):
-            push_(queue, pointer, k.contiguous(), found_inf=found_inf, impl=self.kernels)
+            enqueue_(queue, pointer, k.contiguous(), found_inf=found_inf, impl=self.kernels)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import dist
-from fastssl.kernels import infonce_symmetric, push_
+from fastssl.kernels import enqueue_, infonce_symmetric
 from fastssl.methods import parts
 
 
@@ -65,4 +65,4 @@ class NNCLR(nn.Module):
 
     def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
         z = dist.gather(out["z"][:, 0].contiguous())
-        push_(self.queue, self.pointer, z, found_inf=found_inf, impl=self.kernels)
+        enqueue_(self.queue, self.pointer, z, found_inf=found_inf, impl=self.kernels)

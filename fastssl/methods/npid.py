@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import dist
-from fastssl.kernels import gathered_nce, philox, update_
+from fastssl.kernels import gathered_nce, philox, update_bank_
 from fastssl.methods import parts
 
 STREAM = 0x4E504944  # of the counter-based generator; views use small numbers
@@ -99,4 +99,4 @@ class NPID(nn.Module):
 
     def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
         index, z = dist.gather(batch.index), dist.gather(F.normalize(out["z"], dim=1))
-        update_(self.bank, index, z, self.config.momentum, found_inf=found_inf, impl=self.kernels)
+        update_bank_(self.bank, index, z, self.config.momentum, found_inf=found_inf, impl=self.kernels)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastssl import clustering as cluster
 from fastssl import dist
-from fastssl.kernels import update_
+from fastssl.kernels import update_bank_
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class ODC(nn.Module):
         index, z = dist.gather(batch.index), dist.gather(F.normalize(out["z"], dim=1))
         seen, place = index.unique(return_inverse=True)
         here, before = self.here(index), self.rows(seen)
-        update_(self.bank, index[here] - self.mine.start, z[here], self.config.momentum, impl=self.kernels)
+        update_bank_(self.bank, index[here] - self.mine.start, z[here], self.config.momentum, impl=self.kernels)
         after = self.rows(seen)
         labels = (after @ self.centroids.T).argmax(1)
         self.changed.copy_((labels != self.labels[seen])[place].to(self.changed.dtype).mean())

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import dist, zero
-from fastssl.kernels import push_
+from fastssl.kernels import enqueue_
 from fastssl.kernels.sinkhorn import sinkhorn_center
 from fastssl.kernels.soft_cross_entropy import soft_cross_entropy
 from fastssl.methods import parts
@@ -98,4 +98,4 @@ class SwAV(nn.Module):
         if self.config.queue:
             z = dist.gather(out["z"])
             for i in range(self.config.large):
-                push_(self.queue[i], self.pointers[i], z[:, i].contiguous(), found_inf=found_inf, impl=self.kernels)
+                enqueue_(self.queue[i], self.pointers[i], z[:, i].contiguous(), found_inf=found_inf, impl=self.kernels)

@@ -343,8 +343,8 @@ def launch_all(pixels, sizes, index, epoch_ptr, text, seed, epoch, dtype) -> Ten
     return out
 
 
-@torch.library.custom_op("fastssl::views", mutates_args=())
-def views_op(
+@torch.library.custom_op("fastssl::augment", mutates_args=())
+def augment_op(
     pixels: Tensor,
     sizes: Tensor,
     index: Tensor,
@@ -358,7 +358,7 @@ def views_op(
     return launch_all(pixels, sizes, index, epoch_ptr, text, seed, epoch, dtype)
 
 
-@views_op.register_fake
+@augment_op.register_fake
 def _(pixels, sizes, index, epoch_ptr, text, seed, epoch, dtype):
     return _empty(pixels, text, dtype)
 
@@ -505,7 +505,7 @@ def as_text(views) -> str:
 
 def make_views(pixels, sizes, index, views, seed, epoch, dtype) -> list[Tensor]:
     epoch_ptr, epoch = (epoch, 0) if isinstance(epoch, Tensor) else (None, epoch)
-    flat = views_op(
+    flat = augment_op(
         pixels.contiguous(), sizes.contiguous(), index.contiguous(), epoch_ptr, as_text(views), seed, epoch, dtype
     )
     B, start, outs = len(pixels), 0, []

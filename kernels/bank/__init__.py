@@ -7,7 +7,7 @@ from ..common import check_rows, check_triton_dtype, choose
 from . import reference
 
 
-def update_(
+def update_bank_(
     bank: Tensor, index: Tensor, rows: Tensor, momentum: float, *, found_inf: Tensor | None = None, impl: str = "auto"
 ) -> Tensor:
     """bank[i] = unit((1 - momentum) * bank[i] + momentum * row) for i in index (B,), in place; returns bank (S, D).
@@ -16,41 +16,41 @@ def update_(
     Indices in [0, S): the Triton kernel skips others, since checking would have to wait for the device.  No gradient.
     found_inf: None, or a 0-dim float32 tensor on the device; where it is not zero, nothing changes.
     """
-    check_rows("bank.update_", bank=bank, rows=rows)
-    _check_index("bank.update_", index, (rows.shape[0],), bank)
+    check_rows("update_bank_", bank=bank, rows=rows)
+    _check_index("update_bank_", index, (rows.shape[0],), bank)
     if not 0 <= momentum <= 1:
-        raise ValueError(f"bank.update_: momentum={momentum}: the weight of the new row, in [0, 1]")
+        raise ValueError(f"update_bank_: momentum={momentum}: the weight of the new row, in [0, 1]")
     if rows.shape[0] == 0:
         return bank
     with torch.no_grad():
         if choose(impl, bank) == "reference":
-            reference.update_(bank, index, rows, momentum, found_inf)
+            reference.update_bank_(bank, index, rows, momentum, found_inf)
         else:
-            check_triton_dtype("bank.update_", bank=bank, rows=rows)
+            check_triton_dtype("update_bank_", bank=bank, rows=rows)
             from . import triton
 
-            triton.update_(bank, index, rows, float(momentum), found_inf)
+            triton.update_bank_(bank, index, rows, float(momentum), found_inf)
     return bank
 
 
-def centroids_(centroids: Tensor, bank: Tensor, labels: Tensor, *, impl: str = "auto") -> Tensor:
+def update_centroids_(centroids: Tensor, bank: Tensor, labels: Tensor, *, impl: str = "auto") -> Tensor:
     """centroids[k] = mean of the bank's rows with label k, in place; one without rows keeps its value; returns (K, D).
 
     bank (S, D), labels (S,): int64 in [0, K); a negative label belongs to no centroid.  Sums are float32, in the order
     of the rows, so the result does not change from run to run.
     """
-    check_rows("bank.centroids_", centroids=centroids, bank=bank)
-    _check_index("bank.centroids_", labels, (bank.shape[0],), bank)
+    check_rows("update_centroids_", centroids=centroids, bank=bank)
+    _check_index("update_centroids_", labels, (bank.shape[0],), bank)
     if bank.shape[0] == 0 or centroids.shape[0] == 0:
         return centroids
     with torch.no_grad():
         if choose(impl, bank) == "reference":
-            reference.centroids_(centroids, bank, labels)
+            reference.update_centroids_(centroids, bank, labels)
         else:
-            check_triton_dtype("bank.centroids_", centroids=centroids, bank=bank)
+            check_triton_dtype("update_centroids_", centroids=centroids, bank=bank)
             from . import triton
 
-            triton.centroids_(centroids, bank, labels)
+            triton.update_centroids_(centroids, bank, labels)
     return centroids
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from ..common import at_least_float32, l2_normalize
 
 
-def update_(bank, index, rows, momentum, found_inf):
+def update_bank_(bank, index, rows, momentum, found_inf):
     # every occurrence of an index writes what its last one would: equal values, so their order does not matter
     position = torch.arange(index.shape[0], device=index.device)
     last = torch.where(index[:, None] == index, position, -1).amax(1)
@@ -16,7 +16,7 @@ def update_(bank, index, rows, momentum, found_inf):
     bank[index] = mix if found_inf is None else torch.where(found_inf != 0, bank[index], mix)
 
 
-def centroids_(centroids, bank, labels):
+def update_centroids_(centroids, bank, labels):
     k, d = centroids.shape
     dtype = torch.promote_types(bank.dtype, torch.float32)
     slot = torch.where(labels < 0, k, labels)

@@ -100,21 +100,21 @@ def centroids(out, bank, labels):
     )
 
 
-@torch.library.custom_op("fastssl::bank_update", mutates_args=("bank",))
-def update_(bank: Tensor, index: Tensor, rows: Tensor, momentum: float, found_inf: Tensor | None) -> None:
+@torch.library.custom_op("fastssl::update_bank", mutates_args=("bank",))
+def update_bank_(bank: Tensor, index: Tensor, rows: Tensor, momentum: float, found_inf: Tensor | None) -> None:
     update(bank, index, rows, momentum, found_inf)
 
 
-@torch.library.custom_op("fastssl::bank_centroids", mutates_args=("out",))
-def centroids_(out: Tensor, bank: Tensor, labels: Tensor) -> None:
+@torch.library.custom_op("fastssl::update_centroids", mutates_args=("out",))
+def update_centroids_(out: Tensor, bank: Tensor, labels: Tensor) -> None:
     centroids(out, bank, labels)
 
 
-@update_.register_fake
+@update_bank_.register_fake
 def _(bank, index, rows, momentum, found_inf):
     return None
 
 
-@centroids_.register_fake
+@update_centroids_.register_fake
 def _(out, bank, labels):
     return None

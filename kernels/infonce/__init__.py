@@ -20,7 +20,7 @@ def infonce(
 ) -> Tensor:
     """Mean cross entropy of query i's positive k_i; q and k (N, D), k and queue get no gradient.
 
-    queue (K, D): the classes are k_i and every row of the queue, which holds what queue.push_ wrote.
+    queue (K, D): the classes are k_i and every row of the queue, which holds what enqueue_ wrote.
     queue=None: the classes are all rows of k, those of the ranks of `group` included (MoCo v3).
     normalize: q and k are brought to unit length first; the queue is taken as it is.
     """

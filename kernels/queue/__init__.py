@@ -7,7 +7,7 @@ from ..common import check_rows, check_triton_dtype, choose
 from . import reference
 
 
-def push_(
+def enqueue_(
     queue: Tensor,
     pointer: Tensor,
     rows: Tensor,
@@ -22,22 +22,22 @@ def push_(
     normalize: rows are brought to unit length first (a zero row stays zero).  No gradient.
     found_inf: None, or a 0-dim float32 tensor on the device; where it is not zero, nothing changes.
     """
-    check_rows("queue.push_", queue=queue, rows=rows)
+    check_rows("enqueue_", queue=queue, rows=rows)
     if pointer.dtype != torch.int64 or pointer.numel() != 1 or pointer.device != queue.device:
         raise ValueError(
-            f"queue.push_: pointer is {pointer.dtype} {tuple(pointer.shape)} on {pointer.device}: "
+            f"enqueue_: pointer is {pointer.dtype} {tuple(pointer.shape)} on {pointer.device}: "
             f"expected one int64 on {queue.device}"
         )
     if queue.shape[0] == 0:
-        raise ValueError("queue.push_: the queue has no rows")
+        raise ValueError("enqueue_: the queue has no rows")
     if rows.shape[0] == 0:
         return queue
     with torch.no_grad():
         if choose(impl, queue) == "reference":
-            reference.push_(queue, pointer, rows, normalize, found_inf)
+            reference.enqueue_(queue, pointer, rows, normalize, found_inf)
         else:
-            check_triton_dtype("queue.push_", queue=queue, rows=rows)
+            check_triton_dtype("enqueue_", queue=queue, rows=rows)
             from . import triton
 
-            triton.push_(queue, pointer, rows, normalize, found_inf)
+            triton.enqueue_(queue, pointer, rows, normalize, found_inf)
     return queue

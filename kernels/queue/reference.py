@@ -5,7 +5,7 @@ import torch
 from ..common import l2_normalize
 
 
-def push_(queue, pointer, rows, normalize, found_inf):
+def enqueue_(queue, pointer, rows, normalize, found_inf):
     size, n = queue.shape[0], rows.shape[0]
     kept = rows.detach()[-size:]
     if normalize:

@@ -67,11 +67,11 @@ def push(queue, pointer, rows, normalize, found_inf=None):
     )
 
 
-@torch.library.custom_op("fastssl::queue_push", mutates_args=("queue", "pointer"))
-def push_(queue: Tensor, pointer: Tensor, rows: Tensor, normalize: bool, found_inf: Tensor | None) -> None:
+@torch.library.custom_op("fastssl::enqueue", mutates_args=("queue", "pointer"))
+def enqueue_(queue: Tensor, pointer: Tensor, rows: Tensor, normalize: bool, found_inf: Tensor | None) -> None:
     push(queue, pointer, rows, normalize, found_inf)
 
 
-@push_.register_fake
+@enqueue_.register_fake
 def _(queue, pointer, rows, normalize, found_inf):
     return None

@@ -234,7 +234,7 @@ def backward(grad, student, teacher, center, end, student_temperature, teacher_t
 
 
 @torch.library.custom_op("fastssl::soft_cross_entropy", mutates_args=())
-def softxent_op(
+def soft_cross_entropy_op(
     student: Tensor,
     teacher: Tensor,
     center: Tensor | None,
@@ -244,14 +244,14 @@ def softxent_op(
     return forward(student, teacher, student_temperature, teacher_temperature, center)
 
 
-@softxent_op.register_fake
+@soft_cross_entropy_op.register_fake
 def _(student, teacher, center, student_temperature, teacher_temperature):
     f32 = {"dtype": torch.float32}
     return student.new_empty((), **f32), student.new_empty((4, student.shape[0]), **f32)
 
 
-@torch.library.custom_op("fastssl::softxent_backward", mutates_args=())
-def softxent_backward_op(
+@torch.library.custom_op("fastssl::soft_cross_entropy_backward", mutates_args=())
+def soft_cross_entropy_backward_op(
     grad: Tensor,
     student: Tensor,
     teacher: Tensor,
@@ -263,7 +263,7 @@ def softxent_backward_op(
     return backward(grad, student, teacher, center, end, student_temperature, teacher_temperature)
 
 
-@softxent_backward_op.register_fake
+@soft_cross_entropy_backward_op.register_fake
 def _(grad, student, teacher, center, end, student_temperature, teacher_temperature):
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
@@ -277,13 +277,13 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 5
-    return softxent_backward_op(grad, *ctx.saved_tensors, *ctx.temperatures), None, None, None, None
+    return soft_cross_entropy_backward_op(grad, *ctx.saved_tensors, *ctx.temperatures), None, None, None, None
 
 
-softxent_op.register_autograd(_backward, setup_context=_setup)
+soft_cross_entropy_op.register_autograd(_backward, setup_context=_setup)
 
 
 def soft_cross_entropy(student, teacher, student_temperature, teacher_temperature, center):
     center = None if center is None else center.detach().contiguous()
     tt = None if teacher_temperature is None else float(teacher_temperature)
-    return softxent_op(student, teacher.detach(), center, float(student_temperature), tt)[0]
+    return soft_cross_entropy_op(student, teacher.detach(), center, float(student_temperature), tt)[0]

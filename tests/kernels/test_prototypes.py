@@ -23,7 +23,7 @@ def test_sinkhorn_is_swavs():
     assert torch.allclose(balanced.sum(0), torch.full((30,), 20 / 30).double(), rtol=1e-6)
 
 
-def test_softxent_is_cross_entropy_and_takes_sinkhorns_center():
+def test_soft_cross_entropy_is_cross_entropy_and_takes_sinkhorns_center():
     s, t, c = torch.randn(6, 40).double(), torch.randn(6, 40).double().tanh(), torch.randn(40).double()
     p = ((t - c) / 0.04).softmax(1)
     expected = -(p * (s / 0.1).log_softmax(1)).sum(1).mean()
@@ -43,12 +43,12 @@ def test_sinkhorn_kernel_is_as_exact_as_plain_pytorch(case):
 
 @needs_triton
 @pytest.mark.parametrize("case", cases.SMALL, ids=str)
-def test_softxent_kernel_is_as_exact_as_plain_pytorch(case):
+def test_soft_cross_entropy_kernel_is_as_exact_as_plain_pytorch(case):
     check(cases, case, DEVICE)
 
 
 @needs_triton
-def test_softxent_gradient_does_not_see_an_offset_of_all_logits():
+def test_soft_cross_entropy_gradient_does_not_see_an_offset_of_all_logits():
     """Nor a prototype that is alone (an offset of nothing): its gradient is exactly 0."""
     g = torch.Generator().manual_seed(0)
     s, t = ((torch.randn(2, 5, 300, generator=g) * 64).round() / 64).to(DEVICE)  # sums with 1000 are exact
@@ -70,7 +70,7 @@ def test_sinkhorn_kernel_at_every_size(case):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", cases.FULL, ids=str)
-def test_softxent_kernel_at_every_size(case):
+def test_soft_cross_entropy_kernel_at_every_size(case):
     check(cases, case, "cuda")
 
 
@@ -98,8 +98,8 @@ def test_ops_are_registered_properly():
     s, t = torch.randn(5, 40, device=DEVICE, requires_grad=True), torch.randn(5, 40, device=DEVICE)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     for op, arguments in (
-        (sx.softxent_op, (s, t, None, 0.1, 0.04)),
-        (sx.softxent_op, (s, t, t[0], 0.1, 0.04)),
+        (sx.soft_cross_entropy_op, (s, t, None, 0.1, 0.04)),
+        (sx.soft_cross_entropy_op, (s, t, t[0], 0.1, 0.04)),
         (sk.center_op, (t, 0.05, 3, "")),
         (sk.assign_op, (t, t[0], 0.05)),
     ):

@@ -65,7 +65,7 @@ def test_a_method_hands_speed_kernels_to_every_op(name, asked):
     method.loss(out, batch)
     method.after_step(out, batch, 0.0)
     assert {impl for _, impl in asked} == {"reference"}, asked
-    assert (name in WITHOUT) == ({op for op, _ in asked} == {"views"})
+    assert (name in WITHOUT) == ({op for op, _ in asked} == {"augment"})
 
 
 def test_every_method_has_a_case():

@@ -1,4 +1,4 @@
-"""What bench/kernels.py compares: each op's cases, their check, the ways to compute them and the work that they are."""
+"""What bench/ops.py compares: each op's cases, their check, the ways to compute them and the work that they are."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import kernel_views
+import ops_augment
 import torch
 
+from fastssl.kernels import enqueue_, update_bank_
 from fastssl.kernels import ntxent as ntxent_loss
-from fastssl.kernels import push_, update_
 from fastssl.kernels.common import l2_normalize
 from fastssl.kernels.gathered import cases as gathered
 from fastssl.kernels.gathered import reference as gathered_reference
@@ -218,8 +218,8 @@ def update_state(case):
 def update_step(case, state, impl):
     table, pointer, rows, index = state
     if case.kind == "queue":
-        return push_(table, pointer, rows, impl=impl)
-    return update_(table, index, rows, 0.5, impl=impl)
+        return enqueue_(table, pointer, rows, impl=impl)
+    return update_bank_(table, index, rows, 0.5, impl=impl)
 
 
 def update_check(case):
@@ -275,8 +275,8 @@ OPS = {
         lambda c: (None, 5 * c.rows * c.prototypes * c.dtype.itemsize),
         {},
     ),
-    "views": Op(kernel_views.CASES, kernel_views.check, kernel_views.ways, kernel_views.work, kernel_views.TARGETS),
-    "memory": Op(
+    "augment": Op(ops_augment.CASES, ops_augment.check, ops_augment.ways, ops_augment.work, ops_augment.TARGETS),
+    "queue_bank": Op(
         UPDATES,
         update_check,
         update_ways,

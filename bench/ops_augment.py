@@ -1,4 +1,4 @@
-"""The views kernel for bench/kernels.py: against its definition, torchvision v2 and, where installed, kornia.
+"""The views kernel for bench/ops.py: against its definition, torchvision v2 and, where installed, kornia.
 
 torchvision draws one set of parameters for the whole batch, which is less work than ours and not the same result.
 """

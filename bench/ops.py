@@ -1,5 +1,5 @@
 """The fused kernels against eager PyTorch, torch.compile, chunked matmuls and whatever else is installed:
-python bench/kernels.py [OP ...] [--json] [--resume]
+python bench/ops.py [OP ...] [--json] [--resume]
 
 Each case is first held to fp64 truth (at most twice plain PyTorch's error); a case that fails gets no time, and the
 exit status is 1.  A time is the GPU's: a captured CUDA graph of loss and gradient, 50 repetitions, with the L2 cache
@@ -16,7 +16,7 @@ import time
 
 import torch
 from common import ROOT, append, device_name, environment
-from kernel_ops import OPS
+from ops_compared import OPS
 
 REPETITIONS = 50
 SECONDS = 500  # after which the ops that remain are left for --resume: one GPU is lent for minutes
@@ -153,7 +153,7 @@ def main() -> int:
     if unknown:
         parser.error(f"no op {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")
     if not torch.cuda.is_available():
-        print("bench/kernels.py times kernels on a CUDA device, and this machine has none: nothing was measured.")
+        print("bench/ops.py times kernels on a CUDA device, and this machine has none: nothing was measured.")
         return 2
     start = time.perf_counter()
     env = environment("triton")

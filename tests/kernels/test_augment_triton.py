@@ -206,7 +206,7 @@ def test_compiles_into_a_full_graph_and_takes_the_epoch_from_the_device():
             assert torch.equal(a, b)
     for a, b in zip(eager, step(*batch, 2)):
         assert torch.equal(a, b)
-    torch.library.opcheck(fused.views_op, (*batch, None, fused.as_text(views), 1, 2, torch.float16))
+    torch.library.opcheck(fused.augment_op, (*batch, None, fused.as_text(views), 1, 2, torch.float16))
 
 
 @needs_triton

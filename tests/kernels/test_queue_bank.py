@@ -5,7 +5,7 @@ import pytest
 import torch
 from kernel_device import DEVICE, needs_triton
 
-from fastssl.kernels import centroids_, push_, update_
+from fastssl.kernels import enqueue_, update_bank_, update_centroids_
 from fastssl.kernels.testing import assert_as_good_as
 
 IMPLS = ["reference", pytest.param("triton", marks=needs_triton)]
@@ -43,7 +43,7 @@ def test_push_writes_in_a_circle(impl, size, n, dim, dtype):
         for row in unit(rows):
             expected[at] = row
             at = (at + 1) % size
-        assert push_(queue, pointer, rows.to(DEVICE), impl=impl) is queue
+        assert enqueue_(queue, pointer, rows.to(DEVICE), impl=impl) is queue
         assert pointer.item() == at
     assert (queue.double().cpu() - expected).abs().max() <= rounding(dtype)
 
@@ -52,9 +52,9 @@ def test_push_writes_in_a_circle(impl, size, n, dim, dtype):
 def test_push_takes_any_strides_and_can_leave_lengths(impl):
     queue, pointer = torch.zeros(6, 4, device=DEVICE).T.contiguous().T, torch.tensor([4], device=DEVICE)
     rows = torch.arange(24.0, device=DEVICE).reshape(3, 8)[:, ::2]
-    push_(queue, pointer, rows, normalize=False, impl=impl)
+    enqueue_(queue, pointer, rows, normalize=False, impl=impl)
     assert torch.equal(queue[[4, 5, 0]], rows) and not queue[1:4].any() and pointer.item() == 1
-    push_(queue, pointer, rows[:0], impl=impl)
+    enqueue_(queue, pointer, rows[:0], impl=impl)
     assert pointer.item() == 1
 
 
@@ -67,14 +67,14 @@ def test_update_mixes_and_the_last_of_equal_indices_wins(impl, dim, dtype):
     expected = bank.double().cpu()
     for i, row in dict(zip(index.tolist(), rows.double())).items():
         expected[i] = unit(0.7 * expected[i] + 0.3 * row)
-    assert update_(bank, index.to(DEVICE), rows.to(DEVICE), 0.3, impl=impl) is bank
+    assert update_bank_(bank, index.to(DEVICE), rows.to(DEVICE), 0.3, impl=impl) is bank
     assert (bank.double().cpu() - expected).abs().max() <= rounding(dtype)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_update_of_opposites_gives_zero_and_keeps_other_rows(impl):
     bank = torch.eye(4, 8, device=DEVICE)
-    update_(bank, torch.tensor([2], device=DEVICE), -bank[2:3].clone(), 0.5, impl=impl)
+    update_bank_(bank, torch.tensor([2], device=DEVICE), -bank[2:3].clone(), 0.5, impl=impl)
     expected = torch.eye(4, 8)
     expected[2] = 0
     assert torch.equal(bank.cpu(), expected)
@@ -98,7 +98,7 @@ def test_centroids_are_means_and_empty_ones_stay(impl, rows, dim, k, dtype):
     for c in set(labels.tolist()) - {-1}:
         truth[c] = bank.double().cpu()[labels == c].mean(0)
     out = torch.full((k, dim), 7.0, device=DEVICE)
-    centroids_(out, bank, labels.to(DEVICE), impl=impl)
+    update_centroids_(out, bank, labels.to(DEVICE), impl=impl)
     assert (out.double().cpu() - truth).abs().max() <= 1e-6
     assert torch.equal(out[-1].cpu(), torch.full((dim,), 7.0))
 
@@ -109,8 +109,8 @@ def test_in_place_kernels_survive_compile_fullgraph():
     index = torch.tensor([3, 5, 3], device=DEVICE)
 
     def step(queue, pointer, bank, rows):
-        push_(queue, pointer, rows, impl="triton")
-        update_(bank, index, rows, 0.5, impl="triton")
+        enqueue_(queue, pointer, rows, impl="triton")
+        update_bank_(bank, index, rows, 0.5, impl="triton")
         return queue.sum() + bank.sum()
 
     results = []
@@ -131,9 +131,9 @@ def test_updates_do_not_wait_for_the_device():
     for mode in ("default", "error"):  # the first call compiles
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            push_(queue, pointer, rows)
-            update_(bank, index, rows, 0.5)
-            centroids_(centers, bank, labels)
+            enqueue_(queue, pointer, rows)
+            update_bank_(bank, index, rows, 0.5)
+            update_centroids_(centers, bank, labels)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -141,12 +141,12 @@ def test_updates_do_not_wait_for_the_device():
 def test_errors_name_what_is_wrong():
     queue, rows, index = torch.zeros(4, 8), torch.zeros(2, 8), torch.zeros(2, dtype=torch.int64)
     for match, call in (
-        ("pointer is torch.float32", lambda: push_(queue, torch.zeros(1), rows)),
-        ("rows is 7 wide", lambda: push_(queue, index[:1], rows[:, :7])),
-        ("no rows", lambda: push_(queue[:0], index[:1], rows)),
-        ("momentum=2", lambda: update_(queue, index, rows, 2)),
-        (r"int64 \(3,\)|torch.int64 \(2,\)", lambda: update_(queue, index, torch.zeros(3, 8), 0.5)),
-        ("torch.float32", lambda: centroids_(queue, rows, torch.zeros(2))),
+        ("pointer is torch.float32", lambda: enqueue_(queue, torch.zeros(1), rows)),
+        ("rows is 7 wide", lambda: enqueue_(queue, index[:1], rows[:, :7])),
+        ("no rows", lambda: enqueue_(queue[:0], index[:1], rows)),
+        ("momentum=2", lambda: update_bank_(queue, index, rows, 2)),
+        (r"int64 \(3,\)|torch.int64 \(2,\)", lambda: update_bank_(queue, index, torch.zeros(3, 8), 0.5)),
+        ("torch.float32", lambda: update_centroids_(queue, rows, torch.zeros(2))),
     ):
         with pytest.raises(ValueError, match=match):
             call()

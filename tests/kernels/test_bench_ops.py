@@ -16,7 +16,7 @@ sys.path.insert(0, str(BENCH))
 
 
 def test_chunked_matmuls_are_the_definition():
-    from kernel_ops import chunked_ntxent
+    from ops_compared import chunked_ntxent
 
     case = cases.Case(90, 24)
     z = cases.make(case, "cpu", 0)["z"].double()
@@ -28,15 +28,15 @@ def test_chunked_matmuls_are_the_definition():
 @needs_triton
 def test_large_cases_are_checked_where_float16_has_bits_for_their_gradients(monkeypatch):
     """At temperature 100 the gradients of 256 rows are as small as those of 65,536 rows usually are."""
-    import kernel_ops
+    import ops_compared
 
-    monkeypatch.setattr(kernel_ops, "TRUTH_ROWS", 0)
-    errors = kernel_ops.ntxent_check(cases.Case(256, 64, temperature=100.0), DEVICE)
+    monkeypatch.setattr(ops_compared, "TRUTH_ROWS", 0)
+    errors = ops_compared.ntxent_check(cases.Case(256, 64, temperature=100.0), DEVICE)
     assert errors["dz"] < 2**-26  # half a step of float16 is 2^-25
 
 
 def test_every_case_counts_its_work_and_every_target_has_a_case():
-    from kernel_ops import OPS
+    from ops_compared import OPS
 
     for op in OPS.values():
         assert set(op.targets) <= set(op.cases)
@@ -47,7 +47,7 @@ def test_every_case_counts_its_work_and_every_target_has_a_case():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time on")
 def test_without_a_gpu_it_says_so():
-    run = subprocess.run([sys.executable, BENCH / "kernels.py"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, BENCH / "ops.py"], capture_output=True, text=True)
     assert run.returncode == 2 and "nothing was measured" in run.stdout
 
 
