@@ -23,11 +23,11 @@ CIFAR = ["speed.resident=True"]
 STEPS = {  # name: config and what replaces its settings; batches that one card holds
     "simclr_r18": ("simclr/r18_cifar10_200ep.py", CIFAR),
     "barlow_vits16": ("barlow/vits16_in1k_100ep_bf16.py", PHOTOS),
-    "simclr_r50": ("simclr/r50_in1k_200ep_fp16.py", PHOTOS),
+    "simclr_r50": ("simclr/r50_in1k_200ep.py", [*PHOTOS, "optim.precision=fp16"]),
     "simclr_r18_bs512": ("simclr/r18_cifar10_200ep.py", [*CIFAR, "optim.batch=512"]),
     "mae_vitb16": ("mae/vitb16_in1k_300ep_bf16.py", [*PHOTOS, "optim.batch=512"]),
     "dino_vits16": ("dino/vits16_in1k_100ep_bf16.py", [*PHOTOS, "optim.batch=128"]),
-    "moco_r50": ("moco/r50_in1k_v2_200ep_fp16.py", PHOTOS),
+    "moco_r50": ("moco/r50_in1k_v2_200ep.py", [*PHOTOS, "optim.precision=fp16"]),
     "byol_r50": (
         "byol/r50_in1k_bs4096_accumulate2_200ep_fp16.py",
         [*PHOTOS, "optim.batch=256", "speed.micro_batch=none"],

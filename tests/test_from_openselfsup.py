@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -42,15 +43,39 @@ def test_settings_exist(section, kind):
 def test_methods_and_their_settings_exist():
     names = {f"configs/{m[1]}" for code in CODE if (m := re.search(r"configs/(\w+/\w+\.py)", code))}
     assert names and all((ROOT / name).is_file() for name in names)
-    for folder in re.search(r"recipes under ([^.]+)\.", TEXT)[1].split():
-        if name := re.match(r"`(\w+)`", folder):
-            assert name[1] in methods.names() and (ROOT / "configs" / name[1]).is_dir()
     used = {m[1] for code in OURS for m in re.finditer(r"\bmethod\.(\w+)", code)}
     known = set()
     for name in methods.names():
         module = __import__(f"fastssl.methods.{name}", fromlist=["Config"])
         known |= {f.name for f in dataclasses.fields(module.Config)}
     assert used and used <= known
+
+
+CONFIGS = re.findall(r"^\| `([\w/]+\.py)` \| `(configs/\S+\.py) ?(.*)` \|$", TEXT, re.M)
+
+
+def test_every_pretraining_config_has_a_command_line():
+    """The names are those of OpenSelfSup's last commit of 2020."""
+    folders = [name.split("/")[-2] for name, *_ in CONFIGS]
+    count = {
+        "relative_loc": 1,
+        "rotation_pred": 2,
+        "deepcluster": 2,
+        "odc": 1,
+        "npid": 2,
+        "moco": 4,
+        "simclr": 3,
+        "byol": 3,
+    }
+    assert {folder: folders.count(folder) for folder in folders} == {**count, "imagenet": 1, "cifar10": 1}
+
+
+@pytest.mark.parametrize("name, path, overrides", CONFIGS, ids=[name for name, *_ in CONFIGS])
+def test_the_command_lines_load(name, path, overrides):
+    run = config.load(ROOT / path, shlex.split(overrides))
+    assert run.optim.precision == ("fp16" if "fp16" in name else "fp32")
+    if "cifar10" in name:
+        assert (run.backbone.name, run.optim.epochs, run.optim.milestones) == ("resnet50", 350, (150, 250))
 
 
 def test_views_exist():

@@ -1,11 +1,15 @@
 """Barlow Twins, ResNet-50, ImageNet, batch 2048, 300 epochs, fp16.
-As in facebookresearch/barlowtwins's main.py, for 300 epochs instead of 1000. The authors' gradients are 1/W of the
-exact ones on W GPUs, ours are exact: their 0.024 for biases and norms and weight decay of 1e-6 become 0.024 / 16 and
-16e-6, those of their run on W = 16 GPUs.
-Published: none by the authors for 300 epochs (73.5 after 1000: their README); linear 71.8 top-1 at these settings
-(MMSelfSup's model zoo).
-deepspeed --num_gpus 8 fastssl/train.py configs/barlow/r50_in1k_300ep_fp16.py
-Not measured yet."""
+
+Follows facebookresearch/barlowtwins's main.py, for 300 epochs instead of 1000. On W GPUs the authors' gradients are
+1/W of the exact ones, and ours are exact. Their rate of 0.024 for biases and norms and their weight decay of 1e-6 are
+therefore converted for W = 16, the number of GPUs of their run: 0.024 / 16 and 16e-6.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/barlow/r50_in1k_300ep_fp16.py
+
+Published: none by the authors for 300 epochs (linear 73.5 top-1 after 1000: their README); linear 71.8 top-1 at these
+settings (MMSelfSup's model zoo).
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

@@ -1,9 +1,13 @@
 """Barlow Twins, ViT-S/16, ImageNet, batch 256, 100 epochs, bf16.
-For comparing speed: rbalestr-lab/stable-pretraining publishes 870.9 images/s on one H200 for this method, network, size
-and batch. The settings are ours, not a published recipe; no accuracy is known.
+
+For comparing speed: rbalestr-lab/stable-pretraining publishes a speed for this method, network, image size and batch.
+The settings are ours, not a published recipe.
+
+    deepspeed --num_gpus 1 fastssl/train.py configs/barlow/vits16_in1k_100ep_bf16.py
+
 Published: none; only a speed, 870.9 images/s on one H200 (stable-pretraining's RESULTS.md).
-deepspeed --num_gpus 1 fastssl/train.py configs/barlow/vits16_in1k_100ep_bf16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

@@ -1,8 +1,12 @@
 """BYOL, ResNet-50, ImageNet, batch 256, 200 epochs.
-OpenSelfSup's recipe, not the authors'. Known to be weak: BYOL wants a large batch.
-Published: VOC07 SVM 77.95 mAP (a user's run in OpenSelfSup's issue 18), no accuracy on ImageNet.
-deepspeed --num_gpus 8 fastssl/train.py configs/byol/r50_in1k_bs256_200ep.py
-Not measured yet."""
+
+OpenSelfSup's recipe, not the authors'. Known to be weak: BYOL needs a large batch.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/byol/r50_in1k_bs256_200ep.py
+
+Published: VOC07 SVM 77.95 mAP (a user's run in OpenSelfSup's issue 18); none for ImageNet.
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

@@ -1,10 +1,15 @@
 """BYOL, ResNet-50, ImageNet, batch 4096, 1000 epochs, bf16.
-As in deepmind-research's byol/configs/byol.py for 1000 epochs: base lr 0.2 for 256 images, weight decay 1.5e-6, target
-momentum 0.996; known differences in docs/recipes.md. Batch norm is over 512 images on each of eight GPUs together, as
-there; where they do not fit, more GPUs keep the recipe and speed.micro_batch gives batch norm fewer images.
+
+Follows deepmind-research's byol/configs/byol.py for 1000 epochs: base lr 0.2 for 256 images, weight decay 1.5e-6,
+target momentum 0.996. docs/recipes.md lists the known differences. Batch norm uses the whole batch, 512 images on
+each of eight GPUs, as in their code. Where 512 images do not fit, use more GPUs: speed.micro_batch would compute
+batch norm over fewer images.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/byol/r50_in1k_bs4096_1000ep_bf16.py
+
 Published: linear 74.0 to 74.5 top-1 (the authors' README; their weights 74.4, the paper 74.3).
-deepspeed --num_gpus 8 fastssl/train.py configs/byol/r50_in1k_bs4096_1000ep_bf16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

@@ -1,10 +1,16 @@
 """BYOL, ResNet-50, ImageNet, batch 4096, 100 epochs, bf16.
-As in deepmind-research's byol/configs/byol.py for 100 epochs: base lr 0.45 for 256 images, weight decay 1e-6, target
-momentum 0.99; known differences in docs/recipes.md. Batch norm is over 512 images on each of eight GPUs together, as
-there; where they do not fit, more GPUs keep the recipe and speed.micro_batch gives batch norm fewer images.
-Published: none by the authors for 100 epochs; linear 68.4 top-1 with batch 2048 in micro-batches (solo-learn's README).
-deepspeed --num_gpus 8 fastssl/train.py configs/byol/r50_in1k_bs4096_100ep_bf16.py
-Not measured yet."""
+
+Follows deepmind-research's byol/configs/byol.py for 100 epochs: base lr 0.45 for 256 images, weight decay 1e-6,
+target momentum 0.99. docs/recipes.md lists the known differences. Batch norm uses the whole batch, 512 images on each
+of eight GPUs, as in their code. Where 512 images do not fit, use more GPUs: speed.micro_batch would compute batch
+norm over fewer images.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/byol/r50_in1k_bs4096_100ep_bf16.py
+
+Published: none by the authors for 100 epochs; linear 68.4 top-1 with batch 2048 in micro-batches (solo-learn's
+README).
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

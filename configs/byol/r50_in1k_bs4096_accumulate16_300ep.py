@@ -1,8 +1,12 @@
 """BYOL, ResNet-50, ImageNet, batch 4096 as 8 x 16 x 32, 300 epochs.
+
 OpenSelfSup's recipe, not the authors' (r50_in1k_bs4096_300ep_bf16.py).
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/byol/r50_in1k_bs4096_accumulate16_300ep.py
+
 Published: linear 72.35 top-1 on the last stage, VOC07 SVM 86.58 mAP (OpenSelfSup's MODEL_ZOO.md).
-deepspeed --num_gpus 8 fastssl/train.py configs/byol/r50_in1k_bs4096_accumulate16_300ep.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run, Speed

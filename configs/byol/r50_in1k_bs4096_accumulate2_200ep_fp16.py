@@ -1,8 +1,12 @@
 """BYOL, ResNet-50, ImageNet, batch 4096 as 8 x 2 x 256, 200 epochs, fp16.
+
 OpenSelfSup's recipe, not the authors'.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/byol/r50_in1k_bs4096_accumulate2_200ep_fp16.py
+
 Published: linear 71.61 top-1 on the last stage, VOC07 SVM 85.86 mAP (OpenSelfSup's MODEL_ZOO.md).
-deepspeed --num_gpus 8 fastssl/train.py configs/byol/r50_in1k_bs4096_accumulate2_200ep_fp16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run, Speed

@@ -1,7 +1,12 @@
 """DCL, ResNet-18, CIFAR-10, 200 epochs.
+
 solo-learn's SimCLR recipe with the decoupled loss.
-deepspeed --num_gpus 1 fastssl/train.py configs/dcl/r18_cifar10_200ep.py
-Not measured yet."""
+
+    deepspeed --num_gpus 1 fastssl/train.py configs/dcl/r18_cifar10_200ep.py
+
+Published: none for this recipe; kNN 84.0 after 200 epochs of lightly's with batch 512 (lightly's benchmarks).
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

@@ -1,9 +1,13 @@
 """DCL, ResNet-50, ImageNet, batch 256, 200 epochs, fp16.
-Not the authors' recipe, of which no code for ImageNet was found: OpenSelfSup's SimCLR with the decoupled loss.
-Published: none for these settings; linear 68.2 top-1 for this batch and length with tuned ones (the paper), 65.1 after
-100 epochs (lightly's benchmarks).
-deepspeed --num_gpus 8 fastssl/train.py configs/dcl/r50_in1k_200ep_fp16.py
-Not measured yet."""
+
+OpenSelfSup's SimCLR recipe with the decoupled loss. We found no code by the authors for ImageNet.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/dcl/r50_in1k_200ep_fp16.py
+
+Published: none for these settings; linear 68.2 top-1 for this batch and length with tuned ones (the paper), 65.1
+after 100 epochs (lightly's benchmarks).
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

@@ -1,7 +1,13 @@
 """DeepCluster, ResNet-18, CIFAR-10, 200 epochs.
-OpenSelfSup's recipe with 500 clusters, as many samples in each as on ImageNet, whitened to 128 dimensions.
-deepspeed --num_gpus 1 fastssl/train.py configs/deepcluster/r18_cifar10_200ep.py
-Not measured yet."""
+
+OpenSelfSup's recipe for ImageNet with 500 clusters, which gives about as many samples per cluster as there, and
+features whitened to 128 dimensions.
+
+    deepspeed --num_gpus 1 fastssl/train.py configs/deepcluster/r18_cifar10_200ep.py
+
+Published: none.
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

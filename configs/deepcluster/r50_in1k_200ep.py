@@ -1,8 +1,13 @@
 """DeepCluster, ResNet-50, ImageNet, colour images, 200 epochs.
+
 OpenSelfSup's recipe without Sobel, not the authors' (AlexNet and VGG-16, with Sobel).
-Published: none (OpenSelfSup published its run with Sobel alone).
-deepspeed --num_gpus 8 fastssl/train.py configs/deepcluster/r50_in1k_200ep.py
-Not measured yet."""
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/deepcluster/r50_in1k_200ep.py
+    deepspeed --num_gpus 8 fastssl/train.py configs/deepcluster/r50_in1k_200ep.py optim.precision=fp16
+
+Published: none (OpenSelfSup published its run with Sobel filters only).
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

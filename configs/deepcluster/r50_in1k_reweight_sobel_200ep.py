@@ -1,8 +1,13 @@
 """DeepCluster, ResNet-50, ImageNet, Sobel stem, loss weights instead of uniform sampling, 200 epochs.
-OpenSelfSup's recipe but for that; its code has the weights, none of its configs.
+
+OpenSelfSup's recipe with loss weights instead of uniform sampling. Its code has this option, and none of its configs
+uses it.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/deepcluster/r50_in1k_reweight_sobel_200ep.py
+
 Published: none (without the weights 46.92: r50_in1k_sobel_200ep.py).
-deepspeed --num_gpus 8 fastssl/train.py configs/deepcluster/r50_in1k_reweight_sobel_200ep.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

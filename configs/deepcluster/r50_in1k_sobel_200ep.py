@@ -1,9 +1,13 @@
 """DeepCluster, ResNet-50, ImageNet, Sobel stem, 200 epochs.
+
 OpenSelfSup's recipe, not the authors' (AlexNet and VGG-16).
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/deepcluster/r50_in1k_sobel_200ep.py
+
 Published: linear 46.92 top-1 on pooled features, 57.71 on the third stage, VOC07 SVM 74.26 mAP (OpenSelfSup's
 MODEL_ZOO.md).
-deepspeed --num_gpus 8 fastssl/train.py configs/deepcluster/r50_in1k_sobel_200ep.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

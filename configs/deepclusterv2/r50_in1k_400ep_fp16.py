@@ -1,9 +1,13 @@
 """DeepCluster v2, ResNet-50, ImageNet, 2 x 224, batch 4096, 400 epochs, fp16.
-As in facebookresearch/swav's scripts/deepclusterv2_400ep_2x224_pretrain.sh (fp32 there): LARS and weight decay for all
-parameters, norms and biases too. Eight GPUs take the batch in eight micro-batches of 64.
+
+Follows facebookresearch/swav's scripts/deepclusterv2_400ep_2x224_pretrain.sh (fp32 there): LARS and weight decay for
+all parameters, including norms and biases. Eight GPUs process the batch in eight micro-batches of 64.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/deepclusterv2/r50_in1k_400ep_fp16.py
+
 Published: linear 70.2 top-1 (the authors' README).
-deepspeed --num_gpus 8 fastssl/train.py configs/deepclusterv2/r50_in1k_400ep_fp16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run, Speed

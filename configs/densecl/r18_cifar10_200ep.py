@@ -1,8 +1,13 @@
 """DenseCL, ResNet-18, CIFAR-10, 200 epochs.
-solo-learn's MoCo recipe with the dense loss on the last map, 4x4 places, and a constant momentum (there it rises to
-0.999).
-deepspeed --num_gpus 1 fastssl/train.py configs/densecl/r18_cifar10_200ep.py
-Not measured yet."""
+
+solo-learn's MoCo recipe with the dense loss on the last feature map (4 x 4) and a constant momentum (in solo-learn it
+rises to 0.999).
+
+    deepspeed --num_gpus 1 fastssl/train.py configs/densecl/r18_cifar10_200ep.py
+
+Published: none.
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

@@ -1,8 +1,12 @@
 """DenseCL, ResNet-50, ImageNet, 200 epochs.
-As in the authors' config in WXinlong/DenseCL.
+
+Follows the authors' config in WXinlong/DenseCL.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/densecl/r50_in1k_200ep.py
+
 Published: VOC07+12 detection 58.7 AP (the authors' README); linear 63.5 top-1 (MMSelfSup's model zoo).
-deepspeed --num_gpus 8 fastssl/train.py configs/densecl/r50_in1k_200ep.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

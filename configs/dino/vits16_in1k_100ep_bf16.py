@@ -1,9 +1,13 @@
 """DINO, ViT-S/16, ImageNet, 2 x 224 + 8 x 96, 100 epochs, bf16.
-As the vanilla run in facebookresearch/dino's README and main_dino.py (fp16 there). Their runs of 300 epochs raise the
-teacher's temperature to 0.07 in 30 epochs.
+
+Follows the vanilla run in facebookresearch/dino's README and main_dino.py (fp16 there). The authors' runs of 300
+epochs raise the teacher's temperature to 0.07 over 30 epochs.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/dino/vits16_in1k_100ep_bf16.py
+
 Published: linear 74.0 and kNN 69.3 top-1 (the authors' README).
-deepspeed --num_gpus 8 fastssl/train.py configs/dino/vits16_in1k_100ep_bf16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

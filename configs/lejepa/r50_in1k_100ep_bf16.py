@@ -1,9 +1,13 @@
 """LeJEPA, ResNet-50, ImageNet, 2 x 224 + 6 x 96, 100 epochs, bf16.
-After rbalestr-lab/lejepa's README and code, which leave batch, warm-up, projector and lambda open; its local views have
-98 pixels.
+
+After rbalestr-lab/lejepa's README and code, which do not fix batch, warm-up, projector and lambda. Its local views
+have 98 pixels.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/lejepa/r50_in1k_100ep_bf16.py
+
 Published: none for ResNet-50.
-deepspeed --num_gpus 8 fastssl/train.py configs/lejepa/r50_in1k_100ep_bf16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

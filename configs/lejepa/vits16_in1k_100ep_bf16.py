@@ -1,10 +1,14 @@
 """LeJEPA, ViT-S/16, ImageNet, 2 x 224 + 6 x 96, 100 epochs, bf16.
-After rbalestr-lab/lejepa's README and code, which leave batch, warm-up, projector and lambda open; its local views have
-98 pixels.
-Published: none by the authors for ViT-S; linear 64.0 and kNN 47.1 top-1 with batch 512 (lightly's benchmarks, before a
-later fix of its loss).
-deepspeed --num_gpus 8 fastssl/train.py configs/lejepa/vits16_in1k_100ep_bf16.py
-Not measured yet."""
+
+After rbalestr-lab/lejepa's README and code, which do not fix batch, warm-up, projector and lambda. Its local views
+have 98 pixels.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/lejepa/vits16_in1k_100ep_bf16.py
+
+Published: none by the authors for ViT-S; linear 64.0 and kNN 47.1 top-1 with batch 512 (lightly's benchmarks, before
+a later fix of its loss).
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

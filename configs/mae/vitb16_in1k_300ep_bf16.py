@@ -1,8 +1,12 @@
 """MAE, ViT-B/16, ImageNet, batch 4096, 300 epochs, bf16.
-As in facebookresearch/mae's PRETRAIN.md and main_pretrain.py (lr 2.4e-3), for 300 epochs instead of 800.
+
+Follows facebookresearch/mae's PRETRAIN.md and main_pretrain.py (lr 2.4e-3), for 300 epochs instead of 800.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/mae/vitb16_in1k_300ep_bf16.py
+
 Published: none by the authors for 300 epochs; fine-tuned 82.8, linear 60.8 top-1 (MMSelfSup's model zoo).
-deepspeed --num_gpus 8 fastssl/train.py configs/mae/vitb16_in1k_300ep_bf16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

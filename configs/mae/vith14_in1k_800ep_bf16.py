@@ -1,9 +1,13 @@
 """MAE, ViT-H/14, ImageNet, batch 4096, 800 epochs, bf16.
-As in facebookresearch/mae's PRETRAIN.md and main_pretrain.py (lr 2.4e-3), whose command is for ViT-L; the paper's
-best is of 1600 epochs.
+
+Follows facebookresearch/mae's PRETRAIN.md and main_pretrain.py (lr 2.4e-3), whose command is for ViT-L. The paper's
+best result is for 1600 epochs.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/mae/vith14_in1k_800ep_bf16.py
+
 Published: none for 800 epochs (fine-tuned 86.9 after 1600: the authors' README).
-deepspeed --num_gpus 8 fastssl/train.py configs/mae/vith14_in1k_800ep_bf16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

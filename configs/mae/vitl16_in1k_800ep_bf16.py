@@ -1,8 +1,13 @@
 """MAE, ViT-L/16, ImageNet, batch 4096, 800 epochs, bf16.
-As in facebookresearch/mae's PRETRAIN.md and main_pretrain.py (lr 2.4e-3); the paper's best is of 1600 epochs.
+
+Follows facebookresearch/mae's PRETRAIN.md and main_pretrain.py (lr 2.4e-3). The paper's best result is for 1600
+epochs.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/mae/vitl16_in1k_800ep_bf16.py
+
 Published: fine-tuned 85.5 top-1 (the authors' PRETRAIN.md; 85.9 after 1600 epochs).
-deepspeed --num_gpus 8 fastssl/train.py configs/mae/vitl16_in1k_800ep_bf16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

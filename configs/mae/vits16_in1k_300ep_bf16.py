@@ -1,9 +1,13 @@
 """MAE, ViT-S/16, ImageNet, batch 4096, 300 epochs, bf16.
-As in facebookresearch/mae's PRETRAIN.md and main_pretrain.py (lr 2.4e-3), for 300 epochs instead of 800; their
+
+Follows facebookresearch/mae's PRETRAIN.md and main_pretrain.py (lr 2.4e-3), for 300 epochs instead of 800; their
 smallest network is ViT-B.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/mae/vits16_in1k_300ep_bf16.py
+
 Published: none for ViT-S.
-deepspeed --num_gpus 8 fastssl/train.py configs/mae/vits16_in1k_300ep_bf16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

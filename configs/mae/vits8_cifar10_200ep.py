@@ -1,7 +1,13 @@
 """MAE, ViT-S/8 on 64-pixel views, CIFAR-10, 200 epochs.
-64 patches of 8 pixels; timm has no smaller ones. The literature has no such run.
-deepspeed --num_gpus 1 fastssl/train.py configs/mae/vits8_cifar10_200ep.py
-Not measured yet."""
+
+Our own settings: timm has no smaller network, so the views are enlarged to 64 pixels, which makes 64 patches of 8
+pixels.
+
+    deepspeed --num_gpus 1 fastssl/train.py configs/mae/vits8_cifar10_200ep.py
+
+Published: none.
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

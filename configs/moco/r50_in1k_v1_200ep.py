@@ -1,8 +1,13 @@
 """MoCo v1, ResNet-50, ImageNet, 200 epochs.
-OpenSelfSup's recipe.
+
+OpenSelfSup's recipe; the second line is its r50_v1_fp16.py.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/moco/r50_in1k_v1_200ep.py
+    deepspeed --num_gpus 8 fastssl/train.py configs/moco/r50_in1k_v1_200ep.py optim.precision=fp16
+
 Published: linear 61.02 top-1, VOC07 SVM 79.18 mAP (OpenSelfSup's MODEL_ZOO.md).
-deepspeed --num_gpus 8 fastssl/train.py configs/moco/r50_in1k_v1_200ep.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

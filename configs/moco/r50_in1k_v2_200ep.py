@@ -1,8 +1,13 @@
 """MoCo v2, ResNet-50, ImageNet, 200 epochs.
+
 OpenSelfSup's recipe.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/moco/r50_in1k_v2_200ep.py
+    deepspeed --num_gpus 8 fastssl/train.py configs/moco/r50_in1k_v2_200ep.py optim.precision=fp16
+
 Published: linear 67.69 top-1, VOC07 SVM 84.26 mAP (OpenSelfSup's MODEL_ZOO.md).
-deepspeed --num_gpus 8 fastssl/train.py configs/moco/r50_in1k_v2_200ep.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

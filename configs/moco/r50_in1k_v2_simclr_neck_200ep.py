@@ -1,8 +1,12 @@
 """MoCo v2 with SimCLR's projector, ResNet-50, ImageNet, 200 epochs.
+
 OpenSelfSup's recipe.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/moco/r50_in1k_v2_simclr_neck_200ep.py
+
 Published: linear 65.39 top-1, VOC07 SVM 84.00 mAP (an earlier version of OpenSelfSup's MODEL_ZOO.md).
-deepspeed --num_gpus 8 fastssl/train.py configs/moco/r50_in1k_v2_simclr_neck_200ep.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

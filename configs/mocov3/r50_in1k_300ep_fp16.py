@@ -1,8 +1,12 @@
 """MoCo v3, ResNet-50, ImageNet, batch 4096, 300 epochs, fp16.
-As in facebookresearch/moco-v3's CONFIG.md and main_moco.py (lr 4.8).
+
+Follows facebookresearch/moco-v3's CONFIG.md and main_moco.py (lr 4.8).
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/mocov3/r50_in1k_300ep_fp16.py
+
 Published: linear 72.8 top-1 (the authors' README).
-deepspeed --num_gpus 8 fastssl/train.py configs/mocov3/r50_in1k_300ep_fp16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

@@ -1,8 +1,12 @@
 """MoCo v3, ViT-B/16, ImageNet, batch 4096, 300 epochs, bf16.
-As in facebookresearch/moco-v3's CONFIG.md and main_moco.py (lr 2.4e-3; fp16 there).
+
+Follows facebookresearch/moco-v3's CONFIG.md and main_moco.py (lr 2.4e-3; fp16 there).
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/mocov3/vitb16_in1k_300ep_bf16.py
+
 Published: linear 76.7, fine-tuned 83.2 top-1 (the authors' README).
-deepspeed --num_gpus 8 fastssl/train.py configs/mocov3/vitb16_in1k_300ep_bf16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

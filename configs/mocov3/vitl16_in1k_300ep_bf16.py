@@ -1,9 +1,13 @@
 """MoCo v3, ViT-L/16, ImageNet, batch 4096, 300 epochs, bf16.
-The recipe of facebookresearch/moco-v3's CONFIG.md for ViT-B (lr 2.4e-3), as MMSelfSup has it for ViT-L, where gradients
-are clipped at 5.0.
+
+The recipe of facebookresearch/moco-v3's CONFIG.md for ViT-B (lr 2.4e-3), as MMSelfSup has it for ViT-L, where
+gradients are clipped at 5.0.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/mocov3/vitl16_in1k_300ep_bf16.py
+
 Published: none by the authors; fine-tuned 83.7 top-1 (MMSelfSup's model zoo).
-deepspeed --num_gpus 8 fastssl/train.py configs/mocov3/vitl16_in1k_300ep_bf16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

@@ -1,8 +1,12 @@
 """MoCo v3, ViT-S/16, ImageNet, batch 4096, 300 epochs, bf16.
-As in facebookresearch/moco-v3's CONFIG.md and main_moco.py (lr 2.4e-3; fp16 there): a ViT-S of 12 heads.
+
+Follows facebookresearch/moco-v3's CONFIG.md and main_moco.py (lr 2.4e-3; fp16 there). Its ViT-S has 12 heads.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/mocov3/vits16_in1k_300ep_bf16.py
+
 Published: linear 73.2, fine-tuned 81.4 top-1 (the authors' README).
-deepspeed --num_gpus 8 fastssl/train.py configs/mocov3/vits16_in1k_300ep_bf16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

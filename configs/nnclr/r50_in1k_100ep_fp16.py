@@ -1,9 +1,13 @@
 """NNCLR, ResNet-50, ImageNet, batch 4096, 100 epochs, fp16.
-Not the authors' recipe, of whom no code was found: after clane9/vissl's config, which follows the paper, for 100 of
-1000 epochs.
-Published: none for 100 epochs (75.6 linear at best: the paper's abstract).
-deepspeed --num_gpus 8 fastssl/train.py configs/nnclr/r50_in1k_100ep_fp16.py
-Not measured yet."""
+
+Follows clane9/vissl's config, which is written after the paper, for 100 of 1000 epochs. We found no code by the
+authors.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/nnclr/r50_in1k_100ep_fp16.py
+
+Published: none for 100 epochs (linear 75.6 top-1 at best: the paper's abstract).
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run, Speed

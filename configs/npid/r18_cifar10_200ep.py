@@ -1,7 +1,13 @@
 """NPID, ResNet-18, CIFAR-10, 200 epochs.
-As in zhirongw/lemniscate.pytorch's cifar.py with --nce-k 0 --nce-t 0.1: the cross entropy over the whole bank. In fp16.
-deepspeed --num_gpus 1 fastssl/train.py configs/npid/r18_cifar10_200ep.py
-Not measured yet."""
+
+Follows zhirongw/lemniscate.pytorch's cifar.py with --nce-k 0 --nce-t 0.1, the cross entropy over the whole bank; fp16
+here.
+
+    deepspeed --num_gpus 1 fastssl/train.py configs/npid/r18_cifar10_200ep.py
+
+Published: none in the authors' README.
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

@@ -1,8 +1,12 @@
 """NPID, ResNet-50, ImageNet, 200 epochs.
+
 OpenSelfSup's recipe, not the authors' (4,096 negatives and NCE in zhirongw/lemniscate.pytorch).
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/npid/r50_in1k_200ep.py
+
 Published: linear 56.60 top-1, VOC07 SVM 74.50 mAP (OpenSelfSup's MODEL_ZOO.md).
-deepspeed --num_gpus 8 fastssl/train.py configs/npid/r50_in1k_200ep.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

@@ -1,8 +1,12 @@
 """NPID, ResNet-50, ImageNet, no negative is the sample itself, 200 epochs.
+
 OpenSelfSup's recipe.
-Published: VOC07 SVM 75.70 mAP (OpenSelfSup's MODEL_ZOO.md), no accuracy on ImageNet.
-deepspeed --num_gpus 8 fastssl/train.py configs/npid/r50_in1k_ensure_neg_200ep.py
-Not measured yet."""
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/npid/r50_in1k_ensure_neg_200ep.py
+
+Published: VOC07 SVM 75.70 mAP (OpenSelfSup's MODEL_ZOO.md); none for ImageNet.
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

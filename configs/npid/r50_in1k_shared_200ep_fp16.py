@@ -1,8 +1,12 @@
 """NPID, ResNet-50, ImageNet, one set of negatives a step, fp16, 200 epochs.
-OpenSelfSup's recipe but for the negatives: 65536 for the whole batch, not for each sample.
+
+OpenSelfSup's recipe with one set of 65536 negatives for the whole batch instead of one for each sample.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/npid/r50_in1k_shared_200ep_fp16.py
+
 Published: none (with negatives for each sample 56.60: r50_in1k_200ep.py).
-deepspeed --num_gpus 8 fastssl/train.py configs/npid/r50_in1k_shared_200ep_fp16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

@@ -1,9 +1,14 @@
 """ODC, ResNet-50, ImageNet, 440 epochs.
-OpenSelfSup's recipe, which is the authors'.
+
+OpenSelfSup's recipe; its authors are ODC's.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/odc/r50_in1k_440ep.py
+    deepspeed --num_gpus 8 fastssl/train.py configs/odc/r50_in1k_440ep.py optim.precision=fp16
+
 Published: linear 53.42 top-1 on pooled features, 57.70 on the last stage, VOC07 SVM 78.42 mAP (OpenSelfSup's
 MODEL_ZOO.md).
-deepspeed --num_gpus 8 fastssl/train.py configs/odc/r50_in1k_440ep.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

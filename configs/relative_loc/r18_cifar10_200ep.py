@@ -1,7 +1,12 @@
 """Relative location, ResNet-18, CIFAR-10, 200 epochs.
-OpenSelfSup's recipe at the size of CIFAR: cells of 11 pixels, patches of 8. The literature has no such run.
-deepspeed --num_gpus 1 fastssl/train.py configs/relative_loc/r18_cifar10_200ep.py
-Not measured yet."""
+
+OpenSelfSup's recipe for ImageNet at the size of CIFAR: cells of 11 pixels, patches of 8.
+
+    deepspeed --num_gpus 1 fastssl/train.py configs/relative_loc/r18_cifar10_200ep.py
+
+Published: none.
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

@@ -1,9 +1,13 @@
 """Relative location, ResNet-50, ImageNet, 70 epochs.
+
 OpenSelfSup's recipe, not the authors' (AlexNet).
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/relative_loc/r50_in1k_70ep.py
+
 Published: linear 38.83 top-1 on pooled features, 49.31 on the third stage, VOC07 SVM 64.78 mAP (OpenSelfSup's
 MODEL_ZOO.md).
-deepspeed --num_gpus 8 fastssl/train.py configs/relative_loc/r50_in1k_70ep.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

@@ -1,8 +1,13 @@
 """Rotation prediction, ResNet-18, CIFAR-10, 200 epochs.
-As in gidariss/FeatureLearningRotNet's config for CIFAR-10, but for the network (network in network there); each image
-is in the batch at four turns.
-deepspeed --num_gpus 1 fastssl/train.py configs/rotation/r18_cifar10_200ep.py
-Not measured yet."""
+
+Follows gidariss/FeatureLearningRotNet's config for CIFAR-10 with another network (network in network there). Each
+image is in the batch in all four rotations.
+
+    deepspeed --num_gpus 1 fastssl/train.py configs/rotation/r18_cifar10_200ep.py
+
+Published: none for ResNet-18.
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

@@ -1,9 +1,14 @@
-"""Rotation prediction, ResNet-50, ImageNet, 128 images at four turns, 70 epochs.
-OpenSelfSup's recipe, not the authors' (AlexNet).
+"""Rotation prediction, ResNet-50, ImageNet, 128 images in four rotations, 70 epochs.
+
+OpenSelfSup's recipe, not the authors' (AlexNet); the second line is its r50_fp16.py.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/rotation/r50_in1k_70ep.py
+    deepspeed --num_gpus 8 fastssl/train.py configs/rotation/r50_in1k_70ep.py optim.precision=fp16
+
 Published: linear 47.01 top-1 on pooled features, 54.99 on the third stage, VOC07 SVM 67.38 mAP (OpenSelfSup's
 MODEL_ZOO.md).
-deepspeed --num_gpus 8 fastssl/train.py configs/rotation/r50_in1k_70ep.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

@@ -1,9 +1,14 @@
 """SimCLR, ResNet-50, ImageNet, batch 4096, 100 epochs, fp16.
-The authors' command for ImageNet in google-research/simclr's README (float32 on TPUs there), with the weight decay of
-the paper (1e-6; 1e-4 in today's README): lr by step, weight decay in LARS's norm, a last batch norm without shift.
+
+The authors' command for ImageNet in google-research/simclr's README (float32 on TPUs there) with the paper's weight
+decay (1e-6; the README of today has 1e-4). As in their code, the rate changes at every step, LARS's norm contains the
+weight decay, and the last batch norm has no shift.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/simclr/r50_in1k_authors_100ep_fp16.py
+
 Published: linear about 64.5 top-1 (the authors' README).
-deepspeed --num_gpus 8 fastssl/train.py configs/simclr/r50_in1k_authors_100ep_fp16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

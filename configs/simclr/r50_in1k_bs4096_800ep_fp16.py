@@ -1,9 +1,13 @@
 """SimCLR, ResNet-50, ImageNet, batch 4096, 800 epochs, fp16.
-MMSelfSup's recipe, not the authors'. Set speed.micro_batch where 512 images do not fit on a GPU: all 8190 negatives of
-a step count.
+
+MMSelfSup's recipe, not the authors'. Set speed.micro_batch where 512 images do not fit on a GPU; the loss still has
+all 8190 negatives of a step.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/simclr/r50_in1k_bs4096_800ep_fp16.py
+
 Published: linear 69.2 top-1 (MMSelfSup's model zoo).
-deepspeed --num_gpus 8 fastssl/train.py configs/simclr/r50_in1k_bs4096_800ep_fp16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

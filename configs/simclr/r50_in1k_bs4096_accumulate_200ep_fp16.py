@@ -1,9 +1,13 @@
 """SimCLR, ResNet-50, ImageNet, batch 4096 in micro-batches, 200 epochs, fp16.
-MMSelfSup's recipe, not the authors', in micro-batches: all 8190 negatives of a step count, whatever fits on a GPU at
-once.
+
+MMSelfSup's recipe, not the authors', in micro-batches; the loss has all 8190 negatives of a step, whatever fits on a
+GPU.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/simclr/r50_in1k_bs4096_accumulate_200ep_fp16.py
+
 Published: linear 66.9 top-1 (MMSelfSup's model zoo, without micro-batches).
-deepspeed --num_gpus 8 fastssl/train.py configs/simclr/r50_in1k_bs4096_accumulate_200ep_fp16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run, Speed

@@ -1,8 +1,12 @@
 """SimCLR, ResNet-50, ImageNet, batch 512, 200 epochs.
+
 OpenSelfSup's recipe, not the authors' (batch 4096).
-Published: none (OpenSelfSup has the config and no number for it).
-deepspeed --num_gpus 8 fastssl/train.py configs/simclr/r50_in1k_bs512_200ep.py
-Not measured yet."""
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/simclr/r50_in1k_bs512_200ep.py
+
+Published: none (OpenSelfSup has this config and no number for it).
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

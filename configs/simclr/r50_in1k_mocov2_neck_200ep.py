@@ -1,8 +1,12 @@
 """SimCLR with MoCo v2's projector, ResNet-50, ImageNet, batch 256, 200 epochs.
+
 OpenSelfSup's recipe.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/simclr/r50_in1k_mocov2_neck_200ep.py
+
 Published: linear 58.00 top-1, VOC07 SVM 77.65 mAP (OpenSelfSup's MODEL_ZOO.md).
-deepspeed --num_gpus 8 fastssl/train.py configs/simclr/r50_in1k_mocov2_neck_200ep.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

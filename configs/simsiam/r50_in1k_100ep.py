@@ -1,8 +1,12 @@
 """SimSiam, ResNet-50, ImageNet, 100 epochs.
-As in facebookresearch/simsiam's main_simsiam.py, with a batch of 256 instead of 512 at the learning rate for 256.
+
+Follows facebookresearch/simsiam's main_simsiam.py, with a batch of 256 instead of 512 at the learning rate for 256.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/simsiam/r50_in1k_100ep.py
+
 Published: linear 68.3 top-1 with batch 256 (the authors' README).
-deepspeed --num_gpus 8 fastssl/train.py configs/simsiam/r50_in1k_100ep.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

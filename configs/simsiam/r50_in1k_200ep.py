@@ -1,8 +1,12 @@
 """SimSiam, ResNet-50, ImageNet, 200 epochs.
-As in facebookresearch/simsiam's main_simsiam.py, with a batch of 256 instead of 512 at the learning rate for 256.
+
+Follows facebookresearch/simsiam's main_simsiam.py, with a batch of 256 instead of 512 at the learning rate for 256.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/simsiam/r50_in1k_200ep.py
+
 Published: none in the authors' README for 200 epochs; linear 69.8 top-1 (MMSelfSup's model zoo).
-deepspeed --num_gpus 8 fastssl/train.py configs/simsiam/r50_in1k_200ep.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

@@ -1,8 +1,12 @@
 """SupCon, ResNet-50, ImageNet, batch 4096, 200 epochs, fp16.
-Not the authors' recipe: MMSelfSup's SimCLR with labels.
+
+MMSelfSup's SimCLR recipe with labels, not the authors' recipe.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/supcon/r50_in1k_200ep_fp16.py
+
 Published: none for these settings (79.1 linear with a momentum encoder: HobbitLong/SupContrast's README).
-deepspeed --num_gpus 8 fastssl/train.py configs/supcon/r50_in1k_200ep_fp16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run, Speed

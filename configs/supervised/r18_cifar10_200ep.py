@@ -1,7 +1,12 @@
 """Supervised, ResNet-18, CIFAR-10, 200 epochs.
-OpenSelfSup's recipe for 350 epochs (steps at 150 and 250), run for 200.
-deepspeed --num_gpus 1 fastssl/train.py configs/supervised/r18_cifar10_200ep.py
-Not measured yet."""
+
+OpenSelfSup's recipe for 350 epochs (steps at 150 and 250), shortened to 200.
+
+    deepspeed --num_gpus 1 fastssl/train.py configs/supervised/r18_cifar10_200ep.py
+
+Published: none by OpenSelfSup.
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

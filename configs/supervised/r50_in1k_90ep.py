@@ -1,8 +1,13 @@
 """Supervised, ResNet-50, ImageNet, 90 epochs.
+
 OpenSelfSup's recipe, the usual one of 90 epochs.
-Published: none by OpenSelfSup; 76.13 top-1 of torchvision's first weights of this network (its documentation).
-deepspeed --num_gpus 8 fastssl/train.py configs/supervised/r50_in1k_90ep.py
-Not measured yet."""
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/supervised/r50_in1k_90ep.py
+
+Published: none by OpenSelfSup; 76.13 top-1 of torchvision's first weights of this network (torchvision's
+documentation).
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

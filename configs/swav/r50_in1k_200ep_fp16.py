@@ -1,9 +1,13 @@
 """SwAV, ResNet-50, ImageNet, 2 x 224 + 6 x 96, batch 256, 200 epochs, fp16.
-As in facebookresearch/swav's scripts/swav_200ep_bs256_pretrain.sh and main_swav.py: LARS and weight decay for all
-parameters, norms and biases too.
+
+Follows facebookresearch/swav's scripts/swav_200ep_bs256_pretrain.sh and main_swav.py: LARS and weight decay for all
+parameters, including norms and biases.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/swav/r50_in1k_200ep_fp16.py
+
 Published: linear 72.7 top-1 (the authors' README).
-deepspeed --num_gpus 8 fastssl/train.py configs/swav/r50_in1k_200ep_fp16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

@@ -1,9 +1,13 @@
 """VICReg, ResNet-50, ImageNet, batch 512, 100 epochs, fp16.
-As in facebookresearch/vicreg: README's single-node run, main_vicreg.py, augmentations.py.
+
+Follows facebookresearch/vicreg: the single-node run of its README, main_vicreg.py, augmentations.py.
+
+    deepspeed --num_gpus 8 fastssl/train.py configs/vicreg/r50_in1k_100ep_fp16.py
+
 Published: none in the authors' README for 100 epochs (73.2 linear after 1000); 63.0 with batch 256 (lightly's
 benchmarks).
-deepspeed --num_gpus 8 fastssl/train.py configs/vicreg/r50_in1k_100ep_fp16.py
-Not measured yet."""
+fastssl: not measured yet.
+"""
 
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run

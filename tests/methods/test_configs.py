@@ -1,4 +1,4 @@
-"""Every config loads, is what its path and docstring say, and fits its method; every method has its configs."""
+"""Every config loads, matches its path and docstring, and fits its method; every method has its configs."""
 
 import ast
 import importlib
@@ -16,6 +16,7 @@ from fastssl.loader import Batch
 ROOT = Path(__file__).parents[2]
 FILES = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.name != "__init__.py")
 SMOKE = [p for p in FILES if p.parent.name == "smoke"]
+RECIPES = [p for p in FILES if p.parent.name not in ("smoke", "configs")]
 
 
 def test_smoke_configs_have_the_figures_of_the_results():
@@ -27,14 +28,17 @@ def test_smoke_configs_have_the_figures_of_the_results():
     )
     assert {name for name, *_ in rows} == set(methods.names())
     for name, untrained, trained in rows:
-        said = f"kNN (k=20) {trained} %, the untrained network {untrained} %"
-        assert said in (ROOT / "configs" / "smoke" / f"{name}.py").read_text(), f"{name}: {said}"
+        result = f"kNN (k=20) {trained} %, the untrained network {untrained} %"
+        assert result in (ROOT / "configs" / "smoke" / f"{name}.py").read_text(), f"{name}: {result}"
+
+
+def docstring(path):
+    return ast.get_docstring(ast.parse(path.read_text()))
 
 
 def published(path):
-    """What a config's docstring says after "Published:", up to the command."""
-    doc = ast.get_docstring(ast.parse(path.read_text()))
-    found = re.search(r"^Published: (.*?)(?=^deepspeed|^fastssl)", doc, re.S | re.M)
+    """The text after "Published:" in a config's docstring, up to our own result ("fastssl:")."""
+    found = re.search(r"^Published: (.*?)(?=^fastssl: )", docstring(path), re.S | re.M)
     return " ".join(found[1].split()) if found else None
 
 
@@ -52,14 +56,28 @@ def test_every_config_has_its_row_in_the_recipes():
     assert all(all(cell.strip() for cell in cells) for cells in recipe_rows().values())
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if "in1k" in p.stem], ids=lambda p: name(p))
-def test_imagenet_configs_say_what_their_recipe_has_reached_and_where(path):
-    """A number and its source, or that none is published; the same in docs/recipes.md."""
-    said = published(path)
-    assert said, "no line that begins with Published:"
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: name(p))
+def test_configs_name_the_published_result_and_ours(path):
+    """A published number with its source, or "none"; docs/recipes.md has the same text.  Then our result."""
+    text = published(path)
+    assert text, "no line that begins with Published:, followed by one that begins with fastssl:"
     sources = "README|PRETRAIN|MODEL_ZOO|model zoo|paper|issue"
-    assert said.startswith("none") or re.search(rf"\d\d\.\d+ [^()]*\([^()]*({sources})", said), said
-    assert recipe_rows()[name(path)][1] == said
+    assert text.startswith("none") or re.search(rf"\d\d\.\d+ [^()]*\([^()]*({sources})", text), text
+    assert recipe_rows()[name(path)][1] == text
+    ours = docstring(path).rpartition("\nfastssl: ")[2]
+    assert "not measured yet" in " ".join(ours.split()) or re.search(
+        r"\d\d\.\d .*torch \d.*\d{4}-\d\d-\d\d", ours, re.S
+    )
+
+
+def test_no_two_configs_differ_in_precision_alone():
+    """`optim.precision=fp16` on the command line gives the second one."""
+    found = {}
+    for path in RECIPES:
+        run = config.load(path)
+        settings = replace(run, name="", optim=replace(run.optim, precision="fp32"))
+        found.setdefault(repr(settings), []).append(name(path))
+    assert [paths for paths in found.values() if len(paths) > 1] == []
 
 
 def name(path):
@@ -80,10 +98,9 @@ def build(run, batch=None, samples=1_281_167):
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_config_fits_its_method(path):
     run = config.load(path)
-    doc = ast.get_docstring(ast.parse(path.read_text()))
-    told = "not measured yet" in doc.lower() or "knn" in doc.lower() or path.name == "quickstart.py"
-    assert told, "a config says what to expect of it, or that it is not measured yet"
-    if path.parent.name not in ("smoke", "configs"):
+    doc = docstring(path)
+    assert re.search(r"^fastssl: ", doc, re.M), 'the docstring gives our result, or "fastssl: not measured yet."'
+    if path in RECIPES:
         assert type(run.method).__module__ == f"fastssl.methods.{path.parent.name}"
         assert f"fastssl/train.py configs/{name(path)}" in doc
         assert f"{run.optim.epochs}ep" in path.stem
