@@ -17,7 +17,7 @@ from fastssl.config import Run, settings
 from fastssl.data_prep.image import Options
 from fastssl.data_prep.memory import open_memory
 from fastssl.data_prep.write import convert as write
-from fastssl.eval import target as subject
+from fastssl.eval.common.target import add_target_options, load_target
 
 
 def fit(run: Run, hooks: Sequence = (), *, resume: bool = False, device: str | None = None):
@@ -47,7 +47,7 @@ def features(
     Returns float32 (N, dim) and int64 (N,), -1 without a label, or float32 (N, C).
     """
     parser = argparse.ArgumentParser()
-    subject.add_options(parser)
+    add_target_options(parser)
     args = parser.parse_args([])
     unknown = next((name for name in options if not hasattr(args, name)), None)
     if unknown:
@@ -60,7 +60,7 @@ def features(
     setattr(args, which, None if str(data) == which else str(data))
     with _group(args.device):
         args.device = dist.init(args.device)
-        what = subject.load(args, (which,))
+        what = load_target(args, (which,))
         return tuple(part.cpu().numpy() for part in what.features(getattr(what, which), tuple(layers)))
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastssl import dist, views
 from fastssl.config import Run
-from fastssl.eval import features, knn
-from fastssl.eval.features import classes
+from fastssl.eval import knn
+from fastssl.eval.common import classes, features
 from fastssl.loader import Loader
 from fastssl.log import Later
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import backbones, config, data_prep, dist, pictures, train, weights
-from fastssl.eval import features, knn, linear
+from fastssl.eval import knn, linear
+from fastssl.eval.common import features
 from fastssl.loader import Loader
 from fastssl.parsing import Parser
 

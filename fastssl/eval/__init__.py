@@ -2,7 +2,7 @@
 
 Each protocol is a module here with `add_options(parser)`, `NEEDS` (of "train", "test"), `WITHOUT` (shared options that
 would have no effect; may be absent), `LABELLED` (which images must have a label; absent: all, see classes.match) and
-`run(subject, args)`, which returns {"protocol", "options", "results": [a row,
+`run(target, args)`, which returns {"protocol", "options", "results": [a row,
 ...]} around the function of features that does the work.
 """
 
@@ -81,10 +81,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser(name: str, protocol) -> Parser:
-    from fastssl.eval import target as subjects
+    from fastssl.eval.common.target import add_target_options
 
     made = Parser(f"fastssl eval {name}", protocol.__doc__)
-    subjects.add_options(made, getattr(protocol, "WITHOUT", ()))
+    add_target_options(made, getattr(protocol, "WITHOUT", ()))
     protocol.add_options(made)
     return made
 
@@ -92,24 +92,24 @@ def parser(name: str, protocol) -> Parser:
 def run(protocol, args: argparse.Namespace) -> dict:
     """The protocol's result, with what it was computed from; `args.out` becomes where it is to be written."""
     from fastssl import dist
-    from fastssl.eval import target as subjects
+    from fastssl.eval.common.target import load_target
 
-    subject = subjects.load(args, protocol.NEEDS, getattr(protocol, "LABELLED", "all"))
-    args.out = args.out or default_out(subject, protocol.__name__.rpartition(".")[2], args)
+    target = load_target(args, protocol.NEEDS, getattr(protocol, "LABELLED", "all"))
+    args.out = args.out or default_out(target, protocol.__name__.rpartition(".")[2], args)
     if dist.is_main():
-        print(f"evaluating {subject.weights}", flush=True)
-    result = protocol.run(subject, args)
-    return {**result, "of": subject.describe(), "fastssl": version("fastssl")}
+        print(f"evaluating {target.weights}", flush=True)
+    result = protocol.run(target, args)
+    return {**result, "of": target.describe(), "fastssl": version("fastssl")}
 
 
-def default_out(subject, name: str, args: argparse.Namespace) -> str | None:
+def default_out(target, name: str, args: argparse.Namespace) -> str | None:
     """eval/PROTOCOL.json in the run's folder, what is not the default in its name; None for bare weights.  A later
     evaluation of the same kind takes the place of the former one."""
-    folder = subject.run_folder()
+    folder = target.run_folder()
     if folder is None:
         return None
     recipe = getattr(args, "recipe", None)
-    target, data = Path(args.target), subject.run["data"]
+    path, data = Path(args.target), target.run["data"]
     percent, subset = getattr(args, "percent", None), getattr(args, "subset", None)
     parts = [
         name,
@@ -120,7 +120,7 @@ def default_out(subject, name: str, args: argparse.Namespace) -> str | None:
         "coco" if getattr(args, "coco", None) else None,
         args.features if args.features != "weights" else None,
         args.which,
-        target.name if target.resolve() != folder.resolve() else None,
+        path.name if path.resolve() != folder.resolve() else None,
     ]
     parts += [
         Path(given).stem

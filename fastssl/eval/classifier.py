@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastssl import weights
-from fastssl.eval.features import check, hits
-from fastssl.eval.target import Subject
+from fastssl.eval.common.features import check, hits
+from fastssl.eval.common.target import EvalTarget
 
 NEEDS = ("test",)
 WITHOUT = ("train", "features")
@@ -23,16 +23,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(subject: Subject, args: argparse.Namespace) -> dict:
+def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     if args.target is None:
         raise ValueError("give a run folder or a weight file")
-    trained = subject.run and subject.run["data"].get("train")
+    trained = target.run and target.run["data"].get("train")
     if trained and Path(trained).exists():
-        subject.train = trained
-        subject.match_classes("test")
+        target.train = trained
+        target.match_classes("test")
     file, state = weights.read(args.target)
-    weight, bias = (part.to(args.device) for part in head(file, state, subject.backbone.dim, args.head))
-    return classify(*subject.features(subject.test), weight, bias)
+    weight, bias = (part.to(args.device) for part in head(file, state, target.backbone.dim, args.head))
+    return classify(*target.features(target.test), weight, bias)
 
 
 def head(file: str, state: dict[str, Tensor], dim: int, name: str | None = None) -> tuple[Tensor, Tensor]:

@@ -17,11 +17,10 @@ import numpy as np
 import torch
 
 from fastssl import dist
-from fastssl.eval import features
-from fastssl.eval.features import cache
-from fastssl.eval.features.cache import on_main
+from fastssl.eval.common import cache, features
+from fastssl.eval.common.cache import on_main
+from fastssl.eval.common.target import EvalTarget
 from fastssl.eval.maps import output_folder
-from fastssl.eval.target import Subject
 from fastssl.weights import export
 
 NEEDS = ()  # whichever of the two files there is
@@ -51,10 +50,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace files that are there")
 
 
-def run(subject: Subject, args: argparse.Namespace) -> dict:
-    layers = features.layers_of(subject.backbone) if args.layers == ("all",) else args.layers
-    layers = features.check_layers(subject.backbone, layers)
-    files = {name: getattr(subject, name) for name in ("train", "test") if args.only in (None, name)}
+def run(target: EvalTarget, args: argparse.Namespace) -> dict:
+    layers = features.layers_of(target.backbone) if args.layers == ("all",) else args.layers
+    layers = features.check_layers(target.backbone, layers)
+    files = {name: getattr(target, name) for name in ("train", "test") if args.only in (None, name)}
     files = {name: path for name, path in files.items() if path}
     if not files:
         raise ValueError(f"give --{args.only} NAME.beton: {args.target or 'the command'} names none")
@@ -65,15 +64,15 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
         raise ValueError(f"{there[0]} exists: give another --folder, or --force to replace it")
     dist.barrier()  # no rank may write what another has still to look for
     if args.squash:
-        subject.view = replace(subject.view, crop="squash", resize=None)
-    rows, about = [], subject.describe()
-    dims = [shape.numel() for shape in features.shapes(subject.backbone, subject.view, layers)]
+        target.view = replace(target.view, crop="squash", resize=None)
+    rows, about = [], target.describe()
+    dims = [shape.numel() for shape in features.shapes(target.backbone, target.view, layers)]
     for name, path in files.items():
-        samples = subject.loader(path).samples
+        samples = target.loader(path).samples
         if args.to == "npy":
-            _write_npy(subject, path, targets[name], layers, [(samples, dim) for dim in dims])
+            _write_npy(target, path, targets[name], layers, [(samples, dim) for dim in dims])
         else:
-            *parts, labels = subject.features(path, layers)
+            *parts, labels = target.features(path, layers)
             state = {**dict(zip(layers, parts)), "labels": labels}
             on_main(partial(_write_safetensors, targets[name]["labels"], state, {**about, "file": path}), ELSEWHERE)
         rows += [
@@ -89,10 +88,10 @@ def _targets(folder: Path, name: str, layers: tuple[str, ...], to: str) -> dict[
 
 
 def _write_npy(
-    subject: Subject, path: str, targets: dict[str, Path], layers: tuple[str, ...], shapes: list[tuple[int, int]]
+    target: EvalTarget, path: str, targets: dict[str, Path], layers: tuple[str, ...], shapes: list[tuple[int, int]]
 ) -> None:
     """A file for each layer that no memory needs to hold: five of ImageNet's training set are 226 GB."""
-    loader, files, starts = subject.loader(path), [], []
+    loader, files, starts = target.loader(path), [], []
     with contextlib.ExitStack() as stack:
 
         def begin() -> None:
@@ -113,14 +112,14 @@ def _write_npy(
 
         on_main(begin, ELSEWHERE)
         cache.visit(
-            subject.cache_folder(),
-            subject.backbone,
+            target.cache_folder(),
+            target.backbone,
             loader,
-            subject.view,
+            target.view,
             layers,
-            subject.args.precision,
+            target.args.precision,
             lambda first, parts: on_main(partial(put, first, parts), ELSEWHERE),
-            subject.weights,
+            target.weights,
         )
 
 

@@ -13,8 +13,8 @@ import copy
 
 from fastssl import dist
 from fastssl.config import Optim
-from fastssl.eval.target import Subject
-from fastssl.eval.training import loop as tuning
+from fastssl.eval.common import finetuning
+from fastssl.eval.common.target import EvalTarget
 
 NEEDS = ("train", "test")
 WITHOUT = ("cache", "no_cache")  # what is trained has no features to keep
@@ -58,31 +58,31 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--cutmix", type=float, default=0.0, help="alpha (MAE: 1.0)")
     add("--clip", type=float, default=0.0, help="norm of the gradient")
     add("--pool", choices=("avg", "token"), help="transformers: what the head sees (MAE: avg); default: as built")
-    tuning.add_options(parser)
+    finetuning.add_options(parser)
 
 
-def run(subject: Subject, args: argparse.Namespace) -> dict:
-    is_transformer = hasattr(getattr(subject.backbone, "body", None), "patch_embed")
+def run(target: EvalTarget, args: argparse.Namespace) -> dict:
+    is_transformer = hasattr(getattr(target.backbone, "body", None), "patch_embed")
     chosen = {
         key: getattr(args, key) if getattr(args, key) is not None else value
         for key, value in (TRANSFORMER if is_transformer else OTHER).items()
     }
     _check({**chosen, "mixup": args.mixup, "cutmix": args.cutmix, "clip": args.clip})
-    backbone = copy.deepcopy(subject.backbone)
+    backbone = copy.deepcopy(target.backbone)
     if args.pool:
-        tuning.blocks(backbone, "--pool")
+        finetuning.blocks(backbone, "--pool")
         backbone.body.reset_classifier(0, args.pool)
     if chosen["drop_path"]:
-        tuning.drop_path_(backbone, chosen["drop_path"])
-    loader, test = tuning.training_loader(subject, chosen["train_batch"]), subject.loader(subject.test)
-    classes = tuning.classes(loader)
+        finetuning.drop_path_(backbone, chosen["drop_path"])
+    loader, test = finetuning.training_loader(target, chosen["train_batch"]), target.loader(target.test)
+    classes = finetuning.classes(loader)
     if (args.mixup or args.cutmix) and loader.batch // dist.world() // loader.micro % 2:
         raise ValueError("--mixup and --cutmix mix pairs: the images per rank and pass must be even")
     optim = settings(backbone, chosen, args.clip, args.precision)
-    model = tuning.train(
+    model = finetuning.train(
         backbone,
         loader,
-        tuning.training_view(subject.view),
+        finetuning.training_view(target.view),
         optim,
         classes=classes,
         seed=args.seed,
@@ -91,7 +91,7 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
         cutmix=args.cutmix,
         log=lambda text: dist.is_main() and print(text, flush=True),
     )
-    row = tuning.accuracy(model, test, subject.view, classes=classes, precision=args.precision)
+    row = finetuning.accuracy(model, test, target.view, classes=classes, precision=args.precision)
     options = {
         **chosen,
         "mixup": args.mixup,
@@ -115,7 +115,7 @@ def settings(backbone, chosen: dict, clip: float, precision: str) -> Optim:
     lr, batch = chosen["lr"], chosen["train_batch"]
     paramwise = {}
     if chosen["layer_decay"] != 1:
-        paramwise |= tuning.layer_decay(backbone, chosen["layer_decay"])
+        paramwise |= finetuning.layer_decay(backbone, chosen["layer_decay"])
     if hasattr(backbone, "body") and chosen["weight_decay"]:
         exempt = getattr(backbone.body, "no_weight_decay", set)()
         names = {name for name, _ in backbone.body.named_parameters()}

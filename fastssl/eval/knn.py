@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import dist
-from fastssl.eval.features import check, hits
-from fastssl.eval.target import Subject, numbers
+from fastssl.eval.common.features import check, hits
+from fastssl.eval.common.target import EvalTarget, numbers
 
 QUERIES = 1024  # rows of the similarity matrix at a time
 SIMILARITIES = 1 << 26  # entries of it at a time: 256 MB
@@ -32,15 +32,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=tuple(SEARCH), default="torch", help="of the search")
 
 
-def run(subject: Subject, args: argparse.Namespace) -> dict:
-    bank = subject.loader(subject.train).samples
+def run(target: EvalTarget, args: argparse.Namespace) -> dict:
+    bank = target.loader(target.train).samples
     k = args.k or tuple(n for n in K if n <= bank) or (bank,)
     _check(k, args.temperature)  # before the features are computed
     if max(k) > bank:
-        raise ValueError(f"--k {max(k)}: must be between 1 and {bank}, the images of {subject.train}")
+        raise ValueError(f"--k {max(k)}: must be between 1 and {bank}, the images of {target.train}")
     return knn(
-        *subject.features(subject.train),
-        *subject.features(subject.test),
+        *target.features(target.train),
+        *target.features(target.test),
         k=k,
         temperature=args.temperature,
         backend=args.backend,

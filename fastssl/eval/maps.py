@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import dist
-from fastssl.eval.target import Subject
+from fastssl.eval.common.target import EvalTarget
 from fastssl.loader import permutation
 from fastssl.weights import export
 
@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", help="for map_METHOD.png and .npy; default: eval/ in the run's folder")
 
 
-def run(subject: Subject, args: argparse.Namespace) -> dict:
+def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     methods = tuple(dict.fromkeys(args.method.split(",")))
     for method in methods:
         check_method(method)
@@ -50,14 +50,14 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
                 f"--{key.replace('_', '-')} {getattr(args, key)} is {owner}'s: leave it out, or add {owner} to --method"
             )
     folder = output_folder(args)
-    x, y = subject.features(subject.test)
+    x, y = target.features(target.test)
     rows = sample(len(x), args.points, args.seed)
     options = {"points": len(rows), "of_images": len(x), "dim": x.shape[1], "seed": args.seed}
     results = []
     if dist.is_main():
         x, y = x[torch.from_numpy(rows).to(x.device)].cpu(), y[torch.from_numpy(rows).to(y.device)].cpu()
         labels = y.numpy() if y.ndim == 1 else np.full(len(y), -1)
-        names = subject.loader(subject.test).classes
+        names = target.loader(target.test).classes
         for method in methods:
             xy, facts = project(
                 x,
@@ -69,7 +69,7 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
             )
             if len(x) <= TRUSTED:
                 facts["trustworthiness"] = trustworthiness(x, xy)
-            title = f"{method} of {name_of(subject)}, {len(xy):,} images of {Path(subject.test).name}"
+            title = f"{method} of {name_of(target)}, {len(xy):,} images of {Path(target.test).name}"
             if "trustworthiness" in facts:
                 title += f"\ntrustworthiness {facts['trustworthiness']:.1f} %"
             write(folder, method, xy, labels, rows, names, title)
@@ -77,10 +77,10 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
     return {"protocol": "maps", "options": options, "results": results}
 
 
-def name_of(subject: Subject) -> str:
+def name_of(target: EvalTarget) -> str:
     """The run's name, or that of the weight file, with what else the features are of."""
-    name = (subject.run or {}).get("name") or Path(subject.args.target or subject.spec.name).name
-    return name if subject.args.features == "weights" else f"{subject.args.features} ({name})"
+    name = (target.run or {}).get("name") or Path(target.args.target or target.spec.name).name
+    return name if target.args.features == "weights" else f"{target.args.features} ({name})"
 
 
 def output_folder(args: argparse.Namespace) -> Path:

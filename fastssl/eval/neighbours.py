@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastssl import dist, pictures
 from fastssl.eval import knn
+from fastssl.eval.common.target import EvalTarget
 from fastssl.eval.maps import output_folder, sample
-from fastssl.eval.target import Subject
 from fastssl.weights import export
 
 NEEDS = ("train", "test")
@@ -28,12 +28,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", help="for neighbours.png; default: eval/ in the run's folder")
 
 
-def run(subject: Subject, args: argparse.Namespace) -> dict:
+def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     folder = output_folder(args)
     if args.queries < 1:
         raise ValueError(f"queries={args.queries}: give the number of test images on the sheet")
-    bank, bank_labels = subject.features(subject.train)
-    queries, labels = subject.features(subject.test)
+    bank, bank_labels = target.features(target.train)
+    queries, labels = target.features(target.test)
     found = nearest(bank, queries, args.k)
     row = {"k": args.k}
     if bank_labels.ndim == 1 and labels.ndim == 1 and (labels >= 0).any():
@@ -44,8 +44,8 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
     if dist.is_main():
         near = found.cpu().numpy()[shown]
         tiles = [
-            pictures.images(file, rows, subject.view, device=args.device, workers=args.workers)
-            for file, rows in ((subject.test, shown), (subject.train, near.flatten()))
+            pictures.images(file, rows, target.view, device=args.device, workers=args.workers)
+            for file, rows in ((target.test, shown), (target.train, near.flatten()))
         ]
         grid = torch.cat([tiles[0][:, None], tiles[1].view(len(shown), args.k, *tiles[1].shape[1:])], 1)
         with export.complete(path) as temporary:

@@ -16,10 +16,9 @@ import numpy as np
 
 from fastssl import dist
 from fastssl.config import Optim
-from fastssl.eval.features import cache
-from fastssl.eval.target import Subject, numbers
-from fastssl.eval.training import loop as tuning
-from fastssl.eval.training.kept import Kept
+from fastssl.eval.common import cache, finetuning
+from fastssl.eval.common.stored_results import StoredResults
+from fastssl.eval.common.target import EvalTarget, numbers
 from fastssl.loader import Loader, permutation
 
 NEEDS = ("train", "test")
@@ -51,22 +50,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--milestones", type=numbers(float), default=(12.0, 16.0), help="epochs where the rates fall by --gamma")
     add("--gamma", type=float, default=0.2, help="see --milestones")
     add("--weight-decay", type=float, help="default: 5e-4 for 1 %%, 1e-4 for 10 %%")
-    tuning.add_options(parser)
+    finetuning.add_options(parser)
 
 
-def run(subject: Subject, args: argparse.Namespace) -> dict:
-    rates = args.lr or ((0.01,) if subject.spec.sobel else RATES)
-    mults = args.head_mult or ((1.0,) if subject.spec.sobel else HEAD_MULTS)
+def run(target: EvalTarget, args: argparse.Namespace) -> dict:
+    rates = args.lr or ((0.01,) if target.spec.sobel else RATES)
+    mults = args.head_mult or ((1.0,) if target.spec.sobel else HEAD_MULTS)
     _check(args, rates, mults)
-    loader, test = tuning.training_loader(subject, args.train_batch), subject.loader(subject.test)
-    classes, rows, percent = tuning.classes(loader), *labelled(loader, args)
+    loader, test = finetuning.training_loader(target, args.train_batch), target.loader(target.test)
+    classes, rows, percent = finetuning.classes(loader), *labelled(loader, args)
     decay = args.weight_decay if args.weight_decay is not None else WEIGHT_DECAY.get(round(percent, 1))
     if decay is None:
         raise ValueError(
             f"{percent:g} % of the images are labelled, and a weight decay is published for 1 % and 10 % "
             "alone: give --weight-decay"
         )
-    chosen_on, fitted_on = split(rows, tuning.labels(loader), args.held_out, args.seed)
+    chosen_on, fitted_on = split(rows, finetuning.labels(loader), args.held_out, args.seed)
     base = Optim(
         name="sgd",
         batch=args.train_batch,
@@ -78,15 +77,15 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
         gamma=args.gamma,
         precision=args.precision,
     )
-    view = tuning.training_view(subject.view)
-    held_loader = subject.loader(subject.train)
-    kept = Kept(
+    view = finetuning.training_view(target.view)
+    held_loader = target.loader(target.train)
+    kept = StoredResults(
         args.out,
         {
-            "weights": cache.hash_weights(subject.backbone),
+            "weights": cache.hash_weights(target.backbone),
             "data": [cache.hash_data(loader), cache.hash_data(test)],
-            "backbone": dataclasses.asdict(subject.spec),
-            "view": dataclasses.asdict(subject.view),
+            "backbone": dataclasses.asdict(target.spec),
+            "view": dataclasses.asdict(target.view),
             "seed": args.seed,
             "optim": dataclasses.asdict(base),
             "rows": rows.tolist(),
@@ -104,19 +103,19 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
 
         def work() -> dict:
             try:
-                model = tuning.train(
-                    subject.backbone,
+                model = finetuning.train(
+                    target.backbone,
                     loader,
                     view,
-                    tuning.with_head_rate(base, lr, mult),
+                    finetuning.with_head_rate(base, lr, mult),
                     classes=classes,
                     rows=fit,
                     seed=args.seed,
                     log=lambda text: say(f"{place}, {name}, {text}"),
                 )
-            except tuning.Diverged:
+            except finetuning.Diverged:
                 return {"top1": 0.0, "diverged": True}
-            return tuning.accuracy(model, on, subject.view, classes=classes, rows=rows, precision=args.precision)
+            return finetuning.accuracy(model, on, target.view, classes=classes, rows=rows, precision=args.precision)
 
         return kept(name, work)
 
@@ -180,7 +179,7 @@ def labelled(loader: Loader, args: argparse.Namespace) -> tuple[np.ndarray, floa
         return np.arange(loader.samples), 100.0 if args.percent is None else args.percent
     if args.subset is None:
         percent = 1.0 if args.percent is None else args.percent
-        return balanced(tuning.labels(loader), percent, args.seed), percent
+        return balanced(finetuning.labels(loader), percent, args.seed), percent
     rows = read_subset(args.subset, loader, args.names)
     return rows, 100 * len(rows) / loader.samples
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fastssl import pictures
 from fastssl.backbones import evaluating
-from fastssl.eval import features as whole
 from fastssl.eval import knn, maps
-from fastssl.eval import target as subjects
+from fastssl.eval.common import features
+from fastssl.eval.common.target import add_target_options, load_target
 from fastssl.kernels.augment import View, make_views
 from fastssl.loader import Loader
 from fastssl.report import cards, charts
@@ -63,14 +63,14 @@ class Features:
     def __init__(self, run: RunData, args: argparse.Namespace, kind: str = "weights"):
         """`kind`: "weights", "untrained" or "pixels"."""
         parser = argparse.ArgumentParser()
-        subjects.add_options(parser)
+        add_target_options(parser)
         options = parser.parse_args([str(run.folder), "--batch", str(args.batch)])
         options.device, options.workers, options.train, options.test = args.device, args.workers, args.train, args.test
         options.features = kind
         which = "test" if args.test or run.setting("data.test") else "train"
         self.path = _file(getattr(args, which) or run.setting(f"data.{which}"), f"--{which}")
-        self.subject = subjects.load(options, (which,))
-        loader = self.subject.loader(self.path)
+        self.target = load_target(options, (which,))
+        loader = self.target.loader(self.path)
         self.names, self.args, self.run = loader.classes, args, run
         self.rows = maps.sample(loader.samples, min(args.points, loader.samples))
         self.x, labels = self._extract()
@@ -79,7 +79,7 @@ class Features:
     @torch.no_grad()
     def _extract(self) -> tuple[Tensor, Tensor]:
         out, labels = [], []
-        with evaluating(self.subject.backbone):
+        with evaluating(self.target.backbone):
             for b in pictures.batches(
                 self.path,
                 self.rows,
@@ -87,10 +87,10 @@ class Features:
                 device=self.args.device,
                 workers=self.args.workers,
             ):
-                x = make_views(b.pixels, b.sizes, b.index, (self.subject.view,), seed=0, epoch=0)[0]
-                if isinstance(self.subject.backbone, whole.Pixels) and x.shape[-1] > PIXELS:
+                x = make_views(b.pixels, b.sizes, b.index, (self.target.view,), seed=0, epoch=0)[0]
+                if isinstance(self.target.backbone, features.Pixels) and x.shape[-1] > PIXELS:
                     x = F.interpolate(x, size=PIXELS, mode="area")  # 1,000 images of 224 would be 0.6 GB
-                out.append(self.subject.backbone(x).float().cpu())
+                out.append(self.target.backbone(x).float().cpu())
                 labels.append(b.label.cpu())
         x = torch.cat(out)
         if not x.isfinite().all():
@@ -136,7 +136,7 @@ class Features:
         similarity, found = near.topk(min(NEIGHBOURS, len(x) - 1))
         shown = np.concatenate([some[:, None], found.numpy()], 1)
         tiles = pictures.images(
-            self.path, self.rows[shown.flatten()], self.subject.view, device=self.args.device, workers=self.args.workers
+            self.path, self.rows[shown.flatten()], self.target.view, device=self.args.device, workers=self.args.workers
         )
         tiles = tiles.view(*shown.shape, pictures.SIDE, pictures.SIDE, 3)
         lines = []

@@ -13,8 +13,7 @@ import torch
 
 from fastssl import backbones, dist, views
 from fastssl.config import Backbone
-from fastssl.eval import features
-from fastssl.eval.features import cache
+from fastssl.eval.common import cache, features
 from fastssl.loader import Loader
 
 (VIEW,) = views.center(16, 18)
@@ -44,7 +43,7 @@ def load(path, batch=16):
 
 
 def kept(folder, loader, backbone=None, layers=LAYERS, view=VIEW, precision="fp32"):
-    return cache.features(folder, backbone or net(), loader, view, layers, precision)
+    return cache.load_or_extract(folder, backbone or net(), loader, view, layers, precision)
 
 
 def same(a, b):

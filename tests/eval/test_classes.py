@@ -12,7 +12,7 @@ from torch import nn
 import fastssl.eval
 from fastssl import hooks
 from fastssl.config import Data, Optim, Run
-from fastssl.eval.features.classes import match
+from fastssl.eval.common.classes import match
 from fastssl.kernels.augment import View
 from fastssl.loader import Loader
 

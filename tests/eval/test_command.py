@@ -15,8 +15,7 @@ import fastssl.report
 from fastssl import backbones, config, views, weights
 from fastssl.checkpoint import folder as checkpoint
 from fastssl.config import Backbone, Data, Run
-from fastssl.eval import features
-from fastssl.eval.features import cache
+from fastssl.eval.common import cache, features
 from fastssl.kernels.augment import View
 from fastssl.loader import Loader
 from fastssl.methods import simclr

@@ -9,8 +9,8 @@ from torch import nn
 
 from fastssl import backbones, views
 from fastssl.config import Backbone
-from fastssl.eval import features, knn, linear
-from fastssl.eval.features import cache
+from fastssl.eval import knn, linear
+from fastssl.eval.common import cache, features
 from fastssl.kernels.augment import View, make_views
 from fastssl.loader import Loader
 
@@ -201,11 +201,11 @@ def test_default_view(size, sides, resize):
 def test_a_set_that_memory_cannot_hold_is_refused(beton, tmp_path, monkeypatch):
     loader, need = load(beton, 10), 103 * 64 * 4
     monkeypatch.setattr(features, "free_memory", lambda device: need)
-    assert len(cache.features(tmp_path, net(), loader, VIEW, ("last",), "fp32")[0]) == 103
+    assert len(cache.load_or_extract(tmp_path, net(), loader, VIEW, ("last",), "fp32")[0]) == 103
     assert len(features.extract(net(), loader, VIEW)[0]) == 103, "the monitors of a training are not asked"
     monkeypatch.setattr(features, "free_memory", lambda device: need - 1)
     with pytest.raises(ValueError, match="eval extract --to npy"):
-        cache.features(tmp_path, net(), loader, VIEW, ("last",), "fp32")
+        cache.load_or_extract(tmp_path, net(), loader, VIEW, ("last",), "fp32")
 
 
 def test_hits():
@@ -253,8 +253,8 @@ def test_size_and_resize_hold_together_whatever_the_run_was_trained_on(data, giv
     from argparse import Namespace
 
     from fastssl.config import Backbone
-    from fastssl.eval import target as subject
+    from fastssl.eval.common.target import _view
 
     args = Namespace(**{"size": None, "resize": None, "mean": None, "std": None, **given})
-    view = subject._view(args, data, Backbone("resnet18"), {"min_side": 32, "max_height": 32, "max_width": 32})
+    view = _view(args, data, Backbone("resnet18"), {"min_side": 32, "max_height": 32, "max_width": 32})
     assert (view.size, view.resize) == want and view.crop == "center"

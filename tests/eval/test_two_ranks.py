@@ -16,12 +16,12 @@ import ranks
 import test_cache
 import test_detection
 import test_features
-import test_heads
-import test_tuning
+import test_finetune
+import test_linear_published
 from conftest import photo, write_beton
 from test_detection import voc  # noqa: F401  (fixtures)
-from test_heads import folder  # noqa: F401
-from test_tuning import files  # noqa: F401
+from test_finetune import files  # noqa: F401
+from test_linear_published import folder  # noqa: F401
 
 from fastssl import dist
 
@@ -31,8 +31,8 @@ def worker(out, beton, tiny, shards, linear, train, test, root):
     torch.set_num_threads(1)
     result = {
         "features": test_features.compute(beton, tiny),
-        "tuning": test_tuning.trained(train, test),
-        "heads": json.loads(json.dumps(test_heads.compute(linear))),
+        "tuning": test_finetune.trained(train, test),
+        "heads": json.loads(json.dumps(test_linear_published.compute(linear))),
         "cache": test_cache.on_two_ranks(beton, shards),
         "detection": test_detection.on_two_ranks(root),
     }
@@ -98,14 +98,14 @@ def test_kept_features(both, beton, place, monkeypatch):
 
 
 def test_published_linear_protocols(both, folder):  # noqa: F811
-    (two, other), one = (rank["heads"] for rank in both), test_heads.compute(folder)
+    (two, other), one = (rank["heads"] for rank in both), test_linear_published.compute(folder)
     for name in one:
-        test_heads.close(one[name], two[name])
-        test_heads.close(two[name], other[name])
+        test_linear_published.close(one[name], two[name])
+        test_linear_published.close(two[name], other[name])
 
 
 def test_fine_tuning(both, files):  # noqa: F811
-    (one, held), (two, held_two) = test_tuning.trained(*files), both[0]["tuning"]
+    (one, held), (two, held_two) = test_finetune.trained(*files), both[0]["tuning"]
     assert held == held_two == both[1]["tuning"][1]
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")

@@ -26,10 +26,10 @@ from fastssl import optim as optims
 from fastssl.amp import DTYPES
 from fastssl.backbones import ResNet
 from fastssl.config import Optim
+from fastssl.eval.common.finetuning import Diverged
+from fastssl.eval.common.target import EvalTarget, numbers
 from fastssl.eval.detection import boxes
 from fastssl.eval.detection.boxes import Picture
-from fastssl.eval.target import Subject, numbers
-from fastssl.eval.training.loop import Diverged
 from fastssl.loader import permutation
 
 NEEDS = None  # no .beton
@@ -72,20 +72,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--max-size", type=int, default=1333, help="of the long side")
 
 
-def run(subject: Subject, args: argparse.Namespace) -> dict:
-    _check(subject, args)
+def run(target: EvalTarget, args: argparse.Namespace) -> dict:
+    _check(target, args)
     boxes._pycocotools()  # before hours of training
     train, test, classes = read(args)
     steps, milestones, warmup = schedule(args)
     sizes = args.min_size or tuple(range(480 if args.voc else 640, 801, 32))
     model = build(
-        subject.backbone,
+        target.backbone,
         len(classes),
         bn=args.bn,
         min_size=sizes,
         max_size=args.max_size,
-        mean=subject.view.mean,
-        std=subject.view.std,
+        mean=target.view.mean,
+        std=target.view.std,
         seed=args.seed,
     )
     optim = Optim(
@@ -136,14 +136,14 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
     return {"protocol": "detection", "options": options, "results": rows}
 
 
-def _check(subject: Subject, args: argparse.Namespace) -> None:
+def _check(target: EvalTarget, args: argparse.Namespace) -> None:
     if bool(args.voc) == bool(args.coco):
         raise ValueError("give --voc FOLDER or --coco FOLDER, one of them")
     if args.train or args.test:
         raise ValueError(f"detection reads --voc or --coco, not {args.train or args.test}: leave out --train, --test")
     if args.coco and args.classes:
         raise ValueError("--classes is for VOC's format: COCO's files name their classes")
-    if not isinstance(subject.backbone, ResNet):
+    if not isinstance(target.backbone, ResNet):
         raise ValueError("detection needs a ResNet or ResNeXt of ours: torchvision has a feature pyramid for no other")
     if args.steps is not None and args.schedule:
         raise ValueError("--steps and --schedule both say how long to train: give one of them")

@@ -1,5 +1,5 @@
 """The linear probe on frozen, cached features: multinomial logistic regression, all learning rates trained at once;
-with --recipe the published protocols, which see augmented images (heads.py).
+with --recipe the published protocols, which see augmented images (published.py).
 
 Features are standardised per dimension and divided by sqrt(dim), so that one grid of learning rates serves every
 backbone.  The setting is chosen on a tenth of the training set, then refitted on all of it; the test set is used once.
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fastssl import dist
-from fastssl.eval.features import check, hits
-from fastssl.eval.linear import published as heads
-from fastssl.eval.target import Subject, numbers
+from fastssl.eval.common.features import check, hits
+from fastssl.eval.common.target import EvalTarget, numbers
+from fastssl.eval.linear import published
 from fastssl.loader import permutation
 
 LEARNING_RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # solver "sgd"
@@ -29,7 +29,7 @@ NEEDS = ("train", "test")
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
-        choices=("probe", *heads.RECIPES),
+        choices=("probe", *published.RECIPES),
         default="probe",
         help="probe: on cached features, the rate chosen on held-out images; the others as published: "
         "moco (OpenSelfSup's Last), multi (five layers), places205, lars (SimSiam, MMSelfSup)",
@@ -62,18 +62,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(subject: Subject, args: argparse.Namespace) -> dict:
+def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     if args.recipe == "probe":
         if args.layers or args.no_augment:
             raise ValueError(
                 f"--{'layers' if args.layers else 'no-augment'} is for the published recipes: give "
-                f"--recipe, one of {', '.join(heads.RECIPES)}"
+                f"--recipe, one of {', '.join(published.RECIPES)}"
             )
         if args.solver == "lbfgs" and args.probe_batch is not None:
             raise ValueError(f"--probe-batch {args.probe_batch} is for --solver sgd: lbfgs sees all rows at once")
         return probe(
-            *subject.features(subject.train),
-            *subject.features(subject.test),
+            *target.features(target.train),
+            *target.features(target.test),
             solver=args.solver or "sgd",
             grid=args.grid,
             epochs=_given(args.epochs, 100),
@@ -84,8 +84,8 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
     if args.solver:
         raise ValueError(f"--solver is the probe's: leave it out with --recipe {args.recipe}")
     say = (lambda text: print(text, flush=True)) if dist.is_main() else (lambda text: None)
-    return heads.run(
-        subject,
+    return published.run(
+        target,
         args.recipe,
         rates=args.grid,
         epochs=args.epochs,

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from fastssl import dist
 from fastssl.backbones import evaluating
 from fastssl.config import Optim
-from fastssl.eval import features
-from fastssl.eval.features import check, hits
-from fastssl.eval.target import Subject
-from fastssl.eval.training import loop as tuning
-from fastssl.eval.training.augment import AUGMENT
+from fastssl.eval.common import features, finetuning
+from fastssl.eval.common.features import check, hits
+from fastssl.eval.common.target import EvalTarget
+from fastssl.eval.linear.augment import AUGMENT
 from fastssl.kernels.augment import make_views
 from fastssl.loader import Loader, permutation
 from fastssl.norm import convert_sync_bn
@@ -61,7 +60,7 @@ RECIPES = {
 
 
 def run(
-    subject: Subject,
+    target: EvalTarget,
     name: str,
     *,
     rates: tuple[float, ...] | None = None,
@@ -89,28 +88,29 @@ def run(
         milestones=tuple(m * epochs / recipe.epochs for m in recipe.milestones),
     )
     rates = (recipe.lr,) if rates is None else tuple(sorted(set(rates)))
-    known = features.layers_of(subject.backbone)
-    names = features.check_layers(subject.backbone, layers or recipe.layers or known[:-1])
-    _check(subject, recipe, rates, held_out)
-    loader, evaluation = training_loader(subject, recipe), subject.loader(subject.train)
-    classes = tuning.classes(loader)
-    order = permutation(loader.samples, subject.args.seed, 0)
+    known = features.layers_of(target.backbone)
+    names = features.check_layers(target.backbone, layers or recipe.layers or known[:-1])
+    _check(target, recipe, rates, held_out)
+    loader, evaluation = training_loader(target, recipe), target.loader(target.train)
+    classes = finetuning.classes(loader)
+    order = permutation(loader.samples, target.args.seed, 0)
     held, kept = np.split(order, [round(held_out * len(order))])
     if recipe.batch > len(kept):
         raise ValueError(f"batch={recipe.batch}: there are {len(kept)} training images; use at most so many")
-    sets = {"test": subject.features(subject.test, names)}
+    sets = {"test": target.features(target.test, names)}
     if len(held):
         sets["held-out"] = features.extract_rows(
-            subject.backbone, evaluation, subject.view, held, layers=names, precision=subject.args.precision
+            target.backbone, evaluation, target.view, held, layers=names, precision=target.args.precision
         )
     for label, (*parts, y) in sets.items():
         for part in parts:
             check(label, part, y)
-    shapes = features.shapes(subject.backbone, subject.view, names)
+    shapes = features.shapes(target.backbone, target.view, names)
     heads = [
-        Heads(shape, rates, classes, recipe, subject.args.seed + i, loader.device) for i, shape in enumerate(shapes)
+        LinearClassifiers(shape, rates, classes, recipe, target.args.seed + i, loader.device)
+        for i, shape in enumerate(shapes)
     ]
-    source = live(subject, recipe, loader, names, kept) if augment else cached(subject, recipe, names, kept)
+    source = live(target, recipe, loader, names, kept) if augment else cached(target, recipe, names, kept)
     steps, curve = len(kept) // recipe.batch, []
     for epoch in range(recipe.epochs):
         factor, losses = rate_factor(recipe, epoch), torch.zeros(len(names), len(rates), device=loader.device)
@@ -135,7 +135,7 @@ def run(
         "lars": recipe.lars,
         "augment": recipe.augment if augment else "none",
         "held_out": len(held),
-        "seed": subject.args.seed,
+        "seed": target.args.seed,
         "train": len(kept),
         "test": len(sets["test"][-1]),
         "classes": classes,
@@ -176,68 +176,68 @@ def rate_factor(recipe: Recipe, epoch: int) -> float:
     return lr_multiplier(optim, epoch * 1000, 1000, recipe.epochs * 1000)  # 1000: milestones may fall into an epoch
 
 
-def _check(subject: Subject, recipe: Recipe, rates: tuple[float, ...], held_out: float) -> None:
+def _check(target: EvalTarget, recipe: Recipe, rates: tuple[float, ...], held_out: float) -> None:
     if min(rates, default=0) <= 0 or recipe.epochs < 1 or recipe.batch < 1:
         raise ValueError(f"rates {rates}, epochs={recipe.epochs}, batch={recipe.batch} must all be positive")
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out={held_out}: a share of the training set, 0 (none) to below 1")
-    if recipe.augment == "window" and subject.view.crop != "center":
-        raise ValueError(f"the evaluation's view has crop={subject.view.crop!r}: this protocol needs a centre crop")
+    if recipe.augment == "window" and target.view.crop != "center":
+        raise ValueError(f"the evaluation's view has crop={target.view.crop!r}: this protocol needs a centre crop")
 
 
 # Batches of features: source(epoch, steps) gives ([x (B, dim) of each layer], y (B,)), this rank's share
 
 
-def training_loader(subject: Subject, recipe: Recipe) -> Loader:
+def training_loader(target: EvalTarget, recipe: Recipe) -> Loader:
     """Shuffled batches of the recipe's size, in micro-batches of at most --batch images."""
     share = recipe.batch // dist.world()
     if recipe.batch % dist.world():
         raise ValueError(f"batch={recipe.batch} is not divisible by the {dist.world()} ranks")
-    micro = next(m for m in range(1, share + 1) if share % m == 0 and share // m <= subject.args.batch)
+    micro = next(m for m in range(1, share + 1) if share % m == 0 and share // m <= target.args.batch)
     return Loader(
-        subject.train,
+        target.train,
         recipe.batch,
-        seed=subject.args.seed,
-        device=subject.args.device,
+        seed=target.args.seed,
+        device=target.args.device,
         micro=micro,
-        workers=subject.args.workers,
+        workers=target.args.workers,
     )
 
 
-def live(subject: Subject, recipe: Recipe, loader: Loader, layers: tuple[str, ...], kept: np.ndarray):
-    view, finish = AUGMENT[recipe.augment](subject.view)
-    seed = subject.args.seed
+def live(target: EvalTarget, recipe: Recipe, loader: Loader, layers: tuple[str, ...], kept: np.ndarray):
+    view, finish = AUGMENT[recipe.augment](target.view)
+    seed = target.args.seed
 
     @torch.no_grad()
     def source(epoch: int, steps: int) -> Iterator[tuple[list[Tensor], Tensor]]:
         order = np.resize(kept[permutation(len(kept), seed, epoch + 1)], loader.samples)
-        with evaluating(subject.backbone), contextlib.closing(loader.epoch(epoch, order=order)) as batches:
+        with evaluating(target.backbone), contextlib.closing(loader.epoch(epoch, order=order)) as batches:
             for _ in range(steps):
                 parts = []
                 for batch in islice(batches, loader.micro):
                     x = make_views(batch.pixels, batch.sizes, batch.index, (view,), seed=seed, epoch=epoch)[0]
                     x = finish(x, batch.index, epoch, seed)
-                    parts.append([*features.of_view(subject.backbone, x, layers, subject.args.precision), batch.label])
+                    parts.append([*features.of_view(target.backbone, x, layers, target.args.precision), batch.label])
                 *xs, y = (torch.cat(part) for part in zip(*parts))
                 yield xs, y
 
     return source
 
 
-def cached(subject: Subject, recipe: Recipe, layers: tuple[str, ...], kept: np.ndarray):
-    *xs, y = subject.features(subject.train, layers)
+def cached(target: EvalTarget, recipe: Recipe, layers: tuple[str, ...], kept: np.ndarray):
+    *xs, y = target.features(target.train, layers)
     for x in xs:
         check("training set", x, y)
 
     def source(epoch: int, steps: int) -> Iterator[tuple[list[Tensor], Tensor]]:
-        order = torch.from_numpy(kept[permutation(len(kept), subject.args.seed, epoch + 1)]).to(y.device)
+        order = torch.from_numpy(kept[permutation(len(kept), target.args.seed, epoch + 1)]).to(y.device)
         for rows in order[: steps * recipe.batch].view(steps, dist.world(), -1)[:, dist.rank()]:
             yield [x[rows] for x in xs], y[rows]
 
     return source
 
 
-class Heads:
+class LinearClassifiers:
     """One linear classifier for each of G learning rates on the same features, N(0, 0.01) and zero bias at first.
 
     D dimensions, G rates, C classes.  Closed-form gradients of the mean cross entropy over the global batch.

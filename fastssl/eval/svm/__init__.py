@@ -17,11 +17,11 @@ import numpy as np
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
-from fastssl.eval.features.cache import on_main
+from fastssl.eval.common.cache import on_main
+from fastssl.eval.common.stored_results import shared
+from fastssl.eval.common.target import EvalTarget, numbers
 from fastssl.eval.svm.cuda import Cuda
 from fastssl.eval.svm.solvers import Fast, Sklearn, average_precision
-from fastssl.eval.target import Subject, numbers
-from fastssl.eval.training.kept import shared
 
 NEEDS = ("train", "test")
 COSTS = (*(0.5**n for n in range(19, 3, -1)), 1.0, 10.0, 100.0)
@@ -59,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(subject: Subject, args: argparse.Namespace) -> dict:
+def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     unused = ("folds",) if args.low_shot else ("shots", "samples")
     unused = [name for name in unused if getattr(args, name) is not None]
     if unused:
@@ -67,9 +67,9 @@ def run(subject: Subject, args: argparse.Namespace) -> dict:
     if args.crop == "squash":
         if args.resize is not None:
             raise ValueError(f"--resize {args.resize} is for --crop center: squash shows the whole image at --size")
-        subject = dataclasses.replace(subject, view=dataclasses.replace(subject.view, crop="squash", resize=None))
-    *train, labels = subject.features(subject.train, args.layers)
-    *test, test_labels = subject.features(subject.test, args.layers)
+        target = dataclasses.replace(target, view=dataclasses.replace(target.view, crop="squash", resize=None))
+    *train, labels = target.features(target.train, args.layers)
+    *test, test_labels = target.features(target.test, args.layers)
     done: list[dict] = []
     on_main(lambda: done.append(_layers(dict(zip(args.layers, zip(train, test))), labels, test_labels, args)))
     result = shared(done[0] if done else None)

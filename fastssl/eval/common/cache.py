@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import dist
-from fastssl.eval import features as whole
+from fastssl.eval.common import features
 from fastssl.kernels.augment import View
 
 ROWS = 4096  # of a shard: 32 MB of 2048 dimensions, and what an interruption may cost
@@ -36,15 +36,15 @@ ELSEWHERE = "give --cache DIR elsewhere, or --no-cache"
 STALE = 24 * 3600  # seconds after which an unfinished temporary shard is nobody's
 
 
-def features(
+def load_or_extract(
     folder: Path, backbone: nn.Module, loader, view: View, layers: tuple[str, ...], precision: str, weights: str = ""
 ) -> tuple[Tensor, ...]:
     """What features.extract returns, bit for bit, from the shards in `folder` and, of those missing, computed.
 
     `weights` says in words what they are, for the manifest.  ValueError when a feature is NaN or infinite.
     """
-    sizes = [shape.numel() for shape in whole.shapes(backbone, view, layers)]
-    whole.check_memory(loader, sum(sizes))
+    sizes = [shape.numel() for shape in features.shapes(backbone, view, layers)]
+    features.check_memory(loader, sum(sizes))
     out = [torch.empty(loader.samples, dim, device=loader.device) for dim in sizes]
 
     def take(first: int, parts: list[Tensor]) -> None:
@@ -70,11 +70,11 @@ def visit(
     take: Callable[[int, list[Tensor]], None],
     weights: str = "",
 ) -> None:
-    """`features` shard by shard, for sets that no memory holds: take(first row, [(n, dim) of each layer]) on all ranks
-    for every shard, those that were kept before the others.  No folder: none is kept.
+    """`load_or_extract` shard by shard, for sets that no memory holds: take(first row, [(n, dim) of each layer]) on all
+    ranks for every shard, those that were kept before the others.  No folder: none is kept.
     """
-    whole.check_loader(loader)
-    sizes = [shape.numel() for shape in whole.shapes(backbone, view, layers)]
+    features.check_loader(loader)
+    sizes = [shape.numel() for shape in features.shapes(backbone, view, layers)]
     made: list[Store] = []
     if folder is not None:
         on_main(lambda: made.append(Store(folder, backbone, loader, view, layers, precision, sizes, weights)))
@@ -238,7 +238,7 @@ def _compute(
     for run in _runs(missing):
         start, stop = run[0] * ROWS // loader.batch, -(-min((run[-1] + 1) * ROWS, loader.samples) // loader.batch)
         held, coming = [], list(run)
-        for step, parts in whole.by_step(backbone, loader, view, layers, precision, start, stop):
+        for step, parts in features.by_step(backbone, loader, view, layers, precision, start, stop):
             held.append(parts)
             while coming and min((coming[0] + 1) * ROWS, loader.samples) <= (step + 1) * loader.batch:
                 joined = [torch.cat(part) for part in zip(*held)]

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastssl import optim
-from fastssl.eval import features, linear
-from fastssl.eval import target as subjects
-from fastssl.eval.linear import published as heads
-from fastssl.eval.linear.published import RECIPES, Heads
-from fastssl.eval.training import augment
+from fastssl.eval import linear
+from fastssl.eval.common import features
+from fastssl.eval.common.target import add_target_options, load_target
+from fastssl.eval.linear import augment, published
+from fastssl.eval.linear.published import RECIPES, LinearClassifiers
 from fastssl.kernels.augment import View
 
 
@@ -60,7 +60,7 @@ def test_every_rate_of_the_grid_is_a_head_trained_alone(name):
     recipe, shape, factors = RECIPES[name], SHAPES[name], (1.0, 1.0, 0.1, 0.1)
     rates = (5.0, 40.0, 300.0) if recipe.lars else (0.05, 0.4, 3.0)  # LARS: times 1e-3 |w|
     data = batches(shape, 7)
-    together = Heads(shape, rates, 7, recipe, 7, "cpu")
+    together = LinearClassifiers(shape, rates, 7, recipe, 7, "cpu")
     losses = torch.stack([together.step(x, y, factor) for (x, y), factor in zip(data, factors)])
     x, y = batches(shape, 7, 1, 200)[0]
     accuracies = together.accuracy(x, y)
@@ -80,14 +80,14 @@ def test_lars_by_hand():
     recipe, rate = replace(RECIPES["lars"], weight_decay=0.5), torch.tensor([[2.0], [4.0]])
     p = torch.tensor([[[3.0, 4.0], [0.0, 0.0]]])  # D 1, G 2, C 2: norms 5 and 0
     grad, velocity = torch.tensor([[[0.0, 2.0], [1.0, 1.0]]]), torch.zeros(1, 2, 2)
-    heads.update_(p, grad, velocity, rate, recipe)
+    published.update_(p, grad, velocity, rate, recipe)
     ratio = 1e-3 * 5 / (2 + 0.5 * 5)
     torch.testing.assert_close(p[0, 0], torch.tensor([3 - 2 * ratio * 1.5, 4 - 2 * ratio * 4.0]))
     torch.testing.assert_close(p[0, 1], torch.tensor([-4.0, -4.0]), msg="zero weights: plain SGD")
 
 
 def test_the_published_settings():
-    factor = lambda name, epochs: [round(heads.rate_factor(RECIPES[name], e), 6) for e in epochs]  # noqa: E731
+    factor = lambda name, epochs: [round(published.rate_factor(RECIPES[name], e), 6) for e in epochs]  # noqa: E731
     assert factor("moco", (0, 59, 60, 79, 80, 99)) == [1, 1, 0.1, 0.1, 0.01, 0.01]
     assert factor("multi", (29, 30, 60, 89)) == [1, 0.1, 0.01, 0.01]
     assert factor("places205", (6, 7, 14, 21, 27)) == [1, 0.1, 0.01, 0.001, 0.001]
@@ -149,19 +149,19 @@ def folder(tmp_path_factory):
     return folder
 
 
-def subject(folder, *argv):
+def target(folder, *argv):
     parser = argparse.ArgumentParser()
-    subjects.add_options(parser)
+    add_target_options(parser)
     linear.add_options(parser)
     files = ["--train", f"{folder}/train.beton", "--test", f"{folder}/test.beton", "--size", "16"]
     net = ["--features", "untrained", "--backbone", "resnet10", "--stem", "cifar", "--width", "8"]
     args = parser.parse_args([*files, *net, "--workers", "1", "--device", "cpu", *argv])
     args.device = torch.device("cpu")
-    return subjects.load(args, linear.NEEDS)
+    return load_target(args, linear.NEEDS)
 
 
 def run(folder, name="moco", argv=(), **options):
-    return heads.run(subject(folder, *argv), name, **{"epochs": 2, "batch": 20, **options})
+    return published.run(target(folder, *argv), name, **{"epochs": 2, "batch": 20, **options})
 
 
 def close(a, b):
@@ -192,9 +192,9 @@ def test_rows_say_what_they_were_selected_on(folder):
 
 
 def test_held_out_images_teach_nothing(folder, monkeypatch):
-    seen, live = set(), heads.live
+    seen, live = set(), published.live
 
-    def spy(subject, recipe, loader, layers, kept):
+    def spy(target, recipe, loader, layers, kept):
         epoch = loader.epoch
 
         def noting(*args, **options):
@@ -203,11 +203,11 @@ def test_held_out_images_teach_nothing(folder, monkeypatch):
                 yield batch
 
         loader.epoch = noting
-        return live(subject, recipe, loader, layers, kept)
+        return live(target, recipe, loader, layers, kept)
 
-    monkeypatch.setattr(heads, "live", spy)
+    monkeypatch.setattr(published, "live", spy)
     run(folder, held_out=0.2, epochs=6)
-    held = set(heads.permutation(66, 0, 0)[:13].tolist())
+    held = set(published.permutation(66, 0, 0)[:13].tolist())
     assert not seen & held and len(seen) > 45
 
 
@@ -235,11 +235,11 @@ def test_rate_and_milestones_follow_batch_and_epochs(folder):
 def test_cached_features_train_the_same_heads(folder, tmp_path):
     """Without augmentation a step sees the rows that the cache holds: by hand, over the same permutation."""
     result = run(folder, argv=("--cache", str(tmp_path)), augment=False, rates=(3.0,), epochs=2)
-    s = subject(folder)
+    s = target(folder)
     x, y = features.extract(s.backbone, s.loader(s.train), s.view)
     data = []
     for epoch in (1, 2):
-        order = torch.from_numpy(heads.permutation(66, 0, 0)[heads.permutation(66, 0, epoch)])
+        order = torch.from_numpy(published.permutation(66, 0, 0)[published.permutation(66, 0, epoch)])
         data += [(x[rows], y[rows]) for rows in order[:60].split(20)]
     _, _, losses = by_torch(RECIPES["moco"], 3.0, x.shape[1:], data, 6, [1] * 6, seed=0)
     assert [row["loss"] for row in result["curve"]] == pytest.approx(

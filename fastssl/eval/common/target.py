@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from fastssl import backbones, dist, views, weights
 from fastssl.amp import DTYPES
 from fastssl.config import Backbone
-from fastssl.eval import features
-from fastssl.eval.features import cache
-from fastssl.eval.features.classes import match
+from fastssl.eval.common import cache, features
+from fastssl.eval.common.classes import match
 from fastssl.kernels.augment import View
 from fastssl.loader import Loader
 from fastssl.weights import export
 
 
 @dataclass
-class Subject:
+class EvalTarget:
     """`backbone` is on the device; `weights` says in words where its tensors come from; `run` is its run's config."""
 
     backbone: nn.Module
@@ -52,14 +51,16 @@ class Subject:
 
     def features(self, path: str, layers: tuple[str, ...] = ("last",)) -> tuple[Tensor, ...]:
         """float32 features (N, dim) of each layer, then labels (N,) or (N, C), of a file, the same on all ranks:
-        `x, y = subject.features(path)`.  Computed once; then read from the cache (see cache.py)."""
+        `x, y = target.features(path)`.  Computed once; then read from the cache (see cache.py)."""
         layers, loader = features.check_layers(self.backbone, layers), self.loader(path)
         folder = self.cache_folder()
         if folder is None:
             sizes = [shape.numel() for shape in features.shapes(self.backbone, self.view, layers)]
             features.check_memory(loader, 2 * sum(sizes))  # the rows in the ranks' order, and sorted
             return features.extract(self.backbone, loader, self.view, precision=self.args.precision, layers=layers)
-        return cache.features(folder, self.backbone, loader, self.view, layers, self.args.precision, self.weights)
+        return cache.load_or_extract(
+            folder, self.backbone, loader, self.view, layers, self.args.precision, self.weights
+        )
 
     def cache_folder(self) -> Path | None:
         """Where its features are kept: --cache, or features/ beside the run or the weight file; None for none."""
@@ -89,7 +90,7 @@ class Subject:
         }
 
 
-def load(args: argparse.Namespace, needs: tuple[str, ...] | None, labelled: str = "all") -> Subject:
+def load_target(args: argparse.Namespace, needs: tuple[str, ...] | None, labelled: str = "all") -> EvalTarget:
     """`needs`: which of "train" and "test" the protocol reads; None: it reads no .beton at all.  With both, their
     classes are matched (classes.match); `labelled`: which images must have a label."""
     if args.cache and args.no_cache:
@@ -113,10 +114,10 @@ def load(args: argparse.Namespace, needs: tuple[str, ...] | None, labelled: str 
     if args.features != "pixels" and needs is not None:
         backbones.check_sizes(spec, [view.size])
     backbone, source = _backbone(args, spec, view)
-    subject = Subject(backbone.to(args.device), spec, view, str(source), run, files["train"], files["test"], args)
+    target = EvalTarget(backbone.to(args.device), spec, view, str(source), run, files["train"], files["test"], args)
     if needs and len(needs) == 2:
-        subject.match_classes(labelled)
-    return subject
+        target.match_classes(labelled)
+    return target
 
 
 def _loader(path: str, args: argparse.Namespace) -> Loader:
@@ -151,7 +152,7 @@ def _backbone(args, spec: Backbone, view: View) -> tuple[nn.Module, object]:
     return backbones.channels_last_(backbone), report
 
 
-def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
+def add_target_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
     """The options that protocols share; those of `without` are unknown to the command and hold their defaults."""
 
     def add(name: str, **options) -> None:

@@ -17,7 +17,7 @@ import fastssl.eval
 from fastssl import backbones, optim, views
 from fastssl.config import Backbone, Optim
 from fastssl.eval import finetune, semisup
-from fastssl.eval.training import loop as tuning
+from fastssl.eval.common import finetuning
 from fastssl.kernels.augment import View
 from fastssl.loader import Loader, permutation
 
@@ -69,9 +69,9 @@ def test_training_is_sgd_written_out(files):
     torch.manual_seed(0)
     net, rows = Linear(), np.arange(3, 90)
     settings = Optim(batch=32, epochs=2, weight_decay=0.1, schedule="step", milestones=(1.0,), gamma=0.2)
-    settings = tuning.with_head_rate(settings, 0.02, 10.0)
+    settings = finetuning.with_head_rate(settings, 0.02, 10.0)
     loader = training(files[0], 32)
-    model = tuning.train(net, loader, VIEW, settings, classes=3, rows=rows, seed=4, smoothing=0.1)
+    model = finetuning.train(net, loader, VIEW, settings, classes=3, rows=rows, seed=4, smoothing=0.1)
 
     batch = next(training(files[0], 192, shuffle=False, drop_last=False).epoch(0))
     x = batch.pixels.view(-1, 16, 16, 3).permute(0, 3, 1, 2).double() / 255
@@ -113,7 +113,7 @@ def test_micro_batches_change_nothing_without_batch_norm(files):
     for micro in (1, 4):
         torch.manual_seed(0)
         nets.append(
-            tuning.train(
+            finetuning.train(
                 Linear(), training(files[0], 32, micro=micro), VIEW, Optim(batch=32, epochs=1, lr=0.01), classes=3
             )
         )
@@ -124,7 +124,7 @@ def test_micro_batches_change_nothing_without_batch_norm(files):
 def test_precisions_and_mixing_train(files):
     for precision, mix in (("bf16", {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}), ("fp16", {})):
         losses = []
-        model = tuning.train(
+        model = finetuning.train(
             Linear(),
             training(files[0], 32),
             VIEW,
@@ -138,33 +138,33 @@ def test_precisions_and_mixing_train(files):
 
 
 def test_divergence_is_said(files):
-    with pytest.raises(tuning.Diverged, match="lower the rate 1e\\+20"):
-        tuning.train(Linear(), training(files[0], 32), VIEW, Optim(batch=32, epochs=3, lr=1e20), classes=3)
+    with pytest.raises(finetuning.Diverged, match="lower the rate 1e\\+20"):
+        finetuning.train(Linear(), training(files[0], 32), VIEW, Optim(batch=32, epochs=3, lr=1e20), classes=3)
 
 
 def test_accuracy_is_sklearns(files):
     """Six classes of which the file has three; all rows, some rows, and logits that are NaN."""
     torch.manual_seed(0)
-    model, loader = tuning.Classifier(Linear(), 6), evaluation(files[1])
+    model, loader = finetuning.Classifier(Linear(), 6), evaluation(files[1])
     nn.init.normal_(model.head.weight)
     with torch.no_grad():
         batch = next(training(files[1], 90, shuffle=False, drop_last=False).epoch(0))
-        x = tuning.make_views(batch.pixels, batch.sizes, batch.index, (VIEW,), seed=0, epoch=0)[0]
+        x = finetuning.make_views(batch.pixels, batch.sizes, batch.index, (VIEW,), seed=0, epoch=0)[0]
         scores, y = model(x), batch.label.numpy()
     for rows in (None, np.arange(1, 90, 7), np.arange(64), np.arange(65)):
         chosen = np.arange(90) if rows is None else rows
-        ours = tuning.accuracy(model, loader, VIEW, classes=6, rows=rows)
+        ours = finetuning.accuracy(model, loader, VIEW, classes=6, rows=rows)
         assert ours["top1"] == pytest.approx(100 * accuracy_score(y[chosen], scores.argmax(1)[chosen]))
         top5 = top_k_accuracy_score(y[chosen], scores[chosen], k=5, labels=range(6))
         assert ours["top5"] == pytest.approx(100 * top5)
     nn.init.constant_(model.head.bias, float("nan"))
-    assert tuning.accuracy(model, loader, VIEW, classes=6) == {"top1": 0, "top5": 0}
+    assert finetuning.accuracy(model, loader, VIEW, classes=6) == {"top1": 0, "top5": 0}
 
 
 def trained(train, test):
     """State after two epochs of a network with batch norm, and its accuracy on some rows."""
     torch.manual_seed(0)
-    model = tuning.train(
+    model = finetuning.train(
         backbones.build(SPEC),
         training(train, 32),
         View(16, flip=0.5),
@@ -172,7 +172,7 @@ def trained(train, test):
         classes=3,
         rows=np.arange(75),
     )
-    held = tuning.accuracy(model, evaluation(test), VIEW, classes=3, rows=np.arange(0, 90, 4))
+    held = finetuning.accuracy(model, evaluation(test), VIEW, classes=3, rows=np.arange(0, 90, 4))
     return model.state_dict(), held
 
 
@@ -186,7 +186,7 @@ def mae_layer(name, depth):
 @pytest.mark.parametrize("decay", [0.65, 1.0])
 def test_layer_decay_is_maes(decay):
     net = backbones.build(Backbone("test_vit"))
-    model = tuning.Classifier(net, 7)
+    model = finetuning.Classifier(net, 7)
     chosen = {**finetune.TRANSFORMER, "layer_decay": decay}
     settings = finetune.settings(net, chosen, 0.0, "fp32")
     made, schedule = optim.build(model.named_parameters(), settings, steps_per_epoch=10)
@@ -211,7 +211,7 @@ def test_blocks_decay_as_in_timm():
 
     theirs = timm.create_model("test_vit", num_classes=3)
     by = {p: g["lr_scale"] for g in param_groups_layer_decay(theirs, 0.0, layer_decay=0.5) for p in g["params"]}
-    ours = tuning.layer_decay(backbones.build(Backbone("test_vit")), 0.5)
+    ours = finetuning.layer_decay(backbones.build(Backbone("test_vit")), 0.5)
     for name, p in theirs.named_parameters():
         if not name.startswith(("norm", "head")):  # timm counts the last norm to the last block, MAE to the head
             (rate,) = [o["lr_mult"] for pattern, o in ours.items() if re.search(pattern, f"backbone.body.{name}")]
@@ -222,13 +222,13 @@ def test_drop_path_is_timms():
     import timm
 
     net = backbones.build(Backbone("test_vit"))
-    tuning.drop_path_(net, 0.3)
+    finetuning.drop_path_(net, 0.3)
     theirs = timm.create_model("test_vit", num_classes=0, drop_path_rate=0.3)
     rate = lambda m: getattr(m, "drop_prob", 0.0)  # noqa: E731
     for a, b in zip(net.body.blocks, theirs.blocks):
         assert rate(a.drop_path1) == pytest.approx(rate(b.drop_path1)) == pytest.approx(rate(a.drop_path2))
     assert rate(net.body.blocks[-1].drop_path1) == pytest.approx(0.3)
-    for call in (tuning.drop_path_, tuning.layer_decay):
+    for call in (finetuning.drop_path_, finetuning.layer_decay):
         with pytest.raises(ValueError, match="needs a timm transformer"):
             call(backbones.build(SPEC), 0.5)
 
@@ -295,8 +295,8 @@ def test_the_published_settings():
     assert semisup.RATES == (0.001, 0.01, 0.1) and semisup.HEAD_MULTS == (1, 10, 100)
     assert (args.train_batch, args.epochs, args.milestones, args.gamma) == (256, 20, (12, 16), 0.2)
     assert semisup.WEIGHT_DECAY == {1: 5e-4, 10: 1e-4}
-    assert tuning.training_view(View(224, crop="center", resize=256)) == views.supervised(224)[0]
-    assert tuning.training_view(replace(VIEW, mean=(0, 0, 0))).mean == (0, 0, 0)
+    assert finetuning.training_view(View(224, crop="center", resize=256)) == views.supervised(224)[0]
+    assert finetuning.training_view(replace(VIEW, mean=(0, 0, 0))).mean == (0, 0, 0)
     other = finetune.settings(Linear(), finetune.OTHER, 0.0, "fp32")  # SimCLR, appendix B.5
     assert (other.name, other.nesterov, other.momentum, other.weight_decay) == ("sgd", True, 0.9, 0.0)
     assert other.lr * other.batch / other.base_batch == 0.05 and not other.paramwise
@@ -331,7 +331,7 @@ def test_semisup_says_how_far_it_is_and_goes_on_after_a_stop(files, tmp_path, ca
         "--out",
         out,
     ]
-    train = tuning.train
+    train = finetuning.train
 
     def counted(*given, **options):
         done.append(1)
@@ -340,7 +340,7 @@ def test_semisup_says_how_far_it_is_and_goes_on_after_a_stop(files, tmp_path, ca
         return train(*given, **options)
 
     assert call(files, "semisup", *argv[:-2], "--out", tmp_path / "whole.json") == 0, capsys.readouterr().err
-    monkeypatch.setattr(tuning, "train", counted)
+    monkeypatch.setattr(finetuning, "train", counted)
     with pytest.raises(KeyboardInterrupt):
         call(files, "semisup", *argv)
     printed = capsys.readouterr().out
@@ -472,4 +472,4 @@ def test_files_that_cannot_train_a_classifier(files, tmp_path):
     load = lambda path: training(path, 4, shuffle=False, drop_last=False)  # noqa: E731
     for path, text in ((unlabelled, "has 4 images without label"), (multi, "has several labels an image")):
         with pytest.raises(ValueError, match=text):
-            tuning.labels(load(path))
+            finetuning.labels(load(path))

@@ -24,8 +24,8 @@ from fastssl import optim as optims
 from fastssl.amp import DTYPES
 from fastssl.backbones import evaluating
 from fastssl.config import Optim
-from fastssl.eval.features import hits
-from fastssl.eval.target import Subject
+from fastssl.eval.common.features import hits
+from fastssl.eval.common.target import EvalTarget
 from fastssl.kernels.augment import View, make_views
 from fastssl.loader import Loader, permutation
 
@@ -196,16 +196,16 @@ def training_view(view: View) -> View:
     return views.supervised(view.size, mean=view.mean, std=view.std, interpolation=view.interpolation)[0]
 
 
-def training_loader(subject: Subject, batch: int) -> Loader:
+def training_loader(target: EvalTarget, batch: int) -> Loader:
     """Shuffled batches of `batch` images on all ranks together."""
-    args, share = subject.args, batch // dist.world()
+    args, share = target.args, batch // dist.world()
     size = args.micro_batch or max(share, 1)
     if batch < 1 or size < 1 or batch % dist.world() or share % size:
         raise ValueError(
             f"--train-batch {batch} must be a positive multiple of the {dist.world()} ranks"
             + (f" times --micro-batch {size}" if args.micro_batch else "")
         )
-    return Loader(subject.train, batch, seed=args.seed, device=args.device, workers=args.workers, micro=share // size)
+    return Loader(target.train, batch, seed=args.seed, device=args.device, workers=args.workers, micro=share // size)
 
 
 def labels(loader: Loader) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastssl.eval.training import loop as tuning
+from fastssl.eval.common import finetuning
 from fastssl.kernels.augment import View
 from fastssl.kernels.philox import below, philox4x32, uniform
 
@@ -23,13 +23,13 @@ STREAM = 2**32 - 1  # Philox stream of what is drawn here; views have their plac
 
 
 def resized(view: View):
-    return tuning.training_view(view), lambda x, *_: x
+    return finetuning.training_view(view), lambda x, *_: x
 
 
 def jittered(view: View):
     """Jitter of brightness, contrast and saturation, then colour noise; added after the normalisation, divided by its
     standard deviation, the noise is what OpenSelfSup adds before it."""
-    jitter = replace(tuning.training_view(view), jitter=(0.4, 0.4, 0.4, 0.0), jitter_p=1.0)
+    jitter = replace(finetuning.training_view(view), jitter=(0.4, 0.4, 0.4, 0.0), jitter_p=1.0)
 
     def finish(x: Tensor, *key) -> Tensor:
         noise = lighting(*key)

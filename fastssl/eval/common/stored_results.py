@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from fastssl import dist
-from fastssl.eval.features.cache import on_main
+from fastssl.eval.common.cache import on_main
 
 ELSEWHERE = "give another --out"
 
 
-class Kept:
+class StoredResults:
     """RESULT.part.jsonl beside the result that is to be written: what the results depend on, then one line for each.
 
     A file of other settings or weights is begun anew.  Only the first rank touches it; all ranks get its results.
