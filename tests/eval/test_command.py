@@ -355,8 +355,8 @@ def test_extract_writes_shard_by_shard(run_folder, tmp_path, monkeypatch, capsys
     assert call(*argv, "--to", "safetensors", "--folder", tmp_path / "whole", "--no-cache") == 0
     want = safetensors.torch.load_file(tmp_path / "whole" / "train.safetensors")
     monkeypatch.setattr(cache, "ROWS", 8)
-    for name in ("features", "extract"):  # what holds all rows
-        monkeypatch.setattr({"features": cache, "extract": features}[name], name, None)
+    for module, name in ((cache, "load_or_extract"), (features, "extract")):  # what holds all rows
+        monkeypatch.setattr(module, name, None)
     more = more or ["--cache", tmp_path / "cache"]
     for _ in range(2):  # computed, then, with a cache, read
         assert call(*argv, *more, "--folder", tmp_path / "out", "--force") == 0, capsys.readouterr().err
