@@ -23,24 +23,7 @@ from pathlib import Path
 
 from common import ROOT, append, environment, spread
 
-WORKER = """
-import json, os, sys
-import torch
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-import step
-from fastssl import config, dist, engine
-from fastssl.meters import Meter
-t = engine.build(config.load(sys.argv[1], sys.argv[2:]))
-meter = Meter(t.device, batch=t.run.optim.batch, precision=t.run.optim.precision)
-source = step.real_batches(t, t.run.optim.batch // engine.micro_batch(t.run))
-print("READY", flush=True)
-for line in sys.stdin:
-    records = step.run_block(t, engine, meter, source, int(line))
-    rate = t.run.optim.batch * len(records) / sum(r["total_ms"] for r in records) * 1e3
-    print("RATE " + json.dumps([rate, float(t.scalars["loss"])]), flush=True)
-dist.shutdown()
-"""
+WORKER = "import sys, step; step.serve(sys.argv[1], sys.argv[2:])"  # bench/step.py of the side's own checkout
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,10 @@ from fastssl.meters import Meter
 class Ours:
     """fastssl's engine. `load` gives raw batches, `make` their views, `train` makes a step of a raw batch."""
 
-    def __init__(self, name: str, run, engine):
-        self.name, self.engine, self.t = name, engine, engine.build(run)
+    def __init__(self, name: str, run, loader=None):
+        from fastssl import engine, step  # DeepSpeed picks its accelerator when it is imported
+
+        self.name, self.step, self.t = name, step, engine.build(run, loader=loader)
 
     def load(self) -> Iterator:
         epoch = 0
@@ -27,18 +29,17 @@ class Ours:
             epoch += 1
 
     def make(self, raw) -> list[Tensor]:
-        return self.engine.make(self.t, raw)
+        return self.step.batch_views(self.t, raw)
 
     def train(self, raw, meter: Meter, views: list[Tensor] | None = None) -> Tensor:
-        t, make = self.t, self.engine.make
+        t, make = self.t, self.step.batch_views
+        t.meter = meter
         if views is not None:
-            self.engine.make = lambda *_: views
+            self.step.batch_views = lambda *_: views
         try:
-            t.schedule.set_lr(t.ds.optimizer, t.step)
-            self.engine.train_step(t, [raw], meter)
+            self.step.step(t, [raw])
         finally:
-            self.engine.make = make
-        t.step += 1
+            self.step.batch_views = make
         return t.scalars["loss"]
 
 

@@ -177,7 +177,8 @@ def report(results: dict[str, dict], losses: dict[str, list[float]]) -> None:
             print(f"ours / {name}: whole step {step:.2f}, input side alone {side:.2f}")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, loader=None) -> int:
+    """`loader`: gives our side its images in place of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="a .beton file of images of one size")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="for our side: speed.resident=True")
@@ -202,8 +203,6 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-    from fastssl import engine  # DeepSpeed picks its accelerator when it is imported
-
     found, absent = installed(args.peers)
     for name, why in absent.items():
         print(f"{name} is left out: {why}")
@@ -215,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
         kinds = {"ours": []}
         if torch.cuda.is_available():
             kinds = {"ours": ["speed.graph=on"], "ours, no graph": ["speed.graph=off"]}
-        ours = [Ours(name, recipe(args, more), engine) for name, more in kinds.items()]
+        ours = [Ours(name, recipe(args, more), loader) for name, more in kinds.items()]
         t = ours[0].t
         images = decoded(t.loader)
         peers = [PEERS[name](t.run, t.device, images, args.workers) for name in found]

@@ -70,22 +70,19 @@ def worker(out: Path, kind: str, args: argparse.Namespace) -> None:
     import step as bench_step
 
     from fastssl import config, dist, engine
-    from fastssl.meters import Meter
 
     device = dist.init()
     run = config.load(args.config, args.overrides)
     run.optim.batch *= dist.world() if kind == "weak" else 1
-    t = engine.build(run)
-    meter = Meter(t.device, batch=run.optim.batch)
-    meter._counter = None  # no MFU: counting slows the first step
-    count = run.optim.batch // dist.world() // engine.micro_batch(run)
-    source = bench_step.synthetic_batches(next(bench_step.real_batches(t, count)))
-    records = bench_step.run_block(t, engine, meter, source, args.steps)
+    t = engine.build(bench_step.endless(run))
+    t.meter._counter = None  # no MFU: counting slows the first step
+    source = bench_step.synthetic_batches(next(bench_step.real_batches(t)))
+    records = bench_step.run_block(t, source, args.steps)
     if t.graphed is not None:
         t.graphed.reason = "bench/scaling.py times its collectives"  # a replay would hide them
     made: list[tuple] = []
     with recorded(device) as found:
-        bench_step.run_block(t, engine, meter, source, args.steps)
+        bench_step.run_block(t, source, args.steps)
         made = found[len(found) * bench_step.WARM // (bench_step.WARM + args.steps) :]
     result = {
         "ranks": dist.world(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import statistics
 import sys
@@ -21,7 +22,7 @@ import torch
 from common import append, environment, spread
 
 from fastssl import config, dist
-from fastssl.meters import PHASES, Meter
+from fastssl.meters import PHASES
 
 COLUMNS = (*PHASES, "other", "total")
 WARM = 3  # steps of a block that do not count: the loader has batches in store from before it
@@ -51,11 +52,11 @@ def main() -> int:
     try:
         env = environment("torchvision", "triton", "ffcv", "deepspeed")
         run = config.load(args.config, args.overrides)
-        t = engine.build(run)
+        t = engine.build(endless(run))
         if args.profile:
-            print(profile(t, engine, Path(args.profile)))
+            print(profile(t, Path(args.profile)))
             return 0
-        results = measure(t, engine, args, start + args.seconds)
+        results = measure(t, args, start + args.seconds)
         if dist.is_main():
             report(run, results)
             if not args.dry:
@@ -69,40 +70,58 @@ def main() -> int:
     return 0
 
 
-def measure(t, engine, args: argparse.Namespace, deadline: float) -> dict[str, dict]:
+def serve(file: str, overrides: list[str]) -> None:
+    """Make a block of steps for each number of steps read from stdin; prints [images/s, last loss].  For compare.py."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from fastssl import engine
+
+    t = engine.build(endless(config.load(file, overrides)))
+    source = real_batches(t)
+    print("READY", flush=True)
+    for line in sys.stdin:
+        records = run_block(t, source, int(line))
+        rate = t.run.optim.batch * len(records) / sum(r["total_ms"] for r in records) * 1e3
+        print("RATE " + json.dumps([rate, float(t.scalars["loss"])]), flush=True)
+    dist.shutdown()
+
+
+def endless(run: config.Run) -> config.Run:
+    """`run` with more steps than any measurement makes."""
+    run.optim.steps = 10**9
+    return run
+
+
+def measure(t, args: argparse.Namespace, deadline: float) -> dict[str, dict]:
     """{"real": ..., "synthetic": ...}: images/s over the blocks, median milliseconds of each phase, MFU, memory."""
-    count = t.run.optim.batch // dist.world() // engine.micro_batch(t.run)
-    meter = Meter(t.device, batch=t.run.optim.batch, precision=t.run.optim.precision)
-    steps = real_batches(t, count)
+    steps = real_batches(t)
     sources = {"real": steps, "synthetic": synthetic_batches(next(steps))}
     blocks: dict[str, list] = {name: [] for name in sources}
     for name in sources:  # compiles, tunes, fills caches
-        run_block(t, engine, meter, sources[name], 2)
+        run_block(t, sources[name], 2)
     for _ in range(args.blocks):
         for name, source in sources.items():
             if dist.sum_(torch.tensor(float(time.perf_counter() < deadline), device=t.device)) or not blocks[name]:
-                blocks[name].append(run_block(t, engine, meter, source, args.steps))
-    return {name: summarise(t, meter, parts) for name, parts in blocks.items()}
+                blocks[name].append(run_block(t, source, args.steps))
+    return {name: summarise(t, parts) for name, parts in blocks.items()}
 
 
-def profile(t, engine, folder: Path, steps: int = 10) -> str:
+def profile(t, folder: Path, steps: int = 10) -> str:
     """Where the device and the host spend a step on real data; the table goes to `folder` with a trace."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    count = t.run.optim.batch // dist.world() // engine.micro_batch(t.run)
-    meter = Meter(t.device, batch=t.run.optim.batch, precision=t.run.optim.precision)
-    source, cuda = real_batches(t, count), t.device.type == "cuda"
+    source, cuda = real_batches(t), t.device.type == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
-    run_block(t, engine, meter, source, 10)
+    run_block(t, source, 10)
     wait()
     begin = time.perf_counter()
-    run_block(t, engine, meter, source, steps, flush=False)
+    run_block(t, source, steps, flush=False)
     host = (time.perf_counter() - begin) / (WARM + steps) * 1e3  # until all steps are asked for
     wait()
     wall = (time.perf_counter() - begin) / (WARM + steps) * 1e3
     with profiler(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as found:
-        run_block(t, engine, meter, source, steps)
+        run_block(t, source, steps)
         wait()
     on_device = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     on_device = [e for e in on_device if not e.name.startswith("Optimizer.")]  # marks of a range, not kernels
@@ -127,12 +146,11 @@ def profile(t, engine, folder: Path, steps: int = 10) -> str:
     return "\n".join(lines)
 
 
-def real_batches(t, count: int) -> Iterator[list]:
-    """The micro-batches of one step after the other, epoch after epoch."""
-    for epoch in itertools.count():
-        source = t.loader.epoch(epoch)
-        while len(step := list(itertools.islice(source, count))) == count:
-            yield step
+def real_batches(t) -> Iterator[list]:
+    """The micro-batches of one step after the other, epoch after epoch; methods that cluster do not."""
+    from fastssl import engine
+
+    return (micro_batches for _, micro_batches in engine.batches(t, begin=lambda t, start: None))
 
 
 def synthetic_batches(like: list) -> Iterator[list]:
@@ -141,21 +159,19 @@ def synthetic_batches(like: list) -> Iterator[list]:
     return itertools.repeat(noise)
 
 
-def run_block(t, engine, meter: Meter, source: Iterator[list], steps: int, flush: bool = True) -> list[dict]:
-    """The loop of engine.fit without hooks, log and checkpoints; the records of the last `steps` steps."""
+def run_block(t, source: Iterator[list], steps: int, flush: bool = True) -> list[dict]:
+    """The loop of engine.train without hooks, log and checkpoints; the records of the last `steps` steps."""
+    from fastssl.step import step
+
     records = []
-    for _ in range(WARM + steps):
-        with meter.phase("data"):
-            batches = next(source)
-        t.schedule.set_lr(t.ds.optimizer, min(t.step, t.total_steps - 1))
-        engine.train_step(t, batches, meter)
-        t.step += 1
-        records += meter.end_step(t.step)
-    return (records + (meter.flush() if flush else []))[WARM:]
+    for micro_batches in itertools.islice(source, WARM + steps):
+        step(t, micro_batches)
+        records += t.meter.end_step(t.step)
+    return (records + (t.meter.flush() if flush else []))[WARM:]
 
 
-def summarise(t, meter: Meter, blocks: list[list[dict]]) -> dict:
-    records = [record for block in blocks for record in block]
+def summarise(t, blocks: list[list[dict]]) -> dict:
+    records, meter = [record for block in blocks for record in block], t.meter
     rates = [t.run.optim.batch * len(block) / sum(r["total_ms"] for r in block) * 1e3 for block in blocks]
     total = statistics.mean(r["total_ms"] for r in records)
     return {

@@ -70,7 +70,7 @@ class LossScale:
             torch._amp_update_scale_(self.scale, self.good, self.found_inf, 2.0, 0.5, self.INTERVAL)
             self.scale.clamp_(min=1.0)
 
-    def announce(self, ds) -> None:
+    def pass_to_zero(self, ds) -> None:
         """Tell ZeRO's optimizer the scale that it must divide gradients by."""
         if self.dynamic and hasattr(ds.optimizer, "override_loss_scale"):
             ds.optimizer.override_loss_scale(self.value)

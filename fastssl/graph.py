@@ -40,7 +40,7 @@ class Values:
         self._packed.copy_(host, non_blocking=True)  # torch's allocator keeps pinned memory until the copy is done
 
     @contextlib.contextmanager
-    def lent(self, groups: list[dict], decays: bool):
+    def in_groups(self, groups: list[dict], decays: bool):
         """Inside, the groups' lr (and weight decay, if it moves) are tensors of the parameters' dtype; afterwards
         numbers again, which checkpoints hold."""
         held = [(g["lr"], g["weight_decay"]) for g in groups]

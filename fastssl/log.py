@@ -24,8 +24,6 @@ from fastssl import dist
 from fastssl.files import untrusted
 
 FETCH = 10  # steps between two copies of scalars to the host; a killed run loses the lines of about so many steps
-REMEDY = "lower optim.lr, lengthen optim.warmup_epochs, set optim.clip, or use bf16 or fp32 instead of fp16"
-BAD_STEPS = 3  # steps in a row without a finite loss that end the run
 
 
 class Row(NamedTuple):
@@ -59,11 +57,13 @@ class Log:
         self._rows: deque[tuple[Row, dict]] = deque()  # on the host, not yet written
         self._timings: dict[int, dict] = {}
         self._window: list[dict] = []  # records since the last printed line
-        self._bad: list[tuple[int, int, float]] = []  # (step, epoch, loss) of the last steps, not finite
+        self._arrived: list[dict] = []  # records on the host that `step` or `flush` has not yet returned
         self._low = 0  # measures of collapse in a row that are below their limit
 
-    def step(self, step: int, epoch: int, scalars: dict[str, Any], timings: Iterable[dict] = ()) -> None:
-        """Record `step` (from 1).  `timings`: the meter's records, of this or of earlier steps, found by "step"."""
+    def step(self, step: int, epoch: int, scalars: dict[str, Any], timings: Iterable[dict] = ()) -> list[dict]:
+        """Record `step` (from 1).  `timings`: the meter's records, of this or of earlier steps, found by "step".
+
+        Returns the records that have arrived on the host since the last call, some steps late, as means over ranks."""
         self._buffer.append(Row(step, epoch, dict(scalars), True))
         self._time(timings)
         if step % min(FETCH, self.every) == 0 or step in (self._kept + 1, self.total_steps):
@@ -71,6 +71,7 @@ class Log:
         self._drain()
         if self._main and sys.stdout.isatty():
             self._advance(step)
+        return self._take_arrived()
 
     def epoch(self, step: int, epoch: int, scalars: dict[str, Any]) -> None:
         """Record what was measured after `step`, at the end of an epoch, in a line of its own."""
@@ -104,13 +105,14 @@ class Log:
                 os.fsync(f.fileno())
             new.replace(path)
 
-    def flush(self, timings: Iterable[dict] = ()) -> None:
-        """Write all lines now; waits for the device.  On every rank."""
+    def flush(self, timings: Iterable[dict] = ()) -> list[dict]:
+        """Write all lines now; waits for the device.  On every rank.  Returns what `step` has not returned."""
         self._time(timings)
         self._send()
         self._drain(wait=True)
         if self._writer:
             self._writer.flush()
+        return self._take_arrived()
 
     def close(self, timings: Iterable[dict] = ()) -> None:
         self.flush(timings)
@@ -120,6 +122,10 @@ class Log:
         if self._progress:
             self._progress.stop()
         self._file = self._writer = self._progress = None
+
+    def _take_arrived(self) -> list[dict]:
+        arrived, self._arrived = self._arrived, []
+        return arrived
 
     def _time(self, timings: Iterable[dict]) -> None:
         self._timings.update((t["step"], t) for t in timings)
@@ -173,29 +179,13 @@ class Log:
                     for k, v in row.scalars.items()
                 }
                 self._rows.append((row, record))
-                self._check(record)
+                self._arrived.append(record)
         done = []
         while self._rows and (wait or not self._rows[0][0].timed or self._rows[0][0].step in self._timings):
             row, record = self._rows.popleft()
             done.append((row, record | (self._timings.pop(row.step, {}) if row.timed else {})))
         if done and self._main:
             self._write(done)
-
-    def _check(self, record: dict) -> None:
-        """End a run whose loss is lost; steps that fp16 skipped because its scale was too high do not count."""
-        loss, skipped = record.get("loss", 0.0), record.get("applied") is False and record.get("loss_scale", 1.0) > 1.0
-        if skipped:
-            return
-        self._bad = [*self._bad, (record["step"], record["epoch"], loss)] if not math.isfinite(loss) else []
-        if len(self._bad) >= BAD_STEPS:
-            raise ValueError(self.lost())
-
-    def lost(self) -> str | None:
-        """What is wrong with the last losses that have arrived, or None."""
-        if not self._bad:
-            return None
-        step, epoch, loss = self._bad[0]
-        return f"the loss is {loss} since step {step} (epoch {epoch}): {REMEDY}"
 
     def _tell_collapse(self, record: dict) -> None:
         """Say it once, at the third measure in a row."""

@@ -93,7 +93,7 @@ class RunningStatistics:
             torch._foreach_add_(moved, torch._foreach_sub(buffers, start))
         self.restore()
 
-    def settle(self, count: int) -> None:
+    def apply_mean(self, count: int) -> None:
         """Move them by the mean of the `count` micro-batches."""
         for moved, buffers in zip(self.moved, self.buffers):
             whole = not buffers[0].is_floating_point()  # the number of calls, the same in every micro-batch

@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "methods"))
 import method_cases as cases
 
-from fastssl import dist, engine
+from fastssl import dist
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,7 +69,6 @@ def peers(bench, monkeypatch):
 
     dist.init()
     threads = torch.get_num_threads()
-    monkeypatch.setattr(engine, "Loader", cases.Memory)
     monkeypatch.setattr(dist, "shutdown", lambda: None)
     yield peers
     torch.set_num_threads(threads)
@@ -96,7 +95,10 @@ TINY = [
 
 def test_peers_do_the_same_work(peers, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "kornia", None)  # not installed
-    done, (out, err) = peers.main([*TINY, "--peers", "kornia", "torchvision"]), capsys.readouterr()
+    done, (out, err) = (
+        peers.main([*TINY, "--peers", "kornia", "torchvision"], cases.Memory("memory", 4)),
+        capsys.readouterr(),
+    )
     assert done == 0, err
     assert "kornia is left out" in out
     rows = {

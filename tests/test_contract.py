@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastssl import backbones, config, contract, engine, hooks, loader, methods, views
+from fastssl.build import build_method, prepare
 from fastssl.config import Backbone, Data, Log, Optim, Run
 from fastssl.methods import simclr
 
@@ -55,7 +56,7 @@ def step(method):
     """Its first step, without DeepSpeed: forward and loss as the engine calls them."""
     r = run(method, "x.beton")
     torch.manual_seed(0)
-    m = engine.prepare(method.build(backbones.build(r.backbone)), r, torch.device("cpu"))
+    m = prepare(method.build(backbones.build(r.backbone)), r, torch.device("cpu"))
     index = torch.arange(4)
     batch = loader.Batch(None, None, index, index, 0, 0)
     return m.loss(m([torch.randn(4, 3, 16, 16)] * 2, batch), batch)
@@ -179,7 +180,7 @@ def test_a_hook_needs_three_methods_or_the_base_class():
 def test_fit_takes_the_monitors_that_log_asks_for(monkeypatch):
     seen = []
 
-    def build(run, hooks, device):
+    def build(run, hooks, device, loader):
         seen.append([type(h).__name__ for h in hooks])
         raise InterruptedError
 
@@ -197,10 +198,10 @@ def test_one_image_in_a_contrastive_batch_warns(beton):
     few, more = run(method, beton), run(method, beton)
     few.optim.batch, more.optim.batch = 1, 2
     with pytest.warns(UserWarning, match="optim.batch=1: the loss of SimCLR compares the images of a batch"):
-        engine.build_method(few, source)
+        build_method(few, source)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        engine.build_method(more, source)
+        build_method(more, source)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ and of the decoder.  A change that raises one fails; one that lowers one may low
 """
 
 import contextlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -15,9 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent / "methods"))
 import method_cases as cases
 from step_modes import Counts, NoCopies
 
-from fastssl import dist, engine
+from fastssl import dist, engine, step
 from fastssl.loader import Loader
-from fastssl.meters import Meter
 
 BATCH = 16
 NAMES = [n for n in cases.CASES if n != "deepcluster pic"]
@@ -57,38 +57,35 @@ OPS = {
 
 def build(name: str):
     dist.init()
-    return engine.build(cases.run(name, batch=BATCH, steps=12, norm=cases.CASES[name].norm), device="cpu")
+    return cases.build(cases.run(name, batch=BATCH, steps=12, norm=cases.CASES[name].norm))
 
 
 def count(name: str):
     """The third step of a method: its counts, its trainer and its batch."""
     t = build(name)
-    source = t.loader.epoch(0, 0, engine.before_epoch(t, 0))
-    meter = Meter(t.device, batch=BATCH)
-    for _ in range(2):  # memory that stays is made by now
-        t.schedule.set_lr(t.ds.optimizer, t.step)
-        engine.train_step(t, [next(source)], meter)
+    source = engine.batches(t)
+    for _, micro_batches in itertools.islice(source, 2):  # memory that stays is made by now
+        step.step(t, micro_batches)
         t.scalars = {}
-    batch = next(source)
-    views = engine.make(t, batch)  # the reference reads; the kernel that takes its place on a GPU does not
+    _, (batch,) = next(source)
+    views = step.batch_views(t, batch)  # the reference reads; the kernel that takes its place on a GPU does not
     t.values.write(batch, t.ds.optimizer.param_groups, 0.5)
-    made, counts = engine.make, Counts()
-    static = not hasattr(t.method, "not_static")
-    engine.make = lambda *_: views
+    made, counts = step.batch_views, Counts()
+    static = not hasattr(t.method, "not_capturable")
+    step.batch_views = lambda *_: views
     try:
         with counts, NoCopies() if static else contextlib.nullcontext():
-            out = engine.static_step(t, batch, lambda name: contextlib.nullcontext())
+            out = step.static_step(t, batch, lambda name: contextlib.nullcontext())
     finally:
-        engine.make = made
+        step.batch_views = made
     del out
     return counts, t, batch
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_asks_no_more_than_before(name, monkeypatch):
-    monkeypatch.setattr(engine, "Loader", cases.Memory)
+def test_a_step_asks_no_more_than_before(name):
     counts, t, batch = count(name)
-    if not hasattr(t.method, "not_static"):  # those are not captured, and say why
+    if not hasattr(t.method, "not_capturable"):  # those are not captured, and say why
         assert counts.reads == []
     assert counts.survivors() == []  # state is written in place, at addresses that a graph may keep
     sent = sum(getattr(batch, key).nbytes for key in ("pixels", "sizes", "index", "label")) + t.values._packed.nbytes
@@ -141,7 +138,6 @@ def test_a_resident_set_is_decoded_once_a_run(beton, monkeypatch):
 
 
 if __name__ == "__main__":
-    engine.Loader = cases.Memory
     for name in NAMES:
         counts, t, _ = count(name)
         print(f'    "{name}": {counts.ops},', "#", counts.survivors(), counts.reads[:3] or "", flush=True)

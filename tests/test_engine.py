@@ -1,7 +1,6 @@
 """Ranks, micro-batches and ZeRO stages give the loss and the gradients of one rank with one batch."""
 
 import copy
-import itertools
 import sys
 from pathlib import Path
 
@@ -63,12 +62,10 @@ def make_run(beton: str, method: str, micro: int, optimizer: str, speed: dict, p
 def record(t) -> dict:
     """Losses of STEPS steps, the gradients of the first, and the state after the last."""
     from fastssl import backbones, dist, engine
-    from fastssl.meters import Meter
+    from fastssl.step import step
     from fastssl.zero import full_state_dict
 
-    meter, losses, grads = Meter(t.device, batch=BATCH), [], {}
-    count = BATCH // dist.world() // engine.micro_batch(t.run)
-    step = t.ds.optimizer.step
+    losses, grads, update = [], {}, t.ds.optimizer.step
 
     def spy():
         if not grads and t.run.speed.zero == 0:  # elsewhere gradients are gone by then
@@ -76,14 +73,11 @@ def record(t) -> dict:
             for n, m in t.method.named_modules():
                 if isinstance(m, backbones.Conv2d) and f"{n}.weight" in grads:  # stored as OHWI
                     grads[f"{n}.weight"] = grads[f"{n}.weight"].permute(0, 3, 1, 2)
-        return step()
+        return update()
 
     t.ds.optimizer.step = spy
-    source = t.loader.epoch(0)
-    for _ in range(STEPS):
-        t.schedule.set_lr(t.ds.optimizer, t.step)
-        engine.train_step(t, list(itertools.islice(source, count)), meter)
-        t.step += 1
+    for _, micro_batches in engine.batches(t):
+        step(t, micro_batches)
         losses.append(dist.mean(t.scalars["loss"]).item())
     return {"losses": losses, "grads": grads, "state": full_state_dict(t.method)}
 
@@ -113,15 +107,15 @@ def normalised() -> dict:
 def overflow(t) -> list[dict]:
     """Three steps in fp16, the second with a loss scale that overflows: what each did to weights, queue and scale."""
     from fastssl import engine
-    from fastssl.meters import Meter
+    from fastssl.step import step
     from fastssl.zero import full_state_dict
 
-    done, source, meter = [], t.loader.epoch(0), Meter(t.device, batch=BATCH)
-    for step in range(STEPS):
-        if step == 1:
+    done = []
+    for _, micro_batches in engine.batches(t):
+        if t.step == 1:
             t.scale.value = 2.0**60
         before, scale = full_state_dict(t.method, everywhere=True), t.scale.value
-        engine.train_step(t, list(itertools.islice(source, 2)), meter)
+        step(t, micro_batches)
         applied, now = bool(t.scalars["applied"]), float(t.scalars["loss_scale"])
         if not applied:
             t.scale.value = 2.0**10
@@ -245,7 +239,7 @@ def test_running_statistics_move_once_per_step(momentum):
     for views in x:
         sum(norm(v.requires_grad_()).sum() for norm in net for v in views).backward()
         statistics.add()
-    statistics.settle(len(x))
+    statistics.apply_mean(len(x))
     for name in ("running_mean", "running_var"):
         wanted = torch.stack([getattr(norm, name) for norm in alone]).mean(0)
         torch.testing.assert_close(getattr(net[0], name), wanted, rtol=0, atol=1e-14)
@@ -270,7 +264,7 @@ def test_micro_batches_need_no_compilation_of_their_own():
         for _ in range(9):
             forward(torch.randn(6, 4)).sum().backward()
             statistics.add()
-        statistics.settle(9)
+        statistics.apply_mean(9)
     assert counter.frame_count <= 2  # without and with gradients
 
 

@@ -19,17 +19,11 @@ sys.path.insert(0, str(Path(__file__).parent / "methods"))
 import method_cases as cases
 from step_modes import NoCopies, NoReads
 
-from fastssl import dist, engine
+from fastssl import engine, step
 from fastssl.amp import LossScale
-from fastssl.meters import Meter
+from fastssl.build import not_captured
 
 BATCH = 16
-
-
-@pytest.fixture(autouse=True)
-def memory(monkeypatch):
-    dist.init()
-    monkeypatch.setattr(engine, "Loader", cases.Memory)
 
 
 def build(name: str, device: str = "cpu", **changes):
@@ -38,11 +32,15 @@ def build(name: str, device: str = "cpu", **changes):
     for key, value in changes.items():
         section, field = key.split("_", 1)
         setattr(getattr(run, section), field, value)
-    return engine.build(run, device=device)
+    return cases.build(run, device)
 
 
-def batches(t, order=None):
-    return itertools.chain.from_iterable(t.loader.epoch(e, 0, order) for e in itertools.count())
+def seeded(t):
+    """The batches of a run, drawn with the generator in one state, which dropout and shuffles go on from."""
+    source = engine.batches(t)
+    first = next(source)
+    torch.manual_seed(5)
+    return itertools.chain([first], source)
 
 
 def contents(t) -> dict:
@@ -64,26 +62,24 @@ def assert_same(a: dict, b: dict) -> None:
 
 def advance(t, source, steps: int, poison=()) -> list:
     """Losses; in the steps of `poison` an fp16 overflow is forced."""
-    meter, losses = Meter(t.device, batch=BATCH), []
-    for _ in range(steps):
+    losses = []
+    for _, micro_batches in itertools.islice(source, steps):
+        poisoned = t.step in poison
         scale = t.scale.scale.clone()
-        if t.step in poison:
+        if poisoned:
             t.scale.value = 2.0**100
-        t.schedule.set_lr(t.ds.optimizer, t.step)
-        engine.train_step(t, [next(source)], meter)
-        if t.step in poison:
+        step.step(t, micro_batches)
+        if poisoned:
             t.scale.scale.copy_(scale)
-        t.step += 1
         losses.append(t.scalars["loss"])
     return [float(x) for x in losses]
 
 
 def plain_loop(t, source, steps: int) -> None:
     """The loop as it is told in the papers: numbers on the host, DeepSpeed's backward and step."""
-    for _ in range(steps):
-        batch = next(source)
+    for _, (batch,) in itertools.islice(source, steps):
         t.schedule.set_lr(t.ds.optimizer, t.step)
-        out = t.ds(engine.make(t, batch), batch)
+        out = t.ds(step.batch_views(t, batch), batch)
         losses = t.method.loss(out, batch)
         t.ds.backward(losses["loss"])
         t.ds.step()
@@ -97,9 +93,7 @@ def test_the_step_is_the_plain_loop_to_the_last_bit(name):
     for loop in (plain_loop, advance):
         t = build(name, optim_lr=2.0**-4)
         assert t.graphed is not None
-        order = engine.before_epoch(t, 0)
-        torch.manual_seed(5)  # of dropout and shuffles
-        loop(t, batches(t, order), 4)
+        loop(t, seeded(t), 4)
         made.append((contents(t), t.ds.global_steps, t.ds.micro_steps, t.ds.global_samples))
     assert_same(made[0][0], made[1][0])
     assert made[0][1:] == made[1][1:]
@@ -109,17 +103,16 @@ def test_the_step_is_the_plain_loop_to_the_last_bit(name):
 def test_a_step_of_several_micro_batches_reads_nothing(name, monkeypatch):
     """In fp16 neither, where gradients may overflow."""
     t = build(name, optim_precision="fp16", speed_micro_batch=BATCH // 4, settings={"norm": False})
-    assert t.graphed is not None and "micro-batches" in engine.not_captured(t)
-    source = batches(t, engine.before_epoch(t, 0))
-    t.values.write(next(source), t.ds.optimizer.param_groups, 0.5)
-    micro = list(itertools.islice(source, 3, 7))
-    views = {id(b.pixels): engine.make(t, b) for b in micro}  # the reference reads
-    monkeypatch.setattr(engine, "make", lambda t, b: views[id(b.pixels)])
+    assert t.graphed is not None and "micro-batches" in not_captured(t)
+    (_, first), (_, micro_batches) = itertools.islice(engine.batches(t), 2)
+    t.values.write(first[0], t.ds.optimizer.param_groups, 0.5)
+    views = {id(b.pixels): step.batch_views(t, b) for b in micro_batches}  # the reference reads
+    monkeypatch.setattr(step, "batch_views", lambda t, b: views[id(b.pixels)])
     monkeypatch.setattr(t.values, "write", lambda *_: None)  # copies, and the host does not wait for it
     t.scale.value = 4.0
     before = t.method.state_dict()["backbone.conv1.weight"].clone()
     with NoReads(), NoCopies():
-        engine.train_step(t, micro, Meter(t.device, batch=BATCH))
+        step.step(t, micro_batches)
     assert t.scalars["applied"] and not torch.equal(t.method.state_dict()["backbone.conv1.weight"], before)
 
 
@@ -153,7 +146,7 @@ def test_an_overflow_changes_nothing(name):
     """The optimizer's state included, on the device alone; the scale halves."""
     t = build(name, optim_precision="fp16", settings={"norm": False})
     assert t.graphed is not None
-    source = batches(t, engine.before_epoch(t, 0))
+    source = engine.batches(t)
     t.scale.value = 4.0
     advance(t, source, 2)
     assert t.scalars["applied"] and t.scalars["loss_scale"] == 4
@@ -241,8 +234,7 @@ def test_replays_take_their_numbers_from_the_device(name, monkeypatch):
             monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
             monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
             monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
-        source = batches(t, engine.before_epoch(t, 0))
-        torch.manual_seed(5)
+        source = seeded(t)
         losses = advance(t, source, 10, poison=(1, 7))
         made.append((losses, {k: float(v) for k, v in t.scalars.items()}, contents(t)))
     assert t.graphed._captured is not None
@@ -262,7 +254,7 @@ def build_gpu(name: str, optimizer: str, graph: str, precision: str = "fp16"):
         run.optim.lr, run.optim.weight_decay_end = 1e-3, 1e-2
     if run.backbone.norm == "gn":
         run.backbone = dataclasses.replace(run.backbone, norm="bn")
-    return engine.build(run)
+    return cases.build(run, "cuda")
 
 
 @pytest.mark.gpu
@@ -271,8 +263,7 @@ def test_a_replay_is_the_plain_step_to_the_last_bit(name):
     made = {}
     for graph in ("off", "on"):
         t = build_gpu(name, (FIRST | REST)[name], graph)
-        source = batches(t, engine.before_epoch(t, 0))
-        torch.manual_seed(5)
+        source = seeded(t)
         losses = advance(t, source, 10, poison=(1, 7))
         made[graph] = losses, contents(t), torch.cuda.get_rng_state(), t.scale.state_dict()
         if graph == "on":
@@ -299,7 +290,7 @@ def test_a_run_resumes_to_the_same_bits(tmp_path):
         run = cases.run("relative_loc", norm=True, batch=BATCH, steps=13, dropout=0.5)
         run.name, run.log.root, run.deterministic, run.speed.graph = folder, str(tmp_path), True, graph
         run.log.every, run.log.checkpoint_steps, run.log.keep = 1, 8, 3
-        t = engine.fit(run, resume=resume)
+        t = engine.fit(run, resume=resume, loader=cases.loader(run, "cuda"))
         assert (t.graphed.reason is None) == (graph == "on"), t.graphed.reason
         last = checkpoint.newest(t.folder)
         found.append(safetensors.torch.load_file(last / "weights.safetensors"))
@@ -316,7 +307,7 @@ def test_a_capture_that_fails_leaves_the_plain_step(capsys):
         loss = t.method.loss
         t.method.loss = lambda out, batch, loss=loss: {k: v + 0 * v.item() for k, v in loss(out, batch).items()}
         torch.manual_seed(5)
-        advance(t, batches(t), 8)
+        advance(t, engine.batches(t), 8)
         made.append(contents(t))
     assert "capture failed" in t.graphed.reason and capsys.readouterr().out.count("capture failed") == 1
     assert_same(*made)

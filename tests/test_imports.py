@@ -16,8 +16,9 @@ LAYERS = """
     dist
     decode
     amp norm zero loader backbones optim log meters clustering ending
-    graph limits
-    checkpoint
+    graph
+    trainer
+    limits checkpoint
     weights
     doctor
     contract
@@ -26,6 +27,8 @@ LAYERS = """
     methods.*
     eval
     hooks report
+    step
+    build outputs
     engine
     api
     train

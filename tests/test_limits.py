@@ -101,12 +101,11 @@ def test_chosen_settings_have_their_reason():
     assert "kernels=reference (no CUDA device), graph=off (it needs a CUDA device)" in limits.chosen(t)
 
 
-def test_a_run_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(engine, "Loader", cases.Memory)
+def test_a_run_says_so(tmp_path, capsys):
     dist.init()
     run = cases.run("supervised", steps=22)
     run.log.root, run.optim.epochs, run.speed.workers = str(tmp_path), 6, None
-    engine.fit(run, hooks=[])
+    engine.fit(run, hooks=[], loader=cases.loader(run))
     out = capsys.readouterr().out
     assert "speed, as chosen: kernels=reference" in out
     assert out.count("time of a step: ") == 1 and "the limit is" in out

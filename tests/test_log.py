@@ -173,23 +173,29 @@ def test_only_rank_0_writes(tmp_path, monkeypatch, capsys):
 
 
 def test_a_lost_loss_ends_the_run_and_names_the_step(tmp_path):
-    log, nan = make(tmp_path), torch.tensor(float("nan"))
-    log.step(1, 0, {"loss": nan})
-    log.step(2, 0, {"loss": torch.tensor(1.0)})  # one bad step is not the end
+    from fastssl.engine import FiniteLoss
+
+    log, losses, nan = make(tmp_path), FiniteLoss(), torch.tensor(float("nan"))
+    losses.check(log.step(1, 0, {"loss": nan}))
+    losses.check(log.step(2, 0, {"loss": torch.tensor(1.0)}))  # one bad step is not the end
+    log.epoch(2, 0, {"knn": 1.0})  # a line without a loss says nothing of it
     with pytest.raises(ValueError, match="the loss is nan since step 3"):
         for step in range(3, 20):
-            log.step(step, 0, {"loss": nan}, [timing(step)])
+            losses.check(log.step(step, 0, {"loss": nan}, [timing(step)]))
+            log.epoch(step, 0, {"knn": 1.0})
     assert step == 5
 
 
 def test_steps_that_fp16_skips_are_no_reason_to_stop(tmp_path):
-    log, inf = make(tmp_path), torch.tensor(float("inf"))
+    from fastssl.engine import FiniteLoss
+
+    log, losses, inf = make(tmp_path), FiniteLoss(), torch.tensor(float("inf"))
     for step in range(1, 11):
-        log.step(step, 0, {"loss": inf, "applied": False, "loss_scale": 2.0**16}, [timing(step)])
+        losses.check(log.step(step, 0, {"loss": inf, "applied": False, "loss_scale": 2.0**16}, [timing(step)]))
     assert read(tmp_path)[0]["loss"] == "inf"
     with pytest.raises(ValueError, match="since step 11"):
         for step in range(11, 21):
-            log.step(step, 0, {"loss": inf, "applied": False, "loss_scale": 1.0}, [timing(step)])
+            losses.check(log.step(step, 0, {"loss": inf, "applied": False, "loss_scale": 1.0}, [timing(step)]))
 
 
 def test_only_scalars_are_logged(tmp_path):

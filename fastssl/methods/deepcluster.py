@@ -50,9 +50,9 @@ class DeepCluster(nn.Module):
         self.register_buffer("weights", torch.full((config.clusters,), 1 / config.clusters))
         self.seed = int(torch.randint(2**31, (), device="cpu"))  # follows the run's seed
 
-    def before_epoch(self, epoch: int, survey) -> str:
+    def before_epoch(self, epoch: int, extract_outputs) -> str:
         c = self.config
-        x, index = survey("features")
+        x, index = extract_outputs("features")
         x = F.normalize(cluster.pca_whiten(x, c.pca) if c.pca else x, dim=1)
         if c.algorithm == "pic":
             labels = cluster.pic(x, c.clusters, index)

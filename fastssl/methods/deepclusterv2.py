@@ -50,10 +50,10 @@ class DeepClusterV2(nn.Module):
             self.register_buffer(f"prototypes_{i}", parts.random_directions(clusters, config.dims[-1]))
         self.seed = int(torch.randint(2**31, (), device="cpu"))  # follows the run's seed
 
-    def before_epoch(self, epoch: int, survey) -> str:
+    def before_epoch(self, epoch: int, extract_outputs) -> str:
         samples = self.memory.shape[1]
         if epoch == 0:
-            z, index = survey("z", augmented=True, training=True)
+            z, index = extract_outputs("z", augmented=True, training=True)
             for crop in range(self.config.large):
                 self.memory[crop] = cluster.scatter(z[:, crop], index, samples)
         mine, notes = torch.arange(dist.rank(), samples, dist.world(), device=self.memory.device), []

@@ -32,7 +32,7 @@ class Config:
 
 class LeJEPA(nn.Module):
     views = None  # any number
-    not_static = "LeJEPA draws its directions by a generator that the host seeds for each step"
+    not_capturable = "LeJEPA draws its directions by a generator that the host seeds for each step"
 
     def __init__(self, config: Config, backbone: nn.Module):
         super().__init__()

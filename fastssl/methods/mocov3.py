@@ -58,7 +58,7 @@ def authors_init_(body: nn.Module) -> None:
 
 class MoCoV3(nn.Module):
     views = 2
-    least_batch = 2
+    min_batch = 2
     total_steps = math.inf  # of the run
 
     def __init__(self, config: Config, backbone: nn.Module, kernels: str):

@@ -45,7 +45,7 @@ class ODC(nn.Module):
     views = 1
     mean_loss = True
     sharded = ("bank",)
-    not_static = "ODC's labels and clusters change by counts that it reads from the device"
+    not_capturable = "ODC's labels and clusters change by counts that it reads from the device"
 
     def __init__(self, config: Config, backbone: nn.Module, samples: int, steps: int, kernels: str):
         super().__init__()
@@ -76,10 +76,10 @@ class ODC(nn.Module):
         self.register_buffer("changed", torch.zeros(()))  # share of the last step's labels
         self.seed = int(torch.randint(2**31, (), device="cpu"))  # follows the run's seed
 
-    def before_epoch(self, epoch: int, survey) -> str | None:
+    def before_epoch(self, epoch: int, extract_outputs) -> str | None:
         if epoch:
             return None
-        x, index = survey("z")
+        x, index = extract_outputs("z")
         x = F.normalize(x, dim=1)
         found = cluster.kmeans(
             x, self.config.clusters, index, iterations=self.config.iterations, seed=self.seed, kernels=self.kernels

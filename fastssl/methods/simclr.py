@@ -30,7 +30,7 @@ class Config:
 
 class SimCLR(nn.Module):
     views = 2
-    least_batch = 2
+    min_batch = 2
 
     def __init__(self, config: Config, backbone: nn.Module, kernels: str):
         super().__init__()

@@ -28,7 +28,7 @@ class Config:
 
 class SupCon(nn.Module):
     views = 2
-    least_batch = 2
+    min_batch = 2
 
     def __init__(self, config: Config, backbone: nn.Module, kernels: str):
         super().__init__()

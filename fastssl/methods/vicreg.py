@@ -31,7 +31,7 @@ class Config:
 
 class VICReg(nn.Module):
     views = 2
-    least_batch = 2
+    min_batch = 2
 
     def __init__(self, config: Config, backbone: nn.Module):
         super().__init__()

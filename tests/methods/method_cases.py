@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from fastssl import dist, views
 from fastssl.config import Backbone, Data, Log, Optim, Run, Speed
 from fastssl.loader import Batch, permutation
+
+if TYPE_CHECKING:
+    from fastssl.trainer import Trainer
 
 SAMPLES, SIDE, CLASSES = 72, 20, 5
 PLAIN = Backbone("resnet10", stem="cifar", norm="gn", width=8)
@@ -120,6 +124,21 @@ def run(
         log=Log(tensorboard=False),
         deepspeed={"zero_optimization": {"reduce_scatter": False}},
     )  # with it ZeRO 3 refuses float64
+
+
+def loader(run: Run, device: str = "cpu") -> Memory:
+    """What `engine.build` and `engine.fit` take as the loader of `run`."""
+    from fastssl.build import micro_batch
+
+    micro = run.optim.batch // dist.world() // micro_batch(run)
+    return Memory(run.data.train, run.optim.batch, seed=run.seed, device=device, micro=micro)
+
+
+def build(run: Run, device: str = "cpu") -> Trainer:
+    """The trainer of `run` on images in memory."""
+    from fastssl.build import build
+
+    return build(run, device=device, loader=loader(run, device))
 
 
 class Memory:

@@ -1,6 +1,5 @@
 """Micro-batches of a loss that is a mean over samples: one forward each, and what the gradient cache gives."""
 
-import itertools
 import sys
 from pathlib import Path
 
@@ -10,8 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import method_cases as cases
 
-from fastssl import dist, engine
-from fastssl.meters import Meter
+from fastssl import dist, engine, step
 
 BATCH, MICRO = 16, 4  # images
 MEANS = {
@@ -35,19 +33,14 @@ MEANS = {
 CASES = [*cases.CASES, "npid shared, any negative"]
 
 
-@pytest.fixture(autouse=True)
-def memory(monkeypatch):
-    dist.init("cpu")
-    monkeypatch.setattr(engine, "Loader", cases.Memory)
-
-
 def build(name: str, **changes):
     name, _, rest = name.partition(", ")
     run = cases.run(name, batch=BATCH, micro=MICRO, **({"ensure_neg": False} if rest else {}), **changes)
-    return engine.build(run, device="cpu")
+    dist.init("cpu")
+    return cases.build(run)
 
 
-def step(t) -> dict:
+def one_step(t) -> dict:
     """One step; gradients, buffers, scalars and outputs."""
     found, take = {}, t.ds.optimizer.step
 
@@ -56,10 +49,9 @@ def step(t) -> dict:
         return take()
 
     t.ds.optimizer.step = spy
-    source = t.loader.epoch(0, 0, engine.before_epoch(t, 0))
+    _, micro_batches = next(engine.batches(t))
     torch.manual_seed(5)  # of dropout and shuffles
-    out, _ = engine.train_step(t, list(itertools.islice(source, BATCH // MICRO)), Meter(t.device, batch=BATCH))
-    t.step += 1
+    out = step.step(t, micro_batches)
     return {
         **found,
         **{n: b.clone() for n, b in t.method.named_buffers()},
@@ -74,9 +66,9 @@ def test_a_mean_over_samples_needs_one_forward_a_micro_batch(name):
     t = build(name)
     calls, forward = [], t.method.forward
     t.method.forward = lambda *args: calls.append(torch.is_grad_enabled()) or forward(*args)
-    source = t.loader.epoch(0, 0, engine.before_epoch(t, 0))
+    _, micro_batches = next(engine.batches(t))
     calls.clear()  # of the features that are clustered
-    engine.train_step(t, list(itertools.islice(source, BATCH // MICRO)), Meter(t.device, batch=BATCH))
+    step.step(t, micro_batches)
     count = BATCH // MICRO
     assert calls == ([True] * count if name in MEANS else [False] * count + [True] * count)
 
@@ -93,7 +85,7 @@ def test_it_is_what_the_gradient_cache_gives(name):
         t = build(name, **changes)
         if cached:
             t.method.mean_loss = False
-        made.append(step(t))
+        made.append(one_step(t))
     want, got = made
     assert got.keys() == want.keys() and len(got) > 15
     for key, value in want.items():

@@ -1,5 +1,6 @@
 """First steps and initial values of the recipes against the formulas of their authors' code, written out in float64."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -248,16 +249,13 @@ def test_momentum_is_that_of_the_authors_step(name, later, monkeypatch):
     seen = []
     monkeypatch.setattr(parts, "ema_", lambda target, online, momentum, **_: seen.append(float(momentum)))
     from fastssl import dist, engine
-    from fastssl.meters import Meter
+    from fastssl.step import step
 
-    monkeypatch.setattr(engine, "Loader", cases.Memory)
     dist.init("cpu")
     settings = {"momentum_end": 1.0} if name == "moco" else {}
-    t = engine.build(cases.run(name, steps=4, **settings), device="cpu")
-    source = t.loader.epoch(0, 0)
-    for _ in range(2):
-        engine.train_step(t, [next(source)], Meter(t.device, batch=16))
-        t.step += 1
+    t = cases.build(cases.run(name, steps=4, **settings))
+    for _, micro_batches in itertools.islice(engine.batches(t), 2):
+        step(t, micro_batches)
     want = [1 - 0.1 * (1 + math.cos(math.pi * (it + later) / 4)) / 2 for it in range(2)]
     assert seen == pytest.approx(want, rel=1e-6)
 
@@ -357,36 +355,35 @@ def test_maes_decoder_is_the_authors():
 
 
 @pytest.mark.parametrize("name, optimizer, zero", [("dino", "adamw", 0), ("dino", "adamw", 2), ("swav", "lars", 3)])
-def test_a_run_that_stops_while_prototypes_are_frozen_goes_on_alike(name, optimizer, zero, tmp_path, monkeypatch):
+def test_a_run_that_stops_while_prototypes_are_frozen_goes_on_alike(name, optimizer, zero, tmp_path):
     """Their optimizer state does not exist yet when the checkpoint is written."""
     import shutil
 
     from fastssl import dist, engine
     from fastssl.zero import full_state_dict
 
-    monkeypatch.setattr(engine, "Loader", cases.Memory)
     dist.init("cpu")
     run = cases.run(name, steps=6, zero=zero, freeze_epochs=1)  # of four steps an epoch
     run.name, run.log.root, run.log.checkpoint_steps, run.log.keep = "x", str(tmp_path), 2, 9
     run.optim.name, run.optim.lr = optimizer, 1e-2
-    whole = full_state_dict(engine.fit(run, device="cpu").method)
+    whole = full_state_dict(engine.fit(run, device="cpu", loader=cases.loader(run)).method)
     for folder in (tmp_path / "x" / "checkpoints").glob("step_*[46]"):
         shutil.rmtree(folder)
-    resumed = full_state_dict(engine.fit(run, device="cpu", resume=True).method)
+    resumed = full_state_dict(engine.fit(run, device="cpu", resume=True, loader=cases.loader(run)).method)
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
 
 
-def test_targets_are_made_of_unrounded_pixels(monkeypatch):
-    from fastssl import dist, engine
+def test_targets_are_made_of_unrounded_pixels():
+    from fastssl import dist
+    from fastssl.step import batch_views
 
-    monkeypatch.setattr(engine, "Loader", cases.Memory)
     dist.init("cpu")
     kinds = {}
     for name in ("mae", "rotation"):
         run = cases.run(name)
         run.optim.precision = "bf16"
-        t = engine.build(run, device="cpu")
-        kinds[name] = engine.make(t, next(t.loader.epoch(0)))[0].dtype
+        t = cases.build(run)
+        kinds[name] = batch_views(t, next(t.loader.epoch(0)))[0].dtype
     assert kinds == {"mae": torch.float32, "rotation": torch.bfloat16}
 
 
@@ -409,22 +406,23 @@ def test_an_empty_cluster_keeps_its_centroid():
     assert (split.counts == 0).sum() < (found.counts == 0).sum()
 
 
-def test_the_first_survey_of_deepcluster_v2_takes_the_batches_statistics(monkeypatch):
-    from fastssl import dist, engine
+def test_the_first_outputs_of_deepcluster_v2_take_the_batches_statistics():
+    from fastssl import dist
+    from fastssl.outputs import extract_outputs
+    from fastssl.step import batch_views
 
-    monkeypatch.setattr(engine, "Loader", cases.Memory)
     dist.init("cpu")
     run = cases.run("deepclusterv2", norm=True)
     run.backbone = Backbone("resnet10", stem="cifar", width=8)
-    t = engine.build(run, device="cpu")
+    t = cases.build(run)
     before = {k: v.clone() for k, v in t.method.state_dict().items()}
-    z, index = engine.survey(t, "z", augmented=True, training=True)
+    z, index = extract_outputs(t, "z", augmented=True, training=True)
     assert sorted(index.tolist()) == list(range(72))
     first = next(t.loader.epoch(0))
     with torch.no_grad():
-        want = t.method.forward(engine.make(t, first), first)["z"]
+        want = t.method.forward(batch_views(t, first), first)["z"]
     same(z[:16], want, rtol=1e-5, atol=1e-6)
-    evaluated, order = engine.survey(t, "z", augmented=True)
+    evaluated, order = extract_outputs(t, "z", augmented=True)
     assert F.cosine_similarity(z[index.argsort()][:, 0], evaluated[order.argsort()][:, 0]).mean() < 0.9
     for k, v in before.items():
         if "num_batches" not in k and "running" not in k:

@@ -2,7 +2,6 @@
 after two steps.  `python tests/methods/test_exact.py docs/exactness.md` measures and writes the table."""
 
 import importlib.util
-import itertools
 import sys
 from pathlib import Path
 
@@ -28,43 +27,39 @@ RUNS += [(name, False, *ZERO) for name in cases.CASES]
 RUNS += [(name, False, 2, 1, zero) for name in ("deepcluster", "swav") for zero in (1, 2)]  # they overwrite parameters
 
 
-def in_double(engine) -> None:
+def in_double() -> None:
     """Let the engine train in float64: what is exact then differs by 1e-15 times its conditioning, and what is not
     stays where it is.  (In float32, two steps of a sharp softmax turn one rounding into 1e-2.)"""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     DeepSpeedEngine.communication_data_type = torch.float64
-    prepare, make, dtypes = engine.prepare, engine.make, get_accelerator().supported_dtypes()
+    from fastssl import build, step
+
+    prepare, batch_views, dtypes = build.prepare, step.batch_views, get_accelerator().supported_dtypes()
     get_accelerator().supported_dtypes = lambda: [*dtypes, torch.float64]
     get_accelerator().is_fp16_supported = lambda: False  # ZeRO 3 refuses float64 where there is fp16
-    engine.prepare = lambda *args: prepare(*args).double()
-    engine.make = lambda *args: [view.double() for view in make(*args)]
-    engine.Loader = cases.Memory
+    build.prepare = lambda *args: prepare(*args).double()
+    step.batch_views = lambda *args: [view.double() for view in batch_views(*args)]
 
 
 def measure(name: str, norm: bool, micro: int, zero: int) -> dict:
     """Losses of both steps, the gradients of the first, the state after the last."""
     from fastssl import dist, engine
-    from fastssl.meters import Meter
+    from fastssl.step import step
     from fastssl.zero import full_state_dict
 
-    t = engine.build(
-        cases.run(name, norm=norm, batch=BATCH, micro=BATCH // dist.world() // micro, zero=zero), device="cpu"
-    )
-    meter, step, losses, grads = Meter(t.device, batch=BATCH), t.ds.optimizer.step, [], {}
+    t = cases.build(cases.run(name, norm=norm, batch=BATCH, micro=BATCH // dist.world() // micro, zero=zero))
+    update, losses, grads = t.ds.optimizer.step, [], {}
 
     def spy():
         if not grads and not zero:
             grads.update({n: p.grad.clone() for n, p in t.method.named_parameters() if p.grad is not None})
-        return step()
+        return update()
 
     t.ds.optimizer.step = spy
-    source = t.loader.epoch(0, 0, engine.before_epoch(t, 0))
-    for _ in range(STEPS):
-        t.schedule.set_lr(t.ds.optimizer, t.step)
-        engine.train_step(t, list(itertools.islice(source, micro)), meter)
-        t.step += 1
+    for _, micro_batches in engine.batches(t):
+        step(t, micro_batches)
         losses.append(dist.mean(t.scalars["loss"]).item())
     dist.sync_buffers(t.method)
     trainable = [n for n, p in t.method.named_parameters() if p.requires_grad]
@@ -98,11 +93,11 @@ def clustering() -> dict:
 
 
 def worker(out: str) -> None:
-    from fastssl import dist, engine
+    from fastssl import dist
 
     dist.init("cpu")
     torch.set_num_threads(1)
-    in_double(engine)
+    in_double()
     results = {key: measure(*key[:2], *key[3:]) for key in RUNS if key[2] == dist.world()}
     results["clustering", dist.world()] = clustering()
     if dist.is_main():
@@ -180,29 +175,23 @@ def test_every_parameter_learns_and_all_state_moves(results, name):
 def test_all_state_is_in_the_state_dict():
     """A fresh run that loads it makes the next step to the same bits."""
     from fastssl import dist, engine
-    from fastssl.meters import Meter
+    from fastssl.step import step
 
     dist.init("cpu")
-    loader, engine.Loader = engine.Loader, cases.Memory
-    try:
-        for name in cases.CASES:
-            run, losses = cases.run(name, norm=cases.CASES[name].norm, steps=4), []
-            saved = {}
-            for resumed in (False, True):
-                t = engine.build(run, device="cpu")
-                if resumed:
-                    t.method.load_state_dict(saved)
-                source = t.loader.epoch(0, 2 * resumed, engine.before_epoch(t, 2 * resumed))
-                for step in range(2 * resumed, 3):
-                    if step == 2:
-                        saved = {k: v.clone() for k, v in t.method.state_dict().items()}
-                        torch.manual_seed(0)  # of MoCo's shuffle
-                    t.step = step
-                    engine.train_step(t, [next(source)], Meter(t.device, batch=BATCH))
-                losses.append(float(t.scalars["loss"]))
-            assert losses[0] == losses[1], name
-    finally:
-        engine.Loader = loader
+    for name in cases.CASES:
+        run, saved, losses = cases.run(name, norm=cases.CASES[name].norm, steps=3), {}, []
+        for resumed in (False, True):
+            t = cases.build(run)
+            if resumed:
+                t.method.load_state_dict(saved)
+                t.step = 2
+            for _, micro_batches in engine.batches(t):
+                if t.step == 2:
+                    saved = {k: v.clone() for k, v in t.method.state_dict().items()}
+                    torch.manual_seed(0)  # of MoCo's shuffle
+                step(t, micro_batches)
+            losses.append(float(t.scalars["loss"]))
+        assert losses[0] == losses[1], name
 
 
 def table(results: dict) -> str:

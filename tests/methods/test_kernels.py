@@ -10,7 +10,9 @@ import method_cases as cases
 import pytest
 import torch
 
-from fastssl import backbones, engine, kernels
+from fastssl import backbones, kernels
+from fastssl.outputs import extract_outputs
+from fastssl.step import batch_views
 
 OPS = [
     importlib.import_module(f"fastssl.kernels.{module.name}")
@@ -59,9 +61,9 @@ def test_a_method_hands_speed_kernels_to_every_op(name, asked):
     )
     t = SimpleNamespace(run=run, loader=loader, method=method, ds=method, device=torch.device("cpu"), epoch=0)
     if hasattr(method, "before_epoch"):
-        method.before_epoch(0, partial(engine.survey, t))
+        method.before_epoch(0, partial(extract_outputs, t))
     batch = next(loader.epoch(0))
-    out = method(engine.make(t, batch), batch)
+    out = method(batch_views(t, batch), batch)
     method.loss(out, batch)
     method.after_step(out, batch, 0.0)
     assert {impl for _, impl in asked} == {"reference"}, asked

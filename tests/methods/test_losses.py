@@ -481,10 +481,11 @@ def test_too_few_large_views(name, sizes):
 
 
 def test_a_recipe_of_the_wrong_number_of_views():
-    from fastssl import engine, views
+    from fastssl import views
+    from fastssl.build import check_views
 
     with pytest.raises(ValueError, match="RelativeLoc needs a recipe of 9 views, data.views gives 2"):
-        engine.check_views(build("relative_loc"), views.simclr(16))
+        check_views(build("relative_loc"), views.simclr(16))
 
 
 def test_transformers_asked_of_a_resnet():

@@ -3,26 +3,21 @@
 import method_cases as cases
 import pytest
 
-from fastssl import dist, engine
-from fastssl.meters import Meter
+from fastssl import dist
+from fastssl.step import step
 
 BATCH = 16
-
-
-@pytest.fixture(autouse=True)
-def memory(monkeypatch):
-    dist.init("cpu")
-    monkeypatch.setattr(engine, "Loader", cases.Memory)
 
 
 def first_loss(name, precision, micro):
     run = cases.run(name, batch=BATCH, micro=BATCH // micro)
     run.optim.precision = precision
-    t = engine.build(run, device="cpu")
+    dist.init("cpu")
+    t = cases.build(run)
     if hasattr(t.method, "before_epoch"):
         pytest.skip("its labels come from a clustering of the whole file")
     source = t.loader.epoch(0)
-    out, _ = engine.train_step(t, [next(source) for _ in range(micro)], Meter(t.device, batch=BATCH))
+    out = step(t, [next(source) for _ in range(micro)])
     assert t.scalars["applied"] and all(v.dtype in (v.float().dtype, v.long().dtype) for v in out.values())
     return float(t.scalars["loss"])
 

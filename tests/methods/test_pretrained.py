@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastssl import backbones, engine
+from fastssl import backbones
+from fastssl.build import build_method
 from fastssl.config import Backbone
 
 NAMES = [name for name in cases.CASES if cases.CASES[name].module in ("", name) or name == "mocov3 vit"]
@@ -32,7 +33,7 @@ def start(name, file, **changes):
     run = cases.run(name)
     run.backbone = replace(run.backbone, pretrained=file, **changes)
     torch.manual_seed(0)
-    return engine.build_method(run, cases.Memory(None, run.optim.batch))
+    return build_method(run, cases.Memory(None, run.optim.batch))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,4 +68,4 @@ def test_a_method_that_overwrites_what_was_loaded_is_refused(pretrained, monkeyp
         start("simclr", pretrained["resnet10"][1])
     run = cases.run("simclr")
     assert run.backbone == Backbone("resnet10", stem="cifar", norm="gn", width=8)
-    assert engine.build_method(run, cases.Memory(None, 16)).backbone.conv1.weight.abs().max() == 0
+    assert build_method(run, cases.Memory(None, 16)).backbone.conv1.weight.abs().max() == 0

@@ -33,7 +33,7 @@ def train(name: str, root: Path, zero: int = 0) -> dict:
     run.log.every, run.log.checkpoint_steps, run.log.keep = 1, SAVED, 2
     found = {}
     for way in ("whole", "resumed"):
-        t = engine.fit(run, resume=way == "resumed", device="cpu")
+        t = engine.fit(run, resume=way == "resumed", device="cpu", loader=cases.loader(run))
         last = checkpoint.newest(t.folder)
         assert last.name == f"step_{STEPS:08d}"
         found[way] = {"log": log_of(t.folder), "weights": safetensors.torch.load_file(last / "weights.safetensors")}
@@ -51,14 +51,14 @@ def cut(root: str) -> dict:
 
     run = cases.run("odc", batch=BATCH, steps=5)
     run.name, run.log.root = "cut", root
-    return full_state_dict(engine.fit(run, resume=(Path(root) / "cut").exists(), device="cpu").method)
+    t = engine.fit(run, resume=(Path(root) / "cut").exists(), device="cpu", loader=cases.loader(run))
+    return full_state_dict(t.method)
 
 
 def worker(out: str, root: str, what: str) -> None:
-    from fastssl import dist, engine
+    from fastssl import dist
 
     dist.init("cpu")
-    engine.Loader = cases.Memory
     if what == "cut":
         found = cut(root)
     elif what == "zero":

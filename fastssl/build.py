@@ -1,0 +1,225 @@
+"""Everything that a run needs, built and checked before its first step."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import warnings
+from functools import partial
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from fastssl import backbones, checkpoint, config, contract, dist, graph, norm, optim, weights
+from fastssl.amp import DTYPES, LossScale
+from fastssl.config import Run
+from fastssl.loader import Batch, Loader
+from fastssl.meters import Meter
+from fastssl.step import static_step
+from fastssl.trainer import Trainer
+
+
+def build(run: Run, hooks: list = (), device: str | None = None, loader: Loader | None = None) -> Trainer:
+    """The trainer of `run` at step 0; ValueError for what cannot be trained.  `loader`: None opens data.train."""
+    config.validate(run)
+    contract.check_config(run.method)
+    hooks = [contract.check_hook(hook) for hook in (*hooks, *run.hooks)]
+    backbones.check_sizes(run.backbone, [v.size for v in (*run.data.views, run.data.eval_view) if v is not None])
+    device = dist.init(device)
+    set_deterministic(run.deterministic)
+    if device.type == "cuda":  # losses are in fp32: beside a 16-bit network their products may use tensor cores
+        torch.set_float32_matmul_precision("highest" if run.optim.precision == "fp32" else "high")
+    loader = open_loader(run, device) if loader is None else loader
+    if run.backbone.in_channels != 3:
+        raise ValueError(
+            f"backbone.in_channels={run.backbone.in_channels}: views have 3 channels, those of grey images too; leave "
+            "it at 3"
+        )
+    torch.manual_seed(run.seed)  # the same weights, queue and bank on every rank
+    method = prepare(build_method(run, loader), run, device)
+    settings = optim.frozen(run.optim, getattr(method, "freeze_epochs", {}))
+    optimizer, schedule = optim.build(
+        method.named_parameters(), settings, steps_per_epoch=loader.steps, impl=run.speed.kernels
+    )
+    if hasattr(method, "total_steps"):
+        method.total_steps = schedule.total_steps
+    torch.manual_seed(run.seed + 1 + dist.rank())  # dropout and the like differ by rank
+    ds = start_deepspeed(method, optimizer, run)
+    optim.attach(ds)
+    t = Trainer(
+        run,
+        checkpoint.run_folder(run),
+        device,
+        method,
+        ds,
+        schedule,
+        loader,
+        Meter(device, batch=run.optim.batch, precision=run.optim.precision),
+        LossScale(run.optim.precision, "cpu" if run.speed.zero else device),
+        graph.Values(len(ds.optimizer.param_groups), device),
+        hooks,
+    )
+    choose_step(t)
+    return t
+
+
+def choose_step(t: Trainer) -> None:
+    """Decide whether a step bypasses DeepSpeed and whether it is captured as a CUDA graph; print why it is not."""
+    why = needs_deepspeed(t)
+    if why is None:
+        t.graphed = graph.Graphed(partial(static_step, t), not_captured(t))
+        why = t.graphed.reason
+    mode = t.run.speed.graph
+    if dist.is_main() and why and (mode == "on" or (mode == "auto" and t.device.type == "cuda")):
+        print(f"speed.graph={mode}: the step is not a CUDA graph: {why}")
+
+
+def needs_deepspeed(t: Trainer) -> str | None:
+    """Why a step must go through DeepSpeed; None: it need not."""
+    run, more = t.run, sorted(set(t.run.deepspeed) - {"zero_optimization"})
+    if run.speed.zero:
+        return f"ZeRO {run.speed.zero} reads numbers from the device; use speed.zero=0"
+    if t.ds.optimizer is not t.ds.basic_optimizer:
+        return f"the optimizer is DeepSpeed's {type(t.ds.optimizer).__name__}"
+    if more:
+        return f"deepspeed={{{more[0]!r}: ...}} acts in DeepSpeed's own step"
+    if run.optim.precision == "fp16" and "found_inf" not in inspect.signature(t.method.after_step).parameters:
+        return f"{type(t.method).__name__}.after_step has no found_inf: the host must know of an overflow"
+    return None
+
+
+def not_captured(t: Trainer) -> str | None:
+    """Why a step that could be captured is not; None: it is."""
+    run = t.run
+    if run.speed.graph == "off":
+        return "speed.graph=off"
+    if t.loader.micro > 1:
+        return "it has several micro-batches (speed.micro_batch)"
+    if t.device.type != "cuda":
+        return "it needs a CUDA device"
+    if run.speed.graph == "auto" and dist.world() > 1:
+        return "not measured on several ranks yet; speed.graph=on captures it"
+    if run.speed.graph == "auto" and not type(t.method).__module__.startswith("fastssl.methods."):
+        return f"{type(t.method).__name__} may count on the host; if it does not, speed.graph=on captures it"
+    if run.speed.kernels == "reference":
+        return "speed.kernels=reference reads numbers from the device"
+    waits = [type(op).__name__ for view in run.data.views for op in view.extra if getattr(op, "waits", False)]
+    return f"{waits[0]} of a view's extra waits for the device" if waits else getattr(t.method, "not_capturable", None)
+
+
+def build_method(run: Run, loader: Loader) -> nn.Module:
+    """The method around its backbone.  Weights are loaded after everything that initialises the backbone and before
+    anything that copies it; a method that writes to it later is refused."""
+    backbone, pretrained = backbones.build(run.backbone, run.method), run.backbone.pretrained
+    if (run.backbone.frozen or run.backbone.norm == "frozen") and not pretrained:
+        raise ValueError(
+            "backbone.frozen and backbone.norm='frozen' keep pretrained weights as they are: give backbone.pretrained"
+        )
+    if pretrained:
+        report = weights.load_backbone(pretrained, backbone)
+        if dist.is_main():
+            print(report)
+    with weights.unchanged(backbone) if pretrained else contextlib.nullcontext():
+        method = run.method.build(
+            backbone, samples=loader.samples, classes=loader.classes, batch=run.optim.batch, kernels=run.speed.kernels
+        )
+    contract.check_method(method, run.method)
+    check_views(method, run.data.views)
+    if run.optim.batch < getattr(method, "min_batch", 1) and dist.is_main():
+        warnings.warn(
+            f"optim.batch={run.optim.batch}: the loss of {type(method).__name__} compares the images of a "
+            "batch, and one image has none to be compared with; use a larger optim.batch (it counts the "
+            "images of all GPUs together; speed.micro_batch bounds the memory)",
+            stacklevel=2,
+        )
+    return method
+
+
+def open_loader(run: Run, device: torch.device) -> Loader:
+    """data.train, with the micro-batches of this rank."""
+    return Loader(
+        run.data.train,
+        run.optim.batch,
+        seed=run.seed,
+        device=device,
+        workers=run.speed.workers,
+        micro=run.optim.batch // dist.world() // micro_batch(run),
+        resident=run.speed.resident,
+    )
+
+
+def micro_batch(run: Run) -> int:
+    """Images per rank and pass, checked."""
+    batch, world = run.optim.batch, dist.world()
+    if batch % world:
+        raise ValueError(f"optim.batch={batch} is not a multiple of the {world} ranks")
+    local = batch // world
+    micro = min(run.speed.micro_batch or local, local)  # with many ranks a share may be smaller
+    if local % micro:
+        raise ValueError(f"speed.micro_batch={micro} does not divide a rank's share, {local} of optim.batch={batch}")
+    return micro
+
+
+def check_views(method: nn.Module, views: tuple) -> None:
+    if method.views is not None and len(views) != method.views:
+        raise ValueError(
+            f"{type(method).__name__} needs a recipe of {method.views} views, data.views gives {len(views)}"
+        )
+
+
+def prepare(method: nn.Module, run: Run, device: torch.device) -> nn.Module:
+    """Layout, synchronised batch norm, precision and compilation, in the order in which they must happen."""
+    if run.sync_bn:
+        method = norm.convert_sync_bn(method, device)
+    if run.speed.channels_last:
+        backbones.channels_last_(method)
+    method.to(device).train()
+    forward, dtype = method.forward, DTYPES[run.optim.precision]
+    if run.speed.compile:
+        if run.speed.zero == 3:
+            raise ValueError("speed.compile=True: the hooks of speed.zero=3 break the graph; use ZeRO 0 to 2")
+        forward = torch.compile(forward)
+
+    def precise(views: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        # Autocast here and not in DeepSpeed: weights, normalisation and statistics stay fp32 at every ZeRO stage.
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            out = contract.check_output(method, forward(views, batch), len(batch.index))
+        return {name: v.float() if v.dtype in (torch.bfloat16, torch.float16) else v for name, v in out.items()}
+
+    method.forward, loss = precise, method.loss
+    method.loss = lambda out, batch: contract.check_losses(method, loss(out, batch))
+    return method
+
+
+def start_deepspeed(method: nn.Module, optimizer: torch.optim.Optimizer, run: Run):
+    """DeepSpeed's engine around the method."""
+    deepspeed.utils.logger.setLevel("WARNING")
+    # Its shared-memory all-reduce for CPUs is compiled for half a minute at the first start; gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    settings = {
+        "train_micro_batch_size_per_gpu": micro_batch(run),
+        "gradient_accumulation_steps": 1,  # the engine accumulates, with the loss of the whole batch
+        # DeepSpeed 0.19 clips at 1.0 when nothing is said
+        "gradient_clipping": 0.0 if run.optim.clip_each else run.optim.clip,
+        "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step; ours never does
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": run.speed.zero,
+            "overlap_comm": False,
+            "stage3_param_persistence_threshold": 0,  # EMA moves shards; a kept whole copy would go stale
+        },
+    }
+    for key, value in run.deepspeed.items():
+        settings[key] = {**settings[key], **value} if isinstance(settings.get(key), dict) else value
+    return deepspeed.initialize(model=method, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+
+
+def set_deterministic(on: bool) -> None:
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.deterministic = on
+    torch.backends.cudnn.benchmark = not on

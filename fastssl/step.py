@@ -1,0 +1,265 @@
+"""One training step, exact on any number of ranks and micro-batches.
+
+A loss that is a mean over samples is accumulated over micro-batches as usual.  For any other, K micro-batches are
+embedded without gradients, the loss of the whole batch gives the gradient of every embedding once, and each micro-batch
+is embedded again against that gradient (GradCache, https://arxiv.org/abs/2101.06983).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastssl import dist, norm
+from fastssl.amp import DTYPES
+from fastssl.checkpoint import random_states, set_random_states
+from fastssl.kernels.augment import make_views
+from fastssl.loader import Batch
+from fastssl.trainer import Trainer
+
+Phase = Callable[[str], AbstractContextManager]  # times what runs inside: Meter.phase
+BLOCK = 500_000_000  # elements of gradients averaged over ranks in one all-reduce, as in DeepSpeed
+
+
+def step(t: Trainer, micro_batches: list[Batch]) -> dict[str, Tensor]:
+    """One optimizer step on this rank's shard of a global batch: learning rates, gradients, update, the method's
+    `after_step`, the hooks'.  Returns the detached outputs of the shard; what is to be logged is in `t.scalars`.
+
+    Reads nothing from the device, except through DeepSpeed (`deepspeed_step`) and in hooks.
+    """
+    t.scalars = {"lr": t.schedule.set_lr(t.ds.optimizer, t.step)}
+    batch = micro_batches[0] if len(micro_batches) == 1 else merge(micro_batches)
+    out, scalars = (deepspeed_step if t.graphed is None else direct_step)(t, micro_batches, batch)
+    t.log(scalars)
+    t.step += 1
+    for hook in t.hooks:
+        hook.after_step(t, out, batch)
+    return out
+
+
+def deepspeed_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A step by DeepSpeed's backward and update, which read numbers from the device.  Returns detached outputs and the
+    scalars to log."""
+    t.scale.pass_to_zero(t.ds)
+    if len(micro_batches) == 1:
+        with t.meter.phase("views"):
+            views = batch_views(t, batch)
+        with t.meter.phase("forward"):
+            out = t.ds(views, batch)
+            losses = t.method.loss(out, batch)
+        with t.meter.phase("backward"):
+            t.scale.backward(t.ds, losses["loss"])
+    else:
+        out, losses = accumulate(t, micro_batches, batch)
+    out = detached(out)
+    with t.meter.phase("optimizer"):
+        applied = t.scale.step(t.ds)
+        if applied:
+            t.method.after_step(out, batch, t.step / t.total_steps)
+    return out, detached(losses) | {"loss_scale": t.scale.value, "applied": applied}
+
+
+def direct_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A step at ZeRO 0, in which the host does not wait for the device; with one micro-batch it is a replay of a CUDA
+    graph where there is one.  DeepSpeed's own step reads numbers from the device, and here it only counts."""
+    t.values.write(batch, t.ds.optimizer.param_groups, t.step / t.total_steps)
+    phase = t.method.phase(batch.epoch) if hasattr(t.method, "phase") else None
+    frozen = tuple(group["frozen"] for group in t.ds.optimizer.param_groups)  # by optim.Schedule
+    if len(micro_batches) > 1:
+        out, scalars = update(t, *accumulate(t, micro_batches, batch), batch, t.meter.phase)
+    elif t.graphed.ready(batch, (phase, frozen)):
+        with t.meter.phase("step"):
+            out, scalars = t.graphed.replay(batch)
+    else:
+        out, scalars = t.graphed.function(batch, t.meter.phase)
+    t.ds.global_steps += 1
+    t.ds.micro_steps += 1
+    t.ds.global_samples += t.ds.train_batch_size()
+    return out, scalars
+
+
+def static_step(t: Trainer, batch: Batch, phase: Phase) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The step as a function of tensors: it reads nothing from the device and, beside shapes, nothing that changes on
+    the host, so that it can be captured.  Returns detached outputs and the scalars to log."""
+    values = t.values
+    on_device = replace(
+        batch, epoch=values.epoch, step=values.step, place=None if batch.place is None else values.place
+    )
+    given = on_device
+    if hasattr(t.method, "phase"):  # it decides on the host by the epoch's number; a graph holds for one phase
+        given = replace(on_device, epoch=batch.epoch)
+    elif hasattr(t.method, "not_capturable"):
+        given = batch
+    with phase("views"):
+        views = batch_views(t, on_device)
+    with phase("forward"):
+        out = t.method.forward(views, given)
+        losses = t.method.loss(out, given)
+    with phase("backward"):
+        t.method.zero_grad()  # of a capture that failed
+        t.scale.scaled(losses["loss"]).backward()
+    return update(t, out, losses, given, phase)
+
+
+def update(
+    t: Trainer, out: dict[str, Tensor], losses: dict[str, Tensor], batch: Batch, phase: Phase
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The second half of a step: what follows from this rank's gradients.  Reads nothing from the device.  Returns
+    detached outputs and the scalars to log."""
+    out, groups = detached(out), t.ds.optimizer.param_groups
+    with phase("backward"):
+        grads = average_gradients([p for p in t.method.parameters() if p.requires_grad])
+    with phase("optimizer"), t.values.in_groups(groups, t.run.optim.weight_decay_end is not None):
+        found_inf = t.scale.unscale_(grads)
+        if t.run.optim.clip and not t.run.optim.clip_each:
+            clip_(grads, t.run.optim.clip)
+        t.ds.optimizer.found_inf = found_inf
+        t.ds.optimizer.step()
+        t.method.zero_grad()
+        overflow = {} if found_inf is None else {"found_inf": found_inf}
+        t.method.after_step(out, batch, t.values.progress, **overflow)
+        t.scale.update_()
+    if found_inf is None:
+        return out, detached(losses) | {"loss_scale": 1.0, "applied": True}
+    return out, detached(losses) | {"loss_scale": t.scale.scale.clone(), "applied": found_inf == 0}
+
+
+@torch.no_grad()
+def average_gradients(parameters: list[Tensor]) -> list[Tensor]:
+    """Every parameter's gradient, averaged over ranks in place; one without a gradient gets zeros, for its weight
+    decay."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    grads = [p.grad for p in parameters]
+    block, size = [], 0
+    for i, g in enumerate(grads if dist.world() > 1 else ()):
+        block.append(g)
+        size += g.numel()
+        if size > BLOCK or i == len(grads) - 1:
+            flat = dist.sum_(torch.cat([b.flatten() for b in block])).mul_(1 / dist.world())
+            parts = flat.split([b.numel() for b in block])
+            torch._foreach_copy_(block, [part.view_as(b) for part, b in zip(parts, block)])
+            block, size = [], 0
+    return grads
+
+
+@torch.no_grad()
+def clip_(grads: list[Tensor], max_norm: float) -> None:
+    """Scale the gradients so that the norm of all together is at most `max_norm`."""
+    total = torch.stack(torch._foreach_norm(grads)).square().sum().sqrt()
+    torch._foreach_mul_(grads, (max_norm / (total + 1e-6)).clamp(max=1.0))
+
+
+def accumulate(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Forward and backward of several micro-batches; outputs and losses of their union `batch`."""
+    mean = getattr(t.method, "mean_loss", False)
+    return (accumulate_mean if mean else accumulate_cached)(t, micro_batches, batch)
+
+
+def accumulate_mean(
+    t: Trainer, micro_batches: list[Batch], batch: Batch
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """For a loss that is a mean over samples: one forward and backward for each micro-batch.  All results are
+    detached."""
+    statistics, outs, scalars = norm.RunningStatistics(t.method), [], {}
+    forward, total_weight = _forward(t), getattr(t.method, "total_weight", None)
+    weight = len(micro_batches[0].index) / len(batch.index)
+    for i, micro in enumerate(micro_batches):
+        t.ds.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+        with t.meter.phase("views"):
+            views = batch_views(t, micro)
+        with t.meter.phase("forward"):
+            out = forward(views, micro)
+            losses = t.method.loss(out, micro)
+            if total_weight is not None:
+                weight = (total_weight(micro).double() / total_weight(batch)).to(losses["loss"].dtype)
+            losses = {name: weight * value for name, value in losses.items()}
+        with t.meter.phase("backward"):
+            _backward(t, losses["loss"])
+        statistics.add()
+        outs.append(detached(out))
+        for name, value in detached(losses).items():
+            scalars[name] = scalars.get(name, 0) + value
+    statistics.apply_mean(len(micro_batches))
+    return {name: torch.cat([o[name] for o in outs]) for name in outs[0]}, scalars
+
+
+def accumulate_cached(
+    t: Trainer, micro_batches: list[Batch], batch: Batch
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """For any loss, by a gradient cache: the loss of all micro-batches together, and two forwards for each."""
+    statistics, states, outs = norm.RunningStatistics(t.method), [], []
+    forward = _forward(t)
+    for micro in micro_batches:
+        with t.meter.phase("views"):
+            views = batch_views(t, micro)
+        with t.meter.phase("forward", counted=False), torch.no_grad():
+            states.append(random_states(t.device))
+            outs.append(forward(views, micro))
+    statistics.restore()
+    with t.meter.phase("forward"):
+        leaves = {name: torch.cat([o[name] for o in outs]) for name in outs[0]}
+        floats = {name: leaf.requires_grad_() for name, leaf in leaves.items() if leaf.is_floating_point()}
+        losses = t.method.loss(leaves, batch)
+    with t.meter.phase("backward"):
+        grads = torch.autograd.grad(losses["loss"], list(floats.values()), allow_unused=True)
+        grads = {name: g.chunk(len(micro_batches)) for name, g in zip(floats, grads) if g is not None}
+    for i, micro in enumerate(micro_batches):
+        t.ds.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+        with t.meter.phase("views"):
+            views = batch_views(t, micro)
+        with t.meter.phase("forward"):
+            set_random_states(states[i], t.device)
+            out = forward(views, micro)
+            surrogate = sum((out[name] * g[i]).sum() for name, g in grads.items() if out[name].requires_grad)
+        with t.meter.phase("backward"):
+            _backward(t, surrogate)
+        statistics.add()
+    statistics.apply_mean(len(micro_batches))
+    return leaves, losses
+
+
+def _forward(t: Trainer) -> Callable[[list[Tensor], Batch], dict[str, Tensor]]:
+    return t.ds if t.graphed is None else t.method.forward
+
+
+def _backward(t: Trainer, loss: Tensor) -> None:
+    """Of one micro-batch; `update` or DeepSpeed averages the sum of all of them over ranks."""
+    if t.graphed is None:
+        t.scale.backward(t.ds, loss)
+    else:
+        t.scale.scaled(loss).backward()
+
+
+def batch_views(t: Trainer, batch: Batch, views: tuple | None = None) -> list[Tensor]:
+    """The views of a batch, of `data.views` or the recipe given: (B, 3, S, S) each."""
+    key = batch.index
+    if batch.place is not None:  # a sample that comes twice in an epoch looks different each time
+        key = torch.arange(len(key), device=key.device) + batch.place
+    dtype = torch.float32 if getattr(t.method, "exact_views", False) else DTYPES[t.run.optim.precision]
+    return make_views(
+        batch.pixels,
+        batch.sizes,
+        key,
+        views or t.run.data.views,
+        seed=t.run.seed,
+        epoch=batch.epoch,
+        dtype=dtype,
+        impl=t.run.speed.kernels,
+    )
+
+
+def merge(micro_batches: list[Batch]) -> Batch:
+    """Index and labels of all micro-batches, without their pixels."""
+    cat = {name: torch.cat([getattr(b, name) for b in micro_batches]) for name in ("sizes", "index", "label")}
+    return replace(micro_batches[0], pixels=micro_batches[0].pixels[:0], **cat)
+
+
+def detached(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}
