@@ -19,7 +19,7 @@ from fastssl.kernels.infonce import cases as infonce
 from fastssl.kernels.infonce import reference as infonce_reference
 from fastssl.kernels.ntxent import cases as ntxent
 from fastssl.kernels.ntxent import reference as ntxent_reference
-from fastssl.kernels.ntxent.launch import matmul_float32
+from fastssl.kernels.precision import matmul_float32
 from fastssl.kernels.sinkhorn import cases as sinkhorn
 from fastssl.kernels.soft_cross_entropy import cases as soft_cross_entropy
 from fastssl.kernels.soft_cross_entropy import reference as soft_cross_entropy_reference
@@ -147,7 +147,7 @@ def ntxent_check(case, device="cuda"):
     for name in ours:
         scale = max(ntxent.scale(case, name), float(truth[name].abs().max()))
         assert_as_good_as(f"{case}: {name}", ours[name], plain[name], truth[name], scale=scale)
-    return {name: float((ours[name].double() - truth[name]).abs().max()) for name in ours}
+    return {name: float((ours[name].detach().double() - truth[name]).abs().max()) for name in ours}
 
 
 def infonce_extra(case, x):

@@ -1,9 +1,9 @@
 """Which tiles suit the kernels that are bound by the tensor cores: python bench/tiles.py [sums gradients one_pass]
 
-For each width, every candidate: registers, spills, shared memory, how many programs a multiprocessor holds and
-instructions of one pass per entry of the tile, as compiled ahead of time (no GPU needed), and on a GPU also its time,
-after its result is held to the shipped tiles'.  `*` are the shipped ones, which kernels/ntxent/launch.py and
-kernels/infonce/triton.py choose; they may not spill.
+Compiles every candidate for each width ahead of time (no GPU needed) and prints registers, spills, shared memory,
+programs per multiprocessor and instructions per entry of the tile in one pass of the main loop.  On a GPU it also
+prints the time, after comparing the result with that of the shipped tiles.  `*` marks the shipped tiles, which
+kernels/similarity/spec.py and kernels/one_pass/keys.py choose; they must not spill.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from common import append, environment
 from ops import captured, microseconds
 from triton.runtime.errors import OutOfResources
 
-from fastssl.kernels.common import PRETENDED
-from fastssl.kernels.infonce import triton as infonce
-from fastssl.kernels.ntxent import launch
 from fastssl.kernels.ntxent import triton as ntxent
+from fastssl.kernels.one_pass import keys, loss_and_gradient
+from fastssl.kernels.similarity import gradients as gradient_pass
+from fastssl.kernels.similarity import row_sums as sums_pass
 from fastssl.kernels.testing import compile_launch, record_launches
+from fastssl.kernels.tiling import FAKE_CAPABILITY, Tiles, needs_small_tiles
 
 QUEUE = 65536
 
@@ -36,47 +37,47 @@ def sums(z):
 def gradients(z):
     _, *saved = ntxent.forward(z, None, 0.1, False, True, None)
     grad = torch.ones((), device=z.device)
-    return lambda: ntxent.backward(grad, z, *saved, 0.1, False, True, None)
+    return lambda: ntxent.backward(grad, z, saved, 0.1, False, True, None)
 
 
 def one_pass(z):
     queue = torch.nn.functional.normalize(torch.randn(QUEUE, z.shape[1], device=z.device), dim=1).half()
-    return lambda: infonce.forward(z, z, queue, 0.1, True, None)[1]
+    return lambda: loss_and_gradient(z, z, queue, 0.1, True, None, True)[1]
 
 
-KERNELS = {  # the work, the kernel in it, and where its tiles are chosen
-    "sums": (sums, "row_sums_kernel", launch, "sums_tiles"),
-    "gradients": (gradients, "row_gradients_kernel", launch, "gradient_tiles"),
-    "one_pass": (one_pass, "one_pass_kernel", infonce, "one_pass_tiles"),
+KERNELS = {  # function that makes the work, name of its kernel, module and name of the function that chooses its tiles
+    "sums": (sums, "row_sums_kernel", sums_pass, "row_sums_tiles"),
+    "gradients": (gradients, "row_gradients_kernel", gradient_pass, "gradient_tiles"),
+    "one_pass": (one_pass, "one_pass_kernel", keys, "one_pass_tiles"),
 }
 
 
 def candidates(width):
-    for bm, bn, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3)):
-        yield launch.Tiles(bm, bn, width, warps, stages)
+    for block_m, block_n, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3)):
+        yield Tiles(block_m, block_n, width, warps, stages)
 
 
 @contextlib.contextmanager
-def chosen(module, name, tiles):
-    """Inside, `tiles` are used instead of the shipped ones; yields those."""
-    shipped, seen = getattr(module, name), []
+def override_tiles(module, name, tiles):
+    """Inside, module.name returns `tiles` (None: the shipped ones); yields the list of the shipped ones asked for."""
+    original, shipped = getattr(module, name), []
 
     def choose(*arguments):
-        seen.append(shipped(*arguments))
-        return tiles or seen[-1]
+        shipped.append(original(*arguments))
+        return tiles or shipped[-1]
 
     setattr(module, name, choose)
     try:
-        yield seen
+        yield shipped
     finally:
-        setattr(module, name, shipped)
+        setattr(module, name, original)
 
 
-def built(name, width, rows, arch, tiles=None):
-    """What the compiler made of it, None where it refuses; and the shipped tiles."""
+def build(name, width, rows, arch, tiles=None):
+    """(testing.Build or None if the compiler refuses, the shipped tiles)."""
     work, kernel, module, chooser = KERNELS[name]
-    PRETENDED["capability"] = arch
-    with chosen(module, chooser, tiles) as shipped, record_launches() as launches:
+    FAKE_CAPABILITY["capability"] = arch
+    with override_tiles(module, chooser, tiles) as shipped, record_launches() as launches:
         work(torch.empty(rows, width, device="meta", dtype=torch.float16))()
     found = next(x for x in launches if x.kernel.__name__ == kernel)
     try:
@@ -93,10 +94,51 @@ def timed(name, width, rows, tiles):
     work, _, module, chooser = KERNELS[name]
     torch.manual_seed(0)
     z = torch.randn(rows, width, device="cuda").half()
-    with chosen(module, chooser, tiles):
+    with override_tiles(module, chooser, tiles):
         f = work(z)
         result = f()
         return microseconds(captured(f)[0], False)["median"], result
+
+
+def measure(name, width, rows, arch, only_shipped):
+    """The shipped tiles, and of each candidate (microseconds or inf, instructions per entry, tiles, testing.Build)."""
+    cuda = torch.cuda.is_available()
+    _, shipped = build(name, width, rows, arch)
+    truth = timed(name, width, rows, None)[1] if cuda else None
+    found, todo = [], [shipped, *([] if only_shipped else candidates(width))]
+    for tiles in todo:
+        if tiles[:6] in (line[2][:6] for line in found):
+            continue
+        b, _ = build(name, width, rows, arch, tiles)
+        if b is None or not b.fits:
+            continue
+        if tiles != shipped:  # columns are split for as many programs as really fit
+            tiles = tiles._replace(programs_per_sm=min(b.programs_per_sm, 2))
+        if b.registers > 128 and tiles.num_warps == 8 and not only_shipped:
+            todo.append(tiles._replace(maxnreg=128))
+        us = math.inf
+        if cuda and not b.spills:
+            try:
+                us, result = timed(name, width, rows, tiles)
+            except OutOfResources:  # of GPUs with less shared memory than an A100
+                continue
+            error = float((result.double() - truth.double()).abs().max() / truth.double().abs().max())
+            if not error < 1e-3:
+                print(f"  wrong, so no time: {tiles} is off by {error:.2g}")
+                continue
+        found.append((us, b.loop * 32 * tiles.num_warps / (tiles.block_m * tiles.block_n), tiles, b))
+    return shipped, found
+
+
+def show(shipped, found):
+    for us, per_entry, tiles, b in sorted(found, key=lambda line: (line[0], line[3].spills, line[1])):
+        limit = f" (of {tiles.maxnreg})" if tiles.maxnreg else ""
+        print(
+            f" {'*' if tiles == shipped else ' '} {tiles.block_m:3} x {tiles.block_n:3}, {tiles.num_warps} warps, "
+            f"{tiles.num_stages} stages: {b.registers:3} registers{limit:9}, {b.spills:4} B spilled, "
+            f"{b.shared / 1024:5.1f} KB, {b.programs_per_sm} at a time, {per_entry:4.1f} instructions an entry"
+            + (f", {us:.1f} us" if us < math.inf else "")
+        )
 
 
 def main() -> int:
@@ -104,63 +146,25 @@ def main() -> int:
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"of {', '.join(KERNELS)} (default: all)")
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--arch", type=int, default=90, choices=(80, 90), help="without a GPU: compute capability")
-    parser.add_argument("--shipped", action="store_true", help="no other candidates")
+    parser.add_argument("--arch", type=int, default=90, choices=(80, 90), help="compute capability, without a GPU")
+    parser.add_argument("--shipped", action="store_true", help="the shipped tiles alone")
     args = parser.parse_args()
     unknown = set(args.kernels) - set(KERNELS)
     if unknown:
         parser.error(f"no kernel {', '.join(sorted(unknown))}; there are {', '.join(KERNELS)}")
     cuda, arch = torch.cuda.is_available(), args.arch
     if cuda:
-        arch = 80 if launch.small_memory(torch.device("cuda")) else 90  # whose tiles this card takes
+        arch = 80 if needs_small_tiles(torch.device("cuda")) else 90  # whose tiles this GPU takes
     torch.set_float32_matmul_precision("high")
     env = environment("triton")
-    for name in args.kernels or KERNELS:
-        for width in args.dims:
-            print(f"\n{name}, D = {width}, {args.rows} rows, sm_{arch}")
-            _, shipped = built(name, width, args.rows, arch)
-            truth = timed(name, width, args.rows, None)[1] if cuda else None
-            lines, todo = [], [shipped, *([] if args.shipped else candidates(width))]
-            for tiles in todo:
-                if tiles[:6] in (line[3][:6] for line in lines):
-                    continue
-                b, _ = built(name, width, args.rows, arch, tiles)
-                if b is None or not b.fits:
-                    continue
-                if tiles != shipped:  # columns are split for as many as really fit
-                    tiles = tiles._replace(resident=min(b.resident, 2))
-                if b.registers > 128 and tiles.warps == 8 and not args.shipped:
-                    todo.append(tiles._replace(registers=128))
-                us = None
-                if cuda and not b.spills:
-                    try:
-                        us, result = timed(name, width, args.rows, tiles)
-                    except OutOfResources:  # of cards with less shared memory than an A100
-                        continue
-                    error = float((result.double() - truth.double()).abs().max() / truth.double().abs().max())
-                    if not error < 1e-3:
-                        print(f"  RED, so no time: {tiles} is off by {error:.2g}")
-                        continue
-                each = b.loop * 32 * tiles.warps / (tiles.bm * tiles.bn)
-                lines.append((us or math.inf, b.spills, each, tiles, b))
-            for us, spills, each, tiles, b in sorted(lines, key=lambda line: line[:3]):
-                limit = f" (of {tiles.registers})" if tiles.registers else ""
-                print(
-                    f" {'*' if tiles == shipped else ' '} {tiles.bm:3} x {tiles.bn:3}, {tiles.warps} warps, "
-                    f"{tiles.stages} stages: {b.registers:3} registers{limit:9}, {spills:4} B spilled, "
-                    f"{b.shared / 1024:5.1f} KB, {b.resident} at a time, {each:4.1f} instructions an entry"
-                    + (f", {us:.1f} us" if us < math.inf else "")
-                )
-            if cuda:
-                append(
-                    "tiles",
-                    env,
-                    kernel=name,
-                    width=width,
-                    rows=args.rows,
-                    shipped=shipped._asdict(),
-                    us=[[*tiles, us] for us, _, _, tiles, _ in lines if us < math.inf],
-                )
+    for name, width in itertools.product(args.kernels or KERNELS, args.dims):
+        print(f"\n{name}, D = {width}, {args.rows} rows, sm_{arch}")
+        shipped, found = measure(name, width, args.rows, arch, args.shipped)
+        show(shipped, found)
+        if cuda:
+            times = [[*tiles, us] for us, _, tiles, _ in found if us < math.inf]
+            result = {"kernel": name, "width": width, "rows": args.rows, "shipped": shipped._asdict(), "us": times}
+            append("tiles", env, **result)
     if not cuda:
         print("\nno CUDA device: nothing was timed")
     return 0

@@ -18,19 +18,20 @@ def group_name(group) -> str:
     return "" if group is None else group.group_name
 
 
-def named_group(name: str):
+def group_from_name(name: str):
     return _resolve_process_group(name) if name else None
 
 
-def gather(x: torch.Tensor, group, room: int = 0) -> torch.Tensor:
-    """Rows of all ranks, rank after rank; no gradient.  Every rank brings the same number of rows.
+def gather(x: torch.Tensor, group, padded_rows: int = 0) -> torch.Tensor:
+    """Rows of all ranks in rank order, without gradient.  Every rank must have the same number of rows.
 
-    room: of so many rows in all, the last ones never written (of one process, x as it is).
+    padded_rows: the result has at least that many rows, uninitialised after the gathered ones (a single process gets x
+    itself).
     """
     if group is None:
         return x
     rows = dist.get_world_size(group) * x.shape[0]
-    out = x.new_empty((max(room, rows), *x.shape[1:]))
+    out = x.new_empty((max(padded_rows, rows), *x.shape[1:]))
     dist.all_gather_into_tensor(out[:rows], x.contiguous(), group=group)
     return out
 

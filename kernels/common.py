@@ -1,16 +1,24 @@
-"""What every op shares: which implementation runs, input checks, and the row normalisation that all of them mean.
+"""What the public functions and the reference implementations share: choosing an implementation, checking the inputs,
+and normalising rows.
 
-A zero row has no direction: it stays zero and gets a zero gradient (F.normalize would send it 1e12 times its gradient).
+A zero row stays zero and gets a zero gradient (F.normalize would multiply its gradient by 1e12).
 """
 
-import torch
+from typing import Literal, get_args
 
-IMPLS = ("auto", "reference", "triton")
+import torch
+from torch import Tensor
+
+Impl = Literal["auto", "reference", "triton"]
+IMPLS = get_args(Impl)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def choose(impl: str, x: torch.Tensor) -> str:
-    """ "reference" or "triton".  "auto" is Triton on CUDA and the reference elsewhere; what cannot run is an error."""
+def choose(impl: Impl, x: Tensor) -> str:
+    """The implementation to use for x: "reference" or "triton".
+
+    "auto" is Triton on CUDA and the reference elsewhere.  Raises ValueError if the requested one cannot run.
+    """
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: choose one of {', '.join(IMPLS)}")
     if impl == "auto":
@@ -23,19 +31,19 @@ def choose(impl: str, x: torch.Tensor) -> str:
     return impl
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot trace the knob
+@torch.compiler.assume_constant_result  # Dynamo cannot trace triton.knobs
 def _interpreting() -> bool:
     import triton
 
     if triton.knobs.runtime.interpret:
-        from .interpreter import repair
+        from .interpreter import patch_bfloat16
 
-        repair()
+        patch_bfloat16()
     return triton.knobs.runtime.interpret
 
 
-def check_rows(op: str, temperature: float | None = None, **tensors: torch.Tensor) -> None:
-    """Matrices of floats, one device, one width; a positive temperature.  Raises ValueError naming what is wrong."""
+def check_rows(op: str, temperature: float | None = None, **tensors: Tensor) -> None:
+    """ValueError unless all are floating-point matrices of one width on one device, and the temperature is above 0."""
     if temperature is not None and not temperature > 0:
         raise ValueError(f"{op}: temperature={temperature}: must be above 0")
     first = None
@@ -52,7 +60,7 @@ def check_rows(op: str, temperature: float | None = None, **tensors: torch.Tenso
             raise ValueError(f"{op}: {name} is on {x.device}, {first[0]} is on {first[1].device}: use one device")
 
 
-def check_triton_dtype(op: str, **tensors: torch.Tensor) -> None:
+def check_triton_dtype(op: str, **tensors: Tensor) -> None:
     for name, x in tensors.items():
         if x.dtype not in TRITON_DTYPES:
             raise ValueError(
@@ -60,39 +68,13 @@ def check_triton_dtype(op: str, **tensors: torch.Tensor) -> None:
             )
 
 
-def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def l2_normalize(x: torch.Tensor) -> torch.Tensor:
-    """Rows of unit length, in float32 or float64; zero rows stay zero, in the gradient too."""
+def l2_normalize(x: Tensor) -> Tensor:
+    """Rows of unit length, in float32 or float64; zero rows stay zero and get a zero gradient."""
     x = at_least_float32(x)
     square = x.square().sum(-1, keepdim=True)
-    alive = square > 0
-    return x * torch.where(alive, torch.where(alive, square, 1.0).rsqrt(), 0.0)
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def pow2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def processors(device: torch.device) -> int:
-    """Multiprocessors to fill.  On a CPU a few are pretended, so that small tests split work too; meta is an H200."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 132 if device.type == "meta" else 4
-
-
-PRETENDED = {"capability": 90}  # of meta tensors, which the build tests compile for
-
-
-def capability(device: torch.device) -> int:
-    """80 for an A100, 90 for an H100 or H200."""
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return 10 * major + minor
-    return PRETENDED["capability"]
+    nonzero = square > 0
+    return x * torch.where(nonzero, torch.where(nonzero, square, 1.0).rsqrt(), 0.0)

@@ -1,5 +1,5 @@
-"""Two repairs of Triton 3.6's interpreter, so that bfloat16 means there what it means on a GPU: it multiplies bfloat16
-matrices as integers, and casts to bfloat16 by cutting bits off instead of rounding to nearest.
+"""Two patches of Triton 3.6's interpreter, so that bfloat16 computes as on a GPU: unpatched it multiplies bfloat16
+matrices as integers, and casts to bfloat16 by truncation instead of rounding to nearest.
 """
 
 import functools
@@ -19,7 +19,7 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def repair() -> None:
+def patch_bfloat16() -> None:
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

@@ -1,5 +1,5 @@
-"""How kernels are held to account: errors against truth, NaN in unwritten memory, allocations counted without a GPU,
-and launches recorded and compiled ahead of time for a named architecture (no GPU needed, no interpreter).
+"""Checks for kernels: errors against float64, NaN in uninitialised memory, allocations counted without a GPU, and
+launches recorded and compiled ahead of time for a given architecture (neither a GPU nor the interpreter is needed).
 """
 
 import math
@@ -8,24 +8,31 @@ import re
 import subprocess
 import tempfile
 import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch refuses matmuls inside nan_memory on CUDA
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that one program can have
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # without it torch refuses matmuls inside nan_memory on CUDA
+MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory for one program, by compute capability
 
 
-def assert_as_good_as(name, ours, plain, truth, factor=2.0, atol=1e-6, scale=None):
-    """`ours` is at most `factor` times as far from `truth` (float64) as `plain` PyTorch in the same dtype.
+def assert_as_good_as(
+    name: str, ours, plain, truth, factor: float = 2.0, atol: float = 1e-6, scale: float | None = None
+) -> None:
+    """AssertionError unless the error of `ours` against `truth` (float64) is at most `factor` times that of `plain`
+    PyTorch in the same dtype, plus atol * scale.
 
-    Both the largest and the root-mean-square error are held; atol is relative to `scale`, the largest |truth| unless
-    given.  Scalars deserve stacking over seeds: one of them can be exact by luck.
+    Applies to both the largest and the root-mean-square error.  scale: the largest |truth| by default.  Stack scalars
+    over several seeds: one of them can be exact by chance.
     """
     ours, plain, truth = (torch.as_tensor(t).detach().double().cpu() for t in (ours, plain, truth))
     assert ours.shape == plain.shape == truth.shape, f"{name}: {ours.shape}, {plain.shape}, {truth.shape}"
@@ -43,8 +50,8 @@ def assert_as_good_as(name, ours, plain, truth, factor=2.0, atol=1e-6, scale=Non
 
 
 @contextmanager
-def nan_memory():
-    """Inside, torch.empty gives NaN (integers: their largest value), so a value that was never written shows."""
+def nan_memory() -> Iterator[None]:
+    """Inside, torch.empty is filled with NaN (integers: their largest value), so that reading it shows."""
     mode, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -56,12 +63,11 @@ def nan_memory():
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def check(op, case, device="cpu", impl="triton"):
-    """Hold one case of an op's cases.py to account: every output and gradient, in memory that starts as NaN.
+def check(op: ModuleType, case: Any, device: str = "cpu", impl: str = "triton") -> dict[str, float]:
+    """assert_as_good_as for every output and gradient of one case; returns their largest errors.
 
-    Plain is the reference in the case's own dtype: under autocast for half precision, as PyTorch users run it.
-    Where a case asks for torch's "high" float32 matmuls, a CPU has none, and float16 operands stand in: TF32 has as
-    many bits.
+    op: an op's cases.py.  Plain PyTorch is the reference in the case's dtype: under autocast for half precision, as
+    users run it.  A CPU has no TF32 for cases with precision "high": float16 operands, with as many bits, replace it.
     """
     before = torch.get_float32_matmul_precision()
     results = {"ours": [], "plain": [], "truth": []}
@@ -88,26 +94,21 @@ def check(op, case, device="cpu", impl="triton"):
     return errors
 
 
-def leaf(x):
-    """x as the start of a graph, without a copy: what is timed is the op alone."""
+def leaf(x: torch.Tensor) -> torch.Tensor:
+    """x as a leaf that requires a gradient, without a copy."""
     return x.detach().requires_grad_()
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of storages that operations create and that are still alive: `now`, and `peak`.
+    """Counts the bytes of storages that operations allocate: `now` (those not freed yet) and their `peak`.
 
-    Meta tensors count as if they were real, so a workload of many GB can be measured on a laptop.
+    Meta tensors count as if they were real, so a workload of many GB can be measured on a small machine.
     """
 
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0
         self._seen = weakref.WeakKeyDictionary()
-
-    def keep(self, *tensors):
-        """Do not count these: the caller held them before."""
-        for x in tensors:
-            self._seen[x.untyped_storage()] = True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -132,10 +133,10 @@ class Launch(NamedTuple):
 
 
 @contextmanager
-def record_launches():
-    """Inside, kernels do not run: the list that this yields gets every launch that would be a build of its own.
+def record_launches() -> Iterator[list[Launch]]:
+    """Inside, kernels do not run; yields a list that receives every launch which needs a build of its own.
 
-    Meta tensors will do as arguments; a launch's own are let go when it repeats one before it.
+    Meta tensors suffice as arguments.  A launch that repeats an earlier one is not kept, nor are its arguments.
     """
     from triton.runtime.jit import JITFunction
 
@@ -159,22 +160,17 @@ def record_launches():
 
 @dataclass(frozen=True)
 class Build:
-    """What the compiler made of a launch.
-
-    spills: bytes of local memory; fits: its shared memory can be had; resident: how many programs a multiprocessor
-    holds at a time; narrow_loads: instructions that load one value of 8 or 16 bits, where a thread could have loaded 16
-    bytes at once; loop: instructions that a warp issues in the shortest pass of the longest loop.
-    """
+    """The compiled code of a launch."""
 
     kernel: str
     arch: int
     registers: int
-    spills: int
-    shared: int
-    fits: bool
-    resident: int
-    narrow_loads: int
-    loop: int
+    spills: int  # bytes of local memory
+    shared: int  # bytes of shared memory
+    fits: bool  # the architecture has that much shared memory
+    programs_per_sm: int  # that fit on a multiprocessor at a time
+    narrow_loads: int  # instructions that load one value of 8 or 16 bits, where a thread could load 16 bytes at once
+    loop: int  # instructions that a warp issues in the shortest pass of the longest loop
     tensor_core: str  # "HGMMA", "HMMA" or ""
 
 
@@ -197,15 +193,18 @@ def compile_launch(launch: Launch, arch: int) -> Build:
     registers, stack, local = (int(re.search(rf"{k}:(\d+)", usage)[1]) for k in ("REG", "STACK", "LOCAL"))
     core = next((name for name in ("HGMMA", "HMMA") if name in sass), "")
     shared, threads = built.metadata.shared, 32 * built.metadata.num_warps
-    resident = min(
-        65536 // (threads * (-(-registers // 8) * 8)), (SHARED_LIMIT[arch] + 1024) // (shared + 1024), 2048 // threads
+    programs_per_sm = min(
+        65536 // (threads * (-(-registers // 8) * 8)), (MAX_SHARED[arch] + 1024) // (shared + 1024), 2048 // threads
     )
     narrow = len(re.findall(r"\bLDG\.E\.(?:[US]8|U16)\b", sass))
-    fits = shared <= SHARED_LIMIT[arch]
-    return Build(kernel.__name__, arch, registers, stack + local, shared, fits, resident, narrow, _loop(sass), core)
+    fits = shared <= MAX_SHARED[arch]
+    return Build(
+        kernel.__name__, arch, registers, stack + local, shared, fits, programs_per_sm, narrow, _loop_length(sass), core
+    )
 
 
-def _loop(sass: str) -> int:
+def _loop_length(sass: str) -> int:
+    """Instructions of the longest loop, along its shortest path."""
     code = [
         (int(m[1], 16), bool(m[2]), m[3], int(m[4] or "0", 16))
         for m in re.finditer(
@@ -214,15 +213,14 @@ def _loop(sass: str) -> int:
     ]
     back = [(to, at) for at, _, name, to in code if name.startswith("BRA") and to < at]
     first, last = max(back, key=lambda ends: ends[1] - ends[0], default=(0, -1))
-    shortest = {first: 0}  # instructions before this one, by the shortest way
+    shortest = {first: 0}  # address: instructions before it on the shortest path
     body = [c for c in code if first <= c[0] <= last]
     for (at, predicated, name, to), (after, *_) in zip(body, [*body[1:], (last + 1,)]):
         if at not in shortest:
             continue
         jumps = name.startswith("BRA") and at < to <= last
-        ways = [to] * jumps + [after] * (not jumps or predicated)
-        for way in ways:
-            shortest[way] = min(shortest.get(way, math.inf), shortest[at] + 1)
+        for successor in [to] * jumps + [after] * (not jumps or predicated):
+            shortest[successor] = min(shortest.get(successor, math.inf), shortest[at] + 1)
     return shortest.get(last + 1, 0)
 
 

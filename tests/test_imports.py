@@ -38,6 +38,7 @@ LAYERS = """
 CONFIGS_MAY_USE = {"config", "methods.*", "views", "hooks"}
 MAY_CONVERT = {"data_prep", "quickstart", "api", "__main__"}  # the trainer never reads sources
 KERNELS_MAY_USE = {"torch", "triton", "numpy", "pytest", *sys.stdlib_module_names}  # pytest: in testing.py
+SHARED_BY_OPS = {"one_pass", "similarity"}  # folders of kernels/ that are not ops
 
 MODULES = {  # dotted name -> file
     ".".join((package, *file.relative_to(folder).with_suffix("").parts)).removesuffix(".__init__"): file
@@ -92,6 +93,16 @@ def test_imports_point_one_way(name):
 @pytest.mark.parametrize("name", [m for m in sorted(MODULES) if word(m) == "kernels"])
 def test_kernels_need_torch_and_triton_only(name):
     assert {i.split(".")[0] for i in imports_of(name)} <= {"fastssl", *KERNELS_MAY_USE}
+
+
+@pytest.mark.parametrize("name", [m for m in sorted(MODULES) if m.startswith("fastssl.kernels.")])
+def test_an_op_imports_no_other_op(name):
+    def folder(module):
+        part = f"{module}..".split(".")[2]
+        return part if part and (ROOT / "kernels" / part).is_dir() else ""
+
+    folders = {folder(i) for i in imports_of(name) if i.startswith("fastssl.kernels")}
+    assert folders <= {"", folder(name), *SHARED_BY_OPS}
 
 
 def test_no_folder_is_imported_by_its_bare_name():

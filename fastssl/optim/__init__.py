@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastssl.config import Optim
 from fastssl.kernels import multi_tensor
+from fastssl.kernels.multi_tensor import LarsOptions
 
 NORM_AND_BIAS = "ndim<=1"  # a pattern beside the regexes: names miss norms such as `downsample.1`, shapes do not
 KEYS = (
@@ -437,22 +438,8 @@ class Lars(_Whole, torch.optim.Optimizer):
             for p in params if first else ():
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffers = views(params, [self.state[p]["momentum_buffer"] for p in params])
-        options = {
-            k: group[k]
-            for k in (
-                "lr",
-                "weight_decay",
-                "momentum",
-                "dampening",
-                "nesterov",
-                "eta",
-                "clip_lr",
-                "lr_in_momentum",
-                "eps",
-                "norm_of_sum",
-            )
-        }
-        multi_tensor.lars_(w, g, buffers, squares, **options, first=first, found_inf=self.found_inf, impl=self.impl)
+        options = LarsOptions(**{k: group[k] for k in LarsOptions._fields if k != "first"}, first=first)
+        multi_tensor.lars_(w, g, buffers, squares, options, found_inf=self.found_inf, impl=self.impl)
 
     def _squares(self, group: dict, params: list[Tensor], w: list[Tensor], g: list[Tensor]) -> Tensor | None:
         """(3, n) sums of squares of whole tensors, for each fragment."""

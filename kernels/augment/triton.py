@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import cdiv, pow2
+from ..tiling import cdiv, next_power_of_2
 from . import draws, params
 from . import pixels as px
 
@@ -389,7 +389,7 @@ def _ordering(view) -> dict:
 
 def _launch_whole(group, pixels, sizes, index, specs, out, seed, epoch, epoch_ptr):
     view = group.views[0]
-    tile = max(16, pow2(view.size))
+    tile = max(16, next_power_of_2(view.size))
     whole_kernel[(len(pixels), len(group.views))](
         pixels,
         pixels.shape[1],
@@ -478,7 +478,7 @@ def _launch_tiles(group, pixels, sizes, index, specs, out, seed, epoch, epoch_pt
             KEPT=kept,
             TILE=TILE,
             SIDE=side,
-            TILES=pow2(side * side),
+            TILES=next_power_of_2(side * side),
             **(KEPT_OPTIONS if kept else CUT_OPTIONS),
         )
     if group.halo:

@@ -7,72 +7,83 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import pow2
-from ..ntxent.rows import inverse_norm
+from ..rows import inverse_norm
+from ..tiling import next_power_of_2
 
 
-@triton.jit(do_not_specialize=("size", "n"))
-def update_kernel(
-    p_bank,
-    sb_r,
-    sb_d,
-    p_index,
-    si,
-    p_rows,
-    sr_r,
-    sr_d,
-    p_found_inf,
+@triton.jit(do_not_specialize=("S", "N"))
+def update_bank_kernel(
+    bank_ptr,  # (S, D), any float, in place
+    stride_bs,
+    stride_bd,
+    index_ptr,  # (N,) int64, rows of the bank
+    stride_in,
+    rows_ptr,  # (N, D), any float
+    stride_rn,
+    stride_rd,
+    found_inf_ptr,  # () float32, if CHECK_INF
     momentum,
-    size,
-    n,
+    S,
+    N,
     D: tl.constexpr,
-    BD: tl.constexpr,
-    BI: tl.constexpr,
-    FLAG: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHECK_INF: tl.constexpr,
 ):
-    """One program a row.  It looks for its index among the rows after it; only the last to have it writes."""
-    if FLAG and tl.load(p_found_inf) != 0.0:
+    """One program a row.  It looks for its index among the rows after it; only the last one with that index writes."""
+    if CHECK_INF and tl.load(found_inf_ptr) != 0.0:
         return
     i = tl.program_id(0)
-    own = tl.load(p_index + i * si)
-    n_later = 0
-    for first in range((i + 1) // BI * BI, n, BI):
-        o = first + tl.arange(0, BI)
-        b_index = tl.load(p_index + o * si, mask=(o > i) & (o < n), other=-1)
-        n_later += tl.sum((b_index == own).to(tl.int32), 0)
-    o_d = tl.arange(0, BD)
-    mask = (o_d < D) & (own >= 0) & (own < size) & (n_later == 0)
-    p = p_bank + own * sb_r + o_d.to(tl.int64) * sb_d
-    b_old = tl.load(p, mask=mask, other=0.0).to(tl.float32)
-    p_rows += i.to(tl.int64) * sr_r
-    b_new = tl.load(p_rows + o_d.to(tl.int64) * sr_d, mask=mask, other=0.0).to(tl.float32)
-    b = ((1.0 - momentum) * b_old + momentum * b_new)[None, :]
-    b *= inverse_norm(b, True)[:, None]
-    tl.store(p, tl.reshape(b, [BD]).to(p_bank.dtype.element_ty), mask=mask)
+    own = tl.load(index_ptr + i * stride_in)
+    num_later = 0
+    for first in range((i + 1) // BLOCK_N * BLOCK_N, N, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        index = tl.load(index_ptr + offs_n * stride_in, mask=(offs_n > i) & (offs_n < N), other=-1)
+        num_later += tl.sum((index == own).to(tl.int32), 0)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (offs_d < D) & (own >= 0) & (own < S) & (num_later == 0)
+    bank_ptrs = bank_ptr + own * stride_bs + offs_d.to(tl.int64) * stride_bd
+    old = tl.load(bank_ptrs, mask=mask, other=0.0).to(tl.float32)
+    rows_ptr += i.to(tl.int64) * stride_rn
+    new = tl.load(rows_ptr + offs_d.to(tl.int64) * stride_rd, mask=mask, other=0.0).to(tl.float32)
+    mix = ((1.0 - momentum) * old + momentum * new)[None, :]
+    mix *= inverse_norm(mix, True)[:, None]
+    tl.store(bank_ptrs, tl.reshape(mix, [BLOCK_D]).to(bank_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def centroids_kernel(
-    p_out, so_r, so_d, p_bank, sb_r, sb_d, p_order, p_start, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr
+def update_centroids_kernel(
+    out_ptr,  # (K, D), any float, in place
+    stride_ok,
+    stride_od,
+    bank_ptr,  # (S, D), any float
+    stride_bs,
+    stride_bd,
+    order_ptr,  # (S,) int64: rows of the bank sorted by label
+    start_ptr,  # (K + 1,) int64: where a label's rows begin in order
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """One program a centroid: adds the rows order[start[k]:start[k + 1]] of the bank."""
+    """One program a centroid: the mean of the rows order[start[k]:start[k + 1]] of the bank."""
     k = tl.program_id(0)
-    start, stop = tl.load(p_start + k), tl.load(p_start + k + 1)
-    o_r, o_d = tl.arange(0, BR), tl.arange(0, BD)
-    b_sum = tl.zeros([BD], tl.float32)
-    for first in range(start, stop, BR):
-        m_r = first + o_r < stop
-        o_row = tl.load(p_order + first + o_r, mask=m_r, other=0)
-        p = p_bank + o_row[:, None] * sb_r + o_d.to(tl.int64)[None, :] * sb_d
-        b_sum += tl.sum(tl.load(p, mask=m_r[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32), 0)
-    p_out += k.to(tl.int64) * so_r
-    b_mean = b_sum / tl.maximum(stop - start, 1).to(tl.float32)
-    tl.store(p_out + o_d.to(tl.int64) * so_d, b_mean.to(p_out.dtype.element_ty), mask=(o_d < D) & (stop > start))
+    start, stop = tl.load(start_ptr + k), tl.load(start_ptr + k + 1)
+    offs_s, offs_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(start, stop, BLOCK_S):
+        mask_s = first + offs_s < stop
+        rows = tl.load(order_ptr + first + offs_s, mask=mask_s, other=0)
+        ptrs = bank_ptr + rows[:, None] * stride_bs + offs_d.to(tl.int64)[None, :] * stride_bd
+        total += tl.sum(tl.load(ptrs, mask=mask_s[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32), 0)
+    out_ptr += k.to(tl.int64) * stride_ok
+    mean = total / tl.maximum(stop - start, 1).to(tl.float32)
+    out_ptrs = out_ptr + offs_d.to(tl.int64) * stride_od
+    tl.store(out_ptrs, mean.to(out_ptr.dtype.element_ty), mask=(offs_d < D) & (stop > start))
 
 
-def update(bank, index, rows, momentum, found_inf=None):
+def update_bank(bank, index, rows, momentum, found_inf=None) -> None:
     n, d = rows.shape
-    update_kernel[(n,)](
+    update_bank_kernel[(n,)](
         bank,
         *bank.stride(),
         index,
@@ -84,30 +95,38 @@ def update(bank, index, rows, momentum, found_inf=None):
         bank.shape[0],
         n,
         D=d,
-        BD=pow2(d),
-        BI=256,
-        FLAG=found_inf is not None,
+        BLOCK_D=next_power_of_2(d),
+        BLOCK_N=256,
+        CHECK_INF=found_inf is not None,
         num_warps=1 if d <= 256 else 4,
     )
 
 
-def centroids(out, bank, labels):
+def update_centroids(out, bank, labels) -> None:
     ordered, order = torch.sort(labels, stable=True)
     start = torch.searchsorted(ordered, torch.arange(out.shape[0] + 1, device=labels.device))
-    block_d = pow2(bank.shape[1])
-    centroids_kernel[(out.shape[0],)](
-        out, *out.stride(), bank, *bank.stride(), order, start, D=bank.shape[1], BD=block_d, BR=max(1, 4096 // block_d)
+    block_d = next_power_of_2(bank.shape[1])
+    update_centroids_kernel[(out.shape[0],)](
+        out,
+        *out.stride(),
+        bank,
+        *bank.stride(),
+        order,
+        start,
+        D=bank.shape[1],
+        BLOCK_D=block_d,
+        BLOCK_S=max(1, 4096 // block_d),
     )
 
 
 @torch.library.custom_op("fastssl::update_bank", mutates_args=("bank",))
 def update_bank_(bank: Tensor, index: Tensor, rows: Tensor, momentum: float, found_inf: Tensor | None) -> None:
-    update(bank, index, rows, momentum, found_inf)
+    update_bank(bank, index, rows, momentum, found_inf)
 
 
 @torch.library.custom_op("fastssl::update_centroids", mutates_args=("out",))
 def update_centroids_(out: Tensor, bank: Tensor, labels: Tensor) -> None:
-    centroids(out, bank, labels)
+    update_centroids(out, bank, labels)
 
 
 @update_bank_.register_fake

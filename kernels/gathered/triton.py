@@ -1,97 +1,104 @@
 """NPID's loss with gathered negatives: each is read once, for its logit and for dq together, and none is written.
 
-Bound by the gather: N K rows of the bank.  Shared negatives go through infonce.  Not measured yet on a GPU.
+Bound by the gather: M N rows of the bank.  Negatives shared by all queries are a matrix of keys (kernels/one_pass).
+Not measured yet on a GPU.
 """
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import cdiv, pow2
-from ..infonce import triton as infonce
-from ..ntxent.launch import Form, n_splits
-from ..ntxent.rows import inverse_norm
+from ..one_pass import combine, loss_and_gradient, register_ready_gradient
+from ..rows import inverse_norm
+from ..tiling import cdiv, next_power_of_2, split_tiles
 
 
-@triton.jit(do_not_specialize=("m", "n", "per_split"))
+@triton.jit(do_not_specialize=("M", "N", "negatives_per_split"))
 def gathered_kernel(
-    p_q,
-    sq_r,
-    sq_d,
-    p_bank,
-    sb_r,
-    sb_d,
-    p_positive,
-    sp,
-    p_negative,
-    sn_r,
-    sn_k,
-    p_stat,
-    p_acc,
-    p_dot,
-    p_inv,
-    m,
-    n,
-    per_split,
-    c,
+    q_ptr,  # (M, D), any float
+    stride_qm,
+    stride_qd,
+    bank_ptr,  # (S, D), any float
+    stride_bs,
+    stride_bd,
+    positive_ptr,  # (M,) int64, rows of the bank
+    stride_pm,
+    negative_ptr,  # (M, N) int64, rows of the bank
+    stride_nm,
+    stride_nn,
+    stats_ptr,  # (2, num_splits, M) float32 out: maxima and sums
+    acc_ptr,  # (num_splits, M, BLOCK_D) float32 out: sums of p_ij k_j
+    dot_ptr,  # (M,) float32 out: <q_i, positive_i>
+    inv_norm_ptr,  # (M,) float32 out
+    M,
+    N,
+    negatives_per_split,
+    scale,
     D: tl.constexpr,
-    BD: tl.constexpr,
-    BN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):
-    """One query, a part of its negatives; the first part takes the positive's logit too.  All float32."""
-    i, i_split = tl.program_id(0), tl.program_id(1)
-    o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
-    m_d = o_d < D
-    b_q = tl.load(p_q + i.to(tl.int64) * sq_r + o_d.to(tl.int64) * sq_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
-    b_inv = inverse_norm(b_q, NORMALIZE)
-    b_q *= b_inv[:, None]
-    o_bank = o_d.to(tl.int64)[None, :] * sb_d
+    """One program: one query and one split of its negatives; the first split writes dot and inv_norm.  All float32."""
+    i, pid_split = tl.program_id(0), tl.program_id(1)
+    offs_d, offs_n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    mask_d = offs_d < D
+    q_ptrs = q_ptr + i.to(tl.int64) * stride_qm + offs_d.to(tl.int64) * stride_qd
+    q = tl.load(q_ptrs, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+    inv_norm = inverse_norm(q, NORMALIZE)
+    q *= inv_norm[:, None]
+    offs_bank = offs_d.to(tl.int64)[None, :] * stride_bd
 
-    own = tl.load(p_positive + i.to(tl.int64) * sp)
-    b_y = tl.load(p_bank + own * sb_r + o_bank, mask=m_d[None, :], other=0.0).to(tl.float32)
-    b_dot = tl.sum(b_q * b_y, 1)
-    b_max = tl.full([1], float("-inf"), tl.float32)
-    b_sum = tl.zeros([1], tl.float32)
-    b_acc = tl.zeros([1, BD], tl.float32)
-    stop = tl.minimum((i_split + 1) * per_split, n)
-    for k in range(i_split * per_split, stop, BN):
-        m_n = k + o_n < stop
-        o_row = tl.load(p_negative + i.to(tl.int64) * sn_r + (k + o_n).to(tl.int64) * sn_k, mask=m_n, other=0)
-        p = p_bank + o_row[:, None] * sb_r + o_bank
-        b_k = tl.load(p, mask=m_n[:, None] & m_d[None, :], other=0.0).to(tl.float32)
-        b_x = tl.where(m_n, tl.sum(b_k * b_q, 1) * c, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_x, 0))
-        b_p = tl.exp2(b_x - b_new)
-        b_scale = tl.exp2(b_max - b_new)
-        b_sum = b_sum * b_scale + tl.sum(b_p, 0)
-        b_acc = b_acc * b_scale[:, None] + tl.sum(b_p[:, None] * b_k, 0)[None, :]
-        b_max = b_new
+    positive_row = tl.load(positive_ptr + i.to(tl.int64) * stride_pm)
+    positive_ptrs = bank_ptr + positive_row * stride_bs + offs_bank
+    positive = tl.load(positive_ptrs, mask=mask_d[None, :], other=0.0).to(tl.float32)
+    dot = tl.sum(q * positive, 1)
+    row_max = tl.full([1], float("-inf"), tl.float32)
+    row_sum = tl.zeros([1], tl.float32)
+    acc = tl.zeros([1, BLOCK_D], tl.float32)
+    stop = tl.minimum((pid_split + 1) * negatives_per_split, N)
+    for first in range(pid_split * negatives_per_split, stop, BLOCK_N):
+        mask_n = first + offs_n < stop
+        row_ptrs = negative_ptr + i.to(tl.int64) * stride_nm + (first + offs_n).to(tl.int64) * stride_nn
+        rows = tl.load(row_ptrs, mask=mask_n, other=0)
+        k_ptrs = bank_ptr + rows[:, None] * stride_bs + offs_bank
+        k = tl.load(k_ptrs, mask=mask_n[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
+        x = tl.where(mask_n, tl.sum(k * q, 1) * scale, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(x, 0))
+        p = tl.exp2(x - new_max)
+        alpha = tl.exp2(row_max - new_max)
+        row_sum = row_sum * alpha + tl.sum(p, 0)
+        acc = acc * alpha[:, None] + tl.sum(p[:, None] * k, 0)[None, :]
+        row_max = new_max
 
-    o_one = tl.arange(0, 1)
-    o_stat = i_split * m + i + o_one
-    tl.store(p_stat + o_stat, b_max)
-    tl.store(p_stat + tl.num_programs(1) * m + o_stat, b_sum)
-    tl.store(p_acc + o_stat.to(tl.int64)[:, None] * BD + o_d[None, :], b_acc)
-    tl.store(p_dot + i + o_one, b_dot, mask=(i_split == 0) & (o_one == 0))
-    tl.store(p_inv + i + o_one, b_inv, mask=(i_split == 0) & (o_one == 0))
+    offs_one = tl.arange(0, 1)
+    offs_stats = pid_split * M + i + offs_one
+    tl.store(stats_ptr + offs_stats, row_max)
+    tl.store(stats_ptr + tl.num_programs(1) * M + offs_stats, row_sum)
+    tl.store(acc_ptr + offs_stats.to(tl.int64)[:, None] * BLOCK_D + offs_d[None, :], acc)
+    tl.store(dot_ptr + i + offs_one, dot, mask=(pid_split == 0) & (offs_one == 0))
+    tl.store(inv_norm_ptr + i + offs_one, inv_norm, mask=(pid_split == 0) & (offs_one == 0))
 
 
-def forward(q, bank, positive, negatives, temperature, normalize):
-    """-> loss, dloss/dq in float32."""
+def forward(q, bank, positive, negatives, temperature, normalize) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient with respect to q in float32."""
     if negatives.ndim == 1:
-        return infonce.forward(q, bank[positive], bank[negatives], temperature, normalize, None, normalize_k=False)
+        keys = bank[positive], bank[negatives]
+        return loss_and_gradient(q, *keys, temperature, normalize, group=None, normalize_k=False)
     m, d = q.shape
     n = negatives.shape[1]
-    form = Form(temperature, normalize, diagonal=False, decoupled=False, half=0)
-    block_d = pow2(d)
+    block_d = next_power_of_2(d)
     block_n = max(8, 4096 // block_d)
-    splits, each = n_splits(cdiv(m, 4), max(cdiv(n, block_n), 1), q.device)  # four small programs a processor
+    num_splits, tiles_per_split = split_tiles(
+        cdiv(m, 4), max(cdiv(n, block_n), 1), q.device
+    )  # 4 small programs count as 1
     f32 = {"dtype": torch.float32, "device": q.device}
-    stat, acc = torch.empty((2, splits, m), **f32), torch.empty((splits, m, block_d), **f32)
-    dot, inv = torch.empty(m, **f32), torch.empty(m, **f32)
-    gathered_kernel[(m, splits)](
+    stats, acc = torch.empty((2, num_splits, m), **f32), torch.empty((num_splits, m, block_d), **f32)
+    dot, inv_norm = torch.empty(m, **f32), torch.empty(m, **f32)
+    gathered_kernel[(m, num_splits)](
         q,
         *q.stride(),
         bank,
@@ -100,20 +107,21 @@ def forward(q, bank, positive, negatives, temperature, normalize):
         positive.stride(0),
         negatives,
         *negatives.stride(),
-        stat,
+        stats,
         acc,
         dot,
-        inv,
+        inv_norm,
         m,
         n,
-        each * block_n,
-        form.c,
+        tiles_per_split * block_n,
+        1 / (math.log(2) * temperature),
         D=d,
-        BD=block_d,
-        BN=block_n,
+        BLOCK_D=block_d,
+        BLOCK_N=block_n,
         NORMALIZE=normalize,
     )
-    return infonce.combine(stat, acc, dot, bank[positive], q, inv, form, 0, False)
+    partial = stats, acc, 0
+    return combine(partial, q, inv_norm if normalize else None, bank[positive], dot, temperature, False)
 
 
 @torch.library.custom_op("fastssl::gathered_nce", mutates_args=())
@@ -128,19 +136,7 @@ def _(q, bank, positive, negatives, temperature, normalize):
     return q.new_empty((), dtype=torch.float32), torch.empty(q.shape, dtype=torch.float32, device=q.device)
 
 
-def _setup(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # zeros for the outputs that are only saved would cost memory and time
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[1])
-
-
-def _backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 6
-    return (grad * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None, None, None
-
-
-gathered_op.register_autograd(_backward, setup_context=_setup)
+register_ready_gradient(gathered_op, num_inputs=6)
 
 
 def gathered_nce(q, bank, positive, negatives, temperature, normalize):

@@ -1,5 +1,5 @@
 """Optimizer arithmetic over lists of tensors in one launch each, whatever their number: LARS, its norms, and the moving
-average of a momentum encoder.  Learning rates, weights and the overflow flag may live on the device, so that a captured
+average of a momentum encoder.  Learning rates, weights and the overflow flag may be on the device, so that a captured
 CUDA graph reads their current values.
 
 The lists pair by position.  Tensors are dense, of one dtype and device; the Triton kernels take float32.
@@ -8,8 +8,11 @@ The lists pair by position.  Tensors are dense, of one dtype and device; the Tri
 import torch
 from torch import Tensor
 
-from ..common import choose
+from ..common import Impl, choose
 from . import reference
+from .reference import LarsOptions
+
+__all__ = ["LarsOptions", "lars_", "lerp_", "square_sums"]
 
 
 def lerp_(
@@ -18,7 +21,7 @@ def lerp_(
     weight: float | Tensor,
     *,
     found_inf: Tensor | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> None:
     """target <- target + weight (source - target) for every pair, in place.
 
@@ -32,7 +35,7 @@ def lerp_(
 
 
 def square_sums(
-    params: list[Tensor], grads: list[Tensor], weight_decay: float | Tensor, *, impl: str = "auto"
+    params: list[Tensor], grads: list[Tensor], weight_decay: float | Tensor, *, impl: Impl = "auto"
 ) -> Tensor:
     """(3, n): the sums of squares of each parameter w, of its gradient g, and of g + weight_decay w."""
     _check("square_sums", params, grads)
@@ -45,20 +48,10 @@ def lars_(
     grads: list[Tensor],
     buffers: list[Tensor] | None,
     squares: Tensor | None,
+    options: LarsOptions,
     *,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    nesterov: bool = False,
-    eta: float = 1e-3,
-    eps: float = 0.0,
-    norm_of_sum: bool = False,
-    clip_lr: bool = False,
-    lr_in_momentum: bool = True,
-    first: bool = False,
     found_inf: Tensor | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> None:
     """One step of SGD with momentum and LARS's trust ratio per tensor (https://arxiv.org/abs/1708.03888), in place.
 
@@ -67,35 +60,20 @@ def lars_(
         buffer = momentum buffer + (1 - dampening) d          first: buffer = d
         w = w - buffer                                        nesterov: w - (d + momentum buffer)
 
-    squares: what `square_sums` gives; None: ratio 1, which is torch's SGD. A tensor whose weights or gradient
-    (norm_of_sum: gradient and decay together) are all zero has ratio 1. lr_in_momentum=False: lr multiplies what is
-    subtracted from w, not d. buffers: None without momentum. lr, weight_decay: numbers or 0-dim tensors. found_inf:
-    None, or a 0-dim float32 tensor on the device; where it is not zero, nothing changes. grads may be overwritten.
+    squares: the result of `square_sums`; None: ratio 1, which is torch's SGD.  The ratio is also 1 for a tensor whose
+    weights or gradient (norm_of_sum: gradient and decay together) are all zero.  lr_in_momentum=False: lr multiplies
+    what is subtracted from w instead of d.  buffers: None without momentum.  found_inf: None, or a 0-dim float32 tensor
+    on the device; where it is not zero, nothing changes.  grads may be overwritten.
     """
-    _check("lars_", params, grads, *([buffers] if momentum else []))
+    _check("lars_", params, grads, *([buffers] if options.momentum else []))
     if params:
         with torch.no_grad():
-            _module(impl, params).lars_(
-                params,
-                grads,
-                buffers if momentum else None,
-                squares,
-                lr,
-                weight_decay,
-                momentum,
-                dampening,
-                nesterov,
-                eta,
-                eps,
-                norm_of_sum,
-                clip_lr,
-                lr_in_momentum,
-                first,
-                found_inf,
-            )
+            buffers = buffers if options.momentum else None
+            _module(impl, params).lars_(params, grads, buffers, squares, options, found_inf)
 
 
-def _module(impl: str, tensors: list[Tensor]):
+def _module(impl: Impl, tensors: list[Tensor]):
+    """The reference or the Triton module."""
     if not tensors:
         return reference
     x = tensors[0]

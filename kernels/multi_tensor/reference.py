@@ -1,7 +1,25 @@
 """The definitions in PyTorch's own operations over lists."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class LarsOptions(NamedTuple):
+    """The numbers of a step; see lars_."""
+
+    lr: float | Tensor  # or a 0-dim tensor, as is weight_decay
+    weight_decay: float | Tensor
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    eta: float = 1e-3
+    eps: float = 0.0
+    norm_of_sum: bool = False
+    clip_lr: bool = False
+    lr_in_momentum: bool = True
+    first: bool = False  # step of these tensors: there is no buffer yet
 
 
 def lerp_(targets, sources, weight, found_inf):
@@ -10,7 +28,8 @@ def lerp_(targets, sources, weight, found_inf):
         torch._foreach_lerp_(targets, sources, weight)
         return
     for t, s in zip(targets, sources):
-        t.copy_(_kept(found_inf, t, torch.lerp(t, s, torch.as_tensor(weight, dtype=t.dtype, device=t.device))))
+        new = torch.lerp(t, s, torch.as_tensor(weight, dtype=t.dtype, device=t.device))
+        t.copy_(_unless_inf(found_inf, t, new))
 
 
 def square_sums(params, grads, weight_decay):
@@ -21,53 +40,37 @@ def square_sums(params, grads, weight_decay):
     return torch.stack([n for row in norms for n in row]).view(3, -1).square()
 
 
-def lars_(
-    params,
-    grads,
-    buffers,
-    squares,
-    lr,
-    weight_decay,
-    momentum,
-    dampening,
-    nesterov,
-    eta,
-    eps,
-    norm_of_sum,
-    clip_lr,
-    lr_in_momentum,
-    first,
-    found_inf,
-):
-    d = _decayed(params, grads, weight_decay)
-    scale = None if squares is None else ratios(squares, lr, weight_decay, eta, eps, norm_of_sum, clip_lr)
-    if lr_in_momentum:
-        scale = lr if scale is None else scale * lr
+def lars_(params, grads, buffers, squares, options, found_inf):
+    d = _decayed(params, grads, options.weight_decay)
+    scale = None if squares is None else ratios(squares, options)
+    if options.lr_in_momentum:
+        scale = options.lr if scale is None else scale * options.lr
     if isinstance(scale, Tensor) and scale.ndim:
         torch._foreach_mul_(d, list(scale.unbind()))
     elif scale is not None:
         torch._foreach_mul_(d, scale)
     if buffers is not None:
         flat = [b.view_as(p) for b, p in zip(buffers, params)]
-        new = torch._foreach_mul(flat, momentum)
-        torch._foreach_add_(new, d, alpha=1 - dampening)
-        new = d if first else new
-        d = torch._foreach_add(d, new, alpha=momentum) if nesterov else new
-        torch._foreach_copy_(flat, [_kept(found_inf, b, n) for b, n in zip(flat, new)])
-    if not lr_in_momentum:
-        d = torch._foreach_mul(d, lr)
-    torch._foreach_copy_(params, [_kept(found_inf, p, p - x) for p, x in zip(params, d)])
+        new = torch._foreach_mul(flat, options.momentum)
+        torch._foreach_add_(new, d, alpha=1 - options.dampening)
+        new = d if options.first else new
+        d = torch._foreach_add(d, new, alpha=options.momentum) if options.nesterov else new
+        torch._foreach_copy_(flat, [_unless_inf(found_inf, b, n) for b, n in zip(flat, new)])
+    if not options.lr_in_momentum:
+        d = torch._foreach_mul(d, options.lr)
+    torch._foreach_copy_(params, [_unless_inf(found_inf, p, p - x) for p, x in zip(params, d)])
 
 
-def ratios(squares: Tensor, lr, weight_decay, eta: float, eps: float, norm_of_sum: bool, clip_lr: bool) -> Tensor:
-    """(n,) trust ratios of LARS; with `clip_lr` divided by lr, which the caller multiplies by."""
+def ratios(squares: Tensor, options: LarsOptions) -> Tensor:
+    """(n,) trust ratios of LARS; with `clip_lr` divided by lr, since the caller multiplies by it."""
     w, g, both = squares.sqrt()
-    ratio = eta * w / ((both if norm_of_sum else g + weight_decay * w) + eps)
-    moved = both if norm_of_sum else g  # SimCLR's, BYOL's, MoCo v3's authors decay tensors without a gradient, too
-    if clip_lr:
-        lr = torch.as_tensor(lr, dtype=ratio.dtype, device=ratio.device)
+    denominator = (both if options.norm_of_sum else g + options.weight_decay * w) + options.eps
+    ratio = options.eta * w / denominator
+    gradient = both if options.norm_of_sum else g  # SimCLR's, BYOL's and MoCo v3's authors decay a zero gradient, too
+    if options.clip_lr:
+        lr = torch.as_tensor(options.lr, dtype=ratio.dtype, device=ratio.device)
         ratio = torch.where(lr > 0, (ratio / lr).clamp(max=1.0), 1.0)
-    return torch.where((w > 0) & (moved > 0), ratio, 1.0)
+    return torch.where((w > 0) & (gradient > 0), ratio, 1.0)
 
 
 def _decayed(params, grads, weight_decay) -> list[Tensor]:
@@ -77,5 +80,5 @@ def _decayed(params, grads, weight_decay) -> list[Tensor]:
     return torch._foreach_add(grads, list(params), alpha=weight_decay)
 
 
-def _kept(found_inf: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
+def _unless_inf(found_inf: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
     return new if found_inf is None else torch.where(found_inf != 0, old, new)

@@ -1,5 +1,5 @@
 """The circular write in one launch: rows are normalised, cast and stored, and the last program to finish moves the
-pointer, counting arrivals in its upper 32 bits meanwhile.  No host synchronisation.  Not measured yet on a GPU.
+pointer, whose upper 32 bits count finished programs meanwhile.  No host synchronisation.  Not measured yet on a GPU.
 """
 
 import torch
@@ -7,50 +7,52 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import cdiv, pow2
-from ..ntxent.rows import inverse_norm
+from ..rows import inverse_norm
+from ..tiling import cdiv, next_power_of_2
 
 
-@triton.jit(do_not_specialize=("size", "n"))
-def push_kernel(
-    p_queue,
-    sq_r,
-    sq_d,
-    p_pointer,
-    p_rows,
-    sr_r,
-    sr_d,
-    p_found_inf,
-    size,
-    n,
+@triton.jit(do_not_specialize=("K", "N"))
+def enqueue_kernel(
+    queue_ptr,  # (K, D), any float, in place
+    stride_qk,
+    stride_qd,
+    pointer_ptr,  # () int64, in place
+    rows_ptr,  # (N, D), any float
+    stride_rn,
+    stride_rd,
+    found_inf_ptr,  # () float32, if CHECK_INF
+    K,
+    N,
     D: tl.constexpr,
-    BD: tl.constexpr,
-    BR: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    FLAG: tl.constexpr,
+    CHECK_INF: tl.constexpr,
 ):
-    if FLAG and tl.load(p_found_inf) != 0.0:
+    if CHECK_INF and tl.load(found_inf_ptr) != 0.0:
         return
-    pointer = tl.load(p_pointer) & 0xFFFFFFFF
-    o_row, o_d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BD)
-    mask = ((o_row < n) & (o_row >= n - size))[:, None] & (o_d < D)[None, :]  # of more rows than slots, the last stay
-    o_row, o_d = o_row.to(tl.int64), o_d.to(tl.int64)
-    b_x = tl.load(p_rows + o_row[:, None] * sr_r + o_d[None, :] * sr_d, mask=mask, other=0.0).to(tl.float32)
-    b_x *= inverse_norm(b_x, NORMALIZE)[:, None]
-    o_slot = (pointer + o_row) % size
-    tl.store(p_queue + o_slot[:, None] * sq_r + o_d[None, :] * sq_d, b_x.to(p_queue.dtype.element_ty), mask=mask)
+    pointer = tl.load(pointer_ptr) & 0xFFFFFFFF
+    offs_n, offs_d = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    mask = ((offs_n < N) & (offs_n >= N - K))[:, None] & (offs_d < D)[None, :]  # of more than K rows, the last K
+    offs_n, offs_d = offs_n.to(tl.int64), offs_d.to(tl.int64)
+    row_ptrs = rows_ptr + offs_n[:, None] * stride_rn + offs_d[None, :] * stride_rd
+    x = tl.load(row_ptrs, mask=mask, other=0.0).to(tl.float32)
+    x *= inverse_norm(x, NORMALIZE)[:, None]
+    slots = (pointer + offs_n) % K
+    queue_ptrs = queue_ptr + slots[:, None] * stride_qk + offs_d[None, :] * stride_qd
+    tl.store(queue_ptrs, x.to(queue_ptr.dtype.element_ty), mask=mask)
 
-    tl.debug_barrier()  # every thread has read the pointer before this program counts as arrived
-    arrived = tl.atomic_add(p_pointer, 1 << 32) >> 32
-    if arrived == tl.num_programs(0) - 1:
-        tl.store(p_pointer, (pointer + n) % size)
+    tl.debug_barrier()  # every thread has read the pointer before this program counts as finished
+    num_finished = tl.atomic_add(pointer_ptr, 1 << 32) >> 32
+    if num_finished == tl.num_programs(0) - 1:
+        tl.store(pointer_ptr, (pointer + N) % K)
 
 
-def push(queue, pointer, rows, normalize, found_inf=None):
+def enqueue(queue, pointer, rows, normalize, found_inf=None) -> None:
     n, d = rows.shape
-    block_d = pow2(d)
-    block_r = max(1, 1024 // block_d)
-    push_kernel[(cdiv(n, block_r),)](
+    block_d = next_power_of_2(d)
+    block_n = max(1, 1024 // block_d)
+    enqueue_kernel[(cdiv(n, block_n),)](
         queue,
         *queue.stride(),
         pointer,
@@ -60,16 +62,16 @@ def push(queue, pointer, rows, normalize, found_inf=None):
         queue.shape[0],
         n,
         D=d,
-        BD=block_d,
-        BR=block_r,
+        BLOCK_D=block_d,
+        BLOCK_N=block_n,
         NORMALIZE=normalize,
-        FLAG=found_inf is not None,
+        CHECK_INF=found_inf is not None,
     )
 
 
 @torch.library.custom_op("fastssl::enqueue", mutates_args=("queue", "pointer"))
 def enqueue_(queue: Tensor, pointer: Tensor, rows: Tensor, normalize: bool, found_inf: Tensor | None) -> None:
-    push(queue, pointer, rows, normalize, found_inf)
+    enqueue(queue, pointer, rows, normalize, found_inf)
 
 
 @enqueue_.register_fake

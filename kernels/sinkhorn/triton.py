@@ -1,4 +1,4 @@
-"""Sinkhorn by scaling vectors: each half iteration reads the logits once, as they are, and nothing else is B x K.
+"""Sinkhorn by scaling vectors: each half iteration reads the logits once, as they are, and nothing else is (B, K).
 
 Sums are kept as a running maximum and a sum relative to it, so logits of any range are exact.  Not measured yet.
 """
@@ -11,185 +11,194 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..collectives import all_reduce, group_name, named_group
-from ..common import cdiv, pow2
-from ..ntxent.launch import n_splits
+from ..collectives import all_reduce, group_from_name, group_name
+from ..tiling import cdiv, split_tiles
+from ..wide_rows import GROUP, alignment, assume_multiple, grouped_columns, row_block, update_max
 
-ROWS, COLUMNS = 8, 1024  # tile of a column pass: a thread holds whole columns of it, so their sums need no exchange
-BLOCK = 2048  # columns that a program of a row pass reads at a time
-GROUP = tl.constexpr(8)  # neighbours that share a running maximum: of bfloat16, what a thread loads at once
-SIZES = ("b", "k", "sx_r", "rows_split", "splits")  # one build for all, but for what alignment() says of them
-
-
-def alignment(k: int, *tensors: Tensor) -> int:
-    """What the number of columns and the row strides are a multiple of, up to 16: without it, the mask of the last
-    columns would keep every load from 16 bytes, and Triton's own hint knows 16 alone (SwAV has 3000 prototypes)."""
-    return math.gcd(16, k, *(x.stride(0) for x in tensors))
-
-
-@triton.jit
-def multiple(x, ALIGN: tl.constexpr):
-    """x, which is a multiple of ALIGN, so that the compiler sees it."""
-    return x // ALIGN * ALIGN
-
-
-@triton.jit
-def grouped(first, BK: tl.constexpr):
-    """Columns first.. first + BK as (BK / GROUP, GROUP)."""
-    return first + tl.arange(0, BK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-
-
-@triton.jit
-def running_maximum(b_max, b_x):
-    """Of rows of b_x: the new running maximum, a finite stand-in for it, and what sums so far are to be scaled by."""
-    b_new = tl.maximum(b_max, tl.max(b_x, 1))
-    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-    return b_new, b_safe[:, None], tl.exp2(b_max - b_safe)
+# tile of a column pass: a thread has whole columns of it, so their sums need no exchange between threads
+BLOCK_B, BLOCK_K = 8, 1024
+SIZES = ("B", "K", "stride_xb", "rows_per_split", "num_splits")  # one build for all sizes of the same alignment
 
 
 @triton.jit(do_not_specialize=SIZES)
 def column_kernel(
-    p_x,
-    sx_r,
-    sx_k,
-    p_row,
-    p_part,
-    b,
-    k,
-    rows_split,
-    c,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
+    x_ptr,  # (B, K) logits, any float
+    stride_xb,
+    stride_xk,
+    row_ptr,  # (B,) float32, not read if FIRST
+    stats_ptr,  # (2, num_splits, K) float32 out: maxima and sums
+    B,
+    K,
+    rows_per_split,
+    scale,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     ALIGN: tl.constexpr,
     FIRST: tl.constexpr,
 ):
-    """part (2, splits, K): over a part of the rows, the maximum of c x + row and the sum of 2^ relative to it."""
-    k, sx_r = multiple(k, ALIGN), multiple(sx_r, ALIGN)
-    o_k = tl.program_id(0) * BK + tl.arange(0, BK)
-    i_split = tl.program_id(1)
-    m_k = o_k < k
-    b_max = tl.full([BK], float("-inf"), tl.float32)
-    b_sum = tl.zeros([BK], tl.float32)
-    stop = tl.minimum((i_split + 1) * rows_split, b)
-    for first in range(i_split * rows_split, stop, BR):
-        o_r = first + tl.arange(0, BR)
-        m_r = o_r < stop
-        p = p_x + o_r.to(tl.int64)[:, None] * sx_r + o_k.to(tl.int64)[None, :] * sx_k
-        b_x = tl.load(p, mask=m_r[:, None] & m_k[None, :], other=0.0).to(tl.float32) * c
+    """Over one split of the rows: the maximum of scale x + row, and the sum of 2^(scale x + row - maximum)."""
+    K, stride_xb = assume_multiple(K, ALIGN), assume_multiple(stride_xb, ALIGN)
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    pid_split = tl.program_id(1)
+    mask_k = offs_k < K
+    column_max = tl.full([BLOCK_K], float("-inf"), tl.float32)
+    column_sum = tl.zeros([BLOCK_K], tl.float32)
+    stop = tl.minimum((pid_split + 1) * rows_per_split, B)
+    for first in range(pid_split * rows_per_split, stop, BLOCK_B):
+        offs_b = first + tl.arange(0, BLOCK_B)
+        mask_b = offs_b < stop
+        ptrs = x_ptr + offs_b.to(tl.int64)[:, None] * stride_xb + offs_k.to(tl.int64)[None, :] * stride_xk
+        x = tl.load(ptrs, mask=mask_b[:, None] & mask_k[None, :], other=0.0).to(tl.float32) * scale
         if not FIRST:
-            b_x += tl.load(p_row + o_r, mask=m_r, other=0.0)[:, None]
-        b_x = tl.where(m_r[:, None], b_x, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_x, 0))
-        b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_x - b_new[None, :]), 0)
-        b_max = b_new
-    tl.store(p_part + i_split * k + o_k, b_max, mask=m_k)
-    tl.store(p_part + (tl.num_programs(1) + i_split) * k + o_k, b_sum, mask=m_k)
+            x += tl.load(row_ptr + offs_b, mask=mask_b, other=0.0)[:, None]
+        x = tl.where(mask_b[:, None], x, float("-inf"))
+        new_max = tl.maximum(column_max, tl.max(x, 0))
+        column_sum = column_sum * tl.exp2(column_max - new_max) + tl.sum(tl.exp2(x - new_max[None, :]), 0)
+        column_max = new_max
+    tl.store(stats_ptr + pid_split * K + offs_k, column_max, mask=mask_k)
+    tl.store(stats_ptr + (tl.num_programs(1) + pid_split) * K + offs_k, column_sum, mask=mask_k)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def column_end_kernel(p_part, p_max, p_column, k, splits, BK: tl.constexpr, LOG: tl.constexpr):
-    """Joins the splits.  LOG: column = maximum + log2 of the sum; else the maximum and the sum, for other ranks."""
-    o_k = tl.program_id(0) * BK + tl.arange(0, BK)
-    m_k = o_k < k
-    b_max = tl.full([BK], float("-inf"), tl.float32)
-    for s in range(0, splits):
-        b_max = tl.maximum(b_max, tl.load(p_part + s * k + o_k, mask=m_k, other=0.0))
-    b_sum = tl.zeros([BK], tl.float32)
-    for s in range(0, splits):
-        b_part_max = tl.load(p_part + s * k + o_k, mask=m_k, other=0.0)
-        b_sum += tl.exp2(b_part_max - b_max) * tl.load(p_part + (splits + s) * k + o_k, mask=m_k, other=1.0)
+def column_end_kernel(
+    stats_ptr,  # (2, num_splits, K) float32
+    max_ptr,  # (K,) float32 out, unless LOG
+    column_ptr,  # (K,) float32 out: LOG: maximum + log2 of the sum; else the sum, for other ranks to add to
+    K,
+    num_splits,
+    BLOCK_K: tl.constexpr,
+    LOG: tl.constexpr,
+):
+    """Joins the splits."""
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    column_max = tl.full([BLOCK_K], float("-inf"), tl.float32)
+    for s in range(0, num_splits):
+        column_max = tl.maximum(column_max, tl.load(stats_ptr + s * K + offs_k, mask=mask_k, other=0.0))
+    column_sum = tl.zeros([BLOCK_K], tl.float32)
+    for s in range(0, num_splits):
+        split_max = tl.load(stats_ptr + s * K + offs_k, mask=mask_k, other=0.0)
+        alpha = tl.exp2(split_max - column_max)
+        column_sum += alpha * tl.load(stats_ptr + (num_splits + s) * K + offs_k, mask=mask_k, other=1.0)
     if LOG:
-        tl.store(p_column + o_k, b_max + tl.log2(b_sum), mask=m_k)
+        tl.store(column_ptr + offs_k, column_max + tl.log2(column_sum), mask=mask_k)
     else:
-        tl.store(p_max + o_k, b_max, mask=m_k)
-        tl.store(p_column + o_k, b_sum, mask=m_k)
+        tl.store(max_ptr + offs_k, column_max, mask=mask_k)
+        tl.store(column_ptr + offs_k, column_sum, mask=mask_k)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def row_kernel(
-    p_x,
-    sx_r,
-    sx_k,
-    p_column,
-    p_row,
-    p_out,
-    k,
-    c,
+    x_ptr,  # (B, K) logits, any float
+    stride_xb,
+    stride_xk,
+    column_ptr,  # (K,) float32
+    row_ptr,  # (B,) float32 out, unless WRITE: -log2 sum_k 2^(scale x - column_scale column)
+    out_ptr,  # (B, K) float32 out, if WRITE: the softmax of each row
+    K,
+    scale,
     column_scale,
-    BK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     ALIGN: tl.constexpr,
     WRITE: tl.constexpr,
 ):
-    """row = -log2 sum_k 2^(c x - column); WRITE: instead the softmax of the row, out (B, K)."""
-    k, sx_r = multiple(k, ALIGN), multiple(sx_r, ALIGN)
+    K, stride_xb = assume_multiple(K, ALIGN), assume_multiple(stride_xb, ALIGN)
     i = tl.program_id(0)
-    p_x += i.to(tl.int64) * sx_r
-    b_max = tl.full([BK // GROUP], float("-inf"), tl.float32)
-    b_sum = tl.zeros([BK // GROUP], tl.float32)
-    for first in range(0, k, BK):
-        o_k = grouped(first, BK)
-        m_k = o_k < k
-        b_x = tl.load(p_x + o_k.to(tl.int64) * sx_k, mask=m_k, other=0.0).to(tl.float32) * c
-        b_x = tl.where(m_k, b_x - tl.load(p_column + o_k, mask=m_k, other=0.0) * column_scale, float("-inf"))
-        b_max, b_safe, b_scale = running_maximum(b_max, b_x)
-        b_sum = b_sum * b_scale + tl.sum(tl.exp2(b_x - b_safe), 1)
-    top = tl.max(b_max, 0)
-    total = top + tl.log2(tl.sum(b_sum * tl.exp2(b_max - top), 0))
+    x_ptr += i.to(tl.int64) * stride_xb
+    group_max = tl.full([BLOCK_K // GROUP], float("-inf"), tl.float32)
+    group_sum = tl.zeros([BLOCK_K // GROUP], tl.float32)
+    for first in range(0, K, BLOCK_K):
+        offs_k = grouped_columns(first, BLOCK_K)
+        mask_k = offs_k < K
+        x = tl.load(x_ptr + offs_k.to(tl.int64) * stride_xk, mask=mask_k, other=0.0).to(tl.float32) * scale
+        column = tl.load(column_ptr + offs_k, mask=mask_k, other=0.0) * column_scale
+        x = tl.where(mask_k, x - column, float("-inf"))
+        group_max, finite_max, alpha = update_max(group_max, x, 1.0)
+        group_sum = group_sum * alpha + tl.sum(tl.exp2(x - finite_max), 1)
+    row_max = tl.max(group_max, 0)
+    lse = row_max + tl.log2(tl.sum(group_sum * tl.exp2(group_max - row_max), 0))
     if WRITE:
-        p_out += i.to(tl.int64) * k
-        for first in range(0, k, BK):
-            o_k = grouped(first, BK)
-            m_k = o_k < k
-            b_x = tl.load(p_x + o_k.to(tl.int64) * sx_k, mask=m_k, other=0.0).to(tl.float32) * c
-            b_x -= tl.load(p_column + o_k, mask=m_k, other=0.0) * column_scale
-            tl.store(p_out + o_k, tl.exp2(b_x - total), mask=m_k)
+        out_ptr += i.to(tl.int64) * K
+        for first in range(0, K, BLOCK_K):
+            offs_k = grouped_columns(first, BLOCK_K)
+            mask_k = offs_k < K
+            x = tl.load(x_ptr + offs_k.to(tl.int64) * stride_xk, mask=mask_k, other=0.0).to(tl.float32) * scale
+            x -= tl.load(column_ptr + offs_k, mask=mask_k, other=0.0) * column_scale
+            tl.store(out_ptr + offs_k, tl.exp2(x - lse), mask=mask_k)
     else:
-        tl.store(p_row + i, -total)
+        tl.store(row_ptr + i, -lse)
 
 
-def row_block(k: int) -> int:
-    return min(BLOCK, pow2(max(k, GROUP.value)))
-
-
-def center(logits, epsilon, iterations, group):
+def center(logits: Tensor, epsilon: float, iterations: int, group) -> Tensor:
     b, k = logits.shape
     if logits.stride(1) != 1:  # a tile of scattered columns would not fit into registers
         logits = logits.contiguous()
-    c, align = 1 / (math.log(2) * epsilon), alignment(k, logits)
+    scale, align = 1 / (math.log(2) * epsilon), alignment(k, logits)
     f32 = {"dtype": torch.float32, "device": logits.device}
-    row, column, top = torch.empty(b, **f32), torch.empty(k, **f32), torch.empty(k, **f32)
-    programs = cdiv(k, COLUMNS)
-    splits, each = n_splits(programs, max(cdiv(b, ROWS), 1), logits.device)
-    part = torch.empty((2, splits, k), **f32)
+    row, column, column_max = torch.empty(b, **f32), torch.empty(k, **f32), torch.empty(k, **f32)
+    programs = cdiv(k, BLOCK_K)
+    num_splits, tiles_per_split = split_tiles(programs, max(cdiv(b, BLOCK_B), 1), logits.device)
+    stats = torch.empty((2, num_splits, k), **f32)
     for i in range(iterations):
-        column_kernel[(programs, splits)](
-            logits, *logits.stride(), row, part, b, k, each * ROWS, c, BR=ROWS, BK=COLUMNS, ALIGN=align, FIRST=i == 0
+        column_kernel[(programs, num_splits)](
+            logits,
+            *logits.stride(),
+            row,
+            stats,
+            b,
+            k,
+            tiles_per_split * BLOCK_B,
+            scale,
+            BLOCK_B=BLOCK_B,
+            BLOCK_K=BLOCK_K,
+            ALIGN=align,
+            FIRST=i == 0,
         )
-        column_end_kernel[(cdiv(k, 1024),)](part, top, column, k, splits, BK=1024, LOG=group is None)
+        column_end_kernel[(cdiv(k, 1024),)](stats, column_max, column, k, num_splits, BLOCK_K=1024, LOG=group is None)
         if group is not None:
-            own = top.clone()
-            all_reduce(top, group, dist.ReduceOp.MAX)
-            column = top + all_reduce(column * torch.exp2(own - top), group).log2()
-        if i < iterations - 1:  # the last scaling of the rows is the softmax of whoever uses the center
+            own_max = column_max.clone()
+            all_reduce(column_max, group, dist.ReduceOp.MAX)
+            column = column_max + all_reduce(column * torch.exp2(own_max - column_max), group).log2()
+        if i < iterations - 1:  # the last scaling of the rows is the softmax that uses the center
             row_kernel[(b,)](
-                logits, *logits.stride(), column, row, row, k, c, 1.0, BK=row_block(k), ALIGN=align, WRITE=False
+                logits,
+                *logits.stride(),
+                column,
+                row,
+                row,
+                k,
+                scale,
+                1.0,
+                BLOCK_K=row_block(k),
+                ALIGN=align,
+                WRITE=False,
             )
-    return column / c
+    return column / scale
 
 
-def assignments(logits, center, epsilon):
+def assignments(logits: Tensor, center: Tensor, epsilon: float) -> Tensor:
     b, k = logits.shape
-    c = 1 / (math.log(2) * epsilon)
+    scale = 1 / (math.log(2) * epsilon)
     out = torch.empty((b, k), dtype=torch.float32, device=logits.device)
     row_kernel[(b,)](
-        logits, *logits.stride(), center, out, out, k, c, c, BK=row_block(k), ALIGN=alignment(k, logits), WRITE=True
+        logits,
+        *logits.stride(),
+        center,
+        out,
+        out,
+        k,
+        scale,
+        scale,
+        BLOCK_K=row_block(k),
+        ALIGN=alignment(k, logits),
+        WRITE=True,
     )
     return out
 
 
 @torch.library.custom_op("fastssl::sinkhorn_center", mutates_args=())
 def center_op(logits: Tensor, epsilon: float, iterations: int, group: str) -> Tensor:
-    return center(logits, epsilon, iterations, named_group(group))
+    return center(logits, epsilon, iterations, group_from_name(group))
 
 
 @center_op.register_fake

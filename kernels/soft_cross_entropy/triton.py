@@ -1,4 +1,4 @@
-"""Teacher-student cross entropy: one pass keeps both softmaxes' maxima and sums and their product's, one writes the
+"""Cross entropy between two softmaxes: one pass for both maxima, sums and the sum of their product, one for the
 gradient.  Bound by memory: student and teacher read twice, the gradient written.  Not measured yet on a GPU.
 """
 
@@ -9,223 +9,234 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import cdiv
-from ..ntxent.launch import n_splits
-from ..ntxent.rows import LN2
-from ..sinkhorn.triton import GROUP, alignment, grouped, multiple, row_block
+from ..tiling import cdiv, split_tiles
+from ..wide_rows import GROUP, alignment, assume_multiple, grouped_columns, row_block, update_max
 
-SIZES = ("n", "k", "ss_r", "st_r", "columns_split", "splits")  # one build for all, but for their alignment
+BLOCK_ROWS = 128  # rows that one program of row_kernel joins
+SIZES = ("M", "K", "stride_sm", "stride_tm", "columns_per_split", "num_splits")  # one build for sizes of one alignment
 
 
 @triton.jit
-def _teacher(p_t, p_center, o_k, stride, mask, CENTER: tl.constexpr, LOGITS: tl.constexpr):
-    b_t = tl.load(p_t + o_k.to(tl.int64) * stride, mask=mask, other=0.0).to(tl.float32)
+def load_teacher(t_ptr, center_ptr, offs_k, stride_tk, mask_k, CENTER: tl.constexpr, LOGITS: tl.constexpr):
+    t = tl.load(t_ptr + offs_k.to(tl.int64) * stride_tk, mask=mask_k, other=0.0).to(tl.float32)
     if CENTER:
-        b_t -= tl.load(p_center + o_k, mask=mask, other=0.0).to(tl.float32)
+        t -= tl.load(center_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     if LOGITS:
-        b_t = tl.where(mask, b_t, float("-inf"))
-    return b_t
-
-
-@triton.jit
-def _running_maximum(b_max, b_x, c):
-    """Of rows of b_x: the new running maximum, a finite stand-in for it, and what sums so far are to be scaled by."""
-    b_new = tl.maximum(b_max, tl.max(b_x, 1))
-    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-    return b_new, b_safe[:, None], tl.exp2((b_max - b_safe) * c)
+        t = tl.where(mask_k, t, float("-inf"))
+    return t
 
 
 @triton.jit(do_not_specialize=SIZES)
 def stats_kernel(
-    p_s,
-    ss_r,
-    ss_k,
-    p_t,
-    st_r,
-    st_k,
-    p_center,
-    p_stat,
-    n,
-    k,
-    columns_split,
-    cs,
-    ct,
-    BK: tl.constexpr,
+    s_ptr,  # (M, K) student logits, any float
+    stride_sm,
+    stride_sk,
+    t_ptr,  # (M, K) teacher logits (LOGITS) or probabilities, any float
+    stride_tm,
+    stride_tk,
+    center_ptr,  # (K,) any float, if CENTER
+    stats_ptr,  # (5, num_splits, M) float32 out: student's maximum and sum, teacher's, sum of teacher x student logit
+    M,
+    K,
+    columns_per_split,
+    s_scale,
+    t_scale,
+    BLOCK_K: tl.constexpr,
     ALIGN: tl.constexpr,
     CENTER: tl.constexpr,
     LOGITS: tl.constexpr,
 ):
-    """stat (5, splits, N): maximum and sum of the student's, of the teacher's, and sum of teacher weight x student.
+    """One program: one row, one split of the columns.
 
-    Logits meet their maximum before the temperature, 2^((x - maximum) c): of c x the compiler keeps more bits where it
-    joins it with a sum than where it does not, and a maximum would not cancel itself.
+    The maximum is subtracted before the temperature is applied, 2^((x - maximum) scale): in scale x - maximum the
+    compiler fuses product and difference, which keeps more bits of scale x than the maximum has, and the largest logit
+    would not cancel.
     """
-    ss_r, st_r, k = multiple(ss_r, ALIGN), multiple(st_r, ALIGN), multiple(k, ALIGN)
-    columns_split = multiple(columns_split, ALIGN)
-    i, i_split = tl.program_id(0), tl.program_id(1)
-    p_s += i.to(tl.int64) * ss_r
-    p_t += i.to(tl.int64) * st_r
-    b_ms = tl.full([BK // GROUP], float("-inf"), tl.float32)
-    b_mt = tl.full([BK // GROUP], float("-inf"), tl.float32)
-    b_ls = tl.zeros([BK // GROUP], tl.float32)
-    b_lt = tl.zeros([BK // GROUP], tl.float32)
-    b_dot = tl.zeros([BK // GROUP], tl.float32)
-    stop = tl.minimum((i_split + 1) * columns_split, k)
-    for first in range(i_split * columns_split, stop, BK):
-        o_k = grouped(first, BK)
-        m_k = o_k < stop
-        b_s = tl.load(p_s + o_k.to(tl.int64) * ss_k, mask=m_k, other=0.0).to(tl.float32)
-        b_x = tl.where(m_k, b_s, float("-inf"))
-        b_ms, b_safe, b_scale = _running_maximum(b_ms, b_x, cs)
-        b_ls = b_ls * b_scale + tl.sum(tl.exp2((b_x - b_safe) * cs), 1)
-        b_t = _teacher(p_t, p_center, o_k, st_k, m_k, CENTER, LOGITS)
+    stride_sm, stride_tm = assume_multiple(stride_sm, ALIGN), assume_multiple(stride_tm, ALIGN)
+    K, columns_per_split = assume_multiple(K, ALIGN), assume_multiple(columns_per_split, ALIGN)
+    i, pid_split = tl.program_id(0), tl.program_id(1)
+    s_ptr += i.to(tl.int64) * stride_sm
+    t_ptr += i.to(tl.int64) * stride_tm
+    s_max = tl.full([BLOCK_K // GROUP], float("-inf"), tl.float32)
+    t_max = tl.full([BLOCK_K // GROUP], float("-inf"), tl.float32)
+    s_sum = tl.zeros([BLOCK_K // GROUP], tl.float32)
+    t_sum = tl.zeros([BLOCK_K // GROUP], tl.float32)
+    dot = tl.zeros([BLOCK_K // GROUP], tl.float32)
+    stop = tl.minimum((pid_split + 1) * columns_per_split, K)
+    for first in range(pid_split * columns_per_split, stop, BLOCK_K):
+        offs_k = grouped_columns(first, BLOCK_K)
+        mask_k = offs_k < stop
+        s = tl.load(s_ptr + offs_k.to(tl.int64) * stride_sk, mask=mask_k, other=0.0).to(tl.float32)
+        x = tl.where(mask_k, s, float("-inf"))
+        s_max, finite_max, alpha = update_max(s_max, x, s_scale)
+        s_sum = s_sum * alpha + tl.sum(tl.exp2((x - finite_max) * s_scale), 1)
+        t = load_teacher(t_ptr, center_ptr, offs_k, stride_tk, mask_k, CENTER, LOGITS)
         if LOGITS:
-            b_mt, b_safe, b_scale = _running_maximum(b_mt, b_t, ct)
-            b_t = tl.exp2((b_t - b_safe) * ct)
-            b_lt *= b_scale
-            b_dot *= b_scale
-        b_lt += tl.sum(b_t, 1)
-        b_dot += tl.sum(b_t * b_s, 1)
-    plane = tl.num_programs(1) * n
-    p_stat += i_split * n + i
-    ms = tl.max(b_ms, 0)
-    tl.store(p_stat, ms)
-    tl.store(p_stat + plane, tl.sum(b_ls * tl.exp2((b_ms - ms) * cs), 0))
+            t_max, finite_max, alpha = update_max(t_max, t, t_scale)
+            t = tl.exp2((t - finite_max) * t_scale)
+            t_sum *= alpha
+            dot *= alpha
+        t_sum += tl.sum(t, 1)
+        dot += tl.sum(t * s, 1)
+    plane = tl.num_programs(1) * M
+    stats_ptr += pid_split * M + i
+    s_row_max = tl.max(s_max, 0)
+    tl.store(stats_ptr, s_row_max)
+    tl.store(stats_ptr + plane, tl.sum(s_sum * tl.exp2((s_max - s_row_max) * s_scale), 0))
     if LOGITS:
-        mt = tl.max(b_mt, 0)
-        b_scale = tl.exp2((b_mt - mt) * ct)
-        tl.store(p_stat + 2 * plane, mt)
-        tl.store(p_stat + 3 * plane, tl.sum(b_lt * b_scale, 0))
-        tl.store(p_stat + 4 * plane, tl.sum(b_dot * b_scale, 0))
+        t_row_max = tl.max(t_max, 0)
+        alpha = tl.exp2((t_max - t_row_max) * t_scale)
+        tl.store(stats_ptr + 2 * plane, t_row_max)
+        tl.store(stats_ptr + 3 * plane, tl.sum(t_sum * alpha, 0))
+        tl.store(stats_ptr + 4 * plane, tl.sum(dot * alpha, 0))
     else:
-        tl.store(p_stat + 2 * plane, 0.0)
-        tl.store(p_stat + 3 * plane, tl.sum(b_lt, 0))
-        tl.store(p_stat + 4 * plane, tl.sum(b_dot, 0))
+        tl.store(stats_ptr + 2 * plane, 0.0)
+        tl.store(stats_ptr + 3 * plane, tl.sum(t_sum, 0))
+        tl.store(stats_ptr + 4 * plane, tl.sum(dot, 0))
 
 
 @triton.jit(do_not_specialize=SIZES)
-def rows_kernel(p_stat, p_end, p_loss, n, splits, cs, ct, factor, BR: tl.constexpr, LOGITS: tl.constexpr):
-    """end (4, N): the student's maximum and 1 / sum, and the teacher's (of probabilities, just their sum); the loss of
-    each block of rows, in powers of two, times factor.
+def rows_kernel(
+    stats_ptr,  # (5, num_splits, M) float32
+    softmax_ptr,  # (4, M) float32 out: student's maximum and 1 / sum, teacher's (of probabilities: 0 and their sum)
+    loss_ptr,  # (cdiv(M, BLOCK_M),) float32 out: each block's loss, in powers of two, times factor
+    M,
+    num_splits,
+    s_scale,
+    t_scale,
+    factor,
+    BLOCK_M: tl.constexpr,
+    LOGITS: tl.constexpr,
+):
+    """Joins the splits of each row.
 
-    Not the logarithm of the sum: 2^(x - maximum) / sum keeps bits that 2^(x - log sum) rounds away.
+    1 / sum and not log sum is kept: 2^(x - maximum) / sum keeps bits that 2^(x - log sum) rounds away.
     """
-    o = tl.program_id(0) * BR + tl.arange(0, BR)
-    m = o < n
-    plane = splits * n
-    b_ms = tl.full([BR], float("-inf"), tl.float32)
-    b_mt = tl.full([BR], float("-inf"), tl.float32)
-    for s in range(0, splits):
-        b_ms = tl.maximum(b_ms, tl.load(p_stat + s * n + o, mask=m, other=0.0))
-        b_mt = tl.maximum(b_mt, tl.load(p_stat + 2 * plane + s * n + o, mask=m, other=0.0))
-    b_ls = tl.zeros([BR], tl.float32)
-    b_lt = tl.zeros([BR], tl.float32)
-    b_dot = tl.zeros([BR], tl.float32)
-    for s in range(0, splits):
-        p = p_stat + s * n + o
-        b_ls += tl.exp2((tl.load(p, mask=m, other=0.0) - b_ms) * cs) * tl.load(p + plane, mask=m, other=1.0)
-        b_scale = tl.exp2((tl.load(p + 2 * plane, mask=m, other=0.0) - b_mt) * ct)
-        b_lt += b_scale * tl.load(p + 3 * plane, mask=m, other=1.0)
-        b_dot += b_scale * tl.load(p + 4 * plane, mask=m, other=0.0)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
+    plane = num_splits * M
+    s_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    t_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for split in range(0, num_splits):
+        s_max = tl.maximum(s_max, tl.load(stats_ptr + split * M + offs_m, mask=mask_m, other=0.0))
+        t_max = tl.maximum(t_max, tl.load(stats_ptr + 2 * plane + split * M + offs_m, mask=mask_m, other=0.0))
+    s_sum = tl.zeros([BLOCK_M], tl.float32)
+    t_sum = tl.zeros([BLOCK_M], tl.float32)
+    dot = tl.zeros([BLOCK_M], tl.float32)
+    for split in range(0, num_splits):
+        ptrs = stats_ptr + split * M + offs_m
+        split_s_max = tl.load(ptrs, mask=mask_m, other=0.0)
+        s_sum += tl.exp2((split_s_max - s_max) * s_scale) * tl.load(ptrs + plane, mask=mask_m, other=1.0)
+        alpha = tl.exp2((tl.load(ptrs + 2 * plane, mask=mask_m, other=0.0) - t_max) * t_scale)
+        t_sum += alpha * tl.load(ptrs + 3 * plane, mask=mask_m, other=1.0)
+        dot += alpha * tl.load(ptrs + 4 * plane, mask=mask_m, other=0.0)
     if LOGITS:
-        b_loss = (b_ms - b_dot / b_lt) * cs + tl.log2(b_ls)
+        loss = (s_max - dot / t_sum) * s_scale + tl.log2(s_sum)
     else:
-        b_loss = (b_lt * b_ms - b_dot) * cs + b_lt * tl.log2(b_ls)
-    p_end += o
-    tl.store(p_end, b_ms, mask=m)
-    tl.store(p_end + n, 1.0 / b_ls, mask=m)
-    tl.store(p_end + 2 * n, b_mt, mask=m)
-    tl.store(p_end + 3 * n, 1.0 / b_lt if LOGITS else b_lt, mask=m)
-    tl.store(p_loss + tl.program_id(0), tl.sum(tl.where(m, b_loss, 0.0), 0) * factor)
+        loss = (t_sum * s_max - dot) * s_scale + t_sum * tl.log2(s_sum)
+    softmax_ptr += offs_m
+    tl.store(softmax_ptr, s_max, mask=mask_m)
+    tl.store(softmax_ptr + M, 1.0 / s_sum, mask=mask_m)
+    tl.store(softmax_ptr + 2 * M, t_max, mask=mask_m)
+    tl.store(softmax_ptr + 3 * M, 1.0 / t_sum if LOGITS else t_sum, mask=mask_m)
+    tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.where(mask_m, loss, 0.0), 0) * factor)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient_kernel(
-    p_s,
-    ss_r,
-    ss_k,
-    p_t,
-    st_r,
-    st_k,
-    p_center,
-    p_end,
-    p_grad,
-    p_out,
-    n,
-    k,
-    cs,
-    ct,
+    s_ptr,  # (M, K) student logits, any float
+    stride_sm,
+    stride_sk,
+    t_ptr,  # (M, K) teacher logits (LOGITS) or probabilities, any float
+    stride_tm,
+    stride_tk,
+    center_ptr,  # (K,) any float, if CENTER
+    softmax_ptr,  # (4, M) float32, as rows_kernel writes it
+    grad_ptr,  # () incoming gradient of the loss
+    out_ptr,  # (M, K) out, in the student's dtype
+    M,
+    K,
+    s_scale,
+    t_scale,
     factor,
-    BK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     ALIGN: tl.constexpr,
     CENTER: tl.constexpr,
     LOGITS: tl.constexpr,
 ):
-    ss_r, st_r, k = multiple(ss_r, ALIGN), multiple(st_r, ALIGN), multiple(k, ALIGN)
+    stride_sm, stride_tm = assume_multiple(stride_sm, ALIGN), assume_multiple(stride_tm, ALIGN)
+    K = assume_multiple(K, ALIGN)
     i = tl.program_id(0)
-    o_k = tl.program_id(1) * BK + tl.arange(0, BK)
-    m_k = o_k < k
-    p_end += i
-    ms, ls, mt, lt = tl.load(p_end), tl.load(p_end + n), tl.load(p_end + 2 * n), tl.load(p_end + 3 * n)
-    b_s = tl.load(p_s + i.to(tl.int64) * ss_r + o_k.to(tl.int64) * ss_k, mask=m_k, other=0.0).to(tl.float32)
-    b_t = _teacher(p_t + i.to(tl.int64) * st_r, p_center, o_k, st_k, m_k, CENTER, LOGITS)
-    b_q = tl.exp2((b_s - ms) * cs) * ls
-    b_g = b_q - tl.exp2((b_t - mt) * ct) * lt if LOGITS else b_q * lt - b_t
-    b_g *= factor * tl.load(p_grad).to(tl.float32)
-    tl.store(p_out + i.to(tl.int64) * k + o_k, b_g.to(p_out.dtype.element_ty), mask=m_k)
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    softmax_ptr += i
+    s_max, s_inv_sum = tl.load(softmax_ptr), tl.load(softmax_ptr + M)
+    t_max, t_inv_sum = tl.load(softmax_ptr + 2 * M), tl.load(softmax_ptr + 3 * M)
+    s_ptrs = s_ptr + i.to(tl.int64) * stride_sm + offs_k.to(tl.int64) * stride_sk
+    s = tl.load(s_ptrs, mask=mask_k, other=0.0).to(tl.float32)
+    t = load_teacher(t_ptr + i.to(tl.int64) * stride_tm, center_ptr, offs_k, stride_tk, mask_k, CENTER, LOGITS)
+    q = tl.exp2((s - s_max) * s_scale) * s_inv_sum
+    if LOGITS:
+        g = q - tl.exp2((t - t_max) * t_scale) * t_inv_sum
+    else:
+        g = q * t_inv_sum - t  # t_inv_sum is the sum of the probabilities
+    g *= factor * tl.load(grad_ptr).to(tl.float32)
+    tl.store(out_ptr + i.to(tl.int64) * K + offs_k, g.to(out_ptr.dtype.element_ty), mask=mask_k)
 
 
-def _scales(student_temperature, teacher_temperature):
+def _scales(student_temperature: float, teacher_temperature: float | None) -> tuple[float, float]:
     return tuple(1 / (math.log(2) * t) for t in (student_temperature, teacher_temperature or 1.0))
 
 
-def forward(student, teacher, student_temperature, teacher_temperature, center):
-    """-> loss, and what the gradient needs of each row (4, N)."""
-    n, k = student.shape
+def forward(student, teacher, student_temperature, teacher_temperature, center) -> tuple[Tensor, Tensor]:
+    """The loss, and the (4, M) float32 numbers of the rows that the gradient needs (see rows_kernel)."""
+    m, k = student.shape
     f32 = {"dtype": torch.float32, "device": student.device}
-    block = row_block(k)
-    splits, each = n_splits(n, cdiv(k, block), student.device)
-    stat = torch.empty((5, splits, n), **f32)
+    block_k = row_block(k)
+    num_splits, tiles_per_split = split_tiles(m, cdiv(k, block_k), student.device)
+    stats = torch.empty((5, num_splits, m), **f32)
     flags = {"CENTER": center is not None, "LOGITS": teacher_temperature is not None}
     scales = _scales(student_temperature, teacher_temperature)
-    stats_kernel[(n, splits)](
+    stats_kernel[(m, num_splits)](
         student,
         *student.stride(),
         teacher,
         *teacher.stride(),
         center,
-        stat,
-        n,
+        stats,
+        m,
         k,
-        each * block,
+        tiles_per_split * block_k,
         *scales,
-        BK=block,
+        BLOCK_K=block_k,
         ALIGN=alignment(k, student, teacher),
         **flags,
     )
-    end, loss = torch.empty((4, n), **f32), torch.empty(cdiv(n, 128), **f32)
-    rows_kernel[(cdiv(n, 128),)](stat, end, loss, n, splits, *scales, LN2 / n, BR=128, LOGITS=flags["LOGITS"])
-    return loss.sum(), end
+    softmax, loss = torch.empty((4, m), **f32), torch.empty(cdiv(m, BLOCK_ROWS), **f32)
+    rows_kernel[(len(loss),)](
+        stats, softmax, loss, m, num_splits, *scales, math.log(2) / m, BLOCK_M=BLOCK_ROWS, LOGITS=flags["LOGITS"]
+    )
+    return loss.sum(), softmax
 
 
-def backward(grad, student, teacher, center, end, student_temperature, teacher_temperature):
-    n, k = student.shape
-    out = torch.empty((n, k), dtype=student.dtype, device=student.device)
-    block = row_block(k)
-    gradient_kernel[(n, cdiv(k, block))](
+def backward(grad, student, teacher, center, softmax, student_temperature, teacher_temperature) -> Tensor:
+    m, k = student.shape
+    out = torch.empty((m, k), dtype=student.dtype, device=student.device)
+    block_k = row_block(k)
+    gradient_kernel[(m, cdiv(k, block_k))](
         student,
         *student.stride(),
         teacher,
         *teacher.stride(),
         center,
-        end,
+        softmax,
         grad,
         out,
-        n,
+        m,
         k,
         *_scales(student_temperature, teacher_temperature),
-        1 / (n * student_temperature),
-        BK=block,
+        1 / (m * student_temperature),
+        BLOCK_K=block_k,
         ALIGN=alignment(k, student, teacher),
         CENTER=center is not None,
         LOGITS=teacher_temperature is not None,
@@ -256,15 +267,15 @@ def soft_cross_entropy_backward_op(
     student: Tensor,
     teacher: Tensor,
     center: Tensor | None,
-    end: Tensor,
+    softmax: Tensor,
     student_temperature: float,
     teacher_temperature: float | None,
 ) -> Tensor:
-    return backward(grad, student, teacher, center, end, student_temperature, teacher_temperature)
+    return backward(grad, student, teacher, center, softmax, student_temperature, teacher_temperature)
 
 
 @soft_cross_entropy_backward_op.register_fake
-def _(grad, student, teacher, center, end, student_temperature, teacher_temperature):
+def _(grad, student, teacher, center, softmax, student_temperature, teacher_temperature):
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 

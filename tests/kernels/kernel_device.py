@@ -19,9 +19,9 @@ def cut_off_sums(monkeypatch):
     """
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from fastssl.kernels.interpreter import from_bfloat16, repair
+    from fastssl.kernels.interpreter import from_bfloat16, patch_bfloat16
 
-    repair()
+    patch_bfloat16()
     exact = InterpreterBuilder.create_dot
 
     def wide(x):

@@ -28,14 +28,15 @@ def ntxent(
     z = torch.empty(rows, dim, device="meta", dtype=dtype)
     y = torch.empty(rows, device="meta", dtype=torch.int64) if labels else None
     loss, *saved = triton.forward(z, y, temperature, decoupled, normalize, None)
-    triton.backward(loss, z, *saved, temperature, decoupled, normalize, None)
+    triton.backward(loss, z, saved, temperature, decoupled, normalize, None)
 
 
 def infonce(rows=256, dim=128, dtype=torch.float16, keys=65536, queue=None):
-    from fastssl.kernels.infonce import triton
+    from fastssl.kernels.one_pass import loss_and_gradient
 
     q = torch.empty(rows, dim, device="meta", dtype=dtype)
-    triton.forward(q, q, q.new_empty(keys, dim, dtype=queue or dtype) if keys else None, 0.2, True, None)
+    queue = q.new_empty(keys, dim, dtype=queue or dtype) if keys else None
+    loss_and_gradient(q, q, queue, 0.2, normalize=True, group=None, normalize_k=True)
 
 
 def symmetric():
@@ -43,7 +44,7 @@ def symmetric():
 
     a = torch.empty(4096, 256, device="meta", dtype=torch.float16)
     loss, *saved = symmetric.forward(a, a, 0.1, True, None)
-    symmetric.backward(loss, a, a, *saved, 0.1, True, None)
+    symmetric.backward(loss, a, a, saved, 0.1, True, None)
 
 
 def gathered():
@@ -60,9 +61,9 @@ def memory():
 
     rows, table = (torch.empty(n, 128, device="meta") for n in (256, 65536))
     index = torch.empty(256, device="meta", dtype=torch.int64)
-    queue.push(table.half(), index[:1], rows, True)
-    bank.update(table, index, rows, 0.5)
-    bank.centroids(rows, table, torch.empty(65536, device="meta", dtype=torch.int64))
+    queue.enqueue(table.half(), index[:1], rows, True)
+    bank.update_bank(table, index, rows, 0.5)
+    bank.update_centroids(rows, table, torch.empty(65536, device="meta", dtype=torch.int64))
 
 
 def prototypes(k=65536):
@@ -78,14 +79,15 @@ def prototypes(k=65536):
 
 
 def lists():
-    from fastssl.kernels.multi_tensor import triton
+    from fastssl.kernels.multi_tensor import LarsOptions, triton
 
     x, scalar = [torch.empty(n, device="meta") for n in (3000, 64)], torch.empty((), device="meta")
     triton.lerp_(x, x, scalar, scalar)
     squares = triton.square_sums(x, x, scalar)
     for ratio in (squares, None):
-        triton.lars_(x, x, x, ratio, scalar, scalar, 0.9, 0.0, False, 1e-3, 0.0, False, False, True, False, scalar)
-    triton.lars_(x, x, x, squares, scalar, scalar, 0.9, 0.1, True, 1e-3, 1e-8, True, True, False, False, scalar)
+        triton.lars_(x, x, x, ratio, LarsOptions(scalar, scalar, momentum=0.9), scalar)
+    every = {"nesterov": True, "norm_of_sum": True, "clip_lr": True, "lr_in_momentum": False}
+    triton.lars_(x, x, x, squares, LarsOptions(scalar, scalar, 0.9, 0.1, eps=1e-8, **every), scalar)
 
 
 SHIPPED = {
@@ -101,8 +103,8 @@ FORMS = {  # the other tile sizes, types and forms
     "ntxent 32": (lambda: ntxent(dim=32), SHIPPED["ntxent"][1]),
     "ntxent 64": (lambda: ntxent(dim=64), SHIPPED["ntxent"][1]),
     "ntxent 256": (lambda: ntxent(dim=256), SHIPPED["ntxent"][1]),
-    "ntxent 768": (lambda: ntxent(dim=768), {"row_sums_kernel", "gradient_chunk_kernel"}),
-    "ntxent 768 labels": (lambda: ntxent(dim=768, labels=True), {"row_sums_kernel", "gradient_chunk_kernel"}),
+    "ntxent 768": (lambda: ntxent(dim=768), {"row_sums_kernel", "logit_gradients_kernel"}),
+    "ntxent 768 labels": (lambda: ntxent(dim=768, labels=True), {"row_sums_kernel", "logit_gradients_kernel"}),
     "ntxent lengths": (lambda: ntxent(dtype=torch.bfloat16, normalize=False), SHIPPED["ntxent"][1]),
     "ntxent 256 labels": (lambda: ntxent(dim=256, labels=True), SHIPPED["ntxent"][1]),
     "ntxent labels": (lambda: ntxent(labels=True), SHIPPED["ntxent"][1]),
@@ -132,12 +134,12 @@ PER_PASS = {  # instructions of a warp in one pass of the main loop, on Hopper: 
 
 
 def builds(name):
-    from fastssl.kernels.common import PRETENDED
     from fastssl.kernels.testing import compile_launch, record_launches
+    from fastssl.kernels.tiling import FAKE_CAPABILITY
 
     built = []
     for arch in ARCHS:
-        PRETENDED["capability"] = arch
+        FAKE_CAPABILITY["capability"] = arch
         with record_launches() as launches:
             {**SHIPPED, **FORMS}[name][0]()
         built += [vars(compile_launch(launch, arch)) for launch in launches]
@@ -190,7 +192,7 @@ def test_shipped_kernels_compile_without_spills(name):
         if b["arch"] == 90 and b["kernel"] in PER_PASS:
             assert 0 < b["loop"] <= PER_PASS[b["kernel"]], b
         if b["arch"] == 90 and b["kernel"] in ("row_sums_kernel", "row_gradients_kernel", "one_pass_kernel"):
-            assert b["resident"] == 2, b  # one program's products run during the other's exponentials
+            assert b["programs_per_sm"] == 2, b  # one program's products run during the other's exponentials
 
 
 @pytest.mark.slow
@@ -200,7 +202,7 @@ def test_other_forms_compile_without_spills(name):
 
 
 def test_a_pass_is_counted_by_its_shortest_way():
-    from fastssl.kernels.testing import _loop
+    from fastssl.kernels.testing import _loop_length
 
     code = [
         "MOV R1, R2",
@@ -215,8 +217,8 @@ def test_a_pass_is_counted_by_its_shortest_way():
         "EXIT",
     ]
     sass = "\n".join(f"        /*{16 * i:04x}*/   {line} ;   /* 0x0000000000000000 */" for i, line in enumerate(code))
-    assert _loop(sass) == 5  # FADD, the branch not taken, FMUL, BRA, the way back
-    assert _loop(sass.replace("BRA 0x10", "NOP")) == 0
+    assert _loop_length(sass) == 5  # FADD, the branch not taken, FMUL, BRA, the way back
+    assert _loop_length(sass.replace("BRA 0x10", "NOP")) == 0
 
 
 def test_ntxent_at_65536_rows_needs_under_100_megabytes():

@@ -62,9 +62,9 @@ def test_what_tensor_cores_cut_off_cancels_between_a_sum_and_its_positive(rows, 
 
 @needs_triton
 def test_many_parts_are_joined_in_several_rounds(monkeypatch):
-    from fastssl.kernels.ntxent import launch
+    from fastssl.kernels import tiling
 
-    monkeypatch.setattr(launch, "processors", lambda device: 132)  # 2500 keys in 40 parts, 16 a round
+    monkeypatch.setattr(tiling, "num_multiprocessors", lambda device: 132)  # 2500 keys in 40 parts, 16 a round
     check(cases, cases.Case(2, 2500, 256, seeds=1), DEVICE)
 
 

@@ -7,6 +7,7 @@ import torch
 from kernel_device import DEVICE, needs_triton
 
 from fastssl.kernels import multi_tensor
+from fastssl.kernels.multi_tensor import LarsOptions
 from fastssl.kernels.testing import assert_as_good_as, nan_memory
 
 # an empty tensor, a scalar, exactly a chunk, one more, a tensor of three chunks, a 4-d one
@@ -52,7 +53,7 @@ def test_lars(form, ratio, on_device):
     def step(w, g, b, impl):
         lr, decay = number(0.3), number(0.01)
         squares = multi_tensor.square_sums(w, g, decay, impl=impl) if ratio else None
-        multi_tensor.lars_(w, g, b, squares, lr=lr, weight_decay=decay, impl=impl, **FORMS[form])
+        multi_tensor.lars_(w, g, b, squares, LarsOptions(lr, decay, **FORMS[form]), impl=impl)
 
     hold(form, step, lists(1))
 
@@ -63,7 +64,7 @@ def test_without_a_gradient_the_norm_of_the_sum_is_that_of_the_decay(impl):
     for norm_of_sum, want in ((True, 1 - 0.5 * 1e-3), (False, 1 - 0.5 * 1e-2)):
         w, g = [torch.ones(7, device=DEVICE)], [torch.zeros(7, device=DEVICE)]
         squares = multi_tensor.square_sums(w, g, 1e-2, impl=impl)
-        multi_tensor.lars_(w, g, None, squares, lr=0.5, weight_decay=1e-2, norm_of_sum=norm_of_sum, impl=impl)
+        multi_tensor.lars_(w, g, None, squares, LarsOptions(0.5, 1e-2, norm_of_sum=norm_of_sum), impl=impl)
         torch.testing.assert_close(w[0], torch.full_like(w[0], want))
 
 
@@ -96,7 +97,7 @@ def test_an_overflow_changes_nothing(impl):
     before = [[x.clone() for x in v] for v in (w, b)]
     flag = torch.ones(1, device=DEVICE)
     for squares in (None, multi_tensor.square_sums(w, g, 0.1, impl=impl)):
-        multi_tensor.lars_(w, g, b, squares, lr=0.1, weight_decay=0.1, momentum=0.9, found_inf=flag, impl=impl)
+        multi_tensor.lars_(w, g, b, squares, LarsOptions(0.1, 0.1, momentum=0.9), found_inf=flag, impl=impl)
     multi_tensor.lerp_(w, g, 0.5, found_inf=flag, impl=impl)
     assert all(torch.equal(x, y) for v, u in zip((w, b), before) for x, y in zip(v, u))
     multi_tensor.lerp_(w, b, 0.5, found_inf=torch.zeros(1, device=DEVICE), impl=impl)
@@ -110,9 +111,8 @@ def test_tensors_that_lie_anywhere():
     pieces = [[f[1:9000], f[9001:9001], f[9001:]] for f in flat]
     plain = [[x.clone() for x in v] for v in pieces]
     for (w, g, b), impl in ((pieces, "triton"), (plain, "reference")):
-        multi_tensor.lars_(
-            w, g, b, multi_tensor.square_sums(w, g, 0.0, impl=impl), lr=0.1, weight_decay=0.0, momentum=0.9, impl=impl
-        )
+        squares = multi_tensor.square_sums(w, g, 0.0, impl=impl)
+        multi_tensor.lars_(w, g, b, squares, LarsOptions(0.1, 0.0, momentum=0.9), impl=impl)
     for x, y in zip(pieces[0] + pieces[2], plain[0] + plain[2]):
         torch.testing.assert_close(x, y)
 

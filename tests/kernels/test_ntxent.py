@@ -41,14 +41,14 @@ def test_labels_of_samples_cover_both_views_and_minus_one_leaves_the_partner():
 
 
 def test_splits_cover_all_columns_and_fill_the_card_without_a_nearly_empty_round():
-    from fastssl.kernels.ntxent.launch import _n_splits
+    from fastssl.kernels.tiling import _split_tiles
 
     for programs, tiles, places in ((2, 1024, 264), (32, 1024, 264), (79, 157, 132), (132, 40, 132), (1, 1, 8)):
-        splits, each = _n_splits(programs, tiles, places)
+        splits, each = _split_tiles(programs, tiles, places)
         assert (splits - 1) * each < tiles <= splits * each
-    assert _n_splits(32, 1024, 264) == (8, 128)  # 256 programs for 264 places
-    assert _n_splits(79, 156, 132) == (3, 52)  # 237 for 264, not 158, which take as long as 264 would
-    assert _n_splits(264, 100, 264) == (1, 100)
+    assert _split_tiles(32, 1024, 264) == (8, 128)  # 256 programs for 264 places
+    assert _split_tiles(79, 156, 132) == (3, 52)  # 237 for 264, not 158, which take as long as 264 would
+    assert _split_tiles(264, 100, 264) == (1, 100)
 
 
 def test_zero_rows_have_zero_gradient():
@@ -61,7 +61,7 @@ def test_zero_rows_have_zero_gradient():
 
 @needs_triton
 def test_classes_are_equal_where_labels_are():
-    from fastssl.kernels.ntxent.launch import classes_of
+    from fastssl.kernels.similarity import classes_of
 
     g = torch.Generator().manual_seed(0)
     # 1 and 2^32 fold to the same 32 bits; and one label alone, many equal ones, all different ones
