@@ -23,6 +23,7 @@ from common import append, environment, spread
 
 from fastssl.kernels import update_centroids_
 from fastssl.methods import npid, odc
+from fastssl.trainer import Context
 
 CLUSTERS = 10_000
 
@@ -80,7 +81,7 @@ def equal(name: str, ours: torch.Tensor, theirs: torch.Tensor, bound: float) -> 
 def odc_method(args, batch: int) -> odc.ODC:
     backbone = torch.nn.Identity()
     backbone.dim = 2048
-    method = odc.Config(clusters=CLUSTERS).build(backbone, samples=args.rows, batch=batch)
+    method = odc.Config(clusters=CLUSTERS).build(backbone, Context(args.rows, batch))
     method.bank.copy_(directions(args.rows, 256))
     method.labels.copy_(torch.randperm(args.rows) % CLUSTERS)
     method.to(args.device).add_up()
@@ -141,7 +142,7 @@ def npid_loss(args, batch: int = 32, dim: int = 128, temperature: float = 0.07) 
     backbone.dim = dim
     config = npid.Config(negatives=args.negatives, temperature=temperature)
     methods = {
-        name: replace(config, shared=shared).build(backbone, samples=args.rows, batch=batch)
+        name: replace(config, shared=shared).build(backbone, Context(args.rows, batch))
         for name, shared in (("ours", False), ("ours, shared negatives", True))
     }
     bank = directions(args.rows, dim)

@@ -18,7 +18,7 @@ from fastssl.config import Run
 from fastssl.loader import Batch, Loader
 from fastssl.meters import Meter
 from fastssl.step import static_step
-from fastssl.trainer import Trainer
+from fastssl.trainer import Context, Trainer
 
 
 def build(run: Run, hooks: list = (), device: str | None = None, loader: Loader | None = None) -> Trainer:
@@ -122,9 +122,8 @@ def build_method(run: Run, loader: Loader) -> nn.Module:
         if dist.is_main():
             print(report)
     with weights.unchanged(backbone) if pretrained else contextlib.nullcontext():
-        method = run.method.build(
-            backbone, samples=loader.samples, classes=loader.classes, batch=run.optim.batch, kernels=run.speed.kernels
-        )
+        context = Context(loader.samples, run.optim.batch, loader.classes, run.seed, run.speed.kernels)
+        method = run.method.build(backbone, context)
     contract.check_method(method, run.method)
     check_views(method, run.data.views)
     if run.optim.batch < getattr(method, "min_batch", 1) and dist.is_main():

@@ -5,6 +5,7 @@ docs/extending.md describes them.  The checks read attributes and shapes alone: 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastssl.config import settings
+from fastssl.trainer import Context
 
 METHOD = ("backbone", "views", "forward", "loss", "after_step")
+CONTEXT = tuple(field.name for field in dataclasses.fields(Context))
 HOOK = ("before_epoch", "after_step", "after_epoch")
 
 
@@ -47,23 +50,27 @@ def check_method(method: Any, config: Any) -> None:
         _check_call(f"{kind}.total_weight", method.total_weight, ("batch",))
 
 
-def _check_call(owner: str, function: Callable, arguments: tuple[str, ...], **options: Any) -> None:
-    """ValueError where the function does not take so many arguments, and `options` by their names."""
+def _check_call(owner: str, function: Callable, arguments: tuple[str, ...]) -> None:
+    """ValueError where the function does not take so many arguments."""
     try:
-        inspect.signature(function).bind(*arguments, **options)
+        inspect.signature(function).bind(*arguments)
     except TypeError as error:
-        wanted = ", ".join([*arguments, *(f"{name}=..." for name in options)])
         raise ValueError(
-            f"{owner} is called as {function.__name__}({wanted}) and is written as "
+            f"{owner} is called as {function.__name__}({', '.join(arguments)}) and is written as "
             f"{function.__name__}{inspect.signature(function)}: {error}"
         ) from None
 
 
 def check_config(config: Any) -> None:
-    """ValueError where build does not take what the engine gives; `**_` takes what it does not need."""
-    _check_call(
-        f"{type(config).__name__}.build", config.build, ("backbone",), samples=0, classes=None, batch=1, kernels="auto"
-    )
+    """ValueError where build does not take a backbone and a context."""
+    owner = f"{type(config).__name__}.build"
+    _check_call(owner, config.build, ("backbone", "context"))
+    old = [name for name in inspect.signature(config.build).parameters if name in CONTEXT]
+    if old:
+        raise ValueError(
+            f"{owner} takes {', '.join(old)} as arguments of their own: write build(self, backbone, context) and read "
+            f"context.{', context.'.join(old)} (docs/extending.md)"
+        )
 
 
 def check_output(method: nn.Module, out: Any, rows: int) -> dict[str, Tensor]:

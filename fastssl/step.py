@@ -20,13 +20,13 @@ from fastssl.amp import DTYPES
 from fastssl.checkpoint import random_states, set_random_states
 from fastssl.kernels.augment import make_views
 from fastssl.loader import Batch
-from fastssl.trainer import Trainer
+from fastssl.trainer import Outputs, Trainer
 
 Phase = Callable[[str], AbstractContextManager]  # times what runs inside: Meter.phase
 BLOCK = 500_000_000  # elements of gradients averaged over ranks in one all-reduce, as in DeepSpeed
 
 
-def step(t: Trainer, micro_batches: list[Batch]) -> dict[str, Tensor]:
+def step(t: Trainer, micro_batches: list[Batch]) -> Outputs:
     """One optimizer step on this rank's shard of a global batch: learning rates, gradients, update, the method's
     `after_step`, the hooks'.  Returns the detached outputs of the shard; what is to be logged is in `t.scalars`.
 
@@ -42,7 +42,7 @@ def step(t: Trainer, micro_batches: list[Batch]) -> dict[str, Tensor]:
     return out
 
 
-def deepspeed_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def deepspeed_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Outputs, dict[str, Any]]:
     """A step by DeepSpeed's backward and update, which read numbers from the device.  Returns detached outputs and the
     scalars to log."""
     t.scale.pass_to_zero(t.ds)
@@ -64,7 +64,7 @@ def deepspeed_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tupl
     return out, detached(losses) | {"loss_scale": t.scale.value, "applied": applied}
 
 
-def direct_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def direct_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Outputs, dict[str, Any]]:
     """A step at ZeRO 0, in which the host does not wait for the device; with one micro-batch it is a replay of a CUDA
     graph where there is one.  DeepSpeed's own step reads numbers from the device, and here it only counts."""
     t.values.write(batch, t.ds.optimizer.param_groups, t.step / t.total_steps)
@@ -83,7 +83,7 @@ def direct_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[d
     return out, scalars
 
 
-def static_step(t: Trainer, batch: Batch, phase: Phase) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def static_step(t: Trainer, batch: Batch, phase: Phase) -> tuple[Outputs, dict[str, Any]]:
     """The step as a function of tensors: it reads nothing from the device and, beside shapes, nothing that changes on
     the host, so that it can be captured.  Returns detached outputs and the scalars to log."""
     values = t.values
@@ -107,8 +107,8 @@ def static_step(t: Trainer, batch: Batch, phase: Phase) -> tuple[dict[str, Tenso
 
 
 def update(
-    t: Trainer, out: dict[str, Tensor], losses: dict[str, Tensor], batch: Batch, phase: Phase
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    t: Trainer, out: Outputs, losses: dict[str, Tensor], batch: Batch, phase: Phase
+) -> tuple[Outputs, dict[str, Any]]:
     """The second half of a step: what follows from this rank's gradients.  Reads nothing from the device.  Returns
     detached outputs and the scalars to log."""
     out, groups = detached(out), t.ds.optimizer.param_groups
@@ -156,15 +156,13 @@ def clip_(grads: list[Tensor], max_norm: float) -> None:
     torch._foreach_mul_(grads, (max_norm / (total + 1e-6)).clamp(max=1.0))
 
 
-def accumulate(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def accumulate(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Outputs, dict[str, Tensor]]:
     """Forward and backward of several micro-batches; outputs and losses of their union `batch`."""
     mean = getattr(t.method, "mean_loss", False)
     return (accumulate_mean if mean else accumulate_cached)(t, micro_batches, batch)
 
 
-def accumulate_mean(
-    t: Trainer, micro_batches: list[Batch], batch: Batch
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def accumulate_mean(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Outputs, dict[str, Tensor]]:
     """For a loss that is a mean over samples: one forward and backward for each micro-batch.  All results are
     detached."""
     statistics, outs, scalars = norm.RunningStatistics(t.method), [], {}
@@ -190,9 +188,7 @@ def accumulate_mean(
     return {name: torch.cat([o[name] for o in outs]) for name in outs[0]}, scalars
 
 
-def accumulate_cached(
-    t: Trainer, micro_batches: list[Batch], batch: Batch
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def accumulate_cached(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Outputs, dict[str, Tensor]]:
     """For any loss, by a gradient cache: the loss of all micro-batches together, and two forwards for each."""
     statistics, states, outs = norm.RunningStatistics(t.method), [], []
     forward = _forward(t)
@@ -225,7 +221,7 @@ def accumulate_cached(
     return leaves, losses
 
 
-def _forward(t: Trainer) -> Callable[[list[Tensor], Batch], dict[str, Tensor]]:
+def _forward(t: Trainer) -> Callable[[list[Tensor], Batch], Outputs]:
     return t.ds if t.graphed is None else t.method.forward
 
 

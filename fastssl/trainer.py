@@ -18,6 +18,19 @@ from fastssl.loader import Batch, Loader
 from fastssl.meters import Meter
 from fastssl.optim import Schedule
 
+Outputs = dict[str, Tensor]  # of a method's forward: each has one row per sample
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method's config is given, beside the backbone, to build the method."""
+
+    samples: int  # of data.train
+    batch: int  # images of a global batch, over all ranks and micro-batches
+    classes: list[str] | None = None  # their names; None: data.train has no labels
+    seed: int = 0  # of the run: whatever the method draws must follow from it
+    kernels: str = "auto"  # speed.kernels, the `impl` of every kernel that the method calls
+
 
 class Method(Protocol):
     """What the engine needs of a method, which is an nn.Module built by `Config.build(backbone, context)`.
@@ -53,14 +66,12 @@ class Method(Protocol):
     views: int | None  # how many views the recipe must give; None: any number
     backbone: nn.Module
 
-    def forward(self, views: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         """Every trainable parameter must take part."""
 
-    def loss(self, out: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]: ...
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]: ...
 
-    def after_step(
-        self, out: dict[str, Tensor], batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None
-    ) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         """Moves what gradients do not train: a momentum encoder, a queue, a memory bank.
 
         `progress` is the fraction of the run's steps before this one.  The step may be captured in a CUDA graph:

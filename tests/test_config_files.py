@@ -190,7 +190,7 @@ import dataclasses
 class Mine:
     weight: float = 1.0
     dims: "tuple[int, ...]" = (3, 4)
-    def build(self, backbone, **_): ...
+    def build(self, backbone, context): ...
 
 
 def get_config""",

@@ -12,6 +12,7 @@ from fastssl import backbones, config, contract, engine, hooks, loader, methods,
 from fastssl.build import build_method, prepare
 from fastssl.config import Backbone, Data, Log, Optim, Run
 from fastssl.methods import simclr
+from fastssl.trainer import Context
 
 
 class Small(nn.Module):
@@ -35,7 +36,7 @@ class Small(nn.Module):
 def made(kind=Small, **options):
     @dataclasses.dataclass(frozen=True)
     class Config:
-        def build(self, backbone, **_):
+        def build(self, backbone, context):
             return kind(backbone, **options)
 
     return Config()
@@ -56,7 +57,7 @@ def step(method):
     """Its first step, without DeepSpeed: forward and loss as the engine calls them."""
     r = run(method, "x.beton")
     torch.manual_seed(0)
-    m = prepare(method.build(backbones.build(r.backbone)), r, torch.device("cpu"))
+    m = prepare(method.build(backbones.build(r.backbone), Context(8, 8)), r, torch.device("cpu"))
     index = torch.arange(4)
     batch = loader.Batch(None, None, index, index, 0, 0)
     return m.loss(m([torch.randn(4, 3, 16, 16)] * 2, batch), batch)
@@ -64,7 +65,7 @@ def step(method):
 
 def test_a_complete_method_passes():
     method = made()
-    contract.check_method(method.build(nn.Identity()), method)
+    contract.check_method(method.build(nn.Identity(), Context(8, 8)), method)
     assert step(method)["loss"].requires_grad
 
 
@@ -137,8 +138,17 @@ def test_functions_that_take_other_arguments_are_named(beton):
     class Narrow:
         def build(self, backbone): ...
 
-    with pytest.raises(ValueError, match=r"Narrow.build is called as build\(backbone, samples=..., classes=..."):
+    with pytest.raises(ValueError, match=r"Narrow.build is called as build\(backbone, context\) and is written as"):
         engine.build(run(Narrow(), "no.beton"), device="cpu")
+
+    @dataclasses.dataclass
+    class Older:
+        def build(self, backbone, samples, **_): ...
+
+    with pytest.raises(
+        ValueError, match=r"Older.build takes samples .* build\(self, backbone, context\) and read conte"
+    ):
+        engine.build(run(Older(), "no.beton"), device="cpu")
 
     class Late(hooks.Hook):
         def after_step(self, t): ...

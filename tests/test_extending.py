@@ -79,12 +79,13 @@ def worker(out: str, exp: str) -> None:
     import align
 
     from fastssl import dist
+    from fastssl.trainer import Context
 
     dist.init("cpu")
     torch.manual_seed(0)
     backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.Tanh()).double()
     backbone.dim = 5
-    method = align.Config(dim=4).build(backbone).double()
+    method = align.Config(dim=4).build(backbone, Context(8, 8)).double()
     views = [x[dist.share(8)] for x in torch.randn(2, 8, 3, 2, 2, dtype=torch.float64)]
     result = {}
     for name in ("global", "local"):

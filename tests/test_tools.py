@@ -18,6 +18,7 @@ from fastssl.__main__ import COMMANDS, main
 from fastssl.checkpoint import folder as checkpoint
 from fastssl.config import Backbone
 from fastssl.methods import byol
+from fastssl.trainer import Context
 from fastssl.weights import tools
 
 SMALL = Backbone("resnet10", width=8, stem="cifar")
@@ -135,7 +136,7 @@ def test_params_of_a_config(tmp_path, capsys):
     total = sum(p.numel() for p in build(spec=small).parameters())
     assert f"{total:,}" in out and "32 x 32" in out and "16 x 16" in out
     run = config.load(file, ["backbone.width=16"])
-    method = run.method.build(build(spec=small), samples=100, classes=None, batch=8)
+    method = run.method.build(build(spec=small), Context(samples=100, batch=8))
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in method.parameters())
     assert everything > trained and f"{everything:,}" in out and f"{trained:,}" in out

@@ -42,12 +42,13 @@ def state(method: nn.Module) -> list[str]:
 def describe(name: str) -> str:
     """Title, paper, views, state, settings and configs, all read off the method's file and its configs."""
     from fastssl import backbones, config  # seconds: torchvision
+    from fastssl.trainer import Context
 
     module = importlib.import_module(f"{__name__}.{name}")
     folder = config.quickstart().parent
     run = config.load(folder / "smoke" / f"{name}.py")
     backbone = backbones.build(run.backbone, run.method)
-    built = run.method.build(backbone, samples=50_000, batch=run.optim.batch, classes=["a", "b"], kernels="reference")
+    built = run.method.build(backbone, Context(50_000, run.optim.batch, ["a", "b"], kernels="reference"))
     lines = {
         "": re.sub(r"\s*https?://\S+", "", module.__doc__.split("\n\n")[0]).replace("\n", " ").strip(),
         "paper": " ".join(re.findall(r"https?://\S+", module.__doc__)),

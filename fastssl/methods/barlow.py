@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.loader import Batch
 from fastssl.methods import parts
+from fastssl.trainer import Context, Outputs
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Config:
     scale: float = 1.0  # of the loss (solo-learn: 0.1)
     norm: bool = True  # batch norm in the projector
 
-    def build(self, backbone: nn.Module, **_) -> BarlowTwins:
+    def build(self, backbone: nn.Module, context: Context) -> BarlowTwins:
         return BarlowTwins(self, backbone)
 
 
@@ -36,12 +38,12 @@ class BarlowTwins(nn.Module):
         self.backbone = backbone
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, bias=not config.norm, last_bias=False)
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         h = [self.backbone(x) for x in views]
         z = [self.projector(h_i) for h_i in h]
         return {"z": torch.stack(z, 1), "features": h[0].detach()}
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         z_0, z_1 = (parts.standardize(z) for z in out["z"].unbind(1))
         c_DD = dist.replicated_mean(z_0.T @ z_1 / len(z_0))
         on_diagonal = (c_DD.diagonal() - 1).square().sum()
@@ -49,5 +51,5 @@ class BarlowTwins(nn.Module):
         loss = self.config.scale * (on_diagonal + self.config.redundancy * off_diagonal)
         return {"loss": loss, "on_diagonal": on_diagonal, "off_diagonal": off_diagonal}
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         pass

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastssl.loader import Batch
 from fastssl.methods import parts
+from fastssl.trainer import Context, Outputs
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,9 @@ class Config:
         if self.init == "haiku":
             haiku_(backbone)
 
-    def build(self, backbone: nn.Module, *, kernels: str = "auto", **_) -> BYOL:
+    def build(self, backbone: nn.Module, context: Context) -> BYOL:
         parts.check_init(self.init, "haiku")
-        return BYOL(self, backbone, kernels)
+        return BYOL(self, backbone, context.kernels)
 
 
 def haiku_(module: nn.Module) -> None:
@@ -68,17 +70,17 @@ class BYOL(nn.Module):
             haiku_(self.predictor)
         self.target = parts.frozen_copy(self.backbone, self.projector)
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         h = [self.backbone(x) for x in views]
         p = [self.predictor(self.projector(h_i)) for h_i in h]
         with torch.no_grad():
             z = [self.target(x) for x in views]
         return {"p": torch.stack(p, 1), "z": torch.stack(z, 1), "features": h[0].detach()}
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         (p_0, p_1), (z_0, z_1) = out["p"].unbind(1), out["z"].detach().unbind(1)
         return {"loss": 4 - 2 * (parts.similarity(p_0, z_1) + parts.similarity(p_1, z_0))}
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
         parts.ema_(self.target, [self.backbone, self.projector], momentum, found_inf=found_inf, impl=self.kernels)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from fastssl import dist
 from fastssl.kernels import ntxent
+from fastssl.loader import Batch
 from fastssl.methods import parts
+from fastssl.trainer import Context, Outputs
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class Config:
     dims: tuple[int, ...] = (2048, 128)  # hidden and output widths of the projector
     norm: bool = True  # batch norm in the projector
 
-    def build(self, backbone: nn.Module, *, kernels: str = "auto", **_) -> DCL:
-        return DCL(self, backbone, kernels)
+    def build(self, backbone: nn.Module, context: Context) -> DCL:
+        return DCL(self, backbone, context.kernels)
 
 
 class DCL(nn.Module):
@@ -43,14 +45,14 @@ class DCL(nn.Module):
             last_bias=not config.norm,
         )
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         h = self.backbone(torch.cat(views))
         z = self.projector(h)
         return {"z": torch.stack(z.chunk(2), 1), "features": h.detach()[: len(h) // 2]}
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         z = out["z"].transpose(0, 1).flatten(0, 1)  # (n, 2, D) -> rows of view 0, then rows of view 1
         return {"loss": ntxent(z, self.config.temperature, decoupled=True, group=dist.group(), impl=self.kernels)}
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         pass

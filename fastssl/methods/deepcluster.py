@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from fastssl import clustering as cluster
 from fastssl import zero
+from fastssl.loader import Batch
+from fastssl.trainer import Context, Outputs
 
 
 @dataclass(frozen=True)
@@ -28,27 +30,26 @@ class Config:
     sampling: str = "uniform"  # over clusters; "all": every sample once an epoch
     reweight: float = 0.0  # power p of loss weights size ** -p; 0.5 is usual with sampling="all"
 
-    def build(self, backbone: nn.Module, *, samples: int, kernels: str = "auto", **_) -> DeepCluster:
-        cluster.check_clusters(self.clusters, samples)
+    def build(self, backbone: nn.Module, context: Context) -> DeepCluster:
+        cluster.check_clusters(self.clusters, context.samples)
         for name, choices in {"algorithm": ("kmeans", "pic", "faiss"), "sampling": ("uniform", "all")}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"method.{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
         if self.pca > backbone.dim:
             raise ValueError(f"method.pca={self.pca} is more than the backbone's {backbone.dim} features; 0 is off")
-        return DeepCluster(self, backbone, samples, kernels)
+        return DeepCluster(self, backbone, context)
 
 
 class DeepCluster(nn.Module):
     views = 1
     mean_loss = True
 
-    def __init__(self, config: Config, backbone: nn.Module, samples: int, kernels: str):
+    def __init__(self, config: Config, backbone: nn.Module, context: Context):
         super().__init__()
-        self.config, self.backbone, self.kernels = config, backbone, kernels
+        self.config, self.backbone, self.seed, self.kernels = config, backbone, context.seed, context.kernels
         self.head = nn.Linear(backbone.dim, config.clusters)
-        self.register_buffer("labels", torch.zeros(samples, dtype=torch.int64))
+        self.register_buffer("labels", torch.zeros(context.samples, dtype=torch.int64))
         self.register_buffer("weights", torch.full((config.clusters,), 1 / config.clusters))
-        self.seed = int(torch.randint(2**31, (), device="cpu"))  # follows the run's seed
 
     def before_epoch(self, epoch: int, extract_outputs) -> str:
         c = self.config
@@ -83,11 +84,11 @@ class DeepCluster(nn.Module):
             return None
         return cluster.uniform_order(self.labels.cpu().numpy(), self.seed, epoch)
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         h = self.backbone(views[0])
         return {"logits": self.head(h), "features": h.detach()}
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         labels = self.labels[batch.index]
         right = (out["logits"].detach().argmax(1) == labels).float()
         return {
@@ -95,8 +96,8 @@ class DeepCluster(nn.Module):
             "top1": cluster.weighted_mean(right, labels, self.weights),
         }
 
-    def total_weight(self, batch) -> Tensor:
+    def total_weight(self, batch: Batch) -> Tensor:
         return cluster.total_weight(self.labels[batch.index], self.weights)
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         pass

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from fastssl import clustering as cluster
 from fastssl import dist
+from fastssl.loader import Batch
 from fastssl.methods import parts
+from fastssl.trainer import Context, Outputs
 
 
 @dataclass(frozen=True)
@@ -28,27 +30,26 @@ class Config:
     norm: bool = True  # batch norm in the projector
     large: int = 2  # crops that are remembered and clustered, the first of the recipe
 
-    def build(self, backbone: nn.Module, *, samples: int, kernels: str = "auto", **_) -> DeepClusterV2:
+    def build(self, backbone: nn.Module, context: Context) -> DeepClusterV2:
         if not self.clusters:
             raise ValueError("method.clusters=() names no clustering; (3000, 3000, 3000) is usual")
         for clusters in self.clusters:
-            cluster.check_clusters(clusters, samples)
-        return DeepClusterV2(self, backbone, samples, kernels)
+            cluster.check_clusters(clusters, context.samples)
+        return DeepClusterV2(self, backbone, context)
 
 
 class DeepClusterV2(nn.Module):
     views = None  # any number of crops
     mean_loss = True
 
-    def __init__(self, config: Config, backbone: nn.Module, samples: int, kernels: str):
+    def __init__(self, config: Config, backbone: nn.Module, context: Context):
         super().__init__()
-        self.config, self.backbone, self.kernels = config, backbone, kernels
+        self.config, self.backbone, self.seed, self.kernels = config, backbone, context.seed, context.kernels
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm)
-        self.register_buffer("memory", torch.zeros(config.large, samples, config.dims[-1]))
-        self.register_buffer("labels", torch.zeros(len(config.clusters), samples, dtype=torch.int64))
+        self.register_buffer("memory", torch.zeros(config.large, context.samples, config.dims[-1]))
+        self.register_buffer("labels", torch.zeros(len(config.clusters), context.samples, dtype=torch.int64))
         for i, clusters in enumerate(config.clusters):
             self.register_buffer(f"prototypes_{i}", parts.random_directions(clusters, config.dims[-1]))
-        self.seed = int(torch.randint(2**31, (), device="cpu"))  # follows the run's seed
 
     def before_epoch(self, epoch: int, extract_outputs) -> str:
         samples = self.memory.shape[1]
@@ -73,12 +74,12 @@ class DeepClusterV2(nn.Module):
             notes.append(cluster.describe(found.counts, samples))
         return "; ".join(notes)
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         h = parts.multi_crop(self.backbone, views, self.config.large)
         z = F.normalize(self.projector(h.flatten(0, 1)), dim=1).unflatten(0, h.shape[:2])
         return {"z": z, "features": h[:, 0].detach()}
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         z = out["z"].flatten(0, 1)  # rows: the cross entropy of maps has no deterministic gradient on CUDA
         labels = self.labels[:, batch.index].repeat_interleave(out["z"].shape[1], 1)
         losses = [
@@ -88,7 +89,7 @@ class DeepClusterV2(nn.Module):
         return {"loss": sum(losses) / len(losses)}
 
     @torch.no_grad()
-    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         z = dist.gather(out["z"][:, : self.config.large].contiguous())
         index, new = dist.gather(batch.index), z.transpose(0, 1)
         if found_inf is not None:

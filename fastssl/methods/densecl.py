@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from fastssl import dist
 from fastssl.kernels import enqueue_, infonce
+from fastssl.loader import Batch
 from fastssl.methods import parts
+from fastssl.trainer import Context, Outputs
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,12 @@ class Config:
     shuffle: bool = True  # shuffled batch norm
     init: str = "torch"  # of the projector; "openselfsup" (as the authors'): Kaiming; the dense one stays torch's there
 
-    def build(self, backbone: nn.Module, *, batch: int, kernels: str = "auto", **_) -> DenseCL:
-        parts.need_queue(self.queue, batch)
+    def build(self, backbone: nn.Module, context: Context) -> DenseCL:
+        parts.need_queue(self.queue, context.batch)
         parts.check_init(self.init)
         if self.shuffle:
             parts.warn_unshuffled(backbone)
-        return DenseCL(self, backbone, kernels)
+        return DenseCL(self, backbone, context.kernels)
 
 
 class DenseCL(nn.Module):
@@ -53,7 +55,7 @@ class DenseCL(nn.Module):
             self.register_buffer(name, parts.random_directions(config.queue, config.dims[-1]))
         self.register_buffer("pointers", torch.zeros(2, dtype=torch.int64))
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         x_q, x_k = views
         h, q, q_dense, f_q = self.embed(x_q, self.backbone, self.projector, self.dense_projector)
         with torch.no_grad():
@@ -73,7 +75,7 @@ class DenseCL(nn.Module):
         h = f.mean(1)
         return h, projector(h), dense_projector(f), f
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         t, d = self.config.temperature, self.config.dense
         k_dense = out["k_dense"].detach()
         paired = k_dense.gather(1, out["match"][:, :, None].expand_as(k_dense))
@@ -81,7 +83,7 @@ class DenseCL(nn.Module):
         dense = infonce(out["q_dense"].flatten(0, 1), paired.flatten(0, 1), self.dense_queue, t, impl=self.kernels)
         return {"loss": (1 - d) * single + d * dense, "single": single, "dense": dense}
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         parts.ema_(
             self.target,
             [self.backbone, self.projector, self.dense_projector],

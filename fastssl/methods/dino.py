@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from fastssl import dist
 from fastssl.kernels.soft_cross_entropy import soft_cross_entropy
+from fastssl.loader import Batch
 from fastssl.methods import parts
+from fastssl.trainer import Context, Outputs
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Config:
         if token is not None:  # timm starts it at almost 0
             nn.init.trunc_normal_(token, std=0.02)
 
-    def build(self, backbone: nn.Module, *, kernels: str = "auto", **_) -> DINO:
-        return DINO(self, backbone, kernels)
+    def build(self, backbone: nn.Module, context: Context) -> DINO:
+        return DINO(self, backbone, context.kernels)
 
 
 class Head(nn.Module):
@@ -72,7 +74,7 @@ class DINO(nn.Module):
         self.register_buffer("center", torch.zeros(config.prototypes))
         self.freeze_epochs = {r"^head\.prototypes\.": config.freeze_epochs}
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         large, frozen = self.config.large, batch.epoch < self.config.freeze_epochs
         h = parts.multi_crop(self.backbone, views, large)
         student = self.head(h.flatten(0, 1), frozen).unflatten(0, h.shape[:2])
@@ -80,7 +82,7 @@ class DINO(nn.Module):
             teacher = self.target(torch.cat(views[:large])).unflatten(0, (large, -1)).transpose(0, 1)
         return {"student": student, "teacher": teacher, "features": h[:, 0].detach()}
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         temperatures = self.config.temperature, self.teacher_temperature(batch.epoch)
         student, teacher = out["student"].unbind(1), out["teacher"].unbind(1)
         pairs = [
@@ -99,7 +101,7 @@ class DINO(nn.Module):
         done = min(1.0, epoch / (c.teacher_epochs - 1)) if c.teacher_epochs > 1 else 1.0
         return c.teacher_temperature + (c.teacher_temperature_end - c.teacher_temperature) * done
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
         parts.ema_(self.target, [self.backbone, self.head], momentum, found_inf=found_inf, impl=self.kernels)
         mean = dist.mean(out["teacher"].mean((0, 1)))

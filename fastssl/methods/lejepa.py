@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.loader import Batch
 from fastssl.methods import parts
+from fastssl.trainer import Context, Outputs
 
 
 @dataclass(frozen=True)
@@ -26,33 +28,32 @@ class Config:
     norm: bool = True  # batch norm in the projector
     large: int = 2  # views whose mean the others are drawn to, the first of the recipe
 
-    def build(self, backbone: nn.Module, **_) -> LeJEPA:
-        return LeJEPA(self, backbone)
+    def build(self, backbone: nn.Module, context: Context) -> LeJEPA:
+        return LeJEPA(self, backbone, context.seed)
 
 
 class LeJEPA(nn.Module):
     views = None  # any number
     not_capturable = "LeJEPA draws its directions by a generator that the host seeds for each step"
 
-    def __init__(self, config: Config, backbone: nn.Module):
+    def __init__(self, config: Config, backbone: nn.Module, seed: int):
         super().__init__()
-        self.config = config
+        self.config, self.seed = config, seed
         self.backbone = backbone
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm)
-        self.seed = int(torch.randint(2**31, (), device="cpu"))  # follows the run's seed
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         h = parts.multi_crop(self.backbone, views, self.config.large)
         z = self.projector(h.flatten(0, 1)).unflatten(0, h.shape[:2])
         return {"z": z, "features": h[:, 0].detach()}
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         z, weight = out["z"], self.config.weight
         agreement = (z - z[:, : self.config.large].mean(1, keepdim=True)).square().mean()
         sigreg = self.sigreg(z.transpose(0, 1), batch)
         return {"loss": (1 - weight) * agreement + weight * sigreg, "agreement": agreement, "sigreg": sigreg}
 
-    def sigreg(self, z_VnD: Tensor, batch) -> Tensor:
+    def sigreg(self, z_VnD: Tensor, batch: Batch) -> Tensor:
         """N times the Epps-Pulley statistic, integral over t of |phi_N(t) - exp(-t^2/2)|^2 exp(-t^2/2), averaged over
         views and directions."""
         c = self.config
@@ -66,5 +67,5 @@ class LeJEPA(nn.Module):
         error = (real - gauss).square() + imaginary.square()
         return 2 * torch.trapezoid(error * gauss, t).mean() * z_VnD.shape[1] * dist.world()
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         pass

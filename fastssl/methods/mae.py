@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from fastssl.backbones import positions
 from fastssl.kernels import philox
+from fastssl.loader import Batch
 from fastssl.methods import parts
+from fastssl.trainer import Context, Outputs
 
 STREAM = 0x4D4145  # of the counter-based generator; views use small numbers
 
@@ -35,10 +37,10 @@ class Config:
             nn.init.normal_(body.cls_token, std=0.02)
         xavier_(body)
 
-    def build(self, backbone: nn.Module, **_) -> MAE:
+    def build(self, backbone: nn.Module, context: Context) -> MAE:
         if not 0 < self.mask < 1:
             raise ValueError(f"method.mask={self.mask} must be between 0 and 1")
-        return MAE(self, backbone)
+        return MAE(self, backbone, context.seed)
 
 
 class MAE(nn.Module):
@@ -46,12 +48,12 @@ class MAE(nn.Module):
     exact_views = True  # targets are made of them
     mean_loss = True
 
-    def __init__(self, config: Config, backbone: nn.Module):
+    def __init__(self, config: Config, backbone: nn.Module, seed: int):
         super().__init__()
         from timm.models.vision_transformer import Block
 
         body = parts.vision_transformer(backbone)
-        self.config, self.backbone = config, backbone
+        self.config, self.backbone, self.seed = config, backbone, seed
         self.patch = body.patch_embed.patch_size[0]
         self.embed = nn.Linear(body.embed_dim, config.decoder)
         # three dimensions: the original decays it, unlike norms and biases
@@ -63,9 +65,8 @@ class MAE(nn.Module):
         self.head = nn.Sequential(norm(config.decoder), nn.Linear(config.decoder, 3 * self.patch**2))
         for part in (self.embed, self.decoder, self.head):
             xavier_(part)
-        self.seed = int(torch.randint(2**31, (), device="cpu"))  # follows the run's seed
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         target = patchify(views[0].float(), self.patch)
         if self.config.norm_pixels:
             target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
@@ -103,10 +104,10 @@ class MAE(nn.Module):
         x = torch.cat([x, hidden], 1) + nn.functional.pad(table[places], (0, 0, prefix, 0)).to(x.dtype)
         return self.head(self.decoder(x)[:, -masked.shape[1] :])
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"loss": (out["pred"] - out["target"].detach()).square().mean()}
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         pass
 
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from fastssl import dist
 from fastssl.kernels import enqueue_, infonce
+from fastssl.loader import Batch
 from fastssl.methods import parts
+from fastssl.trainer import Context, Outputs
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,12 @@ class Config:
     norm: bool = False  # batch norm in the projector (SimCLR's neck)
     init: str = "torch"  # of the projector; "openselfsup": Kaiming
 
-    def build(self, backbone: nn.Module, *, batch: int, kernels: str = "auto", **_) -> MoCo:
-        parts.need_queue(self.queue, batch)
+    def build(self, backbone: nn.Module, context: Context) -> MoCo:
+        parts.need_queue(self.queue, context.batch)
         parts.check_init(self.init)
         if self.shuffle:
             parts.warn_unshuffled(backbone)
-        return MoCo(self, backbone, kernels)
+        return MoCo(self, backbone, context.kernels)
 
 
 class MoCo(nn.Module):
@@ -62,7 +64,7 @@ class MoCo(nn.Module):
         self.register_buffer("queue", parts.random_directions(sides, config.queue, config.dims[-1]))
         self.register_buffer("pointers", torch.zeros(sides, dtype=torch.int64))
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         asked, keyed = (views, views[::-1]) if self.config.symmetric else (views[:1], views[1:])
         h = [self.backbone(x) for x in asked]
         q = [self.projector(h_i) for h_i in h]
@@ -76,12 +78,12 @@ class MoCo(nn.Module):
         shuffle = parts.Shuffle(len(x), x.device)
         return shuffle.collect(self.target(shuffle.deal(x)))
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         sides = zip(out["q"].unbind(1), out["k"].detach().unbind(1), self.queue)
         each = [infonce(q, k, queue, self.config.temperature, impl=self.kernels) for q, k, queue in sides]
         return {"loss": sum(each) / len(each)}
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
         parts.ema_(self.target, [self.backbone, self.projector], momentum, found_inf=found_inf, impl=self.kernels)
         for k, queue, pointer in zip(dist.gather(out["k"]).unbind(1), self.queue, self.pointers):

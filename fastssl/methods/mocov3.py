@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from fastssl import dist
 from fastssl.kernels import infonce
+from fastssl.loader import Batch
 from fastssl.methods import parts
+from fastssl.trainer import Context, Outputs
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Config:
             authors_init_(body)
             body.patch_embed.requires_grad_(False)
 
-    def build(self, backbone: nn.Module, *, kernels: str = "auto", **_) -> MoCoV3:
-        return MoCoV3(self, backbone, kernels)
+    def build(self, backbone: nn.Module, context: Context) -> MoCoV3:
+        return MoCoV3(self, backbone, context.kernels)
 
 
 @torch.no_grad()
@@ -71,20 +73,20 @@ class MoCoV3(nn.Module):
         self.predictor = parts.mlp(dim, config.predictor, dim, last_norm=norm and config.predictor_norm, **common)
         self.target = parts.frozen_copy(self.backbone, self.projector)
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         h = [self.backbone(x) for x in views]
         q = [self.predictor(self.projector(h_i)) for h_i in h]
         with torch.no_grad():
             k = [self.target(x) for x in views]
         return {"q": torch.stack(q, 1), "k": torch.stack(k, 1), "features": h[0].detach()}
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         (q_0, q_1), (k_0, k_1) = out["q"].unbind(1), out["k"].detach().unbind(1)
         t = self.config.temperature
         both = [infonce(q, k, None, t, group=dist.group(), impl=self.kernels) for q, k in ((q_0, k_1), (q_1, k_0))]
         return {"loss": 2 * t * sum(both)}
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         progress = progress + 1 / self.total_steps  # the original moves the encoder at the start of the next step
         momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
         parts.ema_(self.target, [self.backbone, self.projector], momentum, found_inf=found_inf, impl=self.kernels)

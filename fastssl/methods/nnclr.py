@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from fastssl import dist
 from fastssl.kernels import enqueue_, infonce_symmetric
+from fastssl.loader import Batch
 from fastssl.methods import parts
+from fastssl.trainer import Context, Outputs
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,9 @@ class Config:
     queue: int = 98304
     norm: bool = True  # batch norm in the heads
 
-    def build(self, backbone: nn.Module, *, batch: int, kernels: str = "auto", **_) -> NNCLR:
-        parts.need_queue(self.queue, batch)
-        return NNCLR(self, backbone, kernels)
+    def build(self, backbone: nn.Module, context: Context) -> NNCLR:
+        parts.need_queue(self.queue, context.batch)
+        return NNCLR(self, backbone, context.kernels)
 
 
 class NNCLR(nn.Module):
@@ -44,13 +46,13 @@ class NNCLR(nn.Module):
         self.register_buffer("queue", parts.random_directions(config.queue, config.dims[-1]))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         h = [self.backbone(x) for x in views]
         z = [self.projector(h_i) for h_i in h]
         p = [self.predictor(z_i) for z_i in z]
         return {"z": torch.stack(z, 1), "p": torch.stack(p, 1), "features": h[0].detach()}
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         (p_0, p_1), (nn_0, nn_1) = out["p"].unbind(1), (self.nearest(z) for z in out["z"].unbind(1))
         t = self.config.temperature
         both = [
@@ -63,6 +65,6 @@ class NNCLR(nn.Module):
     def nearest(self, z: Tensor) -> Tensor:
         return self.queue[(F.normalize(z, dim=1) @ self.queue.T).argmax(1)]
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         z = dist.gather(out["z"][:, 0].contiguous())
         enqueue_(self.queue, self.pointer, z, found_inf=found_inf, impl=self.kernels)

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from fastssl import dist
 from fastssl.kernels import gathered_nce, philox, update_bank_
+from fastssl.loader import Batch
 from fastssl.methods import parts
+from fastssl.trainer import Context, Outputs
 
 STREAM = 0x4E504944  # of the counter-based generator; views use small numbers
 
@@ -31,38 +33,37 @@ class Config:
     shared: bool = False  # one set of negatives a step for all samples: a matrix product instead of a gather
     init: str = "torch"  # of the projector; "openselfsup": Kaiming
 
-    def build(self, backbone: nn.Module, *, samples: int, batch: int, kernels: str = "auto", **_) -> NPID:
+    def build(self, backbone: nn.Module, context: Context) -> NPID:
         parts.check_init(self.init)
-        positives = batch if self.shared else 1
-        if self.ensure_neg and samples <= positives:
+        positives = context.batch if self.shared else 1
+        if self.ensure_neg and context.samples <= positives:
             raise ValueError(
-                f"method.ensure_neg=True: data.train has {samples} samples and none is left beside the "
+                f"method.ensure_neg=True: data.train has {context.samples} samples and none is left beside the "
                 f"{positives} that may not be negatives; use more data or ensure_neg=False"
             )
         if not 0 < self.momentum <= 1:
             raise ValueError(f"method.momentum={self.momentum} is the weight of the new embedding, in (0, 1]")
-        return NPID(self, backbone, samples, kernels)
+        return NPID(self, backbone, context)
 
 
 class NPID(nn.Module):
     views = 1
 
-    def __init__(self, config: Config, backbone: nn.Module, samples: int, kernels: str):
+    def __init__(self, config: Config, backbone: nn.Module, context: Context):
         super().__init__()
-        self.config, self.kernels = config, kernels
+        self.config, self.seed, self.kernels = config, context.seed, context.kernels
         self.backbone = backbone
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=False)
         if config.init == "openselfsup":
             parts.kaiming_(self.projector)
         self.mean_loss = not (config.shared and config.ensure_neg)  # whose negatives leave out the whole batch
-        self.register_buffer("bank", parts.random_directions(samples, config.dims[-1]))
-        self.seed = int(torch.randint(2**31, (), device="cpu"))  # follows the run's seed
+        self.register_buffer("bank", parts.random_directions(context.samples, config.dims[-1]))
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         h = self.backbone(views[0])
         return {"z": self.projector(h), "features": h.detach()}
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         if not self.config.negatives:
             logits = F.normalize(out["z"], dim=1) @ self.bank.T / self.config.temperature
             return {"loss": F.cross_entropy(logits, batch.index)}
@@ -73,11 +74,11 @@ class NPID(nn.Module):
             )
         }
 
-    def draw(self, batch) -> Tensor:
+    def draw(self, batch: Batch) -> Tensor:
         """(n, K) rows of the bank, uniform with replacement, each sample's own."""
         return self.spare(self.words(batch.index[:, None], batch.epoch, self.seed), batch.index[:, None])
 
-    def draw_shared(self, batch) -> Tensor:
+    def draw_shared(self, batch: Batch) -> Tensor:
         """(K,) rows of the bank, uniform with replacement, the same on every rank."""
         step = batch.index.new_zeros(1, 1) + batch.step
         words = self.words(step, batch.epoch, self.seed + (1 << 32))[0]  # another key than that of samples
@@ -97,6 +98,6 @@ class NPID(nn.Module):
         row = philox.below(words, len(self.bank) - positives.shape[-1])
         return row + torch.searchsorted(skip.contiguous(), row.contiguous(), right=True)
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         index, z = dist.gather(batch.index), dist.gather(F.normalize(out["z"], dim=1))
         update_bank_(self.bank, index, z, self.config.momentum, found_inf=found_inf, impl=self.kernels)

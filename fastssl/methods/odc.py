@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from fastssl import clustering as cluster
 from fastssl import dist
 from fastssl.kernels import update_bank_
+from fastssl.loader import Batch
+from fastssl.trainer import Context, Outputs
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,11 @@ class Config:
     norm: bool = True  # batch norm in the neck
     iterations: int = 20  # of the first k-means
 
-    def build(self, backbone: nn.Module, *, samples: int, batch: int, kernels: str = "auto", **_) -> ODC:
-        cluster.check_clusters(self.clusters, samples, self.least)
+    def build(self, backbone: nn.Module, context: Context) -> ODC:
+        cluster.check_clusters(self.clusters, context.samples, self.least)
         if not 0 < self.momentum <= 1 or self.every < 1:
             raise ValueError(f"method.momentum={self.momentum} must be in (0, 1], method.every={self.every} at least 1")
-        return ODC(self, backbone, samples, samples // batch, kernels)
+        return ODC(self, backbone, context)
 
 
 class ODC(nn.Module):
@@ -47,9 +49,11 @@ class ODC(nn.Module):
     sharded = ("bank",)
     not_capturable = "ODC's labels and clusters change by counts that it reads from the device"
 
-    def __init__(self, config: Config, backbone: nn.Module, samples: int, steps: int, kernels: str):
+    def __init__(self, config: Config, backbone: nn.Module, context: Context):
         super().__init__()
-        self.config, self.backbone, self.steps, self.kernels = config, backbone, steps, kernels
+        self.config, self.backbone, self.seed, self.kernels = config, backbone, context.seed, context.kernels
+        samples = context.samples
+        self.steps = samples // context.batch  # of an epoch
         hidden, dim = config.dims
         norm = nn.BatchNorm1d(hidden, momentum=0.001, affine=False) if config.norm else nn.Identity()
         self.neck = nn.Sequential(
@@ -74,7 +78,6 @@ class ODC(nn.Module):
         self.unit = 2.0 ** (samples.bit_length() - 62)  # the finest in which all rows, of length 1, do not overflow
         self.register_buffer("weights", torch.full((config.clusters,), 1 / config.clusters))
         self.register_buffer("changed", torch.zeros(()))  # share of the last step's labels
-        self.seed = int(torch.randint(2**31, (), device="cpu"))  # follows the run's seed
 
     def before_epoch(self, epoch: int, extract_outputs) -> str | None:
         if epoch:
@@ -94,21 +97,21 @@ class ODC(nn.Module):
     def order(self, epoch: int) -> np.ndarray:
         return cluster.replacement_order(len(self.labels), self.seed, epoch)
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         h = self.backbone(views[0])
         z = self.neck(h)
         return {"logits": self.head(z), "z": z.detach(), "features": h.detach()}
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         labels = self.labels[batch.index]
         loss = cluster.weighted_cross_entropy(out["logits"], labels, self.weights)
         return {"loss": loss, "changed": self.changed.clone()}  # the log reads it some steps later
 
-    def total_weight(self, batch) -> Tensor:
+    def total_weight(self, batch: Batch) -> Tensor:
         return cluster.total_weight(self.labels[batch.index], self.weights)
 
     @torch.no_grad()
-    def after_step(self, out: dict[str, Tensor], batch, progress: float) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor) -> None:
         index, z = dist.gather(batch.index), dist.gather(F.normalize(out["z"], dim=1))
         seen, place = index.unique(return_inverse=True)
         here, before = self.here(index), self.rows(seen)

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.loader import Batch
+from fastssl.trainer import Context, Outputs
+
 
 @dataclass(frozen=True)
 class Config:
@@ -20,7 +23,7 @@ class Config:
     dropout: float = 0.5
     norm: bool = True  # batch norm in the head
 
-    def build(self, backbone: nn.Module, **_) -> RelativeLoc:
+    def build(self, backbone: nn.Module, context: Context) -> RelativeLoc:
         return RelativeLoc(self, backbone)
 
 
@@ -43,7 +46,7 @@ class RelativeLoc(nn.Module):
             nn.init.normal_(layer.weight, std=0.005)
             nn.init.constant_(layer.bias, bias)
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         # two calls: batch norm takes the statistics of the neighbours and of the centres apart, as in OpenSelfSup
         neighbours = self.backbone(torch.cat(views[:4] + views[5:])).unflatten(0, (8, -1)).transpose(0, 1)
         centre = self.backbone(views[4])[:, None]
@@ -51,11 +54,11 @@ class RelativeLoc(nn.Module):
         logits = self.head(pairs.flatten(0, 1)).unflatten(0, pairs.shape[:2])
         return {"logits": logits, "features": neighbours[:, 0].detach()}
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         logits = out["logits"].flatten(0, 1)
         places = torch.arange(8, device=logits.device).repeat(len(logits) // 8)
         right = (logits.detach().argmax(1) == places).float().mean()
         return {"loss": F.cross_entropy(logits, places), "top1": right}
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         pass

@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.loader import Batch
 from fastssl.methods import parts
+from fastssl.trainer import Context, Outputs
 
 
 @dataclass(frozen=True)
 class Config:
-    def build(self, backbone: nn.Module, **_) -> Rotation:
+    def build(self, backbone: nn.Module, context: Context) -> Rotation:
         return Rotation(backbone)
 
 
@@ -30,15 +32,15 @@ class Rotation(nn.Module):
         self.head = nn.Linear(backbone.dim, 4)
         parts.kaiming_(self.head)  # fan_in as in OpenSelfSup: with fan_out the first loss is 30 times as large
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         h = self.backbone(torch.cat(views)).unflatten(0, (4, -1)).transpose(0, 1)
         return {"logits": self.head(h), "features": h[:, 0].detach()}
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         logits = out["logits"].flatten(0, 1)
         turns = torch.arange(4, device=logits.device).repeat(len(logits) // 4)
         right = (logits.detach().argmax(1) == turns).float().mean()
         return {"loss": F.cross_entropy(logits, turns), "top1": right}
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         pass

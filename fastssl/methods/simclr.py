@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from fastssl import dist
 from fastssl.kernels import ntxent
+from fastssl.loader import Batch
 from fastssl.methods import parts
+from fastssl.trainer import Context, Outputs
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,9 @@ class Config:
     last_shift: bool = True  # of the last batch norm; False: it scales alone (Google's code)
     init: str = "torch"  # of the projector; "openselfsup": Kaiming
 
-    def build(self, backbone: nn.Module, *, kernels: str = "auto", **_) -> SimCLR:
+    def build(self, backbone: nn.Module, context: Context) -> SimCLR:
         parts.check_init(self.init)
-        return SimCLR(self, backbone, kernels)
+        return SimCLR(self, backbone, context.kernels)
 
 
 class SimCLR(nn.Module):
@@ -49,14 +51,14 @@ class SimCLR(nn.Module):
         if config.init == "openselfsup":
             parts.kaiming_(self.projector)
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         h = self.backbone(torch.cat(views))
         z = self.projector(h)
         return {"z": torch.stack(z.chunk(2), 1), "features": h.detach()[: len(h) // 2]}
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         z = out["z"].transpose(0, 1).flatten(0, 1)  # (n, 2, D) -> rows of view 0, then rows of view 1
         return {"loss": ntxent(z, self.config.temperature, group=dist.group(), impl=self.kernels)}
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         pass

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastssl.loader import Batch
 from fastssl.methods import parts
+from fastssl.trainer import Context, Outputs
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Config:
     predictor: int = 512  # hidden width
     norm: bool = True  # batch norm in the heads
 
-    def build(self, backbone: nn.Module, **_) -> SimSiam:
+    def build(self, backbone: nn.Module, context: Context) -> SimSiam:
         return SimSiam(self, backbone)
 
 
@@ -44,15 +46,15 @@ class SimSiam(nn.Module):
             config.dims[-1], config.predictor, config.dims[-1], norm=config.norm, bias=not config.norm
         )
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         h = [self.backbone(x) for x in views]
         z = [self.projector(h_i) for h_i in h]
         p = [self.predictor(z_i) for z_i in z]
         return {"p": torch.stack(p, 1), "z": torch.stack(z, 1), "features": h[0].detach()}
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         (p_0, p_1), (z_0, z_1) = out["p"].unbind(1), out["z"].detach().unbind(1)
         return {"loss": -(parts.similarity(p_0, z_1) + parts.similarity(p_1, z_0)) / 2}
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         pass

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.loader import Batch
 from fastssl.methods import parts
+from fastssl.trainer import Context, Outputs
 
 
 @dataclass(frozen=True)
@@ -19,9 +21,9 @@ class Config:
     label_smoothing: float = 0.0
     init: str = "torch"  # of the classifier; "openselfsup": N(0, 0.01) and no bias
 
-    def build(self, backbone: nn.Module, *, classes: list | None, **_) -> Supervised:
+    def build(self, backbone: nn.Module, context: Context) -> Supervised:
         parts.check_init(self.init)
-        return Supervised(self, backbone, parts.need_labels("supervised", classes))
+        return Supervised(self, backbone, parts.need_labels("supervised", context.classes))
 
 
 class Supervised(nn.Module):
@@ -37,11 +39,11 @@ class Supervised(nn.Module):
             nn.init.normal_(self.head.weight, std=0.01)
             nn.init.zeros_(self.head.bias)
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         h = self.backbone(views[0])
         return {"logits": self.head(h), "features": h.detach()}
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         logits, label = out["logits"], batch.label
         if label.is_floating_point():
             raise ValueError("supervised takes one class per image; data.train has several labels per image")
@@ -53,9 +55,9 @@ class Supervised(nn.Module):
         return {"loss": summed / labelled, "top1": right / labelled}
 
     @staticmethod
-    def total_weight(batch) -> Tensor:
+    def total_weight(batch: Batch) -> Tensor:
         """How many images are labelled, of the average rank."""
         return dist.mean((batch.label >= 0).float().sum()).clamp(min=1.0)
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         pass

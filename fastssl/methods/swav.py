@@ -18,7 +18,9 @@ from fastssl import dist, zero
 from fastssl.kernels import enqueue_
 from fastssl.kernels.sinkhorn import sinkhorn_center
 from fastssl.kernels.soft_cross_entropy import soft_cross_entropy
+from fastssl.loader import Batch
 from fastssl.methods import parts
+from fastssl.trainer import Context, Outputs
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,12 @@ class Config:
     norm: bool = True  # batch norm in the projector
     large: int = 2  # crops that are assigned, the first of the recipe
 
-    def build(self, backbone: nn.Module, *, batch: int, kernels: str = "auto", **_) -> SwAV:
+    def build(self, backbone: nn.Module, context: Context) -> SwAV:
         if self.queue:
-            parts.need_queue(self.queue, batch)
+            parts.need_queue(self.queue, context.batch)
             if self.queue % dist.world():
                 raise ValueError(f"method.queue={self.queue} is not a multiple of the {dist.world()} ranks")
-        return SwAV(self, backbone, kernels)
+        return SwAV(self, backbone, context.kernels)
 
 
 class SwAV(nn.Module):
@@ -56,14 +58,14 @@ class SwAV(nn.Module):
         self.register_buffer("queue", parts.random_directions(config.large, config.queue, config.dims[-1]))
         self.register_buffer("pointers", torch.zeros(config.large, dtype=torch.int64))
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         h = parts.multi_crop(self.backbone, views, self.config.large)
         z = F.normalize(self.projector(h.flatten(0, 1)), dim=1)
         scores = self.prototypes(z, frozen=batch.epoch < self.config.freeze_epochs)
         z, scores = z.unflatten(0, h.shape[:2]), scores.unflatten(0, h.shape[:2])
         return {"scores": scores, "z": z[:, : self.config.large].detach(), "features": h[:, 0].detach()}
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         c, scores = self.config, out["scores"].unbind(1)
         pairs = []
         for i, center in enumerate(self.centers(scores[: c.large], batch.epoch)):
@@ -92,7 +94,7 @@ class SwAV(nn.Module):
             for s in scores
         ]
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         if not self.config.weight_norm:
             self.prototypes.restore_(found_inf)
         if self.config.queue:

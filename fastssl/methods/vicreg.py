@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.loader import Batch
 from fastssl.methods import parts
+from fastssl.trainer import Context, Outputs
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Config:
     covariance: float = 1.0
     norm: bool = True  # batch norm in the projector
 
-    def build(self, backbone: nn.Module, **_) -> VICReg:
+    def build(self, backbone: nn.Module, context: Context) -> VICReg:
         return VICReg(self, backbone)
 
 
@@ -39,12 +41,12 @@ class VICReg(nn.Module):
         self.backbone = backbone
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_bias=False)
 
-    def forward(self, views: list[Tensor], batch) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         h = [self.backbone(x) for x in views]
         z = [self.projector(h_i) for h_i in h]
         return {"z": torch.stack(z, 1), "features": h[0].detach()}
 
-    def loss(self, out: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         z_0, z_1 = out["z"].unbind(1)
         invariance = (z_0 - z_1).square().mean()
         variances, redundancies = zip(*(self.spread(z) for z in (z_0, z_1)))
@@ -77,5 +79,5 @@ class VICReg(nn.Module):
         k_nN = z_ND[dist.rank() * n :][:n] @ z_ND.T / (samples - 1)
         return v_D, dist.world() * k_nN.square().sum() - v_D.square().sum()
 
-    def after_step(self, out: dict[str, Tensor], batch, progress: float, found_inf: Tensor | None = None) -> None:
+    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         pass

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastssl import backbones, config, weights
 from fastssl.config import STEMS, Backbone
 from fastssl.parsing import Parser
+from fastssl.trainer import Context
 from fastssl.weights import export
 
 # What resumes a training and is no weight, by the first name of its keys; other optimizer states have numbers for keys.
@@ -134,13 +135,8 @@ def params(
         rows = [("backbone", spec.name), *_parameters("backbone", backbone)]
         if run:
             samples = samples or _samples(run)
-            method = run.method.build(
-                backbone,
-                samples=samples,
-                classes=list(map(str, range(1000))),
-                batch=run.optim.batch,
-                kernels=run.speed.kernels,
-            )
+            classes = list(map(str, range(1000)))
+            method = run.method.build(backbone, Context(samples, run.optim.batch, classes, kernels=run.speed.kernels))
             stored = sum(b.numel() * b.element_size() for b in method.buffers())
             rows += [
                 ("method", type(run.method).__module__.rpartition(".")[2]),

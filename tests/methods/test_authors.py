@@ -14,6 +14,7 @@ from fastssl import backbones, optim
 from fastssl import clustering as cluster
 from fastssl.config import Backbone, Optim
 from fastssl.methods import barlow, dino, mae, mocov3, npid, parts, relative_loc, rotation, simclr, swav
+from fastssl.trainer import Context
 
 N = 12
 
@@ -30,10 +31,9 @@ class Net(nn.Module):
         return self.norm(self.conv(x)).relu().mean((2, 3))
 
 
-def build(config, backbone=None, **options):
+def build(config, backbone=None):
     torch.manual_seed(0)
-    made = config.build(backbone or Net(), samples=60, classes=None, batch=N, kernels="reference", **options)
-    return made.double()
+    return config.build(backbone or Net(), Context(samples=60, batch=N, kernels="reference")).double()
 
 
 def images(views, seed=1):
@@ -299,13 +299,13 @@ def test_openselfsups_networks_start_as_there():
     for name in ("moco", "simclr", "npid", "byol", "densecl"):
         projector = (
             cases.config(name, dims=(600, 400), init="openselfsup")
-            .build(Net(512), samples=600, batch=4, kernels="reference", classes=None)
+            .build(Net(512), Context(samples=600, batch=4))
             .projector
         )
         for layer, fan in zip([m for m in projector if isinstance(m, nn.Linear)], (512, 600)):
             assert deviation(layer.weight) == pytest.approx((2 / fan) ** 0.5, rel=0.03), name
             assert layer.bias is None or layer.bias.abs().max() == 0
-    head = cases.config("supervised", init="openselfsup").build(Net(512), classes=["a"] * 90).head
+    head = cases.config("supervised", init="openselfsup").build(Net(512), Context(1, 1, ["a"] * 90)).head
     assert deviation(head.weight) == pytest.approx(0.01, rel=0.03) and head.bias.abs().max() == 0
 
 
@@ -336,7 +336,7 @@ def test_dinos_vit_starts_as_the_authors(name):
 
 def test_dinos_student_alone_drops_paths():
     backbone = backbones.build(Backbone("vit_small_patch16_224", options={"depth": 3, "drop_path_rate": 0.1}))
-    method = dino.Config(prototypes=8, dims=(6, 4)).build(backbone, kernels="reference")
+    method = dino.Config(prototypes=8, dims=(6, 4)).build(backbone, Context(60, N))
     drops = [
         [m.drop_prob for m in part.modules() if hasattr(m, "drop_prob")] for part in (method.backbone, method.target)
     ]
@@ -344,7 +344,7 @@ def test_dinos_student_alone_drops_paths():
 
 
 def test_maes_decoder_is_the_authors():
-    method = mae.Config(decoder=32, depth=1, heads=2).build(backbones.build(Backbone("test_vit")))
+    method = mae.Config(decoder=32, depth=1, heads=2).build(backbones.build(Backbone("test_vit")), Context(60, N))
     norms = [m for part in (method.decoder, method.head) for m in part.modules() if isinstance(m, nn.LayerNorm)]
     assert len(norms) == 3 and {m.eps for m in norms} == {1e-6}
     groups = optim.group_parameters(
@@ -432,8 +432,8 @@ def test_the_first_outputs_of_deepcluster_v2_take_the_batches_statistics():
 @pytest.mark.parametrize("name", ["moco", "densecl"])
 def test_shuffling_on_one_rank_is_said_to_do_nothing(name, recwarn):
     with pytest.warns(UserWarning, match="no effect on one GPU"):
-        cases.config(name).build(Net(), samples=60, batch=4)
+        cases.config(name).build(Net(), Context(60, 4))
     recwarn.clear()
-    cases.config(name, shuffle=False).build(Net(), samples=60, batch=4)
-    cases.config(name).build(backbones.build(cases.PLAIN), samples=60, batch=4)
+    cases.config(name, shuffle=False).build(Net(), Context(60, 4))
+    cases.config(name).build(backbones.build(cases.PLAIN), Context(60, 4))
     assert not [w for w in recwarn if "no effect" in str(w.message)]

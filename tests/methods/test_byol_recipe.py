@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from fastssl import backbones, config, optim
 from fastssl.config import Backbone
+from fastssl.trainer import Context
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "byol"
 EPOCHS, STEPS_PER_EPOCH, N = 100, 1, 8  # ten steps of warm-up
@@ -27,7 +28,7 @@ def build(run):
     torch.manual_seed(0)
     settings = replace(run.method, dims=(24, 12), predictor=20)
     spec = Backbone("resnet10", stem="cifar", width=8, zero_init_residual=run.backbone.zero_init_residual)
-    return settings.build(backbones.build(spec, settings)).double().train()
+    return settings.build(backbones.build(spec, settings), Context(1, 1)).double().train()
 
 
 def cosine_decay(step, total):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from test_losses import D, N, Tiny, array, batch, build, close, log_softmax, rows, unit
 
+from fastssl.trainer import Context
+
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_npid_tells_a_samples_own_row_from_its_negatives(shared):
@@ -63,7 +65,7 @@ def test_npid_mixes_new_embeddings_into_the_bank():
 def test_npid_needs_something_to_be_negative():
     for settings, samples, left in (({"shared": False}, 1, 1), ({"shared": True}, 8, 8)):
         with pytest.raises(ValueError, match=f"data.train has {samples} samples and none is left beside the {left} "):
-            cases.config("npid", **settings).build(Tiny(), samples=samples, classes=None, batch=8)
+            cases.config("npid", **settings).build(Tiny(), Context(samples, batch=8))
 
 
 def groups(samples=60, dim=8):

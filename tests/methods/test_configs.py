@@ -13,6 +13,7 @@ import torch
 from fastssl import backbones, config, dist, methods, optim
 from fastssl.build import check_views
 from fastssl.loader import Batch
+from fastssl.trainer import Context
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.name != "__init__.py")
@@ -87,13 +88,8 @@ def name(path):
 
 def build(run, batch=None, samples=1_281_167):
     backbone = backbones.build(run.backbone, run.method)
-    return run.method.build(
-        backbone,
-        samples=samples,
-        classes=[str(i) for i in range(10)],
-        batch=batch or run.optim.batch,
-        kernels=run.speed.kernels,
-    )
+    classes = [str(i) for i in range(10)]
+    return run.method.build(backbone, Context(samples, batch or run.optim.batch, classes, kernels=run.speed.kernels))
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)

@@ -13,6 +13,7 @@ import torch
 from fastssl import backbones, kernels
 from fastssl.outputs import extract_outputs
 from fastssl.step import batch_views
+from fastssl.trainer import Context
 
 OPS = [
     importlib.import_module(f"fastssl.kernels.{module.name}")
@@ -52,13 +53,8 @@ def test_a_method_hands_speed_kernels_to_every_op(name, asked):
     run, loader = cases.run(name), cases.Memory(None, 12)
     run = replace(run, speed=replace(run.speed, kernels="reference"))
     torch.manual_seed(0)
-    method = run.method.build(
-        backbones.build(run.backbone),
-        samples=loader.samples,
-        classes=loader.classes,
-        batch=loader.batch,
-        kernels=run.speed.kernels,
-    )
+    context = Context(loader.samples, loader.batch, loader.classes, kernels=run.speed.kernels)
+    method = run.method.build(backbones.build(run.backbone), context)
     t = SimpleNamespace(run=run, loader=loader, method=method, ds=method, device=torch.device("cpu"), epoch=0)
     if hasattr(method, "before_epoch"):
         method.before_epoch(0, partial(extract_outputs, t))

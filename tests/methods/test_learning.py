@@ -6,6 +6,7 @@ import torch
 
 from fastssl import backbones, dist
 from fastssl.kernels.augment import make_views
+from fastssl.trainer import Context
 
 STEPS = 20
 
@@ -19,7 +20,7 @@ def test_the_loss_falls_while_its_targets_stand_still(name):
     case, batch = cases.CASES[name], next(cases.Memory(None, 24).epoch(0))
     config = cases.config(name, norm=True) if case.norm else cases.config(name)
     classes = [str(i) for i in range(cases.CLASSES)]
-    method = config.build(backbones.build(case.backbone), samples=cases.SAMPLES, batch=24, classes=classes).train()
+    method = config.build(backbones.build(case.backbone), Context(cases.SAMPLES, 24, classes)).train()
     views = make_views(batch.pixels, batch.sizes, batch.index, case.views, seed=0, epoch=0)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=2e-3)
     losses = []

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastssl import dist
+from fastssl.trainer import Context
 
 N, D = 6, 5
 LABEL = torch.tensor([0, 1, 0, 2, -1, 1])
@@ -35,7 +36,7 @@ class Tiny(nn.Module):
 def build(name, backbone=None, **settings):
     torch.manual_seed(0)
     config = cases.config(name, **settings)
-    return config.build(backbone or Tiny(), samples=60, classes=["a", "b", "c"], batch=N).double()
+    return config.build(backbone or Tiny(), Context(60, N, ["a", "b", "c"], seed=5)).double()
 
 
 def rows(*shape, seed=1):
@@ -465,13 +466,13 @@ def test_nnclr_and_swav_queue_the_embeddings_of_the_step():
 @pytest.mark.parametrize("name", ["supervised", "supcon"])
 def test_labels_asked_of_an_unlabelled_file(name):
     with pytest.raises(ValueError, match=f"{name} learns from labels and data.train has no classes"):
-        cases.config(name).build(Tiny(), samples=60, classes=None, batch=N)
+        cases.config(name).build(Tiny(), Context(samples=60, batch=N))
 
 
 @pytest.mark.parametrize("name", ["moco", "nnclr", "densecl", "swav"])
 def test_a_queue_smaller_than_the_batch(name):
     with pytest.raises(ValueError, match=r"method.queue=7 is smaller than optim.batch=8: .* at least 8"):
-        cases.config(name, queue=7).build(Tiny(), samples=60, classes=None, batch=8)
+        cases.config(name, queue=7).build(Tiny(), Context(samples=60, batch=8))
 
 
 @pytest.mark.parametrize("name, sizes", [("dino", [8]), ("swav", [8, 4, 4]), ("lejepa", [8])])
