@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MODULES = {"faiss-gpu": "faiss", "cupy-cuda13x": "cupy", "scikit-learn": "sklearn", "pillow": "PIL"}  # others: the name
-REMEDIES = (  # of what an import says; see "When FFCV does not install" in the README
+REMEDIES = (  # of what an import says; see "When FFCV does not install" in docs/install.md
     (r"libGL\.so", "apt-get install libgl1, or pip install --force-reinstall --no-deps opencv-python-headless"),
     (r"libturbojpeg", "apt-get install libturbojpeg0"),
     (r"libopencv", "apt-get install libopencv-dev, then pip install --force-reinstall --no-deps ffcv"),
@@ -256,7 +256,14 @@ def check_disk(args) -> list[Finding]:
 def check_loader(args) -> list[Finding]:
     result = _probe("loader", args)
     if isinstance(result, str):
-        return [Finding("FAIL", "loader", result, "repair what fails above; else see 'When FFCV does not install'")]
+        return [
+            Finding(
+                "FAIL",
+                "loader",
+                result,
+                "repair what fails above; else see 'When FFCV does not install' in docs/install.md",
+            )
+        ]
     return [Finding("ok", "loader", result["detail"])]
 
 

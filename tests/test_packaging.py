@@ -1,7 +1,6 @@
 """The wheel holds every module, imports from anywhere beside the `kernels` of PyPI, and set-up says what it lacks."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -132,27 +131,6 @@ def test_setup_uses_sudo_without_asking_where_there_is_no_terminal(tmp_path):
     env = stub(tmp_path / "bin", **{"python3.12": COMPLETE, "apt-get": "", "id": "echo 1000", "sudo": sudo})
     message = setup(env, tmp_path)
     assert "sudo -n env" in message and "apt-get did not succeed" in message
-
-
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
-def test_documents_name_targets_and_files_that_exist(document):
-    text = (ROOT / document).read_text()
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    named = set(re.findall(r"\bmake ([a-z]+)", " ".join(re.findall(r"`[^`]+`|^    .*$", text, re.M))))
-    assert named <= targets, named - targets
-    links = {link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link}
-    missing = [link for link in links if not (ROOT / link).exists()]
-    assert not missing
-
-
-def test_the_config_in_the_readme_loads(tmp_path):
-    from fastssl import config
-
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    (tmp_path / "configs" / "mine").mkdir(parents=True)
-    (tmp_path / "configs" / "mine" / "r50.py").write_text(code)
-    run = config.load(tmp_path / "configs" / "mine" / "r50.py", ["optim.lr=0.6"])
-    assert (run.name, run.optim.lr, len(run.data.views)) == ("mine/r50", 0.6, 2)
 
 
 READY = {"python3.12": COMPLETE, "pkg-config": "exit 0", "g++": "exit 0"}

@@ -38,7 +38,7 @@ missing_packages() { # Debian and Ubuntu names of what is not there
 
 install_packages() { # names...
     local root=() advice="ask an administrator to run: apt-get update && apt-get install -y $*"
-    local offline="Or install from wheels, which needs none of them: README.md, \"Without compiler, root or network\"."
+    local offline="Or install from wheels, which needs none of them: docs/install.md, \"Without compiler, root or network\"."
     command -v apt-get >/dev/null || fail "FFCV needs these packages (Debian's names; this machine has no apt): $*. $offline"
     if [ "$(id -u)" -ne 0 ]; then
         command -v sudo >/dev/null || fail "system packages are missing, and there is no sudo: $advice. $offline"

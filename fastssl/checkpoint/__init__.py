@@ -20,9 +20,6 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from fastssl import backbones, dist, zero
@@ -192,6 +189,11 @@ def load(t, path: Path, say=print) -> None:
 
 def _read_deepspeed(path: str, map_location=None):
     """One of DeepSpeed's files on the CPU.  Its own reader unpickles, and so runs whatever code a file names."""
+    # late: DeepSpeed picks its accelerator when it is imported, and reading weights needs this package, too
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
     return untrusted.read_pt(path, allow=(ZeroStageEnum, LossScaler, fragment_address))
 
 

@@ -1,0 +1,1 @@
+"""What several evaluation protocols share."""
