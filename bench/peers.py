@@ -135,7 +135,6 @@ def measure(sides: list, args: argparse.Namespace, deadline: float, device: torc
         for side in sides[k % len(sides) :] + sides[: k % len(sides)]:  # another one is first each time
             for train in (True, False):
                 meter = Meter(device, batch=args.batch)
-                meter._counter = None  # no MFU: counting slows the first step
                 warm = args.warm if train else max(2 * args.workers, args.warm)
                 steps = args.steps if train else args.input_steps
                 kept[side.name][train].append(block(side, meter, steps, warm, train))

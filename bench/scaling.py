@@ -75,7 +75,6 @@ def worker(out: Path, kind: str, args: argparse.Namespace) -> None:
     run = config.load(args.config, args.overrides)
     run.optim.batch *= dist.world() if kind == "weak" else 1
     t = engine.build(bench_step.endless(run))
-    t.meter._counter = None  # no MFU: counting slows the first step
     source = bench_step.synthetic_batches(next(bench_step.real_batches(t)))
     records = bench_step.run_block(t, source, args.steps)
     if t.graphed is not None:

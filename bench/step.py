@@ -94,8 +94,12 @@ def endless(run: config.Run) -> config.Run:
 
 def measure(t, args: argparse.Namespace, deadline: float) -> dict[str, dict]:
     """{"real": ..., "synthetic": ...}: images/s over the blocks, median milliseconds of each phase, MFU, memory."""
+    from fastssl.step import count_flops
+
     steps = real_batches(t)
-    sources = {"real": steps, "synthetic": synthetic_batches(next(steps))}
+    first = next(steps)
+    count_flops(t, first)
+    sources = {"real": steps, "synthetic": synthetic_batches(first)}
     blocks: dict[str, list] = {name: [] for name in sources}
     for name in sources:  # compiles, tunes, fills caches
         run_block(t, sources[name], 2)

@@ -22,7 +22,7 @@ from fastssl.config import Run
 from fastssl.loader import Batch, Loader
 from fastssl.log import Log
 from fastssl.outputs import extract_outputs
-from fastssl.step import step
+from fastssl.step import count_flops, step
 from fastssl.trainer import Trainer
 
 BAD_STEPS = 3  # steps in a row without a finite loss that end a run
@@ -76,9 +76,11 @@ def fit(
 
 def train(t: Trainer, log: Log, signals: ending.Signals) -> None:
     """The training loop, from step `t.step` to the last."""
-    shares, losses = limits.Limits(), FiniteLoss()
+    first, shares, losses = t.step, limits.Limits(), FiniteLoss()
     with contextlib.closing(batches(t, partial(begin_epoch, text=log.text))) as source:
         for epoch, micro_batches in source:
+            if t.step == first:
+                count_flops(t, micro_batches)
             step(t, micro_batches)
             timings = t.meter.end_step(t.step)
             losses.check(log.step(t.step, epoch, t.scalars, timings))

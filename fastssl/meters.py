@@ -1,9 +1,8 @@
-"""Where the time of a step goes: data, views, forward, backward, optimizer, other (of a CUDA graph: data, step, other);
+"""Time of a step by phases (data, views, forward, backward, optimizer, other; of a CUDA graph: data, step, other),
 images/s, memory, MFU.
 
-On CUDA the marks are events, read some steps later when the device has passed them: measuring never stalls it.  MFU
-counts the FLOPs of convolutions and matrix products that the first step really ran forward and backward (teachers
-once, frozen layers without a backward).  Where an accumulated step needs two forward passes, the first is not counted.
+On CUDA, phases are marked by events, read some steps later, when the device has passed them: measuring does not change
+how a step runs and never waits for the device.  MFU is that of the FLOPs which `step.count_flops` has found.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 PHASES = ("data", "views", "forward", "backward", "optimizer", "step")
 
 # Dense tensor-core TFLOP/s, bf16 or fp16 with fp32 accumulation, from NVIDIA's data sheets (half of "with sparsity").
-# TF32, which convolutions use in an fp32 run, is half of it on all of them.  The first name that fits counts.
+# TF32, which convolutions use in an fp32 run, is half of it on all of them.  The first name that matches counts.
 PEAK_TFLOPS = {
     "GB200": 2500,
     "B200": 2250,
@@ -73,11 +72,11 @@ class Flops(TorchDispatchMode):
 
 
 class Meter:
-    """`with meter.phase("views"):` as often as wanted, then `meter.end_step(step)` for the records that are ready.
+    """`with meter.phase("views"):` any number of times, then `meter.end_step(step)` for the records that are ready.
 
     A record has data_ms ... optimizer_ms, step_ms (0 unless the step is one CUDA graph), other_ms, total_ms (from the
     end of the step before: hooks, logging and checkpoints between two steps are in other_ms), images_per_s (of all
-    ranks), memory_gib and mfu.
+    ranks), memory_gib and mfu (None without `flops` or where the device's peak is not known).
     """
 
     def __init__(self, device: torch.device, *, batch: int, precision: str = "fp32", peak: float | None = None):
@@ -85,23 +84,17 @@ class Meter:
         self.cuda = self.device.type == "cuda"
         self.peak = peak or (peak_flops(torch.cuda.get_device_name(self.device), precision) if self.cuda else None)
         self.flops: int | None = None  # of this rank in one step
-        self._counter = Flops() if self.peak else None
         self._pool: list[torch.cuda.Event] = []
         self._phases: list[tuple] = []  # (name, start, stop) of the step in progress
         self._pending: deque[tuple] = deque()  # (step, begin, phases, stop)
         self._end = None  # mark at the end of the step before
 
     @contextlib.contextmanager
-    def phase(self, name: str, counted: bool = True) -> Iterator[None]:
-        """Time what runs inside; `counted=False` for forward passes that are only there to save memory."""
+    def phase(self, name: str) -> Iterator[None]:
+        """Time what runs inside, added to the phase `name` of PHASES."""
         assert name in PHASES, name
         start = self._mark()
-        counts = self._counter is not None and counted and name in ("forward", "backward")
-        with contextlib.ExitStack() as stack:
-            if counts:  # under a dispatch mode Dynamo would give a compiled forward up for good: count an eager one
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-                stack.enter_context(self._counter)
-            yield
+        yield
         self._phases.append((name, start, self._mark()))
 
     def end_step(self, step: int) -> list[dict]:
@@ -110,8 +103,6 @@ class Meter:
         begin = self._end or (self._phases[0][1] if self._phases else stop)
         self._pending.append((step, begin, self._phases, stop))
         self._phases, self._end = [], stop
-        if self._counter is not None and self._counter.total:
-            self.flops, self._counter = self._counter.total, None
         return self._ready()
 
     def flush(self) -> list[dict]:

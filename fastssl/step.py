@@ -20,6 +20,7 @@ from fastssl.amp import DTYPES
 from fastssl.checkpoint import random_states, set_random_states
 from fastssl.kernels.augment import make_views
 from fastssl.loader import Batch
+from fastssl.meters import Flops
 from fastssl.trainer import Outputs, Trainer
 
 Phase = Callable[[str], AbstractContextManager]  # times what runs inside: Meter.phase
@@ -195,7 +196,7 @@ def accumulate_cached(t: Trainer, micro_batches: list[Batch], batch: Batch) -> t
     for micro in micro_batches:
         with t.meter.phase("views"):
             views = batch_views(t, micro)
-        with t.meter.phase("forward", counted=False), torch.no_grad():
+        with t.meter.phase("forward"), torch.no_grad():
             states.append(random_states(t.device))
             outs.append(forward(views, micro))
     statistics.restore()
@@ -231,6 +232,27 @@ def _backward(t: Trainer, loss: Tensor) -> None:
         t.scale.backward(t.ds, loss)
     else:
         t.scale.scaled(loss).backward()
+
+
+def count_flops(t: Trainer, micro_batches: list[Batch]) -> None:
+    """Set `t.meter.flops`, this rank's FLOPs of a step, by a forward and backward that leaves no trace in the run; only
+    where every rank knows its device's peak.  Convolutions and matrix products count, those of a teacher once.
+
+    It is one pass over the first micro-batch, times the number of micro-batches.  Compiled code runs eagerly in it:
+    under a dispatch mode Dynamo would never compile it again.
+    """
+    known = torch.tensor(float(t.meter.peak is not None), device=t.device)
+    if dist.sum_(known) < dist.world():
+        return
+    batch, states, statistics = micro_batches[0], random_states(t.device), norm.RunningStatistics(t.method)
+    views = batch_views(t, batch)
+    with torch.compiler.set_stance("force_eager"), Flops() as counter:
+        loss = t.method.loss(t.method(views, batch), batch)["loss"]  # not by `t.ds`, which would reduce gradients
+        parameters = [p for p in t.method.parameters() if p.requires_grad]
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+    statistics.restore()
+    set_random_states(states, t.device)
+    t.meter.flops = counter.total * len(micro_batches)
 
 
 def batch_views(t: Trainer, batch: Batch, views: tuple | None = None) -> list[Tensor]:

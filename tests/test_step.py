@@ -1,0 +1,89 @@
+"""FLOPs of a step: those of its forward and backward, counted without a trace in the run."""
+
+import contextlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "methods"))
+import method_cases as cases
+import ranks
+
+from fastssl.meters import Flops
+
+MICRO = {"simclr": 16, "moco": 16, "swav queue": 16, "byol": 4}  # images of a micro-batch, of 16 of a batch
+
+
+def trainer(name: str, micro: int, zero: int = 0):
+    from fastssl import engine
+
+    t = cases.build(cases.run(name, norm=cases.CASES[name].norm, micro=micro, zero=zero))
+    t.meter.peak = 1e12
+    return t, [micro_batches for _, micro_batches in engine.batches(t)]
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_flops_are_those_of_a_step(name, monkeypatch):
+    from fastssl.step import count_flops, step
+
+    t, (first, _) = trainer(name, MICRO[name])
+    before = {k: v.clone() for k, v in t.method.state_dict().items()}
+    generator = torch.get_rng_state()
+    count_flops(t, first)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(v, before[k]) for k, v in t.method.state_dict().items())
+    assert all(p.grad is None for p in t.method.parameters())
+
+    counter = Flops()
+    counting = {"forward": counter, "backward": counter}
+    monkeypatch.setattr(t.meter, "phase", lambda name: counting.get(name, contextlib.nullcontext()))
+    step(t, first)
+    assert t.meter.flops == counter.total > 1e6
+
+
+def test_compiled_code_is_counted_eagerly_and_compiled_afterwards():
+    """Dynamo never again compiles a function that it met under the counter."""
+    from fastssl.step import count_flops, step
+
+    t, (first, second) = trainer("simclr", 16)
+    graphs = []
+    t.method.forward = torch.compile(t.method.forward, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    count_flops(t, first)
+    assert not graphs and t.meter.flops > 1e6
+    step(t, second)
+    assert graphs
+
+
+def worker(out: str) -> None:
+    """Losses of two steps after FLOPs were counted, and without that, at each ZeRO stage."""
+    from fastssl import dist
+    from fastssl.step import count_flops, step
+
+    dist.init("cpu")
+    found = {}
+    for zero in range(4):
+        for counted in (False, True):
+            t, steps = trainer("moco", 4, zero)
+            if counted:
+                count_flops(t, steps[0])
+            losses = []
+            for micro_batches in steps:
+                step(t, micro_batches)
+                losses.append(dist.mean(t.scalars["loss"]).item())
+            found[zero, counted] = losses, t.meter.flops
+    if dist.is_main():
+        torch.save(found, out)
+    dist.shutdown()
+
+
+def test_counting_changes_nothing_at_any_zero_stage(tmp_path):
+    found = ranks.launch(__file__, 2, tmp_path / "out.pt")
+    for zero in range(4):
+        (plain, none), (losses, flops) = found[zero, False], found[zero, True]
+        assert losses == plain and none is None and flops == found[0, True][1]
+
+
+if __name__ == "__main__":
+    ranks.main(worker)
