@@ -1,6 +1,7 @@
 """The wheel holds every module, imports from anywhere beside the `kernels` of PyPI, and set-up says what it lacks."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,8 +9,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import fastssl
 
 ROOT = Path(__file__).parents[1]
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 INSTALLED = ("fastssl", "kernels", "data_prep", "configs")
 
 
@@ -131,6 +136,18 @@ def test_setup_uses_sudo_without_asking_where_there_is_no_terminal(tmp_path):
     env = stub(tmp_path / "bin", **{"python3.12": COMPLETE, "apt-get": "", "id": "echo 1000", "sudo": sudo})
     message = setup(env, tmp_path)
     assert "sudo -n env" in message and "apt-get did not succeed" in message
+
+
+def test_the_version_is_the_same_everywhere():
+    (newest,) = re.findall(r"^## \[Unreleased\]$.*?^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", CHANGELOG, re.M | re.S)
+    assert newest == yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == fastssl.__version__
+
+
+def test_pre_commit_runs_what_make_lint_runs():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    commands = {hook["entry"].removeprefix(".venv/bin/python -m ").removesuffix(" --check") for hook in hooks}
+    linted = set(re.findall(r"\$\(PY\) -m (ruff \w+)", (ROOT / "Makefile").read_text()))
+    assert commands == linted | {"pytest tests/test_imports.py"}
 
 
 READY = {"python3.12": COMPLETE, "pkg-config": "exit 0", "g++": "exit 0"}
