@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from fastssl import files
 from fastssl.files import untrusted
 
 from .layout import ALLOCATION, FIELD, HEADER, RAW, VERSION, decode_jpeg, sample_table
-from .write import Progress, Target, geometry, sha256
+from .write import Progress, Target, geometry, hash_progress
 
 CHUNK = 256
 COLUMNS, ROWS, CELL, CAPTION = 10, 8, 112, 16
@@ -88,7 +89,7 @@ class Beton:
 def check(path: str | Path, *, workers: int = 1, progress: Progress = lambda *_: None) -> str:
     """Verify everything and return a report of a few lines.  ValueError with one line for a file that is damaged."""
     beton = Beton(path)
-    beton.require("sha256", sha256(beton.target.beton, progress))
+    beton.require("sha256", files.sha256(beton.target.beton, hash_progress(progress)))
     for key, value in geometry(beton.images["mode"], beton.images["height"], beton.images["width"]).items():
         beton.require(key, value)
     if not np.array_equal(beton.index, np.arange(beton.samples)):

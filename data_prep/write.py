@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import hashlib
-import json
 import multiprocessing
 import os
 import signal
@@ -24,6 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from fastssl import files
 
 from .image import Bad, Options, Stored, store_many
 from .layout import ALLOCATION, HEADER, VERSION, field_descriptions, sample_table
@@ -145,15 +145,10 @@ def convert(
         beton.finish()
         file.flush()
         os.fsync(file.fileno())
-        digest = sha256(target.part, progress)
+        digest = files.sha256(target.part, hash_progress(progress))
         card = _card(source, beton, facts, bad, digest, target.part.stat().st_size, options, given or {})
-        card_part = target.card.with_name(target.card.name + ".part")
-        try:
-            card_part.write_text(json.dumps(card, indent=1) + "\n")
-            os.replace(card_part, target.card)
-            os.replace(target.part, target.beton)
-        finally:
-            card_part.unlink(missing_ok=True)
+        files.write_json(target.card, card)
+        os.replace(target.part, target.beton)
     return card
 
 
@@ -271,14 +266,9 @@ def _report_bad(target: Target, bad: list[tuple[str, str]], max_bad: int, total:
         )
 
 
-def sha256(path: Path, progress: Progress = lambda *_: None) -> str:
-    digest, done, total = hashlib.sha256(), 0, path.stat().st_size
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            done += len(block)
-            progress("hash, MB", done >> 20, total >> 20)
-    return digest.hexdigest()
+def hash_progress(progress: Progress) -> Callable[[int, int], None]:
+    """What `files.sha256` calls, in MB."""
+    return lambda done, total: progress("hash, MB", done >> 20, total >> 20)
 
 
 def geometry(modes: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> dict:

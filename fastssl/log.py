@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import math
 import os
 import sys
 import time
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl import dist
+from fastssl import dist, files
 from fastssl.files import untrusted
 
 FETCH = 10  # steps between two copies of scalars to the host; a killed run loses the lines of about so many steps
@@ -98,12 +97,10 @@ class Log:
         path = self.folder / "log.jsonl"
         if self._main and path.exists():
             lines = [json.dumps(record) + "\n" for record in read(path) if record["step"] <= step]
-            new = path.with_suffix(".new")
-            with open(new, "w") as f:
+            with files.atomic_write(path) as temporary, open(temporary, "w") as f:
                 f.writelines(lines)
                 f.flush()
                 os.fsync(f.fileno())
-            new.replace(path)
 
     def flush(self, timings: Iterable[dict] = ()) -> list[dict]:
         """Write all lines now; waits for the device.  On every rank.  Returns what `step` has not returned."""
@@ -206,7 +203,7 @@ class Log:
     def _write(self, done: list[tuple[Row, dict]]) -> None:
         if self._file is None:
             self._open()
-        lines = [json.dumps({k: _plain(v) for k, v in record.items()}) for _, record in done]
+        lines = [files.to_json(record) for _, record in done]
         self._file.write(("\n".join(lines) + "\n").encode())  # unbuffered, so a kill leaves whole lines
         for row, record in done:
             self._tell_collapse(record)
@@ -315,13 +312,6 @@ def _fetch(x: Tensor) -> Tensor:
 
 def _number(value: float, dtype: torch.dtype) -> float | bool:
     return bool(value) if dtype == torch.bool else value
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become "nan", "inf", "-inf"."""
-    if hasattr(value, "item"):
-        value = value.item()
-    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
 def _short(value: Any) -> str:

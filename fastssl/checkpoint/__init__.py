@@ -7,7 +7,6 @@ export whatever the stage), `state.pt` (step, loss scale, hooks, config) and `ra
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import shutil
@@ -22,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fastssl import backbones, dist, zero
+from fastssl import backbones, dist, files, zero
 from fastssl.checkpoint import folder as checkpoint
 from fastssl.config import Run, dump, dumps, with_defaults
 from fastssl.files import untrusted
@@ -325,7 +324,7 @@ def note_environment(t) -> None:
         "cuda": torch.version.cuda or "none",
         **{name: metadata.version(name) for name in ("fastssl", "torch", "torchvision", "ffcv", "deepspeed")},
     }
-    path.write_text(json.dumps([*before, entry], indent=1) + "\n")
+    files.write_json(path, [*before, entry])
 
 
 def _processor() -> str:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -17,6 +15,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastssl import files
 from fastssl.files import untrusted
 
 MANIFEST = "manifest.json"
@@ -39,9 +38,9 @@ def begin(run_dir: str | Path, step: int) -> Path:
 def commit(temporary: Path, keep: int, every: int = 0) -> Path:
     """Seal and rename a folder that all ranks have finished; delete all but the `keep` newest (-1: keep all) and those
     of every `every`-th step.  Call on one rank."""
-    files = sorted(p for p in temporary.rglob("*") if p.is_file())
-    entries = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-    (temporary / MANIFEST).write_text(json.dumps({"format": 1, "files": entries}, indent=1))
+    written = sorted(p for p in temporary.rglob("*") if p.is_file())
+    entries = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in written}
+    files.write_json(temporary / MANIFEST, {"format": 1, "files": entries})
     path, run_dir = temporary.with_suffix(""), temporary.parent.parent
     shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step, from before a resume
     temporary.rename(path)
@@ -64,16 +63,16 @@ def newest(run_dir: str | Path, warn=print) -> Path | None:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None."""
     try:
-        files = _entries(path / MANIFEST)
+        entries = _entries(path / MANIFEST)
     except ValueError:
         return f"{MANIFEST} is missing or unreadable"
-    for name, entry in files.items():
+    for name, entry in entries.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"  # or a pipe or a device, whose reading may never end
         if file.stat().st_size != entry["bytes"]:
             return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
-        if _sha256(file) != entry["sha256"]:
+        if files.sha256(file) != entry["sha256"]:
             return f"{name} has changed since it was written"
     return None
 
@@ -81,15 +80,15 @@ def damage(path: Path) -> str | None:
 def _entries(manifest: Path) -> dict[str, dict]:
     """The files of a manifest with their "bytes" and "sha256"; ValueError for anything else, or files elsewhere."""
     value = untrusted.read_json(manifest)
-    files = value.get("files") if isinstance(value, dict) else None
-    if not isinstance(files, dict) or not files:
+    entries = value.get("files") if isinstance(value, dict) else None
+    if not isinstance(entries, dict) or not entries:
         raise ValueError(f"{manifest} lists no files")
-    for name, entry in files.items():
+    for name, entry in entries.items():
         inside = "\0" not in name and ".." not in Path(name).parts and not Path(name).is_absolute()
         good = isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
         if not (inside and good):
             raise ValueError(f"{manifest}: the entry {name!r:.60} is not a file with its size and hash")
-    return files
+    return entries
 
 
 def found(run_dir: str | Path) -> list[Path]:
@@ -143,11 +142,3 @@ def lock(run_dir: str | Path, say=print) -> Iterator[None]:
         for parent in made:
             with contextlib.suppress(OSError):  # it is not empty
                 parent.rmdir()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

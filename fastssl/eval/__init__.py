@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import json
-import math
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from fastssl import files
 from fastssl.parsing import Parser
 
 # torch and timm (4 s) are imported where they are used: `fastssl eval --help` and the report's tables need neither.
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         if dist.is_main():
             print(table([result]))
             if args.out:
-                _write(args.out, result)
+                files.write_json(args.out, result)
                 print(f"saved as {args.out}")
         dist.barrier()
     except (ValueError, OSError) as error:
@@ -152,19 +151,3 @@ def table(results: list[dict]) -> str:
         ).rstrip()
         for row in rows
     )
-
-
-def _write(path: str, result: dict) -> None:
-    from fastssl.weights import export
-
-    with export.complete(Path(path)) as temporary:
-        temporary.write_text(json.dumps(_plain(result), indent=1) + "\n")
-
-
-def _plain(value):
-    """JSON has no NaN and no infinity: they become "nan", "inf", "-inf", as in log.jsonl."""
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastssl import dist
+from fastssl import dist, files
 from fastssl.eval.common import cache, features
 from fastssl.eval.common.cache import on_main
 from fastssl.eval.common.target import EvalTarget
 from fastssl.eval.maps import output_folder
-from fastssl.weights import export
 
 NEEDS = ()  # whichever of the two files there is
 ELSEWHERE = "give another --folder"
@@ -91,22 +90,22 @@ def _write_npy(
     target: EvalTarget, path: str, targets: dict[str, Path], layers: tuple[str, ...], shapes: list[tuple[int, int]]
 ) -> None:
     """A file for each layer that no memory needs to hold: five of ImageNet's training set are 226 GB."""
-    loader, files, starts = target.loader(path), [], []
+    loader, handles, starts = target.loader(path), [], []
     with contextlib.ExitStack() as stack:
 
         def begin() -> None:
             cache.room(targets[layers[0]].parent, sum(4 * rows * dim for rows, dim in shapes), ELSEWHERE)
             for layer, shape in zip(layers, shapes):
-                temporary = stack.enter_context(export.complete(targets[layer]))
-                files.append(stack.enter_context(open(temporary, "wb")))
+                temporary = stack.enter_context(files.atomic_write(targets[layer]))
+                handles.append(stack.enter_context(open(temporary, "wb")))
                 header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(files[-1], header)
-                starts.append(files[-1].tell())
-            with export.complete(targets["labels"]) as temporary, open(temporary, "wb") as f:
+                np.lib.format.write_array_header_1_0(handles[-1], header)
+                starts.append(handles[-1].tell())
+            with files.atomic_write(targets["labels"]) as temporary, open(temporary, "wb") as f:
                 np.save(f, loader.labels())
 
         def put(first: int, parts: list[torch.Tensor]) -> None:
-            for file, start, part in zip(files, starts, parts):  # not a memory map: a full disk would kill the process
+            for file, start, part in zip(handles, starts, parts):  # not memory maps: a full disk would kill us
                 file.seek(start + 4 * first * part.shape[1])
                 file.write(part.cpu().contiguous().numpy().astype("<f4", copy=False))
 
@@ -125,5 +124,5 @@ def _write_npy(
 
 def _write_safetensors(path: Path, parts: dict[str, torch.Tensor], about: dict) -> None:
     state = {name: part.cpu().contiguous() for name, part in parts.items()}
-    with export.complete(path) as temporary:
-        export.save(state, temporary, {"format": "pt", "fastssl.features": json.dumps(about)})
+    with files.atomic_write(path) as temporary:
+        files.write_safetensors(state, temporary, {"format": "pt", "fastssl.features": json.dumps(about)})

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl import dist
+from fastssl import dist, files
 from fastssl.eval.common.target import EvalTarget
 from fastssl.loader import permutation
-from fastssl.weights import export
 
 NEEDS = ("test",)
 WITHOUT = ("train",)
@@ -206,6 +205,6 @@ def write(
         (f"{stem}.npy", lambda f: np.save(f, xy)),
         (f"{stem}_samples.npy", lambda f: np.save(f, np.stack([rows, labels], 1))),
     ):
-        with export.complete(Path(path)) as temporary, open(temporary, "wb") as f:
+        with files.atomic_write(path) as temporary, open(temporary, "wb") as f:
             save(f)
     pyplot.close(figure)

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl import dist, pictures
+from fastssl import dist, files, pictures
 from fastssl.eval import knn
 from fastssl.eval.common.target import EvalTarget
 from fastssl.eval.maps import output_folder, sample
-from fastssl.weights import export
 
 NEEDS = ("train", "test")
 LABELLED = "none"
@@ -48,7 +47,7 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
             for file, rows in ((target.test, shown), (target.train, near.flatten()))
         ]
         grid = torch.cat([tiles[0][:, None], tiles[1].view(len(shown), args.k, *tiles[1].shape[1:])], 1)
-        with export.complete(path) as temporary:
+        with files.atomic_write(path) as temporary:
             pictures.sheet(temporary, [("a test image and its nearest training images", grid)])
     options = {
         "bank": len(bank),

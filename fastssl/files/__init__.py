@@ -1,1 +1,74 @@
-"""Reading and writing files: untrusted ones checked, ours complete or absent."""
+"""Reading files that anyone may have made, with checks, and writing ours so that they are complete or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def sha256(path: str | Path, progress: Callable[[int, int], Any] = lambda done, total: None) -> str:
+    """The SHA-256 of a file in hex.  `progress` is called with the bytes read so far and the size of the file."""
+    digest, done, total = hashlib.sha256(), 0, os.stat(path).st_size
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            done += len(block)
+            progress(done, total)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, unique: bool = False) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it at the end of the block, and removed if the block raises.
+
+    `unique`: with the process id in its name, for files that several processes may write at the same time."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if unique else f"{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON of numbers, also of NumPy and tensors, strings and containers of them.  JSON has no NaN and no infinity:
+    they are written as the strings "nan", "inf" and "-inf"."""
+    return json.dumps(_finite(value), indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: str | Path, value: Any, indent: int = 1, unique: bool = False) -> None:
+    with atomic_write(path, unique) as temporary:
+        temporary.write_text(to_json(value, indent) + "\n")
+
+
+def write_safetensors(state: dict, path: Path, metadata: dict[str, str]) -> None:
+    """Tensors by name, in the same bytes every time: the library itself writes metadata in random order."""
+    import safetensors.torch
+
+    safetensors.torch.save_file(state, path, metadata)
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, "the sorted header takes the place of the other"
+        file.seek(8)
+        file.write(text.ljust(length))

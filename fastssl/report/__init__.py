@@ -18,13 +18,12 @@ from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
-from fastssl import dist
+from fastssl import dist, files
 from fastssl.parsing import Parser
 from fastssl.report import cards, tables
 from fastssl.report import runs as reading
 from fastssl.report.charts import Line, label, legend, line_chart, share_chart
 from fastssl.report.runs import CURVES, HINTS, MAIN, PHASES, RunData
-from fastssl.weights import export
 
 RUNS = 8  # colours that can be told apart
 HERE = Path(__file__).parent
@@ -54,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         args.device = dist.init(args.device) if args.points else None
         page = render(runs, args)
         out = Path(args.out)
-        with export.complete(out) as temporary:
+        with files.atomic_write(out) as temporary:
             temporary.write_text(page, encoding="utf-8", errors="replace")
     except (ValueError, OSError) as error:
         print(f"fastssl report: {error}", file=sys.stderr)

@@ -8,11 +8,8 @@ timm loads, with a model card, ready to upload.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import hashlib
 import json
-import os
 import pickle
 import re
 import sys
@@ -21,12 +18,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from fastssl import backbones, config, weights
+from fastssl import backbones, config, files, weights
 from fastssl.backbones import positions
 from fastssl.config import STEMS, Backbone
 from fastssl.parsing import Parser
@@ -100,7 +96,7 @@ def _torchvision(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> s
     if spec.name not in backbones.RESNETS:
         _refuse(spec, "torchvision", "")
     recipe = _torchvision_recipe(spec)
-    with complete(path) as temporary:
+    with files.atomic_write(path) as temporary:
         torch.save(state, temporary)
     return f"{recipe}\nnet.load_state_dict(torch.load({str(path)!r}))"
 
@@ -152,7 +148,7 @@ def _timm(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> str:
         lines += [_first_convolution(spec), "net.maxpool = torch.nn.Identity()"]
     if spec.stem == "cifar_norelu":
         lines += ["net.act1 = torch.nn.Identity()"]
-    with complete(path) as temporary:
+    with files.atomic_write(path) as temporary:
         torch.save(state, temporary)
     return "\n".join([*lines, f"net.load_state_dict(torch.load({str(path)!r}))"])
 
@@ -175,25 +171,12 @@ def _timm_model(spec: Backbone) -> tuple[str, dict]:
 
 
 def _safetensors(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> str:
-    with complete(path) as temporary:
-        save(state, temporary, weights.metadata(spec))
+    with files.atomic_write(path) as temporary:
+        files.write_safetensors(state, temporary, weights.metadata(spec))
     return (
         "from fastssl import backbones, weights  # without fastssl, safetensors.torch.load_file reads the tensors\n"
         f"net = backbones.build(weights.spec_of({str(path)!r}))\nweights.load_backbone({str(path)!r}, net)"
     )
-
-
-def save(state: dict[str, Tensor], path: Path, meta: dict[str, str]) -> None:
-    """A safetensors file of the same bytes every time: the library writes metadata in an order drawn by chance."""
-    safetensors.torch.save_file(state, path, meta)
-    with open(path, "r+b") as f:
-        length = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= length, "the header is written anew in its place"
-        f.seek(8)
-        f.write(text.ljust(length))
 
 
 def detectron2_names(keys) -> dict[str, str]:
@@ -229,7 +212,7 @@ def _detectron2(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> st
         _refuse(spec, "detectron2", f"{what} (its ResNets and ResNeXts are ImageNet's)")
     names = detectron2_names(state)
     model = {names[key]: value.numpy() for key, value in state.items()}
-    with complete(path) as temporary, open(temporary, "wb") as f:
+    with files.atomic_write(path) as temporary, open(temporary, "wb") as f:
         _Pickler(f, protocol=4).dump({"model": model, "__author__": "fastssl", "matching_heuristics": True})
     mean, std = ([round(255 * v, 3) for v in values] for values in _normalisation(run))
     resnets = {"DEPTH": int(depth[1]), "STRIDE_IN_1X1": False, "NORM": "GN" if spec.norm == "gn" else "SyncBN"}
@@ -280,12 +263,12 @@ def _huggingface(state: dict[str, Tensor], spec: Backbone, path: Path, run) -> s
     config = {"architecture": name, "num_classes": 0, "num_features": net.num_features, "pretrained_cfg": cfg}
     if options:
         config["model_args"] = options
-    with complete(path / "model.safetensors") as temporary:
-        save(state, temporary, weights.metadata(spec))
+    with files.atomic_write(path / "model.safetensors") as temporary:
+        files.write_safetensors(state, temporary, weights.metadata(spec))
     recipe = f"import timm\nnet = timm.create_model({'local-dir:' + str(path)!r}, pretrained=True)"
     texts = {"config.json": json.dumps(config, indent=2) + "\n", "README.md": card(path, name, run)}
     for file, text in texts.items():
-        with complete(path / file) as temporary:
+        with files.atomic_write(path / file) as temporary:
             temporary.write_text(text)
     return recipe
 
@@ -336,7 +319,7 @@ def card(path: Path, name: str, run: dict | None) -> str:
         table = "\n".join(f"| {k} | {v} |" for k, v in rows.items())
         training = f"\n## How it was trained\n\n| | |\n|---|---|\n{table}\n"
     mean, std = _normalisation(run)
-    digest = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+    digest = files.sha256(path / "model.safetensors")
     return CARD.format(
         title=title, training=training, version=version("fastssl"), digest=digest, mean=list(mean), std=list(std)
     )
@@ -362,18 +345,6 @@ WRITERS: dict[str, tuple[str, Callable]] = {  # target: default file name, write
     "detectron2": ("backbone_detectron2.pkl", _detectron2),
     "huggingface": ("huggingface", _huggingface),
 }
-
-
-@contextlib.contextmanager
-def complete(path: Path):
-    """A temporary name beside `path` that is renamed to it when written, and removed when that fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def add_backbone_options(parser: argparse.ArgumentParser) -> None:

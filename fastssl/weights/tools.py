@@ -5,7 +5,6 @@ Each function does the work, each command below it reads arguments and prints.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastssl import backbones, config, weights
+from fastssl import backbones, config, files, weights
 from fastssl.config import STEMS, Backbone
 from fastssl.parsing import Parser
 from fastssl.trainer import Context
@@ -64,8 +63,8 @@ def publish(source: str | Path, folder: str | Path | None = None, name: str | No
     temporary = folder / f"{name}.publishing"
     try:
         # copies: a network that was registered twice shares memory, which the format does not know
-        export.save({k: v.clone().contiguous() for k, v in kept.items()}, temporary, meta)
-        digest = _sha256(temporary)
+        files.write_safetensors({k: v.clone().contiguous() for k, v in kept.items()}, temporary, meta)
+        digest = files.sha256(temporary)
         path = folder / f"{name}-{digest[:8]}.safetensors"
         os.replace(temporary, path)
     finally:
@@ -76,14 +75,6 @@ def publish(source: str | Path, folder: str | Path | None = None, name: str | No
 def _basenames(data: dict) -> dict:
     """Paths of this machine are nobody else's business."""
     return {key: Path(data[key]).name for key in ("train", "test", "bank") if data.get(key)}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def publish_main(argv: list[str] | None = None) -> int:
@@ -236,9 +227,9 @@ def upgrade(old: str | Path, new: str | Path, spec: Backbone | None = None) -> s
     kept: dict[str, Tensor] = {k: v.clone().contiguous() for k, v in plain.items() if not k.startswith("head")}
     if not kept:
         raise ValueError(f"{old} holds nothing but heads")
-    with export.complete(new) as temporary:
+    with files.atomic_write(new) as temporary:
         if new.suffix == ".safetensors":
-            export.save(kept, temporary, {"format": "pt"})
+            files.write_safetensors(kept, temporary, {"format": "pt"})
         else:
             torch.save({"state_dict": kept, "author": "fastssl"}, temporary)
     dropped = [key for key in plain if key not in kept]

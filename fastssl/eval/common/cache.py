@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl import dist
+from fastssl import dist, files
 from fastssl.eval.common import features
 from fastssl.kernels.augment import View
 
@@ -161,9 +161,7 @@ class Store:
         for path in self.folder.glob("*.tmp.*"):  # of a process that was killed
             if time.time() - path.stat().st_mtime > STALE:
                 shutil.rmtree(path, ignore_errors=True)
-        temporary = self.folder / f"manifest.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(self.about, indent=1) + "\n")
-        os.replace(temporary, self.folder / "manifest.json")
+        files.write_json(self.folder / "manifest.json", self.about, unique=True)
 
     def room(self, shards: int) -> None:
         """ValueError when the disk cannot hold that many."""
@@ -193,15 +191,7 @@ def hash_data(loader) -> str:
     """SHA-256 of the .beton, from its data card where it has one."""
     if "sha256" in loader.card:
         return loader.card["sha256"]
-    with open(loader.path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(f)
-
-
-def _digest(file) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+    return files.sha256(loader.path)
 
 
 def _sums(folder: Path, layers: tuple[str, ...]) -> list[int]:
