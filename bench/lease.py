@@ -2,7 +2,7 @@
 
 Tests come before times. A result is appended to bench/results/<device>.jsonl as soon as it is there. What is finished
 is not repeated by a later call at the same commit (--again repeats it); --list shows what is done and what is left,
---only NAME chooses. It ends with the table of steps for the README.
+--only NAME chooses. It ends with a table of steps for docs/performance.md.
 """
 
 from __future__ import annotations
