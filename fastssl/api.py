@@ -33,7 +33,7 @@ def fit(run: Run, hooks: Sequence = (), *, resume: bool = False, device: str | N
     from fastssl import hooks as monitors
 
     with _group(device):
-        return engine.fit(run, [*monitors.of(run), *hooks], resume=resume, device=device)
+        return engine.fit(run, [*monitors.from_config(run), *hooks], resume=resume, device=device)
 
 
 def features(

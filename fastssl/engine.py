@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastssl import checkpoint, config, dist, ending, limits, zero
+from fastssl import bottleneck, checkpoint, config, dist, ending, zero
 from fastssl import hooks as monitors
 from fastssl.amp import emulated
 from fastssl.build import build
@@ -51,7 +51,7 @@ def fit(
                 "many times slower; training in fp32"
             )
         run = replace(run, optim=replace(run.optim, precision="fp32"))
-    hooks = monitors.of(run) if hooks is None else hooks
+    hooks = monitors.from_config(run) if hooks is None else hooks
     with checkpoint.claimed(run):
         path = checkpoint.find(run, resume, force)
         t = build(run, hooks, device, loader)
@@ -66,7 +66,7 @@ def fit(
             log.text(t.schedule.table)
         checkpoint.note_environment(t)
         log.text(opening(t))
-        if choice := limits.chosen(t):
+        if choice := bottleneck.automatic_settings(t):
             log.text(choice)
         with ending.Signals(t.device) as signals:
             train(t, log, signals)
@@ -76,7 +76,7 @@ def fit(
 
 def train(t: Trainer, log: Log, signals: ending.Signals) -> None:
     """The training loop, from step `t.step` to the last."""
-    first, shares, losses = t.step, limits.Limits(), FiniteLoss()
+    first, times, losses = t.step, bottleneck.Bottleneck(), FiniteLoss()
     with contextlib.closing(batches(t, partial(begin_epoch, text=log.text))) as source:
         for epoch, micro_batches in source:
             if t.step == first:
@@ -84,13 +84,13 @@ def train(t: Trainer, log: Log, signals: ending.Signals) -> None:
             step(t, micro_batches)
             timings = t.meter.end_step(t.step)
             losses.check(log.step(t.step, epoch, t.scalars, timings))
-            if warning := shares.add(t, timings):
+            if warning := times.add(t, timings):
                 log.text(warning)
             number = signals.agreed()
             if number or checkpoint_due(t):
                 timings = t.meter.flush()
                 losses.check(log.flush(timings))
-                shares.add(t, timings)
+                times.add(t, timings)
                 saved = save(t, log, losses.problem(), needed=bool(number))
             if number and t.step < t.total_steps:
                 log.text(
@@ -102,9 +102,9 @@ def train(t: Trainer, log: Log, signals: ending.Signals) -> None:
             if t.step % t.loader.steps == 0 or t.step == t.total_steps:
                 end_epoch(t, log)
     timings = t.meter.flush()
-    shares.add(t, timings)
+    times.add(t, timings)
     log.close(timings)
-    if summary := shares.summary(t):
+    if summary := times.summary(t):
         log.text(summary)
 
 

@@ -1,7 +1,7 @@
-"""Observers of a run: kNN accuracy, an online linear probe, and measures of collapse.
+"""Hooks that observe a run: kNN accuracy, an online linear probe, and measures of collapse.
 
-A run without hooks trains to the same bits: they draw no random numbers, give no gradient to the method and put back
-every mode that they change.  What they measure goes through `t.log`; tensors must then be logged on every rank.
+A run without hooks trains to the same bits: they draw no random numbers, give no gradient to the method and restore
+every mode that they change.  What they measure is logged by `t.log`, tensors on every rank.
 """
 
 from __future__ import annotations
@@ -18,47 +18,49 @@ from fastssl import dist, views
 from fastssl.config import Run
 from fastssl.eval import knn
 from fastssl.eval.common import classes, features
-from fastssl.loader import Loader
+from fastssl.loader import Batch, Loader
 from fastssl.log import Later
+from fastssl.trainer import Outputs, Trainer
 
-OFF = "or set log.knn_epochs=0 log.probe=False"
+DISABLE = "or set log.knn_epochs=0 log.probe=False"
 
 
 class Hook(Protocol):
-    """`t` is the engine's Trainer; `out` the detached outputs and `batch` the labels of this rank's share of the step.
+    """Derive a class from this one and write the methods that it needs; the others do nothing (docs/extending.md).
 
-    A class derived from this one writes the methods that it needs, and the others do nothing (docs/extending.md).
-    With `state_dict` and `load_state_dict` its state is in the checkpoints.
+    `out` and `batch` are the detached outputs and the labels of this rank's shard of the batch.  The state of a hook
+    with `state_dict` and `load_state_dict` is saved in checkpoints.
     """
 
-    def before_epoch(self, t) -> None: ...
-    def after_step(self, t, out: dict[str, Tensor], batch) -> None: ...
-    def after_epoch(self, t) -> None: ...
+    def before_epoch(self, t: Trainer) -> None: ...
+    def after_step(self, t: Trainer, out: Outputs, batch: Batch) -> None: ...
+    def after_epoch(self, t: Trainer) -> None: ...
 
 
-def of(run: Run) -> list[Hook]:
-    """The hooks that `run.log` asks for; `run.hooks` are more."""
+def from_config(run: Run) -> list[Hook]:
+    """The hooks that the settings of `run.log` switch on.  `run.hooks` come in addition."""
     hooks: list[Hook] = []
-    extract = Extract()
+    cache = FeatureCache()
     if run.log.knn_epochs:
-        hooks.append(KnnMonitor(run.log.knn_epochs, extract=extract))
+        hooks.append(KnnMonitor(run.log.knn_epochs, cache=cache))
     if run.log.probe:
-        hooks.append(LinearProbe(run.log.knn_epochs, extract=extract))
+        hooks.append(LinearProbe(run.log.knn_epochs, cache=cache))
     if run.log.collapse_every:
         hooks.append(Collapse(run.log.collapse_every))
     return hooks
 
 
-class Extract:
-    """Features of a file by the backbone in training, computed once per step whoever asks."""
+class FeatureCache:
+    """Features of a file by the backbone in training, computed once per step for all hooks."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._loaders: dict[str, Loader] = {}
         self._features: dict[str, tuple[Tensor, Tensor]] = {}
         self._numbers: dict[tuple[str, str], np.ndarray | None] = {}  # (test file, training file): see classes.match
         self._step = -1
 
-    def loader(self, t, path: str) -> Loader:
+    def loader(self, t: Trainer, path: str) -> Loader:
+        """Opens the file at the first call; ValueError for one that has not one class per image."""
         if path not in self._loaders:
             run = t.run
             batch = dist.world() * min(images_per_pass(run.data.views[0].size), 4 * run.optim.batch // dist.world())
@@ -76,25 +78,25 @@ class Extract:
                 )
             if not loader.classes:
                 raise ValueError(
-                    f"{path} has no classes: kNN and the probe need labelled data (data.bank, data.test); {OFF}"
+                    f"{path} has no classes: kNN and the probe need labelled data (data.bank, data.test); {DISABLE}"
                 )
             if loader.card.get("label") == "multi":
-                raise ValueError(f"{path} has several labels per image: kNN and the probe need one class each; {OFF}")
+                raise ValueError(f"{path} has several labels per image: kNN and the probe need one class; {DISABLE}")
             self._loaders[path] = loader
         return self._loaders[path]
 
-    def compare(self, t, train: Loader, test: str, labelled: str) -> None:
-        """Match the classes of the file `test` with those of `train`; ValueError where they cannot be."""
+    def match_classes(self, t: Trainer, train: Loader, test: str, labelled: str) -> None:
+        """Number the classes of the file `test` as in `train`; ValueError where their names do not match."""
         if (test, train.path) not in self._numbers:
             loader = copy.copy(self.loader(t, test))
             try:
                 classes.match(train, loader, labelled)
             except ValueError as error:
-                raise ValueError(f"{error} (data.bank, data.test); {OFF}") from None
+                raise ValueError(f"{error} (data.bank, data.test); {DISABLE}") from None
             self._numbers[test, train.path] = loader.numbers
 
-    def __call__(self, t, path: str, train: Loader | None = None) -> tuple[Tensor, Tensor]:
-        """Features (N, dim) and labels (N,), in the class numbers of `train` after `compare`."""
+    def __call__(self, t: Trainer, path: str, train: Loader | None = None) -> tuple[Tensor, Tensor]:
+        """Features (N, dim) and labels (N,); in the class numbers of `train`, after `match_classes`."""
         if self._step != t.step:
             self._features, self._step = {}, t.step
         if path not in self._features:
@@ -116,73 +118,75 @@ def images_per_pass(size: int) -> int:
     return max(128, min(2048, 128 * 224**2 // size**2))
 
 
-def _due(t, every: int) -> bool:
+def _due(t: Trainer, every: int) -> bool:
     return bool(every) and ((t.epoch + 1) % every == 0 or t.step == t.total_steps)
 
 
 class KnnMonitor:
-    """Top-1 of weighted kNN every n epochs and at the end: data.test among data.bank (default: the training file), or
-    without data.test each image of the bank among the others."""
+    """Top-1 accuracy of a weighted kNN classifier every n epochs and at the end: of data.test, with data.bank (default:
+    the training file) as neighbours; without data.test, of each image of the bank with the others."""
 
-    def __init__(self, every_epochs: int, k: int = 20, temperature: float = 0.07, extract: Extract | None = None):
+    def __init__(self, every_epochs: int, k: int = 20, temperature: float = 0.07, cache: FeatureCache | None = None):
         if every_epochs < 1 or k < 1:
             raise ValueError(f"KnnMonitor(every_epochs={every_epochs}, k={k}): both must be 1 or more")
         self.every, self.k, self.temperature = every_epochs, k, temperature
-        self.extract = extract or Extract()
+        self.cache = cache or FeatureCache()
 
-    def before_epoch(self, t) -> None:
-        bank = self.extract.loader(t, self._bank(t))  # what cannot be evaluated fails now and not after an epoch
-        self.extract.compare(t, bank, t.run.data.test or bank.path, "all")
+    def before_epoch(self, t: Trainer) -> None:
+        bank = self.cache.loader(t, self._bank(t))  # fails now, not after an epoch
+        self.cache.match_classes(t, bank, t.run.data.test or bank.path, "all")
 
-    def after_step(self, t, out: dict[str, Tensor], batch) -> None:
+    def after_step(self, t: Trainer, out: Outputs, batch: Batch) -> None:
         pass
 
-    def after_epoch(self, t) -> None:
+    def after_epoch(self, t: Trainer) -> None:
         if not _due(t, self.every):
             return
-        sets = [*self.extract(t, self._bank(t))]
+        sets = [*self.cache(t, self._bank(t))]
         if t.run.data.test:
-            sets += self.extract(t, t.run.data.test, self.extract.loader(t, self._bank(t)))
+            sets += self.cache(t, t.run.data.test, self.cache.loader(t, self._bank(t)))
         k = min(self.k, len(sets[0]) - 1)
         result = knn.knn(*sets, k=(k,), temperature=self.temperature)
         t.log({"knn_top1": result["results"][0]["top1"]})
 
-    def _bank(self, t) -> str:
+    def _bank(self, t: Trainer) -> str:
         return t.run.data.bank or t.run.data.train
 
 
 class LinearProbe:
-    """A linear classifier that learns online from the features that training computes anyway.
+    """A linear classifier trained online on the features that training computes anyway.
 
-    Logs probe_loss and probe_top1_train (of the augmented view 0, before its update) every step, and probe_top1 on
-    data.test every n epochs.  Statistics and gradient are those of the global batch; unlabelled samples (-1) do not
-    count.  Features are standardised by running statistics and divided by sqrt(dim), so that one lr fits any network.
+    Logs probe_loss and probe_top1_train (of the augmented view 0, before the update) every step, and probe_top1 on
+    data.test every n epochs.  Statistics and gradient are those of the global batch; unlabelled samples (-1) are
+    ignored.  Features are standardised by running statistics and divided by sqrt(dim), so that one lr fits any network.
     """
 
-    def __init__(self, every_epochs: int = 0, lr: float = 1.0, momentum: float = 0.9, extract: Extract | None = None):
+    def __init__(
+        self, every_epochs: int = 0, lr: float = 1.0, momentum: float = 0.9, cache: FeatureCache | None = None
+    ):
         self.every, self.lr, self.momentum = every_epochs, lr, momentum
-        self.extract = extract or Extract()
+        self.cache = cache or FeatureCache()
         # classifier (classes, dim + 1) with the bias in the last column, its momentum buffer, mean and variance (dim,)
         self.state: dict[str, Tensor] = {}
 
-    def before_epoch(self, t) -> None:
+    def before_epoch(self, t: Trainer) -> None:
         names = t.loader.classes
         if not names or t.loader.card.get("label") == "multi":
             raise ValueError(
                 f"log.probe=True needs one class per image and {t.run.data.train} has "
                 f"{'several' if names else 'none'}; set log.probe=False"
             )
-        if not self.state:  # zeros: convex, so nothing needs to be drawn
+        if not self.state:  # zeros: the problem is convex
             weights = torch.zeros(len(names), t.method.backbone.dim + 1)
             self.state = {"classifier": weights, "buffer": weights.clone()}
         self.state = {name: value.to(t.device) for name, value in self.state.items()}
         if t.run.data.test and self.every:
-            self.extract.compare(t, t.loader, t.run.data.test, "test")
+            self.cache.match_classes(t, t.loader, t.run.data.test, "test")
 
     @torch.no_grad()
-    def after_step(self, t, out: dict[str, Tensor], batch) -> None:
+    def after_step(self, t: Trainer, out: Outputs, batch: Batch) -> None:
         x = out["features"].detach().float()
-        known = (batch.label >= 0) & x.isfinite().all(1)  # fp16 may overflow, and the classifier would keep the NaN
+        known = (batch.label >= 0) & x.isfinite().all(1)  # after an overflow in fp16 the classifier would stay NaN
         x, label = torch.where(known[:, None], x, 0.0), batch.label.clamp(min=0)
         self._track(*moments(x, known)[1:])
         x = self._prepare(x)
@@ -190,7 +194,7 @@ class LinearProbe:
         loss = -log_p.gather(1, label[:, None])[:, 0] * known
         right = (log_p.argmax(1) == label) & known
         error = (log_p.exp() - F.one_hot(label, log_p.shape[1])) * known[:, None]
-        # One all-reduce: the gradient's sum and three counts; dividing afterwards makes it the global mean.
+        # One all-reduce of the gradient's sum and three counts; the division makes it the mean over the global batch.
         sums = dist.sum_(torch.cat([(error.T @ x).flatten(), torch.stack([loss.sum(), right.sum(), known.sum()])]))
         grad, (loss, right, count) = sums[:-3].view_as(self.state["classifier"]), sums[-3:]
         count = count.clamp(min=1)
@@ -198,10 +202,10 @@ class LinearProbe:
         self.state["classifier"].sub_(self.state["buffer"], alpha=self.lr)
         t.log({"probe_loss": loss / count, "probe_top1_train": 100 * right / count})
 
-    def after_epoch(self, t) -> None:
+    def after_epoch(self, t: Trainer) -> None:
         if not t.run.data.test or not _due(t, self.every) or "mean" not in self.state:
             return
-        x, labels = self.extract(t, t.run.data.test, t.loader)
+        x, labels = self.cache(t, t.run.data.test, t.loader)
         right = (self._prepare(x) @ self.state["classifier"].T).argmax(1) == labels
         t.log({"probe_top1": 100 * right.float().mean().item()})
 
@@ -210,7 +214,7 @@ class LinearProbe:
             self.state[name] = self.state[name].lerp(value, 0.1) if name in self.state else value
 
     def _prepare(self, x_ND: Tensor) -> Tensor:
-        """Standardised, of length about 1, with a column of ones for the bias."""
+        """Standardised features of length about 1, with a column of ones for the bias."""
         x = (x_ND - self.state["mean"]) / (self.state["variance"] + 1e-5).sqrt() / x_ND.shape[1] ** 0.5
         return F.pad(x, (0, 1), value=1.0)
 
@@ -222,25 +226,25 @@ class LinearProbe:
 
 
 class Collapse:
-    """How far the features (and the embeddings "z" or "q") of the global batch fill their space, every n steps.
+    """Measures of collapse of the features (and embeddings "z" or "q") of the global batch, every n steps.
 
-    std: of the L2-normalised rows, per dimension, times sqrt(dim): 1 where they spread evenly, 0 where all are equal
-    (https://arxiv.org/abs/2011.10566).  rank: exp of the entropy of the singular values, 1 to min(rows, dim)
-    (RankMe, https://arxiv.org/abs/2210.02885), of the first ROWS / ranks rows of each rank.
+    std: of the L2-normalised rows, per dimension, times sqrt(dim): 1 where rows are spread evenly over the sphere, 0
+    where all are equal (https://arxiv.org/abs/2011.10566).  rank: exp of the entropy of the singular values, 1 to
+    min(rows, dim) (RankMe, https://arxiv.org/abs/2210.02885), of the first ROWS / ranks rows of each rank.
     """
 
-    ROWS = 512  # more would cost more than the step on small images; the rank cannot exceed it
+    ROWS = 512  # with more, the measure takes longer than the step on small images; the rank cannot exceed it
 
     def __init__(self, every_steps: int = 50):
         if every_steps < 1:
             raise ValueError(f"Collapse(every_steps={every_steps}) must be 1 or more")
         self.every = every_steps
 
-    def before_epoch(self, t) -> None:
+    def before_epoch(self, t: Trainer) -> None:
         pass
 
     @torch.no_grad()
-    def after_step(self, t, out: dict[str, Tensor], batch) -> None:
+    def after_step(self, t: Trainer, out: Outputs, batch: Batch) -> None:
         if t.step % self.every:
             return
         measured = {"feature": out["features"]}
@@ -248,15 +252,16 @@ class Collapse:
             if name in out:
                 measured.setdefault("embedding", out[name] if out[name].ndim == 2 else out[name][:, 0])  # view 0
         for name, x_ND in measured.items():
-            # eigenvalues on the device would hold up the run: PyTorch waits for them
-            t.log({f"{name}_std": spread(x_ND), f"{name}_rank": Later(gram(x_ND, self.ROWS), effective_rank)})
+            # eigenvalues are computed on the host: on the device PyTorch would wait for them
+            t.log({f"{name}_std": normalized_std(x_ND), f"{name}_rank": Later(gram(x_ND, self.ROWS), effective_rank)})
 
-    def after_epoch(self, t) -> None:
+    def after_epoch(self, t: Trainer) -> None:
         pass
 
 
 def moments(x_ND: Tensor, keep_N: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Number, mean and variance (over n - 1) per dimension of the rows of all ranks, in float64; `keep_N` counts."""
+    """Number, mean and variance (over n - 1) per dimension of the rows of all ranks, in float64; `keep_N` selects the
+    rows that count."""
     x = x_ND.double()
     keep = torch.ones(len(x), dtype=x.dtype, device=x.device) if keep_N is None else keep_N.double()
     x = x * keep[:, None]
@@ -266,20 +271,20 @@ def moments(x_ND: Tensor, keep_N: Tensor | None = None) -> tuple[Tensor, Tensor,
     return n, mean, ((square - mean.square()) * n / (n - 1).clamp(min=1)).clamp(min=0)
 
 
-def spread(x_ND: Tensor) -> Tensor:
+def normalized_std(x_ND: Tensor) -> Tensor:
     """Mean over dimensions of the standard deviation of the normalised rows of all ranks, times sqrt(D)."""
     return moments(F.normalize(x_ND.double(), dim=1))[2].sqrt().mean() * x_ND.shape[1] ** 0.5
 
 
 def gram(x_ND: Tensor, rows: int) -> Tensor:
-    """The smaller of X X^T and X^T X of at most `rows` rows, as many from each rank; in float64, since the square root
-    of its eigenvalues has half the digits."""
+    """The smaller of X X^T and X^T X of at most `rows` rows, the same number from each rank.  In float64, since the
+    square roots of its eigenvalues have half the digits."""
     x = dist.gather(x_ND[: max(1, rows // dist.world())].contiguous()).double()
     return x @ x.T if len(x) < x.shape[1] else x.T @ x
 
 
 def effective_rank(gram: Tensor) -> Tensor:
-    """exp(entropy of the singular values) of the rows that `gram` was made of."""
-    s = torch.linalg.eigvalsh(gram.nan_to_num(0, 0, 0)).clamp(min=0).sqrt()  # NaN would raise, before the log can tell
+    """exp(entropy of the singular values) of the rows of which `gram` is the Gram matrix."""
+    s = torch.linalg.eigvalsh(gram.nan_to_num(0, 0, 0)).clamp(min=0).sqrt()  # eigvalsh raises for NaN
     p = s / s.sum().clamp(min=torch.finfo(s.dtype).tiny)
     return torch.special.entr(p).sum().exp() + 0 * gram.sum()  # NaN stays NaN

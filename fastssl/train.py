@@ -49,9 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         run.backbone.pretrained = args.pretrained or run.backbone.pretrained
         if not _accelerator(args.device):
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        from fastssl import engine, hooks  # DeepSpeed picks its accelerator when it is imported
+        from fastssl import engine  # DeepSpeed picks its accelerator when it is imported
 
-        engine.fit(run, hooks.of(run), resume=args.resume_from or args.resume, force=args.force, device=args.device)
+        engine.fit(run, resume=args.resume_from or args.resume, force=args.force, device=args.device)
     except ending.Stopped as stopped:
         code = stopped.code
     except KeyboardInterrupt:

@@ -181,7 +181,7 @@ def test_a_hook_needs_three_methods_or_the_base_class():
 
     with pytest.raises(ValueError, match="has a method 'after_epochs' that nothing calls; did you mean 'after_epoch'?"):
         contract.check_hook(Misspelt())
-    for hook in hooks.of(Run(method=simclr.Config(), log=Log(knn_epochs=1, probe=True))):
+    for hook in hooks.from_config(Run(method=simclr.Config(), log=Log(knn_epochs=1, probe=True))):
         contract.check_hook(hook)
     with pytest.raises(ValueError, match="the hook Bare has no before_epoch"):  # before a file is opened
         engine.build(run(simclr.Config(), "no.beton", hooks=(Bare(),)), device="cpu")

@@ -164,9 +164,11 @@ def test_labels_are_asked_for_before_training():
 def test_collapse_measures_know_the_extremes():
     torch.manual_seed(0)
     same = torch.ones(400, 32) * torch.rand(400, 1)
-    assert hooks.spread(same) < 1e-6 and hooks.effective_rank(hooks.gram(same, 512)) == pytest.approx(1, abs=1e-4)
+    assert hooks.normalized_std(same) < 1e-6 and hooks.effective_rank(hooks.gram(same, 512)) == pytest.approx(
+        1, abs=1e-4
+    )
     wide = torch.randn(4000, 32)
-    assert hooks.spread(wide) == pytest.approx(1, abs=0.02)
+    assert hooks.normalized_std(wide) == pytest.approx(1, abs=0.02)
     assert 30 < hooks.effective_rank(hooks.gram(wide, 512)) <= 32
     plane = torch.randn(400, 2) @ torch.randn(2, 32)
     assert 1.5 < hooks.effective_rank(hooks.gram(plane, 512)) < 2.01
@@ -231,7 +233,7 @@ def test_evaluation_finds_the_classes_and_leaves_no_trace(labelled):
     net = Net().train()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     t = trainer(net, bank=labelled, test=labelled, views=(View(size=8),))
-    found = hooks.of(Run(method=None, log=Log(knn_epochs=2, probe=True, collapse_every=3)))
+    found = hooks.from_config(Run(method=None, log=Log(knn_epochs=2, probe=True, collapse_every=3)))
     assert [type(h).__name__ for h in found] == ["KnnMonitor", "LinearProbe", "Collapse"]
     state = torch.get_rng_state()
     for hook in found:
@@ -247,7 +249,7 @@ def test_evaluation_finds_the_classes_and_leaves_no_trace(labelled):
     assert torch.equal(torch.get_rng_state(), state)
     assert all(m.training for m in net.modules())
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    assert len(found[0].extract._loaders) == 1  # the probe uses the features that kNN made
+    assert len(found[0].cache._loaders) == 1  # the probe uses the features that kNN made
 
 
 def test_without_a_test_file_the_bank_is_left_one_out(labelled):

@@ -18,7 +18,7 @@ LAYERS = """
     amp norm zero loader backbones optim log meters clustering ending
     graph
     trainer
-    limits checkpoint
+    bottleneck checkpoint
     weights
     doctor
     contract

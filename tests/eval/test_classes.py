@@ -310,8 +310,8 @@ def test_monitors_match_too(files, bank, resident):
     """kNN against the bank, the probe against the training file, from one pass over the test file."""
     t = trainer(files["train"], files["subset"], files.get(bank))
     t.run.speed.resident = resident
-    shared = hooks.Extract()
-    knn, probe = hooks.KnnMonitor(1, k=3, extract=shared), hooks.LinearProbe(1, extract=shared)
+    shared = hooks.FeatureCache()
+    knn, probe = hooks.KnnMonitor(1, k=3, cache=shared), hooks.LinearProbe(1, cache=shared)
     knn.before_epoch(t), probe.before_epoch(t)
     x, y = shared(t, files["train"])
     for _ in range(30):

@@ -1,4 +1,4 @@
-"""What a run says of its speed: the limit, the switch, the warning, the settings that were chosen for it."""
+"""The bottleneck that a run reports with the setting that would help, and the settings that were chosen for it."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "methods"))
 import method_cases as cases
 
-from fastssl import dist, engine, limits
+from fastssl import bottleneck, dist, engine
 
 RECORD = {
     "data_ms": 0.0,
@@ -44,68 +44,71 @@ def trainer(device="cuda", *, pixels=1024, workers=64, **speed):
 
 
 def summary(t, **changes):
-    spent = limits.Limits()
-    spent.add(t, records(40, **changes))
-    return spent.summary(t)
+    times = bottleneck.Bottleneck()
+    times.add(t, records(40, **changes))
+    return times.summary(t)
 
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch):
-    monkeypatch.setattr(limits, "free_memory", lambda device: 2**30)
-    monkeypatch.setattr(limits, "cores", lambda: 8)
+    monkeypatch.setattr(bottleneck, "free_memory", lambda device: 2**30)
+    monkeypatch.setattr(bottleneck, "cores", lambda: 8)
 
 
-def test_the_largest_limit_names_its_switch():
+def test_the_bottleneck_names_the_setting_that_helps():
     assert "forward 30 %, backward 50 %" in summary(trainer())
     assert "try speed.graph=on" in summary(trainer())
     replayed = {"views_ms": 0.0, "forward_ms": 0.0, "backward_ms": 0.0, "optimizer_ms": 0.0, "step_ms": 10.0}
     assert "try speed.compile=True" in summary(trainer(graph="on"), **replayed)
-    assert "no switch of speed is left" in summary(trainer(graph="on", compile=True), **replayed)
+    assert "no setting of speed is left" in summary(trainer(graph="on", compile=True), **replayed)
     assert "between steps" in summary(trainer(), other_ms=2.0)
     assert "a GPU or a smaller network" in summary(trainer("cpu"))
-    assert "making views: try speed.kernels=auto" in summary(trainer(kernels="reference"), views_ms=20.0)
+    assert "augmentation: try speed.kernels=auto" in summary(trainer(kernels="reference"), views_ms=20.0)
 
 
-def test_loading_names_what_fits():
+def test_slow_loading_names_the_setting_that_fits():
     slow = {"data_ms": 5.0}
-    assert "limit is loading: speed.resident=True" in summary(trainer(), **slow)
+    assert "bottleneck is loading: speed.resident=True" in summary(trainer(), **slow)
     large = 10**6  # 3 GB decoded, 0.5 GiB allowed
     assert "speed.workers=8" in summary(trainer(pixels=large, workers=2), **slow)
     assert "--short-side" in summary(trainer(pixels=large), **slow)
     assert "speed.resident" not in summary(trainer(resident=True), **slow)
 
 
-def test_waiting_for_data_is_said_once():
-    spent, t = limits.Limits(), trainer()
-    said = [spent.add(t, records(10, data_ms=1.0)) for _ in range(9)]
-    assert [i for i, text in enumerate(said) if text] == [5]  # 10 steps that do not count, then 50
-    assert "wait for data 9 % of the time: speed.resident=True" in said[5]
-    calm = limits.Limits()
-    calm.add(t, records(limits.SKIPPED, data_ms=1e6))  # the first batches are slow everywhere
-    assert not any(calm.add(t, records(10, data_ms=0.5)) for _ in range(9))
+def test_waiting_for_data_is_reported_once():
+    times, t = bottleneck.Bottleneck(), trainer()
+    texts = [times.add(t, records(10, data_ms=1.0)) for _ in range(9)]
+    assert [i for i, text in enumerate(texts) if text] == [5]  # 10 steps that do not count, then 50
+    assert "wait for data 9 % of the time: speed.resident=True" in texts[5]
+    fast = bottleneck.Bottleneck()
+    fast.add(t, records(bottleneck.SKIPPED_STEPS, data_ms=1e6))  # the first batches are slow everywhere
+    assert not any(fast.add(t, records(10, data_ms=0.5)) for _ in range(9))
 
 
-def test_a_short_run_has_no_limit():
-    spent = limits.Limits()
-    spent.add(trainer(), records(limits.SKIPPED + 5))
-    assert spent.summary(trainer()) is None
+def test_a_short_run_has_no_bottleneck():
+    times = bottleneck.Bottleneck()
+    times.add(trainer(), records(bottleneck.SKIPPED_STEPS + 5))
+    assert times.summary(trainer()) is None
 
 
-def test_chosen_settings_have_their_reason():
-    said = limits.chosen(trainer())
+def test_automatic_settings_are_given_with_their_reason():
+    texts = bottleneck.automatic_settings(trainer())
     for part in ("workers=64 (the cores", "kernels=triton (a CUDA device)", "graph=on (", "micro_batch=64 (a rank's"):
-        assert part in said
-    assert limits.chosen(trainer(workers=1, kernels="reference", graph="off", micro_batch=8)).count("=") == 1
+        assert part in texts
+    assert (
+        bottleneck.automatic_settings(trainer(workers=1, kernels="reference", graph="off", micro_batch=8)).count("=")
+        == 1
+    )
     t = trainer("cpu")
     t.graphed = SimpleNamespace(reason="it needs a CUDA device")
-    assert "kernels=reference (no CUDA device), graph=off (it needs a CUDA device)" in limits.chosen(t)
+    assert "kernels=reference (no CUDA device), graph=off (it needs a CUDA device)" in bottleneck.automatic_settings(t)
 
 
-def test_a_run_says_so(tmp_path, capsys):
+def test_a_run_reports_both(tmp_path, capsys):
     dist.init()
     run = cases.run("supervised", steps=22)
     run.log.root, run.optim.epochs, run.speed.workers = str(tmp_path), 6, None
     engine.fit(run, hooks=[], loader=cases.loader(run))
     out = capsys.readouterr().out
-    assert "speed, as chosen: kernels=reference" in out
-    assert out.count("time of a step: ") == 1 and "the limit is" in out
+    assert "speed, chosen automatically: kernels=reference" in out
+    assert out.count("time of a step: ") == 1 and "the bottleneck is" in out
