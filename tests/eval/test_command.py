@@ -16,6 +16,7 @@ from fastssl import backbones, config, views, weights
 from fastssl.checkpoint import folder as checkpoint
 from fastssl.config import Backbone, Data, Run
 from fastssl.eval.common import cache, features
+from fastssl.files import write_json
 from fastssl.kernels.augment import View
 from fastssl.loader import Loader
 from fastssl.methods import simclr
@@ -386,7 +387,7 @@ def interrupt(*_):
 
 def test_numbers_that_json_has_not(tmp_path):
     result = {"results": [{"loss": float("nan"), "k": 3}], "x": (float("-inf"), 1.5)}
-    fastssl.eval._write(str(tmp_path / "a.json"), result)
+    write_json(tmp_path / "a.json", result)
     assert json.loads((tmp_path / "a.json").read_text(), parse_constant=interrupt) == {
         "results": [{"loss": "nan", "k": 3}],
         "x": ["-inf", 1.5],
