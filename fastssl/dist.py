@@ -1,8 +1,9 @@
-"""Ranks and the few collectives that methods need.  One process is the same code: every function is then the identity.
+"""Ranks and the collectives that methods need.  With one process every function is the identity.
 
-The convention of every loss: the global loss is the mean over ranks of what each rank returns, and DeepSpeed averages
-parameter gradients over ranks.  `gather` and `mean` run backward as their true adjoints, so gradients are exact;
-`replicated_mean` is `mean` without communication in backward, for a mean that every rank uses in the same way.
+The convention of every loss: the loss of the global batch is the mean over ranks of what each rank returns, and
+gradients of parameters are averaged over ranks.  The backward passes of `gather` and `mean` are their adjoints, so that
+gradients are exact; `replicated_mean` is `mean` without communication in backward, for a mean that every rank uses in
+the same way.
 """
 
 from __future__ import annotations
@@ -22,16 +23,15 @@ import torch
 import torch.distributed as td
 from torch import Tensor, nn
 
-# What one rank does alone while the others wait (scikit-learn's SVMs, faiss, t-SNE) may exceed NCCL's ten minutes.
+# What one rank does while the others wait (scikit-learn's SVMs, faiss, t-SNE) may take more than NCCL's ten minutes.
 TIMEOUT = timedelta(hours=2)
 
 
 def init(device: str | None = None) -> torch.device:
-    """Join the process group that the launcher described (deepspeed, torchrun; none: one rank) and pick the device.
+    """Join the process group of the launcher (deepspeed, torchrun, srun; none: one rank) and choose the device.
 
-    `device`: "cpu" or "cuda"; None takes CUDA when there is one.  NCCL on CUDA, gloo on CPU.  ValueError for "cuda"
-    without a GPU.
-    Slurm's srun is a launcher too (`from_slurm`).
+    `device`: "cpu" or "cuda"; None: CUDA if there is a GPU.  The backend is NCCL on CUDA, gloo on CPU.  ValueError for
+    "cuda" without a GPU, and where the ranks cannot connect.
     """
     if device is not None and device.split(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device={device!r}: cpu or cuda")
@@ -69,7 +69,7 @@ def init(device: str | None = None) -> torch.device:
 
 
 def from_slurm() -> None:
-    """Set the variables of torchrun from those of `srun`, where it starts several tasks and no other launcher does."""
+    """Set torchrun's environment variables from those of `srun`, where it is the launcher of several tasks."""
     env = os.environ
     if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", 1)) < 2 or "SLURM_PROCID" not in env:
         return
@@ -87,7 +87,7 @@ def from_slurm() -> None:
 
 
 def _first_node(nodes: str) -> str:
-    """The first of Slurm's list: "gpu[07-09,12],x" -> "gpu07"; "r[1-2]n[03,04]" -> "r1n03"."""
+    """The first of a Slurm node list: "gpu[07-09,12],x" -> "gpu07"; "r[1-2]n[03,04]" -> "r1n03"."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
@@ -102,19 +102,19 @@ def shutdown() -> None:
     """Leave the process group; without it the DeepSpeed launcher reports exit code -6."""
     comm = sys.modules.get("deepspeed.comm")
     if comm is not None and comm.is_initialized():
-        comm.destroy_process_group()  # also forgets the groups that it keeps, so that another run can start
+        comm.destroy_process_group()  # also clears its own groups, so that another run can start
     if td.is_initialized():
         td.destroy_process_group()
-    _rest()
+    _wait_for_gloo()
 
 
-def _rest(seconds: float = 10.0) -> None:
-    """Wait until gloo's threads sleep.
+def _wait_for_gloo(seconds: float = 10.0) -> None:
+    """Wait until gloo's threads are idle.
 
-    One drops the tensors of a collective some time after its caller went on, and needs the interpreter for that: one
-    that finalises ends the thread instead, and with it the process, by an abort after a run that went well.  Destroyed
-    groups join their threads, but DeepSpeed's hooks keep some groups for ever.  A thread that waited for the
-    interpreter runs as soon as this one sleeps: one that looks the same before and after neither had to nor will.
+    A gloo thread releases the tensors of a collective some time after the caller has returned, and needs the
+    interpreter for it.  If the interpreter is finalising, the thread is ended, which aborts the process after a
+    successful run.  Destroyed groups join their threads, but DeepSpeed's hooks keep some groups alive.  A thread that
+    waits for the interpreter gets it while this one sleeps: one whose state is equal before and after is idle.
     """
     deadline, before = time.monotonic() + seconds, None
     while (now := _gloo_threads()) != before or any("State:\tS (sleeping)" not in lines for lines in now.values()):
@@ -125,10 +125,10 @@ def _rest(seconds: float = 10.0) -> None:
 
 
 def _gloo_threads() -> dict[str, list[str]]:
-    """State and context switches of each (Linux; elsewhere none are found)."""
+    """State and context switches of each gloo thread (on Linux; elsewhere none are found)."""
     found = {}
     for task in Path("/proc/self/task").glob("*"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
+        with contextlib.suppress(OSError):  # the thread has ended meanwhile
             if (task / "comm").read_text() == "pt_gloo_runloop\n":
                 found[task.name] = [
                     line
@@ -147,12 +147,12 @@ def world() -> int:
 
 
 def local_world() -> int:
-    """Ranks on this node (decides how many cores a rank may use)."""
+    """Ranks on this node, which share its CPU cores."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world())))  # torchrun's, DeepSpeed's
 
 
 def group() -> td.ProcessGroup | None:
-    """The group of all ranks for kernels that take one; None on one rank."""
+    """The group of all ranks, for kernels; None with one rank."""
     return td.group.WORLD if world() > 1 else None
 
 
@@ -160,8 +160,8 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def share(rows: int, of: int | None = None) -> slice:
-    """This rank's (or rank `of`'s) block of so many rows, cut into one for each rank."""
+def shard(rows: int, of: int | None = None) -> slice:
+    """The contiguous block of `rows` rows that belongs to this rank (or to rank `of`)."""
     of = rank() if of is None else of
     return slice(rows * of // world(), rows * (of + 1) // world())
 
@@ -172,7 +172,7 @@ def barrier() -> None:
 
 
 def on_main(function: Callable, *args) -> Any:
-    """`function(*args)` on rank 0: what it returns, or the ValueError or OSError that it raises, on every rank."""
+    """Call `function(*args)` on rank 0; returns its result, or raises its ValueError or OSError, on every rank."""
     outcome = [None, None]
     if is_main():
         try:
@@ -209,7 +209,7 @@ class _Gather(torch.autograd.Function):
             out = grad.new_empty(n, *grad.shape[1:])
             td.reduce_scatter_tensor(out, grad)
             return out
-        grad = grad.clone()  # all_reduce works in place and autograd may share this buffer
+        grad = grad.clone()  # all_reduce works in place, and autograd may use this buffer elsewhere
         td.all_reduce(grad)
         return grad[rank() * n : (rank() + 1) * n]
 
@@ -235,24 +235,26 @@ class _ReplicatedMean(torch.autograd.Function):
 
 
 def gather(x: Tensor) -> Tensor:
-    """(n, ...) on each rank -> (W n, ...), rank-major.  Differentiable: backward sums over ranks, keeps own rows."""
+    """(n, ...) on each rank -> (W n, ...), in the order of ranks.  Differentiable: backward sums over ranks and takes
+    this rank's rows."""
     return x if world() == 1 else _Gather.apply(x)
 
 
 def mean(x: Tensor) -> Tensor:
-    """Mean over ranks, differentiable (its own adjoint)."""
+    """Mean over ranks, differentiable (it is its own adjoint)."""
     return x if world() == 1 else _Mean.apply(x)
 
 
 def replicated_mean(x: Tensor) -> Tensor:
-    """Mean over ranks of which every rank computes the same loss: its gradient is equal on all ranks, so that the mean
-    of them, the adjoint, is the gradient itself.  Wrong where the mean meets a rank's own samples: use `mean` there."""
+    """Mean over ranks, from which every rank then computes the same loss.  The gradient is equal on all ranks, so that
+    the adjoint, the mean of the gradients, needs no communication.  Wrong where the mean is combined with a rank's own
+    samples: use `mean` there."""
     return x if world() == 1 else _ReplicatedMean.apply(x)
 
 
 @torch.no_grad()
 def gather_ragged(x: Tensor) -> Tensor:
-    """(n_r, ...) with a different n_r on each rank -> all rows, rank-major.  No gradient."""
+    """(n_r, ...) with a different n_r on each rank -> all rows, in the order of ranks.  No gradient."""
     if world() == 1:
         return x
     sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world())]
@@ -280,10 +282,10 @@ def sum_(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sync_buffers(module: nn.Module) -> None:
-    """Make buffers equal on all ranks: floating ones by their mean, others from rank 0.
+    """Make buffers equal on all ranks: floating-point ones by their mean, others from rank 0.
 
-    Batch-norm running statistics differ by rank after the first step and DeepSpeed never synchronises them.  Those that
-    `module.sharded` names are blocks of one table, and stay.
+    Batch norm's running statistics differ by rank after the first step and DeepSpeed never synchronises them.  Buffers
+    named in `module.sharded` are blocks of one table and stay as they are.
     """
     if world() == 1:
         return

@@ -86,7 +86,7 @@ def train(t: Trainer, log: Log, signals: ending.Signals) -> None:
             losses.check(log.step(t.step, epoch, t.scalars, timings))
             if warning := times.add(t, timings):
                 log.text(warning)
-            number = signals.agreed()
+            number = signals.received()
             if number or checkpoint_due(t):
                 timings = t.meter.flush()
                 losses.check(log.flush(timings))

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         args.config = None
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at CUDA's start; --deterministic needs it
     dist.from_slurm()
-    watch, code = ending.Watch(), 0
+    watch, code = ending.Watchdog(), 0
     try:
         run = config.load(args.config or config.quickstart(), args.overrides)
         run.deterministic |= args.deterministic
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 def _fail(reason: str, code: int, details: str = "") -> int:
     """Print the reason on the first rank that fails.  Several ranks end here: a group whose ranks have ended cannot be
     left in order."""
-    first, code = ending.first_to_fail(reason, code)
+    first, code = ending.report_failure(reason, code)
     if first:
         where = f" (rank {dist.rank()} on {socket.gethostname()})" if dist.rank() else ""
         print(f"{details}fastssl: {reason}{where}", file=sys.stderr, flush=True)

@@ -57,7 +57,7 @@ def full_state_dict(module: nn.Module, everywhere: bool = False) -> dict[str, Te
 
 
 def _blocks(mine: Tensor) -> Iterator[Tensor]:
-    """The blocks of a table that is cut by dist.share, one at a time, since the whole may not fit on a device."""
+    """The blocks of a table that is cut by dist.shard, one at a time, since the whole may not fit on a device."""
     sizes = dist.gather(torch.tensor([len(mine)], device=mine.device)).tolist()
     for source, size in enumerate(sizes):
         block = mine.clone() if source == dist.rank() else mine.new_empty(size, *mine.shape[1:])

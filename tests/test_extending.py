@@ -86,7 +86,7 @@ def worker(out: str, exp: str) -> None:
     backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.Tanh()).double()
     backbone.dim = 5
     method = align.Config(dim=4).build(backbone, Context(8, 8)).double()
-    views = [x[dist.share(8)] for x in torch.randn(2, 8, 3, 2, 2, dtype=torch.float64)]
+    views = [x[dist.shard(8)] for x in torch.randn(2, 8, 3, 2, 2, dtype=torch.float64)]
     result = {}
     for name in ("global", "local"):
         if name == "local":

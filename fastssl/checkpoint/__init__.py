@@ -172,7 +172,7 @@ def load(t, path: Path, say=print) -> None:
         with safetensors.safe_open(path / "weights.safetensors", "pt") as weights:
             for name in getattr(t.method, "sharded", ()):
                 table = weights.get_slice(name)
-                getattr(t.method, name).copy_(table[dist.share(table.get_shape()[0])])
+                getattr(t.method, name).copy_(table[dist.shard(table.get_shape()[0])])
         _layout(t, values["config"]["speed"].get("channels_last"))
         _load_hooks(t.hooks, values["hooks"], path, say)
         file = path / f"rank_{dist.rank()}.pt"

@@ -113,9 +113,9 @@ def scatter(values: Tensor, index: Tensor, samples: int) -> Tensor:
 
 
 def scatter_block(values: Tensor, index: Tensor, samples: int) -> Tensor:
-    """This rank's block (dist.share) of the samples' rows, which lie on all ranks in any order."""
+    """This rank's block (dist.shard) of the samples' rows, which lie on all ranks in any order."""
     for r in range(dist.world()):
-        block = dist.share(samples, r)
+        block = dist.shard(samples, r)
         here = (index >= block.start) & (index < block.stop)
         out = values.new_zeros(block.stop - block.start, *values.shape[1:])
         out[index[here] - block.start] = values[here]

@@ -79,7 +79,7 @@ def knn(
 
     classes = int(max(bank_labels.max(), labels.max())) + 1
     search = SEARCH[backend](F.normalize(bank.float(), dim=1), k[-1], alone)
-    mine = dist.share(len(queries))
+    mine = dist.shard(len(queries))
     right = torch.zeros(len(k), 2, dtype=torch.int64, device=bank.device)
     for start in range(mine.start, mine.stop, QUERIES):
         stop = min(start + QUERIES, mine.stop)

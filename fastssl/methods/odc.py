@@ -69,7 +69,7 @@ class ODC(nn.Module):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
         nn.init.normal_(self.head.weight, std=0.01)
-        self.mine = dist.share(samples)
+        self.mine = dist.shard(samples)
         self.register_buffer("bank", torch.zeros(self.mine.stop - self.mine.start, dim), persistent=False)
         self.register_buffer("labels", torch.arange(samples) % config.clusters)
         self.register_buffer("centroids", torch.zeros(config.clusters, dim))

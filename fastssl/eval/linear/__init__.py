@@ -204,7 +204,7 @@ def _sgd(x: Tensor, y: Tensor, rates: tuple[float, ...], classes: int, epochs: i
     for epoch in range(epochs):
         order = torch.from_numpy(permutation(len(x), seed, epoch + 1)).to(x.device)
         for step, rows in enumerate(order.split(batch)):
-            mine = rows[dist.share(len(rows))]
+            mine = rows[dist.shard(len(rows))]
             grad = dist.sum_(_loss_and_gradient(w, x[mine], y[mine])[1]) / len(rows)
             velocity.mul_(MOMENTUM).add_(grad)
             w.sub_(rate * velocity * (0.5 + 0.5 * math.cos(math.pi * (epoch * steps + step) / (epochs * steps))))
@@ -218,7 +218,7 @@ def _lbfgs(x: Tensor, y: Tensor, penalties: tuple[float, ...], classes: int, epo
     Weights and sums are fp64 for the line search, which compares losses that agree in fp32's digits; products are fp32.
     """
     w = x.new_zeros(x.shape[1], 1, classes, dtype=torch.float64)
-    n, mine, chunk = len(x), dist.share(len(x)), max(1, LOGITS // classes)
+    n, mine, chunk = len(x), dist.shard(len(x)), max(1, LOGITS // classes)
     rows = list(zip(x[mine].split(chunk), y[mine].split(chunk)))
     out = {}
     for penalty in sorted(penalties, reverse=True):

@@ -274,7 +274,7 @@ class LinearClassifiers:
         self.norm.eval()
         tops = (1, 5) if self.bias_GC.shape[1] > 5 else (1,)
         right = torch.zeros(len(tops), len(self.bias_GC), dtype=torch.int64, device=x_ND.device)
-        mine = dist.share(len(y_N))
+        mine = dist.shard(len(y_N))
         for x, y in zip(x_ND[mine].split(ROWS), y_N[mine].split(ROWS)):
             logits = self._logits(self._normalised(x)).transpose(0, 1)  # (G, B, C)
             sane = logits.isfinite().all(-1)
