@@ -146,7 +146,7 @@ def test_hooks_are_found_by_their_class_on_resume(train, monkeypatch):
 
     first, second, later = [Count(), Another()], [Another(), Count(), Count()], [Another()]
     for given in (first, second, later):
-        monkeypatch.setattr(hooks, "of", lambda run, given=given: given)
+        monkeypatch.setattr(hooks, "from_config", lambda run, given=given: given)
         code, lines = train(*() if given is first else ("--resume",), f"optim.steps={2 + 2 * (given is not first)}")
         assert code == 0, lines
     assert [h.steps for h in second] == [4, 4, 2] and later[0].steps == 4
