@@ -1,5 +1,5 @@
-# `make quickstart` and `make test` install what they need first, and say nothing when that is done already.
-# PYTHON=python3.12    interpreter for a new .venv (default: the newest of 3.10 to 3.13 that is found)
+# `make quickstart` and `make test` first install what they need; if it is installed they print nothing about it.
+# PYTHON=python3.12    interpreter for a new .venv (default: the newest installed of 3.10 to 3.13)
 # EXTRAS=test,gpu      optional packages (default: test, and gpu where there is an NVIDIA GPU)
 # WHEELHOUSE=folder    install from wheels made by `make wheelhouse`: no compiler, no root, no network
 # PYTEST="-k ntxent"   arguments for pytest
@@ -16,9 +16,10 @@ export PYTHON EXTRAS WHEELHOUSE
 .PHONY: help setup quickstart test lint wheelhouse clean
 
 help:
-	@echo "make quickstart   install, convert, pretrain, evaluate and show a small run on real images"
-	@echo "make test         install, check the style and run every test that needs no GPU"
-	@echo "make lint         check the style alone"
+	@echo "make setup        install into .venv (quickstart and test do it, too)"
+	@echo "make quickstart   convert, pretrain and evaluate a small run on handwritten digits, draw pictures"
+	@echo "make test         check the style and run every test that needs no GPU"
+	@echo "make lint         check the style"
 	@echo "make wheelhouse   collect wheels for machines without compiler, root or network"
 	@echo "make clean        remove what was built and installed here (not your data or runs)"
 
@@ -32,7 +33,7 @@ $(VENV)/.installed: setup.py pyproject.toml tools/setup.sh
 quickstart: setup
 	@$(CPU) $(PY) -m fastssl quickstart
 
-# One thread per process: two ranks on two cores would otherwise fight over them.
+# One thread per process: the threads of two ranks on two cores would slow each other down.
 test: lint
 	@$(CPU) OMP_NUM_THREADS=1 MPLBACKEND=Agg $(PY) -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile $(PYTEST)
 

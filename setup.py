@@ -1,5 +1,5 @@
-"""Package metadata.  `kernels/`, `data_prep/` and `configs/` are imported as fastssl.kernels, fastssl.data_prep and
-fastssl.configs: a top-level package called `kernels` would clash with the one on PyPI."""
+"""Package metadata.  The folders `kernels`, `data_prep` and `configs` are installed as fastssl.kernels,
+fastssl.data_prep and fastssl.configs, because PyPI has a package called `kernels`."""
 
 from setuptools import find_namespace_packages, find_packages, setup
 
@@ -12,7 +12,7 @@ for folder in FOLDERS:
 setup(
     name="fastssl",
     version="0.1.0",
-    description="Self-supervised image pretraining: each image decoded once, views cut on the device, "
+    description="Self-supervised image pretraining: each image decoded once, views computed on the device, "
     "losses exact on any number of ranks",
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",

@@ -13,16 +13,16 @@ from fastssl.eval import PROTOCOLS
 
 COMMANDS = {
     "train": ("fastssl.train", "pretrain a backbone in one process (in several: deepspeed --module fastssl.train)"),
-    "convert": ("fastssl.data_prep", "make a .beton of a dataset, or check one"),
+    "convert": ("fastssl.data_prep", "convert a dataset to a .beton file, or check one"),
     "eval": ("fastssl.eval", f"evaluate a run or weights: {', '.join(PROTOCOLS)}"),
     "export": ("fastssl.weights.export", "write a backbone for torchvision, timm, detectron2, Hugging Face"),
-    "publish": ("fastssl.weights.tools:publish_main", "write weights without the optimizer, their hash in the name"),
+    "publish": ("fastssl.weights.tools:publish_main", "write weights without the optimizer, named by their hash"),
     "params": ("fastssl.weights.tools:params_main", "count parameters and FLOPs of a config or a backbone"),
-    "upgrade": ("fastssl.weights.tools:upgrade_main", "write an old flat state dict in today's form"),
-    "doctor": ("fastssl.doctor", "check this installation and say what is missing and how to get it"),
-    "report": ("fastssl.report", "write one HTML page of runs: curves, speed, pictures, evaluations, settings"),
+    "upgrade": ("fastssl.weights.tools:upgrade_main", "rewrite an old flat state dict in the current format"),
+    "doctor": ("fastssl.doctor", "check this installation; name what is missing and how to install it"),
+    "report": ("fastssl.report", "write one HTML page about runs: curves, speed, pictures, evaluations, settings"),
     "methods": ("fastssl.methods", "list the methods"),
-    "quickstart": ("fastssl.quickstart", "convert, pretrain and evaluate scikit-learn's digits in three minutes"),
+    "quickstart": ("fastssl.quickstart", "convert, pretrain and evaluate scikit-learn's digits, in about a minute"),
 }
 
 

@@ -1,7 +1,7 @@
-"""`fastssl quickstart`: the whole product on scikit-learn's digits, without a download.
+"""Convert, pretrain and evaluate scikit-learn's digits, without a download.
 
-Converts, pretrains through DeepSpeed on whatever the machine has, and compares raw pixels, the untrained network and
-the trained one.  With all labels raw digits are already easy; few labels show what pretraining is for.
+Pretrains with DeepSpeed on the machine's GPUs or CPU, and compares raw pixels, the untrained network and the trained
+one.  With all labels, raw pixels already do well; with few labels, pretraining shows.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def test_the_config_of_the_training_page_loads(tmp_path):
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
-    dist.shutdown()  # of tests before this one in the process
+    dist.shutdown()  # left by earlier tests in this process
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)

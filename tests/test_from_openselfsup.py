@@ -55,7 +55,7 @@ CONFIGS = re.findall(r"^\| `([\w/]+\.py)` \| `(configs/\S+\.py) ?(.*)` \|$", TEX
 
 
 def test_every_pretraining_config_has_a_command_line():
-    """The names are those of OpenSelfSup's last commit of 2020."""
+    """The names are those of OpenSelfSup at the end of 2020 (version 0.3)."""
     folders = [name.split("/")[-2] for name, *_ in CONFIGS]
     count = {
         "relative_loc": 1,

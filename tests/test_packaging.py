@@ -1,4 +1,4 @@
-"""The wheel holds every module, imports from anywhere beside the `kernels` of PyPI, and set-up says what it lacks."""
+"""The wheel contains every module and can be imported beside PyPI's `kernels`; tools/setup.sh names what is missing."""
 
 import os
 import re
@@ -20,7 +20,7 @@ INSTALLED = ("fastssl", "kernels", "data_prep", "configs")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    """A wheel built from a copy: setuptools leaves build folders behind."""
+    """A wheel built from a copy, because setuptools leaves build folders behind."""
     source = tmp_path_factory.mktemp("source")
     for folder in INSTALLED:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -31,7 +31,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     return zipfile.ZipFile(next((source / "out").glob("*.whl")))
 
 
-def test_wheel_holds_every_module(wheel):
+def test_wheel_contains_every_module(wheel):
     expected = set()
     for folder in INSTALLED:
         prefix = "" if folder == "fastssl" else "fastssl/"
@@ -43,7 +43,7 @@ def test_wheel_holds_every_module(wheel):
 
 
 def run_python(code: str, cwd: Path, *path: Path) -> str:
-    """Run in a folder whose `kernels` and `data_prep` are not ours, as with PyPI's package `kernels` installed."""
+    """Run in a folder with other packages called `kernels` and `data_prep`, as if PyPI's `kernels` were installed."""
     for name in ("kernels", "data_prep"):
         (cwd / name).mkdir(exist_ok=True)
         (cwd / name / "__init__.py").write_text("decoy = True\n")
@@ -74,7 +74,7 @@ def test_wheel_imports_from_any_folder(wheel, tmp_path):
     ]
 
 
-def test_command_and_script_start_from_any_folder(tmp_path):
+def test_commands_start_in_any_folder(tmp_path):
     """Also `python fastssl/train.py`, whose first import path is the folder that holds config.py, views.py, ..."""
     command = Path(sys.executable).with_name("fastssl")
     for start in ([command], [sys.executable, "-m", "fastssl", "train"], [sys.executable, ROOT / "fastssl/train.py"]):
@@ -83,7 +83,7 @@ def test_command_and_script_start_from_any_folder(tmp_path):
         assert "usage" in done.stdout.lower()
 
 
-def test_make_is_silent_when_all_is_installed(tmp_path):
+def test_make_prints_nothing_when_all_is_installed(tmp_path):
     (tmp_path / ".installed").touch()
     done = subprocess.run(["make", "setup", f"VENV={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -107,7 +107,7 @@ def setup(env: dict[str, str], tmp_path: Path) -> str:
     return done.stderr
 
 
-def test_setup_names_the_pythons_it_cannot_use(tmp_path):
+def test_setup_names_unsuitable_pythons(tmp_path):
     env = stub(tmp_path / "bin", **{"python3": "echo 3.9", "python3.13": "exit 127"})
     message = setup(env, tmp_path)
     assert "3.10 to 3.13" in message and "python3 is 3.9" in message and "PYTHON=" in message
@@ -117,13 +117,13 @@ def test_setup_names_the_pythons_it_cannot_use(tmp_path):
 COMPLETE = """if [ "$1" = - ]; then exit 0; fi; if [[ "$2" == *ctypes* ]]; then exit 0; fi; echo 3.12"""
 
 
-def test_setup_names_the_packages_where_there_is_no_apt(tmp_path):
+def test_setup_names_missing_packages_without_apt(tmp_path):
     env = stub(tmp_path / "bin", **{"python3.12": COMPLETE, "pkg-config": "exit 1"})
     message = setup(env, tmp_path)
     assert "no apt" in message and "g++ libopencv-dev libturbojpeg0-dev." in message
 
 
-def test_setup_names_the_packages_where_there_is_no_root(tmp_path):
+def test_setup_names_missing_packages_without_root(tmp_path):
     bare = COMPLETE.replace("exit 0", "exit 1", 1)  # Debian's interpreter without python3.12-venv
     env = stub(tmp_path / "bin", **{"python3.12": bare, "apt-get": "exit 99", "id": "echo 1000"})
     message = setup(env, tmp_path)
@@ -131,7 +131,7 @@ def test_setup_names_the_packages_where_there_is_no_root(tmp_path):
     assert "no sudo" in message and wanted in message
 
 
-def test_setup_uses_sudo_without_asking_where_there_is_no_terminal(tmp_path):
+def test_setup_does_not_ask_for_a_password_without_a_terminal(tmp_path):
     sudo = 'echo "sudo $*"; exit 1'
     env = stub(tmp_path / "bin", **{"python3.12": COMPLETE, "apt-get": "", "id": "echo 1000", "sudo": sudo})
     message = setup(env, tmp_path)
@@ -154,7 +154,7 @@ READY = {"python3.12": COMPLETE, "pkg-config": "exit 0", "g++": "exit 0"}
 
 
 @pytest.mark.parametrize(
-    "extras, programs, said",
+    "extras, programs, expected",
     [
         ("test", {}, "no Chromium is installed (this machine has no apt)"),
         ("test,gpu", {"apt-get": "", "id": "echo 1000", "sudo": "exit 1"}, "no Chromium is installed (it needs root)"),
@@ -170,9 +170,11 @@ READY = {"python3.12": COMPLETE, "pkg-config": "exit 0", "g++": "exit 0"}
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_setup_brings_a_browser_for_the_tests_alone(tmp_path, extras, programs, said):
-    """It goes on without one: the stub of Python then fails to make the environment."""
+def test_setup_installs_a_browser_only_for_the_tests(tmp_path, extras, programs, expected):
+    """Without one it continues; the stub of Python then fails to make the environment."""
     env = stub(tmp_path / "bin", **READY, **programs) | {"EXTRAS": extras}
     message = setup(env, tmp_path)
-    assert said in message and ("hromium" in message) == bool(said)
-    assert ("no Chromium" in message) == ("no Chromium" in said or "knows no" in said) and "installing into" in message
+    assert expected in message and ("hromium" in message) == bool(expected)
+    assert ("no Chromium" in message) == (
+        "no Chromium" in expected or "knows no" in expected
+    ) and "installing into" in message

@@ -1,4 +1,4 @@
-"""docs/python.md works as it stands, and what `import fastssl` gives."""
+"""The code of docs/python.md runs; `import fastssl` is quick and exports what it lists."""
 
 import re
 import subprocess
@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The names that are left after all blocks of the page ran, in a folder of its own."""
-    dist.shutdown()  # of tests before this one in the process; the page begins and ends without a process group
+    """The variables after all code blocks of the page have run in a new folder."""
+    dist.shutdown()  # left by earlier tests in this process; the page begins and ends without a process group
     folder = tmp_path_factory.mktemp("page")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.S)
     assert len(blocks) == 5
@@ -61,7 +61,7 @@ def test_features_of_layers_and_baselines(page, monkeypatch):
         fastssl.fit(page[1]["run"])
 
 
-def test_the_package_is_light_and_names_what_it_has():
+def test_the_package_imports_quickly_and_exports_its_names():
     code = (
         "import sys, fastssl; print(fastssl.__version__); assert not {'torch', 'numpy'} & set(sys.modules);"
         "assert set(fastssl.__all__) <= set(dir(fastssl)); fastssl.fit; fastssl.views.simclr(8); fastssl.Run;"
@@ -113,14 +113,14 @@ class Pairs(torch.utils.data.Dataset):
     ],
     ids=["arrays", "PIL", "tensors, names", "Dataset", "Dataset, labels", "pairs", "alpha", "several"],
 )
-def test_images_in_memory_are_stored_bit_for_bit(tmp_path, images, labels, options, expect, classes):
+def test_images_in_memory_are_stored_unchanged(tmp_path, images, labels, options, expect, classes):
     path = fastssl.convert(images, tmp_path / "x.beton", labels, **options)
     made, found, names = stored(path)
     assert all(np.array_equal(a, b) for a, b in zip(made, COLOUR)) and len(made) == 6
     assert (found, names) == (expect, classes)
 
 
-def test_grey_arrays_and_options(tmp_path):
+def test_gray_arrays_and_options(tmp_path):
     grey = np.stack([c[:5, :, 0] for c in COLOUR])
     made, *_ = stored(fastssl.convert(grey, tmp_path / "g.beton"))
     assert all(np.array_equal(a, np.repeat(b[..., None], 3, 2)) for a, b in zip(made, grey))
@@ -150,7 +150,7 @@ def test_grey_arrays_and_options(tmp_path):
         (COLOUR, None, {"short_sid": 3}, "did you mean 'short_side'"),
     ],
 )
-def test_what_cannot_be_stored_is_named(tmp_path, images, labels, options, message):
+def test_errors_name_what_cannot_be_stored(tmp_path, images, labels, options, message):
     with pytest.raises(ValueError, match=message):
         fastssl.convert(images, tmp_path / "x.beton", labels, **options)
     assert not list(tmp_path.iterdir())

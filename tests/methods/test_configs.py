@@ -22,7 +22,7 @@ RECIPES = [p for p in FILES if p.parent.name not in ("smoke", "configs")]
 
 
 def test_smoke_configs_have_the_figures_of_the_results():
-    """docs/results.md is what was measured."""
+    """docs/results.md has the measurements."""
     rows = re.findall(
         r"^\| (\w+)(?: \(the teacher\))? \|.*\| ([\d.]+) \| \*\*([\d.]+)\*\* \|",
         (ROOT / "docs" / "results.md").read_text(),
@@ -45,7 +45,7 @@ def published(path):
 
 
 def recipe_rows():
-    """docs/recipes.md: {config below configs/: the cells beside its name}."""
+    """The tables of docs/recipes.md: {config below configs/: its other cells}."""
     text = (ROOT / "docs" / "recipes.md").read_text()
     rows = re.findall(r"^\| `([\w/.-]+\.(?:py|yaml))` \| (.*) \|$", text, re.M)
     assert len(rows) == len(dict(rows)), "a config has two rows"
