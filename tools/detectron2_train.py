@@ -1,9 +1,9 @@
-"""Train detectron2's detectors by the recipes of configs/detection/, in an environment that has detectron2:
+"""Train detectron2's detectors with the recipes in configs/detection/, in an environment with detectron2:
 
     python tools/detectron2_train.py --config-file configs/detection/pascal_voc_R_50_C4_24k.yaml --num-gpus 8 \\
         MODEL.WEIGHTS backbone_detectron2.pkl OUTPUT_DIR output
 
-It adds one thing to detectron2: the C4 recipes' batch norm behind res5 (MoCo, https://arxiv.org/abs/1911.05722).
+It adds one thing to detectron2: the C4 recipes' batch norm after res5 (MoCo, https://arxiv.org/abs/1911.05722).
 """
 
 from detectron2.checkpoint import DetectionCheckpointer
