@@ -1,13 +1,15 @@
-"""All views of a batch, cut on the device from images that were decoded once.
+"""Augmentation: all views of a batch, made on the device from images that were decoded once.
 
-uint8 images of any size in, normalised channels_last views out.  A sample's views depend on (seed, epoch, its index,
-the view's stream) alone: not on the batch, the rank count or the restart point.
+Takes uint8 images of any size, returns normalised channels_last views.  A sample's views depend on (seed, epoch, its
+index, the view's stream) alone, not on the batch, the number of ranks or the step at which a run was resumed.
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from ..common import TRITON_DTYPES, choose
+from ..common import TRITON_DTYPES, Impl, choose
 from . import extra, reference
 from .params import COL, COLUMNS, IMAGENET_MEAN, IMAGENET_STD, View, draw
 
@@ -19,19 +21,20 @@ def make_views(
     pixels: Tensor,
     sizes: Tensor,
     index: Tensor,
-    views,
+    views: Iterable[View],
     *,
     seed: int,
     epoch: int | Tensor,
     dtype: torch.dtype = torch.float32,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> list[Tensor]:
     """One (B, 3, size, size) tensor in channels_last layout for each of `views`.
 
     pixels: uint8 (B, P, 3), image i in its first h * w pixels, row-major.  sizes: int (B, 2), (h, w) of each.
-    index: int64 (B,), the samples' numbers in the data set, the key of their random numbers with seed and epoch.
-    epoch: a number, or an int64 scalar on the device so that a captured CUDA graph can be replayed in another epoch.
-    impl: "reference" (anywhere), "triton" (CUDA), or "auto"."""
+    index: int64 (B,), numbers of the samples in the data set; with seed and epoch they determine the random numbers.
+    epoch: a number, or a 0-dim int64 tensor on the device, so that a captured CUDA graph can be
+    replayed in another epoch.
+    """
     views = tuple(views)
     if pixels.dtype != torch.uint8 or pixels.dim() != 3 or pixels.shape[2] != 3:
         raise ValueError(f"views: pixels must be uint8 of shape (B, P, 3), got {pixels.dtype} {tuple(pixels.shape)}")
@@ -57,11 +60,14 @@ def make_views(
 
 
 def _with_extra(pixels, sizes, index, views, seed, epoch, dtype, impl) -> list[Tensor]:
-    """Views of which some have operations beyond the kernel's: those are cut in float32, the others as ever."""
-    plain, places = extra.split(views)
-    streams, out = [view.stream for view in plain], [None] * len(views)
-    for some, kind in ((places, torch.float32), ([i for i in range(len(views)) if i not in places], dtype)):
-        made = make_views(pixels, sizes, index, [plain[i] for i in some], seed=seed, epoch=epoch, dtype=kind, impl=impl)
-        for i, x in zip(some, made):
-            out[i] = extra.finish(x, views[i], streams[i], index, seed, epoch, dtype) if i in places else x
+    """For views of which some have further operations (View.extra): these are cropped in float32 first."""
+    plain = extra.without_extra(views)
+    with_extra = [i for i, view in enumerate(views) if view.extra]
+    without = [i for i, view in enumerate(views) if not view.extra]
+    key, out = {"seed": seed, "epoch": epoch, "impl": impl}, [None] * len(views)
+    for i, x in zip(without, make_views(pixels, sizes, index, [plain[i] for i in without], dtype=dtype, **key)):
+        out[i] = x
+    for i, x in zip(with_extra, make_views(pixels, sizes, index, [plain[i] for i in with_extra], **key)):
+        random = extra.Random(index, seed, epoch, plain[i].stream)
+        out[i] = extra.finish(x, views[i], random, dtype)
     return out

@@ -1,4 +1,4 @@
-"""Images, views and batches that tests and bench share.  (Recipes live above kernels: their figures are repeated.)"""
+"""Images, views and batches for tests and benchmarks.  (Repeats the numbers of recipes, which it cannot import.)"""
 
 from typing import NamedTuple
 
@@ -58,7 +58,7 @@ ONE_OP = {
 
 
 class Case(NamedTuple):
-    """A batch to time: images of one size and the views of each."""
+    """A batch to time: images of one size, and their views."""
 
     batch: int
     height: int
@@ -106,9 +106,9 @@ def scenes(shapes, seed: int = 0) -> list[np.ndarray]:
 
 
 def pack(images) -> tuple[Tensor, Tensor, Tensor]:
-    """pixels, sizes and index of a list of images; what follows an image is noise that no view may touch."""
-    room = max(im.shape[0] * im.shape[1] for im in images)
-    pixels = torch.randint(0, 256, (len(images), room, 3), dtype=torch.uint8, generator=torch.manual_seed(1))
+    """pixels, sizes and index of a list of images; images are followed by noise that no view may read."""
+    max_pixels = max(im.shape[0] * im.shape[1] for im in images)
+    pixels = torch.randint(0, 256, (len(images), max_pixels, 3), dtype=torch.uint8, generator=torch.manual_seed(1))
     for row, im in zip(pixels, images):
         row[: im.shape[0] * im.shape[1]] = torch.from_numpy(im.copy()).view(-1, 3)
     sizes = torch.tensor([im.shape[:2] for im in images], dtype=torch.int32)

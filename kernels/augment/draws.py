@@ -1,6 +1,7 @@
-"""The parameters of one view of one sample, drawn inside a kernel: `draw` of params.py, word for word.
+"""The parameters of one view of one sample, drawn inside a kernel: the same random words and the same numbers as
+`draw` of params.py.
 
-Box arithmetic in float64 as there, so that both choose the same pixels.
+Boxes are computed in float64 as there, so that both choose the same pixels.
 """
 
 import triton
@@ -8,8 +9,8 @@ import triton.language as tl
 
 from . import params
 
-# what differs between views of one launch: a row of float64 in the table of numbers
-SPEC = (
+# what may differ between the views of one launch: a row of float64 of the table of specs
+FIELDS = (
     "offset",
     "stream",
     "cell",
@@ -40,17 +41,18 @@ SPEC = (
     "std_g",
     "std_b",
 )
-AT = {name: i for i, name in enumerate(SPEC)}
-WIDTH = tl.constexpr(len(SPEC))
-COLUMNS = tl.constexpr(len(params.COLUMNS))
-STREAM, CELL = tl.constexpr(AT["stream"]), tl.constexpr(AT["cell"])
-SCALE, LOG_RATIO, RATIO = tl.constexpr(AT["scale0"]), tl.constexpr(AT["log_ratio0"]), tl.constexpr(AT["ratio0"])
-FLIP, ROTATE, JITTER_P = tl.constexpr(AT["flip"]), tl.constexpr(AT["rotate"]), tl.constexpr(AT["jitter_p"])
-STRENGTH, GRAY, BLUR = tl.constexpr(AT["brightness"]), tl.constexpr(AT["gray"]), tl.constexpr(AT["blur"])
-SIGMA, SOLARIZE = tl.constexpr(AT["sigma0"]), tl.constexpr(AT["solarize"])
-TRIES, B_FLAGS, B_JITTER = tl.constexpr(params.TRIES), tl.constexpr(params.FLAGS), tl.constexpr(params.JITTER)
-B_OTHER, B_PATCH = tl.constexpr(params.OTHER), tl.constexpr(params.PATCH)
-LANES = tl.constexpr(16)
+FIELD = {name: i for i, name in enumerate(FIELDS)}
+NUM_FIELDS = tl.constexpr(len(FIELDS))
+NUM_COLUMNS = tl.constexpr(len(params.COLUMNS))
+STREAM, CELL = tl.constexpr(FIELD["stream"]), tl.constexpr(FIELD["cell"])
+SCALE, LOG_RATIO, RATIO = (tl.constexpr(FIELD[name]) for name in ("scale0", "log_ratio0", "ratio0"))
+FLIP, ROTATE, JITTER_P = (tl.constexpr(FIELD[name]) for name in ("flip", "rotate", "jitter_p"))
+STRENGTH, GRAY, BLUR = (tl.constexpr(FIELD[name]) for name in ("brightness", "gray", "blur"))
+SIGMA, SOLARIZE = tl.constexpr(FIELD["sigma0"]), tl.constexpr(FIELD["solarize"])
+# blocks of Philox, and kinds of crop
+TRIES, FLAGS_BLOCK, JITTER_BLOCK = tl.constexpr(params.TRIES), tl.constexpr(params.FLAGS), tl.constexpr(params.JITTER)
+OTHER_BLOCK, PATCH_BLOCK = tl.constexpr(params.OTHER), tl.constexpr(params.PATCH)
+LANES = tl.constexpr(16)  # TRIES, as a power of 2
 RESIZED, PATCH, RANDOM, SQUASH = (tl.constexpr(params.CROPS.index(k)) for k in ("resized", "patch", "random", "squash"))
 
 
@@ -71,7 +73,7 @@ def below(word, n):
 
 @triton.jit
 def nearest(x):
-    """float64 to the nearest integer, halves to even: adding 2**52 leaves no room for a fraction."""
+    """float64 to the nearest integer, halves to even: the sum with 2**52 has no bits for a fraction."""
     return ((x + 4503599627370496.0) - 4503599627370496.0).to(tl.int32)
 
 
@@ -87,12 +89,12 @@ def offset(n, word, SIZE: tl.constexpr):
 
 
 @triton.jit
-def random_resized(spec, seed, stream, sample, epoch, H, W):
+def random_resized(spec_ptr, seed, stream, sample, epoch, H, W):
     lane = tl.arange(0, LANES)
     block = lane.to(tl.uint32)
     w_area, w_ratio, w_top, w_left = tl.philox(seed, block, block * 0 + stream, block * 0 + sample, block * 0 + epoch)
-    area = (H * W).to(tl.float64) * between(w_area, tl.load(spec + SCALE), tl.load(spec + SCALE + 1))
-    ratio = tl.exp(between(w_ratio, tl.load(spec + LOG_RATIO), tl.load(spec + LOG_RATIO + 1)))
+    area = (H * W).to(tl.float64) * between(w_area, tl.load(spec_ptr + SCALE), tl.load(spec_ptr + SCALE + 1))
+    ratio = tl.exp(between(w_ratio, tl.load(spec_ptr + LOG_RATIO), tl.load(spec_ptr + LOG_RATIO + 1)))
     tw, th = nearest(tl.sqrt(area * ratio)), nearest(tl.sqrt(area / ratio))
     fits = (tw > 0) & (tw <= W) & (th > 0) & (th <= H) & (lane < TRIES)
     first = tl.min(tl.where(fits, lane, LANES), 0)
@@ -100,7 +102,7 @@ def random_resized(spec, seed, stream, sample, epoch, H, W):
     w_top = tl.sum(tl.where(hit, w_top.to(tl.int64), 0), 0)
     w_left = tl.sum(tl.where(hit, w_left.to(tl.int64), 0), 0)
     th, tw = tl.sum(tl.where(hit, th, 0), 0), tl.sum(tl.where(hit, tw, 0), 0)
-    low, high = tl.load(spec + RATIO), tl.load(spec + RATIO + 1)
+    low, high = tl.load(spec_ptr + RATIO), tl.load(spec_ptr + RATIO + 1)
     Hd, Wd = H.to(tl.float64), W.to(tl.float64)
     fw = tl.where(Wd / Hd > high, nearest(Hd * high), W)
     fh = tl.where(Wd / Hd < low, nearest(Wd / low), H)
@@ -113,7 +115,7 @@ def random_resized(spec, seed, stream, sample, epoch, H, W):
 
 @triton.jit
 def draw_crop(
-    spec,
+    spec_ptr,
     seed,
     stream,
     sample,
@@ -128,7 +130,7 @@ def draw_crop(
 ):
     """y0, x0, h, w and the clip region's top, left, bottom, right, float32."""
     if CROP == RESIZED:
-        y, x, h, w = random_resized(spec, seed, stream, sample, epoch, H, W)
+        y, x, h, w = random_resized(spec_ptr, seed, stream, sample, epoch, H, W)
         y0, x0, bh, bw = y.to(tl.float32), x.to(tl.float32), h.to(tl.float32), w.to(tl.float32)
         return y0, x0, bh, bw, y0, x0, (y + h).to(tl.float32), (x + w).to(tl.float32)
     else:
@@ -143,9 +145,9 @@ def draw_crop(
                 nh, nw = H * RESIZE // short, W * RESIZE // short
             _, _, w_top, w_left = tl.philox(seed, sample * 0, stream, sample, epoch)
             if CROP == PATCH:
-                cell = tl.load(spec + CELL).to(tl.int32)
+                cell = tl.load(spec_ptr + CELL).to(tl.int32)
                 side: tl.constexpr = WINDOW // 3
-                block = sample * 0 + B_PATCH + cell.to(tl.uint32)
+                block = sample * 0 + PATCH_BLOCK + cell.to(tl.uint32)
                 v_top, v_left, _, _ = tl.philox(seed, block, stream, sample, epoch)
                 top = offset(nh, w_top, WINDOW) + side * (cell // 3) + below(v_top, cell * 0 + (side - SIZE + 1))
                 left = offset(nw, w_left, WINDOW) + side * (cell % 3) + below(v_left, cell * 0 + (side - SIZE + 1))
@@ -159,45 +161,45 @@ def draw_crop(
 
 
 @triton.jit
-def draw_colour(spec, seed, stream, sample, epoch):
+def draw_colour(spec_ptr, seed, stream, sample, epoch):
     """flip, angle, order, brightness, contrast, saturation, hue, gray, sigma, solarize: float32."""
     zero = sample * 0
-    w_flip, w_jitter, w_gray, w_blur = tl.philox(seed, zero + B_FLAGS, stream, sample, epoch)
-    w_b, w_c, w_s, w_h = tl.philox(seed, zero + B_JITTER, stream, sample, epoch)
-    w_order, w_sigma, w_solarize, w_angle = tl.philox(seed, zero + B_OTHER, stream, sample, epoch)
-    order = tl.where(uniform(w_jitter) < tl.load(spec + JITTER_P), below(w_order, zero + 24), -1)
-    sb, sc, ss = tl.load(spec + STRENGTH), tl.load(spec + STRENGTH + 1), tl.load(spec + STRENGTH + 2)
-    sh, turn = tl.load(spec + STRENGTH + 3), tl.load(spec + ROTATE)
+    w_flip, w_jitter, w_gray, w_blur = tl.philox(seed, zero + FLAGS_BLOCK, stream, sample, epoch)
+    w_b, w_c, w_s, w_h = tl.philox(seed, zero + JITTER_BLOCK, stream, sample, epoch)
+    w_order, w_sigma, w_solarize, w_angle = tl.philox(seed, zero + OTHER_BLOCK, stream, sample, epoch)
+    order = tl.where(uniform(w_jitter) < tl.load(spec_ptr + JITTER_P), below(w_order, zero + 24), -1)
+    sb, sc, ss = tl.load(spec_ptr + STRENGTH), tl.load(spec_ptr + STRENGTH + 1), tl.load(spec_ptr + STRENGTH + 2)
+    sh, turn = tl.load(spec_ptr + STRENGTH + 3), tl.load(spec_ptr + ROTATE)
     b = between(w_b, tl.maximum(1 - sb, 0.0), 1 + sb).to(tl.float32)
     c = between(w_c, tl.maximum(1 - sc, 0.0), 1 + sc).to(tl.float32)
     s = between(w_s, tl.maximum(1 - ss, 0.0), 1 + ss).to(tl.float32)
     h = between(w_h, -sh, sh).to(tl.float32)
     angle = between(w_angle, -turn, turn).to(tl.float32)
-    sigma = between(w_sigma, tl.load(spec + SIGMA), tl.load(spec + SIGMA + 1)).to(tl.float32)
-    sigma = tl.where(uniform(w_blur) < tl.load(spec + BLUR), sigma, 0.0)
-    flip = (uniform(w_flip) < tl.load(spec + FLIP)).to(tl.float32)
-    gray = (uniform(w_gray) < tl.load(spec + GRAY)).to(tl.float32)
-    solarize = (uniform(w_solarize) < tl.load(spec + SOLARIZE)).to(tl.float32)
+    sigma = between(w_sigma, tl.load(spec_ptr + SIGMA), tl.load(spec_ptr + SIGMA + 1)).to(tl.float32)
+    sigma = tl.where(uniform(w_blur) < tl.load(spec_ptr + BLUR), sigma, 0.0)
+    flip = (uniform(w_flip) < tl.load(spec_ptr + FLIP)).to(tl.float32)
+    gray = (uniform(w_gray) < tl.load(spec_ptr + GRAY)).to(tl.float32)
+    solarize = (uniform(w_solarize) < tl.load(spec_ptr + SOLARIZE)).to(tl.float32)
     return flip, angle, order, b, c, s, h, gray, sigma, solarize
 
 
 @triton.jit
-def counter(spec, index, i_b, epoch, epoch_ptr, EPOCH_PTR: tl.constexpr):
-    """Three of the counter's four words: stream, sample, epoch."""
+def counter(spec_ptr, index_ptr, i_sample, epoch, epoch_ptr, EPOCH_PTR: tl.constexpr):
+    """Three of the four words of Philox's counter: stream, sample, epoch."""
     if EPOCH_PTR:
         epoch = tl.load(epoch_ptr)
-    return tl.load(spec + STREAM).to(tl.uint32), tl.load(index + i_b).to(tl.uint32), epoch.to(tl.uint32)
+    return tl.load(spec_ptr + STREAM).to(tl.uint32), tl.load(index_ptr + i_sample).to(tl.uint32), epoch.to(tl.uint32)
 
 
 @triton.jit(do_not_specialize=["seed", "epoch"])
 def draw_kernel(
-    sizes,
-    index,
-    specs,
-    table,
+    sizes_ptr,  # (B, 2) int: height and width of each image
+    index_ptr,  # (B,) int64: number of each sample
+    specs_ptr,  # (V, NUM_FIELDS) float64
+    table_ptr,  # (V, B, NUM_COLUMNS) float32 out: the parameter table
     seed,
     epoch,
-    epoch_ptr,
+    epoch_ptr,  # () int64, if EPOCH_PTR
     CROP: tl.constexpr,
     SIZE: tl.constexpr,
     RESIZE: tl.constexpr,
@@ -205,31 +207,31 @@ def draw_kernel(
     WINDOW: tl.constexpr,
     EPOCH_PTR: tl.constexpr,
 ):
-    """One program writes one row of the table; grid (B, views)."""
-    i_b, i_v = tl.program_id(0), tl.program_id(1)
-    spec = specs + i_v * WIDTH
-    stream, sample, epoch = counter(spec, index, i_b, epoch, epoch_ptr, EPOCH_PTR)
-    H, W = tl.load(sizes + 2 * i_b).to(tl.int32), tl.load(sizes + 2 * i_b + 1).to(tl.int32)
+    """One program writes one row of the table; grid (B, V)."""
+    i_sample, i_view = tl.program_id(0), tl.program_id(1)
+    spec_ptr = specs_ptr + i_view * NUM_FIELDS
+    stream, sample, epoch = counter(spec_ptr, index_ptr, i_sample, epoch, epoch_ptr, EPOCH_PTR)
+    H, W = tl.load(sizes_ptr + 2 * i_sample).to(tl.int32), tl.load(sizes_ptr + 2 * i_sample + 1).to(tl.int32)
     y0, x0, h, w, top, left, bottom, right = draw_crop(
-        spec, seed, stream, sample, epoch, H, W, CROP, SIZE, RESIZE, PAD, WINDOW
+        spec_ptr, seed, stream, sample, epoch, H, W, CROP, SIZE, RESIZE, PAD, WINDOW
     )
-    flip, angle, order, b, c, s, u, gray, sigma, solarize = draw_colour(spec, seed, stream, sample, epoch)
-    row = table + (i_v * tl.num_programs(0) + i_b) * COLUMNS
-    tl.store(row, y0)
-    tl.store(row + 1, x0)
-    tl.store(row + 2, h)
-    tl.store(row + 3, w)
-    tl.store(row + 4, top)
-    tl.store(row + 5, left)
-    tl.store(row + 6, bottom)
-    tl.store(row + 7, right)
-    tl.store(row + 8, flip)
-    tl.store(row + 9, angle)
-    tl.store(row + 10, order.to(tl.float32))
-    tl.store(row + 11, b)
-    tl.store(row + 12, c)
-    tl.store(row + 13, s)
-    tl.store(row + 14, u)
-    tl.store(row + 15, gray)
-    tl.store(row + 16, sigma)
-    tl.store(row + 17, solarize)
+    flip, angle, order, b, c, s, u, gray, sigma, solarize = draw_colour(spec_ptr, seed, stream, sample, epoch)
+    row_ptr = table_ptr + (i_view * tl.num_programs(0) + i_sample) * NUM_COLUMNS
+    tl.store(row_ptr, y0)
+    tl.store(row_ptr + 1, x0)
+    tl.store(row_ptr + 2, h)
+    tl.store(row_ptr + 3, w)
+    tl.store(row_ptr + 4, top)
+    tl.store(row_ptr + 5, left)
+    tl.store(row_ptr + 6, bottom)
+    tl.store(row_ptr + 7, right)
+    tl.store(row_ptr + 8, flip)
+    tl.store(row_ptr + 9, angle)
+    tl.store(row_ptr + 10, order.to(tl.float32))
+    tl.store(row_ptr + 11, b)
+    tl.store(row_ptr + 12, c)
+    tl.store(row_ptr + 13, s)
+    tl.store(row_ptr + 14, u)
+    tl.store(row_ptr + 15, gray)
+    tl.store(row_ptr + 16, sigma)
+    tl.store(row_ptr + 17, solarize)

@@ -1,9 +1,9 @@
-"""Further operations of a view (`View.extra`): what the fused kernel does not do, on the finished crop, on the device.
+"""Further operations of a view (`View.extra`), which the fused kernel does not have, in PyTorch on the device.
 
-They run in passes of their own after the kernel's, on float32 (n, 3, S, S) in [0, 1], before `quarter_turns` and
-normalisation; a recipe without them takes the fused path alone.  Random numbers are Philox words of the same kind as
-the kernel's, keyed by (seed, epoch, sample, stream) and by the operation's place, so that a sample's view depends on
-neither batch nor rank.  Letters: n samples, S side.
+They run after the kernel, on float32 crops (n, 3, S, S) in [0, 1], before `quarter_turns` and normalisation; views
+without them use the fused kernel alone.  Random numbers are Philox words as in the kernel, keyed by (seed, epoch,
+sample, stream) and by the operation's position, so that a sample's view depends on neither batch nor rank.
+Shapes: n samples, S side.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..philox import below, philox4x32, uniform
 
-FIRST_BLOCK, BLOCKS = 64, 64  # of Philox: the kernel uses those below 22; each operation of a view has its own 64
+FIRST_BLOCK, BLOCKS = 64, 64  # of Philox: the kernel uses blocks below 22; each operation of a view has 64 of its own
 TRIES = 10  # torchvision's RandomErasing
 
 
@@ -29,13 +29,13 @@ class Random:
     seed: int
     epoch: int | Tensor
     stream: int
-    place: int  # of the operation in View.extra
+    position: int = 0  # of the operation in View.extra
 
     def words(self, count: int) -> Tensor:
         """int64 (n, count) in [0, 2**32), the same for a sample in any batch; at most 256."""
         if not 0 < count <= 4 * BLOCKS:
-            raise ValueError(f"{count} random words: an operation has 1 to {4 * BLOCKS} for each sample")
-        block = FIRST_BLOCK + self.place * BLOCKS + torch.arange(-(-count // 4), device=self.index.device)
+            raise ValueError(f"{count} random words: an operation can draw 1 to {4 * BLOCKS} for each sample")
+        block = FIRST_BLOCK + self.position * BLOCKS + torch.arange(-(-count // 4), device=self.index.device)
         words = philox4x32(block, self.stream, self.index[:, None], self.epoch, self.seed)
         return torch.stack(words, -1).flatten(1)[:, :count]
 
@@ -45,8 +45,11 @@ class Random:
 
 
 class Operation(Protocol):
-    """An entry of View.extra; frozen dataclasses, so that config.json says what a run did.  One that makes the host
-    wait for the device has `waits = True`: a step with it cannot be captured in a CUDA graph."""
+    """An entry of View.extra: a frozen dataclass, so that config.json records what a run did.
+
+    `waits = True` marks an operation that makes the host wait for the device: a step with it cannot be captured in a
+    CUDA graph.
+    """
 
     def apply(self, x: Tensor, random: Random, view: Any) -> Tensor: ...  # float32 (n, 3, S, S) -> the same shape
 
@@ -58,14 +61,14 @@ def require(ok: bool, operation: Any, field: str, what: str) -> None:
 
 @lru_cache(maxsize=64)
 def constant(values: tuple, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor of these numbers, copied to the device once: a copy in every step would wait for it."""
+    """A tensor of these numbers, copied to the device once: a copy in every step would make the host wait."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
 class Lighting:
-    """AlexNet's PCA noise: a multiple N(0, std) of each principal component of ImageNet's colours is added, not
-    clamped (section 4.1 of Krizhevsky et al., NIPS 2012; components of fb.resnet.torch, on a scale of 0 to 1)."""
+    """AlexNet's PCA noise: adds a multiple N(0, std) of each principal component of ImageNet's colours, unclamped
+    (section 4.1 of Krizhevsky et al., NIPS 2012; components of fb.resnet.torch, for colours in [0, 1])."""
 
     std: float = 0.1
     values: tuple[float, float, float] = (0.2175, 0.0188, 0.0045)
@@ -86,8 +89,8 @@ class Lighting:
 
 @dataclass(frozen=True)
 class Erase:
-    """torchvision's RandomErasing: with probability p a random box becomes `fill` (R, G, B in [0, 1]; None: the view's
-    mean, which is 0 after normalisation).  scale: the box's part of the area, ratio: height to width."""
+    """torchvision's RandomErasing: with probability p, a random box is set to `fill` (R, G, B in [0, 1]; None: the
+    view's mean, which is 0 after normalisation).  scale: the box's share of the area, ratio: height to width."""
 
     p: float = 0.5
     scale: tuple[float, float] = (0.02, 0.33)
@@ -111,8 +114,8 @@ class Erase:
         first = fits.to(torch.uint8).argmax(1, keepdim=True)
         h, w, wy, wx = (t.gather(1, first)[:, 0] for t in (h, w, words[:, :TRIES, 2], words[:, :TRIES, 3]))
         top, left = below(wy, size - h + 1), below(wx, size - w + 1)
-        acts = fits.any(1) & (uniform(words[:, TRIES, 0]) < self.p)
-        return torch.stack([top, left, torch.where(acts, h, 0), w], 1)
+        erased = fits.any(1) & (uniform(words[:, TRIES, 0]) < self.p)
+        return torch.stack([top, left, torch.where(erased, h, 0), w], 1)
 
     def apply(self, x: Tensor, random: Random, view: Any) -> Tensor:
         top, left, h, w = self.box(random, x.shape[-1])[..., None].unbind(1)
@@ -124,13 +127,13 @@ class Erase:
 
 @dataclass(frozen=True)
 class Transform:
-    """Any callable on float tensors in [0, 1] that keeps their shape, torchvision.transforms.v2's among them, with
-    probability p for each sample.
+    """Any callable on float tensors in [0, 1] that keeps their shape, such as torchvision.transforms.v2's, applied with
+    probability p to each sample.
 
     per_sample=True calls it with one (3, S, S) image at a time, after seeding torch's generators by the sample: its
-    parameters differ by sample and are the same in any batch and on any rank; slow, n calls.  False calls it once
-    with all (n, 3, S, S): fast, but v2's transforms then draw ONE set of parameters for the whole micro-batch, and a
-    run's views depend on the number of ranks and micro-batches.  The host waits for the device in both.
+    parameters differ between samples and are the same in any batch and on any rank; slow, n calls.  False calls it once
+    with all (n, 3, S, S): fast, but v2's transforms then draw ONE set of parameters for the whole micro-batch, and the
+    views depend on the number of ranks and micro-batches.  The host waits for the device in both cases.
     """
 
     fn: Callable[[Tensor], Tensor]
@@ -143,7 +146,7 @@ class Transform:
 
     def apply(self, x: Tensor, random: Random, view: Any) -> Tensor:
         if isinstance(self.fn, str):
-            raise ValueError(f"the transform {self.fn} is known by its name alone: it cannot be read from config.json")
+            raise ValueError(f"only the name of the transform {self.fn} is known: it cannot be read from config.json")
         words = random.words(3)
         rows = (uniform(words[:, 2]) < self.p).nonzero()[:, 0]
         if not len(rows):
@@ -163,15 +166,15 @@ class Transform:
         if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
             got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(
-                f"{self.fn!r} made {got} of a float tensor {tuple(x.shape)}: a view's transform keeps the "
-                "shape and the scale of 0 to 1"
+                f"{self.fn!r} made {got} of a float tensor {tuple(x.shape)}: a view's transform must keep the "
+                "shape and the range of 0 to 1"
             )
         return y
 
 
 def operation(entry: Any) -> Operation:
-    """An entry of View.extra as an operation: one itself, a callable, or what config.json has of one."""
-    from .randaugment import RandAugment  # it stands on this file
+    """An entry of View.extra as an operation.  entry: an operation, a callable, or the dict that config.json has."""
+    from .randaugment import RandAugment  # imports this module
 
     if isinstance(entry, dict):
         kinds = {kind.__name__: kind for kind in (Lighting, Erase, Transform, RandAugment)}
@@ -194,20 +197,21 @@ def _tuple(value: Any) -> Any:
     return tuple(_tuple(v) for v in value) if isinstance(value, list) else value
 
 
-def split(views: tuple) -> tuple[tuple, list[int]]:
-    """Views for the kernel, with the streams that they have in `views`; and the places of those with operations, for
-    which it leaves out turns and normalisation."""
-    places = [i for i, view in enumerate(views) if view.extra]
-    plain = [replace(view, stream=i if view.stream is None else view.stream) for i, view in enumerate(views)]
-    for i in places:
-        plain[i] = replace(plain[i], extra=(), quarter_turns=0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    return tuple(plain), places
+def without_extra(views: tuple) -> list:
+    """The views for the kernel, with their streams; those with operations without turns and normalisation."""
+    plain = []
+    for i, view in enumerate(views):
+        changes = (
+            {"extra": (), "quarter_turns": 0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)} if view.extra else {}
+        )
+        plain.append(replace(view, stream=i if view.stream is None else view.stream, **changes))
+    return plain
 
 
-def finish(x: Tensor, view: Any, stream: int, index: Tensor, seed: int, epoch: int | Tensor, dtype) -> Tensor:
+def finish(x: Tensor, view: Any, random: Random, dtype: torch.dtype) -> Tensor:
     """The view's operations on crops (n, 3, S, S) in [0, 1], then its turns and normalisation; channels_last."""
-    for place, op in enumerate(view.extra):
-        x = op.apply(x, Random(index, seed, epoch, stream, place), view)
+    for position, op in enumerate(view.extra):
+        x = op.apply(x, replace(random, position=position), view)
     mean, std = (constant(v, x.device).view(3, 1, 1) for v in (view.mean, view.std))
     x = ((x - mean) / std).rot90(view.quarter_turns, (2, 3))
     return x.to(dtype).contiguous(memory_format=torch.channels_last)

@@ -1,9 +1,9 @@
-"""What a view does (`View`, pure data) and the parameters of each sample (`draw`), one row of a small table each.
+"""Specification of a view (`View`, pure data) and the random parameters of each sample (`draw`).
 
-Every crop is one mechanism: a source box (float y0, x0, h, w) resampled to size x size, where taps outside a clip
-region (torchvision: what was cropped before the resize) are left out and the rest renormalised.
-Words are Philox4x32-10 at key = seed and counter = (block, stream, sample index, epoch); a block gives four words:
-blocks 0 to 9 are the tries of the random-resized crop (area, ratio, top, left), FLAGS and so on are named below.
+Every kind of crop is the same operation: a source box (float y0, x0, h, w) is resampled to size x size; taps outside a
+clip region (torchvision: the area that is cropped before the resize) are left out and the others renormalised.
+Random words are Philox4x32-10 with key = seed and counter = (block, stream, sample index, epoch), four words a block:
+blocks 0 to 9 are the tries of the random-resized crop (area, ratio, top, left), the others are named below.
 """
 
 import json
@@ -18,7 +18,7 @@ from . import extra as operations
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# columns of the parameter table; `order` is -1 where the sample drew no jitter, `sigma` 0 where it drew no blur
+# columns of the parameter table; `order` is -1 for a sample without jitter, `sigma` 0 for one without blur
 COLUMNS = (
     "y0",
     "x0",
@@ -54,10 +54,10 @@ class View:
     resize=None cuts pixels as they are), "random" (RandomCrop(size), after Resize(resize) if given and after padding
     by `pad` pixels of `pad_mode`), "patch" (cell 0..8 of the 3x3 split of a random crop of side `window`, itself
     randomly cropped to size), "squash" (the whole image, aspect ratio ignored).
-    A pixel whose centre falls outside the image is black, or mirrored with pad_mode="reflect".
-    Operations apply as crop, flip, rotate, then `order` (jitter before blur; one that is left out does not act: its
-    probability becomes 0), then `extra` (see extra.py), then `quarter_turns` (counter-clockwise), then normalise.
-    Views with the same `stream` draw the same numbers; None is the view's place in the list.
+    A pixel whose centre is outside the image is black, or mirrored with pad_mode="reflect".
+    Operations apply as crop, flip, rotate, then `order` (jitter must precede blur; an operation left out of it gets
+    probability 0), then `extra` (see extra.py), then `quarter_turns` (counter-clockwise), then normalisation.
+    Views with the same `stream` draw the same random numbers; None is the view's position in the list.
     """
 
     size: int
@@ -93,7 +93,7 @@ class View:
             _check_type(f.name, getattr(self, f.name), f.default)
         object.__setattr__(self, "extra", tuple(operations.operation(entry) for entry in self.extra))
         self._complete_order()
-        # the name under which the kernels know this view: a custom op takes strings, and torch.compile reads attributes
+        # how the custom op receives this view: it takes strings, and torch.compile can read attributes
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         object.__setattr__(self, "json", json.dumps(known))
 
@@ -137,11 +137,11 @@ class View:
         else:
             require(self.cell is None, "cell", "is for crop='patch'")
             require(self.window is None, "window", "is for crop='patch'")
-            room = None if self.resize is None else self.resize + 2 * self.pad
-            require(room is None or room >= self.size, "resize", f"is below size={self.size}")
+            available = None if self.resize is None else self.resize + 2 * self.pad
+            require(available is None or available >= self.size, "resize", f"is below size={self.size}")
 
     def _complete_order(self):
-        """Operations that `order` leaves out get probability 0 and a place: the kernels know orders of all four."""
+        """Operations that `order` leaves out get probability 0 and a position: the kernels take orders of all four."""
         if len(set(self.order)) < len(self.order) or not set(self.order) <= set(OPS):
             raise ValueError(f"View(order={self.order!r}): may name each of {', '.join(OPS)} once")
         left_out = [op for op in OPS if op not in self.order]
@@ -152,7 +152,7 @@ class View:
 
 
 def _check_type(name: str, value, default) -> None:
-    """ValueError where a number, a word or so many numbers are wanted and something else is given."""
+    """ValueError if the value is not of the kind that the field takes: a number, a string or several numbers."""
 
     def number(v):
         return isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
@@ -164,7 +164,7 @@ def _check_type(name: str, value, default) -> None:
         what = "a whole number" + " or None" * (default is None)
         ok = (number(value) and isinstance(value, int)) or (value is None and default is None)
     elif isinstance(default, str):
-        what, ok = "a word", isinstance(value, str)
+        what, ok = "a string", isinstance(value, str)
     elif isinstance(default, tuple) and name not in ("order", "extra"):
         what = f"{len(default)} numbers"
         ok = isinstance(value, tuple) and len(value) == len(default) and all(map(number, value))
@@ -173,7 +173,7 @@ def _check_type(name: str, value, default) -> None:
     else:
         what, ok = "a number", number(value)
     if not ok:
-        raise ValueError(f"View({name}={value!r}): wants {what}")
+        raise ValueError(f"View({name}={value!r}): must be {what}")
 
 
 def streams(views) -> list[int]:
@@ -181,8 +181,10 @@ def streams(views) -> list[int]:
 
 
 def draw(sizes: Tensor, index: Tensor, views, *, seed: int, epoch: int) -> Tensor:
-    """Parameters of every view and sample: float32 (V, B, len(COLUMNS)), see COLUMNS.
-    Worked out in float64, so that an ulp in exp or sqrt on another device does not move a crop by a pixel."""
+    """Parameters of every view and sample: float32 (V, B, len(COLUMNS)).
+
+    Computed in float64, so that a rounding difference of exp or sqrt on another device does not move a crop by a pixel.
+    """
     drawn = sorted(set(streams(views)))
     stream = torch.tensor(drawn, device=index.device)[:, None, None]
     block = torch.arange(BLOCKS + 8, device=index.device)  # PATCH is one block for each of nine cells
@@ -210,10 +212,10 @@ def _crop(view: View, H: Tensor, W: Tensor, w: Tensor):
         short = torch.minimum(H, W)
         nh, nw = H * view.resize // short, W * view.resize // short
     if view.crop == "patch":
-        cell, wobble = view.window // 3, w[:, PATCH + view.cell]
-        room = cell - view.size + 1
-        top = _offset(nh, view.window, w[:, 0, 2]) + cell * (view.cell // 3) + below(wobble[:, 0], room)
-        left = _offset(nw, view.window, w[:, 0, 3]) + cell * (view.cell % 3) + below(wobble[:, 1], room)
+        cell, shift = view.window // 3, w[:, PATCH + view.cell]
+        num_offsets = cell - view.size + 1
+        top = _offset(nh, view.window, w[:, 0, 2]) + cell * (view.cell // 3) + below(shift[:, 0], num_offsets)
+        left = _offset(nw, view.window, w[:, 0, 3]) + cell * (view.cell % 3) + below(shift[:, 1], num_offsets)
     elif view.crop == "random":
         top = _offset(nh + 2 * view.pad, view.size, w[:, 0, 2]) - view.pad
         left = _offset(nw + 2 * view.pad, view.size, w[:, 0, 3]) - view.pad

@@ -1,8 +1,8 @@
-"""The views in plain PyTorch: the definition, and the path of machines without a GPU.
+"""The views in plain PyTorch: the definition, used on machines without a GPU.
 
-Each operation is torchvision v2's on float images in [0, 1], result clamped; they work on (n, 3, S, S) in place.
-Batched over samples, yet a sample's view has the same bits whatever else is in the batch: sums run in tap order.
-Letters: B samples, S output side, K taps, C channels.
+Each operation is torchvision v2's on float images in [0, 1], with the result clamped, on (n, 3, S, S) in place.
+Batched over samples; a sample's view has the same bits in any batch, since sums are in the order of the taps.
+Shapes: B samples, S output side, K taps, C channels.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .params import COL, View
 
-CHUNK = 8_000_000  # floats of one chunk's images: of 1 to 40 million, 2 to 8 are fastest at 375 x 500 on one core
+CHUNK = 8_000_000  # floats of the images processed at a time: of 1 to 40 million, 2 to 8 are fastest at 375 x 500
 JITTER_ORDERS = tuple(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue; code -> order
 
 
@@ -30,10 +30,10 @@ def make_views(pixels: Tensor, sizes: Tensor, views, tables: Tensor, dtype: torc
     ragged = bool((sizes != sizes[0]).any())
     chunk = max(1, CHUNK // (3 * height * width))
     for start in range(0, B, chunk):
-        here = slice(start, start + chunk)
-        canvas = _canvas(pixels[here], sizes[here], ragged)
+        rows = slice(start, start + chunk)
+        canvas = _canvas(pixels[rows], sizes[rows], ragged)
         for view, table, out in zip(views, tables, outs):
-            out[here] = _view(canvas, view, table[here])
+            out[rows] = _view(canvas, view, table[rows])
     return outs
 
 
@@ -43,8 +43,8 @@ def _canvas(pixels: Tensor, sizes: Tensor, ragged: bool) -> Tensor:
     height, width = (int(n) for n in sizes.amax(0))
     if not ragged:
         return pixels[:, : height * width].reshape(B, height, width, 3) / 255
-    # rows start anywhere in the flat bytes: take overlapping windows of the largest width; what follows a short row
-    # is another row's pixels, which no tap touches
+    # rows start at any offset in the flat bytes: take overlapping windows of the largest width; a short row is followed
+    # by pixels of another one, which no tap reads
     flat = F.pad(pixels.reshape(-1), (0, 3 * width))
     y = torch.arange(height, device=pixels.device).minimum(sizes[:, :1].long() - 1)
     start = 3 * (torch.arange(B, device=pixels.device)[:, None] * P + y * sizes[:, 1:].long())
@@ -53,7 +53,7 @@ def _canvas(pixels: Tensor, sizes: Tensor, ragged: bool) -> Tensor:
 
 def _view(canvas: Tensor, view: View, table: Tensor) -> Tensor:
     """The finished (B, 3, S, S) float view of each sample."""
-    # samples of one jitter order become neighbours, so that each order works on a slice
+    # sorted by jitter order, so that each order is applied to a slice
     sample = table[:, COL["order"]].argsort(stable=True)
     table = table[sample]
     x = resample(canvas, sample, view, table)
@@ -68,7 +68,7 @@ def _view(canvas: Tensor, view: View, table: Tensor) -> Tensor:
 
 
 def resample(canvas: Tensor, sample: Tensor, view: View, table: Tensor) -> Tensor:
-    """Box -> (B, 3, S, S), separable and antialiased as PIL and torch do it; row b reads image sample[b]."""
+    """Each box as (B, 3, S, S), separable and antialiased like PIL and torch; row b reads image sample[b]."""
     col = {name: table[:, i].double() for name, i in COL.items()}
     step = torch.arange(view.size, device=table.device, dtype=torch.double) + 0.5
     mirrored = torch.where(col["flip"][:, None] > 0, view.size - step, step)
@@ -145,8 +145,8 @@ def brightness(x: Tensor, factor: Tensor) -> None:
 
 
 def contrast(x: Tensor, factor: Tensor) -> None:
-    mean = luma(x).mean(-1, keepdim=True).mean(-2, keepdim=True)  # by rows first: one sum of all would be split by
-    x.mul_(factor[:, None]).add_((mean * (1 - factor))[:, None]).clamp_(0, 1)  # thread when the batch is one sample
+    mean = luma(x).mean(-1, keepdim=True).mean(-2, keepdim=True)  # by rows first: a single sum would be split
+    x.mul_(factor[:, None]).add_((mean * (1 - factor))[:, None]).clamp_(0, 1)  # over threads if the batch is one sample
 
 
 def saturation(x: Tensor, factor: Tensor) -> None:
@@ -191,39 +191,41 @@ def jitter(x: Tensor, view: View, table: Tensor) -> Tensor:
 
 
 def gray(x: Tensor, view: View, table: Tensor) -> Tensor:
-    drew = table[:, COL["gray"]].nonzero()[:, 0] if view.gray else ()
-    if len(drew):
-        x[drew] = luma(x[drew])[:, None].expand(-1, 3, -1, -1)
+    drawn = table[:, COL["gray"]].nonzero()[:, 0] if view.gray else ()
+    if len(drawn):
+        x[drawn] = luma(x[drawn])[:, None].expand(-1, 3, -1, -1)
     return x
 
 
 def blur(x: Tensor, view: View, table: Tensor) -> Tensor:
     """torchvision's gaussian_blur with sigma = PIL's radius and kernel_size = 2 * min(ceil(4 sigma), S - 1) + 1.
-    PIL approximates the same Gaussian by three box blurs; what lies beyond 4 sigma weighs under 1e-4."""
+    PIL approximates the same Gaussian by three box blurs; the weight beyond 4 sigma is under 1e-4."""
     S, sigma = view.size, table[:, COL["sigma"]]
-    drew = sigma.nonzero()[:, 0] if view.blur and S > 1 else ()
-    if not len(drew):
+    drawn = sigma.nonzero()[:, 0] if view.blur and S > 1 else ()
+    if not len(drawn):
         return x
-    sigma = sigma[drew, None]
+    sigma = sigma[drawn, None]
     radius = torch.ceil(4 * sigma).clamp_max(S - 1)
-    widest = min(math.ceil(4 * view.blur_sigma[1]), S - 1)  # not the batch's: the sum's order would depend on it
+    widest = min(
+        math.ceil(4 * view.blur_sigma[1]), S - 1
+    )  # not the batch's maximum: the order of the sum would depend on it
     offset = torch.arange(-widest, widest + 1, device=x.device)
     weight = torch.exp(-0.5 * (offset / sigma) ** 2) * (offset.abs() <= radius)
     weight = (weight / weight.sum(-1, keepdim=True))[:, None].expand(-1, S, -1)
     i = (torch.arange(S, device=x.device)[:, None] + offset).abs()
     i = torch.where(i >= S, 2 * (S - 1) - i, i).clamp_min(0)  # reflected, the edge not repeated
-    index = i + torch.arange(len(drew), device=x.device)[:, None, None] * S
-    y = x[drew].permute(0, 2, 1, 3).reshape(-1, 3 * S)  # rows (sample, y) of (C, x)
+    index = i + torch.arange(len(drawn), device=x.device)[:, None, None] * S
+    y = x[drawn].permute(0, 2, 1, 3).reshape(-1, 3 * S)  # rows (sample, y) of (C, x)
     y = _weighted_rows(y, index, weight).view(-1, S, 3, S).permute(0, 3, 2, 1).reshape(-1, 3 * S)  # (sample, x), (C, y)
-    x[drew] = _weighted_rows(y, index, weight).view(-1, S, 3, S).permute(0, 2, 3, 1)
+    x[drawn] = _weighted_rows(y, index, weight).view(-1, S, 3, S).permute(0, 2, 3, 1)
     return x
 
 
 def solarize(x: Tensor, view: View, table: Tensor) -> Tensor:
-    drew = table[:, COL["solarize"]].nonzero()[:, 0] if view.solarize else ()
-    if len(drew):
-        y = x[drew]
-        x[drew] = torch.where(y >= view.solarize_threshold, 1 - y, y)
+    drawn = table[:, COL["solarize"]].nonzero()[:, 0] if view.solarize else ()
+    if len(drawn):
+        y = x[drawn]
+        x[drawn] = torch.where(y >= view.solarize_threshold, 1 - y, y)
     return x
 
 

@@ -17,7 +17,7 @@ from fastssl import views as recipes
 from fastssl.kernels.augment import COL, View, draw, make_views
 from fastssl.kernels.augment import triton as fused
 from fastssl.kernels.augment.cases import BENCH, ONE_OP, RAW, SHAPES, pack, scenes
-from fastssl.kernels.augment.pixels import permutation as fused_permutation
+from fastssl.kernels.augment.colour import jitter_order
 from fastssl.kernels.augment.reference import JITTER_ORDERS
 from fastssl.kernels.philox import philox4x32
 from fastssl.kernels.testing import nan_memory
@@ -91,9 +91,9 @@ def test_parameters_are_the_references(name):
     index = torch.arange(n, device=DEVICE) * 97
     expect = draw(sizes, index, [view], seed=2**33 + 1, epoch=7)[0].cpu()
     table = torch.full((n, len(COL)), float("nan"), device=DEVICE)
-    specs = fused.specs_on(fused.as_text([view]), torch.device(DEVICE))
+    specs = fused.specs_on(fused.to_json([view]), torch.device(DEVICE))
     fused.draws.draw_kernel[(n, 1)](
-        sizes, index, specs, table, 2**33 + 1, 7, None, **fused._drawing(view), EPOCH_PTR=False
+        sizes, index, specs, table, 2**33 + 1, 7, None, **fused.draw_flags(view), EPOCH_PTR=False
     )
     torch.testing.assert_close(table.cpu(), expect, rtol=2e-7, atol=1e-7)
     if view.crop == "resized":  # whole pixels: not one may move
@@ -102,9 +102,9 @@ def test_parameters_are_the_references(name):
 
 @triton.jit
 def permutation_kernel(out):
-    packed, place = fused_permutation(tl.program_id(0))
+    packed, contrast_position = jitter_order(tl.program_id(0))
     tl.store(out + 2 * tl.program_id(0), packed)
-    tl.store(out + 2 * tl.program_id(0) + 1, place)
+    tl.store(out + 2 * tl.program_id(0) + 1, contrast_position)
 
 
 @needs_triton
@@ -140,14 +140,14 @@ TILED = {
 @pytest.mark.parametrize("name", TILED)
 def test_views_of_several_tiles(name, monkeypatch):
     """What sizes above 64 pixels do, at 40: a second row and column of tiles that are mostly outside."""
-    monkeypatch.setattr(fused, "WHOLE_LIMIT", 16)
+    monkeypatch.setattr(fused, "MAX_WHOLE_SIZE", 16)
     assert_same_views(pack(scenes(SHAPES[:3])), [TILED[name]])
 
 
 @needs_triton
 def test_views_of_mixed_size_and_kind(monkeypatch):
     """Groups of one launch and of several, views of another group in between, shared and own streams."""
-    monkeypatch.setattr(fused, "WHOLE_LIMIT", 16)
+    monkeypatch.setattr(fused, "MAX_WHOLE_SIZE", 16)
     views = [
         *recipes.byol(34)[::-1],
         View(10, flip=0.5),
@@ -175,7 +175,7 @@ def test_normalisation_and_views_own_means():
 
 @needs_triton
 def test_a_sample_does_not_depend_on_the_batch(monkeypatch):
-    monkeypatch.setattr(fused, "WHOLE_LIMIT", 16)
+    monkeypatch.setattr(fused, "MAX_WHOLE_SIZE", 16)
     pixels, sizes, index = on_device(pack(scenes([(24, 20), (20, 20), (18, 25)])))
     views = [*recipes.simclr(16), recipes.byol(18)[0]]
     whole = make_views(pixels, sizes, index, views, seed=5, epoch=2, impl="triton")
@@ -206,7 +206,7 @@ def test_compiles_into_a_full_graph_and_takes_the_epoch_from_the_device():
             assert torch.equal(a, b)
     for a, b in zip(eager, step(*batch, 2)):
         assert torch.equal(a, b)
-    torch.library.opcheck(fused.augment_op, (*batch, None, fused.as_text(views), 1, 2, torch.float16))
+    torch.library.opcheck(fused.augment_op, (*batch, None, fused.to_json(views), 1, 2, torch.float16))
 
 
 @needs_triton
@@ -247,7 +247,7 @@ sizes, index = torch.empty(64, 2, dtype=torch.int32, **meta), torch.empty(64, dt
 count, builds = {}, []
 for name, case in BENCH.items():
     with testing.record_launches() as launches:
-        fused.launch_all(pixels, sizes, index, None, fused.as_text(case.views), 1, 2, torch.float16)
+        fused.launch_all(fused.Batch(pixels, sizes, index, 1, 2, None), fused.to_json(case.views), torch.float16)
     count[name] = len(launches)
     if name in sys.argv[1:]:
         builds += [vars(testing.compile_launch(x, arch)) | {"case": name} for x in launches for arch in (80, 90)]
