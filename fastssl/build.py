@@ -12,8 +12,9 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from fastssl import backbones, checkpoint, config, contract, dist, graph, norm, optim, weights
+from fastssl import backbones, config, contract, dist, graph, norm, optim, weights
 from fastssl.amp import DTYPES, LossScale
+from fastssl.checkpoint import run_folder
 from fastssl.config import Run
 from fastssl.loader import Batch, Loader
 from fastssl.meters import Meter
@@ -50,7 +51,7 @@ def build(run: Run, hooks: list = (), device: str | None = None, loader: Loader 
     optim.attach(ds)
     t = Trainer(
         run,
-        checkpoint.run_folder(run),
+        run_folder.path(run),
         device,
         method,
         ds,

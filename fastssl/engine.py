@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastssl import bottleneck, checkpoint, config, dist, ending, zero
+from fastssl import bottleneck, config, dist, ending, zero
 from fastssl import hooks as monitors
 from fastssl.amp import emulated
 from fastssl.build import build
+from fastssl.checkpoint import run_folder, state
+from fastssl.checkpoint.resume import find_checkpoint
 from fastssl.config import Run
 from fastssl.loader import Batch, Loader
 from fastssl.log import Log
@@ -52,19 +54,21 @@ def fit(
             )
         run = replace(run, optim=replace(run.optim, precision="fp32"))
     hooks = monitors.from_config(run) if hooks is None else hooks
-    with checkpoint.claimed(run):
-        path = checkpoint.find(run, resume, force)
+    with run_folder.locked(run):
+        path = find_checkpoint(run, resume, force)
         t = build(run, hooks, device, loader)
         log = Log(t.folder, every=run.log.every, total_steps=t.total_steps, tensorboard=run.log.tensorboard)
         if path:
-            checkpoint.load(t, path, log.text)
-            checkpoint.begin(t, path, clear=resume is not True)
+            notes = state.load(t, path)
+            run_folder.prepare(t, path, clear=resume is not True)
             log.truncate(t.step)
+            for note in notes:
+                log.text(note)
             log.text(f"continuing {path}")
         else:
-            checkpoint.begin(t)
+            run_folder.prepare(t)
             log.text(t.schedule.table)
-        checkpoint.note_environment(t)
+        run_folder.record_environment(t)
         log.text(opening(t))
         if choice := bottleneck.automatic_settings(t):
             log.text(choice)
@@ -191,7 +195,7 @@ def save(t: Trainer, log: Log, problem: str | None, needed: bool) -> Path | None
     if problem is None and not zero.all_finite(t.method):
         problem = f"weights are not finite after step {t.step} (epoch {t.epoch}): {REMEDY}"
     if problem is None:
-        return checkpoint.save(t)
+        return state.save(t)
     if needed or t.step == t.total_steps:
         raise ValueError(f"{problem}; no checkpoint of step {t.step} is written")
     log.text(f"step {t.step}: no checkpoint is written: {problem}")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastssl import dist, norm
 from fastssl.amp import DTYPES
-from fastssl.checkpoint import random_states, set_random_states
+from fastssl.checkpoint.state import random_states, set_random_states
 from fastssl.kernels.augment import make_views
 from fastssl.loader import Batch
 from fastssl.meters import Flops

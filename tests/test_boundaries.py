@@ -16,9 +16,8 @@ import safetensors.torch
 import torch
 from conftest import jpeg, photo
 
-from fastssl import checkpoint as state
 from fastssl import log, weights
-from fastssl.checkpoint import folder as checkpoint
+from fastssl.checkpoint import run_folder, store
 from fastssl.config import Backbone
 from fastssl.data_prep import check
 from fastssl.data_prep.image import Options, store_many
@@ -159,21 +158,21 @@ def test_beton_headers_in_the_loader(small, tmp_path):
 
 
 def test_manifests(tmp_path):
-    folder = checkpoint.begin(tmp_path, 1)
+    folder = store.create(tmp_path, 1)
     (folder / "state.pt").write_bytes(b"x" * 10)
-    path = checkpoint.commit(folder, 2)
-    good = json.loads((path / checkpoint.MANIFEST).read_text())
+    path = store.commit(folder, 2)
+    good = json.loads((path / store.MANIFEST).read_text())
     found = []
 
     def make(rng, _):
-        (path / checkpoint.MANIFEST).write_bytes(odd_json(good, rng))
+        (path / store.MANIFEST).write_bytes(odd_json(good, rng))
 
-    fuzz(make, lambda _: found.append(checkpoint.damage(path)) or (_ for _ in ()).throw(ValueError))
+    fuzz(make, lambda _: found.append(store.damage(path)) or (_ for _ in ()).throw(ValueError))
     assert sum(isinstance(text, str) for text in found) > CASES // 2
-    (checkpoint.folder(tmp_path) / "step_x").mkdir()
-    (checkpoint.folder(tmp_path) / "step_00000009").write_text("a file")
-    assert checkpoint.found(tmp_path)[0].name == "step_00000009"
-    assert "missing or unreadable" in checkpoint.damage(checkpoint.found(tmp_path)[0])
+    (store.directory(tmp_path) / "step_x").mkdir()
+    (store.directory(tmp_path) / "step_00000009").write_text("a file")
+    assert store.list_checkpoints(tmp_path)[0].name == "step_00000009"
+    assert "missing or unreadable" in store.damage(store.list_checkpoints(tmp_path)[0])
 
 
 def test_logs(tmp_path):
@@ -190,12 +189,12 @@ def test_logs(tmp_path):
 
 
 def test_environments(tmp_path, monkeypatch):
-    monkeypatch.setattr(state.metadata, "version", lambda name: "1")  # 60 ms for each entry
+    monkeypatch.setattr(run_folder.metadata, "version", lambda name: "1")  # 60 ms for each entry
     trainer = types.SimpleNamespace(folder=tmp_path, step=5, device=torch.device("cpu"))
     rng = random.Random(0)
     for case in range(CASES):
         (tmp_path / "environment.json").write_bytes(b"null" if case == 0 else odd_json([{"step": 0, "ranks": 1}], rng))
-        state.note_environment(trainer)
+        run_folder.record_environment(trainer)
         assert json.loads((tmp_path / "environment.json").read_text())[-1]["step"] == 5
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "methods"))
 import method_cases as cases
 
 from fastssl import train
-from fastssl.checkpoint import folder as checkpoint
+from fastssl.checkpoint import store
 from fastssl.files import untrusted
 
 
@@ -31,8 +31,8 @@ def seal(path):
     """The manifest that a folder of this content has: whoever makes the folder writes it too."""
     temporary = path.with_name(path.name + ".tmp")
     path.rename(temporary)
-    (temporary / checkpoint.MANIFEST).unlink()
-    return checkpoint.commit(temporary, 9)
+    (temporary / store.MANIFEST).unlink()
+    return store.commit(temporary, 9)
 
 
 def make_run(zero, root):
@@ -42,20 +42,25 @@ def make_run(zero, root):
     return run
 
 
+def fit(run, **options):
+    from fastssl import dist, engine
+
+    dist.init("cpu")
+    return engine.fit(run, device="cpu", loader=cases.loader(run), **options)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A run of each ZeRO stage, stopped at step 2 of 4, and the losses of all four steps."""
-    from fastssl import dist, engine
+    from fastssl import dist
 
     root, losses = tmp_path_factory.mktemp("saved"), {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "Loader", cases.Memory)
-        for zero in range(4):
-            t = engine.fit(make_run(zero, root), device="cpu")
-            losses[zero] = log(t.folder)
-            shutil.rmtree(t.folder / "checkpoints" / "step_00000004")
-        yield root, losses
-        dist.shutdown()
+    for zero in range(4):
+        t = fit(make_run(zero, root))
+        losses[zero] = log(t.folder)
+        shutil.rmtree(t.folder / "checkpoints" / "step_00000004")
+    yield root, losses
+    dist.shutdown()
 
 
 def log(folder):
@@ -71,10 +76,8 @@ def folder(saved, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("zero", range(4))
 def test_every_stage_resumes_through_the_safe_reader(saved, folder, zero):
-    from fastssl import engine
-
-    t = engine.fit(make_run(zero, folder), resume=True, device="cpu")
-    assert t.ds.checkpoint_engine.load.__module__ == "fastssl.checkpoint"
+    t = fit(make_run(zero, folder), resume=True)
+    assert t.ds.checkpoint_engine.load.__module__ == "fastssl.checkpoint.state"
     assert log(t.folder) == saved[1][zero]
 
 
@@ -90,14 +93,12 @@ FILES = [
 @pytest.mark.parametrize("zero, name", FILES)
 @pytest.mark.parametrize("how", ["zip", "plain"])
 def test_a_pickle_that_would_run_code_is_refused(folder, monkeypatch, zero, name, how):
-    from fastssl import engine
-
     path = folder / f"zero{zero}" / "checkpoints" / "step_00000002"
     with (path / name).open("wb") as f:
         torch.save({"module": Bomb()}, f) if how == "zip" else pickle.dump({"module": Bomb()}, f, protocol=2)
     seal(path)
     with pytest.raises(ValueError, match="is refused.*mkdir") as refusal:
-        engine.fit(make_run(zero, folder), resume=True, device="cpu")
+        fit(make_run(zero, folder), resume=True)
     assert Path(name).name in str(refusal.value) and "\n" not in str(refusal.value)
     assert not Path("bombed").exists()
 
@@ -114,23 +115,22 @@ def test_a_pickle_that_would_run_code_is_refused(folder, monkeypatch, zero, name
     ],
 )
 def test_contents_of_another_kind_are_one_line(folder, name, content):
-    from fastssl import engine
-
     path = folder / "zero0" / "checkpoints" / "step_00000002"
     torch.save(content, path / name)
     seal(path)
     with pytest.raises(ValueError, match="step_00000002") as refusal:
-        engine.fit(make_run(0, folder), resume=True, device="cpu")
+        fit(make_run(0, folder), resume=True)
     assert "\n" not in str(refusal.value)
 
 
 def test_the_command_ends_with_one_line_and_code_2(folder, capsys, monkeypatch):
-    from fastssl import config
+    from fastssl import build, config
 
     path = folder / "zero0" / "checkpoints" / "step_00000002"
     torch.save(Bomb(), path / "deepspeed/mp_rank_00_model_states.pt")
     seal(path)
     monkeypatch.setattr(config, "load", lambda *_: make_run(0, folder))
+    monkeypatch.setattr(build, "open_loader", lambda run, device: cases.loader(run))
     assert train.main(["a.py", "--resume", "--device", "cpu"]) == 2
     err = capsys.readouterr().err
     assert "mp_rank_00_model_states.pt is refused" in err and err.count("\n") == 1 and not Path("bombed").exists()

@@ -283,7 +283,7 @@ def test_a_run_resumes_to_the_same_bits(tmp_path):
     """With dropout, whose random numbers a graph counts itself."""
     import safetensors.torch
 
-    from fastssl.checkpoint import folder as checkpoint
+    from fastssl.checkpoint import store
 
     found = []
     for folder, graph, resume in (("off", "off", False), ("on", "on", False), ("on", "on", True)):
@@ -292,7 +292,7 @@ def test_a_run_resumes_to_the_same_bits(tmp_path):
         run.log.every, run.log.checkpoint_steps, run.log.keep = 1, 8, 3
         t = engine.fit(run, resume=resume, loader=cases.loader(run, "cuda"))
         assert (t.graphed.reason is None) == (graph == "on"), t.graphed.reason
-        last = checkpoint.newest(t.folder)
+        last = store.newest(t.folder)
         found.append(safetensors.torch.load_file(last / "weights.safetensors"))
         shutil.rmtree(last)
     for other in found[1:]:

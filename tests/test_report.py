@@ -16,8 +16,7 @@ import torch
 from conftest import photo, write_beton
 
 from fastssl import backbones, config, report, views
-from fastssl import checkpoint as state
-from fastssl.checkpoint import folder as checkpoint
+from fastssl.checkpoint import run_folder, store
 from fastssl.config import Backbone, Data, Optim, Run
 from fastssl.methods import simclr
 from fastssl.report import charts, runs, tables
@@ -74,10 +73,10 @@ def write_run(folder, data, steps=STEPS, *, name="a", temperature=0.5, weights=T
     (folder / "log.jsonl").write_text("\n".join(lines(steps)) + "\n" + tail)
     if weights:
         torch.manual_seed(0)
-        temporary = checkpoint.begin(folder, steps)
+        temporary = store.create(folder, steps)
         tensors = {"backbone." + k: v for k, v in backbones.build(SPEC).state_dict().items()}
         safetensors.torch.save_file(tensors, temporary / "weights.safetensors")
-        checkpoint.commit(temporary, 1)
+        store.commit(temporary, 1)
     return folder
 
 
@@ -352,14 +351,16 @@ def test_results_that_lie_elsewhere_come_to_their_run(page, tmp_path):
 def test_each_start_of_a_run_is_noted_and_shown(data, tmp_path):
     folder = write_run(tmp_path / "run", data, 25, weights=False)
     for step in (0, 20):
-        state.note_environment(SimpleNamespace(folder=folder, device=torch.device("cpu"), step=step))
+        run_folder.record_environment(SimpleNamespace(folder=folder, device=torch.device("cpu"), step=step))
     first, second = json.loads((folder / "environment.json").read_text())
     assert (first["step"], second["step"], second["ranks"]) == (0, 20, 1)
     assert first["torch"] == torch.__version__.split("+")[0]
     assert report.main([str(folder), "--points", "0", "--out", str(tmp_path / "o.html")]) == 0
     text = (tmp_path / "o.html").read_text()
     assert "was started 2 times: step 0" in text and escape(first["device"]) in text
-    state.note_environment(SimpleNamespace(folder=folder, device=torch.device("cpu"), step=0))  # a new run in its place
+    run_folder.record_environment(
+        SimpleNamespace(folder=folder, device=torch.device("cpu"), step=0)
+    )  # a new run in its place
     assert len(json.loads((folder / "environment.json").read_text())) == 1
 
 

@@ -83,9 +83,9 @@ def test_the_first_lines_say_what_is_trained_and_the_last_what_is_next(train):
 
 
 def test_a_folder_in_use_or_with_checkpoints_is_refused(train):
-    from fastssl.checkpoint import folder as checkpoint
+    from fastssl.checkpoint import run_folder
 
-    with checkpoint.lock("work_dirs/r"):
+    with run_folder.lock("work_dirs/r"):
         code, lines = train()
     assert code == 2 and f"is being trained by another process (process {os.getpid()} on " in lines[-1]
     assert train()[0] == 0

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastssl.checkpoint import folder as checkpoint
+from fastssl.checkpoint import store
 from fastssl.log import COLLAPSED, TIMING_KEYS
 
 LARGEST = 1e100  # a number above it is damage, and its square would not be finite
@@ -146,7 +146,9 @@ def is_evaluation(value: Any) -> bool:
 
 
 def has_checkpoint(run: RunData) -> bool:
-    return checkpoint.newest(run.folder, warn=run.notes.append) is not None
+    path, damaged = store.find_newest(run.folder)
+    run.notes += damaged
+    return path is not None
 
 
 def name_runs(runs: list[RunData]) -> None:

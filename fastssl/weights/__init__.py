@@ -22,7 +22,7 @@ import torchvision
 from torch import Tensor, nn
 
 from fastssl.backbones import positions
-from fastssl.checkpoint import folder as checkpoint
+from fastssl.checkpoint import store
 from fastssl.config import Backbone
 from fastssl.files import untrusted
 from fastssl.weights import foreign
@@ -132,11 +132,11 @@ def read(path: str | Path) -> tuple[str, dict[str, Tensor]]:
     """The file that `path` means and its tensors, nested dictionaries flattened to dotted keys."""
     path = Path(path)
     if path.is_dir():
-        if not (path / checkpoint.MANIFEST).exists():
-            run, path = path, checkpoint.newest(path)
+        if not (path / store.MANIFEST).exists():
+            run, path = path, store.newest(path)
             if path is None:
                 raise ValueError(f"{run} holds no complete checkpoint: give a run folder, a checkpoint or weights")
-        elif problem := checkpoint.damage(path):
+        elif problem := store.damage(path):
             raise ValueError(f"checkpoint {path} is damaged: {problem}")
         path = path / "weights.safetensors"
     if not path.is_file():

@@ -13,7 +13,7 @@ from conftest import photo, write_beton
 import fastssl.eval
 import fastssl.report
 from fastssl import backbones, config, views, weights
-from fastssl.checkpoint import folder as checkpoint
+from fastssl.checkpoint import store
 from fastssl.config import Backbone, Data, Run
 from fastssl.eval.common import cache, features
 from fastssl.files import write_json
@@ -62,10 +62,10 @@ def run_folder(files, tmp_path_factory):
     )
     (folder / "config.json").write_text(config.dumps(run))
     torch.manual_seed(3)
-    temporary = checkpoint.begin(folder, 5)
+    temporary = store.create(folder, 5)
     state = {"backbone." + k: v for k, v in backbones.build(SPEC).state_dict().items()} | {"projector": torch.ones(3)}
     safetensors.torch.save_file(state, temporary / "weights.safetensors")
-    checkpoint.commit(temporary, 1)
+    store.commit(temporary, 1)
     return folder
 
 
@@ -112,7 +112,7 @@ def test_results_of_a_run_are_saved_in_its_folder(run_folder, files, tmp_path, c
         [run],
         [run, "--features", "pixels"],
         [run, "--test", other],
-        [checkpoint.newest(run)],
+        [store.newest(run)],
         [run, "--out", tmp_path / "mine.json"],
     ):
         assert call("knn", *argv, "--k", 3) == 0, capsys.readouterr().err
@@ -137,7 +137,7 @@ def test_every_way_to_name_the_same_weights(run_folder, files, tmp_path, capsys)
     data = ["--train", files[0], "--test", files[1], "--mean", "0.4,0.4,0.4", "--size", 16]
     given = ["--backbone", "resnet10", "--stem", "cifar", "--width", 8]
     results = []
-    for target in ([run_folder], [checkpoint.newest(run_folder)], [exported, *data], [plain, *data, *given]):
+    for target in ([run_folder], [store.newest(run_folder)], [exported, *data], [plain, *data, *given]):
         assert call("linear", *target, "--epochs", 5, "--out", tmp_path / "a.json") == 0, capsys.readouterr().err
         result = json.loads((tmp_path / "a.json").read_text())
         results.append((result["results"], result["selection"]))
@@ -272,7 +272,7 @@ def test_features_are_kept_beside_the_run(run_folder, files, tmp_path, capsys):
     assert "features of" not in capsys.readouterr().out
     folders = lambda folder: {p.name for p in (folder / "features").glob("*")}  # noqa: E731
     before = folders(run_folder)
-    checkpointed = checkpoint.newest(run_folder)
+    checkpointed = store.newest(run_folder)
     assert call("knn", checkpointed, "--k", "3", "--mean", "0.3,0.3,0.3") == 0
     assert "computing 1 of 1 shards" in capsys.readouterr().out
     assert len(folders(run_folder) - before) == 2, "also of the run's checkpoint"

@@ -26,7 +26,7 @@ def train(name: str, root: Path, zero: int = 0) -> dict:
     import safetensors.torch
 
     from fastssl import dist, engine
-    from fastssl.checkpoint import folder as checkpoint
+    from fastssl.checkpoint import store
 
     run = cases.run(name, norm=cases.CASES[name].norm, batch=BATCH, steps=STEPS, **DROPOUT.get(name, {}))
     run.name, run.log.root, run.deterministic, run.speed.zero = f"{name}{zero}", str(root), True, zero
@@ -34,7 +34,7 @@ def train(name: str, root: Path, zero: int = 0) -> dict:
     found = {}
     for way in ("whole", "resumed"):
         t = engine.fit(run, resume=way == "resumed", device="cpu", loader=cases.loader(run))
-        last = checkpoint.newest(t.folder)
+        last = store.newest(t.folder)
         assert last.name == f"step_{STEPS:08d}"
         found[way] = {"log": log_of(t.folder), "weights": safetensors.torch.load_file(last / "weights.safetensors")}
         dist.barrier()

@@ -1,0 +1,127 @@
+"""Which checkpoint a run continues from, and whether it may: what would change the result must be as before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastssl import dist
+from fastssl.checkpoint import run_folder, state, store
+from fastssl.config import Run, Speed, dump, with_defaults
+
+FIXED = ("method", "backbone", "data", "optim", "seed", "sync_bn")  # sections that a resumed run must share, ...
+MONITORED = ("data.test", "data.bank", "data.eval_view")  # ... without what only hooks read
+LENGTH = ("optim.epochs", "optim.steps")  # may change where lr and weight decay do not depend on the run's length
+
+
+def find_checkpoint(run: Run, resume: bool | str | Path, force: bool = False) -> Path | None:
+    """The checkpoint to continue from, None for a new run.  ValueError, on every rank and before anything is built,
+    where `run` can neither start nor continue.
+
+    `resume`: True takes the newest complete checkpoint, a path that one.  `force`: newer checkpoints in the folder may
+    be deleted."""
+    return dist.on_main(_find, run, resume, force)
+
+
+def _find(run: Run, resume: bool | str | Path, force: bool) -> Path | None:
+    folder = run_folder.path(run)
+    existing = store.list_checkpoints(folder)
+    if not resume:
+        if existing and not force:
+            raise ValueError(_not_empty(folder))
+        return None
+    if resume is True and force:
+        raise ValueError("--force starts anew and --resume continues: give one of them")
+    path = store.newest(folder) if resume is True else _complete(Path(resume))
+    if path is None:
+        raise ValueError(
+            f"--resume: no complete checkpoint in {store.directory(folder)}; start without --resume"
+            + ", but with --force, which deletes the damaged ones" * bool(existing)
+        )
+    newer = [p for p in existing if not store.precedes(p, path)]
+    if newer and resume is not True and not force:
+        raise ValueError(
+            f"{folder} holds {newer[0].name}, which does not lead to {path}: give another name=..., or "
+            "delete it with --force"
+        )
+    check_compatible(state.read(path), run, path)
+    return path
+
+
+def _not_empty(folder: Path) -> str:
+    path = store.newest(folder)
+    what = (
+        f"already holds {path.name}: continue it with --resume"
+        if path
+        else "holds damaged checkpoints only, from which --resume cannot continue: repair one"
+    )
+    return (
+        f"{folder} {what}, give another name=..., or start anew with --force, which deletes its checkpoints and its log"
+    )
+
+
+def _complete(path: Path) -> Path:
+    if problem := store.damage(path):
+        raise ValueError(
+            f"--resume-from {path}: not a complete checkpoint ({problem}); they are the folders "
+            "checkpoints/step_... of a run"
+        )
+    return path
+
+
+def check_compatible(values: dict, run: Run, path: Path) -> None:
+    """ValueError where `run` cannot continue from a checkpoint with the `values` of state.pt."""
+    _check_speed(values, run.speed, path)
+    for section in FIXED:
+        for key, saved, value in _differences(section, values["config"].get(section), getattr(run, section)):
+            if key in MONITORED or (key in LENGTH and is_independent_of_length(run)):
+                continue
+            longer = (
+                f"; optim.schedule={run.optim.schedule!r} follows the run's length, so train longer in a new "
+                "run that starts from this one's weights (backbone.pretrained)"
+                if key in LENGTH
+                else ""
+            )
+            raise ValueError(
+                f"--resume: {key} was {saved!r} when {path.name} was written and is {value!r} now; "
+                f"start a new run (name=...) or restore it{longer}"
+            )
+
+
+def _check_speed(values: dict, speed: Speed, path: Path) -> None:
+    stage, channels_last = (values["config"]["speed"].get(key) for key in ("zero", "channels_last"))
+    if stage != speed.zero:
+        raise ValueError(
+            f"--resume: {path.name} was written at ZeRO {stage} and speed.zero={speed.zero} now: each stage "
+            f"partitions the optimizer's state differently; continue with speed.zero={stage}"
+        )
+    if speed.zero and channels_last != speed.channels_last:
+        raise ValueError(
+            f"--resume: {path.name} was written with speed.channels_last={channels_last}, and ZeRO {speed.zero} has "
+            "partitioned its optimizer's state: continue with it (ZeRO 0 can change it)"
+        )
+    if speed.zero and values["world"] != dist.world():
+        raise ValueError(
+            f"{path} was written by {values['world']} ranks and ZeRO {speed.zero} partitions its state by "
+            f"rank: resume with {values['world']} ranks (now {dist.world()})"
+        )
+
+
+def _differences(section: str, saved, now) -> list[tuple[str, object, object]]:
+    """(key, saved value, value now) of the settings of a section that differ."""
+    saved, now = with_defaults(saved, now), dump(now)
+    if saved == now:
+        return []
+    if not isinstance(now, dict) or not isinstance(saved, dict):
+        return [(section, saved, now)]
+    keys = [key for key in sorted({*saved, *now}) if saved.get(key) != now.get(key)]
+    return [(f"{section}.{key}", saved.get(key), now.get(key)) for key in keys]
+
+
+def is_independent_of_length(run: Run) -> bool:
+    """Whether a step's lr, weight decay and momentum of the method are the same in a longer run."""
+    momentum = getattr(run.method, "momentum", None)
+    return (
+        run.optim.schedule in ("constant", "step")
+        and run.optim.weight_decay_end is None
+        and getattr(run.method, "momentum_end", momentum) in (None, momentum)
+    )

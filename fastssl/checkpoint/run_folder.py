@@ -1,0 +1,127 @@
+"""A run's folder: the lock that keeps other processes out, config.json and environment.json."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from fastssl import dist, files
+from fastssl.checkpoint import store
+from fastssl.config import Run, dumps
+from fastssl.files import untrusted
+from fastssl.trainer import Trainer
+
+LOCK = "lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from file systems that are mounted without locks
+
+
+def path(run: Run) -> Path:
+    return Path(run.log.root) / run.name
+
+
+@contextlib.contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """Keep other processes out of the run's folder.  ValueError on every rank if one is training there."""
+    with contextlib.ExitStack() as stack:
+        dist.on_main(lambda: stack.enter_context(lock(path(run))))
+        yield
+
+
+@contextlib.contextmanager
+def lock(folder: str | Path) -> Iterator[None]:
+    """Create `folder` and keep other processes out of it; ValueError if one holds it.  Folders that were created and
+    are still empty at the end are removed.
+
+    An flock: the kernel releases it however the process ends, and NFS (version 4) and Lustre (mounted with -o flock)
+    pass it to other nodes.  A file system without locks gives a printed warning.
+    """
+    folder = Path(folder)
+    created = [parent for parent in [folder, *folder.parents] if not parent.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / LOCK, "a+") as file:
+            _acquire(file, folder)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                if created and [p.name for p in folder.iterdir()] == [LOCK]:  # the start failed
+                    (folder / LOCK).unlink()
+    finally:
+        for parent in created:
+            with contextlib.suppress(OSError):  # it is not empty
+                parent.rmdir()
+
+
+def _acquire(file, folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            print(f"{folder}: its file system has no locks ({error.strerror}); no other run may write there")
+            return
+        file.seek(0)
+        raise ValueError(
+            f"{folder} is being trained by another process ({file.read().strip()}): wait "
+            "for its end, or give another name=..."
+        ) from None
+
+
+def prepare(t: Trainer, checkpoint: Path | None = None, clear: bool = True) -> None:
+    """Write config.json.  With `clear`, delete the checkpoints that do not lead to `checkpoint` (None: all of them),
+    which `find_checkpoint` has allowed."""
+    if dist.is_main():
+        t.folder.mkdir(parents=True, exist_ok=True)
+        for old in store.list_checkpoints(t.folder) if clear else ():
+            if checkpoint is None or not store.precedes(old, checkpoint):
+                shutil.rmtree(old)
+        (t.folder / "config.json").write_text(dumps(t.run))
+    dist.barrier()
+
+
+def record_environment(t: Trainer) -> None:
+    """Add an entry to environment.json: the machine and the versions with which the run starts or continues, and the
+    step."""
+    if not dist.is_main():
+        return
+    file, device = t.folder / "environment.json", t.device
+    try:
+        before = untrusted.read_json(file) if t.step else []
+    except ValueError:  # absent in older runs
+        before = []
+    before = [entry for entry in before if isinstance(entry, dict)] if isinstance(before, list) else []
+    cuda = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    entry = {
+        "step": t.step,
+        "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        "ranks": dist.world(),
+        "accelerator": device.type,
+        "device": f"{cuda.name}, {cuda.total_memory / 2**30:.0f} GiB" if cuda else _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda or "none",
+        **{name: metadata.version(name) for name in ("fastssl", "torch", "torchvision", "ffcv", "deepspeed")},
+    }
+    files.write_json(file, [*before, entry])
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or an ARM core, which has no such line
+        return platform.processor() or platform.machine()
