@@ -1,4 +1,4 @@
-"""The `fastssl` command.  Each sub-command is `main(argv)`, or the function named, of the module that does the work."""
+"""The `fastssl` command.  Each sub-command is `main(argv)` of the module that does the work."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ COMMANDS = {
     "convert": ("fastssl.data_prep", "convert a dataset to a .beton file, or check one"),
     "eval": ("fastssl.eval", f"evaluate a run or weights: {', '.join(PROTOCOLS)}"),
     "export": ("fastssl.weights.export", "write a backbone for torchvision, timm, detectron2, Hugging Face"),
-    "publish": ("fastssl.weights.tools:publish_main", "write weights without the optimizer, named by their hash"),
-    "params": ("fastssl.weights.tools:params_main", "count parameters and FLOPs of a config or a backbone"),
-    "upgrade": ("fastssl.weights.tools:upgrade_main", "rewrite an old flat state dict in the current format"),
+    "publish": ("fastssl.weights.publish", "write weights without the optimizer, named by their hash"),
+    "params": ("fastssl.params", "count parameters and FLOPs of a config or a backbone"),
+    "upgrade": ("fastssl.weights.upgrade", "rewrite an old flat state dict in the current format"),
     "doctor": ("fastssl.doctor", "check this installation; name what is missing and how to install it"),
     "report": ("fastssl.report", "write one HTML page about runs: curves, speed, pictures, evaluations, settings"),
     "methods": ("fastssl.methods", "list the methods"),
@@ -47,8 +47,8 @@ def _run(argv: list[str]) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(f"fastssl: unknown command {argv[0]!r}{hint}", file=sys.stderr)
         return 2
-    module, _, function = COMMANDS[argv[0]][0].partition(":")
-    return getattr(importlib.import_module(module), function or "main")(argv[1:])
+    module, _ = COMMANDS[argv[0]]
+    return importlib.import_module(module).main(argv[1:])
 
 
 if __name__ == "__main__":

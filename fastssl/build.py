@@ -122,7 +122,7 @@ def build_method(run: Run, loader: Loader) -> nn.Module:
         report = weights.load_backbone(pretrained, backbone)
         if dist.is_main():
             print(report)
-    with weights.unchanged(backbone) if pretrained else contextlib.nullcontext():
+    with weights.check_pretrained_kept(backbone) if pretrained else contextlib.nullcontext():
         context = Context(loader.samples, run.optim.batch, loader.classes, run.seed, run.speed.kernels)
         method = run.method.build(backbone, context)
     contract.check_method(method, run.method)

@@ -1,8 +1,10 @@
-"""Command lines: one parser class for all commands, whose help names every default."""
+"""Command lines: one parser class for all commands, whose help names every default, and their errors in one line."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,3 +24,13 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         if isinstance(value, tuple):
             value = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
         return f"{text}{'; ' if text else ''}default: {str(value).replace('%', '%%')}"
+
+
+def run_command(command: str, work: Callable[[], None]) -> int:
+    """The exit code of `fastssl COMMAND`: 2 for a ValueError or OSError, whose message is printed."""
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        print(f"fastssl {command}: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -25,6 +25,7 @@ from fastssl.data_prep.lists import open_list
 from fastssl.data_prep.sources import open_images, read_pickle
 from fastssl.data_prep.tree import open_tree
 from fastssl.files import untrusted
+from fastssl.weights import source
 
 CASES = 300
 ODD = [None, True, -1, 0, 1, 2**31, 2**63, 2**64, 1e308, "", "x", "\0", "../x", [], {}, [None], {"a": 1}, [[[]]], "nan"]
@@ -213,8 +214,8 @@ def test_safetensors_headers(tmp_path):
             return
         new = header
         if rng.random() < 0.5:
-            meta = json.loads(header["__metadata__"][weights.META])
-            new = header | {"__metadata__": {weights.META: odd_json(meta, rng).decode("latin1")}}
+            meta = json.loads(header["__metadata__"][source.SPEC_KEY])
+            new = header | {"__metadata__": {source.SPEC_KEY: odd_json(meta, rng).decode("latin1")}}
         else:
             new = odd(header, rng)
         text = json.dumps(new).encode()

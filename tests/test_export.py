@@ -20,6 +20,7 @@ from fastssl.checkpoint import store
 from fastssl.config import Backbone
 from fastssl.methods import byol
 from fastssl.weights import export
+from fastssl.weights.export import to_detectron2
 
 
 def build(seed=0, **spec):
@@ -161,7 +162,7 @@ def detectron2_resnet50():
 def test_detectron2_names_of_resnet50_one_by_one():
     with torch.device("meta"):
         ours = torchvision.models.resnet50().state_dict()
-    names = export.detectron2_names([key for key in ours if not key.startswith("fc.")])
+    names = to_detectron2.detectron2_names([key for key in ours if not key.startswith("fc.")])
     assert set(names.values()) == detectron2_resnet50() and len(set(names.values())) == len(names)
     for old, new in names.items():  # independently of the rules: the same place in the network
         *at, leaf = old.split(".")

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastssl import backbones, weights
 from fastssl.config import Backbone
-from fastssl.weights import export, foreign
+from fastssl.weights import export, foreign, source
 
 sys.path.insert(0, str(Path(__file__).parent))
 import peer_networks as peers
@@ -469,8 +469,8 @@ def test_a_stem_of_equal_shape_is_another_network(tmp_path):
 def test_every_layout_is_shown_by_a_checkpoint_above(nets):
     shown = set()
     for kind, make, _ in LAYOUTS.values():
-        flat = weights._flat(make(*nets[kind]), kind)
-        shown |= {layout for layout, _ in foreign.renamed(list(flat))}
+        flat = source.flatten(make(*nets[kind]), kind)
+        shown |= {layout for layout, _ in foreign.matching_layouts(list(flat))}
     assert shown == set(foreign.LAYOUTS)
 
 

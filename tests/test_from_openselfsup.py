@@ -10,7 +10,7 @@ import pytest
 from fastssl import config, methods, views
 from fastssl.__main__ import COMMANDS
 from fastssl.kernels.augment import View
-from fastssl.weights.export import WRITERS
+from fastssl.weights.export import TARGETS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "from_openselfsup.md").read_text()
@@ -22,7 +22,7 @@ OURS = [code for cell in RIGHT for code in re.findall(r"`([^`]+)`", cell) if cod
 def test_commands_exist():
     used = {m[1] for code in CODE if (m := re.match(r"fastssl (\w+)", code))}
     assert {"train", "export", "publish", "params", "upgrade", "doctor", "convert", "eval"} <= used <= set(COMMANDS)
-    assert {m[1] for code in CODE for m in re.finditer(r"--to (\w+)", code)} <= set(WRITERS)
+    assert {m[1] for code in CODE for m in re.finditer(r"--to (\w+)", code)} <= set(TARGETS)
 
 
 @pytest.mark.parametrize(

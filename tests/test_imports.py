@@ -20,7 +20,7 @@ LAYERS = """
     trainer
     bottleneck checkpoint
     weights
-    doctor
+    doctor params
     contract
     views pictures
     methods.parts

@@ -13,13 +13,13 @@ import safetensors.torch
 import torch
 import torchvision
 
-from fastssl import backbones, config, views, weights
+from fastssl import backbones, config, params, views, weights
 from fastssl.__main__ import COMMANDS, main
 from fastssl.checkpoint import store
 from fastssl.config import Backbone
 from fastssl.methods import byol
 from fastssl.trainer import Context
-from fastssl.weights import tools
+from fastssl.weights.publish import publish
 
 SMALL = Backbone("resnet10", width=8, stem="cifar")
 
@@ -61,7 +61,7 @@ def test_publish_a_run(run_folder, capsys):
         weights.load_backbone(file, net, which=which)
         assert all(torch.equal(v, build(seed).state_dict()[k]) for k, v in net.state_dict().items())
     for _ in range(5):
-        assert tools.publish(run_folder) == (file, digest), "the same weights, the same name"
+        assert publish(run_folder) == (file, digest), "the same weights, the same name"
 
 
 def test_publish_a_foreign_checkpoint_without_its_optimizer(tmp_path):
@@ -76,10 +76,10 @@ def test_publish_a_foreign_checkpoint_without_its_optimizer(tmp_path):
         },
         tmp_path / "epoch_9.pth",
     )
-    path, digest = tools.publish(tmp_path / "epoch_9.pth", tmp_path / "out", "mine")
+    path, digest = publish(tmp_path / "epoch_9.pth", tmp_path / "out", "mine")
     assert path == tmp_path / "out" / f"mine-{digest[:8]}.safetensors"
     assert set(safetensors.torch.load_file(path)) == set(state)
-    again, _ = tools.publish(path, tmp_path / "out")
+    again, _ = publish(path, tmp_path / "out")
     assert again == path, "publishing what is published does not add a second hash"
     assert weights.load_backbone(path, build(1)).prefix == "backbone."
 
@@ -100,7 +100,7 @@ def test_publish_refuses(content, text, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
 def test_params_are_torchvisions(name):
     """torchvision publishes parameters and GMACs of its networks; ours lack fc."""
-    rows = dict(tools.params(name))
+    rows = dict(params.params(name))
     meta = torchvision.models.get_model_weights(name).DEFAULT.meta
     inside = 512 if name == "resnet18" else 2048
     assert int(rows["backbone's parameters"].split()[0].replace(",", "")) == meta["num_params"] - 1000 * (inside + 1)
@@ -113,7 +113,7 @@ def test_params_of_a_vit_by_hand():
     expected = 2 * (768 * d * 196 + depth * n * (12 * d * d + 2 * n * d))  # patches; 4 + 8 products of d x d; attention
     with torch.device("meta"):
         net = backbones.build(Backbone("vit_tiny_patch16_224"))
-    assert tools.flops(net, 224) == expected
+    assert params.flops(net, 224) == expected
 
 
 def test_params_takes_options_of_timms_models(capsys):
@@ -145,8 +145,8 @@ def test_params_of_a_config(tmp_path, capsys):
 def test_params_count_a_bank_by_the_data_card(tmp_path):
     file = Path(__file__).parents[1] / "configs/npid/r50_in1k_200ep.py"
     (tmp_path / "x.json").write_text('{"samples": 1000}')
-    rows = dict(tools.params(str(file), [f"data.train={tmp_path}/x.beton"]))
-    more = dict(tools.params(str(file), [f"data.train={tmp_path}/none.beton"]))
+    rows = dict(params.params(str(file), [f"data.train={tmp_path}/x.beton"]))
+    more = dict(params.params(str(file), [f"data.train={tmp_path}/none.beton"]))
     mib = [float(r[f"method's buffers at {n} samples"].split()[0]) for r, n in ((rows, "1,000"), (more, "1,281,167"))]
     assert mib[1] - mib[0] == pytest.approx((1_281_167 - 1000) * 128 * 4 / 2**20, abs=0.02)
 

@@ -1,6 +1,6 @@
-"""Checkpoints of other projects: which copy of the network is whose, and keys that differ by more than a prefix.
+"""Checkpoints of other projects: which copy of the network is which, and keys that differ by more than a prefix.
 
-A prefix before torchvision's or timm's keys needs nothing from here (MoCo, SimSiam, SwAV, Barlow Twins, VICReg, DINO,
+Keys of torchvision or timm after a prefix need nothing from this file (MoCo, SimSiam, SwAV, Barlow Twins, VICReg, DINO,
 MAE, solo-learn, VISSL's `trunk._feature_blocks.`, ...).
 """
 
@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from fastssl.backbones import positions
 from fastssl.config import Backbone
 
-# Of several complete copies of a network, those below such a name are averages of another or learn from one.
+# A copy of the network with one of these names in its prefix is the teacher or the student of another copy.
 TEACHER = {
     "teacher",
     "target",
@@ -37,36 +38,36 @@ TEACHER = {
 STUDENT = {"student", "student_backbone"}
 
 
-def rank(prefix: str) -> int:
-    """Which copy is evaluated by default, the lowest first: MoCo's query, DINO's teacher."""
+def priority(prefix: str) -> int:
+    """The copy with the lowest value is evaluated by default: MoCo's query encoder, DINO's teacher."""
     names = set(prefix.split("."))
     return 2 if names & STUDENT else 1 if names & TEACHER else 0
 
 
-def choose(prefixes: list[str], which: str) -> list[str]:
-    """Those of a file's complete copies that are its "student" or its "teacher".  A name says which, or, beside a copy
-    that it says to be the other, its absence (MoCo's `encoder_q` beside `encoder_k`)."""
+def select_copies(prefixes: list[str], which: Literal["student", "teacher"]) -> list[str]:
+    """The copies that are the "student" or the "teacher", by the names in their prefixes.  Where only the other one has
+    such a name, the rest are meant (MoCo's `encoder_q` beside `encoder_k`)."""
     mine, other = (STUDENT, TEACHER) if which == "student" else (TEACHER, STUDENT)
 
-    def named(prefix: str, names: set) -> bool:
+    def has_name(prefix: str, names: set) -> bool:
         return bool(names & set(prefix.split(".")))
 
-    chosen = [p for p in prefixes if named(p, mine)]
-    if not chosen and any(named(p, other) for p in prefixes):
-        chosen = [p for p in prefixes if not named(p, other)]
+    chosen = [p for p in prefixes if has_name(p, mine)]
+    if not chosen and any(has_name(p, other) for p in prefixes):
+        chosen = [p for p in prefixes if not has_name(p, other)]
     return chosen
 
 
-def renamed(keys: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """For each layout that changes any of `keys`: its name, and every key with what it is called here."""
+def matching_layouts(keys: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """For each layout that changes any of `keys`: its name, and every key with our name of it."""
     for layout, rename in LAYOUTS.items():
         names = rename(keys)
         if any(old != new for old, new in names.items()):
             yield layout, names
 
 
-def refuse(file: str, checkpoint) -> None:
-    """An error for a network that has our keys and other arithmetic; OpenMMLab files carry their config's text."""
+def check_variant(file: str, checkpoint: Any) -> None:
+    """ValueError for a network with our keys that computes something else.  OpenMMLab's files contain their config."""
     meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
     text = " ".join(str(meta.get(key, "")) for key in ("config", "cfg")) if isinstance(meta, dict) else ""
     for pattern, what in (
@@ -77,8 +78,8 @@ def refuse(file: str, checkpoint) -> None:
             raise ValueError(f"{file} is refused: its keys fit and its outputs would be wrong ({what})")
 
 
-def refuse_layout(file: str, layout: str | None, stem: str) -> None:
-    """An error where the keys say that no ReLU follows the stem's norm and the backbone has one."""
+def check_stem(file: str, layout: str | None, stem: str) -> None:
+    """ValueError where the keys show that no ReLU follows the stem's norm, and the backbone has one."""
     if layout == NO_RELU and stem != "cifar_norelu":
         raise ValueError(
             f"{file} is refused for stem {stem!r}: it is a ResNet whose children were put into an "
@@ -87,8 +88,8 @@ def refuse_layout(file: str, layout: str | None, stem: str) -> None:
         )
 
 
-def refuse_heads(file: str, table: Tensor, net: nn.Module, spec: Backbone) -> None:
-    """An error for a vision transformer whose number of heads nobody has said, and whose authors differ about it.
+def check_num_heads(file: str, table: Tensor, net: nn.Module, spec: Backbone) -> None:
+    """ValueError for a vision transformer whose number of heads is not known, because projects differ in it.
 
     Fixed sine-cosine positions are those of MoCo v3 and MAE.  MoCo v3's authors, MMSelfSup and solo-learn give ViT-Ti
     and ViT-S 12 heads, timm 3 and 6, with equal keys and shapes."""
@@ -120,9 +121,10 @@ def _by_patterns(*rules: tuple[str, str]) -> Callable[[list[str]], dict[str, str
 
 
 def _children(relu: bool, keys: list[str]) -> dict[str, str]:
-    """nn.Sequential(*list(resnet.children())[:-1]): modules are numbers.  The four stages begin at 4 in torchvision's
-    ResNet and at 3 without its max-pool.  They begin at 2 in lightly's ResNet, whose ReLU is a function and therefore
-    missing in the nn.Sequential."""
+    """Keys of nn.Sequential(*list(resnet.children())[:-1]), where modules have numbers.
+
+    The four stages begin at 4 in torchvision's ResNet and at 3 without its max-pool.  They begin at 2 in lightly's
+    ResNet, whose ReLU is a function and therefore missing in the nn.Sequential."""
     out = {key: key for key in keys}
     for key in keys:
         if not (match := re.fullmatch(r"(|.*\.)(\d)\.0\.conv1\.weight", key)):

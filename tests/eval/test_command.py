@@ -458,4 +458,4 @@ def test_export(run_folder, tmp_path, capsys):
     assert "timm has no resnet10 of width" in capsys.readouterr().err
     torch.save(net.state_dict(), tmp_path / "bare.pth")
     assert export.main([str(tmp_path / "bare.pth")]) == 2
-    assert "no run folder" in capsys.readouterr().err
+    assert "neither a run folder nor an export" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from fastssl.config import Backbone, Optim
 from fastssl.eval import detection
 from fastssl.eval.detection import boxes
 from fastssl.eval.detection.boxes import Picture
-from fastssl.weights.export import MEAN, STD
+from fastssl.weights.export.common import MEAN, STD
 
 NAMES = ("car", "dog")
 COLOURS = np.array([[255, 60, 60], [60, 60, 255]])

@@ -18,7 +18,7 @@ from fastssl.eval.common import cache, features
 from fastssl.eval.common.classes import match
 from fastssl.kernels.augment import View
 from fastssl.loader import Loader
-from fastssl.weights import export
+from fastssl.weights.options import add_backbone_options, backbone_from
 
 
 @dataclass
@@ -103,7 +103,7 @@ def load_target(args: argparse.Namespace, needs: tuple[str, ...] | None, labelle
     missing = next((name for name in needs or () if not files[name]), None)
     if missing:
         raise ValueError(f"give --{missing} NAME.beton: {args.target or 'the command'} names none")
-    spec = export.spec_from(args, args.target)
+    spec = backbone_from(args, args.target)
     if spec is None and args.features != "pixels":
         raise ValueError("bare weights do not say what they are: give --backbone NAME (and --stem, --norm, --width)")
     spec = spec or Backbone("resnet50")
@@ -189,7 +189,7 @@ def add_target_options(parser: argparse.ArgumentParser, without: tuple[str, ...]
         help="the trained network or its moving average; default: what the method evaluates",
     )
     add("--prefix", help="where in the file the backbone lies, e.g. teacher.backbone.; default: found")
-    export.add_backbone_options(parser)
+    add_backbone_options(parser)
     add("--size", type=int, help="side of the centre crop")
     add("--resize", type=int, help="short side before the crop, 0: none; default: by the images' sizes")
     add("--mean", type=numbers(float), help="R,G,B; default: the run's, else ImageNet's")

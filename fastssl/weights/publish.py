@@ -1,0 +1,61 @@
+"""`fastssl publish`: all weights of a run or a checkpoint, without the optimizer, in a file named by its hash."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from fastssl import files, weights
+from fastssl.parsing import Parser, run_command
+from fastssl.weights.source import read_model
+
+
+def publish(source: str | Path, folder: str | Path | None = None, name: str | None = None) -> tuple[Path, str]:
+    """Write NAME-<8 hex digits>.safetensors and return it with its SHA-256, whose first digits are in its name.
+
+    The same weights give the same bytes.  ValueError where there are none, or where one is not finite."""
+    file, state = read_model(source)
+    if not state:
+        raise ValueError(f"{file} holds no weights to publish")
+    bad = [key for key, value in state.items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(f"{file}: {bad[0]} holds NaN or infinity; that training diverged")
+    run, spec = weights.run_config(source), weights.spec_of(source)
+    metadata = weights.metadata(spec) if spec else {"format": "pt"}
+    if run:
+        metadata["fastssl.config"] = json.dumps({**run, "data": {**run["data"], **_file_names(run["data"])}})
+    name = name or (run["name"].replace("/", "_") if run else re.sub(r"-[0-9a-f]{8}$", "", Path(source).stem))
+    folder = Path(folder or (source if Path(source).is_dir() else Path(source).parent))
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{name}.publishing"  # the hash, and so the name, follows from the written bytes
+    try:
+        # copies: a network that was registered twice shares memory, which the format does not allow
+        files.write_safetensors({k: v.clone().contiguous() for k, v in state.items()}, temporary, metadata)
+        digest = files.sha256(temporary)
+        path = folder / f"{name}-{digest[:8]}.safetensors"
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path, digest
+
+
+def _file_names(data: dict) -> dict:
+    """The run's data files without their folders, which are private."""
+    return {key: Path(data[key]).name for key in ("train", "test", "bank") if data.get(key)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    about = "Write a run's weights, without the optimizer, to a file that has the beginning of its SHA-256 in its name."
+    parser = Parser("fastssl publish", description=about)
+    parser.add_argument("source", metavar="RUN_OR_FILE", help="run or checkpoint folder, .safetensors, .pt or .pth")
+    parser.add_argument("--out", metavar="FOLDER", help="default: where the source is")
+    parser.add_argument("--name", help="default: the run's or the file's")
+    args = parser.parse_args(argv)
+
+    def work() -> None:
+        path, digest = publish(args.source, args.out, args.name)
+        print(f"wrote {path}\nSHA-256 {digest}")
+
+    return run_command("publish", work)
