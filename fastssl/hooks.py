@@ -19,7 +19,7 @@ from fastssl.config import Run
 from fastssl.eval import knn
 from fastssl.eval.common import classes, features
 from fastssl.loader import Batch, Loader
-from fastssl.log import Later
+from fastssl.log import HostScalar
 from fastssl.trainer import Outputs, Trainer
 
 DISABLE = "or set log.knn_epochs=0 log.probe=False"
@@ -253,7 +253,9 @@ class Collapse:
                 measured.setdefault("embedding", out[name] if out[name].ndim == 2 else out[name][:, 0])  # view 0
         for name, x_ND in measured.items():
             # eigenvalues are computed on the host: on the device PyTorch would wait for them
-            t.log({f"{name}_std": normalized_std(x_ND), f"{name}_rank": Later(gram(x_ND, self.ROWS), effective_rank)})
+            t.log(
+                {f"{name}_std": normalized_std(x_ND), f"{name}_rank": HostScalar(gram(x_ND, self.ROWS), effective_rank)}
+            )
 
     def after_epoch(self, t: Trainer) -> None:
         pass

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastssl import dist
-from fastssl.log import Later, Log, read
+from fastssl.log import HostScalar, Log, read
 
 TIMING = {
     "data_ms": 1.0,
@@ -206,7 +206,7 @@ def test_only_scalars_are_logged(tmp_path):
 
 def test_what_the_host_makes_of_a_tensor_is_logged_like_a_number(tmp_path):
     log = Log(tmp_path, every=5, total_steps=2, tensorboard=False)
-    log.step(1, 0, {"loss": torch.tensor(1.0), "trace": Later(torch.eye(3), torch.trace)})
+    log.step(1, 0, {"loss": torch.tensor(1.0), "trace": HostScalar(torch.eye(3), torch.trace)})
     log.step(2, 0, {"loss": torch.tensor(1.0)})
     log.close()
     assert [record.get("trace") for record in read(tmp_path / "log.jsonl")] == [3.0, None]

@@ -92,7 +92,7 @@ def _machine(run: RunData) -> str:
 
 
 def collapse(run: RunData) -> str:
-    """What says that the run has collapsed at its end, or "" (log.COLLAPSED)."""
+    """What says that the run has collapsed at its end, or "" (log.records.COLLAPSE_LIMITS)."""
     found = [
         f"{CURVES[key][0]} {value:.3g} (below {limit:g}; mean of the last {count} measures)"
         for key, value, limit, count in reading.collapsed(run)

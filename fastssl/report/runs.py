@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastssl.checkpoint import store
-from fastssl.log import COLLAPSED, TIMING_KEYS
+from fastssl.log.records import COLLAPSE_LIMITS, TIMING_KEYS
 
 LARGEST = 1e100  # a number above it is damage, and its square would not be finite
 DEEPEST = 30  # of nested values that are shown
@@ -132,7 +132,7 @@ def collapsed(run: RunData) -> list[tuple[str, float, float, int]]:
     """(key, mean, limit, count) of the measures of collapse that are below their limit in the last tenth, three at
     least."""
     out = []
-    for key, limit in COLLAPSED.items():
+    for key, limit in COLLAPSE_LIMITS.items():
         y = run.scalars[key][1] if key in run.scalars else ()
         count = max(3, len(y) // 10)
         if len(y) >= 3 and (value := float(y[-count:].mean())) < limit:

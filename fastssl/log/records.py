@@ -1,0 +1,39 @@
+"""log.jsonl: the keys that the meter writes, the limits of a collapse, and reading it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastssl.files import untrusted
+
+# Below these a run has collapsed (hooks.Collapse).  Digits, a ResNet-10, 100 steps: SimCLR has embedding_std 1.0,
+# embedding_rank 21 and feature_rank 58; VICReg without its variance and covariance terms 0.07, 1.7 and 30.
+COLLAPSE_LIMITS = {"feature_std": 0.02, "feature_rank": 2.0, "embedding_std": 0.1, "embedding_rank": 2.0}
+TIMING_KEYS = (
+    "data_ms",
+    "views_ms",
+    "forward_ms",
+    "backward_ms",
+    "optimizer_ms",
+    "step_ms",
+    "other_ms",
+    "total_ms",
+    "images_per_s",
+    "memory_gib",
+    "mfu",
+)
+
+
+def read(path: str | Path) -> list[dict]:
+    """The records of a log.jsonl, or of the run folder that holds it, without an incomplete last line.  ValueError for
+    a line that is not the record of a step."""
+    path = Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path)
+    out = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        if not line.strip():
+            continue
+        record = untrusted.parse_json(line, f"{path}, line {number},")
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise ValueError(f"{path}, line {number}, is not the record of a step: remove the line")
+        out.append(record)
+    return out
