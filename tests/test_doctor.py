@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastssl import doctor
+from fastssl.doctor import probes
 
 NAMES = ("torch", "torchvision", "ffcv", "deepspeed", "numba", "triton", "cv2", "timm")
 
@@ -98,7 +99,7 @@ def test_each_break_is_named_with_its_remedy(tmp_path):
     assert finding("import numba")[0] == "importing it ended with exit code 7"
     assert "libgl1" in finding("import cv2")[1]
     assert finding("not-there-at-all") == ("is not installed", 'pip install "not-there-at-all>=3"')
-    assert "asked for is numpy<2" in finding("numpy")[0]
+    assert "required is numpy<2" in finding("numpy")[0]
     assert "OSError: libcudart" in finding("gpu")[0]
     assert "import timm" not in out and "rich" not in out
     assert re.search(r"^\d+ to repair: numpy, not-there-at-all, import ", out, re.M), out
@@ -124,9 +125,9 @@ def test_a_driver_without_a_gpu_for_torch(tmp_path, monkeypatch):
 
 
 def test_a_hanging_package(tmp_path, monkeypatch):
-    said, ending = doctor._child([sys.executable, "-c", "print('begin x', flush=True); import time; time.sleep(60)"], 3)
+    said, ending = doctor._run([sys.executable, "-c", "print('begin x', flush=True); import time; time.sleep(60)"], 3)
     assert said == "begin x\n" and ending == "did not end in 3 s"
-    assert doctor._child([str(tmp_path / "no-such-program")], 1)[1].startswith("did not start")
+    assert doctor._run([str(tmp_path / "no-such-program")], 1)[1].startswith("did not start")
 
 
 def test_a_check_that_fails_is_a_finding(monkeypatch, capsys):
@@ -152,11 +153,11 @@ def test_compiler_and_disk(tmp_path, monkeypatch):
 
 
 def test_kernel_probe_runs():
-    assert "run" in doctor.probe_kernel(None)["detail"] or "equal" in doctor.probe_kernel(None)["detail"]
+    assert "run" in probes.kernel(None)["detail"] or "equal" in probes.kernel(None)["detail"]
 
 
 def test_loader_probe_runs(beton):
-    rate = re.match(r"([\d,]+) images/s", doctor.probe_loader(argparse.Namespace(data=str(beton)))["detail"])
+    rate = re.match(r"([\d,]+) images/s", probes.loader(argparse.Namespace(data=str(beton)))["detail"])
     assert int(rate[1].replace(",", "")) > 0
 
 
