@@ -18,8 +18,7 @@ import torch
 from common import append, environment
 
 from fastssl.eval import svm
-from fastssl.eval.svm import newton as svm_solver
-from fastssl.eval.svm import solvers as svm_fits
+from fastssl.eval.svm import newton, solvers
 from fastssl.eval.svm.solvers import average_precision
 
 VOC07 = (240, 255, 333, 188, 262, 197, 761, 344, 572, 146, 263, 430, 294, 249, 2095, 273, 97, 372, 263, 279)
@@ -60,14 +59,14 @@ def main() -> None:
     ]
     solver = "cuda" if args.device == "cuda" else "fast"
     small = [part[:200, :64] if part.shape[1] > 20 else part[:200] for part in data]
-    svm.low_shot(*small, shots=(1,), samples=1, solver=solver)  # compiles
+    svm.low_shot(*small, draws=svm.Draws((1,), 1), solver=solver)  # compiles
     result = {
         "train": args.train,
         "test": args.test,
         "dim": args.dim,
-        "threads": svm_solver.threads(),
+        "threads": newton.threads(),
         "solver": solver,
-        "joblib_jobs": svm_solver.threads(),
+        "joblib_jobs": newton.threads(),
     }
     for name, call, sample in (("full", svm.svm, full_sample), ("low_shot", svm.low_shot, low_shot_sample)):
         start = time.perf_counter()
@@ -123,8 +122,8 @@ def low_shot_sample(data, budget: float, solver: str) -> dict:
 def compare(data, budget: float, solver: str, kinds: dict, count: int) -> dict:
     """scikit-learn on `threads` problems of each kind and cost at a time; `count`: how many the protocol has."""
     x, labels, x_test, y_test = (part.numpy() for part in data)
-    threads = svm_solver.threads()
-    theirs, fast = svm_fits.Sklearn(x, x_test), svm.SOLVERS[solver](x, x_test)
+    threads = newton.threads()
+    theirs, fast = solvers.Sklearn(x, x_test), svm.SOLVERS[solver](x, x_test)
     spent = {(kind, cost): [] for kind in kinds for cost in svm.COSTS}
     differences, order, timed = [], np.random.default_rng(3), 0.0
     while timed < budget:
@@ -135,7 +134,7 @@ def compare(data, budget: float, solver: str, kinds: dict, count: int) -> dict:
             drawn = [kinds[kind](kind) for _ in range(threads)]
             work = [(rows, labels[rows, c] > 0) for c, rows in drawn]
             begun = time.perf_counter()
-            scores = list(svm_fits.parallel(one, [(theirs.x, theirs.x_test, *part, cost) for part in work]))
+            scores = list(solvers.parallel(one, [(theirs.x, theirs.x_test, *part, cost) for part in work]))
             spent[kind, cost].append((time.perf_counter() - begun) / threads)
             timed += time.perf_counter() - begun
             for (c, _), score, (ours, _) in zip(drawn, scores, fast.few(work, (cost,), svm.POSITIVE)):
@@ -157,7 +156,7 @@ def compare(data, budget: float, solver: str, kinds: dict, count: int) -> dict:
 
 
 def one(x, x_test, rows, positive, cost):
-    return svm_fits.fit(x[rows], positive, cost, svm.POSITIVE).decision_function(x_test)
+    return solvers.fit(x[rows], positive, cost, svm.POSITIVE).decision_function(x_test)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,12 @@ from torch import Tensor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Matrix products and convolutions in `precision` of DTYPES; "fp32": all as they are."""
+    dtype = DTYPES[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 # Flags in /proc/cpuinfo of processors that compute in these (x86; ARM).
 NATIVE = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"}}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import backbones, config, contract, dist, graph, norm, optim, weights
-from fastssl.amp import DTYPES, LossScale
+from fastssl.amp import LossScale, autocast
 from fastssl.checkpoint import run_folder
 from fastssl.config import Run
 from fastssl.loader import Batch, Loader
@@ -176,7 +176,7 @@ def prepare(method: nn.Module, run: Run, device: torch.device) -> nn.Module:
     if run.speed.channels_last:
         backbones.channels_last_(method)
     method.to(device).train()
-    forward, dtype = method.forward, DTYPES[run.optim.precision]
+    forward = method.forward
     if run.speed.compile:
         if run.speed.zero == 3:
             raise ValueError("speed.compile=True: the hooks of speed.zero=3 break the graph; use ZeRO 0 to 2")
@@ -184,7 +184,7 @@ def prepare(method: nn.Module, run: Run, device: torch.device) -> nn.Module:
 
     def precise(views: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         # Autocast here and not in DeepSpeed: weights, normalisation and statistics stay fp32 at every ZeRO stage.
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, run.optim.precision):
             out = contract.check_output(method, forward(views, batch), len(batch.index))
         return {name: v.float() if v.dtype in (torch.bfloat16, torch.float16) else v for name, v in out.items()}
 

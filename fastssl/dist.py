@@ -160,6 +160,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def print_main(text: str) -> None:
+    """Print on rank 0, at once."""
+    if is_main():
+        print(text, flush=True)
+
+
 def shard(rows: int, of: int | None = None) -> slice:
     """The contiguous block of `rows` rows that belongs to this rank (or to rank `of`)."""
     of = rank() if of is None else of

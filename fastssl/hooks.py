@@ -17,7 +17,8 @@ from torch import Tensor
 from fastssl import dist, views
 from fastssl.config import Run
 from fastssl.eval import knn
-from fastssl.eval.common import classes, features
+from fastssl.eval.common import classes, features, softmax
+from fastssl.eval.common.metrics import in_top_k
 from fastssl.loader import Batch, Loader
 from fastssl.log import HostScalar
 from fastssl.trainer import Outputs, Trainer
@@ -103,9 +104,10 @@ class FeatureCache:
             loader, data = self.loader(t, path), t.run.data
             view = data.eval_view or views.default_view(data.views[0], loader.card)
             with t.plain_backbone() as backbone:
-                self._features[path] = features.extract(
-                    backbone, loader, view, precision=t.run.optim.precision, kernels=t.run.speed.kernels
+                extractor = features.Extractor(
+                    backbone, view, precision=t.run.optim.precision, kernels=t.run.speed.kernels
                 )
+                self._features[path] = features.extract(extractor, loader)
         x, labels = self._features[path]
         numbers = self._numbers[path, train.path] if train else None
         if numbers is None:
@@ -190,12 +192,11 @@ class LinearProbe:
         x, label = torch.where(known[:, None], x, 0.0), batch.label.clamp(min=0)
         self._track(*moments(x, known)[1:])
         x = self._prepare(x)
-        log_p = (x @ self.state["classifier"].T).log_softmax(1)
-        loss = -log_p.gather(1, label[:, None])[:, 0] * known
-        right = (log_p.argmax(1) == label) & known
-        error = (log_p.exp() - F.one_hot(label, log_p.shape[1])) * known[:, None]
+        logits = x @ self.state["classifier"].T
+        loss, by_logits = softmax.loss_and_gradient(logits, label)
+        counts = torch.stack([(loss * known).sum(), (in_top_k(logits, label, 1) & known).sum(), known.sum()])
         # One all-reduce of the gradient's sum and three counts; the division makes it the mean over the global batch.
-        sums = dist.sum_(torch.cat([(error.T @ x).flatten(), torch.stack([loss.sum(), right.sum(), known.sum()])]))
+        sums = dist.sum_(torch.cat([((by_logits * known[:, None]).T @ x).flatten(), counts]))
         grad, (loss, right, count) = sums[:-3].view_as(self.state["classifier"]), sums[-3:]
         count = count.clamp(min=1)
         self.state["buffer"].mul_(self.momentum).add_(grad / count)
@@ -206,7 +207,7 @@ class LinearProbe:
         if not t.run.data.test or not _due(t, self.every) or "mean" not in self.state:
             return
         x, labels = self.cache(t, t.run.data.test, t.loader)
-        right = (self._prepare(x) @ self.state["classifier"].T).argmax(1) == labels
+        right = in_top_k(self._prepare(x) @ self.state["classifier"].T, labels, 1)
         t.log({"probe_top1": 100 * right.float().mean().item()})
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:

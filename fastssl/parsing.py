@@ -26,6 +26,18 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"{text}{'; ' if text else ''}default: {str(value).replace('%', '%%')}"
 
 
+def comma_separated(kind: Callable[[str], object]) -> Callable[[str], tuple]:
+    """For `type=` of an option: "1,2" -> (1, 2) with `kind` int."""
+
+    def parse(text: str) -> tuple:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of numbers") from None
+
+    return parse
+
+
 def run_command(command: str, work: Callable[[], None]) -> int:
     """The exit code of `fastssl COMMAND`: 2 for a ValueError or OSError, whose message is printed."""
     try:

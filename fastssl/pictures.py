@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, normalize
+from torch.nn.functional import interpolate
 
 from fastssl.kernels.augment import View, make_views
 from fastssl.loader import Batch, Loader
@@ -58,11 +58,6 @@ def images(path: str, rows: np.ndarray, view: View, *, device=None, workers: int
         for b in batches(path, once, batch=min(64, len(once)), device=device, workers=workers)
     ]
     return torch.cat(made)[torch.from_numpy(places)]
-
-
-def neighbours(bank: Tensor, queries: Tensor, count: int) -> Tensor:
-    """(Q, count) rows of the bank nearest to each query by cosine similarity, nearest first."""
-    return (normalize(queries, dim=1) @ normalize(bank, dim=1).T).topk(count).indices
 
 
 def sheet(path: Path, panels: list[tuple[str, Tensor]]) -> None:

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import backbones, config, data_prep, dist, pictures, train, weights
-from fastssl.eval import knn, linear
+from fastssl.eval import knn
 from fastssl.eval.common import features
+from fastssl.eval.common.search import nearest
+from fastssl.eval.linear.probe import linear_probe
 from fastssl.loader import Loader
 from fastssl.parsing import Parser
 
@@ -91,7 +93,7 @@ def report(run: config.Run) -> None:
         sets = [part for loader in loaders for part in extract(network.to(device), loader, run)]
         few = [sum(few_labels(*sets, count, seed) for seed in range(DRAWS)) / DRAWS for count in (1, 5)]
         everything = knn.knn(*sets, k=(10,))["results"][0]["top1"]
-        probe = linear.probe(*sets)["results"][0]["top1"]
+        probe = linear_probe(*sets)["results"][0]["top1"]
         print(f"{name:26}{few[0]:18.1f}{few[1]:18.1f}{everything:18.1f}{probe:20.1f}", flush=True)
     picture = folder / "quickstart.png"
     draw(picture, loaders, trained, run)
@@ -99,7 +101,7 @@ def report(run: config.Run) -> None:
 
 
 def extract(network: nn.Module, loader: Loader, run: config.Run) -> tuple[Tensor, Tensor]:
-    return features.extract(network, loader, run.data.eval_view)
+    return features.extract(features.Extractor(network, run.data.eval_view), loader)
 
 
 def few_labels(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, count: int, seed: int) -> float:
@@ -121,6 +123,6 @@ def draw(path: Path, loaders: list[Loader], network: nn.Module, run: config.Run)
         for x in plain
     ]
     some = torch.arange(0, len(queries), len(queries) // rows)[:rows]
-    near = pictures.neighbours(bank, queries[some.to(queries.device)], 6).cpu()
+    near = nearest(bank, queries[some.to(queries.device)], 6)[1].cpu()
     grid = torch.cat([images[1][some][:, None], images[0][near]], 1)
     pictures.sheet(path, [("an image and its views", views), ("a test image and its nearest neighbours", grid)])

@@ -16,7 +16,7 @@ LAYERS = """
     dist
     decode
     amp norm zero loader backbones optim log meters clustering ending
-    graph
+    graph inference
     trainer
     bottleneck checkpoint
     weights

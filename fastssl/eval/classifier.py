@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastssl import weights
-from fastssl.eval.common.features import check, hits
+from fastssl.eval.common.features import check_features
+from fastssl.eval.common.metrics import accuracy
 from fastssl.eval.common.target import EvalTarget
 
 NEEDS = ("test",)
@@ -62,7 +63,7 @@ def head(file: str, state: dict[str, Tensor], dim: int, name: str | None = None)
 @torch.no_grad()
 def classify(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> dict:
     """Accuracy in percent: features (N, dim), labels (N,), weight (C, dim), bias (C,)."""
-    check("test set", features, labels)
+    check_features("test set", features, labels)
     classes = len(weight)
     if int(labels.max()) >= classes:
         raise ValueError(
@@ -70,7 +71,5 @@ def classify(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> 
             f"{classes - 1}): is it of the same data?"
         )
     scores = features @ weight.T + bias
-    tops = (1, 5) if classes > 5 else (1,)
-    row = {f"top{n}": 100 * hits(scores, labels, n).sum().item() / len(labels) for n in tops}
     options = {"test": len(labels), "dim": features.shape[1], "classes": classes}
-    return {"protocol": "classifier", "options": options, "results": [row]}
+    return {"protocol": "classifier", "options": options, "results": [accuracy(scores, labels)]}

@@ -18,18 +18,19 @@ import torch
 
 from fastssl import dist, files
 from fastssl.eval.common import cache, features
-from fastssl.eval.common.cache import on_main
+from fastssl.eval.common.ranks import on_main
 from fastssl.eval.common.target import EvalTarget
 from fastssl.eval.maps import output_folder
+from fastssl.parsing import comma_separated
 
 NEEDS = ()  # whichever of the two files there is
-ELSEWHERE = "give another --folder"
+REMEDY = "give another --folder"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers",
-        type=lambda text: tuple(text.split(",")),
+        type=comma_separated(str),
         default=("last",),
         help="stem,layer1,layer2,layer3,layer4,last (other networks than ResNets: stage1, ...) or all",
     )
@@ -51,13 +52,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     layers = features.layers_of(target.backbone) if args.layers == ("all",) else args.layers
-    layers = features.check_layers(target.backbone, layers)
-    files = {name: getattr(target, name) for name in ("train", "test") if args.only in (None, name)}
-    files = {name: path for name, path in files.items() if path}
-    if not files:
+    features.check_layers(target.backbone, layers)
+    sources = {name: getattr(target, name) for name in ("train", "test") if args.only in (None, name)}
+    sources = {name: path for name, path in sources.items() if path}
+    if not sources:
         raise ValueError(f"give --{args.only} NAME.beton: {args.target or 'the command'} names none")
     folder = output_folder(args)
-    targets = {name: _targets(folder, name, layers, args.to) for name in files}
+    targets = {name: _targets(folder, name, layers, args.to) for name in sources}
     there = [path for paths in targets.values() for path in paths.values() if path.exists()]
     if there and not args.force:
         raise ValueError(f"{there[0]} exists: give another --folder, or --force to replace it")
@@ -65,15 +66,15 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     if args.squash:
         target.view = replace(target.view, crop="squash", resize=None)
     rows, about = [], target.describe()
-    dims = [shape.numel() for shape in features.shapes(target.backbone, target.view, layers)]
-    for name, path in files.items():
+    dims = target.extractor(layers).dims()
+    for name, path in sources.items():
         samples = target.loader(path).samples
         if args.to == "npy":
             _write_npy(target, path, targets[name], layers, [(samples, dim) for dim in dims])
         else:
             *parts, labels = target.features(path, layers)
             state = {**dict(zip(layers, parts)), "labels": labels}
-            on_main(partial(_write_safetensors, targets[name]["labels"], state, {**about, "file": path}), ELSEWHERE)
+            on_main(partial(_write_safetensors, targets[name]["labels"], state, {**about, "file": path}), REMEDY)
         rows += [
             {"file": name, "layer": layer, "rows": samples, "dim": dim, "path": str(targets[name][layer])}
             for layer, dim in zip(layers, dims)
@@ -94,7 +95,7 @@ def _write_npy(
     with contextlib.ExitStack() as stack:
 
         def begin() -> None:
-            cache.room(targets[layers[0]].parent, sum(4 * rows * dim for rows, dim in shapes), ELSEWHERE)
+            cache.check_disk_space(targets[layers[0]].parent, sum(4 * rows * dim for rows, dim in shapes), REMEDY)
             for layer, shape in zip(layers, shapes):
                 temporary = stack.enter_context(files.atomic_write(targets[layer]))
                 handles.append(stack.enter_context(open(temporary, "wb")))
@@ -105,19 +106,16 @@ def _write_npy(
                 np.save(f, loader.labels())
 
         def put(first: int, parts: list[torch.Tensor]) -> None:
-            for file, start, part in zip(handles, starts, parts):  # not memory maps: a full disk would kill us
+            for file, start, part in zip(handles, starts, parts):  # not memory maps: a full disk would kill the process
                 file.seek(start + 4 * first * part.shape[1])
                 file.write(part.cpu().contiguous().numpy().astype("<f4", copy=False))
 
-        on_main(begin, ELSEWHERE)
-        cache.visit(
+        on_main(begin, REMEDY)
+        cache.for_each_shard(
             target.cache_folder(),
-            target.backbone,
+            target.extractor(layers),
             loader,
-            target.view,
-            layers,
-            target.args.precision,
-            lambda first, parts: on_main(partial(put, first, parts), ELSEWHERE),
+            lambda first, parts: on_main(partial(put, first, parts), REMEDY),
             target.weights,
         )
 

@@ -70,12 +70,12 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     _check({**chosen, "mixup": args.mixup, "cutmix": args.cutmix, "clip": args.clip})
     backbone = copy.deepcopy(target.backbone)
     if args.pool:
-        finetuning.blocks(backbone, "--pool")
+        finetuning.transformer_blocks(backbone, "--pool")
         backbone.body.reset_classifier(0, args.pool)
     if chosen["drop_path"]:
         finetuning.drop_path_(backbone, chosen["drop_path"])
     loader, test = finetuning.training_loader(target, chosen["train_batch"]), target.loader(target.test)
-    classes = finetuning.classes(loader)
+    classes = finetuning.count_classes(loader)
     if (args.mixup or args.cutmix) and loader.batch // dist.world() // loader.micro % 2:
         raise ValueError("--mixup and --cutmix mix pairs: the images per rank and pass must be even")
     optim = settings(backbone, chosen, args.clip, args.precision)
@@ -85,11 +85,7 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
         finetuning.training_view(target.view),
         optim,
         classes=classes,
-        seed=args.seed,
-        smoothing=chosen["smoothing"],
-        mixup=args.mixup,
-        cutmix=args.cutmix,
-        log=lambda text: dist.is_main() and print(text, flush=True),
+        options=finetuning.TrainingOptions(args.seed, chosen["smoothing"], args.mixup, args.cutmix),
     )
     row = finetuning.accuracy(model, test, target.view, classes=classes, precision=args.precision)
     options = {

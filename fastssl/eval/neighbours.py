@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import dist, files, pictures
-from fastssl.eval import knn
+from fastssl.eval.common import search
+from fastssl.eval.common.features import check_finite
 from fastssl.eval.common.target import EvalTarget
 from fastssl.eval.maps import output_folder, sample
 
@@ -64,13 +64,6 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> Tensor:
     """int64 (M, k): rows of bank (N, dim) nearest to queries (M, dim) by cosine similarity, nearest first."""
     if not 1 <= k <= len(bank):
         raise ValueError(f"k={k}: must be between 1 and {len(bank)}, the samples that can be neighbours")
-    for name, x in (("training set", bank), ("test set", queries)):
-        bad = ~x.isfinite().all(1)
-        if bad.any():
-            raise ValueError(
-                f"{name}: {int(bad.sum())} of {len(x)} features are NaN or infinite (first: sample "
-                f"{int(bad.nonzero()[0])}): the training diverged, or precision is too low"
-            )
-    search = knn.SEARCH["torch"](F.normalize(bank.float(), dim=1), k, False)
-    parts = [search(F.normalize(part.float(), dim=1), 0)[1] for part in queries.split(knn.QUERIES)]
-    return torch.cat(parts) if parts else torch.empty(0, k, dtype=torch.int64)
+    check_finite("training set", bank)
+    check_finite("test set", queries)
+    return search.nearest(bank, queries, k)[1]

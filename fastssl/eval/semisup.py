@@ -18,8 +18,9 @@ from fastssl import dist
 from fastssl.config import Optim
 from fastssl.eval.common import cache, finetuning
 from fastssl.eval.common.stored_results import StoredResults
-from fastssl.eval.common.target import EvalTarget, numbers
+from fastssl.eval.common.target import EvalTarget
 from fastssl.loader import Loader, permutation
+from fastssl.parsing import comma_separated
 
 NEEDS = ("train", "test")
 WITHOUT = ("cache", "no_cache")  # what is trained has no features to keep
@@ -42,12 +43,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="names of the .beton's images in its order, 'name' or 'name label' "
         "on each line: the list that it was converted from",
     )
-    add("--lr", type=numbers(float), help="rates of the backbone; default: 0.001,0.01,0.1 (with Sobel filters 0.01)")
-    add("--head-mult", type=numbers(float), help="the head's rates over those; default: 1,10,100 (Sobel: 1)")
+    add(
+        "--lr",
+        type=comma_separated(float),
+        help="rates of the backbone; default: 0.001,0.01,0.1 (with Sobel filters 0.01)",
+    )
+    add("--head-mult", type=comma_separated(float), help="the head's rates over those; default: 1,10,100 (Sobel: 1)")
     add("--held-out", type=float, default=0.2, help="share of the labelled images that chooses the clean cell; 0: none")
     add("--train-batch", type=int, default=256, help="of all ranks together")
     add("--epochs", type=int, default=20, help="of each training")
-    add("--milestones", type=numbers(float), default=(12.0, 16.0), help="epochs where the rates fall by --gamma")
+    add(
+        "--milestones", type=comma_separated(float), default=(12.0, 16.0), help="epochs where the rates fall by --gamma"
+    )
     add("--gamma", type=float, default=0.2, help="see --milestones")
     add("--weight-decay", type=float, help="default: 5e-4 for 1 %%, 1e-4 for 10 %%")
     finetuning.add_options(parser)
@@ -58,14 +65,14 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     mults = args.head_mult or ((1.0,) if target.spec.sobel else HEAD_MULTS)
     _check(args, rates, mults)
     loader, test = finetuning.training_loader(target, args.train_batch), target.loader(target.test)
-    classes, rows, percent = finetuning.classes(loader), *labelled(loader, args)
+    classes, rows, percent = finetuning.count_classes(loader), *labelled(loader, args)
     decay = args.weight_decay if args.weight_decay is not None else WEIGHT_DECAY.get(round(percent, 1))
     if decay is None:
         raise ValueError(
             f"{percent:g} % of the images are labelled, and a weight decay is published for 1 % and 10 % "
             "alone: give --weight-decay"
         )
-    chosen_on, fitted_on = split(rows, finetuning.labels(loader), args.held_out, args.seed)
+    chosen_on, trained_on = split(rows, finetuning.class_labels(loader), args.held_out, args.seed)
     base = Optim(
         name="sgd",
         batch=args.train_batch,
@@ -78,8 +85,8 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
         precision=args.precision,
     )
     view = finetuning.training_view(target.view)
-    held_loader = target.loader(target.train)
-    kept = StoredResults(
+    evaluation_loader = target.loader(target.train)
+    stored = StoredResults(
         args.out,
         {
             "weights": cache.hash_weights(target.backbone),
@@ -94,14 +101,14 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
         },
     )
     total = len(rates) * len(mults) * (2 if len(chosen_on) else 1)
-    if kept.done:
-        say(f"{len(kept.done)} of {total} trainings are read from {kept.path}")
+    if stored.done:
+        dist.print_main(f"{len(stored.done)} of {total} trainings are read from {stored.path}")
 
     def accuracy(lr: float, mult: float, fit: np.ndarray, on: Loader, rows: np.ndarray | None = None) -> dict:
-        name = f"lr={lr:g} head_mult={mult:g} for {'the test' if rows is None else 'the choice'}"
-        place = f"training {len(kept.done) + 1} of {total}"
+        name = f"lr={lr:g} head_mult={mult:g} tested on {'the test set' if rows is None else 'held-out images'}"
+        progress = f"training {len(stored.done) + 1} of {total}, {name}, "
 
-        def work() -> dict:
+        def train_and_test() -> dict:
             try:
                 model = finetuning.train(
                     target.backbone,
@@ -110,23 +117,22 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
                     finetuning.with_head_rate(base, lr, mult),
                     classes=classes,
                     rows=fit,
-                    seed=args.seed,
-                    log=lambda text: say(f"{place}, {name}, {text}"),
+                    options=finetuning.TrainingOptions(seed=args.seed, name=progress),
                 )
             except finetuning.Diverged:
                 return {"top1": 0.0, "diverged": True}
             return finetuning.accuracy(model, on, target.view, classes=classes, rows=rows, precision=args.precision)
 
-        return kept(name, work)
+        return stored.get(name, train_and_test)
 
     cells = []
     for lr, mult in ((lr, mult) for lr in rates for mult in mults):
         cell = {"lr": lr, "head_mult": mult, **accuracy(lr, mult, rows, test)}
         if len(chosen_on):
-            cell["held_out_top1"] = accuracy(lr, mult, fitted_on, held_loader, chosen_on)["top1"]
+            cell["held_out_top1"] = accuracy(lr, mult, trained_on, evaluation_loader, chosen_on)["top1"]
         cells.append(cell)
-        say(" ".join(f"{key}={value:g}" for key, value in cell.items()))
-    kept.remove()
+        dist.print_main(" ".join(f"{key}={value:g}" for key, value in cell.items()))
+    stored.remove()
     options = {
         "percent": percent,
         "labelled": len(rows),
@@ -144,11 +150,6 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     }
     rows = [{"percent": percent, **row} for row in results(cells)]
     return {"protocol": "semisup", "options": options, "results": rows, "selection": cells}
-
-
-def say(text: str) -> None:
-    if dist.is_main():
-        print(text, flush=True)
 
 
 def results(cells: list[dict]) -> list[dict]:
@@ -179,7 +180,7 @@ def labelled(loader: Loader, args: argparse.Namespace) -> tuple[np.ndarray, floa
         return np.arange(loader.samples), 100.0 if args.percent is None else args.percent
     if args.subset is None:
         percent = 1.0 if args.percent is None else args.percent
-        return balanced(finetuning.labels(loader), percent, args.seed), percent
+        return balanced(finetuning.class_labels(loader), percent, args.seed), percent
     rows = read_subset(args.subset, loader, args.names)
     return rows, 100 * len(rows) / loader.samples
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -15,14 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastssl import pictures
-from fastssl.backbones import evaluating
 from fastssl.eval import knn, maps
 from fastssl.eval.common import features
+from fastssl.eval.common.search import nearest
 from fastssl.eval.common.target import add_target_options, load_target
-from fastssl.kernels.augment import View, make_views
+from fastssl.kernels.augment import View
 from fastssl.loader import Loader
 from fastssl.report import cards, charts
 from fastssl.report.runs import RunData
@@ -57,6 +58,13 @@ def views(run: RunData, args: argparse.Namespace) -> str:
     )
 
 
+class SmallPixels(nn.Module):
+    """Pixels of images at PIXELS x PIXELS: 1,000 images of 224 would be 0.6 GB."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, size=PIXELS, mode="area").flatten(1)
+
+
 class Features:
     """Features of `args.points` images of a run's test file (its training file, if it names none)."""
 
@@ -64,7 +72,7 @@ class Features:
         """`kind`: "weights", "untrained" or "pixels"."""
         parser = argparse.ArgumentParser()
         add_target_options(parser)
-        options = parser.parse_args([str(run.folder), "--batch", str(args.batch)])
+        options = parser.parse_args([str(run.folder), "--batch", str(min(args.batch, args.points))])
         options.device, options.workers, options.train, options.test = args.device, args.workers, args.train, args.test
         options.features = kind
         which = "test" if args.test or run.setting("data.test") else "train"
@@ -76,26 +84,14 @@ class Features:
         self.x, labels = self._extract()
         self.labels = labels.numpy() if labels.ndim == 1 else np.full(len(labels), -1)
 
-    @torch.no_grad()
     def _extract(self) -> tuple[Tensor, Tensor]:
-        out, labels = [], []
-        with evaluating(self.target.backbone):
-            for b in pictures.batches(
-                self.path,
-                self.rows,
-                batch=min(self.args.batch, len(self.rows)),
-                device=self.args.device,
-                workers=self.args.workers,
-            ):
-                x = make_views(b.pixels, b.sizes, b.index, (self.target.view,), seed=0, epoch=0)[0]
-                if isinstance(self.target.backbone, features.Pixels) and x.shape[-1] > PIXELS:
-                    x = F.interpolate(x, size=PIXELS, mode="area")  # 1,000 images of 224 would be 0.6 GB
-                out.append(self.target.backbone(x).float().cpu())
-                labels.append(b.label.cpu())
-        x = torch.cat(out)
+        extractor = self.target.extractor()
+        if isinstance(extractor.backbone, features.Pixels) and self.target.view.size > PIXELS:
+            extractor = replace(extractor, backbone=SmallPixels())
+        x, labels = (p.cpu() for p in features.extract_rows(extractor, self.target.loader(self.path), self.rows))
         if not x.isfinite().all():
             raise ValueError("some features are NaN or infinite: the training diverged")
-        return x, torch.cat(labels)
+        return x, labels
 
     def name(self, label: int) -> str:
         if label < 0:
@@ -129,11 +125,9 @@ class Features:
 
     def neighbours(self) -> str:
         """Some of the images with those nearest by cosine similarity among the others."""
-        x = F.normalize(self.x, dim=1)
+        x = self.x
         some = np.arange(0, len(x), max(1, len(x) // (ROWS + 2)))[: ROWS + 2]
-        near = x[some] @ x.T
-        near[torch.arange(len(some)), torch.from_numpy(some)] = -torch.inf
-        similarity, found = near.topk(min(NEIGHBOURS, len(x) - 1))
+        similarity, found = nearest(x, x[some], min(NEIGHBOURS, len(x) - 1), own=torch.from_numpy(some))
         shown = np.concatenate([some[:, None], found.numpy()], 1)
         tiles = pictures.images(
             self.path, self.rows[shown.flatten()], self.target.view, device=self.args.device, workers=self.args.workers

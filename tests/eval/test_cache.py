@@ -14,6 +14,7 @@ import torch
 from fastssl import backbones, dist, views
 from fastssl.config import Backbone
 from fastssl.eval.common import cache, features
+from fastssl.eval.common.features import Extractor
 from fastssl.loader import Loader
 
 (VIEW,) = views.center(16, 18)
@@ -22,7 +23,7 @@ LAYERS = ("stem", "layer4", "last")
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(cache, "ROWS", 20)  # 103 samples: five shards and one of three rows
+    monkeypatch.setattr(cache, "SHARD_ROWS", 20)  # 103 samples: five shards and one of three rows
 
 
 def net(seed=0, **options):
@@ -43,7 +44,7 @@ def load(path, batch=16):
 
 
 def kept(folder, loader, backbone=None, layers=LAYERS, view=VIEW, precision="fp32"):
-    return cache.load_or_extract(folder, backbone or net(), loader, view, layers, precision)
+    return cache.load_or_extract(folder, Extractor(backbone or net(), view, layers, precision), loader)
 
 
 def same(a, b):
@@ -52,7 +53,7 @@ def same(a, b):
 
 @pytest.fixture(scope="module")
 def want(beton):
-    return features.extract(net(), load(beton), VIEW, layers=LAYERS)
+    return features.extract(Extractor(net(), VIEW, layers=LAYERS), load(beton))
 
 
 def key(folder):
@@ -79,7 +80,9 @@ def test_shards_and_batches_need_not_agree(beton, want, tmp_path, batch):
     got = kept(tmp_path, load(beton, batch))
     for x, y in zip(got, want):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
-    assert same(got, features.extract(net(), load(beton, batch), VIEW, layers=LAYERS)), "bit for bit, of equal batches"
+    assert same(got, features.extract(Extractor(net(), VIEW, layers=LAYERS), load(beton, batch))), (
+        "bit for bit, of equal batches"
+    )
 
 
 def test_the_key_is_all_that_decides_the_values(beton, tmp_path):
@@ -109,7 +112,7 @@ def test_the_key_is_all_that_decides_the_values(beton, tmp_path):
 
 
 def test_an_interrupted_extraction_goes_on(beton, want, tmp_path, monkeypatch):
-    write, written = cache.Store.write, []
+    write, written = cache.FeatureStore.write, []
 
     def interrupted(self, k, parts):
         if k == 3:
@@ -117,13 +120,13 @@ def test_an_interrupted_extraction_goes_on(beton, want, tmp_path, monkeypatch):
         write(self, k, parts)
         written.append(k)
 
-    monkeypatch.setattr(cache.Store, "write", interrupted)
+    monkeypatch.setattr(cache.FeatureStore, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         kept(tmp_path, load(beton))
     folder = key(tmp_path)
     assert written == [0, 1, 2] and not (folder / "manifest.json").exists()
     (folder / "00003.tmp.left").mkdir()  # of a killed process: no shard
-    monkeypatch.setattr(cache.Store, "write", write)
+    monkeypatch.setattr(cache.FeatureStore, "write", write)
     loader = load(beton)
     assert same(kept(tmp_path, loader), want)
     assert min(loader.rows) == 48, "the batch that holds row 60 begins at 48; nothing before was decoded"
@@ -198,7 +201,7 @@ def test_features_that_are_no_numbers_are_not_kept(beton, tmp_path):
     broken = net()
     with torch.no_grad():
         broken.layer4[0].bn2.bias[0] = torch.nan
-    with pytest.raises(ValueError, match="features of 20 samples are NaN or infinite .first: sample 0.: the training"):
+    with pytest.raises(ValueError, match="20 of 20 features are NaN or infinite .first: sample 0.: the training"):
         kept(tmp_path, load(beton), broken, layers=("last",))
     assert not list(tmp_path.rglob("*.npy"))
 
@@ -215,7 +218,7 @@ def test_no_room_and_no_folder(beton, tmp_path, monkeypatch):
 
 
 def on_two_ranks(beton, folder):
-    cache.ROWS = 20
+    cache.SHARD_ROWS = 20
     result = {}
     for batch in (16, 102):  # 102: the last batch has one sample, the second rank none of it
         result[batch] = kept(Path(folder) / str(batch), load(beton, batch))
@@ -227,13 +230,10 @@ def on_two_ranks(beton, folder):
     result["shards"] = {}
     for name, place in (("none", None), ("kept", Path(folder) / "16")):
         seen = result["shards"][name] = []
-        cache.visit(
+        cache.for_each_shard(
             place,
-            net(),
+            Extractor(net(), VIEW, LAYERS, "fp32"),
             load(beton, 16),
-            VIEW,
-            LAYERS,
-            "fp32",
             lambda first, parts, seen=seen: seen.append((first, [part.clone() for part in parts])),
         )
     result["repaired"] = kept(Path(folder) / "16", load(beton, 16))

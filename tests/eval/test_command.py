@@ -16,6 +16,7 @@ from fastssl import backbones, config, views, weights
 from fastssl.checkpoint import store
 from fastssl.config import Backbone, Data, Run
 from fastssl.eval.common import cache, features
+from fastssl.eval.common.features import Extractor
 from fastssl.files import write_json
 from fastssl.kernels.augment import View
 from fastssl.loader import Loader
@@ -234,7 +235,7 @@ def test_the_classifier_that_a_file_brings_along(run_folder, files, tmp_path, ca
     [
         (["knn", "nowhere"], "no run folder or weight file nowhere"),
         (["knn", "RUN", "--k", "5,61"], "must be between 1 and 60"),
-        (["knn", "RUN", "--k", "five"], "'five' is no comma-separated list"),
+        (["knn", "RUN", "--k", "five"], "'five' is not a comma-separated list of numbers"),
         (["knn", "RUN", "--temp", "1"], "unrecognized arguments: --temp"),
         (["knn", "RUN", "--stem", "cifar"], "names its backbone .resnet10.: leave out"),
         (["knn", "PTH", "--train", "TRAIN", "--test", "TEST"], "give --backbone NAME"),
@@ -355,7 +356,7 @@ def test_extract_writes_shard_by_shard(run_folder, tmp_path, monkeypatch, capsys
     argv = ["extract", run_folder, "--layers", "stem,last", "--only", "train", "--batch", 14]
     assert call(*argv, "--to", "safetensors", "--folder", tmp_path / "whole", "--no-cache") == 0
     want = safetensors.torch.load_file(tmp_path / "whole" / "train.safetensors")
-    monkeypatch.setattr(cache, "ROWS", 8)
+    monkeypatch.setattr(cache, "SHARD_ROWS", 8)
     for module, name in ((cache, "load_or_extract"), (features, "extract")):  # what holds all rows
         monkeypatch.setattr(module, name, None)
     more = more or ["--cache", tmp_path / "cache"]
@@ -365,7 +366,7 @@ def test_extract_writes_shard_by_shard(run_folder, tmp_path, monkeypatch, capsys
             assert np.array_equal(np.load(tmp_path / "out" / f"train_{name}.npy"), part)
     assert len(list((tmp_path / "cache").glob("*/0*"))) == (8 if "--cache" in more else 0)
     (tmp_path / "out" / "train_last.npy").write_text("old")
-    monkeypatch.setattr(cache, "_emit", interrupt)
+    monkeypatch.setattr(cache, "_finish_shard", interrupt)
     with pytest.raises(KeyboardInterrupt):
         call(*argv, "--no-cache", "--folder", tmp_path / "out", "--force")
     assert (tmp_path / "out" / "train_last.npy").read_text() == "old" and not list(tmp_path.glob("out/*.tmp"))
@@ -403,7 +404,7 @@ def test_one_file_is_enough_for_extract(files, tmp_path, capsys):
     net, sheet = backbones.build(SPEC), View(12, crop="squash")
     weights.load_backbone(tmp_path / "a.pth", net)
     loader = Loader(files[1], 33, device="cpu", workers=1, shuffle=False, drop_last=False)
-    want = features.extract(net, loader, sheet)[0]
+    want = features.extract(Extractor(net, sheet), loader)[0]
     got = torch.from_numpy(np.load(tmp_path / "whole" / "test_last.npy"))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert call(*bare, "--folder", tmp_path / "out") == 2

@@ -9,8 +9,10 @@ from torch import nn
 
 from fastssl import backbones, views
 from fastssl.config import Backbone
-from fastssl.eval import knn, linear
+from fastssl.eval import knn
 from fastssl.eval.common import cache, features
+from fastssl.eval.common.features import Extractor
+from fastssl.eval.linear import probe
 from fastssl.kernels.augment import View, make_views
 from fastssl.loader import Loader
 
@@ -44,7 +46,7 @@ def want(beton):
 
 @pytest.mark.parametrize("batch", [1, 10, 102, 103, 500])
 def test_every_sample_in_file_order(beton, want, batch):
-    x, y = features.extract(net().train(), load(beton, batch), VIEW)
+    x, y = features.extract(Extractor(net().train(), VIEW), load(beton, batch))
     assert x.dtype == torch.float32 and y.dtype == torch.int64
     torch.testing.assert_close(x, want[0], rtol=1e-4, atol=1e-4)
     assert torch.equal(y, want[1]) and torch.equal(y, torch.arange(103) % 10)
@@ -53,19 +55,19 @@ def test_every_sample_in_file_order(beton, want, batch):
 def test_order_comes_from_the_index(beton, want):
     source = load(beton, 32)
     batches = list(source.epoch(0))
-    source.epoch = lambda epoch: reversed(batches)
-    x, y = features.extract(net(), source, VIEW)
+    source.epoch = lambda *given: (batch for batch in reversed(batches))
+    x, y = features.extract(Extractor(net(), VIEW), source)
     torch.testing.assert_close(x, want[0], rtol=1e-4, atol=1e-4)
     assert torch.equal(y, want[1])
-    source.epoch = lambda epoch: iter(batches[:-1])
+    source.epoch = lambda *given: (batch for batch in batches[:-1])
     with pytest.raises(ValueError, match="gave 96 samples that are not 0 to 102"):
-        features.extract(net(), source, VIEW)
+        features.extract(Extractor(net(), VIEW), source)
 
 
 @pytest.mark.parametrize("options", [{"shuffle": True}, {"drop_last": True}])
 def test_a_training_loader_is_refused(beton, options):
     with pytest.raises(ValueError, match="shuffle=False, drop_last=False"):
-        features.extract(net(), load(beton, **options), VIEW)
+        features.extract(Extractor(net(), VIEW), load(beton, **options))
 
 
 def test_modes_and_statistics_stay(beton):
@@ -73,7 +75,7 @@ def test_modes_and_statistics_stay(beton):
     backbone.layer2.eval()  # a user's frozen part
     modes = [m.training for m in backbone.modules()]
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
-    features.extract(backbone, load(beton), VIEW)
+    features.extract(Extractor(backbone, VIEW), load(beton))
     assert [m.training for m in backbone.modules()] == modes and True in modes and False in modes
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
 
@@ -85,18 +87,18 @@ def test_modes_and_statistics_stay(beton):
 
     broken = Broken().train()
     with pytest.raises(RuntimeError, match="out of luck"):
-        features.extract(broken, load(beton), VIEW)
+        features.extract(Extractor(broken, VIEW), load(beton))
     assert broken.training
 
 
 def test_precision(beton, want):
-    x, _ = features.extract(backbones.channels_last_(net()), load(beton), VIEW, precision="bf16")
+    x, _ = features.extract(Extractor(backbones.channels_last_(net()), VIEW, precision="bf16"), load(beton))
     error = (x - want[0]).abs().max() / want[0].abs().max()
     assert x.dtype == torch.float32 and 1e-5 < error < 3e-2, "bf16 acts, and only so far"
 
 
 def test_pixels(beton):
-    x, _ = features.extract(features.Pixels(16), load(beton), VIEW)
+    x, _ = features.extract(Extractor(features.Pixels(16), VIEW), load(beton))
     assert x.shape == (103, features.Pixels(16).dim)
     (batch,) = load(beton, 103).epoch(0)
     (view,) = make_views(batch.pixels, batch.sizes, batch.index, (VIEW,), seed=0, epoch=0)
@@ -142,7 +144,7 @@ def test_other_maps_are_pooled_adaptively(channels, side, grid):
 def test_layers_of_one_pass(beton, want):
     """Each layer against the map that a hook on the network sees, one image at a time, flattened (C, g, g)."""
     names = ("layer2", "last", "stem")
-    parts = features.extract(net(), load(beton), VIEW, layers=names)
+    parts = features.extract(Extractor(net(), VIEW, layers=names), load(beton))
     backbone, seen = net().eval(), {}
     backbone.layer2.register_forward_hook(lambda m, i, out: seen.update(layer2=out))
     backbone.layer1.register_forward_pre_hook(lambda m, i: seen.update(stem=i[0]))  # no max-pool in this stem
@@ -154,7 +156,7 @@ def test_layers_of_one_pass(beton, want):
         for name, part in zip(names, parts):
             torch.testing.assert_close(part[int(batch.index)], seen[name][0].flatten(), rtol=1e-4, atol=1e-4)
     assert torch.equal(parts[3], want[1])
-    assert [shape.numel() for shape in features.shapes(net(), VIEW, names)] == [p.shape[1] for p in parts[:3]]
+    assert [shape.numel() for shape in Extractor(net(), VIEW, names).shapes()] == [p.shape[1] for p in parts[:3]]
 
 
 def test_layers_of_other_networks():
@@ -176,7 +178,7 @@ def test_layers_of_other_networks():
 def test_some_rows_alone(beton, want):
     rows = np.array([101, 3, 50, 4, 102, 0, 77])
     for batch in (3, 7, 50):
-        x, y = features.extract_rows(net(), load(beton, batch), VIEW, rows)
+        x, y = features.extract_rows(Extractor(net(), VIEW), load(beton, batch), rows)
         torch.testing.assert_close(x, want[0][np.sort(rows)], rtol=1e-4, atol=1e-4)
         assert torch.equal(y, want[1][np.sort(rows)])
 
@@ -201,39 +203,35 @@ def test_default_view(size, sides, resize):
 def test_a_set_that_memory_cannot_hold_is_refused(beton, tmp_path, monkeypatch):
     loader, need = load(beton, 10), 103 * 64 * 4
     monkeypatch.setattr(features, "free_memory", lambda device: need)
-    assert len(cache.load_or_extract(tmp_path, net(), loader, VIEW, ("last",), "fp32")[0]) == 103
-    assert len(features.extract(net(), loader, VIEW)[0]) == 103, "the monitors of a training are not asked"
+    assert len(cache.load_or_extract(tmp_path, Extractor(net(), VIEW, ("last",), "fp32"), loader)[0]) == 103
+    assert len(features.extract(Extractor(net(), VIEW), loader)[0]) == 103, "the monitors of a training are not asked"
     monkeypatch.setattr(features, "free_memory", lambda device: need - 1)
     with pytest.raises(ValueError, match="eval extract --to npy"):
-        cache.load_or_extract(tmp_path, net(), loader, VIEW, ("last",), "fp32")
-
-
-def test_hits():
-    scores = torch.tensor([[3.0, 1.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
-    for n, first, last in ((1, [0], [0]), (2, [0, 2], [0, 1]), (4, [0, 1, 2, 3], [0, 1, 2, 3])):
-        for label in range(4):
-            got = features.hits(scores, torch.tensor([label, label]), n).tolist()
-            assert got == [label in first, label in last], "of equal scores the lower class counts"
-    g = torch.Generator().manual_seed(0)
-    scores, labels = torch.randn(50, 9, generator=g), torch.randint(9, (50,), generator=g)
-    for n in (1, 3):
-        assert torch.equal(features.hits(scores, labels, n), (scores.topk(n).indices == labels[:, None]).any(1))
+        cache.load_or_extract(tmp_path, Extractor(net(), VIEW, ("last",), "fp32"), loader)
 
 
 def compute(beton, tiny):
     result = {}
     for batch in (10, 102):  # 102: the last batch has one sample, the second rank none of it
-        result[f"features {batch}"] = features.extract(net(), load(beton, batch), VIEW)
-        result[f"rows {batch}"] = features.extract_rows(net(), load(beton, batch), VIEW, np.arange(100, 0, -3))
-        result[f"layers {batch}"] = features.extract(net(), load(beton, batch), VIEW, layers=("last", "layer3"))
-    result["tiny"] = features.extract(net(), load(tiny, 2), VIEW)  # one sample: the second rank has no batch at all
+        result[f"features {batch}"] = features.extract(Extractor(net(), VIEW), load(beton, batch))
+        result[f"rows {batch}"] = features.extract_rows(
+            Extractor(net(), VIEW), load(beton, batch), np.arange(100, 0, -3)
+        )
+        result[f"layers {batch}"] = features.extract(
+            Extractor(net(), VIEW, layers=("last", "layer3")), load(beton, batch)
+        )
+    result["tiny"] = features.extract(
+        Extractor(net(), VIEW), load(tiny, 2)
+    )  # one sample: the second rank has no batch at all
     x, y = result["features 10"]
     result["knn"] = knn.knn(x[:80], y[:80], x[80:], y[80:], k=(1, 5, 20))
     result["alone"] = knn.knn(x, y, k=(1, 5, 20))
     for solver, options in (("sgd", {"batch": 33}), ("lbfgs", {"grid": (1e-3, 1e-2)})):
-        result[solver] = linear.probe(x[:80], y[:80], x[80:], y[80:], solver=solver, epochs=30, **options)
-        fit = {"sgd": linear._sgd, "lbfgs": linear._lbfgs}[solver]
-        result[f"{solver} weights"] = fit(linear._scaled(x, *linear._standard(x)), y, (0.01, 1.0), 10, 20, 33, 0)
+        result[solver] = probe.linear_probe(
+            x[:80], y[:80], x[80:], y[80:], probe.ProbeOptions(solver=solver, epochs=30, **options)
+        )
+        fit = {"sgd": probe._sgd, "lbfgs": probe._lbfgs}[solver]
+        result[f"{solver} weights"] = fit(probe._scaled(x, *probe._standard(x)), y, (0.01, 1.0), 10, 20, 33, 0)
     return result
 
 

@@ -71,7 +71,8 @@ def test_training_is_sgd_written_out(files):
     settings = Optim(batch=32, epochs=2, weight_decay=0.1, schedule="step", milestones=(1.0,), gamma=0.2)
     settings = finetuning.with_head_rate(settings, 0.02, 10.0)
     loader = training(files[0], 32)
-    model = finetuning.train(net, loader, VIEW, settings, classes=3, rows=rows, seed=4, smoothing=0.1)
+    options = finetuning.TrainingOptions(seed=4, smoothing=0.1)
+    model = finetuning.train(net, loader, VIEW, settings, classes=3, rows=rows, options=options)
 
     batch = next(training(files[0], 192, shuffle=False, drop_last=False).epoch(0))
     x = batch.pixels.view(-1, 16, 16, 3).permute(0, 3, 1, 2).double() / 255
@@ -121,19 +122,18 @@ def test_micro_batches_change_nothing_without_batch_norm(files):
         torch.testing.assert_close(a, b)
 
 
-def test_precisions_and_mixing_train(files):
+def test_precisions_and_mixing_train(files, capsys):
     for precision, mix in (("bf16", {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}), ("fp16", {})):
-        losses = []
         model = finetuning.train(
             Linear(),
             training(files[0], 32),
             VIEW,
             Optim(batch=32, epochs=2, lr=0.01, clip=1.0, precision=precision),
             classes=3,
-            log=losses.append,
-            **mix,
+            options=finetuning.TrainingOptions(**mix),
         )
-        first, last = (float(text.split()[-1]) for text in (losses[0], losses[-1]))
+        losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+        first, last = losses
         assert last < first and all(p.isfinite().all() and p.dtype == torch.float32 for p in model.parameters())
 
 
@@ -344,7 +344,7 @@ def test_semisup_says_how_far_it_is_and_goes_on_after_a_stop(files, tmp_path, ca
     with pytest.raises(KeyboardInterrupt):
         call(files, "semisup", *argv)
     printed = capsys.readouterr().out
-    assert "training 2 of 4, lr=0.01 head_mult=1 for the choice, epoch 1/1: loss" in printed
+    assert "training 2 of 4, lr=0.01 head_mult=1 tested on held-out images, epoch 1/1: loss" in printed
     assert not out.exists() and (tmp_path / "a.part.jsonl").exists()
     with open(tmp_path / "a.part.jsonl", "a") as f:
         f.write('{"name": "lr=0.1 head_')  # a kill in mid-line
@@ -472,4 +472,4 @@ def test_files_that_cannot_train_a_classifier(files, tmp_path):
     load = lambda path: training(path, 4, shuffle=False, drop_last=False)  # noqa: E731
     for path, text in ((unlabelled, "has 4 images without label"), (multi, "has several labels an image")):
         with pytest.raises(ValueError, match=text):
-            finetuning.labels(load(path))
+            finetuning.class_labels(load(path))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from fastssl.eval import knn as module
+from fastssl.eval.common import search
 from fastssl.eval.knn import knn
 
 
@@ -92,16 +92,16 @@ def test_equals_sklearn(data, k):
 def test_chunks_change_nothing(data, monkeypatch, queries, similarities):
     want = knn(*data, k=(5, 40))
     alone = knn(*data[:2], k=(5, 40))
-    monkeypatch.setattr(module, "QUERIES", queries)
-    monkeypatch.setattr(module, "SIMILARITIES", similarities)
+    monkeypatch.setattr(search, "QUERIES", queries)
+    monkeypatch.setattr(search, "SIMILARITIES", similarities)
     assert knn(*data, k=(5, 40)) == want
     assert knn(*data[:2], k=(5, 40)) == alone
 
 
 def test_never_holds_all_similarities(monkeypatch):
     sizes = []
-    monkeypatch.setattr(module, "SIMILARITIES", 1 << 16)
-    monkeypatch.setattr(module, "_exact_product", lambda a, b: sizes.append(len(a) * len(b)) or a @ b.T)
+    monkeypatch.setattr(search, "SIMILARITIES", 1 << 16)
+    monkeypatch.setattr(search, "_exact_product", lambda a, b: sizes.append(len(a) * len(b)) or a @ b.T)
     knn(*blobs(3000), *blobs(1500), k=(10,))
     assert sum(sizes) == 3000 * 1500 and max(sizes) <= 1 << 16
 

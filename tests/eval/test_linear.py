@@ -6,8 +6,11 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from fastssl.eval import linear
 from fastssl.eval.linear import probe
+
+
+def run_probe(*data, **options):
+    return probe.linear_probe(*data, probe.ProbeOptions(**options))
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +22,8 @@ def digits():
 
 
 def scaled(train, test):
-    mean, scale = linear._standard(train)
-    return [linear._scaled(x, mean, scale)[:, :-1].numpy() for x in (train, test)]
+    mean, scale = probe._standard(train)
+    return [probe._scaled(x, mean, scale)[:, :-1].numpy() for x in (train, test)]
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +31,10 @@ def sklearn_best(digits):
     """Test accuracy of scikit-learn with the penalty chosen on the same held-out tenth."""
     train, y, test, test_y = digits
     x, t = scaled(train, test)
-    order = linear.permutation(len(x), 0, 0)
+    order = probe.permutation(len(x), 0, 0)
     held, rest = order[:120], order[120:]
     fit = lambda rows, l2: LogisticRegression(C=1 / (l2 * len(rows)), max_iter=3000).fit(x[rows], y[rows])  # noqa: E731
-    best = max(linear.PENALTIES, key=lambda l2: fit(rest, l2).score(x[held], y[held]))
+    best = max(probe.PENALTIES, key=lambda l2: fit(rest, l2).score(x[held], y[held]))
     return 100 * fit(order, best).score(t, test_y)
 
 
@@ -41,7 +44,7 @@ def test_lbfgs_finds_sklearns_optimum(digits, l2):
     x, t = scaled(train, test)
     theirs = LogisticRegression(C=1 / (l2 * len(x)), max_iter=5000, tol=1e-8).fit(x.astype(float), y)
     ones = torch.ones(len(x), 1)
-    w = linear._lbfgs(torch.cat([torch.tensor(x), ones], 1), y, (l2, 1.0), 10, 100)[:, 0].numpy()
+    w = probe._lbfgs(torch.cat([torch.tensor(x), ones], 1), y, (l2, 1.0), 10, 100)[:, 0].numpy()
     logits = theirs.decision_function(t.astype(float)), t @ w[:-1] + w[-1]
     want, ours = (np.exp(z) / np.exp(z).sum(1, keepdims=True) for z in logits)
     np.testing.assert_allclose(ours, want, rtol=0, atol=1e-3)
@@ -49,7 +52,7 @@ def test_lbfgs_finds_sklearns_optimum(digits, l2):
 
 @pytest.mark.parametrize("solver, options", [("sgd", {}), ("sgd", {"batch": 5000, "epochs": 300}), ("lbfgs", {})])
 def test_accuracy_is_sklearns(digits, sklearn_best, solver, options):
-    result = probe(*digits, solver=solver, **options)
+    result = run_probe(*digits, solver=solver, **options)
     (row,) = result["results"]
     assert abs(row["top1"] - sklearn_best) <= 1.0, (row, sklearn_best)
     assert row["top1"] < row["top5"] <= 100
@@ -66,21 +69,21 @@ def test_gradient_is_that_of_cross_entropy():
     logits = torch.einsum("nd,dgc->gnc", x, w)
     want = sum(torch.nn.functional.cross_entropy(z, y, reduction="sum") for z in logits)
     (grad,) = torch.autograd.grad(want, w)
-    ours = linear._loss_and_gradient(w.detach(), x, y)
+    ours = probe._summed_gradient(w.detach(), x, y)
     torch.testing.assert_close(ours[0], want.detach())
     torch.testing.assert_close(ours[1], grad)
 
 
 def test_heads_trained_together_are_heads_trained_alone(digits):
     train, y = digits[:2]
-    x = linear._scaled(train, *linear._standard(train))
-    together = linear._sgd(x, y, (0.3, 3.0, 30.0), 10, 5, 256, seed=0)
+    x = probe._scaled(train, *probe._standard(train))
+    together = probe._sgd(x, y, (0.3, 3.0, 30.0), 10, 5, 256, seed=0)
     for i, rate in enumerate((0.3, 3.0, 30.0)):
-        torch.testing.assert_close(together[:, i], linear._sgd(x, y, (rate,), 10, 5, 256, seed=0)[:, 0])
+        torch.testing.assert_close(together[:, i], probe._sgd(x, y, (rate,), 10, 5, 256, seed=0)[:, 0])
 
 
 def test_the_seed_decides_everything(digits):
-    run = lambda seed: probe(*digits, epochs=3, seed=seed)  # noqa: E731
+    run = lambda seed: run_probe(*digits, epochs=3, seed=seed)  # noqa: E731
     torch.manual_seed(1)
     first = run(0)
     torch.manual_seed(2)
@@ -90,28 +93,28 @@ def test_the_seed_decides_everything(digits):
 
 def test_the_test_set_chooses_nothing(digits):
     train, y, test, test_y = digits
-    one, two = (probe(train, y, test, labels, epochs=3) for labels in (test_y, test_y.flip(0)))
+    one, two = (run_probe(train, y, test, labels, epochs=3) for labels in (test_y, test_y.flip(0)))
     assert one["selection"] == two["selection"] and one["results"][0]["lr"] == two["results"][0]["lr"]
     assert one["results"][0]["top1"] > two["results"][0]["top1"]
 
 
 def test_features_of_any_scale_and_dead_dimensions(digits):
     train, y, test, test_y = digits
-    want = probe(train, y, test, test_y, epochs=20)["results"]
+    want = run_probe(train, y, test, test_y, epochs=20)["results"]
     shift = torch.linspace(1, 1e3, 64)
-    got = probe(train * shift + 5, y, test * shift + 5, test_y, epochs=20)["results"]
+    got = run_probe(train * shift + 5, y, test * shift + 5, test_y, epochs=20)["results"]
     assert got[0]["top1"] == pytest.approx(want[0]["top1"], abs=1.0)
     dead = [torch.cat([x, x.new_full((len(x), 1), c)], 1) for x, c in ((train, 3.0), (test, 1e4))]
-    assert probe(dead[0], y, dead[1], test_y, epochs=20)["results"][0]["top1"] > 90
-    assert probe(torch.ones(50, 4), y[:50], torch.ones(20, 4), y[:20], epochs=2)["results"][0]["top1"] <= 50
+    assert run_probe(dead[0], y, dead[1], test_y, epochs=20)["results"][0]["top1"] > 90
+    assert run_probe(torch.ones(50, 4), y[:50], torch.ones(20, 4), y[:20], epochs=2)["results"][0]["top1"] <= 50
 
 
 def test_chunks_of_logits_change_nothing(digits, monkeypatch):
     train, y = digits[0][:200], digits[1][:200]
-    x = linear._scaled(train, *linear._standard(train))
-    want = linear._lbfgs(x, y, (1e-3, 1e-2), 10, 20)
-    monkeypatch.setattr(linear, "LOGITS", 10 * 33)
-    torch.testing.assert_close(linear._lbfgs(x, y, (1e-3, 1e-2), 10, 20), want, rtol=1e-3, atol=2e-4)
+    x = probe._scaled(train, *probe._standard(train))
+    want = probe._lbfgs(x, y, (1e-3, 1e-2), 10, 20)
+    monkeypatch.setattr(probe, "LOGITS", 10 * 33)
+    torch.testing.assert_close(probe._lbfgs(x, y, (1e-3, 1e-2), 10, 20), want, rtol=1e-3, atol=2e-4)
 
 
 BAD = [
@@ -127,20 +130,20 @@ BAD = [
 @pytest.mark.parametrize("options, text", BAD, ids=[text for _, text in BAD])
 def test_bad_options(digits, options, text):
     with pytest.raises(ValueError, match=text):
-        probe(*digits, **options)
+        run_probe(*digits, **options)
 
 
 def test_bad_data(digits):
     train, y, test, test_y = digits
     with pytest.raises(ValueError, match="class 9 of the test set is not in the training set"):
-        probe(train[y < 9], y[y < 9], test, test_y)
+        run_probe(train[y < 9], y[y < 9], test, test_y)
     with pytest.raises(ValueError, match="training set: 1 of 1200 features are NaN"):
-        probe(train.index_fill(0, torch.tensor([4]), float("inf")), y, test, test_y)
+        run_probe(train.index_fill(0, torch.tensor([4]), float("inf")), y, test, test_y)
     with pytest.raises(ValueError, match="test set: 0 samples"):
-        probe(train, y, test[:0], test_y[:0])
+        run_probe(train, y, test[:0], test_y[:0])
     with pytest.raises(ValueError, match="has 64 dimensions, the test set 8"):
-        probe(train, y, test[:, :8], test_y)
+        run_probe(train, y, test[:, :8], test_y)
     with pytest.raises(ValueError, match="have no label"):
-        probe(train, y - 1, test, test_y)
+        run_probe(train, y - 1, test, test_y)
     with pytest.raises(ValueError, match="one sample"):
-        probe(train[:1], y[:1], test[:1], y[:1])
+        run_probe(train[:1], y[:1], test[:1], y[:1])

@@ -13,8 +13,9 @@ from fastssl import optim
 from fastssl.eval import linear
 from fastssl.eval.common import features
 from fastssl.eval.common.target import add_target_options, load_target
-from fastssl.eval.linear import augment, published
-from fastssl.eval.linear.published import RECIPES, LinearClassifiers
+from fastssl.eval.linear import augment, classifiers, published, recipes
+from fastssl.eval.linear.classifiers import LinearClassifiers
+from fastssl.eval.linear.recipes import RECIPES
 from fastssl.kernels.augment import View
 
 
@@ -80,14 +81,14 @@ def test_lars_by_hand():
     recipe, rate = replace(RECIPES["lars"], weight_decay=0.5), torch.tensor([[2.0], [4.0]])
     p = torch.tensor([[[3.0, 4.0], [0.0, 0.0]]])  # D 1, G 2, C 2: norms 5 and 0
     grad, velocity = torch.tensor([[[0.0, 2.0], [1.0, 1.0]]]), torch.zeros(1, 2, 2)
-    published.update_(p, grad, velocity, rate, recipe)
+    classifiers.update_(p, grad, velocity, rate, recipe)
     ratio = 1e-3 * 5 / (2 + 0.5 * 5)
     torch.testing.assert_close(p[0, 0], torch.tensor([3 - 2 * ratio * 1.5, 4 - 2 * ratio * 4.0]))
     torch.testing.assert_close(p[0, 1], torch.tensor([-4.0, -4.0]), msg="zero weights: plain SGD")
 
 
 def test_the_published_settings():
-    factor = lambda name, epochs: [round(published.rate_factor(RECIPES[name], e), 6) for e in epochs]  # noqa: E731
+    factor = lambda name, epochs: [round(recipes.rate_factor(RECIPES[name], e), 6) for e in epochs]  # noqa: E731
     assert factor("moco", (0, 59, 60, 79, 80, 99)) == [1, 1, 0.1, 0.1, 0.01, 0.01]
     assert factor("multi", (29, 30, 60, 89)) == [1, 0.1, 0.01, 0.01]
     assert factor("places205", (6, 7, 14, 21, 27)) == [1, 0.1, 0.01, 0.001, 0.001]
@@ -161,7 +162,7 @@ def target(folder, *argv):
 
 
 def run(folder, name="moco", argv=(), **options):
-    return published.run(target(folder, *argv), name, **{"epochs": 2, "batch": 20, **options})
+    return published.train_and_test(target(folder, *argv), name, **{"epochs": 2, "batch": 20, **options})
 
 
 def close(a, b):
@@ -192,9 +193,9 @@ def test_rows_say_what_they_were_selected_on(folder):
 
 
 def test_held_out_images_teach_nothing(folder, monkeypatch):
-    seen, live = set(), published.live
+    seen, augmented_batches = set(), published.augmented_batches
 
-    def spy(target, recipe, loader, layers, kept):
+    def spy(extractor, recipe, loader, rows):
         epoch = loader.epoch
 
         def noting(*args, **options):
@@ -203,9 +204,9 @@ def test_held_out_images_teach_nothing(folder, monkeypatch):
                 yield batch
 
         loader.epoch = noting
-        return live(target, recipe, loader, layers, kept)
+        return augmented_batches(extractor, recipe, loader, rows)
 
-    monkeypatch.setattr(published, "live", spy)
+    monkeypatch.setattr(published, "augmented_batches", spy)
     run(folder, held_out=0.2, epochs=6)
     held = set(published.permutation(66, 0, 0)[:13].tolist())
     assert not seen & held and len(seen) > 45
@@ -236,7 +237,7 @@ def test_cached_features_train_the_same_heads(folder, tmp_path):
     """Without augmentation a step sees the rows that the cache holds: by hand, over the same permutation."""
     result = run(folder, argv=("--cache", str(tmp_path)), augment=False, rates=(3.0,), epochs=2)
     s = target(folder)
-    x, y = features.extract(s.backbone, s.loader(s.train), s.view)
+    x, y = features.extract(s.extractor(), s.loader(s.train))
     data = []
     for epoch in (1, 2):
         order = torch.from_numpy(published.permutation(66, 0, 0)[published.permutation(66, 0, epoch)])

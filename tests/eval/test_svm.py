@@ -16,8 +16,7 @@ from sklearn.svm import LinearSVC
 
 import fastssl.eval
 from fastssl.eval import svm
-from fastssl.eval.svm import cuda as svm_cuda
-from fastssl.eval.svm import newton as svm_solver
+from fastssl.eval.svm import cuda, newton
 from fastssl.eval.svm.solvers import average_precision
 
 
@@ -41,7 +40,7 @@ def test_decision_values_are_linear_svcs(n, dim):
     left_out = np.arange(n) % 5 == 0
     y_FN, weight = np.stack([y, y, -y]), np.stack([np.where(label > 0, 2.0, 1.0) for label in (y, y, -y)])
     weight[1, left_out] = 0
-    for cost, b, f in svm_solver.Rows(x).path(y_FN, weight, (0.5**19, 0.5**8, 0.1, 1.0, 30.0), 1e-8):
+    for cost, b, f in newton.Rows(x).path(y_FN, weight, (0.5**19, 0.5**8, 0.1, 1.0, 30.0), 1e-8):
         kept = ~left_out
         w = theirs(x[kept], y[kept], cost)
         for mine, want in ((f[0], theirs(x, y, cost)), (f[1, kept], w), (f[2], theirs(x, -y, cost))):
@@ -51,11 +50,11 @@ def test_decision_values_are_linear_svcs(n, dim):
 
 def test_one_batch_and_one_path_end_at_the_same_optimum():
     x, y = made(300, 310)
-    K, weight = svm_solver.Rows(x).operator[0], np.where(y > 0, 2.0, 1.0)
-    few = svm_solver.solve_few(K, y, weight, svm.COSTS, 1e-7)
+    K, weight = newton.Rows(x).operator[0], np.where(y > 0, 2.0, 1.0)
+    few = newton.solve_few(K, y, weight, svm.COSTS, 1e-7)
     e = 2 * np.array(svm.COSTS)[:, None] * weight
-    cold = svm_solver.solve(K, np.zeros((0, 0), np.float32), np.stack([y] * 19), e, 1e-7)
-    for i, (_, b, f) in enumerate(svm_solver.Rows(x).path(y[None], weight[None], svm.COSTS, 1e-7)):
+    cold = newton.solve(K, np.zeros((0, 0), np.float32), np.stack([y] * 19), e, 1e-7)
+    for i, (_, b, f) in enumerate(newton.Rows(x).path(y[None], weight[None], svm.COSTS, 1e-7)):
         for other in (few[i], cold[i]):
             np.testing.assert_allclose(other @ K, f[0], rtol=2e-3, atol=2e-3 * np.abs(f).max())
         np.testing.assert_allclose(b[0] @ K, f[0], rtol=1e-3, atol=1e-4 * np.abs(f).max())
@@ -63,13 +62,13 @@ def test_one_batch_and_one_path_end_at_the_same_optimum():
 
 def test_the_duality_gap_bounds_the_distance_to_the_optimum():
     x, y = made(200, 210)
-    K, e = svm_solver.Rows(x).operator[0].astype(np.float64), 2.0 * np.where(y > 0, 2, 1)
+    K, e = newton.Rows(x).operator[0].astype(np.float64), 2.0 * np.where(y > 0, 2, 1)
 
     def primal(f, b):
         return 0.5 * b @ f + 0.5 * (e * np.maximum(0, 1 - y * f) ** 2).sum()
 
     f32 = [part.astype(np.float32)[None] for part in (y, e)]
-    best = svm_solver.solve(K.astype(np.float32), np.zeros((0, 0), np.float32), *f32, 1e-7)[0].astype(np.float64)
+    best = newton.solve(K.astype(np.float32), np.zeros((0, 0), np.float32), *f32, 1e-7)[0].astype(np.float64)
     b, f = np.zeros((1, 200), np.float32), np.zeros((1, 200), np.float32)
     for _ in range(6):
         now = primal(K @ b[0], b[0].astype(np.float64))
@@ -77,7 +76,7 @@ def test_the_duality_gap_bounds_the_distance_to_the_optimum():
         a = e * np.maximum(0, 1 - y * f[0])
         dual = a.sum() - 0.5 * (a * y) @ K @ (a * y) - 0.5 * (a * a / e).sum()
         norm = 0.5 * b[0] @ K @ b[0]
-        relative = svm_solver.newton(K.astype(np.float32), np.zeros((0, 0), np.float32), *f32, b, f, 1e-9, 1, 3)[0]
+        relative = newton.newton(K.astype(np.float32), np.zeros((0, 0), np.float32), *f32, b, f, 1e-9, 1, 3)[0]
         if norm > 0:
             assert relative * norm == pytest.approx(now - dual, rel=1e-2, abs=1e-4)
             assert now - primal(K @ best, best) <= relative * norm + 1e-4
@@ -142,7 +141,7 @@ def test_average_precision():
 
 
 def test_low_shot_solvers_agree_and_choose_apart():
-    results = {s: svm.low_shot(*data(), shots=(2, 8), samples=3, solver=s)["results"] for s in ("fast", "sklearn")}
+    results = {s: svm.low_shot(*data(), draws=svm.Draws((2, 8), 3), solver=s)["results"] for s in ("fast", "sklearn")}
     for a, b in zip(*results.values()):
         assert (a["shots"], a["selected_on"]) == (b["shots"], b["selected_on"])
         assert a["map"] == pytest.approx(b["map"], abs=0.1) and a["map_std"] == pytest.approx(b["map_std"], abs=0.1)
@@ -155,15 +154,15 @@ def test_low_shot_solvers_agree_and_choose_apart():
         (8, "held-out"),
     ]
     assert rows[0]["map"] >= rows[1]["map"] and rows[2]["map"] > rows[0]["map"] + 3
-    assert rows == svm.low_shot(*data(), shots=(8, 2), samples=3)["results"], "the seed decides"
-    assert rows != svm.low_shot(*data(), shots=(2, 8), samples=3, seed=1)["results"]
+    assert rows == svm.low_shot(*data(), draws=svm.Draws((8, 2), 3))["results"], "the seed decides"
+    assert rows != svm.low_shot(*data(), draws=svm.Draws((2, 8), 3, seed=1))["results"]
 
 
 def test_the_clean_cost_is_chosen_on_images_that_were_not_drawn(monkeypatch):
     seen, drawn = [], []
     monkeypatch.setattr(svm, "draw", lambda *a, own=svm.draw: drawn.append(own(*a)) or drawn[-1])
     monkeypatch.setattr(svm, "average_precision", lambda scores, truth: seen.append(truth) or np.zeros(len(scores)))
-    svm.low_shot(*data(), shots=(2,), samples=1)
+    svm.low_shot(*data(), draws=svm.Draws((2,), 1))
     labels = data()[1].numpy()
     for c, (rows, truth) in enumerate(zip(drawn, seen[1::2])):
         rest = np.delete(np.arange(len(labels)), rows)
@@ -173,8 +172,8 @@ def test_the_clean_cost_is_chosen_on_images_that_were_not_drawn(monkeypatch):
 def test_the_default_tolerance():
     """Weights are within 0.3 % of the optimum at every cost: what the duality gap promises."""
     x, y = made(300, 310)
-    K, weight = svm_solver.Rows(x).operator[0].astype(np.float64), np.where(y > 0, 2.0, 1.0)
-    exact, default = (svm_solver.solve_few(K.astype(np.float32), y, weight, svm.COSTS, *more) for more in ((1e-8,), ()))
+    K, weight = newton.Rows(x).operator[0].astype(np.float64), np.where(y > 0, 2.0, 1.0)
+    exact, default = (newton.solve_few(K.astype(np.float32), y, weight, svm.COSTS, *more) for more in ((1e-8,), ()))
     norm = lambda b: np.sqrt(np.einsum("ai,ij,aj->a", b, K, b))  # noqa: E731
     assert (norm(default - exact) < 0.0035 * norm(exact)).all()
 
@@ -182,11 +181,11 @@ def test_the_default_tolerance():
 def test_many_rows_of_few_dimensions_at_large_costs():
     """Thousands of large coefficients that nearly cancel: fp32 products of them do not tell the optimum."""
     x, y = made(4000, 12)
-    ((_, _, f),) = svm_solver.Rows(x).path(y[None], np.where(y > 0, 2.0, 1.0)[None], (100.0,))
+    ((_, _, f),) = newton.Rows(x).path(y[None], np.where(y > 0, 2.0, 1.0)[None], (100.0,))
     want = LinearSVC(C=100, class_weight={1: 2, -1: 1}, dual=False, tol=1e-9).fit(x, y).decision_function(x)
     np.testing.assert_allclose(f[0], want, atol=5e-3 * np.abs(want).max())
     K = x @ x.T + np.float32(1)  # of rank 13: fp32 gives up, fp64 goes on
-    b = svm_solver.solve_few(K[:600, :600].copy(), y[:600], np.where(y[:600] > 0, 2.0, 1.0), (100.0,))[0]
+    b = newton.solve_few(K[:600, :600].copy(), y[:600], np.where(y[:600] > 0, 2.0, 1.0), (100.0,))[0]
     want = LinearSVC(C=100, class_weight={1: 2, -1: 1}, dual=False, tol=1e-9).fit(x[:600], y[:600])
     np.testing.assert_allclose(b @ K[:600, :600].astype(np.float64), want.decision_function(x[:600]), atol=2e-2)
 
@@ -246,25 +245,25 @@ def problems():
         weight = np.where(y[rows] > 0, 2.0, 1.0)
         weight[:: 3 if n == 160 else n] = 0
         out.append((rows, y[rows], weight))
-    return svm_solver.Rows(x).operator[0], out
+    return newton.Rows(x).operator[0], out
 
 
 def test_the_cuda_source_finds_the_optimum_on_one_thread_of_a_cpu(tmp_path):
-    (tmp_path / "a.cc").write_text(SHIM % svm_cuda.SOURCE)
+    (tmp_path / "a.cc").write_text(SHIM % cuda.SOURCE)
     library = tmp_path / "a.so"
     subprocess.run(["g++", "-O2", "-shared", "-fPIC", "-o", library, tmp_path / "a.cc"], check=True)
     K, chosen = problems()
     rows, y, weight = (np.concatenate(part) for part in zip(*chosen))
     starts, costs, n = np.cumsum([0, *(len(p[0]) for p in chosen)]), np.array(svm.COSTS), len(rows)
     b, f = np.zeros(19 * n, np.float32), np.zeros(19 * n, np.float32)
-    gaps, scratch = np.zeros((3, 19)), np.full(svm_cuda.SCRATCH * n, np.nan, np.float32)
+    gaps, scratch = np.zeros((3, 19)), np.full(cuda.SCRATCH * n, np.nan, np.float32)
     arrays = [K, rows.astype(np.int32), starts.astype(np.int64), y.astype(np.float32), weight.astype(np.float32), costs]
     pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in (*arrays, b, f, gaps, scratch)]
     ctypes.CDLL(library).launch(3, pointers[0], ctypes.c_longlong(len(K)), *pointers[1:6], 19, *pointers[6:])
     assert (gaps <= 1e-6).all(), gaps
     for i, (some, label, w) in enumerate(chosen):
         part = slice(19 * starts[i], 19 * starts[i + 1])
-        want = svm_solver.solve_few(K[np.ix_(some, some)], label, w, svm.COSTS, 1e-7) @ K[np.ix_(some, some)]
+        want = newton.solve_few(K[np.ix_(some, some)], label, w, svm.COSTS, 1e-7) @ K[np.ix_(some, some)]
         mine = f[part].reshape(19, -1)
         np.testing.assert_allclose(mine, want, rtol=2e-3, atol=2e-3)
         np.testing.assert_allclose(b[part].reshape(19, -1) @ K[np.ix_(some, some)], mine, rtol=1e-3, atol=1e-3)
@@ -273,7 +272,7 @@ def test_the_cuda_source_finds_the_optimum_on_one_thread_of_a_cpu(tmp_path):
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_the_cuda_source_compiles(architecture):
     nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
-    program = nvrtc.createProgram(svm_cuda.SOURCE, "svm.cu", (), ())
+    program = nvrtc.createProgram(cuda.SOURCE, "svm.cu", (), ())
     try:
         nvrtc.compileProgram(program, (f"--gpu-architecture=sm_{architecture}",))
     except Exception:
@@ -283,7 +282,7 @@ def test_the_cuda_source_compiles(architecture):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_gpu_gives_the_numbers_of_the_cpu():
-    for call, options in ((svm.svm, {}), (svm.low_shot, {"shots": (2, 8), "samples": 2})):
+    for call, options in ((svm.svm, {}), (svm.low_shot, {"draws": svm.Draws((2, 8), 2)})):
         cpu, gpu = (call(*data(), solver=solver, **options)["results"] for solver in ("fast", "cuda"))
         for a, b in zip(cpu, gpu):
             assert a["map"] == pytest.approx(b["map"], abs=0.1)

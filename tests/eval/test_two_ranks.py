@@ -78,7 +78,7 @@ def close(name, a, b):
 
 def test_kept_features(both, beton, place, monkeypatch):
     kept, load, same = test_cache.kept, test_cache.load, test_cache.same
-    monkeypatch.setattr(test_cache.cache, "ROWS", 20)
+    monkeypatch.setattr(test_cache.cache, "SHARD_ROWS", 20)
     two, other = (rank["cache"] for rank in both)
     for batch in (16, 102):
         for x, y in zip(two[batch], kept(place / "one", load(beton, batch))):

@@ -3,9 +3,9 @@
 The key is a hash of all that decides the values: the weights' tensors, the data, the view, the network, the precision
 and the layers; so nothing is ever read for other weights, and a changed file is another key.  A shard appears whole
 (temporary name, then rename) with the checksums of its files, so an interrupted extraction goes on at the first missing
-shard.  A damaged shard is named and computed again: what it holds follows from its key, so a rerun can do nothing else.
+shard.  A damaged shard is named in the output and computed again: its key determines its contents.
 
-Only the first rank touches the folder; rows come from the ranks and go to them as tensors.
+Only rank 0 reads and writes the folder; the rows are sent between ranks as tensors.
 """
 
 from __future__ import annotations
@@ -27,83 +27,70 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import dist, files
-from fastssl.eval.common import features
-from fastssl.kernels.augment import View
+from fastssl.eval.common.features import Extractor, check_finite, check_loader, check_memory
+from fastssl.eval.common.ranks import on_main
+from fastssl.loader import Loader
 
-ROWS = 4096  # of a shard: 32 MB of 2048 dimensions, and what an interruption may cost
+SHARD_ROWS = 4096  # 32 MB of 2048 dimensions, and what an interruption may cost
 FORMAT = 1
-ELSEWHERE = "give --cache DIR elsewhere, or --no-cache"
-STALE = 24 * 3600  # seconds after which an unfinished temporary shard is nobody's
+REMEDY = "give --cache DIR elsewhere, or --no-cache"
+STALE = 24 * 3600  # seconds after which an unfinished temporary shard is of a process that has ended
+Receive = Callable[[int, list[Tensor]], None]  # number of the first row, (n, dim) of each layer
 
 
-def load_or_extract(
-    folder: Path, backbone: nn.Module, loader, view: View, layers: tuple[str, ...], precision: str, weights: str = ""
-) -> tuple[Tensor, ...]:
-    """What features.extract returns, bit for bit, from the shards in `folder` and, of those missing, computed.
+def load_or_extract(folder: Path, extractor: Extractor, loader: Loader, weights: str = "") -> tuple[Tensor, ...]:
+    """What features.extract returns, bit for bit: read from the shards in `folder`, computed where they are missing.
 
-    `weights` says in words what they are, for the manifest.  ValueError when a feature is NaN or infinite.
+    `weights`: where they come from, in words, for the manifest.  ValueError when a feature is NaN or infinite.
     """
-    sizes = [shape.numel() for shape in features.shapes(backbone, view, layers)]
-    features.check_memory(loader, sum(sizes))
-    out = [torch.empty(loader.samples, dim, device=loader.device) for dim in sizes]
+    dims = extractor.dims()
+    check_memory(loader, sum(dims))
+    out = [torch.empty(loader.samples, dim, device=loader.device) for dim in dims]
 
-    def take(first: int, parts: list[Tensor]) -> None:
+    def receive(first: int, parts: list[Tensor]) -> None:
         for part, layer in zip(parts, out):
             layer[first : first + len(part)] = part
 
-    visit(folder, backbone, loader, view, layers, precision, take, weights)
-    return (*out, labels(loader))
+    for_each_shard(folder, extractor, loader, receive, weights)
+    return (*out, torch.from_numpy(loader.labels()).to(loader.device))
 
 
-def labels(loader) -> Tensor:
-    """(N,) or (N, C) on the loader's device, from the file's table: costs no decoding."""
-    return torch.from_numpy(loader.labels()).to(loader.device)
-
-
-def visit(
-    folder: Path | None,
-    backbone: nn.Module,
-    loader,
-    view: View,
-    layers: tuple[str, ...],
-    precision: str,
-    take: Callable[[int, list[Tensor]], None],
-    weights: str = "",
+def for_each_shard(
+    folder: Path | None, extractor: Extractor, loader: Loader, receive: Receive, weights: str = ""
 ) -> None:
-    """`load_or_extract` shard by shard, for sets that no memory holds: take(first row, [(n, dim) of each layer]) on all
-    ranks for every shard, those that were kept before the others.  No folder: none is kept.
-    """
-    features.check_loader(loader)
-    sizes = [shape.numel() for shape in features.shapes(backbone, view, layers)]
-    made: list[Store] = []
+    """Call receive(first row, [(n, dim) of each layer]) on all ranks for every shard, those that are read from `folder`
+    first: for files whose features do not fit into memory.  No folder: none is stored."""
+    check_loader(loader)
+    store = None
     if folder is not None:
-        on_main(lambda: made.append(Store(folder, backbone, loader, view, layers, precision, sizes, weights)))
-    store, shards = made[0] if made else None, range(-(-loader.samples // ROWS))
-    missing = [k for k in shards if folder is None or not _read(store, k, sizes, loader, take)]
-    place = f" into {store.folder}" if store else ""
+        store = on_main(lambda: FeatureStore(folder, extractor, loader, weights), REMEDY)
+    shards, dims = range(-(-loader.samples // SHARD_ROWS)), extractor.dims()
+    missing = [k for k in shards if store is None or not _read(store, k, dims, loader, receive)]
     if missing:
-        _say(f"features of {loader.path}: computing {len(missing)} of {len(shards)} shards{place}")
-        _compute(store, missing, backbone, loader, view, layers, precision, take)
-        on_main(lambda: store and store.finish())
-    else:
-        _say(f"features of {loader.path}: read from {store.folder}" if store else "")
+        place = f" into {store.folder}" if store else ""
+        dist.print_main(f"features of {loader.path}: computing {len(missing)} of {len(shards)} shards{place}")
+        _compute(store, missing, extractor, loader, receive)
+        if store:
+            on_main(store.finish, REMEDY)
+    elif store:
+        dist.print_main(f"features of {loader.path}: read from {store.folder}")
 
 
-class Store:
-    """The folder of one key.  Lives on the first rank."""
+class FeatureStore:
+    """The folder of one key; only rank 0 calls its methods."""
 
-    def __init__(self, folder: Path, backbone: nn.Module, loader, view: View, layers, precision, sizes, weights):
-        self.layers, self.sizes, self.samples = layers, sizes, loader.samples
-        spec = dataclasses.asdict(backbone.spec) if hasattr(backbone, "spec") else repr(backbone)
+    def __init__(self, folder: Path, extractor: Extractor, loader: Loader, weights: str) -> None:
+        self.layers, self.dims, self.samples = extractor.layers, extractor.dims(), loader.samples
+        backbone = extractor.backbone
         facts = {
             "format": FORMAT,
             "fastssl": version("fastssl"),
             "weights": hash_weights(backbone),
             "data": hash_data(loader),
-            "view": dataclasses.asdict(view),
-            "layers": layers,
-            "precision": precision,
-            "backbone": spec,
+            "view": dataclasses.asdict(extractor.view),
+            "layers": extractor.layers,
+            "precision": extractor.precision,
+            "backbone": dataclasses.asdict(backbone.spec) if hasattr(backbone, "spec") else repr(backbone),
         }
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = folder / key
@@ -112,8 +99,8 @@ class Store:
             "of": weights,
             "file": loader.path,
             "samples": loader.samples,
-            "rows": ROWS,
-            "dims": dict(zip(layers, sizes)),
+            "rows": SHARD_ROWS,
+            "dims": dict(zip(self.layers, self.dims)),
             "dtype": "float32",
         }
 
@@ -121,22 +108,18 @@ class Store:
         return self.folder / f"{k:05d}"
 
     def read(self, k: int) -> list[np.ndarray] | None:
-        """One memory-mapped (rows, dim) array for each layer; None where there is no sound shard, damage printed."""
-        folder, rows = self.shard(k), min(ROWS, self.samples - k * ROWS)
+        """One memory-mapped (rows, dim) array for each layer; None where the shard is missing, or damaged, which is
+        printed."""
+        folder, rows = self.shard(k), min(SHARD_ROWS, self.samples - k * SHARD_ROWS)
         if not folder.exists():
             return None
         out, file = [], folder
         try:
-            for name, dim, crc in zip(self.layers, self.sizes, _sums(folder, self.layers)):
+            sums = json.loads((folder / "crc32.json").read_text())
+            crcs = [sums[name] for name in self.layers]
+            for name, dim, crc in zip(self.layers, self.dims, crcs):
                 file = folder / f"{name}.npy"
-                array = np.load(file, mmap_mode="c")  # copy-on-write: torch refuses memory that it may not write
-                if array.shape != (rows, dim) or array.dtype != np.float32:
-                    raise ValueError(f"holds {array.dtype} {array.shape}, not float32 {(rows, dim)}")
-                if not np.isfinite(array).all():
-                    raise ValueError("holds NaN or infinite values")
-                if zlib.crc32(array) != crc:
-                    raise ValueError("has changed since it was written")
-                out.append(array)
+                out.append(_read_array(file, (rows, dim), crc))
         except (OSError, ValueError, EOFError, KeyError) as error:
             print(f"features: {file} is damaged ({error}); computing this shard again", flush=True)
             return None
@@ -158,24 +141,38 @@ class Store:
             raise
 
     def finish(self) -> None:
-        for path in self.folder.glob("*.tmp.*"):  # of a process that was killed
+        """Write the manifest and delete what processes that were killed have left."""
+        for path in self.folder.glob("*.tmp.*"):
             if time.time() - path.stat().st_mtime > STALE:
                 shutil.rmtree(path, ignore_errors=True)
         files.write_json(self.folder / "manifest.json", self.about, unique=True)
 
-    def room(self, shards: int) -> None:
+    def check_space(self, shards: int) -> None:
         """ValueError when the disk cannot hold that many."""
-        room(self.folder, shards * ROWS * sum(self.sizes) * 4, ELSEWHERE)
+        check_disk_space(self.folder, shards * SHARD_ROWS * sum(self.dims) * 4, REMEDY)
 
 
-def room(folder: Path, need: int, fix: str) -> None:
-    """ValueError with the fix when the disk of `folder` has less than `need` bytes."""
+def _read_array(file: Path, shape: tuple[int, int], crc: int) -> np.ndarray:
+    array = np.load(file, mmap_mode="c")  # copy-on-write: torch refuses memory that it may not write
+    if array.shape != shape or array.dtype != np.float32:
+        raise ValueError(f"holds {array.dtype} {array.shape}, not float32 {shape}")
+    if not np.isfinite(array).all():
+        raise ValueError("holds NaN or infinite values")
+    if zlib.crc32(array) != crc:
+        raise ValueError("has changed since it was written")
+    return array
+
+
+def check_disk_space(folder: Path, need: int, remedy: str) -> None:
+    """ValueError, with the remedy, when the disk of `folder` has less than `need` bytes free."""
     place = folder
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if need > free:
-        raise ValueError(f"{folder} needs {need / 2**30:.1f} GiB and its disk has {free / 2**30:.1f} GiB free: {fix}")
+        raise ValueError(
+            f"{folder} needs {need / 2**30:.1f} GiB and its disk has {free / 2**30:.1f} GiB free: {remedy}"
+        )
 
 
 def hash_weights(backbone: nn.Module) -> str:
@@ -187,61 +184,48 @@ def hash_weights(backbone: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def hash_data(loader) -> str:
+def hash_data(loader: Loader) -> str:
     """SHA-256 of the .beton, from its data card where it has one."""
-    if "sha256" in loader.card:
-        return loader.card["sha256"]
-    return files.sha256(loader.path)
+    return loader.card["sha256"] if "sha256" in loader.card else files.sha256(loader.path)
 
 
-def _sums(folder: Path, layers: tuple[str, ...]) -> list[int]:
-    sums = json.loads((folder / "crc32.json").read_text())
-    return [sums[name] for name in layers]
-
-
-def _read(store: Store | None, k: int, sizes: list[int], loader, take) -> bool:
-    """Hand shard k to `take` on all ranks, if the first has it."""
-    first, stop = k * ROWS, min((k + 1) * ROWS, loader.samples)
-    parts = store.read(k) if store else None
-    if not dist.broadcast_(torch.tensor([parts is not None], dtype=torch.uint8, device=dist.device())):
+def _read(store: FeatureStore, k: int, dims: list[int], loader: Loader, receive: Receive) -> bool:
+    """Pass shard k to `receive` on all ranks, if rank 0 can read it."""
+    first, stop = k * SHARD_ROWS, min((k + 1) * SHARD_ROWS, loader.samples)
+    arrays = store.read(k) if dist.is_main() else None
+    if not dist.broadcast_(torch.tensor([arrays is not None], dtype=torch.uint8, device=dist.device())):
         return False
-    rows = (
-        [torch.from_numpy(part).to(loader.device) for part in parts]
-        if parts
-        else [torch.empty(stop - first, dim, device=loader.device) for dim in sizes]
-    )
-    take(first, [dist.broadcast_(part) for part in rows])
+    if arrays:
+        parts = [torch.from_numpy(array).to(loader.device) for array in arrays]
+    else:
+        parts = [torch.empty(stop - first, dim, device=loader.device) for dim in dims]
+    receive(first, [dist.broadcast_(part) for part in parts])
     return True
 
 
 def _compute(
-    store: Store | None,
-    missing: list[int],
-    backbone: nn.Module,
-    loader,
-    view: View,
-    layers: tuple[str, ...],
-    precision: str,
-    take,
+    store: FeatureStore | None, missing: list[int], extractor: Extractor, loader: Loader, receive: Receive
 ) -> None:
-    on_main(lambda: store and store.room(len(missing)))
-    for run in _runs(missing):
-        start, stop = run[0] * ROWS // loader.batch, -(-min((run[-1] + 1) * ROWS, loader.samples) // loader.batch)
-        held, coming = [], list(run)
-        for step, parts in features.by_step(backbone, loader, view, layers, precision, start, stop):
-            held.append(parts)
-            while coming and min((coming[0] + 1) * ROWS, loader.samples) <= (step + 1) * loader.batch:
-                joined = [torch.cat(part) for part in zip(*held)]
-                mine = joined[-1] < (coming[0] + 1) * ROWS  # held is what no shard has taken yet
-                _emit(store, coming.pop(0), [part[mine] for part in joined], loader, take)
-                held = [[part[~mine] for part in joined]]
+    if store:
+        on_main(lambda: store.check_space(len(missing)), REMEDY)
+    for shards in _consecutive(missing):
+        last = min((shards[-1] + 1) * SHARD_ROWS, loader.samples)
+        start, stop = shards[0] * SHARD_ROWS // loader.batch, -(-last // loader.batch)
+        waiting = []  # rows of this rank that are in no finished shard: [features of each layer, sample numbers]
+        for batch, parts in extractor.batches(loader, start, stop):
+            waiting.append([*parts, batch.index])
+            while shards and min((shards[0] + 1) * SHARD_ROWS, loader.samples) <= (batch.step + 1) * loader.batch:
+                rows = [torch.cat(part) for part in zip(*waiting)]
+                inside = rows[-1] < (shards[0] + 1) * SHARD_ROWS
+                _finish_shard(store, shards.pop(0), [part[inside] for part in rows], loader, receive)
+                waiting = [[part[~inside] for part in rows]]
 
 
-def _emit(store: Store | None, k: int, mine: list[Tensor], loader, take) -> None:
-    """One shard: from all ranks to `take` on all ranks, and from the first to disk."""
-    first, stop = k * ROWS, min((k + 1) * ROWS, loader.samples)
-    mine = [part[mine[-1] >= first] for part in mine]  # a batch may begin in the shard before
-    *parts, _, index = (dist.gather_ragged(part) for part in mine)
+def _finish_shard(store: FeatureStore | None, k: int, rows: list[Tensor], loader: Loader, receive: Receive) -> None:
+    """One shard: from all ranks to `receive` on all ranks, and to disk."""
+    first, stop = k * SHARD_ROWS, min((k + 1) * SHARD_ROWS, loader.samples)
+    rows = [part[rows[-1] >= first] for part in rows]  # a batch may begin in the shard before
+    *parts, index = (dist.gather_ragged(part) for part in rows)
     order = index.argsort()
     if not torch.equal(index[order], torch.arange(first, stop, device=index.device)):
         raise ValueError(
@@ -250,18 +234,13 @@ def _emit(store: Store | None, k: int, mine: list[Tensor], loader, take) -> None
         )
     parts = [part[order] for part in parts]
     for part in parts:
-        bad = ~part.isfinite().all(1)
-        if bad.any():
-            raise ValueError(
-                f"{loader.path}: features of {int(bad.sum())} samples are NaN or infinite (first: sample "
-                f"{first + int(bad.nonzero()[0])}): the training diverged, or precision is too low; "
-                "nothing of them was kept"
-            )
-    on_main(lambda: store and store.write(k, [part.cpu().numpy() for part in parts]))
-    take(first, parts)
+        check_finite(loader.path, part, first)
+    if store:
+        on_main(lambda: store.write(k, [part.cpu().numpy() for part in parts]), REMEDY)
+    receive(first, parts)
 
 
-def _runs(numbers: list[int]) -> list[list[int]]:
+def _consecutive(numbers: list[int]) -> list[list[int]]:
     """[0, 1, 4] -> [[0, 1], [4]]"""
     out: list[list[int]] = []
     for n in numbers:
@@ -270,22 +249,3 @@ def _runs(numbers: list[int]) -> list[list[int]]:
         else:
             out.append([n])
     return out
-
-
-def on_main(work: Callable[[], None], fix: str = ELSEWHERE) -> None:
-    """Do it on the first rank; its error becomes every rank's, so that none waits for it; `fix` ends that of a file."""
-    problem = b""
-    if dist.is_main():
-        try:
-            work()
-        except (OSError, ValueError) as error:
-            problem = f"{error}; {fix}".encode() if isinstance(error, OSError) else str(error).encode()
-    size = int(dist.broadcast_(torch.tensor([len(problem)], device=dist.device())))
-    if size:
-        text = torch.tensor(list(problem) or [0] * size, dtype=torch.uint8, device=dist.device())
-        raise ValueError(bytes(dist.broadcast_(text).tolist()).decode())
-
-
-def _say(text: str) -> None:
-    if dist.is_main():
-        print(text, flush=True)

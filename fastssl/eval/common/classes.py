@@ -58,7 +58,7 @@ def match(train: Loader, test: Loader, labelled: str = "all") -> None:
     bare, other = (test, train) if names and not _plain(names) else (train, test)
     if other.classes and not _plain(other.classes):
         first = ", ".join(f"{i} = {name}" for i, name in enumerate(other.classes[:3]))
-        _say(
+        dist.print_main(
             f"{bare.path} has no class names: its labels are taken as numbers of the classes of {other.path} "
             f"({first}{', ...' if len(other.classes) > 3 else ''})"
         )
@@ -89,7 +89,7 @@ def _by_name(train: Loader, test: Loader, multi: bool) -> None:
         )
     test.relabel(np.array([names.index(name) for name in test_names]), names)
     what = f"it lacks {_some(lacking)}, {len(lacking)} of {len(names)}" if lacking else "they are in another order"
-    _say(f"{test.path}: its classes are matched by name with those of {train.path} ({what})")
+    dist.print_main(f"{test.path}: its classes are matched by name with those of {train.path} ({what})")
 
 
 def _unique(names: list) -> bool:
@@ -113,8 +113,3 @@ def _named(loader: Loader) -> str:
 
 def _some(names: list) -> str:
     return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
-
-
-def _say(text: str) -> None:
-    if dist.is_main():
-        print(text, flush=True)

@@ -1,5 +1,4 @@
-"""Features of a whole .beton file in file order, the same on every rank however many ranks computed them; the checks
-that every protocol needs; and how a prediction counts as right.
+"""Features of a whole .beton file in file order, the same on every rank however many ranks computed them.
 
 Layers: "last" is the backbone's pooled output; "stem", "layer1" to "layer4" (other networks: "stage1", ...) are maps,
 pooled to at most 9216 dimensions as OpenSelfSup's extract.py does.
@@ -7,9 +6,9 @@ pooled to at most 9216 dimensions as OpenSelfSup's extract.py does.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import dist
-from fastssl.amp import DTYPES
+from fastssl.amp import autocast
 from fastssl.backbones import evaluating
+from fastssl.inference import forward_batches
 from fastssl.kernels.augment import View, make_views
-from fastssl.loader import free_memory
+from fastssl.loader import Batch, Loader, free_memory
 
 DIMS = 9216  # of a pooled map at most: https://arxiv.org/abs/1905.01235, "about 9,000"
 # (side, grid): kernel, stride, padding of OpenSelfSup's MultiPooling, for a ResNet-50 at 224 pixels
@@ -28,7 +28,7 @@ WINDOWS = {(112, 12): (10, 10, 4), (56, 6): (16, 8, 0), (28, 4): (13, 5, 0), (14
 
 
 class Pixels(nn.Module):
-    """The backbone that does nothing: features are the normalised pixels, the baseline that a network must beat."""
+    """A backbone without a network: features are the normalised pixels, the baseline that a network must beat."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -78,35 +78,54 @@ def forward(backbone: nn.Module, x: Tensor, layers: tuple[str, ...]) -> list[Ten
     return [maps[name] if name == "last" else pooled(maps[name]) for name in layers]
 
 
-def shapes(backbone: nn.Module, view: View, layers: tuple[str, ...]) -> list[torch.Size]:
-    """Of one sample's features in each layer, before flattening: (dim,) or (C, g, g)."""
-    device = next((p.device for p in backbone.parameters()), None)
-    with torch.no_grad(), evaluating(backbone):
-        return [
-            part.shape[1:] for part in forward(backbone, torch.zeros(1, 3, view.size, view.size, device=device), layers)
-        ]
+@dataclass(frozen=True, eq=False)
+class Extractor:
+    """What turns images into features: the backbone, the view that it is shown, and which of its layers."""
+
+    backbone: nn.Module
+    view: View
+    layers: tuple[str, ...] = ("last",)
+    precision: str = "fp32"  # of amp.DTYPES
+    kernels: str = "auto"
+
+    def __call__(self, batch: Batch) -> list[Tensor]:
+        """float32 (B, dim) of each layer; the backbone must be in evaluation mode."""
+        (x,) = make_views(batch.pixels, batch.sizes, batch.index, (self.view,), seed=0, epoch=0, impl=self.kernels)
+        return self.of_images(x)
+
+    def of_images(self, x: Tensor) -> list[Tensor]:
+        """As for a batch, of normalised images (B, 3, H, W)."""
+        with autocast(x.device, self.precision):
+            return [part.float().flatten(1) for part in forward(self.backbone, x, self.layers)]
+
+    def shapes(self) -> list[torch.Size]:
+        """Of one image's features in each layer, before flattening: (dim,) or (C, g, g)."""
+        device = next((p.device for p in self.backbone.parameters()), None)
+        x = torch.zeros(1, 3, self.view.size, self.view.size, device=device)
+        with torch.no_grad(), evaluating(self.backbone):
+            return [part.shape[1:] for part in forward(self.backbone, x, self.layers)]
+
+    def dims(self) -> list[int]:
+        return [shape.numel() for shape in self.shapes()]
+
+    def batches(
+        self, loader: Loader, start: int = 0, stop: int | None = None, order: np.ndarray | None = None
+    ) -> Iterator[tuple[Batch, list[Tensor]]]:
+        """(batch, features) of this rank for the loader's steps from `start` to before `stop`; of 0 rows where it has
+        no images in a step."""
+        with evaluating(self.backbone):
+            yield from forward_batches(self, loader, start=start, stop=stop, order=order)
 
 
-def extract(
-    backbone: nn.Module,
-    loader,
-    view: View,
-    *,
-    precision: str = "fp32",
-    layers: tuple[str, ...] = ("last",),
-    kernels: str = "auto",
-) -> tuple[Tensor, ...]:
+def extract(extractor: Extractor, loader: Loader) -> tuple[Tensor, ...]:
     """float32 features (N, dim) of each layer, then labels (N,) or (N, C), of all samples of `loader`; row i is sample
     i's.
 
-    `loader` is a Loader with shuffle=False, drop_last=False; each rank computes its share and every rank gets all.
-    Not normalised.  On the loader's device, where N * dim * 4 bytes must fit twice.
+    `loader` has shuffle=False, drop_last=False; each rank computes its shard and every rank gets all.  Not normalised.
+    On the loader's device, where N * dim * 4 bytes must fit twice.
     """
     check_loader(loader)
-    with evaluating(backbone):
-        batches = [_of_batch(backbone, batch, view, layers, precision, kernels) for batch in loader.epoch(0)]
-    batches = batches or [_no_rows(backbone, loader, view, layers)]  # of a small file a rank may have no share
-    *parts, index = (dist.gather_ragged(torch.cat(part)) for part in zip(*batches))
+    *parts, index = _all_ranks(extractor.batches(loader))
     order = index.argsort()
     if not torch.equal(index[order], torch.arange(loader.samples, device=index.device)):
         raise ValueError(
@@ -116,33 +135,29 @@ def extract(
     return tuple(part[order] for part in parts)
 
 
-def extract_rows(
-    backbone: nn.Module,
-    loader,
-    view: View,
-    rows: np.ndarray,
-    *,
-    precision: str = "fp32",
-    layers: tuple[str, ...] = ("last",),
-) -> tuple[Tensor, ...]:
+def extract_rows(extractor: Extractor, loader: Loader, rows: np.ndarray) -> tuple[Tensor, ...]:
     """As `extract`, of the samples `rows` (different ones) alone, in the order of the file."""
     check_loader(loader)
-    stop = -(-len(rows) // loader.batch)
-    order = np.resize(rows, loader.samples)
-    steps = [parts for _, parts in by_step(backbone, loader, view, layers, precision, stop=stop, order=order)]
-    *parts, index = (dist.gather_ragged(torch.cat(part)) for part in zip(*steps))
+    stop, order = -(-len(rows) // loader.batch), np.resize(rows, loader.samples)
+    *parts, index = _all_ranks(extractor.batches(loader, stop=stop, order=order))
     place = index.argsort(stable=True)
     first = torch.ones_like(index, dtype=torch.bool)
     first[1:] = index[place][1:] != index[place][:-1]  # the last batch is filled up with repetitions
     return tuple(part[place[first]] for part in parts)
 
 
-def check_loader(loader) -> None:
+def _all_ranks(batches: Iterator[tuple[Batch, list[Tensor]]]) -> list[Tensor]:
+    """Features of each layer, labels and sample numbers of all ranks."""
+    rows = [(*parts, batch.label, batch.index) for batch, parts in batches]
+    return [dist.gather_ragged(torch.cat(part)) for part in zip(*rows)]
+
+
+def check_loader(loader: Loader) -> None:
     if loader.shuffle or loader.drop_last:
         raise ValueError("features need a Loader with shuffle=False, drop_last=False: every sample exactly once")
 
 
-def check_memory(loader, dims: int) -> None:
+def check_memory(loader: Loader, dims: int) -> None:
     """ValueError on all ranks when a table of the file's rows x `dims` floats does not fit on one of them."""
     need, free = 4 * dims * loader.samples, free_memory(loader.device)
     if dist.sum_(torch.tensor([float(need > free)], device=dist.device())).item():
@@ -153,54 +168,8 @@ def check_memory(loader, dims: int) -> None:
         )
 
 
-def by_step(
-    backbone: nn.Module,
-    loader,
-    view: View,
-    layers: tuple[str, ...],
-    precision: str,
-    start: int = 0,
-    stop: int | None = None,
-    order: np.ndarray | None = None,
-) -> Iterator[tuple[int, list[Tensor]]]:
-    """(step, [features (n, dim) of each layer, labels, index]) of this rank for the loader's steps from `start` to
-    before `stop`; n may be 0.  Nothing before `start` is decoded."""
-    pending = None
-    with evaluating(backbone), contextlib.closing(loader.epoch(0, start, order)) as source:
-        for step in range(start, loader.steps if stop is None else stop):
-            pending = next(source, None) if pending is None else pending
-            if pending is not None and pending.step == step:
-                yield step, _of_batch(backbone, pending, view, layers, precision)
-                pending = None
-            else:  # this rank has no share of a small last batch
-                yield step, _no_rows(backbone, loader, view, layers)
-
-
-@torch.no_grad()
-def _of_batch(
-    backbone: nn.Module, batch, view: View, layers: tuple[str, ...], precision: str, kernels: str = "auto"
-) -> list[Tensor]:
-    x = make_views(batch.pixels, batch.sizes, batch.index, (view,), seed=0, epoch=0, impl=kernels)[0]
-    return [*of_view(backbone, x, layers, precision), batch.label, batch.index]
-
-
-@torch.no_grad()
-def of_view(backbone: nn.Module, x: Tensor, layers: tuple[str, ...], precision: str) -> list[Tensor]:
-    """float32 (B, dim) of each layer for images (B, 3, H, W); `backbone` is in evaluation mode."""
-    dtype = DTYPES[precision]
-    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-        return [part.float().flatten(1) for part in forward(backbone, x, layers)]
-
-
-def _no_rows(backbone: nn.Module, loader, view: View, layers: tuple[str, ...]) -> list[Tensor]:
-    multi = loader.card.get("label") == "multi"
-    labels = torch.zeros(0, len(loader.classes)) if multi else torch.zeros(0, dtype=torch.int64)
-    rows = [torch.zeros(0, shape.numel()) for shape in shapes(backbone, view, layers)]
-    return [part.to(loader.device) for part in (*rows, labels, torch.zeros(0, dtype=torch.int64))]
-
-
-def check(name: str, features: Tensor, labels: Tensor) -> None:
-    """Refuse what would give a number that means nothing."""
+def check_features(name: str, features: Tensor, labels: Tensor) -> None:
+    """ValueError for features and labels of which no accuracy can be computed; `name`: what they are, for the error."""
     if features.ndim != 2 or len(features) == 0:
         raise ValueError(f"{name}: {len(features)} samples of shape {tuple(features.shape)}; need (N, dim) with N > 0")
     if labels.ndim != 1 or labels.is_floating_point():
@@ -212,17 +181,14 @@ def check(name: str, features: Tensor, labels: Tensor) -> None:
         raise ValueError(f"{name}: {len(features)} features and {len(labels)} labels")
     if (labels < 0).any():
         raise ValueError(f"{name}: {int((labels < 0).sum())} of {len(labels)} samples have no label (-1)")
+    check_finite(name, features)
+
+
+def check_finite(name: str, features: Tensor, first: int = 0) -> None:
+    """ValueError where features (N, dim) are NaN or infinite; `first`: the number of row 0, for the error."""
     bad = ~features.isfinite().all(1)
     if bad.any():
         raise ValueError(
             f"{name}: {int(bad.sum())} of {len(features)} features are NaN or infinite (first: sample "
-            f"{int(bad.nonzero()[0])}): the training diverged, or precision is too low"
+            f"{first + int(bad.nonzero()[0])}): the training diverged, or precision is too low"
         )
-
-
-def hits(scores: Tensor, labels: Tensor, n: int) -> Tensor:
-    """bool (..., B): is the label among the n best of scores (..., B, C)?  Of equal scores the lower class counts."""
-    labels = labels.expand(scores.shape[:-1])[..., None]
-    own = scores.gather(-1, labels)
-    lower = torch.arange(scores.shape[-1], device=scores.device) < labels
-    return ((scores > own) | ((scores == own) & lower)).sum(-1) < n

@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from fastssl import dist, norm, views
 from fastssl import optim as optims
-from fastssl.amp import DTYPES
-from fastssl.backbones import evaluating
+from fastssl.amp import autocast
 from fastssl.config import Optim
-from fastssl.eval.common.features import hits
+from fastssl.eval.common.features import Extractor
+from fastssl.eval.common.metrics import count_correct, percentages, top_ks
 from fastssl.eval.common.target import EvalTarget
 from fastssl.kernels.augment import View, make_views
-from fastssl.loader import Loader, permutation
+from fastssl.loader import Batch, Loader, permutation
 
 BEFORE_BLOCKS = "cls_token|reg_token|dist_token|pos_embed|patch_embed|norm_pre"  # of timm's transformers
 
@@ -49,6 +49,17 @@ class Classifier(nn.Module):
         return self.head(self.backbone(x))
 
 
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How the labels of `train` are used; `name` stands before the losses that are printed."""
+
+    seed: int = 0
+    smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    name: str = ""
+
+
 def train(
     backbone: nn.Module,
     loader: Loader,
@@ -57,53 +68,55 @@ def train(
     *,
     classes: int,
     rows: np.ndarray | None = None,
-    seed: int = 0,
-    smoothing: float = 0.0,
-    mixup: float = 0.0,
-    cutmix: float = 0.0,
-    log: Callable[[str], None] = lambda text: None,
+    options: TrainingOptions = TrainingOptions(),
 ) -> Classifier:
     """A copy of `backbone` with a head, trained on `rows` of the file (default: all) by `optim`, in evaluation mode.
 
     `loader` shuffles and has the batch of `optim`.  The last batch of an epoch over `rows` is filled up from the
     epoch's beginning; of the whole file it is dropped.  Diverged when the loss is not finite.
     """
-    rows = np.arange(loader.samples) if rows is None else rows
+    rows, seed = np.arange(loader.samples) if rows is None else rows, options.seed
     steps = min(-(-len(rows) // optim.batch), loader.steps)
-    device, dtype = loader.device, DTYPES[optim.precision]
+    device = loader.device
     torch.manual_seed(seed)
     model = norm.convert_sync_bn(Classifier(copy.deepcopy(backbone), classes).to(device), device)
     optimizer, schedule = optims.build(model.named_parameters(), optim, steps_per_epoch=steps)
     parallel = nn.parallel.DistributedDataParallel(model) if dist.world() > 1 else model
     scaler = torch.amp.GradScaler(device.type, enabled=optim.precision == "fp16")
-    mix = _mixing(mixup, cutmix, smoothing, classes, seed)
+    mix = _mixing(options, classes)
+    smoothing = 0.0 if mix else options.smoothing  # Mixup smooths, too
     torch.manual_seed(seed + 1 + dist.rank())  # drop path
+
+    def add_gradient(batch: Batch, last: bool) -> Tensor:
+        """Of a micro-batch; its loss."""
+        (x,) = make_views(batch.pixels, batch.sizes, batch.index, (view,), seed=seed, epoch=batch.epoch)
+        x, labels = mix(x, batch.label) if mix else (x, batch.label)
+        sync = contextlib.nullcontext() if last or parallel is model else parallel.no_sync()
+        with sync, autocast(device, optim.precision):
+            loss = F.cross_entropy(parallel(x).float(), labels, label_smoothing=smoothing)
+            scaler.scale(loss / loader.micro).backward()
+        return loss.detach().double()
+
+    def update() -> None:
+        if optim.clip:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), optim.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
     model.train()
     for epoch in range(optim.epochs):
         total = torch.zeros((), dtype=torch.float64, device=device)
         order = np.resize(rows[permutation(len(rows), seed, epoch)], loader.samples)
-        with contextlib.closing(loader.epoch(epoch, order=order)) as source:
+        with contextlib.closing(loader.epoch(epoch, order=order)) as batches:
             for step in range(steps):
                 schedule.set_lr(optimizer, epoch * steps + step)
-                for part, batch in enumerate(islice(source, loader.micro)):
-                    x = make_views(batch.pixels, batch.sizes, batch.index, (view,), seed=seed, epoch=epoch)[0]
-                    x, target = mix(x, batch.label) if mix else (x, batch.label)
-                    with contextlib.ExitStack() as stack:
-                        stack.enter_context(torch.autocast(device.type, dtype, enabled=dtype != torch.float32))
-                        if part + 1 < loader.micro and parallel is not model:
-                            stack.enter_context(parallel.no_sync())
-                        logits = parallel(x)
-                        loss = F.cross_entropy(logits.float(), target, label_smoothing=0.0 if mix else smoothing)
-                        scaler.scale(loss / loader.micro).backward()
-                    total += loss.detach().double() / (steps * loader.micro)
-                if optim.clip:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(model.parameters(), optim.clip)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
+                for i, batch in enumerate(islice(batches, loader.micro), 1):
+                    total += add_gradient(batch, last=i == loader.micro) / (steps * loader.micro)
+                update()
         mean = dist.mean(total).item()
-        log(f"epoch {epoch + 1}/{optim.epochs}: loss {mean:.4f}")
+        dist.print_main(f"{options.name}epoch {epoch + 1}/{optim.epochs}: loss {mean:.4f}")
         if not np.isfinite(mean):
             raise Diverged(
                 f"the loss is {mean} in epoch {epoch + 1}: lower the rate {schedule.lr:g}, or use "
@@ -112,14 +125,14 @@ def train(
     return model.eval()
 
 
-def _mixing(mixup: float, cutmix: float, smoothing: float, classes: int, seed: int):
-    """timm's mixup and cutmix, one draw a batch, or None; it takes NumPy's global numbers."""
-    if not mixup and not cutmix:
+def _mixing(options: TrainingOptions, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """timm's mixup and cutmix, one draw a batch, or None.  It draws from NumPy's global generator."""
+    if not options.mixup and not options.cutmix:
         return None
     from timm.data import Mixup
 
-    np.random.seed(seed + dist.rank())  # every rank its own
-    return Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes)
+    np.random.seed(options.seed + dist.rank())  # other numbers on each rank
+    return Mixup(options.mixup, options.cutmix, label_smoothing=options.smoothing, num_classes=classes)
 
 
 @torch.no_grad()
@@ -131,26 +144,19 @@ def accuracy(
     classes: int,
     rows: np.ndarray | None = None,
     precision: str = "fp32",
-) -> dict:
+) -> dict[str, float]:
     """{"top1", "top5" (more than five classes)} in percent on `rows` of the file (default: all), equal on all ranks.
 
     `loader` is one for evaluation (file order, nothing dropped).
     """
     count = loader.samples if rows is None else len(rows)
     order = np.arange(loader.samples) if rows is None else np.resize(rows, loader.samples)
-    tops, dtype = (1, 5) if classes > 5 else (1,), DTYPES[precision]
-    right = torch.zeros(len(tops), dtype=torch.int64, device=loader.device)
-    with evaluating(model), contextlib.closing(loader.epoch(0, order=order)) as source:
-        for batch in source:
-            if batch.step * loader.batch >= count:
-                break
-            x = make_views(batch.pixels, batch.sizes, batch.index, (view,), seed=0, epoch=0)[0]
-            with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-                logits = model(x).float()
-            asked = batch.place + torch.arange(len(x), device=x.device) < count  # behind them stand repetitions
-            asked &= logits.isfinite().all(1)  # comparisons with NaN would call it right
-            right += torch.stack([(hits(logits, batch.label, n) & asked).sum() for n in tops])
-    return {f"top{n}": 100 * r / count for n, r in zip(tops, dist.sum_(right.to(dist.device())).tolist())}
+    correct = torch.zeros(len(top_ks(classes)), dtype=torch.int64, device=loader.device)
+    logits_of = Extractor(model, view, precision=precision)  # a classifier's output are logits
+    for batch, (logits,) in logits_of.batches(loader, stop=-(-count // loader.batch), order=order):
+        kept = slice(max(0, count - (batch.place or 0)))  # repetitions of `rows` follow
+        correct += count_correct(logits[kept], batch.label[kept])
+    return percentages(dist.sum_(correct.to(dist.device())).tolist(), count)
 
 
 def layer_decay(backbone: nn.Module, decay: float) -> dict[str, dict]:
@@ -160,13 +166,13 @@ def layer_decay(backbone: nn.Module, decay: float) -> dict[str, dict]:
     MAE's rule (util/lr_decay.py of https://github.com/facebookresearch/mae): decay^(depth + 1 - layer), where block i
     is layer i + 1 and the patch embedding layer 0.
     """
-    depth = len(blocks(backbone, "layer-wise decay"))
+    depth = len(transformer_blocks(backbone, "layer-wise decay"))
     rates = {rf"^backbone\.body\.({BEFORE_BLOCKS})": depth + 1}
     rates |= {rf"^backbone\.body\.blocks\.{i}\.": depth - i for i in range(depth)}
     return {pattern: {"lr_mult": decay**power} for pattern, power in rates.items()}
 
 
-def blocks(backbone: nn.Module, what: str) -> nn.Module:
+def transformer_blocks(backbone: nn.Module, what: str) -> nn.Module:
     """The list of blocks of a timm transformer."""
     body = getattr(backbone, "body", None)
     if not hasattr(body, "blocks") or not hasattr(body, "patch_embed"):
@@ -178,7 +184,7 @@ def drop_path_(backbone: nn.Module, rate: float) -> None:
     """Stochastic depth in place, from 0 in the first block linearly to `rate` in the last (timm's drop_path_rate)."""
     from timm.layers import DropPath
 
-    layers = blocks(backbone, "drop path")
+    layers = transformer_blocks(backbone, "drop path")
     for block, p in zip(layers, np.linspace(0, rate, len(layers)).tolist()):
         names = [name for name in ("drop_path", "drop_path1", "drop_path2") if hasattr(block, name)]
         if not names:
@@ -188,7 +194,7 @@ def drop_path_(backbone: nn.Module, rate: float) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--micro-batch", type=int, help="images per rank and pass; default: the rank's whole share")
+    parser.add_argument("--micro-batch", type=int, help="images per rank and pass; default: all of the rank")
 
 
 def training_view(view: View) -> View:
@@ -198,17 +204,19 @@ def training_view(view: View) -> View:
 
 def training_loader(target: EvalTarget, batch: int) -> Loader:
     """Shuffled batches of `batch` images on all ranks together."""
-    args, share = target.args, batch // dist.world()
-    size = args.micro_batch or max(share, 1)
-    if batch < 1 or size < 1 or batch % dist.world() or share % size:
+    args, batch_local = target.args, batch // dist.world()
+    size = args.micro_batch or max(batch_local, 1)
+    if batch < 1 or size < 1 or batch % dist.world() or batch_local % size:
         raise ValueError(
             f"--train-batch {batch} must be a positive multiple of the {dist.world()} ranks"
             + (f" times --micro-batch {size}" if args.micro_batch else "")
         )
-    return Loader(target.train, batch, seed=args.seed, device=args.device, workers=args.workers, micro=share // size)
+    return Loader(
+        target.train, batch, seed=args.seed, device=args.device, workers=args.workers, micro=batch_local // size
+    )
 
 
-def labels(loader: Loader) -> np.ndarray:
+def class_labels(loader: Loader) -> np.ndarray:
     """int64 (N,), one class for each image; ValueError for a file that has several labels an image, or none."""
     found = loader.labels()
     if found.ndim != 1 or (found < 0).any():
@@ -217,9 +225,9 @@ def labels(loader: Loader) -> np.ndarray:
     return found
 
 
-def classes(train: Loader) -> int:
+def count_classes(train: Loader) -> int:
     """How many classes the training file has; the test file's are among them (classes.match)."""
-    return max(int(labels(train).max()) + 1, len(train.classes or ()))
+    return max(int(class_labels(train).max()) + 1, len(train.classes or ()))
 
 
 def with_head_rate(optim: Optim, lr: float, mult: float) -> Optim:

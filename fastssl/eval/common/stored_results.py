@@ -1,4 +1,4 @@
-"""Results of finished trainings of an evaluation that has many, so that one that is stopped goes on where it was."""
+"""Results of single trainings of an evaluation that has many, on disk: after a stop it goes on where it was."""
 
 from __future__ import annotations
 
@@ -9,42 +9,37 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from fastssl.eval.common.ranks import on_main
 
-from fastssl import dist
-from fastssl.eval.common.cache import on_main
-
-ELSEWHERE = "give another --out"
+REMEDY = "give another --out"
 
 
 class StoredResults:
-    """RESULT.part.jsonl beside the result that is to be written: what the results depend on, then one line for each.
+    """RESULT.part.jsonl beside the result that will be written: a hash of what the results depend on, then one line for
+    each.
 
-    A file of other settings or weights is begun anew.  Only the first rank touches it; all ranks get its results.
+    A file of other settings or weights is begun again.  Only rank 0 reads and writes it; all ranks get its results.
     """
 
-    def __init__(self, out: str | None, facts: dict):
+    def __init__(self, out: str | None, facts: dict) -> None:
         self.path = Path(out).with_suffix(".part.jsonl") if out else None
         self.key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        found: list[dict] = []
-        if self.path:
-            on_main(lambda: found.append(self._begin()), ELSEWHERE)
-        self.done = shared(found[0] if found else None) or {}
+        self.done: dict[str, Any] = on_main(self._begin, REMEDY) if self.path else {}
 
-    def __call__(self, name: str, work: Callable[[], Any]) -> Any:
-        """What `work()` returns (JSON can hold it), or returned in the call before."""
+    def get(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The stored result of that name, or else what `compute()` returns, which JSON must be able to hold."""
         if name not in self.done:
-            self.done[name] = work()
+            self.done[name] = compute()
             if self.path:
-                on_main(lambda: self._append({"name": name, "result": self.done[name]}), ELSEWHERE)
+                on_main(lambda: self._append({"name": name, "result": self.done[name]}), REMEDY)
         return self.done[name]
 
     def remove(self) -> None:
-        """Once the whole is written nobody needs the parts."""
+        """Delete the file, when all results are in one."""
         if self.path:
-            on_main(lambda: self.path.unlink(missing_ok=True), ELSEWHERE)
+            on_main(lambda: self.path.unlink(missing_ok=True), REMEDY)
 
-    def _begin(self) -> dict:
+    def _begin(self) -> dict[str, Any]:
         lines = []
         if self.path.exists():
             for line in self.path.read_text(errors="replace").splitlines():
@@ -64,13 +59,3 @@ class StoredResults:
             f.write(json.dumps(line) + "\n")
             f.flush()
             os.fsync(f.fileno())
-
-
-def shared(value: Any) -> Any:
-    """The first rank's value (JSON can hold it), on all ranks."""
-    text = json.dumps(value).encode()
-    size = int(dist.broadcast_(torch.tensor([len(text)], device=dist.device())))
-    out = torch.zeros(size, dtype=torch.uint8, device=dist.device())
-    if dist.is_main():
-        out.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    return json.loads(bytes(dist.broadcast_(out).tolist()))

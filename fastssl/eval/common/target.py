@@ -16,8 +16,10 @@ from fastssl.amp import DTYPES
 from fastssl.config import Backbone
 from fastssl.eval.common import cache, features
 from fastssl.eval.common.classes import match
+from fastssl.eval.common.features import Extractor
 from fastssl.kernels.augment import View
 from fastssl.loader import Loader
+from fastssl.parsing import comma_separated
 from fastssl.weights.options import add_backbone_options, backbone_from
 
 
@@ -52,15 +54,15 @@ class EvalTarget:
     def features(self, path: str, layers: tuple[str, ...] = ("last",)) -> tuple[Tensor, ...]:
         """float32 features (N, dim) of each layer, then labels (N,) or (N, C), of a file, the same on all ranks:
         `x, y = target.features(path)`.  Computed once; then read from the cache (see cache.py)."""
-        layers, loader = features.check_layers(self.backbone, layers), self.loader(path)
-        folder = self.cache_folder()
-        if folder is None:
-            sizes = [shape.numel() for shape in features.shapes(self.backbone, self.view, layers)]
-            features.check_memory(loader, 2 * sum(sizes))  # the rows in the ranks' order, and sorted
-            return features.extract(self.backbone, loader, self.view, precision=self.args.precision, layers=layers)
-        return cache.load_or_extract(
-            folder, self.backbone, loader, self.view, layers, self.args.precision, self.weights
-        )
+        extractor, loader, folder = self.extractor(layers), self.loader(path), self.cache_folder()
+        if folder is not None:
+            return cache.load_or_extract(folder, extractor, loader, self.weights)
+        features.check_memory(loader, 2 * sum(extractor.dims()))  # the rows in the ranks' order, and sorted
+        return features.extract(extractor, loader)
+
+    def extractor(self, layers: tuple[str, ...] = ("last",)) -> Extractor:
+        layers = features.check_layers(self.backbone, layers)
+        return Extractor(self.backbone, self.view, layers, self.args.precision)
 
     def cache_folder(self) -> Path | None:
         """Where its features are kept: --cache, or features/ beside the run or the weight file; None for none."""
@@ -192,20 +194,10 @@ def add_target_options(parser: argparse.ArgumentParser, without: tuple[str, ...]
     add_backbone_options(parser)
     add("--size", type=int, help="side of the centre crop")
     add("--resize", type=int, help="short side before the crop, 0: none; default: by the images' sizes")
-    add("--mean", type=numbers(float), help="R,G,B; default: the run's, else ImageNet's")
-    add("--std", type=numbers(float), help="likewise")
+    add("--mean", type=comma_separated(float), help="R,G,B; default: the run's, else ImageNet's")
+    add("--std", type=comma_separated(float), help="likewise")
     add("--batch", type=int, default=256, help="images per rank and pass")
     add("--workers", type=int, help="decoding threads per rank; default: the cores of the machine, shared by its ranks")
     add("--precision", choices=tuple(DTYPES), default="fp32", help="of the network")
     add("--device", help="cpu or cuda; default: cuda when there is one")
     add("--seed", type=int, default=0, help="of all that is drawn")
-
-
-def numbers(kind):
-    def parse(text: str) -> tuple:
-        try:
-            return tuple(kind(part) for part in text.split(","))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of numbers") from None
-
-    return parse

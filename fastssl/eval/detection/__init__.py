@@ -27,10 +27,11 @@ from fastssl.amp import DTYPES
 from fastssl.backbones import ResNet
 from fastssl.config import Optim
 from fastssl.eval.common.finetuning import Diverged
-from fastssl.eval.common.target import EvalTarget, numbers
+from fastssl.eval.common.target import EvalTarget
 from fastssl.eval.detection import boxes
 from fastssl.eval.detection.boxes import Picture
 from fastssl.loader import permutation
+from fastssl.parsing import comma_separated
 
 NEEDS = None  # no .beton
 WITHOUT = ("cache", "no_cache", "size", "resize", "batch")  # images go in whole, at --min-size
@@ -65,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--min-size",
-        type=numbers(int),
+        type=comma_separated(int),
         help="short sides drawn from in training, the last in tests; default: 480 to "
         "800 by 32 for VOC, from 640 for COCO",
     )

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from functools import partial
 
 import numpy as np
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
-from fastssl.eval.common.cache import on_main
-from fastssl.eval.common.stored_results import shared
-from fastssl.eval.common.target import EvalTarget, numbers
+from fastssl import dist
+from fastssl.eval.common.features import check_finite
+from fastssl.eval.common.target import EvalTarget
 from fastssl.eval.svm.cuda import Cuda
 from fastssl.eval.svm.solvers import Fast, Sklearn, average_precision
+from fastssl.parsing import comma_separated
 
 NEEDS = ("train", "test")
 COSTS = (*(0.5**n for n in range(19, 3, -1)), 1.0, 10.0, 100.0)
@@ -33,18 +33,18 @@ SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers",
-        type=lambda text: tuple(text.split(",")),
+        type=comma_separated(str),
         default=("last",),
         help="stem,layer1,...,layer4,last; published: the best of the five maps",
     )
     parser.add_argument("--low-shot", action="store_true", help="few images a class instead of all")
     parser.add_argument(
         "--shots",
-        type=numbers(int),
+        type=comma_separated(int),
         help="positives a class, C - 1 times as many negatives; default: 1,2,4,8,16,32,64,96",
     )
     parser.add_argument("--samples", type=int, help="independent draws of each number of shots; default: 5")
-    parser.add_argument("--costs", type=numbers(float), default=COSTS, help="default: the published 19")
+    parser.add_argument("--costs", type=comma_separated(float), default=COSTS, help="default: the published 19")
     parser.add_argument("--folds", type=int, help="of the cross-validation; default: 3")
     parser.add_argument(
         "--solver",
@@ -70,19 +70,19 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
         target = dataclasses.replace(target, view=dataclasses.replace(target.view, crop="squash", resize=None))
     *train, labels = target.features(target.train, args.layers)
     *test, test_labels = target.features(target.test, args.layers)
-    done: list[dict] = []
-    on_main(lambda: done.append(_layers(dict(zip(args.layers, zip(train, test))), labels, test_labels, args)))
-    result = shared(done[0] if done else None)
+    result = dist.on_main(_layers, dict(zip(args.layers, zip(train, test))), labels, test_labels, args)
     result["options"] |= {"crop": args.crop, "layers": list(args.layers)}
     return result
 
 
 def _layers(features: dict[str, tuple[Tensor, Tensor]], labels: Tensor, test_labels: Tensor, args) -> dict:
-    call = partial(low_shot, seed=args.seed) if args.low_shot else svm
-    given = {name: getattr(args, name) for name in ("shots", "samples", "folds")}
-    few = len(labels) <= 2 * max(part.shape[1] for part, _ in features.values())  # else see svm_solver.Rows
-    solver = args.solver or ("cuda" if args.device.type == "cuda" and few else "fast")
-    options = {"costs": args.costs, "solver": solver} | {k: v for k, v in given.items() if v is not None}
+    few = len(labels) <= 2 * max(part.shape[1] for part, _ in features.values())  # else see newton.Rows
+    options = {"costs": args.costs, "solver": args.solver or ("cuda" if args.device.type == "cuda" and few else "fast")}
+    given = {key: getattr(args, key) for key in ("shots", "samples", "folds") if getattr(args, key) is not None}
+    if args.low_shot:
+        call, options["draws"] = low_shot, Draws(seed=args.seed, **given)
+    else:
+        call, options = svm, options | given
     results = {name: call(train, labels, test, test_labels, **options) for name, (train, test) in features.items()}
     rows = [{"layer": name, **row} for name, result in results.items() for row in result["results"]]
     if len(results) > 1 and not args.low_shot:  # the published number is that of the best layer
@@ -141,29 +141,36 @@ def svm(
     return {"protocol": "svm", "options": options, "results": [row], "classes": classes}
 
 
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """Which images `low_shot` trains on."""
+
+    shots: tuple[int, ...] = SHOTS  # positives a class
+    samples: int = 5  # independent draws of each number of shots
+    seed: int = 0
+
+
 def low_shot(
     train: Tensor,
     labels: Tensor,
     test: Tensor,
     test_labels: Tensor,
     *,
-    shots: tuple[int, ...] = SHOTS,
-    samples: int = 5,
+    draws: Draws = Draws(),
     costs: tuple[float, ...] = COSTS,
     solver: str = "fast",
-    seed: int = 0,
 ) -> dict:
-    """mAP in percent for each number of shots: mean, standard deviation, least and largest of the samples at the cost
+    """mAP in percent for each number of shots: mean, standard deviation, minimum and maximum of the samples at the cost
     whose mean is best on the test set (published), and on the training images not drawn."""
     x, y, x_test, y_test, costs = _checked(train, labels, test, test_labels, costs, solver)
-    shots, classes = tuple(sorted(set(shots))), y.shape[1]
+    shots, samples, classes = tuple(sorted(set(draws.shots))), draws.samples, y.shape[1]
     if not shots or shots[0] < 1 or samples < 1:
         raise ValueError(f"shots={shots}, samples={samples}: give positive numbers")
     short = next((c for c in range(classes) if not (y[:, c] > 0).any() or not (y[:, c] == 0).any()), None)
     if short is not None:
         raise ValueError(f"class {short} has no positive or no negative training image to draw")
     problems = [(k, s, c) for k in shots for s in range(samples) for c in range(classes)]
-    drawn = [draw(y[:, c], k, classes, np.random.default_rng((seed, k, s, c))) for k, s, c in problems]
+    drawn = [draw(y[:, c], k, classes, np.random.default_rng((draws.seed, k, s, c))) for k, s, c in problems]
     fits = SOLVERS[solver](x, x_test)
     ap = {True: np.zeros((len(shots), samples, classes, len(costs)))}
     ap[False] = np.full_like(ap[True], np.nan)
@@ -185,7 +192,7 @@ def low_shot(
         "train": len(x),
         "test": len(x_test),
         "dim": x.shape[1],
-        "seed": seed,
+        "seed": draws.seed,
         "fits": len(problems) * len(costs),
     }
     return {"protocol": "svm", "options": options, "results": rows, "classes": []}
@@ -235,12 +242,7 @@ def _checked(train, labels, test, test_labels, costs, solver):
         table = _table(name, own, classes)
         if len(features) == 0 or len(features) != len(table):
             raise ValueError(f"{name}: {len(features)} features and {len(table)} labels")
-        bad = ~features.isfinite().all(1)
-        if bad.any():
-            raise ValueError(
-                f"{name}: {int(bad.sum())} of {len(features)} features are NaN or infinite (first: sample "
-                f"{int(bad.nonzero()[0])}): the training diverged, or precision is too low"
-            )
+        check_finite(name, features)
         x = features.float()
         out += [(x / (x.norm(dim=1, keepdim=True) + 1e-5)).cpu().numpy(), table]
     if empty := [c for c in range(classes) if not (out[3][:, c] > 0).any()]:

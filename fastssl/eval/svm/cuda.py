@@ -1,4 +1,4 @@
-"""svm_solver.newton on the GPU: all fits of a batch in one launch of one CuPy kernel, a thread block for each problem.
+"""newton.newton on the GPU: all fits of a batch in one launch of one CuPy kernel, a thread block for each problem.
 
 A block goes through its costs from the smallest, each from where the last ended, by the same Newton steps and conjugate
 gradients; a product K p is a warp to a row, p read once by all.  Products are fp32, sums fp64.
@@ -13,8 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from fastssl.eval.svm import newton as svm_solver
-from fastssl.eval.svm import solvers as svm_fits
+from fastssl.eval.svm import newton, solvers
 
 THREADS = 512
 SCRATCH = 10  # vectors of a problem's rows
@@ -168,7 +167,7 @@ extern "C" __global__ void newton(
 """.replace("SCRATCH *", f"{SCRATCH} *")
 
 
-def newton(K, problems: list[tuple], costs: tuple[float, ...], tolerance: float = svm_solver.TOLERANCE) -> list[tuple]:
+def solve(K, problems: list[tuple], costs: tuple[float, ...], tolerance: float = newton.TOLERANCE) -> list[tuple]:
     """[(b, f)] of (costs, n) CuPy arrays for problems (rows (n,) of K, y, weight), in one launch."""
     import cupy
 
@@ -195,11 +194,11 @@ def newton(K, problems: list[tuple], costs: tuple[float, ...], tolerance: float 
             gaps,
             cupy.empty(SCRATCH * len(rows), cupy.float32),
             np.float64(tolerance),
-            np.int32(svm_solver.NEWTONS),
-            np.int32(svm_solver.GRADIENTS),
+            np.int32(newton.NEWTONS),
+            np.int32(newton.GRADIENTS),
         ),
     )
-    svm_solver.check(gaps.get(), tolerance)
+    newton.check(gaps.get(), tolerance)
     return [tuple(part[A * i : A * j].reshape(A, j - i) for part in (b, f)) for i, j in pairwise(starts)]
 
 
@@ -223,9 +222,9 @@ class Cuda:
         for c in range(C):
             y = np.where(positive_NC[:, c], 1, -1)
             problems += [(everyone, y, np.where(held, 0, np.where(y > 0, positive_weight, 1))) for held in held_CFN[c]]
-        fits = newton(self.K, problems, costs)
+        fits = solve(self.K, problems, costs)
         ap = [
-            svm_fits.average_precision(f.get(), np.broadcast_to(np.where(weight > 0, -1, y > 0), f.shape), False)
+            solvers.average_precision(f.get(), np.broadcast_to(np.where(weight > 0, -1, y > 0), f.shape), False)
             for (_, f), (_, y, weight) in zip(fits, problems)
         ]
         return np.reshape(ap, (C, folds, len(costs))).mean(1).T
@@ -244,6 +243,6 @@ class Cuda:
         chosen = [
             (rows, np.where(positive, 1, -1), np.where(positive, positive_weight, 1)) for rows, positive in problems
         ]
-        for (rows, _), (b, _) in zip(problems, newton(self.K, chosen, costs)):
+        for (rows, _), (b, _) in zip(problems, solve(self.K, chosen, costs)):
             w = b @ self.x[rows]
             yield w @ self.x_test.T, w @ self.x.T
