@@ -19,7 +19,7 @@ from fastssl import backbones, config, report, views
 from fastssl.checkpoint import run_folder, store
 from fastssl.config import Backbone, Data, Optim, Run
 from fastssl.methods import simclr
-from fastssl.report import charts, runs, tables
+from fastssl.report import charts, run_data, tables
 
 SPEC = Backbone("resnet10", stem="cifar", width=8)
 EVIL = """</title><script>window.hacked=1</script>"'><img src=x onerror=window.hacked=1>"""
@@ -315,11 +315,11 @@ def test_defaults_are_gray_and_nothing_that_a_config_names_is_imported(data, tmp
     "argv, said",
     [
         (["nowhere"], "no run folder nowhere"),
-        (["EMPTY"], "is no run folder: it has neither log.jsonl nor config.json"),
+        (["EMPTY"], "is not a run folder: it has neither log.jsonl nor config.json"),
         (["RUN", "RUN"], "named twice"),
         (["RUN", "--points", "3"], "points=3: a map needs 5 or more"),
-        (["RUN", "--eval", "RUN/config.json"], "is no result of fastssl eval"),
-        (["RUN", "--eval", "OTHER"], "was computed from 72 tensors from elsewhere/checkpoints/x, which are none"),
+        (["RUN", "--eval", "RUN/config.json"], "is not a result of fastssl eval"),
+        (["RUN", "--eval", "OTHER"], "was computed from 72 tensors from elsewhere/checkpoints/x, which belong to none"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(page, tmp_path, capsys, argv, said):
@@ -373,7 +373,7 @@ def test_a_run_that_has_just_begun_or_is_damaged(tmp_path):
     assert "no step logged yet" in out.read_text() and "config.json cannot be read" in out.read_text()
     whole, cut = '{"step": 1, "epoch": 0, "loss": 2.5}\n', '{"step": 2, "epoch": 0, "loss"'
     (folder / "log.jsonl").write_text(whole + "rubbish\n[1]\n" + cut)
-    run = runs.read(folder)
+    run = run_data.read(folder)
     assert run.steps == 1 and run.scalars["loss"][1].tolist() == [2.5] and run.total_steps is None
     assert any(note.startswith("2 lines of log.jsonl") for note in run.notes)
     assert report.main([str(folder), "--out", str(out)]) == 0
@@ -384,7 +384,7 @@ def test_lost_losses_and_skipped_steps_are_counted(data, tmp_path):
     folder = write_run(tmp_path / "run", data, 4, weights=False)
     with open(folder / "log.jsonl", "a") as f:
         f.write(json.dumps({**record(5, "nan"), "applied": False}) + "\n" + json.dumps(record(6, "inf")) + "\n")
-    run = runs.read(folder)
+    run = run_data.read(folder)
     assert run.skipped == 1 and run.steps == 6 and run.scalars["loss"][0].tolist() == [1, 2, 3, 4]
     assert "loss was not finite in 2 records, first at step 5" in run.notes
 
@@ -398,21 +398,21 @@ def test_a_damaged_checkpoint_is_said(data, tmp_path):
 
 
 def test_bins_are_means_of_equal_stretches(tmp_path):
-    run = runs.RunData(tmp_path)
+    run = run_data.RunData(tmp_path)
     y = np.random.default_rng(0).random(1000)
     w = np.random.default_rng(1).random(1000)
     run.scalars = {"loss": (np.arange(1, 1001), y), "total_ms": (np.arange(1, 1001), w)}
-    x, mean, low, high = runs.binned(run, "loss", 10)
+    x, mean, low, high = run_data.binned(run, "loss", 10)
     parts = y.reshape(10, 100)
     np.testing.assert_allclose(mean, parts.mean(1))
     np.testing.assert_allclose([x[0], low[3], high[3]], [50.5, parts[3].min(), parts[3].max()])
-    weighted = runs.binned(run, "loss", 10, "total_ms")[1]
+    weighted = run_data.binned(run, "loss", 10, "total_ms")[1]
     np.testing.assert_allclose(weighted, (parts * w.reshape(10, 100)).sum(1) / w.reshape(10, 100).sum(1))
 
 
 def test_shares_of_the_step_add_up(data, tmp_path):
-    run = runs.read(write_run(tmp_path / "run", data, 40, weights=False))
-    x, shares = runs.split(run, bins=20)
+    run = run_data.read(write_run(tmp_path / "run", data, 40, weights=False))
+    x, shares = run_data.time_per_phase(run, bins=20)
     np.testing.assert_allclose(shares.sum(1), 100)
     assert len(x) == 20 and x[0] == 1.5
     np.testing.assert_allclose(shares[0], np.array([2, 4, 60, 120, 10, 104, 0]) / 3)  # steps of 200 and 100 ms

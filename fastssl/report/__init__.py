@@ -1,7 +1,7 @@
-"""`fastssl report RUN [RUN...]`: one HTML page of one or several runs, side by side, that opens without a network.
+"""`fastssl report RUN [RUN...]`: one HTML page of one or several runs, side by side, which opens without a network.
 
-Made from the run folders: log.jsonl, config.json, environment.json, checkpoints and evaluations (*.json and
-eval/*.json).  A part that cannot be made is said so where it would stand, with the reason.
+It is made from the run folders: log.jsonl, config.json, environment.json, checkpoints and evaluations (*.json and
+eval/*.json).  Where a part cannot be made, the page gives the reason in its place.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from pathlib import Path
 
 from fastssl import dist, files
 from fastssl.parsing import Parser
-from fastssl.report import cards, tables
-from fastssl.report import runs as reading
-from fastssl.report.charts import Line, label, legend, line_chart, share_chart
-from fastssl.report.runs import CURVES, HINTS, MAIN, PHASES, RunData
+from fastssl.report import cards, run_data, tables
+from fastssl.report.charts import Line, label, legend, line_chart, stacked_chart
+from fastssl.report.run_data import CURVES, HINTS, MAIN, PHASES, RunData
 
-RUNS = 8  # colours that can be told apart
+MAX_RUNS = 8  # that many colours can be told apart
 HERE = Path(__file__).parent
 
 
@@ -34,15 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, below work_dirs/")
     parser.add_argument("--out", default="report.html", metavar="FILE", help="the page")
     parser.add_argument(
-        "--eval", nargs="+", default=[], metavar="FILE", help="results of fastssl eval --out that lie elsewhere"
+        "--eval", nargs="+", default=[], metavar="FILE", help="results of fastssl eval --out in other folders"
     )
     parser.add_argument("--train", help=".beton for the views; default: each run's")
     parser.add_argument("--test", help=".beton for neighbours and maps; default: each run's")
     parser.add_argument(
-        "--points",
-        type=int,
-        default=1000,
-        help="images of the map and among which neighbours are looked for; 0: no pictures at all",
+        "--points", type=int, default=1000, help="images on the map and in the search for neighbours; 0: no pictures"
     )
     parser.add_argument("--batch", type=int, default=64, help="images per pass")
     parser.add_argument("--workers", type=int, help="decoding threads; default: one for each core")
@@ -68,26 +64,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load(args: argparse.Namespace) -> list[RunData]:
-    if len(args.runs) > RUNS:
-        raise ValueError(f"{len(args.runs)} runs: a page holds at most {RUNS}, whose colours can be told apart")
+    if len(args.runs) > MAX_RUNS:
+        raise ValueError(f"{len(args.runs)} runs: a page holds at most {MAX_RUNS}, whose colours can be told apart")
     if args.points < 0 or 0 < args.points < 5:
         raise ValueError(f"points={args.points}: a map needs 5 or more images; 0 leaves the pictures out")
     same = {str(Path(folder).resolve()) for folder in args.runs}
     if len(same) < len(args.runs):
         raise ValueError(f"a run is named twice: {' '.join(args.runs)}")
-    runs = [reading.read(folder) for folder in args.runs]
-    reading.name_runs(runs)
+    runs = [run_data.read(folder) for folder in args.runs]
+    run_data.name_runs(runs)
     for file in args.eval:
         try:
-            result = reading.sane(json.loads(Path(file).read_text()))
+            result = run_data.sanitize(json.loads(Path(file).read_text()))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"--eval {file}: is no JSON ({error})") from None
-        if not reading.is_evaluation(result):
-            raise ValueError(f"--eval {file}: is no result of fastssl eval --out (no protocol and results)")
+            raise ValueError(f"--eval {file}: is not JSON ({error})") from None
+        if not run_data.is_evaluation(result):
+            raise ValueError(f"--eval {file}: is not a result of fastssl eval --out (it has no protocol and results)")
         owner = tables.owner(runs, result)
         if owner is None:
             weights = tables.weights_of(result) or "weights without a name"
-            raise ValueError(f"--eval {file}: was computed from {weights}, which are none of these runs'")
+            raise ValueError(f"--eval {file}: was computed from {weights}, which belong to none of these runs")
         if all(Path(known).resolve() != Path(file).resolve() for known, _ in owner.evaluations):
             owner.evaluations.append((file, result))
     return runs
@@ -106,9 +102,9 @@ def render(runs: list[RunData], args: argparse.Namespace) -> str:
     script, style = ((HERE / name).read_text() for name in ("page.js", "page.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
-    places = {name: name.lower().replace(" ", "-") for name, _ in sections}
-    body = "".join(f'<section id="{places[name]}"><h2>{name}</h2>{text}</section>' for name, text in sections)
-    links = "".join(f'<a href="#{place}">{name}</a>' for name, place in places.items())
+    anchors = {name: name.lower().replace(" ", "-") for name, _ in sections}
+    body = "".join(f'<section id="{anchors[name]}"><h2>{name}</h2>{text}</section>' for name, text in sections)
+    links = "".join(f'<a href="#{anchor}">{name}</a>' for name, anchor in anchors.items())
     toggles = [
         f'<label class="s{i}"><input type="checkbox" checked data-run="{i}"><i class="swatch"></i>'
         f"{escape(run.label)}</label>"
@@ -116,7 +112,7 @@ def render(runs: list[RunData], args: argparse.Namespace) -> str:
         if len(runs) > 1
     ]
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    # The policy lets no script run but page.js, and nothing be fetched, whatever a run may be called.
+    # The policy allows no script but page.js and no requests, whatever the name of a run contains.
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -131,7 +127,7 @@ script-src 'sha256-{digest}'">
 <body>
 <header><h1>{escape(title)}</h1><p class="meta">fastssl report, {made}</p></header>
 <div class="bar"><div><nav aria-label="Sections">{links}</nav>\
-<div class="toggles" role="group" aria-label="Runs that are shown">{"".join(toggles)}</div></div></div>
+<div class="toggles" role="group" aria-label="Shown runs">{"".join(toggles)}</div></div></div>
 <main><section id="summary"><h2>Summary</h2>{cards.summary(runs, baselines)}</section>{body}</main>
 <footer>Made with fastssl {version("fastssl")}, Python {platform.python_version()}, torch {version("torch")}.</footer>
 <div id="tip" role="status" hidden></div>
@@ -146,20 +142,20 @@ def note(text: str) -> str:
 
 
 def lines_of(runs: list[RunData], key: str, factor: float = 1.0, weight: str | None = None) -> tuple[list[Line], str]:
-    """The runs' curves over epochs, or over steps while one of them is in its first epoch."""
-    having = [(i, run) for i, run in enumerate(runs) if key in run.scalars]
-    epochs = all(run.steps_per_epoch for _, run in having)
+    """The runs' curves and the name of the x axis: epochs, or steps if one of the runs is in its first epoch."""
+    logged = [(i, run) for i, run in enumerate(runs) if key in run.scalars]
+    epochs = all(run.steps_per_epoch for _, run in logged)
     out = []
-    for i, run in having:
-        x, y, low, high = reading.binned(run, key, weight=weight)
+    for i, run in logged:
+        x, y, low, high = run_data.binned(run, key, weight=weight)
         band = (None, None) if weight else (factor * low, factor * high)
         out.append(Line(run.label, i, x * (run.x_per_step if epochs else 1.0), factor * y, *band))
     return out, "epoch" if epochs else "step"
 
 
 def training(runs: list[RunData]) -> str:
-    keys = list(dict.fromkeys([*CURVES, *(key for run in runs for key in reading.curves(run))]))
-    drawn, still, missing = [], [], []
+    keys = list(dict.fromkeys([*CURVES, *(key for run in runs for key in run_data.curves(run))]))
+    figures, constant, missing = [], [], []
     for key in keys:
         lines, x_label = lines_of(runs, key)
         if not lines:
@@ -170,20 +166,20 @@ def training(runs: list[RunData]) -> str:
             continue
         values = {float(v) for line in lines for v in (line.low.min(), line.high.max())}
         if len(values) == 1 and key not in CURVES:
-            still.append(f"{key} = {label(values.pop())}")
+            constant.append(f"{key} = {label(values.pop())}")
             continue
         title, unit, about = CURVES.get(key, (key, "", ""))
         absent = [run.label for run in runs if key not in run.scalars] if key in MAIN else []
         about += f" Not logged by {', '.join(absent)}." if absent else ""
-        drawn.append(line_chart(title, lines, x_label=x_label, unit=unit, about=about))
-    same = f'<p class="about">Constant: {escape("; ".join(still))}.</p>' if still else ""
+        figures.append(line_chart(title, lines, x_label=x_label, unit=unit, about=about))
+    same = f'<p class="about">Constant: {escape("; ".join(constant))}.</p>' if constant else ""
     binned = any(len(x) > 400 for run in runs for x, _ in run.scalars.values())
     lead = (
-        "Each point is the mean of a stretch of steps, the pale band its least and greatest value."
+        "Each point is the mean of an interval of steps, the pale band its smallest and largest value."
         if binned
         else "Every logged value."
     )
-    charts = f'<div class="charts">{"".join(drawn)}</div>'
+    charts = f'<div class="charts">{"".join(figures)}</div>'
     return f'<p class="lead">{lead}</p>{_legend(runs)}{"".join(missing)}{charts}{same}'
 
 
@@ -207,16 +203,16 @@ def speed(runs: list[RunData]) -> str:
         if unknown
         else ""
     )
-    splits = []
+    phases = []
     for i, run in enumerate(runs):
         if run in timed:
-            x, shares = reading.split(run)
-            splits.append(
-                share_chart(
-                    f"Split of the step: {run.label}",
+            x, percent = run_data.time_per_phase(run)
+            phases.append(
+                stacked_chart(
+                    f"Phases of the step: {run.label}",
                     i,
                     x * run.x_per_step,
-                    shares,
+                    percent,
                     PHASES,
                     x_label="epoch" if run.steps_per_epoch else "step",
                 )
@@ -226,7 +222,7 @@ def speed(runs: list[RunData]) -> str:
     return (
         f'{_legend(runs)}{notes}<div class="charts">{"".join(out)}</div><h3>Where the time of a step goes</h3>'
         f'<p class="about">other: hooks, logging, evaluations and checkpoints between two steps.</p>{parts}'
-        f'<div class="charts">{"".join(splits)}</div>{tables.timings(timed, runs)}'
+        f'<div class="charts">{"".join(phases)}</div>{tables.timings(timed, runs)}'
     )
 
 
@@ -235,33 +231,33 @@ def _legend(runs: list[RunData]) -> str:
 
 
 def pictures(runs: list[RunData], args: argparse.Namespace) -> tuple[list[tuple[str, str]], list[str]]:
-    """Views, neighbours and maps of each run, or why there are none; and the baselines of each for the summary."""
+    """Views, neighbours and maps of each run, or the reason for their absence; and the baselines of each run."""
     from fastssl.report import samples
 
     parts: dict[str, list[str]] = {"Views": [], "Nearest neighbours": [], "Embedding map": []}
-    beside = []
+    baselines = []
     for i, run in enumerate(runs):
-        features, why = _made(lambda run=run: samples.Features(run, args) if reading.has_checkpoint(run) else None)
-        why = why or note("there is no complete checkpoint: features need one")
+        features, reason = _try(lambda run=run: samples.Features(run, args) if run_data.has_checkpoint(run) else None)
+        reason = reason or note("there is no complete checkpoint: features need one")
 
-        def of(part: Callable[[], str], features=features, why=why) -> str:
-            html, failed = _made(part) if features else (None, why)
+        def of(part: Callable[[], str], features=features, reason=reason) -> str:
+            html, failed = _try(part) if features else (None, reason)
             return html or failed
 
         maps = f'<div class="charts">{of(lambda f=features: f.map("pca"))}{of(lambda f=features: f.map("tsne"))}</div>'
         groups = features.groups() if features else []
         key = legend([(colour, name) for name, colour, _ in groups]) if groups else ""
-        made, failed = _made(lambda run=run: samples.views(run, args))
+        made, failed = _try(lambda run=run: samples.views(run, args))
         near = of(lambda f=features: f.neighbours())
-        beside.append(of(lambda f=features: f.baselines()) if features else "")
-        for name, html in zip(parts, (made or failed, near, key + maps if features else why)):
+        baselines.append(of(lambda f=features: f.baselines()) if features else "")
+        for name, html in zip(parts, (made or failed, near, key + maps if features else reason)):
             title = f'<h3><i class="swatch"></i>{escape(run.label)}</h3>'
             parts[name].append(f'<div class="run s{i} r{i}">{title}{html}</div>')
-    return [(name, f'<div class="runs">{"".join(text)}</div>') for name, text in parts.items()], beside
+    return [(name, f'<div class="runs">{"".join(text)}</div>') for name, text in parts.items()], baselines
 
 
-def _made(part: Callable):
-    """(what it returns, "") or (None, why not).  A part that fails must not take the page with it, whatever it met:
+def _try(part: Callable):
+    """(what it returns, ""), or (None, the reason).  The page is made even where a part fails, for whatever reason:
     damaged files, an architecture of another version, too little memory."""
     try:
         return part(), ""

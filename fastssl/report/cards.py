@@ -1,43 +1,43 @@
-"""The report's first section: of each run what was trained on what, for how long and at which size, what came of it
-beside the baselines, and whether it collapsed."""
+"""The report's first section: for each run the method, network, data and length, the results beside the baselines, and
+whether the run collapsed."""
 
 from __future__ import annotations
 
 from html import escape
 from pathlib import Path
 
-from fastssl.report import runs as reading
-from fastssl.report.runs import CURVES, MAIN, RunData
+from fastssl.report import run_data
+from fastssl.report.run_data import CURVES, MAIN, RunData
 
 
 def summary(runs: list[RunData], baselines: list[str]) -> str:
-    """`baselines`: HTML of each run's comparison with untrained network, pixels and chance, or why there is none."""
+    """`baselines`: HTML of each run's comparison with untrained network, pixels and chance, or an empty string."""
     cards = []
     for i, run in enumerate(runs):
-        told = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts(run))
+        listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts(run))
         figures = "".join(
             f"<div><dt>{escape(name)}</dt><dd>{escape(value)} <small>{escape(more)}</small></dd></div>"
             for name, value, more in key_figures(run)
         )
         notes = "".join(f'<p class="note">{escape(text)}</p>' for text in run.notes)
-        lost = collapse(run)
-        bad = f'<p class="note bad"><b>Collapsed.</b> {escape(lost)}</p>' if lost else ""
+        warning = collapse(run)
+        bad = f'<p class="note bad"><b>Collapsed.</b> {escape(warning)}</p>' if warning else ""
         cards.append(
             f'<article class="card s{i} r{i}"><h3>{escape(run.label)}</h3><p class="meta">{escape(run.status)}'
-            f'</p><dl class="facts">{told}</dl>{bad}<dl class="tiles">{figures}</dl>{baselines[i]}{notes}'
+            f'</p><dl class="facts">{listed}</dl>{bad}<dl class="tiles">{figures}</dl>{baselines[i]}{notes}'
             "</article>"
         )
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
 def facts(run: RunData) -> list[tuple[str, str]]:
-    """(name, text): method, network, data, views, length, machine, as far as the run's files say."""
+    """(name, text): method, network, data, views, length and machine, as far as the run's files have them."""
     method = str(run.setting("method.type", ""))
     network = [str(run.setting("backbone.name", ""))]
     network += [
         f"{key} {run.setting(f'backbone.{key}')}"
-        for key, usual in (("stem", "imagenet"), ("width", 64), ("norm", "bn"), ("pretrained", None))
-        if run.setting(f"backbone.{key}") not in (None, usual)
+        for key, default in (("stem", "imagenet"), ("width", 64), ("norm", "bn"), ("pretrained", None))
+        if run.setting(f"backbone.{key}") not in (None, default)
     ]
     out = [
         ("Method", method.split(".")[-2] if method.startswith("fastssl.methods.") else method.split(".")[-1]),
@@ -55,7 +55,7 @@ def _data(run: RunData, which: str) -> str:
     path = run.setting(f"data.{which}")
     if not isinstance(path, str) or not path:
         return ""
-    card = reading.card(path)
+    card = run_data.card(path)
     known = [f"{card['samples']:,} images"] if "samples" in card else []
     known += [f"{len(card['classes']):,} classes"] if card.get("classes") else []
     return Path(path).name + (f" ({', '.join(known)})" if known else "")
@@ -92,16 +92,16 @@ def _machine(run: RunData) -> str:
 
 
 def collapse(run: RunData) -> str:
-    """What says that the run has collapsed at its end, or "" (log.records.COLLAPSE_LIMITS)."""
+    """The measures that show a collapse at the end of the run (log.records.COLLAPSE_LIMITS), or ""."""
     found = [
         f"{CURVES[key][0]} {value:.3g} (below {limit:g}; mean of the last {count} measures)"
-        for key, value, limit, count in reading.collapsed(run)
+        for key, value, limit, count in run_data.collapsed(run)
     ]
     return f"The network gives nearly the same for every image: {'; '.join(found)}." if found else ""
 
 
 def key_figures(run: RunData) -> list[tuple[str, str, str]]:
-    """(name, value, in small): the last of each curve, with the best where it is another, and the meter's figures."""
+    """(name, value, small print): the last value of each curve, with the best one where it differs, and the speed."""
     out = []
     for key in MAIN:
         if key not in run.scalars:
@@ -112,7 +112,7 @@ def key_figures(run: RunData) -> list[tuple[str, str, str]]:
         value = f"{y[-1]:.1f} {unit}" if unit else f"{y[-max(1, min(len(y) // 20, 50)) :].mean():.4g}"
         out.append((CURVES[key][0], value, better))
     if "total_ms" in run.scalars:
-        rate = reading.binned(run, "images_per_s", 1, "total_ms")[1] if "images_per_s" in run.scalars else []
+        rate = run_data.binned(run, "images_per_s", 1, "total_ms")[1] if "images_per_s" in run.scalars else []
         out += [("Images/s", f"{rate.mean():,.0f}", "")] if len(rate) else []
     for key, name, factor, unit in (("mfu", "MFU", 100, "%"), ("memory_gib", "Peak memory", 1, "GiB")):
         if key in run.scalars:
@@ -125,7 +125,7 @@ def key_figures(run: RunData) -> list[tuple[str, str, str]]:
 
 
 def baselines(found: list[tuple[str, float | None]], about: str) -> str:
-    """(name, kNN accuracy in percent or None) of the network and of what it must beat, as bars; the best is bold."""
+    """Bars of (name, kNN accuracy in percent or None), the network first and then its baselines; the best is bold."""
     best = max((value for _, value in found if value is not None), default=0)
     rows = []
     for i, (name, value) in enumerate(found):

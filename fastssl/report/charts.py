@@ -1,5 +1,5 @@
-"""Charts as inline SVG.  What is drawn stands in the page without scripts; page.js adds the values under the pointer,
-which it reads from the `data-` attributes.  Colours are CSS classes: s0, s1, ... of runs, p0, ... of parts.
+"""Charts as inline SVG.  They need no script; page.js adds the values under the pointer, read from the `data-`
+attributes.  Colours are CSS classes: s0, s1, ... of runs, p0, ... of parts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PLOT_W, PLOT_H = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
 @dataclass
 class Line:
-    """One run's curve: x (n,), y (n,), and for binned ones the least and most of each bin."""
+    """One run's curve: x (n,), y (n,), and for a binned one the minimum and maximum of each bin."""
 
     name: str
     run: int  # its colour
@@ -49,7 +49,7 @@ def label(value: float) -> str:
 
 
 def limits(arrays: list[np.ndarray]) -> tuple[float, float, float | None]:
-    """(low, high, cut): the range to draw; `cut` is the largest value where a few far ones would flatten the rest."""
+    """(low, high, cut): the range of the axis; `cut` is the largest value where the axis leaves out a few outliers."""
     y = np.concatenate(arrays)
     low, high = float(y.min()), float(y.max())
     cut = None
@@ -67,7 +67,7 @@ def limits(arrays: list[np.ndarray]) -> tuple[float, float, float | None]:
 
 
 class Frame:
-    """Pixels of values, and the axes."""
+    """The axes, and the pixels of values."""
 
     def __init__(self, x: tuple[float, float], y: tuple[float, float]):
         self.x = x if x[1] > x[0] else (x[0] - 0.5, x[0] + 0.5)
@@ -112,13 +112,13 @@ def line_chart(title: str, lines: list[Line], *, x_label: str, unit: str = "", a
         return figure(title, '<p class="note">nothing logged</p>', about)
     low, high, cut = limits([line.y for line in lines])
     frame = Frame((min(line.x.min() for line in lines), max(line.x.max() for line in lines)), (low, high))
-    drawn = [_band(frame, line) + _curve(frame, line) for line in lines]
+    shapes = [_band(frame, line) + _curve(frame, line) for line in lines]
     series = [
         {"n": line.name, "c": f"s{line.run}", "r": line.run, "x": _round(line.x), "y": _round(line.y)} for line in lines
     ]
     if cut is not None:
         about += f"{' ' if about else ''}Some values lie beyond the axis, up to {label(cut)}."
-    spoken = "; ".join(
+    label_text = "; ".join(
         f"{line.name}: {label(float(line.y[0]))} at {x_label} {label(float(line.x[0]))}, "
         f"{label(float(line.y[-1]))} at {label(float(line.x[-1]))}"
         for line in lines
@@ -126,8 +126,8 @@ def line_chart(title: str, lines: list[Line], *, x_label: str, unit: str = "", a
     return figure(
         title,
         svg(
-            f"{title}. {spoken}",
-            frame.axes(x_label) + "".join(drawn),
+            f"{title}. {label_text}",
+            frame.axes(x_label) + "".join(shapes),
             f'data-lines="{frame.data(x_label, unit, series)}"',
         ),
         about,
@@ -153,39 +153,39 @@ def _band(frame: Frame, line: Line) -> str:
     return f'<path class="band s{line.run} r{line.run}" d="M{path}Z"/>'
 
 
-def share_chart(
-    title: str, run: int, x: np.ndarray, shares: np.ndarray, names: tuple[str, ...], *, x_label: str
+def stacked_chart(
+    title: str, run: int, x: np.ndarray, percent: np.ndarray, names: tuple[str, ...], *, x_label: str
 ) -> str:
-    """Stacked areas: shares (n, parts) in percent of 100."""
+    """Stacked areas: percent (n, parts), each row adding up to 100."""
     if len(x) == 1:
-        x, shares = np.array([x[0], x[0] + 1]), np.repeat(shares, 2, 0)
+        x, percent = np.array([x[0], x[0] + 1]), np.repeat(percent, 2, 0)
     frame = Frame((x.min(), x.max()), (0.0, 100.0))
-    upper = shares.cumsum(1)
-    lower = upper - shares
-    drawn = []
+    upper = percent.cumsum(1)
+    lower = upper - percent
+    shapes = []
     for part in range(len(names)):
         xs, ys = np.r_[x, x[::-1]], np.r_[upper[:, part], lower[::-1, part]]
         path = "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(frame.px(xs), frame.py(ys)))
-        drawn.append(f'<path class="area p{part}" d="M{path}Z"/>')
-    series = [{"n": name, "c": f"p{i}", "x": _round(x), "y": _round(shares[:, i])} for i, name in enumerate(names)]
-    spoken = ", ".join(f"{name} {shares[:, i].mean():.0f} %" for i, name in enumerate(names))
+        shapes.append(f'<path class="area p{part}" d="M{path}Z"/>')
+    series = [{"n": name, "c": f"p{i}", "x": _round(x), "y": _round(percent[:, i])} for i, name in enumerate(names)]
+    label_text = ", ".join(f"{name} {percent[:, i].mean():.0f} %" for i, name in enumerate(names))
     body = svg(
-        f"{title}. On average: {spoken}",
-        "".join(drawn) + frame.axes(x_label),
+        f"{title}. On average: {label_text}",
+        "".join(shapes) + frame.axes(x_label),
         f'data-lines="{frame.data(x_label, "%", series)}"',
     )
     return figure(title, body, unit="%", run=run)
 
 
 def scatter(title: str, xy: np.ndarray, groups: list[tuple[str, str, np.ndarray]], about: str = "") -> str:
-    """Points (n, 2) in square SVG; groups: (name, colour, which points)."""
+    """Points (n, 2) in a square; groups: (name, colour, indices or mask of its points)."""
     side = 440
     low, span = xy.min(0), max(float((xy.max(0) - xy.min(0)).max()), 1e-12)
-    offset = (1 - (xy.max(0) - low) / span) / 2  # the shorter side stands in the middle
+    offset = (1 - (xy.max(0) - low) / span) / 2  # centre the shorter side
     at = 12 + (side - 24) * ((xy - low) / span + offset)
     at[:, 1] = side - at[:, 1]
     size = 7 if len(xy) <= 500 else 5 if len(xy) <= 2000 else 3
-    drawn = [
+    shapes = [
         f'<path class="points" stroke="{colour}" stroke-width="{size}" '
         f'd="{"".join(f"M{x:.1f} {y:.1f}h0" for x, y in at[points])}"/>'
         for _, colour, points in reversed(groups)
@@ -200,15 +200,15 @@ def scatter(title: str, xy: np.ndarray, groups: list[tuple[str, str, np.ndarray]
     }
     body = (
         f'<svg viewBox="0 0 {side} {side}" role="img" aria-label="{escape(title)}" class="map" '
-        f'data-points="{escape(json.dumps(data, separators=(",", ":")))}">{"".join(drawn)}'
+        f'data-points="{escape(json.dumps(data, separators=(",", ":")))}">{"".join(shapes)}'
         f'<circle class="ring" r="{size}" visibility="hidden"/></svg>'
     )
     return figure(title, body, about)
 
 
-def svg(spoken: str, inside: str, attributes: str) -> str:
+def svg(label_text: str, inside: str, attributes: str) -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(spoken)}" {attributes}>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(label_text)}" {attributes}>'
         f'{inside}<line class="cursor" y1="{TOP}" y2="{TOP + PLOT_H}" visibility="hidden"/></svg>'
     )
 
@@ -221,7 +221,7 @@ def figure(title: str, body: str, about: str = "", unit: str = "", run: int | No
 
 
 def legend(items: list[tuple[str, str]]) -> str:
-    """(class s0, ... or p0, ..., or a colour; name)."""
+    """items: (class s0, ... or p0, ..., or a colour; name)."""
     entries = "".join(f"<li>{_key(key)}{escape(name)}</li>" for key, name in items)
     return f'<ul class="legend">{entries}</ul>'
 
@@ -229,11 +229,11 @@ def legend(items: list[tuple[str, str]]) -> str:
 def _key(key: str) -> str:
     if key.startswith("#"):
         return f'<i style="background:{escape(key)}"></i>'
-    if key.startswith("s"):  # as the run's curves are drawn
+    if key.startswith("s"):  # a line, as in the run's curves
         return f'<svg class="key" viewBox="0 0 34 10" aria-hidden="true"><path class="line {key}" d="M1 5h32"/></svg>'
     return f'<i class="{key}"></i>'
 
 
 def _round(values: np.ndarray) -> list[float]:
-    """Five digits: what a reader of a hovered value can use, at half the size."""
+    """Five digits, which halve the size of the page and are enough for the values under the pointer."""
     return [float(f"{v:.5g}") for v in values]

@@ -26,7 +26,7 @@ from fastssl.eval.common.target import add_target_options, load_target
 from fastssl.kernels.augment import View
 from fastssl.loader import Loader
 from fastssl.report import cards, charts
-from fastssl.report.runs import RunData
+from fastssl.report.run_data import RunData
 
 ROWS = 6  # images on a sheet
 COLUMNS = 12  # views on a sheet, at most

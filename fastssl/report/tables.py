@@ -15,17 +15,17 @@ from fastssl import methods
 from fastssl.config import Run, dump
 from fastssl.eval import METRICS, PROTOCOLS
 from fastssl.kernels.augment import View
-from fastssl.report.runs import PHASES, RunData
+from fastssl.report.run_data import PHASES, RunData
 
-NOT_SHOWN = {"picture", "path"}  # of a row of results: files beside it
-NO_BEST = {"map_std", "map_min", "map_max"}  # of METRICS: what says how far draws are apart
+HIDDEN = {"picture", "path"}  # keys of a row of results that name files
+SPREAD = {"map_std", "map_min", "map_max"}  # of METRICS: the spread over draws, which has no best value
 
 
 Row = tuple[list[str], list[str], bool]
 
 
 def table(heads: list[str], runs: list[RunData], rows: list[Row], code: bool = False) -> str:
-    """rows: (HTML of the cells before the runs' cells, HTML of the runs' cells, whether they differ)."""
+    """rows: (HTML of the row's headings, HTML of each run's cell, whether the runs differ)."""
     top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
     top += "".join(
         f'<th scope="col" class="r{i}"><i class="swatch s{i}"></i> {escape(run.label)}</th>'
@@ -55,7 +55,7 @@ def timings(timed: list[RunData], runs: list[RunData]) -> str:
             y, total = run.scalars[f"{name}_ms"][1], run.scalars["total_ms"][1]
             cells.append(f"{np.median(y):.1f} <small>{100 * y.sum() / total.sum():.0f} %</small>")
         rows.append(([("data wait" if name == "data" else name)], cells, False))
-    return '<p class="about">Median milliseconds of a step, and the share of the whole time.</p>' + table(
+    return '<p class="about">Median milliseconds of a step, and percent of the total time.</p>' + table(
         ["phase"], runs, rows
     )
 
@@ -66,10 +66,10 @@ def weights_of(result: dict) -> str:
 
 
 def owner(runs: list[RunData], result: dict) -> RunData | None:
-    """The run from whose checkpoints a result was computed, by the path that it carries."""
-    said = weights_of(result)
+    """The run from whose checkpoints a result was computed, by the path in it; None: another run."""
+    path = weights_of(result)
     for run in runs:
-        if any(f"{name}/checkpoints/" in said for name in (str(run.folder), str(run.folder.resolve()))):
+        if any(f"{name}/checkpoints/" in path for name in (str(run.folder), str(run.folder.resolve()))):
             return run
     return None
 
@@ -78,42 +78,38 @@ def evaluations(runs: list[RunData]) -> str:
     """A row for each metric of each protocol and test file; the best of all runs and settings in it is marked."""
     if not any(run.evaluations for run in runs):
         return (
-            '<p class="note">No results: fastssl eval knn RUN writes some into the run folder; --eval names files '
-            "that lie elsewhere.</p>"
+            '<p class="note">No results: fastssl eval knn RUN writes its results into the run folder; --eval names '
+            "files in other folders.</p>"
         )
     found: dict[tuple, dict[int, list[dict]]] = {}  # (protocol, features, test file) -> run -> rows
     for i, run in enumerate(runs):
         for file, result in run.evaluations:
             of = result.get("of") if isinstance(result.get("of"), dict) else {}
-            place = result["protocol"], str(of.get("features", "weights")), str(of.get("test") or "")
-            rows = found.setdefault(place, {}).setdefault(i, [])
+            key = result["protocol"], str(of.get("features", "weights")), str(of.get("test") or "")
+            rows = found.setdefault(key, {}).setdefault(i, [])
             rows += [{**row, "": f"{file}: {json.dumps(result.get('options', {}))}"} for row in result["results"]]
     order = list(PROTOCOLS)
 
-    def rank(place):
-        return (
-            order.index(place[0]) if place[0] in order else len(order),
-            place[0],
-            place[2],
-            place[1] != "weights",
-            place[1],
-        )
+    def rank(key: tuple[str, str, str]) -> tuple:
+        protocol, features, test = key
+        position = order.index(protocol) if protocol in order else len(order)
+        return position, protocol, test, features != "weights", features
 
     rows = []
-    for place in sorted(found, key=rank):
-        protocol, features, test = place
-        by_run = found[place]
-        some = [row for part in by_run.values() for row in part]
+    for key in sorted(found, key=rank):
+        protocol, features, test = key
+        by_run = found[key]
+        all_rows = [row for part in by_run.values() for row in part]
         what = {"weights": "", "untrained": "untrained network", "pixels": "pixels"}.get(features, features)
         first = escape(protocol) + (f"<small>{escape(Path(test).name)}</small>" if test else "")
         first += f'<span class="badge base">baseline: {escape(what)}</span>' if what else ""
-        metrics = [m for m in METRICS if any(m in row for row in some)]
+        metrics = [m for m in METRICS if any(m in row for row in all_rows)]
         for metric in metrics or [""]:
-            values = [row[metric] for row in some if is_number(row.get(metric))]
-            best = max(values) if len(values) > 1 and metric not in NO_BEST else None
+            values = [row[metric] for row in all_rows if is_number(row.get(metric))]
+            best = max(values) if len(values) > 1 and metric not in SPREAD else None
             cells = [_cell(by_run.get(i, []), metric, best) for i in range(len(runs))]
             rows.append(([first, escape(METRICS.get(metric, ""))], cells, False))
-    marked = '<p class="about">The <b class="best">best</b> of a row is marked; above a figure stands its setting.</p>'
+    marked = '<p class="about">The <b class="best">best</b> of a row is marked; the setting is above each figure.</p>'
     return marked + table(["protocol, test file", "metric"], runs, rows)
 
 
@@ -126,7 +122,7 @@ def _cell(rows: list[dict], metric: str, best: float | None) -> str:
         setting = " ".join(
             f"{k}={_short(v)}"
             for k, v in row.items()
-            if k and k not in METRICS and k not in NOT_SHOWN and k != "selected_on"
+            if k and k not in METRICS and k not in HIDDEN and k != "selected_on"
         )
         badge = ' <span class="badge">selected on test data</span>' if row.get("selected_on") == "test" else ""
         chosen = " (selected on held-out data)" if row.get("selected_on") == "held-out" else ""
@@ -150,19 +146,19 @@ def _short(value: Any) -> str:
 def configuration(runs: list[RunData]) -> str:
     if not any(run.config for run in runs):
         return '<p class="note">No run has a config.json that can be read.</p>'
-    flat, usual = [flatten(run.config) for run in runs], [defaults(run.config) for run in runs]
+    flat, default = [flatten(run.config) for run in runs], [defaults(run.config) for run in runs]
     rows = []
     for key in dict.fromkeys(key for part in flat for key in part):
-        whole = [part.get(key, own.get(key)) if run.config else None for part, own, run in zip(flat, usual, runs)]
+        values = [part.get(key, own.get(key)) if run.config else None for part, own, run in zip(flat, default, runs)]
         cells = [
             ""
             if v is None
             else f'<span class="default" title="the default">{escape(v)}</span>'
             if own.get(key) == v
             else escape(v)
-            for v, own in zip(whole, usual)
+            for v, own in zip(values, default)
         ]
-        rows.append(([f"<code>{escape(key)}</code>"], cells, len(runs) > 1 and len(set(whole)) > 1 and key != "name"))
+        rows.append(([f"<code>{escape(key)}</code>"], cells, len(runs) > 1 and len(set(values)) > 1 and key != "name"))
     gray = '<p class="about">Gray: the default.'
     lead = f"{gray} Fields of views that have it in all runs are left out.</p>"
     if len(runs) == 1:
@@ -178,8 +174,8 @@ def configuration(runs: list[RunData]) -> str:
 
 
 def defaults(config: dict) -> dict[str, str]:
-    """As flatten: the settings' values where none is given.  Of methods, those in this package alone: a config.json may
-    come from anywhere, and nothing that it names is imported."""
+    """The default settings, flattened.  Methods outside this package are left out: a config.json may come from
+    anywhere, and no module that it names is imported."""
     method = config.get("method")
     kind = str(method.get("type", "")) if isinstance(method, dict) else ""
     out = flatten({k: v for k, v in dump(Run(method=None)).items() if k != "method"})
@@ -187,14 +183,14 @@ def defaults(config: dict) -> dict[str, str]:
         given = dump(importlib.import_module(kind.rpartition(".")[0]).Config())
         out |= flatten({k: v for k, v in given.items() if k != "type"}, "method")
     views = config.get("data", {}).get("views") if isinstance(config.get("data"), dict) else None
-    usual = {f.name: f.default for f in dataclasses.fields(View) if f.default is not dataclasses.MISSING}
+    view = {f.name: f.default for f in dataclasses.fields(View) if f.default is not dataclasses.MISSING}
     for i in range(len(views) if isinstance(views, list) else 0):
-        out |= flatten(usual, f"data.views[{i}]")
+        out |= flatten(view, f"data.views[{i}]")
     return out
 
 
 def flatten(value: Any, key: str = "") -> dict[str, str]:
-    """Dotted keys -> JSON of the leaves; of views only what is not their default."""
+    """Dotted keys -> JSON of the leaves; of views only what differs from their defaults."""
     if isinstance(value, dict) and value:
         if str(value.get("type", "")).endswith(".View"):
             default = {f.name: f.default for f in dataclasses.fields(View)}
@@ -216,7 +212,7 @@ def environment(runs: list[RunData]) -> str:
         if not run.environment:
             out.append(
                 f'<p class="note">{escape(run.label)}: environment.json is absent; runs of this version write '
-                "it at their start.</p>"
+                "it when they start.</p>"
             )
         elif len(run.environment) > 1:
             starts = "; ".join(

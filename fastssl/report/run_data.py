@@ -1,6 +1,6 @@
-"""A run folder as the report reads it: log, config, environment and evaluations, whatever of them is there.
+"""A run folder as the report reads it: log, config, environment and evaluations, as far as they are there.
 
-A run may be in training, or killed while a line was being written: what cannot be read is left out and said in `notes`.
+A run may be training, or have been killed while a line was written: `notes` lists what cannot be read.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ import numpy as np
 from fastssl.checkpoint import store
 from fastssl.log.records import COLLAPSE_LIMITS, TIMING_KEYS
 
-LARGEST = 1e100  # a number above it is damage, and its square would not be finite
-DEEPEST = 30  # of nested values that are shown
-LAST = 2**53  # steps and epochs below it are exact as floats
-PHASES = ("data", "views", "forward", "backward", "optimizer", "other", "step")  # step: a whole one, as a CUDA graph
+MAX_NUMBER = 1e100  # a larger one is damage, and its square would not be finite
+MAX_DEPTH = 30  # of nested values that are shown
+MAX_STEP = 2**53  # steps and epochs below it are exact as floats
+PHASES = ("data", "views", "forward", "backward", "optimizer", "other", "step")  # step: all of it, as a CUDA graph
 
-CURVES = {  # key of the log: title, unit, what it says
+CURVES = {  # key of the log: title, unit, explanation
     "loss": ("Loss", "", "Losses of different methods or temperatures cannot be compared with each other."),
     "knn_top1": ("kNN, top-1", "%", "Weighted k nearest neighbours on frozen features."),
     "probe_top1": ("Probe, top-1", "%", "The online linear probe, on the test file."),
     "probe_top1_train": ("Probe, top-1 in training", "%", "The online probe on augmented views, before its update."),
     "probe_loss": ("Probe, loss", "", ""),
     "lr": ("Learning rate", "", ""),
-    "feature_std": ("Spread of the features", "", "1: evenly in all directions. 0: collapsed."),
+    "feature_std": ("Standard deviation of the features", "", "1: equal in all directions. 0: collapsed."),
     "feature_rank": ("Effective rank of the features", "", "RankMe; low or falling hints at dimensional collapse."),
-    "embedding_std": ("Spread of the embeddings", "", "1: evenly in all directions. 0: collapsed."),
+    "embedding_std": ("Standard deviation of the embeddings", "", "1: equal in all directions. 0: collapsed."),
     "embedding_rank": ("Effective rank of the embeddings", "", ""),
 }
-MAIN = ("loss", "knn_top1", "probe_top1")  # said to be missing where no run has them
+MAIN = ("loss", "knn_top1", "probe_top1")  # the report says where they are missing
 HINTS = {"knn_top1": "log.knn_epochs=10 log it", "probe_top1": "log.probe=True log.knn_epochs=10 log it"}
 
 
@@ -47,23 +47,24 @@ class RunData:
     config: dict = field(default_factory=dict)
     scalars: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     steps: int = 0  # the last one logged
-    epochs: int = 0  # the last one begun, from 0
+    epochs: int = 0  # the last one, from 0
     steps_per_epoch: float | None = None  # None before the second epoch
-    skipped: int = 0  # steps whose update fp16 left out
+    skipped: int = 0  # steps without an update, because fp16 overflowed
     environment: list[dict] = field(default_factory=list)
     evaluations: list[tuple[str, dict]] = field(default_factory=list)  # file and result
     notes: list[str] = field(default_factory=list)
 
-    def setting(self, key: str, otherwise: Any = None) -> Any:
+    def setting(self, key: str, default: Any = None) -> Any:
+        """A setting of the config by its dotted key."""
         value = self.config
         for name in key.split("."):
             value = value.get(name) if isinstance(value, dict) else None
-        return otherwise if value is None else value
+        return default if value is None else value
 
     def number(self, key: str) -> float | None:
         """A positive number of the config; None for anything else."""
         value = self.setting(key)
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < LARGEST
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < MAX_NUMBER
         return value if good else None
 
     @property
@@ -87,7 +88,7 @@ class RunData:
 
     @property
     def on_cpu(self) -> bool:
-        """Where it was started last; a GPU's entry names its memory (older runs do not say which it is)."""
+        """Of the last start.  Entries of older runs do not name the accelerator; a GPU's entry names its memory."""
         last = self.environment[-1] if self.environment else {}
         return last.get("accelerator", "cuda" if "GiB" in str(last.get("device", "GiB")) else "cpu") == "cpu"
 
@@ -102,7 +103,7 @@ def read(folder: str | Path) -> RunData:
         raise ValueError(f"no run folder {folder}")
     if not any((folder / name).exists() for name in ("log.jsonl", "config.json")):
         raise ValueError(
-            f"{folder} is no run folder: it has neither log.jsonl nor config.json; give the folder that "
+            f"{folder} is not a run folder: it has neither log.jsonl nor config.json; give the folder that "
             "`fastssl train` wrote, below work_dirs/"
         )
     run = RunData(folder)
@@ -119,7 +120,7 @@ def read(folder: str | Path) -> RunData:
 
 
 def card(path: str) -> dict:
-    """ "samples" and "classes" of a data card, where it is here and holds them."""
+    """ "samples" and "classes" of a data card, as far as it is there and has them."""
     try:
         found = json.loads(Path(path).with_suffix(".json").read_text())
     except (OSError, ValueError):
@@ -129,8 +130,8 @@ def card(path: str) -> dict:
 
 
 def collapsed(run: RunData) -> list[tuple[str, float, float, int]]:
-    """(key, mean, limit, count) of the measures of collapse that are below their limit in the last tenth, three at
-    least."""
+    """(key, mean, limit, count) of the measures of collapse whose mean is below the limit in the last tenth, at least
+    three measures."""
     out = []
     for key, limit in COLLAPSE_LIMITS.items():
         y = run.scalars[key][1] if key in run.scalars else ()
@@ -162,100 +163,126 @@ def _json(path: Path, run: RunData) -> Any:
     if not path.exists():
         return None
     try:
-        return sane(json.loads(path.read_text()))
+        return sanitize(json.loads(path.read_text()))
     except (ValueError, OSError, RecursionError) as error:
         run.notes.append(f"{path.name} cannot be read ({error})")
         return None
 
 
-def sane(value: Any, depth: int = 0) -> Any:
-    """What a file of JSON holds, so that it can be shown and computed with: numbers beyond LARGEST and those that are
-    not finite become text, text that UTF-8 cannot hold loses that part, and what is nested deeper is left out."""
-    if isinstance(value, (dict, list)) and depth == DEEPEST:
+def sanitize(value: Any, depth: int = 0) -> Any:
+    """A JSON value that can be shown and computed with: numbers that are not finite or beyond MAX_NUMBER become text,
+    characters that UTF-8 cannot encode are replaced, and what is nested deeper than MAX_DEPTH is left out."""
+    if isinstance(value, (dict, list)) and depth == MAX_DEPTH:
         return "..."
     if isinstance(value, dict):
-        return {sane(key): sane(part, depth + 1) for key, part in value.items()}
+        return {sanitize(key): sanitize(part, depth + 1) for key, part in value.items()}
     if isinstance(value, list):
-        return [sane(part, depth + 1) for part in value]
+        return [sanitize(part, depth + 1) for part in value]
     if isinstance(value, str):
         return value.encode(errors="replace").decode()
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) < LARGEST:
-        return str(value) if isinstance(value, float) else f"{'-' if value < 0 else ''}over {LARGEST:g}"
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) < MAX_NUMBER:
+        return str(value) if isinstance(value, float) else f"{'-' if value < 0 else ''}over {MAX_NUMBER:g}"
     return value
 
 
+class Columns:
+    """The scalars of a log by key, in flat arrays: the log of an ImageNet run has a million lines."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, array] = {}
+        self.values: dict[str, array] = {}
+        self.not_finite: dict[str, tuple[int, int]] = {}  # key -> how many, first step
+
+    def add(self, record: dict) -> None:
+        step = record["step"]
+        for key, value in record.items():
+            if key in ("step", "epoch") or value is None or isinstance(value, bool):
+                continue
+            if isinstance(value, (int, float)) and abs(value) < MAX_NUMBER:
+                key = sanitize(key)
+                self.steps.setdefault(key, array("q")).append(step)
+                self.values.setdefault(key, array("d")).append(value)
+            elif isinstance(value, (int, float)) or value in ("nan", "inf", "-inf"):
+                count, first = self.not_finite.get(key, (0, step))
+                self.not_finite[key] = count + 1, first
+
+    def scalars(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """key -> (steps, values), in order of steps."""
+        out = {}
+        for key in self.steps:
+            x, y = np.array(self.steps[key]), np.array(self.values[key])
+            order = np.argsort(x, kind="stable")
+            out[key] = x[order], y[order]
+        return out
+
+
 def _read_log(path: Path, run: RunData) -> None:
-    """A log of an ImageNet run has a million lines: numbers go into flat arrays, line by line."""
     if not path.exists():
         run.notes.append("there is no log.jsonl: nothing has been logged yet")
         return
-    steps: dict[str, array] = {}
-    values: dict[str, array] = {}
-    bad, starts = 0, {}
-    lost: dict[str, tuple[int, int]] = {}  # key -> how many, first step
+    columns, invalid = Columns(), 0
+    first_steps: dict[int, int] = {}  # of each epoch
     with open(path, "rb") as f:
         for line in f:
-            try:
-                record = json.loads(line)
-                step, epoch = record["step"], record["epoch"]
-                if not (type(step) is type(epoch) is int and 0 < step < LAST and 0 <= epoch < LAST):
-                    raise ValueError("no step and epoch")
-            except (ValueError, KeyError, TypeError, RecursionError):
-                bad += bool(line.strip()) and line.endswith(b"\n")  # a last line without its end is being written
+            record = _record(line)
+            if record is None:
+                invalid += bool(line.strip()) and line.endswith(b"\n")  # a last line without an end is being written
                 continue
+            step, epoch = record["step"], record["epoch"]
             run.steps, run.epochs = max(run.steps, step), max(run.epochs, epoch)
-            starts[epoch] = min(step, starts.get(epoch, step))
+            first_steps[epoch] = min(step, first_steps.get(epoch, step))
             run.skipped += record.get("applied") is False
-            for key, value in record.items():
-                if key in ("step", "epoch") or value is None or isinstance(value, bool):
-                    continue
-                if not isinstance(value, (int, float)) or not abs(value) < LARGEST:
-                    if isinstance(value, (int, float)) or value in ("nan", "inf", "-inf"):
-                        count, first = lost.get(key, (0, step))
-                        lost[key] = count + 1, first
-                    continue
-                key = sane(key)
-                steps.setdefault(key, array("q")).append(step)
-                values.setdefault(key, array("d")).append(value)
-    for key in steps:
-        x, y = np.array(steps[key]), np.array(values[key])
-        order = np.argsort(x, kind="stable")
-        run.scalars[key] = x[order], y[order]
-    later = [e for e in starts if e > 0]
-    if later:  # the second epoch's first line is of its first step; with steps of another run's resume, still nearly
-        run.steps_per_epoch = (starts[max(later)] - 1) / max(later)
-    if bad:
-        run.notes.append(f"{bad} lines of log.jsonl are no complete records and were left out")
-    for key, (count, first) in lost.items():
-        run.notes.append(f"{sane(key)} was not finite in {count} records, first at step {first}")
+            columns.add(record)
+    run.scalars = columns.scalars()
+    later = [epoch for epoch in first_steps if epoch > 0]
+    if later:  # exact for a run that was not resumed from another run's checkpoint
+        run.steps_per_epoch = (first_steps[max(later)] - 1) / max(later)
+    if invalid:
+        run.notes.append(f"{invalid} lines of log.jsonl are not complete records and were left out")
+    for key, (count, first) in columns.not_finite.items():
+        run.notes.append(f"{sanitize(key)} was not finite in {count} records, first at step {first}")
 
 
-def binned(run: RunData, key: str, bins: int = 400, weight: str | None = None):
-    """(steps, means, least, most) of at most `bins` equal stretches of the run; with `weight`, weighted means."""
+def _record(line: bytes) -> dict | None:
+    """The record of a line; None where it is not one with its step and epoch."""
+    try:
+        record = json.loads(line)
+        step, epoch = record["step"], record["epoch"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    valid = type(step) is type(epoch) is int and 0 < step < MAX_STEP and 0 <= epoch < MAX_STEP
+    return record if valid and isinstance(record, dict) else None
+
+
+def binned(
+    run: RunData, key: str, bins: int = 400, weight: str | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(steps, means, minima, maxima) of at most `bins` intervals of equal numbers of steps; with the key `weight`,
+    weighted means."""
     x, y = run.scalars[key]
-    w = _aligned(run, weight, x) if weight else np.ones(len(x))
+    w = _values_at(run, weight, x) if weight else np.ones(len(x))
     if len(x) <= bins:
         return x.astype(float), y, y, y
-    place = ((x - x[0]) * bins // (x[-1] - x[0] + 1)).astype(int)
-    edges = np.flatnonzero(np.r_[True, np.diff(place) > 0])
+    interval = ((x - x[0]) * bins // (x[-1] - x[0] + 1)).astype(int)
+    edges = np.flatnonzero(np.r_[True, np.diff(interval) > 0])
     total = np.add.reduceat(w, edges)
     mean = np.add.reduceat(y * w, edges) / np.where(total > 0, total, 1)
     middle = np.add.reduceat(x.astype(float), edges) / np.diff(np.r_[edges, len(x)])
     return middle, mean, np.minimum.reduceat(y, edges), np.maximum.reduceat(y, edges)
 
 
-def split(run: RunData, bins: int = 120) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (n,) and the share of each of PHASES in the time of a step (n, 7), in percent."""
+def time_per_phase(run: RunData, bins: int = 120) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (n,) and the time of each of PHASES in percent of the step (n, 7)."""
     x = run.scalars["total_ms"][0]
-    parts = np.stack([_aligned(run, f"{name}_ms", x) for name in PHASES], 1)
-    place = ((x - x[0]) * bins // (x[-1] - x[0] + 1)).astype(int) if len(x) > bins else np.arange(len(x))
-    edges = np.flatnonzero(np.r_[True, np.diff(place) > 0])
+    parts = np.stack([_values_at(run, f"{name}_ms", x) for name in PHASES], 1)
+    interval = ((x - x[0]) * bins // (x[-1] - x[0] + 1)).astype(int) if len(x) > bins else np.arange(len(x))
+    edges = np.flatnonzero(np.r_[True, np.diff(interval) > 0])
     middle = np.add.reduceat(x.astype(float), edges) / np.diff(np.r_[edges, len(x)])
     sums = np.add.reduceat(parts, edges, axis=0)
     return middle, 100 * sums / np.maximum(sums.sum(1, keepdims=True), 1e-12)
 
 
-def _aligned(run: RunData, key: str, steps: np.ndarray) -> np.ndarray:
+def _values_at(run: RunData, key: str, steps: np.ndarray) -> np.ndarray:
     """The values of `key` at `steps`, 0 where it has none."""
     if key not in run.scalars:
         return np.zeros(len(steps))
@@ -265,5 +292,5 @@ def _aligned(run: RunData, key: str, steps: np.ndarray) -> np.ndarray:
 
 
 def curves(run: RunData) -> list[str]:
-    """Keys that are drawn under Training: all but those of the meter."""
+    """Keys of the curves under Training: all but those of the meter."""
     return [key for key in run.scalars if key not in TIMING_KEYS]
