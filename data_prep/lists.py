@@ -93,7 +93,7 @@ def _columns(text: str | None) -> tuple[int, int | None] | None:
 
 
 def _lines(path: str) -> list[str]:
-    if untrusted.regular_file(path) > MAX_LIST:
+    if untrusted.regular_file_size(path) > MAX_LIST:
         raise ValueError(f"{path} is larger than {MAX_LIST >> 30} GiB: it is not a list")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # Windows writes a byte order mark

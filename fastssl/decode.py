@@ -170,7 +170,7 @@ def _open(path: str) -> Reader:
     """FFCV's reader behind the checks that it lacks."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file; `fastssl convert SOURCE PATH {path}` makes it")
-    size = untrusted.regular_file(path)
+    size = untrusted.regular_file_size(path)
     broken = ValueError(f"{path} ({size} bytes) is truncated or no .beton file; convert the data again")
     header = np.fromfile(path, HeaderType, count=1)
     if not len(header):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import backbones, config, data_prep, dist, pictures, train, weights
+from fastssl.checkpoint import run_folder, store
 from fastssl.eval import knn
 from fastssl.eval.common import features
 from fastssl.eval.common.search import nearest
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser("fastssl quickstart", description=__doc__.splitlines()[0])
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="as for fastssl train")
     args = parser.parse_args(argv)
-    began = time.time()
+    start = time.time()
     try:
         run = config.load(config.quickstart(), args.overrides)
         convert(run)
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     finally:
         dist.shutdown()
-    print(f"\n{time.time() - began:.0f} s in all.  Next: fastssl convert --help, and configs/ for real recipes.")
+    print(f"\n{time.time() - start:.0f} s in all.  Next: fastssl convert --help, and configs/ for real recipes.")
     return 0
 
 
@@ -55,17 +56,17 @@ def convert(run: config.Run) -> None:
 
 
 def pretrain(run: config.Run, overrides: list[str]) -> None:
-    folder = Path(run.log.root) / run.name
-    if (folder / "checkpoints").exists():
+    folder = run_folder.path(run)
+    if store.directory(folder).exists():
         print(f"\n{folder} is already trained; delete it to train again")
         return
-    most = torch.cuda.device_count() or min(2, os.cpu_count())
-    count = max(n for n in range(1, most + 1) if run.optim.batch % n == 0)
+    limit = torch.cuda.device_count() or min(2, os.cpu_count())
+    count = max(n for n in range(1, limit + 1) if run.optim.batch % n == 0)
     command = ["--num_gpus", str(count), str(Path(train.__file__)), str(config.quickstart()), *overrides]
     print(f"\n$ deepspeed {' '.join(command)}", flush=True)
     env = os.environ if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ}
-    with socket.create_server(("localhost", 0)) as probe:  # DeepSpeed's own default, 29500, may be another run's
-        port = str(probe.getsockname()[1])
+    with socket.create_server(("localhost", 0)) as free:  # DeepSpeed's default, 29500, may be in use by another run
+        port = str(free.getsockname()[1])
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", port]
     subprocess.run([*launcher, *command], env=env, check=True)
 
@@ -78,7 +79,7 @@ def report(run: config.Run) -> None:
     ]
     torch.manual_seed(run.seed)
     untrained, trained = backbones.build(run.backbone), backbones.build(run.backbone)
-    folder = Path(run.log.root) / run.name
+    folder = run_folder.path(run)
     weights.load_backbone(folder, trained)
     networks = {
         "raw pixels": features.Pixels(run.data.eval_view.size),
@@ -92,9 +93,9 @@ def report(run: config.Run) -> None:
     for name, network in networks.items():
         sets = [part for loader in loaders for part in extract(network.to(device), loader, run)]
         few = [sum(few_labels(*sets, count, seed) for seed in range(DRAWS)) / DRAWS for count in (1, 5)]
-        everything = knn.knn(*sets, k=(10,))["results"][0]["top1"]
+        knn_top1 = knn.knn(*sets, k=(10,))["results"][0]["top1"]
         probe = linear_probe(*sets)["results"][0]["top1"]
-        print(f"{name:26}{few[0]:18.1f}{few[1]:18.1f}{everything:18.1f}{probe:20.1f}", flush=True)
+        print(f"{name:26}{few[0]:18.1f}{few[1]:18.1f}{knn_top1:18.1f}{probe:20.1f}", flush=True)
     picture = folder / "quickstart.png"
     draw(picture, loaders, trained, run)
     print(f"\nviews and nearest neighbours: {picture}")
@@ -122,7 +123,7 @@ def draw(path: Path, loaders: list[Loader], network: nn.Module, run: config.Run)
         pictures.tiles(x.view(-1, 3, run.data.eval_view.size, run.data.eval_view.size), run.data.eval_view)
         for x in plain
     ]
-    some = torch.arange(0, len(queries), len(queries) // rows)[:rows]
-    near = nearest(bank, queries[some.to(queries.device)], 6)[1].cpu()
-    grid = torch.cat([images[1][some][:, None], images[0][near]], 1)
+    shown = torch.arange(0, len(queries), len(queries) // rows)[:rows]
+    near = nearest(bank, queries[shown.to(queries.device)], 6)[1].cpu()
+    grid = torch.cat([images[1][shown][:, None], images[0][near]], 1)
     pictures.sheet(path, [("an image and its views", views), ("a test image and its nearest neighbours", grid)])

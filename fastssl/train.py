@@ -1,6 +1,6 @@
-"""The entry that launchers start:  deepspeed --num_gpus 8 fastssl/train.py CONFIG [a.b=value ...] [--resume]
+"""The script that launchers start:  deepspeed --num_gpus 8 fastssl/train.py CONFIG [a.b=value ...] [--resume]
 
-`python`, `torchrun` and `deepspeed` all work; `fastssl train` is the same in one process.  Without a config it trains
+`python`, `torchrun` and `srun` work, too; `fastssl train` is the same in one process.  The default config is
 configs/quickstart.py.
 """
 
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the file")
     p.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint of the run")
     p.add_argument("--resume-from", metavar="CHECKPOINT", help="continue from this checkpoint's folder")
-    p.add_argument("--force", action="store_true", help="start anew over the checkpoints of the folder")
+    p.add_argument("--force", action="store_true", help="start anew, deleting the checkpoints of the folder")
     p.add_argument("--deterministic", action="store_true", help="the same bits every time, slower")
     p.add_argument("--pretrained", help="backbone weights to start from")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: CUDA if there is one")
@@ -40,14 +40,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.config and "=" in args.config and not args.config.endswith(".py"):
         args.overrides.insert(0, args.config)
         args.config = None
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at CUDA's start; --deterministic needs it
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # CUDA reads it when it starts; --deterministic needs it
     dist.from_slurm()
     watch, code = ending.Watchdog(), 0
     try:
         run = config.load(args.config or config.quickstart(), args.overrides)
         run.deterministic |= args.deterministic
         run.backbone.pretrained = args.pretrained or run.backbone.pretrained
-        if not _accelerator(args.device):
+        if not _uses_cuda(args.device):
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         from fastssl import engine  # DeepSpeed picks its accelerator when it is imported
 
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("FASTSSL_TRACEBACK"):
             raise
-        code = _fail(_line(error), 2)
+        code = _fail(_message(error), 2)
     except Exception as error:
         if dist.world() == 1:
             raise
@@ -67,14 +69,14 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         watch.stop()
         if code in (0, ending.REQUEUE, ending.INTERRUPTED):
-            dist.barrier()  # no rank looks for another's failure any more
+            dist.barrier()  # no rank may look for another's failure after this
         dist.shutdown()
     return code
 
 
 def _fail(reason: str, code: int, details: str = "") -> int:
-    """Print the reason on the first rank that fails.  Several ranks end here: a group whose ranks have ended cannot be
-    left in order."""
+    """Print the reason on the first rank that fails, and return its exit code.  With several ranks the process ends
+    here: leaving a process group in which other ranks have ended would hang."""
     first, code = ending.report_failure(reason, code)
     if first:
         where = f" (rank {dist.rank()} on {socket.gethostname()})" if dist.rank() else ""
@@ -85,13 +87,13 @@ def _fail(reason: str, code: int, details: str = "") -> int:
     return code
 
 
-def _line(error: ValueError | OSError) -> str:
+def _message(error: ValueError | OSError) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) if isinstance(error, OSError) else str(error)
 
 
-def _accelerator(device: str | None) -> bool:
+def _uses_cuda(device: str | None) -> bool:
     import torch
 
     return torch.cuda.is_available() if device is None else device == "cuda"

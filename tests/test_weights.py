@@ -265,7 +265,7 @@ def test_files_that_are_no_weights(tmp_path, small, make, text):
 def test_torn_safetensors(tmp_path, small):
     export.write(small, tmp_path / "a.safetensors", "safetensors")
     _torn(tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="no complete safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         weights.load_backbone(tmp_path / "a.safetensors", small)
 
 

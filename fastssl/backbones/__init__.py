@@ -178,7 +178,7 @@ class Timm(nn.Module):
             if getattr(spec, key) != getattr(plain, key):
                 raise ValueError(f"backbone.{key}={getattr(spec, key)!r} does not apply to timm's {name}; leave it out")
         self.body = timm_model(name, spec, **timm_defaults(name))
-        positions.resample_as_authors_(self.body)
+        positions.use_dino_resampling_(self.body)
         self.dim = getattr(self.body, "head_hidden_size", self.body.num_features)
         self.stages = tuple(f["num_chs"] for f in self.body.feature_info)
 

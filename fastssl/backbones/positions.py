@@ -1,4 +1,4 @@
-"""Position embeddings of vision transformers: the fixed sine-cosine tables, and tables at another size than their own.
+"""Position embeddings of vision transformers: fixed sine-cosine tables, and resampling to another image size.
 
 timm resamples a table with antialiasing; the authors of DINO, iBOT and MAE do without, and so does this file.
 """
@@ -18,10 +18,10 @@ def sincos(rows: int, columns: int, dim: int, *, columns_first: bool, device=Non
     MAE (get_2d_sincos_pos_embed) has the columns first, MoCo v3 (build_2d_sincos_position_embedding) the rows.
     """
     if dim % 4:
-        raise ValueError(f"2-d sine-cosine positions need a width that is a multiple of 4, this one is {dim}")
+        raise ValueError(f"2-d sine-cosine positions need a width that is a multiple of 4, not {dim}")
     scale = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
-    angles = [place.reshape(-1, 1) * scale for place in ((column, row) if columns_first else (row, column))]
+    angles = [coordinate.reshape(-1, 1) * scale for coordinate in ((column, row) if columns_first else (row, column))]
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], 1).float()
 
 
@@ -38,8 +38,9 @@ def is_sincos(table: Tensor) -> bool:
 
 
 def resample(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """(1, prefix + patches, dim) of a grid `old` -> of a grid `new`, as DINO's interpolate_pos_encoding: bicubic
-    without antialiasing, by the factor (new + 0.1) / old.  The prefix (class token, registers) stays as it is."""
+    """A table (1, prefix + patches, dim) of a grid `old` of patches, for a grid `new`, as DINO's
+    interpolate_pos_encoding: bicubic without antialiasing, by the factor (new + 0.1) / old.  The prefix (class token,
+    registers) stays as it is."""
     if old == new:
         return table
     prefix = table.shape[1] - old[0] * old[1]
@@ -49,16 +50,16 @@ def resample(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tenso
     return torch.cat([table[:, :prefix], grid.flatten(2).transpose(1, 2).to(table.dtype)], 1)
 
 
-def resample_as_authors_(body: nn.Module) -> None:
-    """Let timm's VisionTransformer use `resample` for images of another size than its table's."""
+def use_dino_resampling_(body: nn.Module) -> None:
+    """Make timm's VisionTransformer use `resample` for images whose size differs from that of its table."""
     from timm.models.vision_transformer import VisionTransformer
 
     if type(body) is VisionTransformer and body.pos_embed is not None:
         body.__class__ = _resampling()
 
 
-def is_resampling(body: nn.Module | None) -> bool:
-    """Whether `body` interpolates its positions here, for images of another size than its table's."""
+def uses_dino_resampling(body: nn.Module | None) -> bool:
+    """Whether `body` uses `resample` for images whose size differs from that of its table."""
     return body is not None and isinstance(body, _resampling()) and body.dynamic_img_size
 
 

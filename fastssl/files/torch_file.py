@@ -1,7 +1,7 @@
-"""What a file of torch.save must not be before torch.load reads it: larger than it looks, or nested without bound.
+"""Checks of a file of torch.save before torch.load reads it: it must neither be compressed nor nested without limit.
 
-PyTorch's restricted unpickler runs no code, but it inflates members of the zip without a limit, and it hashes keys: the
-hash of a tuple in a tuple in a tuple ... recurses in C and ends the process at some 100,000 levels.
+PyTorch's restricted unpickler runs no code, but it decompresses members of the zip without a limit, and it hashes keys:
+the hash of tuples inside each other recurses in C and crashes the process at some 100,000 levels.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
-DEEPEST = 100  # tuples inside each other; torch.save writes about four
+MAX_DEPTH = 100  # tuples inside each other; torch.save writes about four
 LEGACY_PICKLES = 5  # of a file without a zip: magic number, version, system, object, keys of the storages
 
 
 def check(path: str | Path, size: int) -> None:
-    """ValueError for a file of `size` bytes that would fill the memory or end the process; what is damaged in another
-    way is left to torch.load."""
+    """ValueError for a file of `size` bytes that would fill the memory or crash the process.  Other damage is left to
+    torch.load."""
     if not zipfile.is_zipfile(path):
         with open(path, "rb") as file:
             for _ in range(LEGACY_PICKLES):
@@ -48,7 +48,8 @@ def check(path: str | Path, size: int) -> None:
 
 
 def _check_nesting(file: BinaryIO, path: str | Path) -> bool:
-    """Whether a pickle was read to its end.  The stack holds how many tuples are inside each other at each place."""
+    """Whether a pickle was read to its end.  `stack` has, for each item of the unpickler's stack, how many tuples are
+    inside each other in it."""
     stack: list[int] = []
     marks: list[list[int]] = []
     memo: dict[int, int] = {}
@@ -65,7 +66,7 @@ def _check_nesting(file: BinaryIO, path: str | Path) -> bool:
             elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
                 count = int(name[-1])
                 stack[-count:] = [1 + max(stack[-count:])]
-            elif name in ("REDUCE", "NEWOBJ"):  # the object may be a tuple of what it is made from
+            elif name in ("REDUCE", "NEWOBJ"):  # the object may be a tuple of its arguments
                 stack[-2:] = [stack[-1]]
             elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
                 memo[arg] = stack[-1]
@@ -81,10 +82,10 @@ def _check_nesting(file: BinaryIO, path: str | Path) -> bool:
                 return False  # torch.load refuses it
             elif op.stack_after:
                 stack.append(0)
-            if stack and stack[-1] > DEEPEST:
+            if stack and stack[-1] > MAX_DEPTH:
                 break
         else:
             return False
-    except Exception:  # damaged here, and torch.load stops here, too
+    except Exception:  # damaged; torch.load stops at the same place
         return False
-    raise ValueError(f"{path} is refused: it has more than {DEEPEST} tuples inside each other")
+    raise ValueError(f"{path} is refused: it has more than {MAX_DEPTH} tuples inside each other")

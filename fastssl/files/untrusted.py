@@ -1,6 +1,6 @@
-"""Readers of files that anyone may have made: what they return is checked, and everything else is a ValueError.
+"""Readers of files that anyone may have made.  What they return is checked; everything else is a ValueError.
 
-Nothing in these files runs.  A file that torch.save wrote is read by PyTorch's restricted unpickler
+Nothing in these files is executed.  A file that torch.save wrote is read by PyTorch's restricted unpickler
 (`weights_only=True`), and every object in it must then be of one of the types named here.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastssl.files import torch_file as ptfile
+from fastssl.files import torch_file
 
 JSON_BYTES = 64 << 20  # a data card of 21,000 classes has 0.5 MB
 
@@ -24,15 +24,15 @@ class CodeRefused(ValueError):
     """The file names a function or a class that is not allowed; an ordinary unpickler would have called it."""
 
 
-def regular_file(path: str | Path) -> int:
-    """The size of a regular file in bytes; ValueError for a folder, a pipe, a device or nothing at all."""
+def regular_file_size(path: str | Path) -> int:
+    """The size of a regular file in bytes; ValueError for a folder, a pipe, a device, or a path that does not exist."""
     try:
-        found = os.stat(path)
+        info = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{path} is {_kind(found.st_mode)}, not a regular file")
-    return found.st_size
+    if not stat.S_ISREG(info.st_mode):
+        raise ValueError(f"{path} is {_kind(info.st_mode)}, not a regular file")
+    return info.st_size
 
 
 def _kind(mode: int) -> str:
@@ -49,11 +49,11 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 def read_pt(path: str | Path, allow: Sequence[type] = ()) -> Any:
     """What torch.save wrote to `path`, on the CPU: numbers, strings, dense tensors and containers of them.
 
-    `allow`: further classes that may occur; of their objects the attributes are set and nothing is called.
+    `allow`: further classes that may occur; attributes of their objects are set, and none of their code is called.
     CodeRefused for any other class or function, ValueError for a damaged file and for other tensors."""
-    import torch  # a second to import, and not every user of this module needs it
+    import torch  # takes a second, and not every user of this module needs it
 
-    ptfile.check(path, regular_file(path))
+    torch_file.check(path, regular_file_size(path))
     try:
         with torch.serialization.safe_globals(list(allow)):
             value = torch.load(path, map_location="cpu", weights_only=True)
@@ -63,7 +63,7 @@ def read_pt(path: str | Path, allow: Sequence[type] = ()) -> Any:
         raise CodeRefused(
             f"{path} is refused: it is not a pickle of tensors alone ({what}), and reading any other can run code"
         ) from None
-    except Exception as error:  # a damaged file raises nearly anything
+    except Exception as error:  # of nearly any type, from a damaged file
         raise ValueError(f"{path} is not a complete PyTorch file ({one_line(error)})") from None
     check_plain(value, str(path), allow)
     return value
@@ -75,7 +75,7 @@ def check_plain(value: Any, path: str, allow: Sequence[type] = ()) -> None:
 
     leaves = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
     todo, seen = [value], set()
-    while todo:  # a stack: nesting may be deeper than Python's recursion
+    while todo:  # a stack, because nesting may exceed Python's recursion limit
         item = todo.pop()
         if isinstance(item, torch.Tensor):
             _check_tensor(item, path)
@@ -110,7 +110,7 @@ def _check_tensor(tensor: Any, path: str) -> None:
 
 
 def parse_json(text: str | bytes, name: str | Path) -> Any:
-    """The value in `text`, which is that of the file `name`."""
+    """The value of `text`, which the file `name` holds."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also bytes that are not UTF-8, and huge whole numbers
@@ -119,9 +119,9 @@ def parse_json(text: str | bytes, name: str | Path) -> Any:
 
 
 def read_json(path: str | Path) -> Any:
-    size = regular_file(path)
+    size = regular_file_size(path)
     if size > JSON_BYTES:
-        raise ValueError(f"{path} has {size} bytes: no JSON file that is read here has more than {JSON_BYTES}")
+        raise ValueError(f"{path} has {size} bytes: the largest JSON file that is read has {JSON_BYTES}")
     try:
         return parse_json(Path(path).read_bytes(), path)
     except OSError as error:
@@ -183,10 +183,10 @@ def read_safetensors(path: str | Path, tensors: bool = True) -> tuple[dict[str, 
     """The metadata and, where asked for, the tensors of a .safetensors file."""
     import safetensors
 
-    regular_file(path)
+    regular_file_size(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
             meta = file.metadata() or {}
             return meta, {key: file.get_tensor(key) for key in file.keys()} if tensors else {}  # noqa: SIM118
-    except Exception as error:  # a damaged header raises nearly anything; types that PyTorch lacks do, too
-        raise ValueError(f"{path} is no complete safetensors file: {one_line(error)}") from None
+    except Exception as error:  # of nearly any type: a damaged header, or a data type that PyTorch lacks
+        raise ValueError(f"{path} is not a complete safetensors file: {one_line(error)}") from None

@@ -76,7 +76,7 @@ def _at_size(
     """A vision transformer at the size that it was trained at: position embeddings of that size, and timm's option for
     it.  Other networks are returned as they are."""
     body = getattr(backbone, "body", None)
-    if not isinstance(size, int) or not positions.is_resampling(body):
+    if not isinstance(size, int) or not positions.uses_dino_resampling(body):
         return spec, state
     old, patch = tuple(body.patch_embed.grid_size), body.patch_embed.patch_size
     new = (size // patch[0], size // patch[1])
