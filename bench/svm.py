@@ -18,7 +18,7 @@ import torch
 from common import append, environment
 
 from fastssl.eval import svm
-from fastssl.eval.svm import newton, solvers
+from fastssl.eval.svm import cpu, solvers
 from fastssl.eval.svm.solvers import average_precision
 
 VOC07 = (240, 255, 333, 188, 262, 197, 761, 344, 572, 146, 263, 430, 294, 249, 2095, 273, 97, 372, 263, 279)
@@ -64,9 +64,9 @@ def main() -> None:
         "train": args.train,
         "test": args.test,
         "dim": args.dim,
-        "threads": newton.threads(),
+        "threads": cpu.threads(),
         "solver": solver,
-        "joblib_jobs": newton.threads(),
+        "joblib_jobs": cpu.threads(),
     }
     for name, call, sample in (("full", svm.svm, full_sample), ("low_shot", svm.low_shot, low_shot_sample)):
         start = time.perf_counter()
@@ -122,7 +122,7 @@ def low_shot_sample(data, budget: float, solver: str) -> dict:
 def compare(data, budget: float, solver: str, kinds: dict, count: int) -> dict:
     """scikit-learn on `threads` problems of each kind and cost at a time; `count`: how many the protocol has."""
     x, labels, x_test, y_test = (part.numpy() for part in data)
-    threads = newton.threads()
+    threads = cpu.threads()
     theirs, fast = solvers.Sklearn(x, x_test), svm.SOLVERS[solver](x, x_test)
     spent = {(kind, cost): [] for kind in kinds for cost in svm.COSTS}
     differences, order, timed = [], np.random.default_rng(3), 0.0

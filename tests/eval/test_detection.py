@@ -25,8 +25,10 @@ import fastssl.eval
 from fastssl import backbones, dist
 from fastssl.config import Backbone, Optim
 from fastssl.eval import detection
-from fastssl.eval.detection import boxes
-from fastssl.eval.detection.boxes import Picture
+from fastssl.eval.detection import faster_rcnn
+from fastssl.eval.detection.average_precision import average_precision
+from fastssl.eval.detection.data import VOC, Picture, read_coco, read_voc
+from fastssl.eval.detection.loop import batches, detect, fit
 from fastssl.weights.export.common import MEAN, STD
 
 NAMES = ("car", "dog")
@@ -134,10 +136,10 @@ def test_voc_is_read_as_it_lies_on_the_disk(tmp_path):
     root = write_voc(tmp_path, {"VOC2007/val": 2})
     hard = OBJECT.format("tvmonitor", 1, 1, 2, 64, 48) + OBJECT.format("person", 0, "8.5", 12, 30, 40)
     (root / "VOC2007/Annotations/000001.xml").write_text(XML.format(name="x", w=64, h=48, objects=hard))
-    first, second = boxes.read_voc(str(root), ("VOC2007/val",))
+    first, second = read_voc(str(root), ("VOC2007/val",))
     assert first.file == root / "VOC2007/JPEGImages/000000.jpg" and first.size == (64, 48)
     pixels, objects = squares(np.random.default_rng(0))
-    assert [(boxes.VOC[n - 1], *box) for n, box in zip(first.labels, first.boxes)] == [
+    assert [(VOC[n - 1], *box) for n, box in zip(first.labels, first.boxes)] == [
         (NAMES[k], *rest) for k, *rest in objects
     ]
     assert second.boxes == [(0, 1, 64, 48), (7.5, 11, 30, 40)] and second.labels == [20, 15]
@@ -155,7 +157,7 @@ def test_coco_is_read_as_it_lies_on_the_disk(tmp_path):
     data = json.loads(file.read_text())
     data["annotations"][0]["iscrowd"] = 1
     file.write_text(json.dumps(data))
-    pictures, classes = boxes.read_coco(str(root), "val2017")
+    pictures, classes = read_coco(str(root), "val2017")
     assert classes == ("car", "dog") and len(pictures) == 3, "classes go by category id"
     _, objects = squares(np.random.default_rng(0))
     assert pictures[0].boxes == [tuple(map(float, rest)) for _, *rest in objects]
@@ -172,18 +174,18 @@ def edit(file, old, new):
 
 
 VOC_MISTAKES = [
-    (lambda f: edit(f, "<object>", "<objct>"), "000000.xml is no XML: mismatched tag"),
-    (lambda f: f.write_text(""), "000000.xml is no XML: no element found"),
+    (lambda f: edit(f, "<object>", "<objct>"), "000000.xml is not XML: mismatched tag"),
+    (lambda f: f.write_text(""), "000000.xml is not XML: no element found"),
     (lambda f: f.unlink(), "000000.xml is missing"),
     (lambda f: (f.parents[1] / "JPEGImages/000000.jpg").unlink(), "000000.jpg is missing"),
-    (lambda f: f.write_text(re.sub("<name>(car|dog)", "<name>kart", f.read_text())), "000000.xml: 'kart' is none of"),
+    (lambda f: f.write_text(re.sub("<name>(car|dog)", "<name>kart", f.read_text())), "000000.xml: 'kart' is not among"),
     (lambda f: f.write_text(re.sub("<xmax>.*?</xmax>", "", f.read_text())), "000000.xml has no object/bndbox/xmax"),
     (lambda f: f.write_text(re.sub("<xmax>\\d+", "<xmax>many", f.read_text())), "000000.xml has 'many' for object/bnd"),
     (lambda f: f.write_text(re.sub("<xmax>\\d+", "<xmax>0", f.read_text())), "000000.xml: the box .* has no area"),
     (lambda f: f.write_text(re.sub("<xmax>\\d+", "<xmax>inf", f.read_text())), "000000.xml: the box .* is not finite"),
     (lambda f: edit(f, "<width>64", "<width>"), "000000.xml has '' for annotation/size/width"),
     (lambda f: (f.parents[1] / "ImageSets/Main/trainval.txt").write_text("\n"), "trainval.txt lists no image"),
-    (lambda f: (f.parents[1] / "ImageSets/Main/trainval.txt").unlink(), "there is no .*trainval.txt: --voc is"),
+    (lambda f: (f.parents[1] / "ImageSets/Main/trainval.txt").unlink(), "trainval.txt does not exist: --voc is"),
 ]
 
 
@@ -192,7 +194,7 @@ def test_mistakes_in_voc(tmp_path, damage, text):
     root = write_voc(tmp_path, {"VOC2007/trainval": 1})
     damage(root / "VOC2007/Annotations/000000.xml")
     with pytest.raises(ValueError, match=text):
-        boxes.read_voc(str(root), ("VOC2007/trainval",))
+        read_voc(str(root), ("VOC2007/trainval",))
 
 
 def change(path, value):
@@ -210,9 +212,9 @@ def change(path, value):
 
 
 COCO_MISTAKES = [
-    (lambda r: (r / "annotations/instances_val2017.json").write_text("{"), "instances_val2017.json is no JSON"),
-    (lambda r: (r / "annotations/instances_val2017.json").write_text("[]"), "is no instances file of COCO"),
-    (lambda r: (r / "annotations/instances_val2017.json").unlink(), "there is no .*: --coco is the folder"),
+    (lambda r: (r / "annotations/instances_val2017.json").write_text("{"), "instances_val2017.json is not JSON"),
+    (lambda r: (r / "annotations/instances_val2017.json").write_text("[]"), "is not an instances file of COCO"),
+    (lambda r: (r / "annotations/instances_val2017.json").unlink(), "does not exist: --coco is the folder"),
     (lambda r: (r / "val2017/000000000001.jpg").unlink(), "1 images of .* are missing, such as .*000000000001.jpg"),
     (change(("annotations", 0, "category_id"), 5), "val2017.json, annotation 1: there is no category 5"),
     (change(("annotations", 0, "image_id"), 5), "val2017.json, annotation 1: there is no image 5"),
@@ -226,14 +228,14 @@ def test_mistakes_in_coco(tmp_path, damage, text):
     root = write_coco(tmp_path / "coco", {"val2017": 2})
     damage(root)
     with pytest.raises(ValueError, match=text):
-        boxes.read_coco(str(root), "val2017")
+        read_coco(str(root), "val2017")
 
 
 def test_images_that_are_no_images_or_others(tmp_path):
     root = write_voc(tmp_path, {"VOC2007/trainval": 2})
     (root / "VOC2007/JPEGImages/000000.jpg").write_bytes(b"no image")
     Image.new("RGB", (48, 64)).save(root / "VOC2007/JPEGImages/000001.jpg")
-    one, two = boxes.read_voc(str(root), ("VOC2007/trainval",))
+    one, two = read_voc(str(root), ("VOC2007/trainval",))
     with pytest.raises(ValueError, match="000000.jpg does not decode"):
         one.read()
     with pytest.raises(ValueError, match="000001.jpg is 48 x 64 and its annotation says 64 x 48"):
@@ -244,7 +246,7 @@ def test_empty_boxes_are_left_out_when_asked(tmp_path):
     root = write_coco(tmp_path / "coco", {"val2017": 1})
     change(("annotations", 0, "bbox"), [1, 2, 0, 9])(root)
     before = len(json.loads((root / "annotations/instances_val2017.json").read_text())["annotations"])
-    ((picture,), _) = boxes.read_coco(str(root), "val2017", drop_empty=True)
+    ((picture,), _) = read_coco(str(root), "val2017", drop_empty=True)
     assert len(picture.boxes) == before - 1
 
 
@@ -261,21 +263,21 @@ def test_average_precision_by_hand():
     truth = [picture((1, (0, 0, 100, 100))), picture((1, (0, 0, 100, 100)))]
     found = np.array([[0, 1, 0.9, 0, 0, 100, 100], [0, 1, 0.8, 200, 0, 250, 50], [1, 1, 0.7, 0, 0, 62, 100]])
     both, one = (51 + 50 * 2 / 3) / 101, 51 / 101  # of 101 recalls 51 are at most 1/2
-    ours = boxes.average_precision(truth, 2, found)
+    ours = average_precision(truth, 2, found)
     assert ours["ap50"] == pytest.approx(100 * both) and ours["ap75"] == pytest.approx(100 * one)
     assert ours["ap"] == pytest.approx(10 * (3 * both + 7 * one))
-    eleven = boxes.average_precision(truth, 2, found, eleven=True)
+    eleven = average_precision(truth, 2, found, eleven=True)
     assert eleven["ap50"] == pytest.approx(100 * (6 + 5 * 2 / 3) / 11)
     # what finds a difficult object or lies in a crowd is neither right nor wrong
     truth[0].add("x", (200, 0, 250, 50), 1, difficult=True)
-    assert boxes.average_precision(truth, 2, found)["ap50"] == pytest.approx(100)
+    assert average_precision(truth, 2, found)["ap50"] == pytest.approx(100)
     truth[0].difficult[1] = False
-    assert boxes.average_precision(truth, 2, found)["ap50"] == pytest.approx(100)
+    assert average_precision(truth, 2, found)["ap50"] == pytest.approx(100)
     truth[0].boxes[1], truth[0].crowd[1] = (150, 0, 300, 300), True
-    assert boxes.average_precision(truth, 2, found)["ap50"] == pytest.approx(100)
-    assert boxes.average_precision(truth, 2, found[:0]) == {"ap": 0, "ap50": 0, "ap75": 0}
+    assert average_precision(truth, 2, found)["ap50"] == pytest.approx(100)
+    assert average_precision(truth, 2, found[:0]) == {"ap": 0, "ap50": 0, "ap75": 0}
     with pytest.raises(ValueError, match="no object to find"):
-        boxes.average_precision([picture()], 2, found[:1])
+        average_precision([picture()], 2, found[:1])
 
 
 def voc07(truth, label, found, threshold):
@@ -317,7 +319,7 @@ def test_eleven_points_are_voc2007s():
                 guess = label if rng.random() < 0.8 else int(rng.integers(1, 4))
                 found.append([i, guess, rng.random(), x0 + shift[0], y0 + shift[1], x1 + shift[2], y1 + shift[3]])
     found = np.array(found)
-    ours = boxes.average_precision(truth, 3, found, eleven=True)
+    ours = average_precision(truth, 3, found, eleven=True)
     for key, threshold in (("ap50", 0.5), ("ap75", 0.75)):
         want = 100 * np.mean([voc07(truth, label, found, threshold) for label in (1, 2, 3)])
         assert 5 < want < 90 and ours[key] == pytest.approx(want)
@@ -330,7 +332,7 @@ def test_the_pyramid_is_torchvisions(bn):
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.uniform_(m.running_mean), nn.init.uniform_(m.running_var, 0.5, 2), nn.init.uniform_(m.weight)
-    model = detection.build(net, 3, bn=bn, min_size=(64,), max_size=96, seed=0, **NORMS).eval()
+    model = faster_rcnn.build(net, 3, bn=bn, min_size=(64,), max_size=96, seed=0, **NORMS).eval()
     kind = nn.BatchNorm2d if bn == "sync" else FrozenBatchNorm2d
     theirs = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=kind, trainable_layers=5)
     if bn == "sync":  # torchvision has no norm in its pyramid
@@ -352,8 +354,8 @@ def test_the_pyramid_is_torchvisions(bn):
 
 def test_norms_do_not_decay():
     net = backbones.build(Backbone("resnet10", width=8))
-    model = detection.build(net, 2, bn="sync", min_size=(64,), max_size=96, seed=0, **NORMS)
-    ((pattern, options),) = detection.without_decay(model).items()
+    model = faster_rcnn.build(net, 2, bn="sync", min_size=(64,), max_size=96, seed=0, **NORMS)
+    ((pattern, options),) = faster_rcnn.without_decay(model).items()
     matched = {name for name, _ in model.named_parameters() if re.search(pattern, name)}
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(matched) == 2 * len(norms) and options == {"weight_decay": 0.0}
@@ -373,13 +375,13 @@ def test_schedules():
 
 
 def test_batches_are_those_of_one_rank(voc, monkeypatch):
-    pictures = boxes.read_voc(str(voc), ("VOC2007/test",))
+    pictures = read_voc(str(voc), ("VOC2007/test",))
     with ThreadPoolExecutor(2) as pool:
-        whole = list(detection.batches(pictures, 4, 7, pool, 3))
+        whole = list(batches(pictures, 4, 7, pool, 3))
         monkeypatch.setattr(dist, "world", lambda: 2)
         for rank in range(2):
             monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
-            for (images, targets), (all_images, all_targets) in zip(detection.batches(pictures, 4, 7, pool, 3), whole):
+            for (images, targets), (all_images, all_targets) in zip(batches(pictures, 4, 7, pool, 3), whole):
                 for k in range(2):
                     assert torch.equal(images[k], all_images[2 * rank + k])
                     assert torch.equal(targets[k]["boxes"], all_targets[2 * rank + k]["boxes"])
@@ -389,15 +391,15 @@ def test_batches_are_those_of_one_rank(voc, monkeypatch):
         for image, target in zip(images, targets):
             for (x0, y0, x1, y1), label in zip(target["boxes"].int().tolist(), target["labels"].tolist()):
                 centre = image[:, (y0 + y1) // 2, (x0 + x1) // 2]
-                kind = NAMES.index(boxes.VOC[label - 1])
+                kind = NAMES.index(VOC[label - 1])
                 assert (centre * 255 - torch.from_numpy(COLOURS[kind])).abs().max() < 40
 
 
 def shrink(set_):
     """A narrow pyramid and few proposals: seconds instead of minutes on a CPU."""
     few = {"box_batch_size_per_image": 32, "rpn_post_nms_top_n_train": 200, "rpn_post_nms_top_n_test": 50}
-    set_(detection, "CHANNELS", 32)
-    set_(detection, "FasterRCNN", partial(FasterRCNN, **few))
+    set_(faster_rcnn, "CHANNELS", 32)
+    set_(faster_rcnn, "FasterRCNN", partial(FasterRCNN, **few))
 
 
 @pytest.fixture
@@ -446,10 +448,10 @@ def test_coco_and_frozen_statistics(small, tmp_path, capsys):
         (["--voc", "VOC", "--workers", 0], "--workers 0 must be positive"),
         (["--voc", "VOC", "--lr", 0], "--lr 0.0 must be positive"),
         (["--voc", "VOC", "--min-size", "64", "--max-size", 32], "at most --max-size 32"),
-        (["--voc", "VOC", "--test-split", "VOC2012/test"], "there is no .*VOC2012/ImageSets/Main/test.txt"),
-        (["--voc", "VOC", "--classes", "cat,dog"], "'car' is none of the 2 classes"),
+        (["--voc", "VOC", "--test-split", "VOC2012/test"], "VOC2012/ImageSets/Main/test.txt does not exist"),
+        (["--voc", "VOC", "--classes", "cat,dog"], "'car' is not among the 2 classes"),
         (["--coco", "VOC", "--classes", "cat,dog"], "is for VOC's format"),
-        (["--coco", "VOC"], "there is no .*instances_train2017.json"),
+        (["--coco", "VOC"], "instances_train2017.json does not exist"),
         (["--voc", "VOC", "--steps", 40, "--lr", 1e9, *SMALL], "lower --lr"),
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
@@ -463,7 +465,7 @@ def test_mistakes(small, voc, capsys, argv, text):
 def test_without_pycocotools(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     with pytest.raises(ValueError, match=re.escape("pip install 'fastssl[detection]'")):
-        boxes.average_precision([picture((1, (0, 0, 9, 9)))], 1, np.zeros((0, 7)))
+        average_precision([picture((1, (0, 0, 9, 9)))], 1, np.zeros((0, 7)))
 
 
 ROOT = Path(__file__).parents[2]
@@ -576,12 +578,12 @@ def on_two_ranks(root):
     device = torch.device("cpu")
     torch.manual_seed(0)
     net = backbones.build(Backbone("resnet10", width=8))
-    model = detection.build(net, 20, bn="sync", min_size=(64,), max_size=96, seed=0, **NORMS)
-    pictures = boxes.read_voc(root, ("VOC2007/test",))
+    model = faster_rcnn.build(net, 20, bn="sync", min_size=(64,), max_size=96, seed=0, **NORMS)
+    pictures = read_voc(root, ("VOC2007/test",))
     with ThreadPoolExecutor(1) as pool:
         optim = Optim(batch=4, epochs=2, lr=0.01, schedule="constant")
-        detection.fit(model, pictures, optim, device=device, pool=pool, seed=0)
+        fit(model, pictures, optim, device=device, pool=pool, seed=0)
         model.roi_heads.score_thresh = 0.0
-        found = detection.detect(model, pictures, device=device, pool=pool, batch=2, precision="fp32")
+        found = detect(model, pictures, device=device, pool=pool, batch=2, precision="fp32")
     weights = torch.cat([p.detach().flatten() for p in model.state_dict().values()])
     return dist.gather(weights[None].double()), found

@@ -16,7 +16,7 @@ from sklearn.svm import LinearSVC
 
 import fastssl.eval
 from fastssl.eval import svm
-from fastssl.eval.svm import cuda, newton
+from fastssl.eval.svm import cpu, cuda, newton
 from fastssl.eval.svm.solvers import average_precision
 
 
@@ -40,7 +40,7 @@ def test_decision_values_are_linear_svcs(n, dim):
     left_out = np.arange(n) % 5 == 0
     y_FN, weight = np.stack([y, y, -y]), np.stack([np.where(label > 0, 2.0, 1.0) for label in (y, y, -y)])
     weight[1, left_out] = 0
-    for cost, b, f in newton.Rows(x).path(y_FN, weight, (0.5**19, 0.5**8, 0.1, 1.0, 30.0), 1e-8):
+    for cost, b, f in cpu.Rows(x).path(y_FN, weight, (0.5**19, 0.5**8, 0.1, 1.0, 30.0), 1e-8):
         kept = ~left_out
         w = theirs(x[kept], y[kept], cost)
         for mine, want in ((f[0], theirs(x, y, cost)), (f[1, kept], w), (f[2], theirs(x, -y, cost))):
@@ -50,11 +50,11 @@ def test_decision_values_are_linear_svcs(n, dim):
 
 def test_one_batch_and_one_path_end_at_the_same_optimum():
     x, y = made(300, 310)
-    K, weight = newton.Rows(x).operator[0], np.where(y > 0, 2.0, 1.0)
-    few = newton.solve_few(K, y, weight, svm.COSTS, 1e-7)
+    K, weight = cpu.Rows(x).operator[0], np.where(y > 0, 2.0, 1.0)
+    few = cpu.solve_few(K, y, weight, svm.COSTS, 1e-7)
     e = 2 * np.array(svm.COSTS)[:, None] * weight
-    cold = newton.solve(K, np.zeros((0, 0), np.float32), np.stack([y] * 19), e, 1e-7)
-    for i, (_, b, f) in enumerate(newton.Rows(x).path(y[None], weight[None], svm.COSTS, 1e-7)):
+    cold = cpu.solve(K, np.zeros((0, 0), np.float32), np.stack([y] * 19), e, 1e-7)
+    for i, (_, b, f) in enumerate(cpu.Rows(x).path(y[None], weight[None], svm.COSTS, 1e-7)):
         for other in (few[i], cold[i]):
             np.testing.assert_allclose(other @ K, f[0], rtol=2e-3, atol=2e-3 * np.abs(f).max())
         np.testing.assert_allclose(b[0] @ K, f[0], rtol=1e-3, atol=1e-4 * np.abs(f).max())
@@ -62,13 +62,13 @@ def test_one_batch_and_one_path_end_at_the_same_optimum():
 
 def test_the_duality_gap_bounds_the_distance_to_the_optimum():
     x, y = made(200, 210)
-    K, e = newton.Rows(x).operator[0].astype(np.float64), 2.0 * np.where(y > 0, 2, 1)
+    K, e = cpu.Rows(x).operator[0].astype(np.float64), 2.0 * np.where(y > 0, 2, 1)
 
     def primal(f, b):
         return 0.5 * b @ f + 0.5 * (e * np.maximum(0, 1 - y * f) ** 2).sum()
 
     f32 = [part.astype(np.float32)[None] for part in (y, e)]
-    best = newton.solve(K.astype(np.float32), np.zeros((0, 0), np.float32), *f32, 1e-7)[0].astype(np.float64)
+    best = cpu.solve(K.astype(np.float32), np.zeros((0, 0), np.float32), *f32, 1e-7)[0].astype(np.float64)
     b, f = np.zeros((1, 200), np.float32), np.zeros((1, 200), np.float32)
     for _ in range(6):
         now = primal(K @ b[0], b[0].astype(np.float64))
@@ -172,8 +172,8 @@ def test_the_clean_cost_is_chosen_on_images_that_were_not_drawn(monkeypatch):
 def test_the_default_tolerance():
     """Weights are within 0.3 % of the optimum at every cost: what the duality gap promises."""
     x, y = made(300, 310)
-    K, weight = newton.Rows(x).operator[0].astype(np.float64), np.where(y > 0, 2.0, 1.0)
-    exact, default = (newton.solve_few(K.astype(np.float32), y, weight, svm.COSTS, *more) for more in ((1e-8,), ()))
+    K, weight = cpu.Rows(x).operator[0].astype(np.float64), np.where(y > 0, 2.0, 1.0)
+    exact, default = (cpu.solve_few(K.astype(np.float32), y, weight, svm.COSTS, *more) for more in ((1e-8,), ()))
     norm = lambda b: np.sqrt(np.einsum("ai,ij,aj->a", b, K, b))  # noqa: E731
     assert (norm(default - exact) < 0.0035 * norm(exact)).all()
 
@@ -181,11 +181,11 @@ def test_the_default_tolerance():
 def test_many_rows_of_few_dimensions_at_large_costs():
     """Thousands of large coefficients that nearly cancel: fp32 products of them do not tell the optimum."""
     x, y = made(4000, 12)
-    ((_, _, f),) = newton.Rows(x).path(y[None], np.where(y > 0, 2.0, 1.0)[None], (100.0,))
+    ((_, _, f),) = cpu.Rows(x).path(y[None], np.where(y > 0, 2.0, 1.0)[None], (100.0,))
     want = LinearSVC(C=100, class_weight={1: 2, -1: 1}, dual=False, tol=1e-9).fit(x, y).decision_function(x)
     np.testing.assert_allclose(f[0], want, atol=5e-3 * np.abs(want).max())
     K = x @ x.T + np.float32(1)  # of rank 13: fp32 gives up, fp64 goes on
-    b = newton.solve_few(K[:600, :600].copy(), y[:600], np.where(y[:600] > 0, 2.0, 1.0), (100.0,))[0]
+    b = cpu.solve_few(K[:600, :600].copy(), y[:600], np.where(y[:600] > 0, 2.0, 1.0), (100.0,))[0]
     want = LinearSVC(C=100, class_weight={1: 2, -1: 1}, dual=False, tol=1e-9).fit(x[:600], y[:600])
     np.testing.assert_allclose(b @ K[:600, :600].astype(np.float64), want.decision_function(x[:600]), atol=2e-2)
 
@@ -245,7 +245,7 @@ def problems():
         weight = np.where(y[rows] > 0, 2.0, 1.0)
         weight[:: 3 if n == 160 else n] = 0
         out.append((rows, y[rows], weight))
-    return newton.Rows(x).operator[0], out
+    return cpu.Rows(x).operator[0], out
 
 
 def test_the_cuda_source_finds_the_optimum_on_one_thread_of_a_cpu(tmp_path):
@@ -263,7 +263,7 @@ def test_the_cuda_source_finds_the_optimum_on_one_thread_of_a_cpu(tmp_path):
     assert (gaps <= 1e-6).all(), gaps
     for i, (some, label, w) in enumerate(chosen):
         part = slice(19 * starts[i], 19 * starts[i + 1])
-        want = newton.solve_few(K[np.ix_(some, some)], label, w, svm.COSTS, 1e-7) @ K[np.ix_(some, some)]
+        want = cpu.solve_few(K[np.ix_(some, some)], label, w, svm.COSTS, 1e-7) @ K[np.ix_(some, some)]
         mine = f[part].reshape(19, -1)
         np.testing.assert_allclose(mine, want, rtol=2e-3, atol=2e-3)
         np.testing.assert_allclose(b[part].reshape(19, -1) @ K[np.ix_(some, some)], mine, rtol=1e-3, atol=1e-3)

@@ -1,36 +1,25 @@
 """Transfer to detection: torchvision's Faster R-CNN with a feature pyramid on the backbone, all of it fine-tuned on VOC
 or COCO, and average precision.
 
-Data are read as they are downloaded, no .beton.  The published figures are detectron2's (C4 for VOC): see
-configs/detection/ for its recipes; this one needs torchvision and pycocotools alone, so compare it with itself.
+Data are read as they are downloaded, not from a .beton.  The published figures are detectron2's (C4 for VOC), whose
+recipes are in configs/detection/.  This protocol needs torchvision and pycocotools alone; compare its figures with each
+other.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import re
-from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.ops import FrozenBatchNorm2d
-
-from fastssl import dist, norm
-from fastssl import optim as optims
-from fastssl.amp import DTYPES
+from fastssl import dist
 from fastssl.backbones import ResNet
 from fastssl.config import Optim
-from fastssl.eval.common.finetuning import Diverged
 from fastssl.eval.common.target import EvalTarget
-from fastssl.eval.detection import boxes
-from fastssl.eval.detection.boxes import Picture
-from fastssl.loader import permutation
+from fastssl.eval.detection import data
+from fastssl.eval.detection.average_precision import average_precision, import_pycocotools
+from fastssl.eval.detection.data import Picture
+from fastssl.eval.detection.faster_rcnn import build, without_decay
+from fastssl.eval.detection.loop import detect, fit
 from fastssl.parsing import comma_separated
 
 NEEDS = None  # no .beton
@@ -40,9 +29,6 @@ SCHEDULES = {  # steps of 16 images, the steps where the rate falls tenfold, ste
     "1x": (90_000, (60_000.0, 80_000.0), 1000),
     "2x": (180_000, (120_000.0, 160_000.0), 1000),
 }
-CHANNELS = 256  # of the pyramid
-EVERY = 20  # steps between looks at the loss
-AHEAD = 2  # batches decoded before they are asked for
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -52,30 +38,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--train-split", help="default: VOC2007/trainval,VOC2012/trainval or train2017")
     add("--test-split", help="default: VOC2007/test or val2017")
     add("--classes", help="names for other data in VOC's format, comma-separated; default: VOC's 20")
-    add("--drop-empty", action="store_true", help="leave out boxes without area instead of refusing the file")
+    add("--drop-empty", action="store_true", help="leave out boxes without area; default: they are an error")
     add("--schedule", choices=tuple(SCHEDULES), help="default: 24k for VOC, 1x for COCO")
     add("--steps", type=int, help="instead of --schedule, with its milestones and warm-up in proportion")
     add("--train-batch", type=int, default=16, help="images of all ranks together")
-    add("--lr", type=float, default=0.02, help="for 16 images, scaled linearly")
+    add("--lr", type=float, default=0.02, help="for 16 images; scaled linearly with --train-batch")
     add("--weight-decay", type=float, default=1e-4, help="not of norms")
     add(
         "--bn",
         choices=("sync", "frozen"),
         default="sync",
-        help="batch norm over all ranks, also in the pyramid (MoCo), or as pretrained",
+        help="sync: batch norm over all ranks, also in the pyramid (MoCo); frozen: the pretrained statistics",
     )
     add(
         "--min-size",
         type=comma_separated(int),
-        help="short sides drawn from in training, the last in tests; default: 480 to "
-        "800 by 32 for VOC, from 640 for COCO",
+        help="short sides, of which one is drawn for each training image and the last is used in tests; default: "
+        "480 to 800 by 32 for VOC, from 640 for COCO",
     )
     add("--max-size", type=int, default=1333, help="of the long side")
 
 
 def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     _check(target, args)
-    boxes._pycocotools()  # before hours of training
+    import_pycocotools()  # an error before hours of training
     train, test, classes = read(args)
     steps, milestones, warmup = schedule(args)
     sizes = args.min_size or tuple(range(480 if args.voc else 640, 801, 32))
@@ -115,10 +101,10 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
             batch=max(1, args.train_batch // dist.world()),
             precision=args.precision,
         )
-    data = "VOC" if args.voc else "COCO"
-    rows = [{"data": data, "metric": "coco", **boxes.average_precision(test, len(classes), found)}]
+    name = "VOC" if args.voc else "COCO"
+    rows = [{"data": name, "metric": "coco", **average_precision(test, len(classes), found)}]
     if args.voc:
-        rows += [{"data": data, "metric": "voc07", **boxes.average_precision(test, len(classes), found, eleven=True)}]
+        rows += [{"data": name, "metric": "voc07", **average_precision(test, len(classes), found, eleven=True)}]
     options = {
         "steps": steps,
         "milestones": list(milestones),
@@ -145,7 +131,7 @@ def _check(target: EvalTarget, args: argparse.Namespace) -> None:
     if args.coco and args.classes:
         raise ValueError("--classes is for VOC's format: COCO's files name their classes")
     if not isinstance(target.backbone, ResNet):
-        raise ValueError("detection needs a ResNet or ResNeXt of ours: torchvision has a feature pyramid for no other")
+        raise ValueError("detection needs one of our ResNets or ResNeXts: the feature pyramid is built on their stages")
     if args.steps is not None and args.schedule:
         raise ValueError("--steps and --schedule both say how long to train: give one of them")
     if args.steps is not None and args.steps < 1:
@@ -161,17 +147,17 @@ def _check(target: EvalTarget, args: argparse.Namespace) -> None:
 
 
 def read(args: argparse.Namespace) -> tuple[list[Picture], list[Picture], tuple[str, ...]]:
-    """Training pictures that have an object, test pictures, class names."""
+    """Training pictures with at least one object, test pictures, class names."""
     if args.voc:
-        classes = tuple(args.classes.split(",")) if args.classes else boxes.VOC
+        classes = tuple(args.classes.split(",")) if args.classes else data.VOC
         train_splits = (args.train_split or "VOC2007/trainval,VOC2012/trainval").split(",")
         both = [
-            boxes.read_voc(args.voc, tuple(splits), classes, args.drop_empty)
+            data.read_voc(args.voc, tuple(splits), classes, args.drop_empty)
             for splits in (train_splits, (args.test_split or "VOC2007/test").split(","))
         ]
     else:
         splits = args.train_split or "train2017", args.test_split or "val2017"
-        (train, classes), (test, others) = (boxes.read_coco(args.coco, split, args.drop_empty) for split in splits)
+        (train, classes), (test, others) = (data.read_coco(args.coco, split, args.drop_empty) for split in splits)
         if classes != others:
             raise ValueError(f"the splits of {args.coco} name other categories: {len(classes)} and {len(others)}")
         both = [train, test]
@@ -187,125 +173,3 @@ def schedule(args: argparse.Namespace) -> tuple[int, tuple[float, ...], int]:
     if args.steps is None:
         return steps, milestones, warmup
     return args.steps, tuple(round(m * args.steps / steps) for m in milestones), warmup * args.steps // steps
-
-
-def build(
-    backbone: ResNet, classes: int, *, bn: str, min_size: tuple[int, ...], max_size: int, mean, std, seed: int
-) -> FasterRCNN:
-    """Faster R-CNN with a feature pyramid on a copy of `backbone`, whose layer1 to layer4 it sees."""
-    torch.manual_seed(seed)
-    net = copy.deepcopy(backbone)
-    if bn == "frozen":
-        freeze(net)
-    body = BackboneWithFPN(
-        net,
-        {f"layer{i}": str(i - 1) for i in range(1, 5)},
-        list(net.stages[1:]),
-        CHANNELS,
-        norm_layer=nn.BatchNorm2d if bn == "sync" else None,
-    )
-    return FasterRCNN(body, classes + 1, min_size=min_size, max_size=max_size, image_mean=mean, image_std=std)
-
-
-def freeze(module: nn.Module) -> None:
-    """Every batch norm becomes torchvision's frozen one, with the same output as in evaluation."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            frozen = FrozenBatchNorm2d(child.num_features, child.eps)
-            frozen.load_state_dict({k: v for k, v in child.state_dict().items() if k != "num_batches_tracked"})
-            setattr(module, name, frozen.to(child.weight.device))
-        else:
-            freeze(child)
-
-
-def without_decay(model: nn.Module) -> dict[str, dict]:
-    """optim.paramwise that exempts norms, as detectron2's WEIGHT_DECAY_NORM = 0 does (biases of others decay)."""
-    kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
-    names = [
-        f"{name}.{own}"
-        for name, m in model.named_modules()
-        if isinstance(m, kinds)
-        for own, _ in m.named_parameters(recurse=False)
-    ]
-    return {f"^({'|'.join(map(re.escape, names))})$": {"weight_decay": 0.0}} if names else {}
-
-
-def fit(
-    model: FasterRCNN, pictures: list[Picture], optim: Optim, *, device, pool: ThreadPoolExecutor, seed: int
-) -> None:
-    """Train `model` in place for optim.epochs steps (milestones and warm-up are steps, too)."""
-    dtype = DTYPES[optim.precision]
-    model = norm.convert_sync_bn(model.to(device), device).train()
-    optimizer, rates = optims.build(model.named_parameters(), optim, steps_per_epoch=1)
-    parallel = nn.parallel.DistributedDataParallel(model) if dist.world() > 1 else model
-    scaler = torch.amp.GradScaler(device.type, enabled=optim.precision == "fp16")
-    torch.manual_seed(seed + 1 + dist.rank())  # the short side of each image, the sampled proposals
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for step, (images, targets) in enumerate(batches(pictures, optim.batch, optim.epochs, pool, seed)):
-        rates.set_lr(optimizer, step)
-        images = [image.to(device) for image in images]
-        targets = [{key: value.to(device) for key, value in target.items()} for target in targets]
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = sum(parallel(images, targets).values())
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        total += loss.detach()
-        if (step + 1) % EVERY == 0 or step + 1 == optim.epochs:
-            mean = dist.mean(total).item() / (step % EVERY + 1)
-            total.zero_()
-            if not np.isfinite(mean):
-                raise Diverged(f"the loss is {mean} at step {step + 1}: lower --lr {optim.lr:g}")
-            if dist.is_main():
-                print(f"step {step + 1}/{optim.epochs}: loss {mean:.4f}", flush=True)
-
-
-def batches(
-    pictures: list[Picture], batch: int, steps: int, pool: ThreadPoolExecutor, seed: int
-) -> Iterator[tuple[list[Tensor], list[dict]]]:
-    """This rank's share of `steps` batches: permutation after permutation, half of the images mirrored."""
-    share = batch // dist.world()
-    order: dict[int, np.ndarray] = {}
-
-    def sample(place: int) -> tuple[Tensor, dict]:
-        epoch, at = divmod(place, len(pictures))
-        picture, image = pictures[order[epoch][at]], pictures[order[epoch][at]].read()
-        flip = np.random.Generator(np.random.Philox(key=[seed, place])).random() < 0.5
-        return (image.flip(2) if flip else image), picture.target(flip, image.shape[2])
-
-    waiting: deque = deque()
-    for step in range(steps + AHEAD):
-        if step < steps:
-            places = range(step * batch + dist.rank() * share, step * batch + (dist.rank() + 1) * share)
-            for epoch in {place // len(pictures) for place in places} - order.keys():
-                order[epoch] = permutation(len(pictures), seed, epoch)
-            waiting.append([pool.submit(sample, place) for place in places])
-        if step >= AHEAD:
-            images, targets = zip(*(future.result() for future in waiting.popleft()))
-            yield list(images), list(targets)
-
-
-@torch.no_grad()
-def detect(
-    model: FasterRCNN, pictures: list[Picture], *, device, pool: ThreadPoolExecutor, batch: int, precision: str
-) -> np.ndarray:
-    """float64 (n, 7) rows of picture, label, score, x0, y0, x1, y1 in order of the pictures, those of all ranks."""
-    model.eval()
-    dtype, rows = DTYPES[precision], [torch.zeros(0, 7, dtype=torch.float64, device=device)]
-    mine = range(dist.rank(), len(pictures), dist.world())
-    for start in range(0, len(mine), batch):
-        part = mine[start : start + batch]
-        images = [image.to(device) for image in pool.map(lambda i: pictures[i].read(), part)]
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            found = model(images)
-        for i, out in zip(part, found):
-            columns = [
-                torch.full_like(out["scores"], i)[:, None].double(),
-                out["labels"][:, None].double(),
-                out["scores"][:, None].double(),
-                out["boxes"].double(),
-            ]
-            rows.append(torch.cat(columns, 1))
-    rows = dist.gather_ragged(torch.cat(rows)).cpu().numpy()
-    return rows[np.argsort(rows[:, 0], kind="stable")]

@@ -13,7 +13,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from fastssl.eval.svm import newton, solvers
+from fastssl.eval.svm import solvers
+from fastssl.eval.svm.cpu import check
+from fastssl.eval.svm.newton import CG_STEPS, NEWTON_STEPS, TOLERANCE
 
 THREADS = 512
 SCRATCH = 10  # vectors of a problem's rows
@@ -167,7 +169,7 @@ extern "C" __global__ void newton(
 """.replace("SCRATCH *", f"{SCRATCH} *")
 
 
-def solve(K, problems: list[tuple], costs: tuple[float, ...], tolerance: float = newton.TOLERANCE) -> list[tuple]:
+def solve(K, problems: list[tuple], costs: tuple[float, ...], tolerance: float = TOLERANCE) -> list[tuple]:
     """[(b, f)] of (costs, n) CuPy arrays for problems (rows (n,) of K, y, weight), in one launch."""
     import cupy
 
@@ -194,11 +196,11 @@ def solve(K, problems: list[tuple], costs: tuple[float, ...], tolerance: float =
             gaps,
             cupy.empty(SCRATCH * len(rows), cupy.float32),
             np.float64(tolerance),
-            np.int32(newton.NEWTONS),
-            np.int32(newton.GRADIENTS),
+            np.int32(NEWTON_STEPS),
+            np.int32(CG_STEPS),
         ),
     )
-    newton.check(gaps.get(), tolerance)
+    check(gaps.get(), tolerance)
     return [tuple(part[A * i : A * j].reshape(A, j - i) for part in (b, f)) for i, j in pairwise(starts)]
 
 

@@ -3,28 +3,23 @@
 min over w: 1/2 |w|^2 + sum_i C_i max(0, 1 - y_i f_i)^2, f = K b, w = sum_i b_i (x_i, 1), K = x x^T + 1.  C_i = 0 leaves
 row i out, so that classes, costs and folds share K.  Newton's method on the rows inside the margin (Chapelle 2007,
 https://doi.org/10.1162/neco.2007.19.5.1155) with conjugate gradients, whose products K p of all fits are one matrix
-product.  A fit ends by its duality gap, which for the dual point a_i = 2 C_i max(0, 1 - y_i f_i) is
-1/2 |w - sum_i a_i y_i (x_i, 1)|^2: nothing cancels in it, so fp32 is enough.  It bounds 1/2 |w - optimum|^2.
+product.  A fit ends when its duality gap is small, which for the dual point a_i = 2 C_i max(0, 1 - y_i f_i) is
+1/2 |w - sum_i a_i y_i (x_i, 1)|^2.  Nothing cancels in it, so fp32 is precise enough.  It bounds 1/2 |w - optimum|^2.
 
 Shapes: F fits, N rows.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 from numba import njit
-from threadpoolctl import threadpool_limits
 
-TOLERANCE = 1e-5  # duality gap over 1/2 |w|^2: w is off by 0.3 % at most; over the objective it would say
-# little at small costs, where the objective is nearly all loss
-NEWTONS, GRADIENTS = 60, 400  # at most so many steps, and conjugate gradients in each
-DIRECT = 0.8  # share of the rows inside the margin below which a system may be factored
-PRODUCTS = 8  # conjugate gradients that a system takes, per square root of its largest e: if more work, it is factored
-BATCH = 0.1  # costs up to this are solved at once, larger ones each from where the last ended
+# Of the duality gap over 1/2 |w|^2: the error of w is at most 0.3 %.  Relative to the objective a tolerance would mean
+# little at small costs, where the objective is nearly all loss.
+TOLERANCE = 1e-5
+NEWTON_STEPS, CG_STEPS = 60, 400  # at most; conjugate gradient steps in each Newton step
+DIRECT = 0.8  # a system may be factored if a smaller fraction of the rows is inside the margin
+PRODUCTS = 8  # conjugate gradient steps of a system, per square root of its largest e; factored where that is more work
 
 
 @njit(nogil=True, cache=True)
@@ -34,12 +29,12 @@ def _times(p_LN, A, At):
 
 
 @njit(nogil=True, fastmath=True, cache=True)
-def newton(A, At, y_FN, e_FN, b_FN, f_FN, tolerance, newtons, gradients):
-    """Move b_FN and f_FN = b K to the optimum; each fit's duality gap over 1/2 |w|^2.  y: -1 or 1, e: 2 C_i."""
+def newton(A, At, y_FN, e_FN, b_FN, f_FN, tolerance, newton_steps, cg_steps):
+    """Move b_FN and f_FN = b K to the optimum; returns each fit's duality gap over 1/2 |w|^2.  y: -1 or 1, e: 2 C_i."""
     F, N = y_FN.shape
     gap_F = np.zeros(F)
     live = np.arange(F)
-    for _ in range(newtons):
+    for _ in range(newton_steps):
         g_LN = np.empty((len(live), N), y_FN.dtype)
         for i, c in enumerate(live):
             y, e, b, f = y_FN[c], e_FN[c], b_FN[c], f_FN[c]
@@ -57,7 +52,7 @@ def newton(A, At, y_FN, e_FN, b_FN, f_FN, tolerance, newtons, gradients):
         live, target, g_LN, kg_LN = live[kept], target[kept], g_LN[kept], kg_LN[kept]
         end_LN, fend_LN = _start(A, At, y_FN, e_FN, b_FN, f_FN, live)
         done = _direct(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live)
-        _conjugate_gradients(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live, done, target, gradients)
+        _conjugate_gradients(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live, done, target, cg_steps)
         for i, c in enumerate(live):
             d, fd = end_LN[i] - b_FN[c], fend_LN[i] - f_FN[c]
             t = _line_search(y_FN[c], e_FN[c], b_FN[c], f_FN[c], d, fd)
@@ -138,7 +133,7 @@ def _direct(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live):
 
 
 @njit(nogil=True, fastmath=True, cache=True)
-def _conjugate_gradients(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live, done, target, gradients):
+def _conjugate_gradients(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live, done, target, cg_steps):
     """Solve (K + 1 / e) b = y on the rows inside the margin, preconditioned by e; a fit stops when the duality gap that
     its solution would have, were the rows to stay, is below its target."""
     L, N = end_LN.shape
@@ -151,7 +146,7 @@ def _conjugate_gradients(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live, done, t
                 p_LN[i, j] = r_LN[i, j] * e_FN[c, j]
                 rz[i] += r_LN[i, j] * p_LN[i, j]
     open_ = np.nonzero((rz > 0) & ~done)[0]
-    for _ in range(gradients):
+    for _ in range(cg_steps):
         if not len(open_):
             return
         q_LN = _times(p_LN[open_], A, At)
@@ -208,95 +203,3 @@ def _line_search(y, e, b, f, d, fd):
             return b.dtype.type(t_new)
         t = t_new
     return b.dtype.type(low)
-
-
-class Rows:
-    """Training rows x (N, D), float32, with a one for the bias, and their products with the others, once."""
-
-    def __init__(self, x_ND: np.ndarray) -> None:
-        self.x_NE = np.concatenate([x_ND, np.ones((len(x_ND), 1), x_ND.dtype)], 1).astype(np.float32, copy=False)
-        if len(x_ND) <= 2 * self.x_NE.shape[1]:
-            self.operator = self.x_NE @ self.x_NE.T, np.zeros((0, 0), np.float32)
-        else:  # many rows of few dimensions: large coefficients nearly cancel at large costs
-            wide = self.x_NE.astype(np.float64)
-            self.operator = wide, np.ascontiguousarray(wide.T)
-
-    def path(
-        self, y_FN: np.ndarray, weight_FN: np.ndarray, costs: Iterable[float], tolerance: float = TOLERANCE
-    ) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:
-        """(cost, b (F, N), f (F, N)) by rising cost, each from where the last ended.  `weight`: of the row's class, 0
-        for rows left out, whose f is that of the fit on the others."""
-        b_FN, f_FN = np.zeros(np.shape(y_FN)), np.zeros(np.shape(y_FN))
-        for cost in sorted(costs):
-            b_FN, f_FN = fit(*self.operator, y_FN, 2 * cost * weight_FN, b_FN, f_FN, tolerance)
-            yield cost, b_FN, f_FN
-
-    def fit(self, y_FN: np.ndarray, e_FN: np.ndarray, tolerance: float = TOLERANCE) -> np.ndarray:
-        """(F, D + 1): weights and bias of fits with costs of their own; e is 2 C_i."""
-        return solve(*self.operator, y_FN, e_FN, tolerance) @ self.x_NE
-
-
-def solve(
-    A: np.ndarray, At: np.ndarray, y_FN: np.ndarray, e_FN: np.ndarray, tolerance: float = TOLERANCE
-) -> np.ndarray:
-    """b (F, N) from nothing, all fits at once."""
-    return fit(A, At, y_FN, e_FN, np.zeros(y_FN.shape), np.zeros(y_FN.shape), tolerance)[0]
-
-
-def solve_few(
-    K: np.ndarray, y_N: np.ndarray, weight_N: np.ndarray, costs: tuple[float, ...], tolerance: float = TOLERANCE
-) -> np.ndarray:
-    """b (costs, N) of one small problem, its costs rising."""
-    none, out = np.zeros((0, 0), K.dtype), []
-    y_AN, e_AN = np.repeat(y_N[None], len(costs), 0), 2 * np.asarray(costs)[:, None] * weight_N
-    b_AN, f_AN = (np.zeros((sum(cost <= BATCH for cost in costs), len(K))) for _ in range(2))
-    if len(b_AN):
-        b_AN, f_AN = fit(K, none, y_AN[: len(b_AN)], e_AN[: len(b_AN)], b_AN, f_AN, tolerance)
-        out.append(b_AN)
-    for i in range(len(b_AN), len(costs)):
-        start = (b_AN[-1:], f_AN[-1:]) if i else (np.zeros((1, len(K))),) * 2
-        b_AN, f_AN = fit(K, none, y_AN[i : i + 1], e_AN[i : i + 1], *start, tolerance)
-        out.append(b_AN)
-    return np.concatenate(out)
-
-
-def fit(
-    A: np.ndarray,
-    At: np.ndarray,
-    y_FN: np.ndarray,
-    e_FN: np.ndarray,
-    b_FN: np.ndarray,
-    f_FN: np.ndarray,
-    tolerance: float,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(b, f) from the given ones; in the precision of A, and where rounding is in the way in fp64."""
-    y, e, b, f = (np.array(part, A.dtype, order="C") for part in (y_FN, e_FN, b_FN, f_FN))
-    a = np.maximum(y * b, 0)
-    down = np.divide(a * a, e, out=np.zeros_like(a), where=e > 0).sum(1) + (b * f).sum(1)
-    scale = np.where(down > 0, a.sum(1) / np.where(down > 0, down, 1), 1)[:, None].astype(A.dtype)
-    b *= scale  # by what maximises the dual at these costs
-    f *= scale
-    gaps = newton(A, At, y, e, b, f, tolerance, NEWTONS, GRADIENTS)
-    if A.dtype == np.float32 and not (gaps <= 10 * tolerance).all():
-        wide = A.astype(np.float64), At.astype(np.float64)
-        return fit(*wide, y_FN, e_FN, np.zeros(b.shape), np.zeros(b.shape), tolerance)
-    check(gaps, tolerance)
-    return b, f
-
-
-def check(gaps: np.ndarray, tolerance: float) -> None:
-    if not (gaps <= 100 * tolerance).all():
-        raise ValueError(
-            f"a fit stopped at a duality gap of {np.max(gaps):.1e} of its size, {tolerance:.0e} was "
-            "asked for: are the costs extreme? --solver sklearn accepts what it reaches"
-        )
-
-
-def threads() -> int:
-    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
-
-
-def each(work: Callable, items: Iterable) -> Iterator:
-    """work(item) of all items in order, on as many threads as there are cores, BLAS on one."""
-    with threadpool_limits(1), ThreadPoolExecutor(threads()) as pool:
-        yield from pool.map(work, items)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from numba import njit
 
-from fastssl.eval.svm import newton
+from fastssl.eval.svm import cpu
 
 
 def average_precision(scores_RM: np.ndarray, truth_RM: np.ndarray, interpolated: bool = True) -> np.ndarray:
@@ -51,7 +51,7 @@ class Fast:
     """All classes, folds and costs share the products of the features; see newton.py."""
 
     def __init__(self, x: np.ndarray, x_test: np.ndarray) -> None:
-        self.rows = newton.Rows(x)
+        self.rows = cpu.Rows(x)
         self.x_test = np.concatenate([x_test, np.ones((len(x_test), 1), np.float32)], 1)
         self._test = None
 
@@ -81,13 +81,13 @@ class Fast:
             rows, positive = problem
             y, weight = np.where(positive, 1, -1), np.where(positive, positive_weight, 1)
             mine = self.rows.x_NE[rows] if len(At) else A[rows]
-            b = newton.solve_few(mine @ mine.T if len(At) else mine.take(rows, 1), y, weight, costs)
+            b = cpu.solve_few(mine @ mine.T if len(At) else mine.take(rows, 1), y, weight, costs)
             if len(At):
                 w = b @ mine
                 return w @ self.x_test.T, w @ self.rows.x_NE.T
             return b @ self._test[rows], b @ mine
 
-        return newton.each(work, problems)
+        return cpu.parallel_map(work, problems)
 
 
 class Sklearn:
@@ -146,4 +146,4 @@ def fit(x, positive, cost: float, positive_weight: float):
 def parallel(work, jobs) -> Iterator:
     from joblib import Parallel, delayed
 
-    return Parallel(newton.threads(), return_as="generator")(delayed(work)(*job) for job in jobs)
+    return Parallel(cpu.threads(), return_as="generator")(delayed(work)(*job) for job in jobs)

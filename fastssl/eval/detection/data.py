@@ -1,13 +1,11 @@
-"""Images with boxes, read from the layouts of PASCAL VOC and COCO as they are downloaded, and their average precision.
+"""Images with boxes, read from the layouts of PASCAL VOC and COCO as they are downloaded.
 
-Boxes are x0, y0, x1, y1 in pixels from 0 (VOC's left and upper edges, which count from 1, are moved by one, as in
-detectron2).  Every mistake in the data is an error that names the file.
+Boxes are x0, y0, x1, y1 in pixels from 0 (VOC's left and upper edges, which count from 1, are reduced by one, as
+in detectron2).  A mistake in the data is a ValueError that names the file.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import os
@@ -67,6 +65,7 @@ class Picture:
         difficult: bool = False,
         drop_empty: bool = False,
     ) -> None:
+        """Add an object; `where`: its place in a file, for errors."""
         x0, y0, x1, y1 = box
         if not all(map(math.isfinite, box)):
             raise ValueError(f"{where}: the box {box} is not finite")
@@ -84,7 +83,7 @@ class Picture:
         self.difficult.append(difficult)
 
     def read(self) -> Tensor:
-        """float32 (3, H, W) in 0 to 1."""
+        """The image, float32 (3, H, W) in 0 to 1."""
         try:
             with Image.open(self.file) as image:
                 pixels = np.asarray(image.convert("RGB"))
@@ -93,12 +92,12 @@ class Picture:
         if self.size and pixels.shape[:2] != self.size[::-1]:
             raise ValueError(
                 f"{self.file} is {pixels.shape[1]} x {pixels.shape[0]} and its annotation says "
-                f"{self.size[0]} x {self.size[1]}: the boxes are another image's"
+                f"{self.size[0]} x {self.size[1]}: the boxes belong to another image"
             )
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
     def target(self, flip: bool, width: int) -> dict[str, Tensor]:
-        """What torchvision's detectors train on; crowds left out, mirrored with `flip`."""
+        """Boxes and labels for torchvision's detectors, without crowds; mirrored with `flip`."""
         rows = [i for i, crowd in enumerate(self.crowd) if not crowd]
         boxes = torch.tensor([self.boxes[i] for i in rows], dtype=torch.float32).view(-1, 4)
         if flip:
@@ -106,7 +105,9 @@ class Picture:
         return {"boxes": boxes, "labels": torch.tensor([self.labels[i] for i in rows], dtype=torch.int64)}
 
 
-def read_voc(root: str, splits: tuple[str, ...], classes: tuple[str, ...] = VOC, drop_empty: bool = False):
+def read_voc(
+    root: str, splits: tuple[str, ...], classes: tuple[str, ...] = VOC, drop_empty: bool = False
+) -> list[Picture]:
     """Pictures of `splits` such as "VOC2007/trainval" of a VOCdevkit: YEAR/ImageSets/Main/SPLIT.txt,
     YEAR/Annotations/ID.xml, YEAR/JPEGImages/ID.jpg."""
     pictures = []
@@ -116,7 +117,8 @@ def read_voc(root: str, splits: tuple[str, ...], classes: tuple[str, ...] = VOC,
         listed = base / "ImageSets" / "Main" / f"{name}.txt"
         if not listed.is_file():
             raise ValueError(
-                f"there is no {listed}: --voc is the folder that holds VOC2007, and splits are such as VOC2007/trainval"
+                f"{listed} does not exist: --voc is the folder that holds VOC2007, and a split is named like "
+                "VOC2007/trainval"
             )
         ids = [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
         if not ids:
@@ -133,7 +135,7 @@ def _voc(base: Path, name: str, classes: tuple[str, ...], drop_empty: bool) -> P
     try:
         tree = ElementTree.parse(file).getroot()
     except ElementTree.ParseError as error:
-        raise ValueError(f"{file} is no XML: {error}") from None
+        raise ValueError(f"{file} is not XML: {error}") from None
     size = None
     if tree.find("size") is not None:
         size = int(_number(file, tree, "size/width")), int(_number(file, tree, "size/height"))
@@ -142,7 +144,7 @@ def _voc(base: Path, name: str, classes: tuple[str, ...], drop_empty: bool) -> P
         label = (item.findtext("name") or "").strip()
         if label not in classes:
             raise ValueError(
-                f"{file}: {label!r} is none of the {len(classes)} classes ({', '.join(classes[:3])}, "
+                f"{file}: {label!r} is not among the {len(classes)} classes ({', '.join(classes[:3])}, "
                 "...): name all with --classes"
             )
         box = [_number(file, item, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
@@ -170,14 +172,14 @@ def read_coco(root: str, split: str, drop_empty: bool = False) -> tuple[list[Pic
     """Pictures of annotations/instances_SPLIT.json and SPLIT/, and the classes by rising category id."""
     file = Path(root) / "annotations" / f"instances_{split}.json"
     if not file.is_file():
-        raise ValueError(f"there is no {file}: --coco is the folder that holds annotations/ and the images' folders")
+        raise ValueError(f"{file} does not exist: --coco is the folder that holds annotations/ and the images' folders")
     try:
         data = json.loads(file.read_text())
-        images, found, categories = data["images"], data["annotations"], data["categories"]
+        images, annotations, categories = data["images"], data["annotations"], data["categories"]
         known = {c["id"]: c["name"] for c in sorted(categories, key=lambda c: c["id"])}
         pictures = {i["id"]: Picture(Path(root) / split / i["file_name"], (i["width"], i["height"])) for i in images}
         label = {key: n for n, key in enumerate(known, 1)}
-        for a in found:
+        for a in annotations:
             where = f"{file}, annotation {a['id']}"
             if a["category_id"] not in known:
                 raise ValueError(f"{where}: there is no category {a['category_id']}")
@@ -193,9 +195,9 @@ def read_coco(root: str, split: str, drop_empty: bool = False) -> tuple[list[Pic
                 drop_empty=drop_empty,
             )
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from None
+        raise ValueError(f"{file} is not JSON: {error}") from None
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no instances file of COCO: {error!r}") from None
+        raise ValueError(f"{file} is not an instances file of COCO: {error!r}") from None
     if not pictures:
         raise ValueError(f"{file} lists no image")
     present = set(os.listdir(Path(root) / split)) if (Path(root) / split).is_dir() else set()
@@ -203,90 +205,3 @@ def read_coco(root: str, split: str, drop_empty: bool = False) -> tuple[list[Pic
     if missing:
         raise ValueError(f"{len(missing)} images of {file} are missing, such as {missing[0]}")
     return list(pictures.values()), tuple(known.values())
-
-
-def average_precision(pictures: list[Picture], classes: int, found: np.ndarray, eleven: bool = False) -> dict:
-    """{"ap", "ap50", "ap75"} in percent by pycocotools: the mean over IoU 0.5 to 0.95, at 0.5 and at 0.75.
-
-    `found`: (n, 7) rows of picture (from 0), label, score, x0, y0, x1, y1; the best 100 of each picture and class
-    count.  `eleven`: precision at 11 recalls instead of 101, VOC2007's measure.  Difficult objects count as absent,
-    what finds them as neither right nor wrong.
-    """
-    COCOeval, COCO = _pycocotools()
-
-    class Evaluation(COCOeval):
-        """Difficult objects are crowds, which any number of detections may find, but overlap as objects do."""
-
-        def computeIoU(self, *key):
-            kept = [(g, g["iscrowd"]) for g in self._gts[key]]
-            for g, crowd in kept:
-                g["iscrowd"] = int(crowd and not g["difficult"])
-            out = super().computeIoU(*key)
-            for g, crowd in kept:
-                g["iscrowd"] = crowd
-            return out
-
-    truth, guess = COCO(), COCO()
-    common = {
-        "images": [{"id": i} for i in range(len(pictures))],
-        "categories": [{"id": c + 1} for c in range(classes)],
-    }
-    objects = [(i, p, k) for i, p in enumerate(pictures) for k in range(len(p.boxes))]
-    truth.dataset = {
-        **common,
-        "annotations": [
-            {
-                "id": n,
-                "image_id": i,
-                "category_id": p.labels[k],
-                "bbox": _xywh(p.boxes[k]),
-                "area": p.areas[k],
-                "iscrowd": int(p.crowd[k] or p.difficult[k]),
-                "difficult": p.difficult[k],
-            }
-            for n, (i, p, k) in enumerate(objects, 1)
-        ],
-    }
-    guess.dataset = {
-        **common,
-        "annotations": [
-            {
-                "id": n,
-                "image_id": int(row[0]),
-                "category_id": int(row[1]),
-                "score": row[2],
-                "bbox": _xywh(row[3:]),
-                "area": (row[5] - row[3]) * (row[6] - row[4]),
-                "iscrowd": 0,
-            }
-            for n, row in enumerate(found.tolist(), 1)
-        ],
-    }
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        truth.createIndex()
-        guess.createIndex()
-        run = Evaluation(truth, guess, "bbox")
-        run.params.areaRng, run.params.areaRngLbl, run.params.maxDets = [[0, 1e10]], ["all"], [100]
-        if eleven:
-            run.params.recThrs = np.linspace(0, 1, 11)
-        run.evaluate()
-        run.accumulate()
-    precision = run.eval["precision"][:, :, :, 0, 0]  # IoU, recall, class; -1 where a class has no object
-    precision = precision[:, :, (precision > -1).all((0, 1))]
-    if not precision.size:
-        raise ValueError("the test images have no object to find")
-    by = 100 * precision.mean((1, 2))
-    return {"ap": float(by.mean()), "ap50": float(by[0]), "ap75": float(by[5])}
-
-
-def _xywh(box) -> list[float]:
-    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
-
-
-def _pycocotools():
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError:
-        raise ValueError("average precision needs pycocotools: pip install 'fastssl[detection]'") from None
-    return COCOeval, COCO
