@@ -1,4 +1,4 @@
-"""Headless Chromium over the DevTools protocol's pipe (file descriptors 3 and 4): no driver, no port, no package."""
+"""Headless Chromium over the DevTools protocol, through pipes (file descriptors 3 and 4): no driver, no port."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Page:
         assert self.loaded, f"{url} was not loaded in {self._timeout:g} s"
 
     def value(self, script: str):
-        """What a JavaScript expression gives, as JSON has it."""
+        """The value of a JavaScript expression, converted by JSON."""
         result = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")

@@ -1,4 +1,4 @@
-"""Files damaged by chance (seeded): what reads them returns a value or raises ValueError in one line."""
+"""Randomly damaged files (seeded): their readers return a value or raise a ValueError of one line."""
 
 import io
 import json
@@ -33,7 +33,7 @@ NUMBERS = [0, 1, 2, 7, 255, 2**16 - 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1
 
 
 def damaged(data: bytes, rng: random.Random, head: int | None = None) -> bytes:
-    """Up to four changes within the first `head` bytes: bits, numbers of 8 bytes, holes, copies, an early end."""
+    """Up to four changes in the first `head` bytes: bits, numbers, deletions, insertions, truncation."""
     out = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(max(1, min(len(out), head or len(out))))
@@ -55,7 +55,7 @@ def damaged(data: bytes, rng: random.Random, head: int | None = None) -> bytes:
 
 
 def odd(value, rng: random.Random):
-    """A copy of a JSON value in which one part is another."""
+    """A copy of a JSON value with one part replaced or left out."""
     value = json.loads(json.dumps(value))
     if not isinstance(value, dict | list) or not value or rng.random() < 0.03:
         return rng.choice(ODD)
@@ -78,7 +78,7 @@ def odd_json(value, rng: random.Random) -> bytes:
 
 
 def fuzz(make, read, seed: int = 0) -> None:
-    """`read(make(rng))` CASES times: an error is a ValueError of one line, and both ends occur."""
+    """`read(make(rng))` CASES times: errors are ValueErrors of one line, and some calls fail."""
     rng, refused = random.Random(seed), 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -92,7 +92,7 @@ def fuzz(make, read, seed: int = 0) -> None:
                     repr(error),
                 )
                 assert len(str(error)) < 2000, case
-    assert refused > CASES // 20, "hardly anything was damaged"
+    assert refused > CASES // 20, "too few files were damaged"
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_beton_headers_in_the_loader(small, tmp_path):
 
     def make(rng, case):
         file = tmp_path / f"{case % 2}.beton"
-        file.unlink(missing_ok=True)  # a new file: what is still mapped keeps its bytes
+        file.unlink(missing_ok=True)  # a new file, because the old one may still be mapped
         data = damaged(whole[:end] + damaged(whole[end:], rng, head=96), rng, head=rng.choice([24, 3300]))
         file.write_bytes(data if rng.random() < 0.9 else data[: rng.randrange(len(data))])
         return file
@@ -294,7 +294,7 @@ def archives(rng: random.Random) -> tuple[str, bytes]:
 def test_archives(tmp_path):
     def make(rng, case):
         kind, data = archives(rng)
-        path = tmp_path / f"{case}.{kind}"  # a new name: open archives are remembered by theirs
+        path = tmp_path / f"{case}.{kind}"  # a new name, because open archives are cached by name
         path.write_bytes(damaged(data, rng) if kind != "zip" or rng.random() < 0.7 else data)
         return path
 

@@ -1,4 +1,4 @@
-"""A checkpoint is complete or it is not used."""
+"""Only complete checkpoints are used."""
 
 import json
 
@@ -45,7 +45,7 @@ def test_an_interrupted_write_is_not_a_checkpoint(tmp_path):
         (lambda p: (p / store.MANIFEST).write_text('{"format": 1, "fi'), "manifest.json is missing or unreadable"),
     ],
 )
-def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path, hurt, problem, capsys):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, hurt, problem, capsys):
     write(tmp_path, 1)
     path = write(tmp_path, 2)
     assert json.loads((path / store.MANIFEST).read_text())["files"].keys() == {"state.pt", "deepspeed/states.pt"}

@@ -1,4 +1,4 @@
-"""The doctor names what is wrong in installations broken in each way, and does not die of it."""
+"""The doctor reports each kind of broken installation and does not fail itself."""
 
 import argparse
 import ast
@@ -18,7 +18,7 @@ NAMES = ("torch", "torchvision", "ffcv", "deepspeed", "numba", "triton", "cv2", 
 
 
 def run(folder, *argv):
-    """The doctor where the packages in `folder` come first; all heavy ones there are stubs, for speed."""
+    """Run the doctor with the packages in `folder` first on the path; the large ones are empty stubs, for speed."""
     for name in NAMES:
         (folder / name).mkdir(exist_ok=True)
         if not (folder / name / "__init__.py").exists():
@@ -41,7 +41,7 @@ def package(folder, name, text):
 
 
 def claim(folder, *requirements):
-    """fastssl's metadata as an installation would have it."""
+    """Write the metadata of an installed fastssl."""
     info = folder / "fastssl-0.1.0.dist-info"
     info.mkdir()
     lines = "".join(f"Requires-Dist: {r}\n" for r in requirements)
@@ -76,7 +76,7 @@ def test_a_sound_installation(tmp_path):
     assert {"level": "ok", "what": "torch", "detail": "2.11.0", "fix": ""} in found
 
 
-def test_each_break_is_named_with_its_remedy(tmp_path):
+def test_each_fault_is_reported_with_its_remedy(tmp_path):
     claim(
         tmp_path, "torch", "ffcv", "deepspeed", "numba", "timm", "numpy<2", "not-there-at-all>=3", "rich; extra == 'x'"
     )
@@ -106,7 +106,7 @@ def test_each_break_is_named_with_its_remedy(tmp_path):
 
 
 def test_nothing_installed(tmp_path):
-    """Not even fastssl's metadata: the file alone, under `-S`, which hides all of site-packages."""
+    """The file alone, without fastssl's metadata: `-S` hides site-packages."""
     command = [sys.executable, "-S", doctor.__file__, "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and "fastssl          is not installed" in done.stdout and not done.stderr
@@ -161,7 +161,7 @@ def test_loader_probe_runs(beton):
     assert int(rate[1].replace(",", "")) > 0
 
 
-def test_the_parent_imports_the_standard_library_alone():
+def test_the_doctor_imports_the_standard_library_alone():
     tree = ast.parse(Path(doctor.__file__).read_text())
     names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}

@@ -1,4 +1,4 @@
-"""Exports are read by the tools they are for, with equal outputs; detectron2's names follow its rules one by one."""
+"""Each tool reads its exports, with equal outputs; every name of a detectron2 export is checked."""
 
 import dataclasses
 import hashlib
@@ -94,7 +94,7 @@ THIN = [
 
 @pytest.mark.parametrize("spec", THIN)
 @pytest.mark.parametrize("to", ["torchvision", "safetensors"])
-def test_a_thin_resnet_gets_code_that_builds_it(spec, to, tmp_path):
+def test_the_printed_code_builds_a_thin_resnet(spec, to, tmp_path):
     net = build(**spec)
     theirs = loaded(export.write(net, tmp_path / f"a.{to}", to))
     if to == "torchvision":
@@ -114,7 +114,7 @@ def run_of(size, backbone, **optim):
 
 
 @pytest.mark.parametrize("to", ["timm", "huggingface"])
-def test_a_vision_transformer_runs_at_the_size_that_it_was_trained_at(to, tmp_path, monkeypatch):
+def test_a_vision_transformer_runs_at_its_training_size(to, tmp_path, monkeypatch):
     """Trained at 64 pixels with timm's table for 224: the printed code takes 64 pixels and computes the same."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     spec = {"name": "vit_tiny_patch16_224", "options": {"depth": 2}}
@@ -132,7 +132,7 @@ def test_a_vision_transformer_runs_at_the_size_that_it_was_trained_at(to, tmp_pa
         assert_same(again.eval(), net, 64)
 
 
-def test_a_vision_transformer_of_one_size_is_exported_with_it(tmp_path):
+def test_a_vision_transformer_with_a_fixed_size_is_exported_with_it(tmp_path):
     spec = {"name": "vit_tiny_patch16_224", "options": {"depth": 2, "img_size": 48, "num_heads": 12}}
     net = build(**spec)
     for run in (None, run_of(48, spec)):
@@ -140,7 +140,7 @@ def test_a_vision_transformer_of_one_size_is_exported_with_it(tmp_path):
     assert_same(loaded(export.write(net, tmp_path / "a.safetensors", "safetensors")), net, 48)
 
 
-def test_the_card_counts_steps(tmp_path):
+def test_the_model_card_has_the_number_of_steps(tmp_path):
     net = build(name="resnet18")
     export.write(net, tmp_path / "a", "huggingface", run=run_of(64, {"name": "resnet18"}, steps=10), steps=7)
     text = (tmp_path / "a" / "README.md").read_text()
@@ -149,7 +149,7 @@ def test_the_card_counts_steps(tmp_path):
 
 
 def detectron2_resnet50():
-    """The names that detectron2's ResNet-50 has, written out from its structure."""
+    """The names of the tensors of detectron2's ResNet-50, from its structure."""
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     convs = ["stem.conv1"]
     for stage, blocks in zip((2, 3, 4, 5), (3, 4, 6, 3)):
@@ -220,7 +220,7 @@ def test_detectron2_file(tmp_path):
         ),
     ],
 )
-def test_what_a_tool_does_not_have_is_refused(spec, to, text, tmp_path):
+def test_networks_that_a_tool_lacks_are_refused(spec, to, text, tmp_path):
     net = build(**spec)
     with pytest.raises(ValueError, match=text):
         export.write(net, tmp_path / "a", to)
@@ -271,7 +271,7 @@ def test_command_writes_a_card_of_the_run(run_folder, capsys):
     assert settings["architecture"] == "resnet18" and settings["pretrained_cfg"]["input_size"] == [3, 64, 64]
 
 
-def test_command_exports_weights_of_others(tmp_path, capsys):
+def test_command_exports_weights_of_another_project(tmp_path, capsys):
     net = build(name="resnet18", stem="cifar")
     torch.save({"state_dict": {f"module.encoder_q.{k}": v for k, v in net.state_dict().items()}}, tmp_path / "moco.pth")
     argv = [str(tmp_path / "moco.pth"), "--backbone", "resnet18", "--stem", "cifar"]
@@ -282,7 +282,7 @@ def test_command_exports_weights_of_others(tmp_path, capsys):
     assert_same(theirs, net, 32)
 
 
-def test_command_exports_a_sobel_network_of_others(tmp_path, capsys):
+def test_command_exports_a_sobel_network_of_another_project(tmp_path, capsys):
     net = build(name="resnet10", width=8, sobel=True)
     state = {f"backbone.{k}": v for k, v in net.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "deepcluster.pth")

@@ -1,4 +1,4 @@
-"""Checkpoints in the layouts that other projects publish give the features that the peer's own network computes."""
+"""Checkpoints in the layouts of other projects give the features that the project's own network computes."""
 
 import argparse
 import collections
@@ -20,7 +20,7 @@ import peer_networks as peers
 
 @pytest.fixture(scope="module")
 def nets():
-    """Per kind: the network to be found, and another that must not be."""
+    """Per kind: the network to find, and another that must not be found."""
     return {kind: (peers.make(kind, 0), peers.make(kind, 1)) for kind in peers.KINDS}
 
 
@@ -63,7 +63,7 @@ def moco(net, other):
 
 
 def dino(net, other):
-    """Also the scripts' argparse.Namespace, as the published full checkpoints have it."""
+    """With the argparse.Namespace that the published full checkpoints contain."""
     return {
         "student": {**under("module.backbone.", other), **linear("module.head.mlp.0.")},
         "teacher": {**under("backbone.", net), "head.last_layer.weight_g": torch.ones(4, 1)},
@@ -296,7 +296,7 @@ def test_layout_is_recognised_and_gives_the_features_of_its_project(project, net
 
 @pytest.mark.parametrize("project", ["MMSelfSup MAE, extracted", "lightly, numbered", "MoCo"])
 @pytest.mark.parametrize("key", ["first", "last"])
-def test_one_lost_tensor_is_an_error_in_every_layout(project, key, nets, tmp_path):
+def test_one_missing_tensor_is_an_error_in_every_layout(project, key, nets, tmp_path):
     kind, make, _ = LAYOUTS[project]
     net, other = nets[kind]
     checkpoint = make(net, other)
@@ -342,7 +342,7 @@ def test_student_or_teacher(project, which, prefix, nets, tmp_path):
         torch.testing.assert_close(mine(x), (net if prefix == default else other)(x), rtol=1e-5, atol=2e-5)
 
 
-def test_weights_that_cannot_be_downloaded_are_named(monkeypatch, tmp_path):
+def test_the_error_names_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
     def offline(*_, **__):
         raise OSError("Name or service not known")
 
@@ -361,7 +361,7 @@ def test_a_single_copy_has_no_teacher(nets, tmp_path):
         weights.load_backbone(tmp_path / "a.pth", other, which="teacher", prefix="backbone.")
 
 
-def test_a_given_prefix_is_the_files_own(nets, tmp_path):
+def test_a_given_prefix_refers_to_the_files_keys(nets, tmp_path):
     net, other = nets["numbered"]
     torch.save(LAYOUTS["lightly, numbered"][1](net, other), tmp_path / "a.pth")
     mine = ours("numbered")
@@ -387,7 +387,7 @@ def test_safetensors_of_others(nets, tmp_path):
         ({"cfg": "conv_cfg=dict(type='ConvWS')"}, "standardise their weights"),
     ],
 )
-def test_networks_of_equal_keys_and_other_arithmetic_are_refused(meta, text, nets, tmp_path):
+def test_networks_with_equal_keys_and_another_function_are_refused(meta, text, nets, tmp_path):
     net, other = nets["resnet"][0], ours("resnet")
     torch.save({"meta": meta, "state_dict": keys(net)}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=text):
@@ -403,8 +403,8 @@ def test_networks_of_equal_keys_and_other_arithmetic_are_refused(meta, text, net
         ("lightly, its own ResNet numbered", "numbered", "ReLU after the stem's norm.*--stem cifar_norelu"),
     ],
 )
-def test_peers_of_other_arithmetic_are_refused_until_it_is_given(project, kind, text, nets, tmp_path):
-    """With the options of the layouts above they are what their authors compute."""
+def test_vits_of_other_projects_are_refused_without_num_heads(project, kind, text, nets, tmp_path):
+    """With the options of the layouts above, outputs equal those of the authors' networks."""
     right, make, _ = LAYOUTS[project]
     torch.save(make(*nets[right]), tmp_path / "a.pth")
     mine = ours(kind)
@@ -417,8 +417,8 @@ def test_peers_of_other_arithmetic_are_refused_until_it_is_given(project, kind, 
         weights.load_backbone(tmp_path / "a.pth", stated)
 
 
-def test_moco_v3_is_exported_with_its_heads(nets, tmp_path, capsys):
-    """The command as a user gives it; the code that it prints computes what the authors' network does."""
+def test_moco_v3_is_exported_with_its_number_of_heads(nets, tmp_path, capsys):
+    """The code that the command prints gives the outputs of the authors' network."""
     net, other = nets["mocov3"]
     torch.save(LAYOUTS["MoCo v3"][1](net, other), tmp_path / "vit-s.pth")
     argv = [
@@ -450,8 +450,8 @@ def test_moco_v3_is_exported_with_its_heads(nets, tmp_path, capsys):
         ({"options": {**peers.VIT["options"], "drop_path_rate": 0.2, "weight_init": "jax"}}, None),
     ],
 )
-def test_weights_that_say_what_they_are_load_into_nothing_else(here, text, tmp_path):
-    """The same for a run's folder, and for what timm and torchvision download."""
+def test_weights_with_a_description_load_into_that_network_only(here, text, tmp_path):
+    """This holds for run folders, too, and for what timm and torchvision download."""
     export.write(ours("vit"), tmp_path / "a.safetensors", "safetensors")
     if text is None:
         weights.load_backbone(tmp_path / "a.safetensors", ours("vit", **here))
@@ -460,13 +460,13 @@ def test_weights_that_say_what_they_are_load_into_nothing_else(here, text, tmp_p
         weights.load_backbone(tmp_path / "a.safetensors", ours("vit", **here))
 
 
-def test_a_stem_of_equal_shape_is_another_network(tmp_path):
+def test_another_stem_of_equal_shape_is_refused(tmp_path):
     export.write(ours("resnet"), tmp_path / "a.safetensors", "safetensors")
     with pytest.raises(ValueError, match="backbone.stem is 'cifar' there, 'cifar_pad2' here"):
         weights.load_backbone(tmp_path / "a.safetensors", ours("resnet pad 2"))
 
 
-def test_every_layout_is_shown_by_a_checkpoint_above(nets):
+def test_every_layout_is_covered_by_a_checkpoint_above(nets):
     shown = set()
     for kind, make, _ in LAYOUTS.values():
         flat = source.flatten(make(*nets[kind]), kind)
@@ -474,8 +474,8 @@ def test_every_layout_is_shown_by_a_checkpoint_above(nets):
     assert shown == set(foreign.LAYOUTS)
 
 
-def test_lightly_itself(tmp_path):
-    """Where the package is installed, its own classes in place of those of peer_networks.py."""
+def test_lightlys_own_network(tmp_path):
+    """With the classes of the package, where it is installed, instead of those in peer_networks.py."""
     models = pytest.importorskip("lightly.models")
     net = models.ResNetGenerator("resnet-9", width=0.125).eval()
     net = nn.Sequential(*list(net.children())[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())

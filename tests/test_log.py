@@ -1,4 +1,4 @@
-"""Every step has one whole line, on time or late, through kills and resumes; a lost loss ends the run."""
+"""Every step has exactly one complete line, also after kills and resumes; a loss that is not finite ends the run."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_lines_wait_for_their_timings_and_flush_does_not(tmp_path):
     assert records[7] == {"step": 7, "epoch": 0, "knn": 80.0}
 
 
-def test_a_collapse_is_said_once_at_the_third_measure(tmp_path, capsys):
+def test_a_collapse_is_reported_once_at_the_third_measure(tmp_path, capsys):
     log = make(tmp_path)
     for step, rank in enumerate([1.5, 30.0, 1.9, 1.8, 1.7, 1.6, 1.6], 1):
         log.step(step, 0, {"loss": 1.0, "embedding_rank": torch.tensor(rank), "embedding_std": 1.0}, [timing(step)])
@@ -77,7 +77,7 @@ def test_a_collapse_is_said_once_at_the_third_measure(tmp_path, capsys):
     assert line in capsys.readouterr().out
 
 
-def test_scalars_are_fetched_together(tmp_path, monkeypatch):
+def test_scalars_are_copied_together(tmp_path, monkeypatch):
     """Tensors wait for one copy every few steps: here, one all-reduce of all of them."""
     sizes = []
     monkeypatch.setattr(dist, "sum_", lambda x: sizes.append(x.numel()) or x)
@@ -146,7 +146,7 @@ def test_tensorboard_has_the_scalars(tmp_path):
     assert events.Scalars("loss")[1].value == pytest.approx(0.1)
 
 
-def test_plain_lines_say_how_it_goes(tmp_path, capsys):
+def test_printed_lines_have_loss_speed_and_remaining_time(tmp_path, capsys):
     log = make(tmp_path)
     run(log, range(1, 11))
     log.epoch(10, 1, {"knn": 81.25})
@@ -172,7 +172,7 @@ def test_only_rank_0_writes(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_lost_loss_ends_the_run_and_names_the_step(tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path):
     from fastssl.engine import FiniteLoss
 
     log, losses, nan = make(tmp_path), FiniteLoss(), torch.tensor(float("nan"))
@@ -186,7 +186,7 @@ def test_a_lost_loss_ends_the_run_and_names_the_step(tmp_path):
     assert step == 5
 
 
-def test_steps_that_fp16_skips_are_no_reason_to_stop(tmp_path):
+def test_steps_skipped_by_fp16_do_not_end_the_run(tmp_path):
     from fastssl.engine import FiniteLoss
 
     log, losses, inf = make(tmp_path), FiniteLoss(), torch.tensor(float("inf"))
@@ -204,7 +204,7 @@ def test_only_scalars_are_logged(tmp_path):
         log.step(20, 0, {"z": torch.zeros(2, 3)})
 
 
-def test_what_the_host_makes_of_a_tensor_is_logged_like_a_number(tmp_path):
+def test_a_host_scalar_is_logged_like_a_number(tmp_path):
     log = Log(tmp_path, every=5, total_steps=2, tensorboard=False)
     log.step(1, 0, {"loss": torch.tensor(1.0), "trace": HostScalar(torch.eye(3), torch.trace)})
     log.step(2, 0, {"loss": torch.tensor(1.0)})

@@ -1,4 +1,4 @@
-"""Positions at another size are those of DINO's interpolate_pos_encoding, written anew here, and not timm's."""
+"""Resampled positions equal those of DINO's interpolate_pos_encoding, which is copied here, and not timm's."""
 
 import math
 
@@ -30,8 +30,8 @@ def vit():
 
 
 @pytest.mark.parametrize("rows, columns", [(6, 6), (14, 14), (20, 20), (4, 9)])
-def test_a_vision_transformer_resamples_as_dino(vit, rows, columns):
-    """A network with the table that the formula gives, at its own size, is the truth."""
+def test_a_vision_transformer_resamples_like_dino(vit, rows, columns):
+    """The reference is a network of that size with the table from the formula."""
     body, size = vit.body, (16 * rows, 16 * columns)
     fixed = backbones.build(Backbone("vit_tiny_patch16_224", options={"depth": 2, "img_size": size})).eval()
     table = body.pos_embed if (rows, columns) == (14, 14) else dino(body.pos_embed, rows, columns)
@@ -53,8 +53,8 @@ def test_gradients_reach_the_table(vit):
 @pytest.mark.parametrize(
     "options", [{"reg_tokens": 3}, {"reg_tokens": 3, "no_embed_class": True}, {"class_token": False}]
 )
-def test_tokens_before_the_patches_keep_their_places(options):
-    """At the table's own size timm's code runs, at another ours: a table of equal rows must give equal tokens."""
+def test_tokens_before_the_patches_are_not_resampled(options):
+    """timm's code runs at the table's own size, ours at another: a table of equal rows must give equal tokens."""
     if "class_token" in options:
         options = {**options, "global_pool": "avg"}
     body = backbones.build(Backbone("test_vit", options={"img_size": 64, **options})).eval().body

@@ -1,5 +1,5 @@
-"""The report: numbers on the page are those of the log, the page runs in a browser without an error or a request, and
-runs that are damaged, unfinished or maliciously named do no harm."""
+"""The report: its numbers are those of the log, a browser opens it without an error or a request, and runs that are
+damaged, unfinished or maliciously named do no harm."""
 
 import json
 import os
@@ -108,7 +108,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(data, tmp_path_factory):
-    """A page of a finished run with an evil name and of one that was killed in mid-line, without data and weights."""
+    """A page of two runs: a finished one with a malicious name, and one that was killed while a line was written,
+    without data and weights."""
     folder = tmp_path_factory.mktemp("runs")
     first = write_run(folder / "first", data, name=EVIL)
     second = write_run(
@@ -219,7 +220,7 @@ def test_a_run_can_be_hidden(chromium, page):
 
 
 def test_the_browser_would_report_errors_and_requests(chromium, tmp_path):
-    """The checks above can fail."""
+    """So the checks above can fail."""
     bad = tmp_path / "bad.html"
     bad.write_text("<img src='file:///nowhere.png'><script>console.error('one'); undefined.two</script>")
     shown = opened(chromium, bad)
@@ -227,14 +228,14 @@ def test_the_browser_would_report_errors_and_requests(chromium, tmp_path):
     assert "one" in said and "two" in said and "file:///nowhere.png" in shown.requests
 
 
-def test_nothing_outside_is_named(page):
+def test_the_page_refers_to_no_other_file_or_host(page):
     text = text_of(page)
     assert set(re.findall(r"""(?:src|href|action)\s*=\s*["']?([a-z]+:|/|#)""", text)) <= {"data:", "#"}
     assert "@import" not in text and not re.findall(r"url\((?!#)", text)
     assert EVIL not in text and escape(EVIL) in text and "<b>X100" not in text
 
 
-def test_absent_parts_are_said_with_the_reason(page):
+def test_missing_parts_are_explained(page):
     text = text_of(page)
     assert "gone.beton is not here: start the report where the run was started" in text
     assert "there is no complete checkpoint: features need one" in text
@@ -254,7 +255,7 @@ def test_settings_and_evaluations(page):
     assert "<b>71.25</b>" in text and "selected on test data" in text and "Constant: loss_scale = 1." in text
 
 
-def test_the_summary_says_what_was_trained_on_what(page):
+def test_the_summary_has_method_network_data_and_baselines(page):
     text = text_of(page)
     first = text[text.index('<article class="card s0') : text.index('<article class="card s1')]
     told = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", first))
@@ -268,7 +269,7 @@ def test_the_summary_says_what_was_trained_on_what(page):
     assert "Collapsed" not in text
 
 
-def test_a_collapse_is_called_one(data, tmp_path):
+def test_a_collapse_is_reported(data, tmp_path):
     folder = write_run(tmp_path / "run", data, 4, weights=False)
     with open(folder / "log.jsonl", "a") as f:
         for step, rank in enumerate([9.0] * 5 + [1.9, 1.8, 1.7], 5):
@@ -280,7 +281,7 @@ def test_a_collapse_is_called_one(data, tmp_path):
     ) in (tmp_path / "o.html").read_text()
 
 
-def test_evaluations_have_a_row_a_metric_and_mark_the_best(data, tmp_path):
+def test_evaluations_have_a_row_per_metric_and_mark_the_best(data, tmp_path):
     folders = [write_run(tmp_path / name, data, 4, name=name, weights=False) for name in "ab"]
     for folder, top1 in zip(folders, ((50.0, 61.0), (70.5, 60.0))):
         (folder / "eval").mkdir()
@@ -298,7 +299,7 @@ def test_evaluations_have_a_row_a_metric_and_mark_the_best(data, tmp_path):
     assert re.findall(r'<b class="best">([\d.]+)</b>', table.split("<tr>")[2]) == ["70.50"]
 
 
-def test_defaults_are_gray_and_nothing_that_a_config_names_is_imported(data, tmp_path):
+def test_defaults_are_gray_and_modules_named_in_a_config_are_not_imported(data, tmp_path):
     first = write_run(tmp_path / "a", data, 4, name="a", weights=False, temperature=simclr.Config().temperature)
     second = write_run(tmp_path / "b", data, 4, name="b", weights=False, temperature=0.07)
     assert report.main([str(first), str(second), "--points", "0", "--out", str(tmp_path / "o.html")]) == 0
@@ -333,7 +334,7 @@ def test_mistakes_are_one_line_and_exit_code_2(page, tmp_path, capsys, argv, sai
     assert said in err and err.count("\n") == 1 and not (tmp_path / "out.html").exists()
 
 
-def test_results_that_lie_elsewhere_come_to_their_run(page, tmp_path):
+def test_results_in_other_folders_are_assigned_to_their_run(page, tmp_path):
     first, second = page.parent / "first", page.parent / "second"
     result = {
         "protocol": "linear",
@@ -348,7 +349,7 @@ def test_results_that_lie_elsewhere_come_to_their_run(page, tmp_path):
     assert re.search(none + found, (tmp_path / "o.html").read_text())
 
 
-def test_each_start_of_a_run_is_noted_and_shown(data, tmp_path):
+def test_each_start_of_a_run_is_recorded_and_shown(data, tmp_path):
     folder = write_run(tmp_path / "run", data, 25, weights=False)
     for step in (0, 20):
         run_folder.record_environment(SimpleNamespace(folder=folder, device=torch.device("cpu"), step=step))
@@ -364,7 +365,7 @@ def test_each_start_of_a_run_is_noted_and_shown(data, tmp_path):
     assert len(json.loads((folder / "environment.json").read_text())) == 1
 
 
-def test_a_run_that_has_just_begun_or_is_damaged(tmp_path):
+def test_a_run_that_has_just_started_or_is_damaged(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.json").write_text('{"name": "cut')
@@ -380,7 +381,7 @@ def test_a_run_that_has_just_begun_or_is_damaged(tmp_path):
     assert "No step has been timed yet" in out.read_text()
 
 
-def test_lost_losses_and_skipped_steps_are_counted(data, tmp_path):
+def test_losses_that_are_not_finite_and_skipped_steps_are_counted(data, tmp_path):
     folder = write_run(tmp_path / "run", data, 4, weights=False)
     with open(folder / "log.jsonl", "a") as f:
         f.write(json.dumps({**record(5, "nan"), "applied": False}) + "\n" + json.dumps(record(6, "inf")) + "\n")
@@ -389,7 +390,7 @@ def test_lost_losses_and_skipped_steps_are_counted(data, tmp_path):
     assert "loss was not finite in 2 records, first at step 5" in run.notes
 
 
-def test_a_damaged_checkpoint_is_said(data, tmp_path):
+def test_a_damaged_checkpoint_is_reported(data, tmp_path):
     folder = write_run(tmp_path / "run", data, 4)
     next(folder.glob("checkpoints/*/weights.safetensors")).write_bytes(b"short")
     out = tmp_path / "o.html"
@@ -397,7 +398,7 @@ def test_a_damaged_checkpoint_is_said(data, tmp_path):
     assert "is damaged" in out.read_text() and "there is no complete checkpoint" in out.read_text()
 
 
-def test_bins_are_means_of_equal_stretches(tmp_path):
+def test_bins_are_means_of_equal_intervals(tmp_path):
     run = run_data.RunData(tmp_path)
     y = np.random.default_rng(0).random(1000)
     w = np.random.default_rng(1).random(1000)
@@ -410,7 +411,7 @@ def test_bins_are_means_of_equal_stretches(tmp_path):
     np.testing.assert_allclose(weighted, (parts * w.reshape(10, 100)).sum(1) / w.reshape(10, 100).sum(1))
 
 
-def test_shares_of_the_step_add_up(data, tmp_path):
+def test_percentages_of_the_step_add_up_to_100(data, tmp_path):
     run = run_data.read(write_run(tmp_path / "run", data, 40, weights=False))
     x, shares = run_data.time_per_phase(run, bins=20)
     np.testing.assert_allclose(shares.sum(1), 100)
@@ -432,7 +433,7 @@ def test_labels():
     assert [charts.label(v) for v in values] == ["0", "0.001", "0.5", "12.3456", "1,234", "1.5e6", "3e-7"]
 
 
-def test_an_axis_is_not_flattened_by_one_value():
+def test_an_outlier_does_not_stretch_the_axis():
     low, high, cut = charts.limits([np.r_[np.linspace(1, 2, 99), 500.0]])
     assert cut == 500 and high < 4 and low == 0
 

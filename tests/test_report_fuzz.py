@@ -1,4 +1,4 @@
-"""Run folders with values that nobody wrote: the report makes its page, or says in one line why not."""
+"""Run folders with arbitrary values: the report writes its page, or an error of one line."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""A run's folder, what may change on resume, and how a run ends before its time (docs/runs.md): one process."""
+"""A run's folder, what may change on resume, and how a run ends early (docs/runs.md), in one process."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def losses(name="r") -> list[float]:
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_continues(train, monkeypatch, number, code):
+def test_a_signal_ends_the_run_with_a_checkpoint_that_can_be_resumed(train, monkeypatch, number, code):
     before = signal.getsignal(number)
     monkeypatch.setenv("SEND", str(int(number)))
     got, lines = train()
@@ -71,7 +71,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_continues(train, 
     assert checkpoints()[-1] == 6 and len(losses()) == 6
 
 
-def test_the_first_lines_say_what_is_trained_and_the_last_what_is_next(train):
+def test_the_first_lines_describe_the_run_and_the_last_the_next_command(train):
     code, lines = train("log.keep_every=0.5", "log.keep=1")
     assert code == 0
     assert (
@@ -153,13 +153,13 @@ def test_hooks_are_found_by_their_class_on_resume(train, monkeypatch):
     assert any("hooks of step_00000004 that are no longer there: Count, Count#1" in line for line in lines)
 
 
-def test_what_is_not_finite_takes_no_checkpoints_place(train):
+def test_no_checkpoint_is_written_of_weights_that_are_not_finite(train):
     code, lines = train("name=end", "optim.lr=1e12", "optim.steps=2", "log.checkpoint_steps=1")
     assert code == 2 and "no checkpoint of step 2 is written" in lines[-1], lines
     assert checkpoints("end") == [1]
 
 
-def test_a_weight_that_is_not_finite_is_seen():
+def test_a_weight_that_is_not_finite_is_detected():
     from fastssl.zero import all_finite
 
     layer = torch.nn.Linear(3, 2)
@@ -168,7 +168,7 @@ def test_a_weight_that_is_not_finite_is_seen():
     assert not all_finite(layer)
 
 
-def test_a_full_disk_is_named(train):
+def test_the_error_names_a_full_disk(train):
     held = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, held[1]))
@@ -179,13 +179,13 @@ def test_a_full_disk_is_named(train):
     assert lines[-1] == "fastssl: work_dirs/r/checkpoints: File too large; the newest complete checkpoint is none"
 
 
-def test_a_root_that_cannot_be_made_is_named(train):
+def test_the_error_names_a_root_that_cannot_be_created(train):
     Path("file").write_text("")
     code, lines = train("log.root=file")
     assert code == 2 and lines[-1].startswith("fastssl: file/r: ")
 
 
-def test_precision_that_the_cpu_lacks_is_replaced_and_said(train, monkeypatch):
+def test_precision_that_the_cpu_lacks_is_replaced_with_a_message(train, monkeypatch):
     from fastssl import amp
 
     monkeypatch.setattr(amp, "NATIVE", {"bf16": {"none"}, "fp16": {"none"}})
@@ -194,7 +194,7 @@ def test_precision_that_the_cpu_lacks_is_replaced_and_said(train, monkeypatch):
     assert json.loads(Path("work_dirs/r/config.json").read_text())["optim"]["precision"] == "fp32"
 
 
-def test_a_port_in_use_is_named(monkeypatch):
+def test_the_error_names_a_port_in_use(monkeypatch):
     from fastssl import dist
 
     with socket.create_server(("127.0.0.1", 0)) as held:

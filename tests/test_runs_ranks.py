@@ -1,4 +1,4 @@
-"""How a run on two ranks ends before its time: a signal or an error on one rank alone, a launcher that is gone."""
+"""How a run on two ranks ends early: a signal or an error on one rank, or a launcher that was killed."""
 
 import os
 import signal
@@ -46,7 +46,7 @@ def folder(tmp_path_factory, beton):
 
 
 def srun(folder: Path, mode: str, *args: str) -> tuple[list[int], list[str]]:
-    """Start two ranks as Slurm's srun does; their exit codes and the lines of both."""
+    """Start two ranks like Slurm's srun; returns their exit codes and the lines of both."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}  # of dist.init
@@ -89,7 +89,7 @@ def stopped(folder):
     return srun(folder, "signal")
 
 
-def test_srun_joins_the_ranks_and_a_signal_to_one_of_them_ends_both_with_a_checkpoint(folder, stopped):
+def test_srun_joins_the_ranks_and_a_signal_to_one_ends_both_with_a_checkpoint(folder, stopped):
     codes, lines = stopped
     assert codes == [75, 75], lines
     assert any("; 2 ranks on CPU" in line for line in lines)

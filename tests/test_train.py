@@ -1,4 +1,4 @@
-"""The command line: kill -9 in mid-epoch and resume to the same bits, start over, and answer mistakes."""
+"""The command line: resuming after kill -9 within an epoch to the same bits, starting over, errors of one line."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def folders(tmp_path_factory, beton):
 
 @pytest.fixture(scope="module")
 def runs(folders):
-    """One run straight through by torchrun; one by deepspeed, killed in mid-epoch and resumed."""
+    """One uninterrupted run by torchrun; one by deepspeed, killed within an epoch and resumed."""
     whole, killed = folders
     finish(start(whole, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")))
     process = start(killed)
@@ -131,4 +131,4 @@ def test_mistakes_end_in_one_line_and_code_2(runs, monkeypatch, capsys, args, me
     assert train.main(["configs/moco/tiny.py", "--device", "cpu", *args]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1, err
-    assert sorted(p.name for p in runs[0].rglob("*")) == before, "a failed start left something behind"
+    assert sorted(p.name for p in runs[0].rglob("*")) == before, "a failed start left files behind"

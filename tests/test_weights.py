@@ -1,4 +1,4 @@
-"""Weights from outside are loaded completely or refused, and exports are what torchvision reads."""
+"""Weights of other projects are loaded completely or refused; torchvision reads our exports."""
 
 import io
 import os
@@ -47,7 +47,7 @@ def prefixed(net, prefix):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("ohwi", [False, True])
-def test_export_is_what_torchvision_loads(tmp_path, name, ohwi):
+def test_torchvision_loads_the_export_with_equal_outputs(tmp_path, name, ohwi):
     net = build(name)
     if ohwi:
         backbones.channels_last_(net)
@@ -63,7 +63,7 @@ def test_export_is_what_torchvision_loads(tmp_path, name, ohwi):
 
 
 @pytest.mark.parametrize("options", [{"stem": "cifar"}, {"norm": "gn"}, {"in_channels": 1, "norm": "gn"}])
-def test_the_recipe_of_an_export_runs(tmp_path, options):
+def test_the_code_printed_by_an_export_runs(tmp_path, options):
     net = build(**options)
     scope = {}
     exec(export.write(net, tmp_path / "a.pth"), scope)
@@ -102,7 +102,7 @@ def test_export_refuses(tmp_path, options, to, text):
     assert os.listdir(tmp_path) == []
 
 
-def test_torchvision_state_dict_names_its_classifier(tmp_path):
+def test_the_classifier_of_a_torchvision_state_dict_is_reported(tmp_path):
     theirs = torchvision.models.resnet18()
     torch.save(theirs.state_dict(), tmp_path / "a.pth")
     net = build()
@@ -161,7 +161,7 @@ def test_two_equal_copies_need_a_choice(tmp_path, small):
 
 @pytest.mark.parametrize("size", [96, 448])
 def test_positions_of_another_size_are_resampled(tmp_path, size):
-    """A network with a table for 96 or 448 pixels becomes one for 224, equal to itself shown images of 224 pixels."""
+    """Loaded into a network for 224 pixels, a table for 96 or 448 pixels gives the same outputs on images of 224."""
     options = {"depth": 2}
     theirs = build("vit_tiny_patch16_224", options={**options, "img_size": size})
     torch.save({"model": theirs.body.state_dict()}, tmp_path / "a.pth")
@@ -176,7 +176,7 @@ def test_positions_of_another_size_are_resampled(tmp_path, size):
     assert weights.load_backbone(tmp_path / "a.pth", same_size).resampled is None
 
 
-def test_positions_that_are_no_square_grid_are_refused(tmp_path):
+def test_positions_that_are_not_a_square_grid_are_refused(tmp_path):
     theirs = build("vit_tiny_patch16_224", options={"depth": 1, "img_size": (64, 96)})
     torch.save(theirs.body.state_dict(), tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"pos_embed is \(1, 25, 192\) in the file and \(1, 197, 192\)"):
@@ -214,7 +214,7 @@ def test_incomplete_weights_are_refused_and_change_nothing(tmp_path, small, dama
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
-def test_old_files_without_batch_counts(tmp_path, small):
+def test_old_files_without_num_batches_tracked(tmp_path, small):
     state = {k: v for k, v in small.state_dict().items() if not k.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "a.pt")
     net = other(small)
@@ -256,13 +256,13 @@ def _torn(file):
         (lambda f: torch.jit.script(nn.Linear(2, 2)).save(str(f)), "TorchScript"),
     ],
 )
-def test_files_that_are_no_weights(tmp_path, small, make, text):
+def test_files_that_are_not_weights(tmp_path, small, make, text):
     make(tmp_path / "a.pth")
     with pytest.raises(ValueError, match=text):
         weights.load_backbone(tmp_path / "a.pth", small)
 
 
-def test_torn_safetensors(tmp_path, small):
+def test_a_truncated_safetensors_file_is_refused(tmp_path, small):
     export.write(small, tmp_path / "a.safetensors", "safetensors")
     _torn(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="not a complete safetensors file"):
@@ -290,8 +290,8 @@ def test_run_folder_and_checkpoint(tmp_path, small):
         weights.load_backbone(tmp_path / "checkpoints", small)
 
 
-def test_the_conversion_that_the_refusal_proposes(tmp_path, small, monkeypatch):
-    """The command in the message is run as a user would."""
+def test_the_conversion_proposed_in_the_error_works(tmp_path, small, monkeypatch):
+    """The command in the error is run like a user would."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BOMB", str(tmp_path / "ran"))
     torch.save({"state_dict": small.state_dict(), "args": Bomb()}, "a.pth")
@@ -314,8 +314,8 @@ def test_an_archive_with_a_foreign_pickle_inside(tmp_path, small):
         weights.load_backbone(tmp_path / "a.pth", small)
 
 
-def test_the_teacher_of_our_dino_is_what_is_evaluated(tmp_path, small):
-    """And of the others the network that learns."""
+def test_dinos_teacher_is_loaded_by_default(tmp_path, small):
+    """Of other methods the student is loaded by default."""
     teacher = other(small)
     state = {**prefixed(small, "backbone."), **prefixed(teacher, "target.0.")}
     for extra, want in (({}, small), ({"target.1.prototypes.weight": torch.zeros(3, 4)}, teacher)):

@@ -1,4 +1,4 @@
-"""publish, params and upgrade."""
+"""`fastssl publish`, `params` and `upgrade`."""
 
 import hashlib
 import json
@@ -98,7 +98,7 @@ def test_publish_refuses(content, text, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
-def test_params_are_torchvisions(name):
+def test_params_equal_torchvisions(name):
     """torchvision publishes parameters and GMACs of its networks; ours lack fc."""
     rows = dict(params.params(name))
     meta = torchvision.models.get_model_weights(name).DEFAULT.meta
@@ -108,7 +108,7 @@ def test_params_are_torchvisions(name):
     assert macs == pytest.approx(meta["_ops"] - inside * 1000 / 1e9, abs=2e-3)
 
 
-def test_params_of_a_vit_by_hand():
+def test_flops_of_a_vit_equal_a_count_by_hand():
     d, n, depth = 192, 197, 12
     expected = 2 * (768 * d * 196 + depth * n * (12 * d * d + 2 * n * d))  # patches; 4 + 8 products of d x d; attention
     with torch.device("meta"):
@@ -142,7 +142,7 @@ def test_params_of_a_config(tmp_path, capsys):
     assert everything > trained and f"{everything:,}" in out and f"{trained:,}" in out
 
 
-def test_params_count_a_bank_by_the_data_card(tmp_path):
+def test_params_takes_the_size_of_a_bank_from_the_data_card(tmp_path):
     file = Path(__file__).parents[1] / "configs/npid/r50_in1k_200ep.py"
     (tmp_path / "x.json").write_text('{"samples": 1000}')
     rows = dict(params.params(str(file), [f"data.train={tmp_path}/x.beton"]))
@@ -173,7 +173,7 @@ def old_file(tmp_path):
     return net
 
 
-def test_upgrade_wraps_and_drops_the_head(tmp_path, capsys):
+def test_upgrade_drops_the_head(tmp_path, capsys):
     net = old_file(tmp_path)
     assert main(["upgrade", str(tmp_path / "old.pth"), str(tmp_path / "new.pth")]) == 0
     assert "head.fc_cls.weight" in capsys.readouterr().out
@@ -184,7 +184,7 @@ def test_upgrade_wraps_and_drops_the_head(tmp_path, capsys):
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in other.state_dict().items())
 
 
-def test_upgrade_with_a_backbone_describes_itself(tmp_path, capsys):
+def test_upgrade_with_a_backbone_writes_its_description(tmp_path, capsys):
     net = old_file(tmp_path)
     argv = [
         "upgrade",
