@@ -1,9 +1,7 @@
-"""Pictures of what a run does: the views that its recipe draws, and the nearest neighbours of its features."""
+"""Pictures of images: views of a recipe, and sheets of tiles, such as nearest neighbours."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from fastssl.inference import forward_batches
 from fastssl.kernels.augment import View, make_views
 from fastssl.loader import Batch, Loader
 
@@ -18,50 +17,51 @@ SIDE = 64  # pixels of one tile
 
 
 def tiles(x: Tensor, view: View) -> Tensor:
-    """Normalised views (B, 3, S, S) -> (B, SIDE, SIDE, 3) in [0, 1]; small ones keep their pixels visible."""
+    """Normalised views (B, 3, S, S) -> (B, SIDE, SIDE, 3) in [0, 1]; small views are enlarged without smoothing."""
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (view.mean, view.std))
     x = (x.float() * std + mean).clamp(0, 1)
     x = interpolate(x, size=(SIDE, SIDE), mode="nearest" if view.size < SIDE else "area")
     return x.permute(0, 2, 3, 1).cpu()
 
 
-def view_rows(batch, views: tuple[View, ...], seed: int, epochs: int = 3) -> Tensor:
-    """(B, 1 + epochs * V, SIDE, SIDE, 3): each image whole, then its views in the first epochs."""
-    whole = View(max(v.size for v in views), crop="squash", mean=views[0].mean, std=views[0].std)
-    columns = [tiles(make_views(batch.pixels, batch.sizes, batch.index, (whole,), seed=seed, epoch=0)[0], whole)]
+def view_rows(batch: Batch, views: tuple[View, ...], seed: int, epochs: int = 3) -> Tensor:
+    """Tiles (B, 1 + epochs * V, SIDE, SIDE, 3): each whole image, then its views in the first epochs."""
+    full = View(max(v.size for v in views), crop="squash", mean=views[0].mean, std=views[0].std)
+    columns = [tiles(make_views(batch.pixels, batch.sizes, batch.index, (full,), seed=seed, epoch=0)[0], full)]
     for epoch in range(epochs):
         made = make_views(batch.pixels, batch.sizes, batch.index, views, seed=seed, epoch=epoch)
         columns += [tiles(x, view) for x, view in zip(made, views)]
     return torch.stack(columns, 1)
 
 
-def batches(
-    path: str, rows: np.ndarray, *, batch: int = 256, device=None, workers: int | None = None
-) -> Iterator[Batch]:
-    """These rows of a file, each at most once, in their order; all of them on this rank."""
-    loader = Loader(path, batch, device=device, workers=workers, shuffle=False, drop_last=False, rank=0, world=1)
-    left = len(rows)
-    with closing(loader.epoch(0, order=np.resize(rows, loader.samples))) as source:  # an epoch has as many rows as the
-        for made in source:  # file: what comes after ours is not asked for
-            keep = min(left, len(made.index))
-            yield Batch(made.pixels[:keep], made.sizes[:keep], made.index[:keep], made.label[:keep], 0, made.step)
-            left -= keep
-            if not left:
-                return
+def first_rows(path: str, rows: np.ndarray, *, device: torch.device | None = None, workers: int | None = None) -> Batch:
+    """These rows of a file, in their order, as one batch; all of them on this rank."""
+    loader = _loader(path, len(rows), device, workers)
+    ((batch, _),) = forward_batches(lambda batch: [], loader, stop=1, order=np.resize(rows, loader.samples))
+    return batch
 
 
-def images(path: str, rows: np.ndarray, view: View, *, device=None, workers: int | None = None) -> Tensor:
+def images(
+    path: str, rows: np.ndarray, view: View, *, device: torch.device | None = None, workers: int | None = None
+) -> Tensor:
     """Tiles (len(rows), SIDE, SIDE, 3) of these rows of a file, which may repeat, as `view` shows them."""
-    once, places = np.unique(rows, return_inverse=True)
-    made = [
-        tiles(make_views(b.pixels, b.sizes, b.index, (view,), seed=0, epoch=0)[0], view)
-        for b in batches(path, once, batch=min(64, len(once)), device=device, workers=workers)
-    ]
-    return torch.cat(made)[torch.from_numpy(places)]
+    unique, inverse = np.unique(rows, return_inverse=True)
+    loader = _loader(path, min(64, len(unique)), device, workers)
+
+    def forward(batch: Batch) -> list[Tensor]:
+        return [tiles(make_views(batch.pixels, batch.sizes, batch.index, (view,), seed=0, epoch=0)[0], view)]
+
+    stop, order = -(-len(unique) // loader.batch), np.resize(unique, loader.samples)
+    parts = [part for _, (part,) in forward_batches(forward, loader, stop=stop, order=order)]
+    return torch.cat(parts)[torch.from_numpy(inverse)]  # the last batch may be filled up with repetitions
+
+
+def _loader(path: str, batch: int, device: torch.device | None, workers: int | None) -> Loader:
+    return Loader(path, batch, device=device, workers=workers, shuffle=False, drop_last=False, rank=0, world=1)
 
 
 def sheet(path: Path, panels: list[tuple[str, Tensor]]) -> None:
-    """Draw titled grids of tiles (rows, columns, SIDE, SIDE, 3) side by side; the first column stands apart."""
+    """Draw titled grids of tiles (rows, columns, SIDE, SIDE, 3) side by side; the first column is set apart."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -237,7 +237,7 @@ def test_the_page_refers_to_no_other_file_or_host(page):
 
 def test_missing_parts_are_explained(page):
     text = text_of(page)
-    assert "gone.beton is not here: start the report where the run was started" in text
+    assert "gone.beton does not exist: start the report in the folder of the training" in text
     assert "there is no complete checkpoint: features need one" in text
     assert "killed: environment.json is absent" in text
     assert "Probe, top-1: no run has logged it; log.probe=True" in text

@@ -1,9 +1,11 @@
-"""`fastssl eval PROTOCOL`: a run folder or a weight file -> the protocol's numbers, printed as a table and as JSON.
+"""`fastssl eval PROTOCOL`: evaluates a run or a weight file, prints the result as a table and writes it as JSON.
 
-Each protocol is a module here with `add_options(parser)`, `NEEDS` (of "train", "test"), `WITHOUT` (shared options that
-would have no effect; may be absent), `LABELLED` (which images must have a label; absent: all, see classes.match) and
-`run(target, args)`, which returns {"protocol", "options", "results": [a row,
-...]} around the function of features that does the work.
+Each protocol is a module or a folder here; what several of them use is in common/.  A protocol has
+- `add_options(parser)`: its own options;
+- `NEEDS`: which of "train" and "test" it reads, None where it reads no .beton;
+- `run(target, args)`: returns {"protocol": name, "options": {...}, "results": [row, ...]};
+- optionally `WITHOUT`: shared options that would have no effect, by their names in `args`;
+- optionally `LABELLED`: which images must have a label (default "all", see common/classes.py).
 """
 
 from __future__ import annotations
@@ -14,15 +16,20 @@ import importlib
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from fastssl import files
 from fastssl.parsing import Parser
+
+if TYPE_CHECKING:
+    from fastssl.eval.common.target import EvalTarget
 
 # torch and timm (4 s) are imported where they are used: `fastssl eval --help` and the report's tables need neither.
 PROTOCOLS = {  # name: what it measures
     "knn": "weighted k nearest neighbours on frozen features",
     "linear": "a linear classifier on frozen features: our probe, MoCo's, OpenSelfSup's five layers, Places205, LARS",
-    "classifier": "the classifier that a supervised run brings along",
+    "classifier": "the classifier that a supervised run has trained",
     "extract": "features of each layer as .npy or .safetensors",
     "svm": "VOC07's linear SVMs on frozen features, or on few images a class",
     "semisup": "fine-tuning on 1 % or 10 % of the labels",
@@ -31,14 +38,14 @@ PROTOCOLS = {  # name: what it measures
     "maps": "pictures of the features in two dimensions: pca, tsne, umap",
     "neighbours": "a sheet of images with their nearest neighbours",
 }
-METRICS = {  # key of a row: heading; a row's other keys are its setting
+METRICS = {  # key of a row: heading; the other keys of a row are its setting
     "top1": "top-1 %",
     "top5": "top-5 %",
     "map": "mAP %",
     "cv_map": "mAP % by CV",
     "map_std": "std",
-    "map_min": "least",
-    "map_max": "most",
+    "map_min": "min",
+    "map_max": "max",
     "ap": "AP %",
     "ap50": "AP50 %",
     "ap75": "AP75 %",
@@ -79,31 +86,30 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parser(name: str, protocol) -> Parser:
+def parser(name: str, protocol: ModuleType) -> Parser:
     from fastssl.eval.common.target import add_target_options
 
-    made = Parser(f"fastssl eval {name}", protocol.__doc__)
-    add_target_options(made, getattr(protocol, "WITHOUT", ()))
-    protocol.add_options(made)
-    return made
+    out = Parser(f"fastssl eval {name}", protocol.__doc__)
+    add_target_options(out, getattr(protocol, "WITHOUT", ()))
+    protocol.add_options(out)
+    return out
 
 
-def run(protocol, args: argparse.Namespace) -> dict:
-    """The protocol's result, with what it was computed from; `args.out` becomes where it is to be written."""
+def run(protocol: ModuleType, args: argparse.Namespace) -> dict:
+    """The protocol's result and what was evaluated; sets `args.out` to the default where it is None."""
     from fastssl import dist
     from fastssl.eval.common.target import load_target
 
     target = load_target(args, protocol.NEEDS, getattr(protocol, "LABELLED", "all"))
     args.out = args.out or default_out(target, protocol.__name__.rpartition(".")[2], args)
-    if dist.is_main():
-        print(f"evaluating {target.weights}", flush=True)
+    dist.print_main(f"evaluating {target.weights}")
     result = protocol.run(target, args)
     return {**result, "of": target.describe(), "fastssl": version("fastssl")}
 
 
-def default_out(target, name: str, args: argparse.Namespace) -> str | None:
-    """eval/PROTOCOL.json in the run's folder, what is not the default in its name; None for bare weights.  A later
-    evaluation of the same kind takes the place of the former one."""
+def default_out(target: EvalTarget, name: str, args: argparse.Namespace) -> str | None:
+    """eval/PROTOCOL.json in the run's folder, with options that differ from their defaults in the file name, so that
+    only an evaluation of the same kind replaces it; None for a weight file."""
     folder = target.run_folder()
     if folder is None:
         return None
@@ -123,14 +129,14 @@ def default_out(target, name: str, args: argparse.Namespace) -> str | None:
     ]
     parts += [
         Path(given).stem
-        for given, own in ((args.train, data.get("bank") or data.get("train")), (args.test, data.get("test")))
-        if given and given != own
+        for given, default in ((args.train, data.get("bank") or data.get("train")), (args.test, data.get("test")))
+        if given and given != default
     ]
     return str(folder / "eval" / ("-".join(filter(None, parts)) + ".json"))
 
 
 def table(results: list[dict]) -> str:
-    """Results of any protocol under one header, a line each: its setting, then the metrics that any of them has."""
+    """Results of any protocols as a table: a line for each row, with its setting and its metrics."""
     lines = [(result, row) for result in results for row in result["results"]]
     used = [key for key in METRICS if any(key in row for _, row in lines)]
     rows = [["protocol", "setting", *(METRICS[key] for key in used)]]

@@ -1,4 +1,4 @@
-"""The accuracy of the linear classifier that a supervised run or checkpoint brings along (OpenSelfSup's test.py)."""
+"""The accuracy of the linear classifier in a supervised run or checkpoint (OpenSelfSup's test.py)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = ("head", "fc", "fc_cls", "classifier", "linear")  # last word of the lay
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--head", metavar="NAME", help="the linear layer's name in the file, e.g. head.fc_cls; default: found"
+        "--head", metavar="NAME", help="name of the linear layer in the file, e.g. head.fc_cls; default: found"
     )
 
 
@@ -37,7 +37,8 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
 
 
 def head(file: str, state: dict[str, Tensor], dim: int, name: str | None = None) -> tuple[Tensor, Tensor]:
-    """(C, dim) and (C,) of the linear classifier on the backbone's features in a file."""
+    """Weight (C, dim) and bias (C,) of the linear classifier on features of `dim` dimensions in a file.  `name`: the
+    end of its name; None for the usual ones.  ValueError where there is not exactly one."""
     found = [
         key[: -len(".weight")]
         for key, value in state.items()
@@ -68,7 +69,7 @@ def classify(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> 
     if int(labels.max()) >= classes:
         raise ValueError(
             f"the test set has class {int(labels.max())}, the classifier {classes} classes (0 to "
-            f"{classes - 1}): is it of the same data?"
+            f"{classes - 1}): does it belong to the same data?"
         )
     scores = features @ weight.T + bias
     options = {"test": len(labels), "dim": features.shape[1], "classes": classes}

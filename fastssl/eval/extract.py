@@ -1,4 +1,4 @@
-"""Features of every image, layer by layer, as .npy or .safetensors, with labels: rows are in the order of the file.
+"""Features of every image, layer by layer, and labels as .npy or .safetensors; rows are in the order of the file.
 
 Maps (stem, layer1 to layer4) are average-pooled to about 9,000 dimensions as OpenSelfSup's tools/extract.py does;
 "last" is the network's output.  Float32, not normalised.  .npy is written shard by shard, .safetensors from memory.
@@ -23,7 +23,7 @@ from fastssl.eval.common.target import EvalTarget
 from fastssl.eval.maps import output_folder
 from fastssl.parsing import comma_separated
 
-NEEDS = ()  # whichever of the two files there is
+NEEDS = ()  # one of the two files is enough
 REMEDY = "give another --folder"
 
 
@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--to",
         choices=("npy", "safetensors"),
         default="npy",
-        help="a file for each layer and one of the labels, or one of all",
+        help="npy: a file for each layer and one for the labels; safetensors: one file for all",
     )
     parser.add_argument(
         "--squash",
@@ -59,10 +59,10 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
         raise ValueError(f"give --{args.only} NAME.beton: {args.target or 'the command'} names none")
     folder = output_folder(args)
     targets = {name: _targets(folder, name, layers, args.to) for name in sources}
-    there = [path for paths in targets.values() for path in paths.values() if path.exists()]
-    if there and not args.force:
-        raise ValueError(f"{there[0]} exists: give another --folder, or --force to replace it")
-    dist.barrier()  # no rank may write what another has still to look for
+    existing = [path for paths in targets.values() for path in paths.values() if path.exists()]
+    if existing and not args.force:
+        raise ValueError(f"{existing[0]} exists: give another --folder, or --force to replace it")
+    dist.barrier()  # every rank must have looked before the first one writes
     if args.squash:
         target.view = replace(target.view, crop="squash", resize=None)
     rows, about = [], target.describe()
@@ -90,7 +90,7 @@ def _targets(folder: Path, name: str, layers: tuple[str, ...], to: str) -> dict[
 def _write_npy(
     target: EvalTarget, path: str, targets: dict[str, Path], layers: tuple[str, ...], shapes: list[tuple[int, int]]
 ) -> None:
-    """A file for each layer that no memory needs to hold: five of ImageNet's training set are 226 GB."""
+    """A file for each layer, written shard by shard: five layers of ImageNet's training set are 226 GB."""
     loader, handles, starts = target.loader(path), [], []
     with contextlib.ExitStack() as stack:
 

@@ -1,9 +1,9 @@
-"""Full fine-tuning on all labels, the last epoch's accuracy.
+"""Fine-tuning of the whole network on all labels; the accuracy is that of the last epoch.
 
-Transformers of timm by the recipe for ViT-B in FINETUNE.md of MAE's repository (https://arxiv.org/abs/2111.06377):
-AdamW, layer-wise decay of the rate, mixup and cutmix when asked for.  Other networks by SimCLR's
+timm's transformers follow the recipe for ViT-B in FINETUNE.md of MAE's repository (https://arxiv.org/abs/2111.06377):
+AdamW, layer-wise decay of the rate, with --mixup and --cutmix.  Other networks follow SimCLR's
 (https://arxiv.org/abs/2002.05709, appendix B.5): SGD with Nesterov's momentum, no weight decay, one rate.  Views are a
-random-resized crop and a flip alone; MAE's published figures add RandAugment and random erasing.
+random-resized crop and a flip; MAE's published figures also use RandAugment and random erasing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastssl.eval.common import finetuning
 from fastssl.eval.common.target import EvalTarget
 
 NEEDS = ("train", "test")
-WITHOUT = ("cache", "no_cache")  # what is trained has no features to keep
+WITHOUT = ("cache", "no_cache")  # the network is trained: there are no features to cache
 TRANSFORMER = {
     "optimizer": "adamw",
     "lr": 5e-4,
@@ -46,18 +46,22 @@ LR_END = 1e-6  # MAE's min_lr
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--optimizer", choices=("adamw", "sgd"), help="default: adamw for transformers, else sgd")
-    add("--lr", type=float, help="for a batch of 256, scaled linearly; default: 5e-4 for transformers, else 0.05")
+    add("--lr", type=float, help="for a batch of 256; scaled linearly; default: 5e-4 for transformers, else 0.05")
     add("--train-batch", type=int, help="of all ranks together; default: 1024 for transformers, else 256")
     add("--epochs", type=int, help="default: 100 for transformers, else 30")
     add("--warmup-epochs", type=float, help="default: 5 for transformers, else 0; then a cosine")
     add("--weight-decay", type=float, help="default: 0.05 for transformers (not on norms and biases), else 0")
-    add("--layer-decay", type=float, help="1: one rate; default: 0.65 for transformers")
-    add("--drop-path", type=float, help="default: 0.1 for transformers")
-    add("--smoothing", type=float, help="of labels; default: 0.1 for transformers, else 0")
+    add(
+        "--layer-decay",
+        type=float,
+        help="factor of the rate from a block to the one before it; default: 0.65 for transformers, else 1",
+    )
+    add("--drop-path", type=float, help="stochastic depth in the last block; default: 0.1 for transformers, else 0")
+    add("--smoothing", type=float, help="label smoothing; default: 0.1 for transformers, else 0")
     add("--mixup", type=float, default=0.0, help="alpha (MAE: 0.8)")
     add("--cutmix", type=float, default=0.0, help="alpha (MAE: 1.0)")
-    add("--clip", type=float, default=0.0, help="norm of the gradient")
-    add("--pool", choices=("avg", "token"), help="transformers: what the head sees (MAE: avg); default: as built")
+    add("--clip", type=float, default=0.0, help="largest norm of the gradient; 0: no clipping")
+    add("--pool", choices=("avg", "token"), help="transformers: input of the head (MAE: avg); default: timm's")
     finetuning.add_options(parser)
 
 
@@ -107,7 +111,7 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
 
 
 def settings(backbone, chosen: dict, clip: float, precision: str) -> Optim:
-    """config.Optim of these options; for transformers with the rates of the layers and no decay of norms and biases."""
+    """config.Optim of these options; for transformers with a rate for each layer and no decay of norms and biases."""
     lr, batch = chosen["lr"], chosen["train_batch"]
     paramwise = {}
     if chosen["layer_decay"] != 1:

@@ -26,9 +26,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--k",
         type=comma_separated(int),
-        help="neighbours that vote; default: 10,20,100,200, of these what the training file has images for",
+        help="numbers of neighbours; default: those of 10,20,100,200 that the training file has images for",
     )
-    parser.add_argument("--temperature", type=float, default=0.07, help="of the votes' weights exp(cosine / T)")
+    parser.add_argument("--temperature", type=float, default=0.07, help="T in the weights exp(cosine / T) of the votes")
     parser.add_argument("--backend", choices=tuple(search.BACKENDS), default="torch", help="of the search")
 
 

@@ -1,8 +1,8 @@
 """A map of the features in two dimensions, coloured by class: PCA, t-SNE (https://jmlr.org/papers/v9/vandermaaten08a.html)
 or UMAP (https://arxiv.org/abs/1802.03426), as a picture and as coordinates.
 
-A map shows which images the features hold to be alike; distances between far groups and the groups' sizes mean nothing
-in t-SNE and UMAP.  Rows are scaled to length 1 first, so that what is near on the map is near to the kNN probe.
+A map shows which images have similar features.  In t-SNE and UMAP the sizes of groups and the distances between far
+groups have no meaning.  Rows are scaled to length 1 first, as for kNN.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from fastssl.loader import permutation
 NEEDS = ("test",)
 WITHOUT = ("train",)
 METHODS = ("pca", "tsne", "umap")
-DIMS = 50  # t-SNE and UMAP start from so many principal components: the distances hardly change, the search is faster
+DIMS = 50  # principal components that t-SNE and UMAP start from: distances hardly change, and they are faster
 NEIGHBOURS = 10  # of trustworthiness
-SAME = 1e-7  # standard deviation of scaled features that are equal but for their rounding
-TRUSTED = 10_000  # points: its matrices of N x N numbers are 800 MB each there
+EQUAL = 1e-7  # standard deviation up to which scaled features differ by rounding alone
+TRUST_POINTS = 10_000  # most points for trustworthiness, whose N x N matrices then take 800 MB each
 OTHERS = "#9a9a9a"  # classes beyond the colours, and images without a class
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f3fbf", "#a3a500", "#e31a5f")
 
@@ -33,9 +33,9 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="tsne", help=f"some of {', '.join(METHODS)}, with commas between them")
     parser.add_argument("--points", type=int, default=5000, help="images drawn from the test file; 0: all")
-    parser.add_argument("--perplexity", type=float, help="t-SNE's; default 30, or a third of fewer than 90 points")
-    parser.add_argument("--near", type=int, help="UMAP's n_neighbors; default 15")
-    parser.add_argument("--min-dist", type=float, help="UMAP's; default 0.1")
+    parser.add_argument("--perplexity", type=float, help="of t-SNE; default: 30, or a third of fewer than 90 points")
+    parser.add_argument("--near", type=int, help="n_neighbors of UMAP; default: 15")
+    parser.add_argument("--min-dist", type=float, help="min_dist of UMAP; default: 0.1")
     parser.add_argument("--folder", help="for map_METHOD.png and .npy; default: eval/ in the run's folder")
 
 
@@ -43,10 +43,11 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     methods = tuple(dict.fromkeys(args.method.split(",")))
     for method in methods:
         check_method(method)
-    for key, owner in (("perplexity", "tsne"), ("near", "umap"), ("min_dist", "umap")):
-        if getattr(args, key) is not None and owner not in methods:
+    for key, method in (("perplexity", "tsne"), ("near", "umap"), ("min_dist", "umap")):
+        if getattr(args, key) is not None and method not in methods:
             raise ValueError(
-                f"--{key.replace('_', '-')} {getattr(args, key)} is {owner}'s: leave it out, or add {owner} to --method"
+                f"--{key.replace('_', '-')} {getattr(args, key)} is for {method}: leave it out, or add "
+                f"{method} to --method"
             )
     folder = output_folder(args)
     x, y = target.features(target.test)
@@ -66,7 +67,7 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
                 near=15 if args.near is None else args.near,
                 min_dist=0.1 if args.min_dist is None else args.min_dist,
             )
-            if len(x) <= TRUSTED:
+            if len(x) <= TRUST_POINTS:
                 facts["trustworthiness"] = trustworthiness(x, xy)
             title = f"{method} of {name_of(target)}, {len(xy):,} images of {Path(target.test).name}"
             if "trustworthiness" in facts:
@@ -77,7 +78,7 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
 
 
 def name_of(target: EvalTarget) -> str:
-    """The run's name, or that of the weight file, with what else the features are of."""
+    """The name of the run or the weight file; for a baseline with its kind."""
     name = (target.run or {}).get("name") or Path(target.args.target or target.spec.name).name
     return name if target.args.features == "weights" else f"{target.args.features} ({name})"
 
@@ -88,7 +89,7 @@ def output_folder(args: argparse.Namespace) -> Path:
         return Path(args.folder)
     if args.target and (Path(args.target) / "config.json").is_file():
         return Path(args.target) / "eval"
-    raise ValueError(f"say where to write the pictures: --folder FOLDER ({args.target or 'the command'} names no run)")
+    raise ValueError(f"give --folder FOLDER for the pictures ({args.target or 'the command'} names no run)")
 
 
 def sample(count: int, points: int, seed: int = 0) -> np.ndarray:
@@ -114,17 +115,17 @@ def project(
     near: int = 15,
     min_dist: float = 0.1,
 ) -> tuple[np.ndarray, dict]:
-    """float32 coordinates (N, 2) of features (N, dim), and the settings and figures of the method.  Needs N > 4."""
+    """float32 coordinates (N, 2) of features (N, dim), and the settings and figures of the method.
+    ValueError for fewer than 5 rows, and where they are NaN or all equal."""
     check_method(method)
     if features.ndim != 2 or len(features) < 5:
         raise ValueError(f"features of shape {tuple(features.shape)}: a map needs (N, dim) with N of 5 or more")
     if not features.isfinite().all():
         raise ValueError("some features are NaN or infinite: the training diverged, or precision is too low")
     x = F.normalize(features.double(), dim=1).cpu().numpy()
-    if x.std(0).max() < SAME:  # scikit-learn's t-SNE divides by it, and then ends the process (SIGSEGV)
+    if x.std(0).max() < EQUAL:  # scikit-learn's t-SNE divides by it and crashes (SIGSEGV)
         raise ValueError(
-            f"the features of all {len(x)} images are equal: the images are, or the network has "
-            "collapsed; there is nothing to map"
+            f"the features of all {len(x)} images are equal: the images are equal, or the network has collapsed"
         )
     from sklearn.decomposition import PCA
 
@@ -162,16 +163,16 @@ def _umap():
 
 
 def trustworthiness(features: Tensor, xy: np.ndarray) -> float:
-    """How far the nearest points on the map are nearest by the features, too, in percent: 100 where all are
+    """How far the nearest points on the map are also the nearest by their features, in percent; 100: all of them
     (https://lvdmaaten.github.io/publications/papers/TR_Dimensionality_Reduction_Review_2009.pdf)."""
-    from sklearn.manifold import trustworthiness as of
+    from sklearn.manifold import trustworthiness as sklearn_trustworthiness
 
     k = min(NEIGHBOURS, (len(xy) - 1) // 2)
-    return 100 * float(of(F.normalize(features.double(), dim=1).cpu().numpy(), xy, n_neighbors=k))
+    return 100 * float(sklearn_trustworthiness(F.normalize(features.double(), dim=1).cpu().numpy(), xy, n_neighbors=k))
 
 
 def palette(labels: np.ndarray, names: list[str] | None) -> list[tuple[str, str, np.ndarray]]:
-    """(class name, colour, its points) of the classes with most points, then of the rest in gray."""
+    """(class name, colour, numbers of its points) of the classes with most points, then of the others in gray."""
     found, counts = np.unique(labels[labels >= 0], return_counts=True)
     shown = np.sort(found[np.argsort(-counts, kind="stable")[: len(COLOURS)]])
     name = lambda c: names[c] if names and c < len(names) else f"class {c}"  # noqa: E731
@@ -184,7 +185,8 @@ def palette(labels: np.ndarray, names: list[str] | None) -> list[tuple[str, str,
 def write(
     folder: Path, method: str, xy: np.ndarray, labels: np.ndarray, rows: np.ndarray, names=None, title: str = ""
 ) -> None:
-    """map_METHOD.png; .npy with the coordinates (N, 2); _samples.npy with each point's row in the file and class."""
+    """Write map_METHOD.png, map_METHOD.npy with the coordinates (N, 2) and map_METHOD_samples.npy with the row in the
+    file and the class of each point."""
     import matplotlib
 
     matplotlib.use("Agg")

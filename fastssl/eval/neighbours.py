@@ -1,7 +1,7 @@
 """A sheet of test images with their nearest training images by cosine similarity, and how many share their class.
 
-The picture shows what the features hold to be alike, the number how often that is the class: the share of the k
-nearest training images that have the query's class, over all test images (precision at k).
+The number is the precision at k: the fraction of the k nearest training images that have the class of the query, over
+all test images.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Semi-supervised classification: the network fine-tuned on 1 % or 10 % of the labels (OpenSelfSup's protocol).
 
-Nine trainings, the backbone's rate x the head's multiple of it; the published figure is the best of the nine ON THE
-TEST SET ("selected_on=test").  Beside it stands the cell that a held-out part of the labelled images chooses; for that
-the nine are trained once more on the rest of the labelled images.  A call that was stopped goes on with the trainings
-that it had not finished.
+Nine trainings: three rates of the backbone x three multiples of it for the head.  The published figure is the best of
+the nine on the TEST SET ("selected_on=test").  The second row ("selected_on=held-out") is the setting that is best on
+held-out labelled images; for it the nine are trained again on the other labelled images.  A call that was stopped
+continues with the trainings that are not finished.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastssl.loader import Loader, permutation
 from fastssl.parsing import comma_separated
 
 NEEDS = ("train", "test")
-WITHOUT = ("cache", "no_cache")  # what is trained has no features to keep
+WITHOUT = ("cache", "no_cache")  # the network is trained: there are no features to cache
 RATES, HEAD_MULTS = (0.001, 0.01, 0.1), (1.0, 10.0, 100.0)
 WEIGHT_DECAY = {1: 5e-4, 10: 1e-4}  # by percent of the labels
 
@@ -35,12 +35,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--subset",
         metavar="FILE",
         help="the labelled images: on each line a row of the .beton (from 0) or, with "
-        "--names, an image's name (SimCLR's lists); 'all' when --train is the subset itself",
+        "--names, the name of an image (SimCLR's lists); 'all' if --train is the subset itself",
     )
     add(
         "--names",
         metavar="FILE",
-        help="names of the .beton's images in its order, 'name' or 'name label' "
+        help="names of the images of the .beton in its order, 'name' or 'name label' "
         "on each line: the list that it was converted from",
     )
     add(
@@ -48,8 +48,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=comma_separated(float),
         help="rates of the backbone; default: 0.001,0.01,0.1 (with Sobel filters 0.01)",
     )
-    add("--head-mult", type=comma_separated(float), help="the head's rates over those; default: 1,10,100 (Sobel: 1)")
-    add("--held-out", type=float, default=0.2, help="share of the labelled images that chooses the clean cell; 0: none")
+    add("--head-mult", type=comma_separated(float), help="multiples of --lr for the head; default: 1,10,100 (Sobel: 1)")
+    add("--held-out", type=float, default=0.2, help="fraction of the labelled images, for the held-out row; 0: none")
     add("--train-batch", type=int, default=256, help="of all ranks together")
     add("--epochs", type=int, default=20, help="of each training")
     add(
@@ -72,7 +72,7 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
             f"{percent:g} % of the images are labelled, and a weight decay is published for 1 % and 10 % "
             "alone: give --weight-decay"
         )
-    chosen_on, trained_on = split(rows, finetuning.class_labels(loader), args.held_out, args.seed)
+    held_out, rest = split(rows, finetuning.class_labels(loader), args.held_out, args.seed)
     base = Optim(
         name="sgd",
         batch=args.train_batch,
@@ -96,11 +96,11 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
             "seed": args.seed,
             "optim": dataclasses.asdict(base),
             "rows": rows.tolist(),
-            "held_out": chosen_on.tolist(),
+            "held_out": held_out.tolist(),
             "classes": classes,
         },
     )
-    total = len(rates) * len(mults) * (2 if len(chosen_on) else 1)
+    total = len(rates) * len(mults) * (2 if len(held_out) else 1)
     if stored.done:
         dist.print_main(f"{len(stored.done)} of {total} trainings are read from {stored.path}")
 
@@ -128,8 +128,8 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     cells = []
     for lr, mult in ((lr, mult) for lr in rates for mult in mults):
         cell = {"lr": lr, "head_mult": mult, **accuracy(lr, mult, rows, test)}
-        if len(chosen_on):
-            cell["held_out_top1"] = accuracy(lr, mult, trained_on, evaluation_loader, chosen_on)["top1"]
+        if len(held_out):
+            cell["held_out_top1"] = accuracy(lr, mult, rest, evaluation_loader, held_out)["top1"]
         cells.append(cell)
         dist.print_main(" ".join(f"{key}={value:g}" for key, value in cell.items()))
     stored.remove()
@@ -142,7 +142,7 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
         "milestones": list(args.milestones),
         "gamma": args.gamma,
         "weight_decay": decay,
-        "held_out": len(chosen_on),
+        "held_out": len(held_out),
         "seed": args.seed,
         "train": loader.samples,
         "test": test.samples,
@@ -153,11 +153,11 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
 
 
 def results(cells: list[dict]) -> list[dict]:
-    """The published row, the best cell on the test set, and the clean one where cells have "held_out_top1"; the first
-    of equals."""
+    """The cell that is best on the test set and, where cells have "held_out_top1", the one that is best on held-out
+    images; the first of equals."""
     keys = ("lr", "head_mult", "top1", "top5")
-    by = {"test": "top1"} | ({"held-out": "held_out_top1"} if "held_out_top1" in cells[0] else {})
-    best = {on: max(cells, key=lambda cell: cell[key]) for on, key in by.items()}
+    keys_by = {"test": "top1"} | ({"held-out": "held_out_top1"} if "held_out_top1" in cells[0] else {})
+    best = {on: max(cells, key=lambda cell: cell[key]) for on, key in keys_by.items()}
     return [{"selected_on": on, **{key: cell[key] for key in keys if key in cell}} for on, cell in best.items()]
 
 
@@ -169,13 +169,13 @@ def _check(args: argparse.Namespace, rates: tuple[float, ...], mults: tuple[floa
     if args.subset not in (None, "all") and args.percent is not None:
         raise ValueError("--percent and --subset both say which images are labelled: give one of them")
     if args.names and args.subset in (None, "all"):
-        raise ValueError("--names resolves the names in a --subset FILE: give that, too")
+        raise ValueError("--names is for the names in a --subset FILE: give that, too")
     if args.percent is not None and not 0 < args.percent <= 100:
         raise ValueError(f"--percent {args.percent} must be above 0 and at most 100")
 
 
 def labelled(loader: Loader, args: argparse.Namespace) -> tuple[np.ndarray, float]:
-    """int64 rows of the labelled images, sorted, and how many percent of all they are."""
+    """int64 rows of the labelled images, sorted, and their percentage of all images."""
     if args.subset == "all":
         return np.arange(loader.samples), 100.0 if args.percent is None else args.percent
     if args.subset is None:
@@ -192,22 +192,23 @@ def balanced(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(parts))
 
 
-def split(rows: np.ndarray, labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(chosen on, fitted on): `share` of each class's rows, rounded, and the rest; every class keeps one at least."""
-    if not share:
+def split(rows: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(held-out rows, other rows): `fraction` of the rows of each class, rounded, and the rest, at least one of each
+    class."""
+    if not fraction:
         return rows[:0], rows
     order = rows[permutation(len(rows), seed, 1)]
     parts = [
-        (own := order[labels[order] == c])[: min(round(share * len(own)), len(own) - 1)]
+        (own := order[labels[order] == c])[: min(round(fraction * len(own)), len(own) - 1)]
         for c in np.unique(labels[rows])
     ]
-    held = np.sort(np.concatenate(parts))
-    if not len(held):
+    held_out = np.sort(np.concatenate(parts))
+    if not len(held_out):
         raise ValueError(
-            f"{len(rows)} labelled images of {len(parts)} classes leave none to hold out of {share:g}: "
-            "give --held-out 0 (no clean selection) or a larger share"
+            f"{len(rows)} labelled images of {len(parts)} classes leave none to hold out of {fraction:g}: "
+            "give --held-out 0 (no held-out row) or a larger fraction"
         )
-    return held, np.setdiff1d(rows, held)
+    return held_out, np.setdiff1d(rows, held_out)
 
 
 def read_subset(path: str, loader: Loader, names: str | None) -> np.ndarray:
@@ -216,11 +217,11 @@ def read_subset(path: str, loader: Loader, names: str | None) -> np.ndarray:
     if all(line.isdecimal() for line in lines):
         rows = np.array([int(line) for line in lines])
         if rows.max() >= loader.samples:
-            raise ValueError(f"{path} names row {rows.max()}: {loader.path} has rows 0 to {loader.samples - 1}")
+            raise ValueError(f"{path} has row {rows.max()}: {loader.path} has rows 0 to {loader.samples - 1}")
     else:
         if not names:
             raise ValueError(
-                f"{path} holds names ({lines[0]!r}) and a .beton keeps none: give --names, the list of "
+                f"{path} holds names ({lines[0]!r}) and a .beton has none: give --names, the list of "
                 "all its images in its order, or convert the subset to a .beton of its own (--subset "
                 "all)"
             )
@@ -230,12 +231,12 @@ def read_subset(path: str, loader: Loader, names: str | None) -> np.ndarray:
             raise ValueError(f"{len(missing)} names of {path} are not in {names}, such as {missing[0]!r}")
         rows = np.array([known[name] for name in wanted])
     if len(np.unique(rows)) < len(rows):
-        raise ValueError(f"{path} names {len(rows) - len(np.unique(rows))} images twice")
+        raise ValueError(f"{path} has {len(rows) - len(np.unique(rows))} images twice")
     return np.sort(rows)
 
 
 def _names(path: str, loader: Loader) -> dict[str, int]:
-    """File name without folders -> row, checked against the .beton as far as the list allows."""
+    """File name without folders -> row; labels and folders in the list are checked against the .beton."""
     lines, labels = [line.split() for line in _lines(path)], loader.labels()
     if len(lines) != loader.samples:
         raise ValueError(
@@ -244,11 +245,11 @@ def _names(path: str, loader: Loader) -> dict[str, int]:
         )
     for row, (words, label) in enumerate(zip(lines, labels.tolist())):
         folder = Path(words[0]).parent.name
-        told = int(words[1]) if len(words) > 1 and words[1].isdecimal() else None
-        told = loader.classes.index(folder) if told is None and folder in (loader.classes or ()) else told
-        if told not in (None, label):
+        given = int(words[1]) if len(words) > 1 and words[1].isdecimal() else None
+        given = loader.classes.index(folder) if given is None and folder in (loader.classes or ()) else given
+        if given not in (None, label):
             raise ValueError(
-                f"{path}, line {row + 1}: {words[0]} is of class {told}, and row {row} of {loader.path} "
+                f"{path}, line {row + 1}: {words[0]} is of class {given}, and row {row} of {loader.path} "
                 f"of class {label}: the list is in another order"
             )
     known = {Path(words[0]).name: row for row, words in enumerate(lines)}
@@ -263,7 +264,7 @@ def _lines(path: str) -> list[str]:
     try:
         lines = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is no text file") from None
+        raise ValueError(f"{path} is not a text file") from None
     if not lines:
         raise ValueError(f"{path} lists no image")
     return lines

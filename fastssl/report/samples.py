@@ -1,6 +1,6 @@
-"""What the report shows of data and features: views, nearest neighbours and maps, of a few images drawn from the files.
+"""The report's pictures of data and features: views, nearest neighbours and maps, of a few images of the files.
 
-All runs on a file show the same images.  Each part is a function that returns HTML and raises where it cannot.
+All runs on a file show the same images.  Each part is a function that returns HTML, or raises where it cannot.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ ROWS = 6  # images on a sheet
 COLUMNS = 12  # views on a sheet, at most
 NEIGHBOURS = 8
 K = 20  # of the baselines' kNN
-PIXELS = 64  # side of the pixels' baseline, at most
+PIXELS = 64  # largest side of the pixel baseline
 
 
 def views(run: RunData, args: argparse.Namespace) -> str:
-    """Some training images, whole, and the views of their first epochs."""
+    """Some whole training images, and their views in the first epochs."""
     path = _file(args.train or run.setting("data.train"), "--train")
     recipe = tuple(View(**{k: v for k, v in view.items() if k != "type"}) for view in run.setting("data.views", ()))
     if not recipe:
         raise ValueError("config.json names no views")
     rows = maps.sample(_samples(path, args), ROWS)
-    batch = next(pictures.batches(path, rows, batch=len(rows), device=args.device, workers=args.workers))
+    batch = pictures.first_rows(path, rows, device=args.device, workers=args.workers)
     epochs = max(1, min(3, COLUMNS // len(recipe)))
     grid = pictures.view_rows(batch, recipe[:COLUMNS], run.setting("seed", 0), epochs)
     names = ["image"] + [f"view {v + 1}, epoch {e + 1}" for e in range(epochs) for v in range(len(recipe[:COLUMNS]))]
@@ -99,13 +99,13 @@ class Features:
         return str(self.names[label]) if self.names and label < len(self.names) else f"class {label}"
 
     def accuracy(self) -> float:
-        """kNN in percent, each labelled image by the others."""
+        """kNN accuracy in percent, leaving one out, of the images with a label."""
         known = self.labels >= 0
         y = torch.from_numpy(self.labels[known])
         return knn.knn(self.x[torch.from_numpy(known)], y, k=(min(K, len(y) - 1),))["results"][0]["top1"]
 
     def baselines(self) -> str:
-        """kNN of the network beside an untrained one, the pixels and the largest class, on the same images."""
+        """kNN accuracy of the network, the untrained network and pixels, and the frequency of the largest class."""
         known = self.labels[self.labels >= 0]
         counts = np.unique(known, return_counts=True)[1]
         if len(counts) < 2:
@@ -124,7 +124,7 @@ class Features:
         return "" if label < 0 else self.name(label)
 
     def neighbours(self) -> str:
-        """Some of the images with those nearest by cosine similarity among the others."""
+        """Some of the images with their nearest others by cosine similarity."""
         x = self.x
         some = np.arange(0, len(x), max(1, len(x) // (ROWS + 2)))[: ROWS + 2]
         similarity, found = nearest(x, x[some], min(NEIGHBOURS, len(x) - 1), own=torch.from_numpy(some))
@@ -134,17 +134,19 @@ class Features:
         )
         tiles = tiles.view(*shown.shape, pictures.SIDE, pictures.SIDE, 3)
         lines = []
-        for r, places in enumerate(shown):
-            own = self.labels[places[0]]
-            line = [_tile(tiles[r, 0], f"image {self.rows[places[0]]}, {self.name(own)}", " first", self.caption(own))]
-            for c, place in enumerate(places[1:]):
-                label = self.labels[place]
+        for r, positions in enumerate(shown):
+            own = self.labels[positions[0]]
+            line = [
+                _tile(tiles[r, 0], f"image {self.rows[positions[0]]}, {self.name(own)}", " first", self.caption(own))
+            ]
+            for c, position in enumerate(positions[1:]):
+                label = self.labels[position]
                 mark = "" if own < 0 or label < 0 else " same" if label == own else " other"
-                said = ", the same class" if mark == " same" else ", another class" if mark else ""
+                relation = ", the same class" if mark == " same" else ", another class" if mark else ""
                 line.append(
                     _tile(
                         tiles[r, c + 1],
-                        f"image {self.rows[place]}, {self.name(label)}{said}, similarity {similarity[r, c]:.3f}",
+                        f"image {self.rows[position]}, {self.name(label)}{relation}, similarity {similarity[r, c]:.3f}",
                         mark,
                         self.caption(label),
                     )
@@ -152,7 +154,7 @@ class Features:
             lines.append(line)
         marked = ""
         if (self.labels >= 0).any():
-            same = np.array([self.labels[places[1:]] == self.labels[places[0]] for places in shown])
+            same = np.array([self.labels[positions[1:]] == self.labels[positions[0]] for positions in shown])
             marked = (
                 f" Below each stands its class; a frame and a cross mark another class than the first image's: "
                 f"{100 * same.mean():.0f} % have the same."
@@ -165,14 +167,14 @@ class Features:
 
     def map(self, method: str) -> str:
         xy, facts = maps.project(self.x, method)
-        said = {
+        note = {
             "pca": f"{facts.get('variance_%', 0):g} % of the variance",
             "tsne": f"perplexity {facts.get('perplexity', 0):g}; distances between far groups mean nothing",
         }[method]
         title = f"{ {'pca': 'PCA', 'tsne': 't-SNE'}[method] } of {self.run.label}"
-        if len(xy) <= maps.TRUSTED:
+        if len(xy) <= maps.TRUST_POINTS:
             title += f", trustworthiness {maps.trustworthiness(self.x, xy):.1f} %"
-        return charts.scatter(title, xy, self.groups(), f"{len(xy):,} images of {Path(self.path).name}; {said}.")
+        return charts.scatter(title, xy, self.groups(), f"{len(xy):,} images of {Path(self.path).name}; {note}.")
 
     def groups(self) -> list[tuple[str, str, np.ndarray]]:
         return maps.palette(self.labels, self.names)
@@ -182,7 +184,9 @@ def _file(path: str | None, option: str) -> str:
     if not path:
         raise ValueError(f"the run names no such file: give {option} NAME.beton")
     if not Path(path).is_file():
-        raise ValueError(f"{path} is not here: start the report where the run was started, or give {option} NAME.beton")
+        raise ValueError(
+            f"{path} does not exist: start the report in the folder of the training, or give {option} NAME.beton"
+        )
     return path
 
 
@@ -199,8 +203,8 @@ def _sheet(lines: list[list[str]], about: str) -> str:
     )
 
 
-def _tile(pixels: Tensor, said: str, mark: str = "", caption: str = "") -> str:
-    """pixels: (SIDE, SIDE, 3) in [0, 1].  PNG where it is the smaller: of images that were enlarged."""
+def _tile(pixels: Tensor, text: str, mark: str = "", caption: str = "") -> str:
+    """An image of pixels (SIDE, SIDE, 3) in [0, 1], as JPEG or PNG, whichever is smaller; `text`: what it shows."""
     image = Image.fromarray((pixels.numpy() * 255).round().astype(np.uint8))
     best = None
     for kind, options in (("jpeg", {"quality": 88}), ("png", {"optimize": True})):
@@ -212,5 +216,5 @@ def _tile(pixels: Tensor, said: str, mark: str = "", caption: str = "") -> str:
     side, below = pictures.SIDE, f"<small>{escape(caption)}</small>" if caption else ""
     return (
         f'<span class="tile{mark}"><img src="data:image/{best[0]};base64,{data}" width="{side}" height="{side}" '
-        f'alt="{escape(said)}" title="{escape(said)}">{below}</span>'
+        f'alt="{escape(text)}" title="{escape(text)}">{below}</span>'
     )

@@ -1,4 +1,4 @@
-"""Features kept on disk: the same bits as computed, read for the same key alone, resumed, and never read damaged."""
+"""The feature cache: the bits that were computed, read for the same key alone, resumed, and not read when damaged."""
 
 import json
 import re
@@ -61,7 +61,7 @@ def key(folder):
     return only
 
 
-def test_what_is_kept_is_what_was_computed(beton, want, tmp_path, capsys):
+def test_cached_features_are_those_computed(beton, want, tmp_path, capsys):
     assert same(kept(tmp_path, load(beton)), want)
     assert "computing 6 of 6 shards" in capsys.readouterr().out
     loader = load(beton)
@@ -76,7 +76,7 @@ def test_what_is_kept_is_what_was_computed(beton, want, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("batch", [7, 20, 200])
-def test_shards_and_batches_need_not_agree(beton, want, tmp_path, batch):
+def test_shards_and_batches_of_different_sizes(beton, want, tmp_path, batch):
     got = kept(tmp_path, load(beton, batch))
     for x, y in zip(got, want):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
@@ -85,7 +85,7 @@ def test_shards_and_batches_need_not_agree(beton, want, tmp_path, batch):
     )
 
 
-def test_the_key_is_all_that_decides_the_values(beton, tmp_path):
+def test_the_key_covers_all_that_decides_the_values(beton, tmp_path):
     loader, few = load(beton), ("last",)
     kept(tmp_path, loader, layers=few)
     nudged = net()
@@ -111,7 +111,7 @@ def test_the_key_is_all_that_decides_the_values(beton, tmp_path):
     assert len(list(tmp_path.iterdir())) == before + 1, "neither the batch nor the memory layout"
 
 
-def test_an_interrupted_extraction_goes_on(beton, want, tmp_path, monkeypatch):
+def test_an_interrupted_extraction_continues(beton, want, tmp_path, monkeypatch):
     write, written = cache.FeatureStore.write, []
 
     def interrupted(self, k, parts):
@@ -197,7 +197,7 @@ def test_a_damaged_shard_is_named_and_computed_again(beton, tmp_path, capsys, da
     assert "read from" in capsys.readouterr().out
 
 
-def test_features_that_are_no_numbers_are_not_kept(beton, tmp_path):
+def test_features_that_are_nan_are_not_cached(beton, tmp_path):
     broken = net()
     with torch.no_grad():
         broken.layer4[0].bn2.bias[0] = torch.nan
@@ -206,7 +206,7 @@ def test_features_that_are_no_numbers_are_not_kept(beton, tmp_path):
     assert not list(tmp_path.rglob("*.npy"))
 
 
-def test_no_room_and_no_folder(beton, tmp_path, monkeypatch):
+def test_no_disk_space_and_no_folder(beton, tmp_path, monkeypatch):
     full = lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000)  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(cache.shutil, "disk_usage", full)

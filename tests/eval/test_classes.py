@@ -98,13 +98,13 @@ def test_labels_are_those_of_the_training_file(files, capsys, name, labels, said
 @pytest.mark.parametrize(
     "train, test, said",
     [
-        ("train", "other", "other classes: 'gray' of the first is not among 'red', 'green', 'blue' of the second"),
+        ("train", "other", "different classes: 'gray' of the first is not among 'red', 'green', 'blue' of the second"),
         ("train", "longer", "has 4 classes .* and .*train.beton 3"),
         ("list", "subset", "has 2 classes .'green', 'blue'. and .*list.beton 3"),
         ("train", "none", "none.beton has no labels"),
         ("none", "same", "none.beton has no labels"),
         ("train", "some", "some.beton has 1 of 9 images without label"),
-        ("one", "one", "one.beton has one class .'blue'., so that every answer would be right"),
+        ("one", "one", "one.beton has one class .'blue'., so that every prediction would be right"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(files, train, test, said):
@@ -139,7 +139,7 @@ def test_columns_of_several_labels_are_matched(tmp_path):
     match(made[0], made[1])
     assert made[1].labels().tolist() == made[0].labels().tolist() == np.stack(list(rows.values())).tolist()
     assert made[1].classes == list("abc") and next(made[1].epoch(0)).label.tolist() == made[0].labels().tolist()
-    with pytest.raises(ValueError, match="other classes: 'd' of the first"):
+    with pytest.raises(ValueError, match="different classes: 'd' of the first"):
         match(made[0], made[2])
 
 
@@ -184,7 +184,7 @@ def test_every_protocol_matches_and_refuses(files, tmp_path, capsys, protocol):
     argv = [protocol, "--train", files["train"], "--test", files["other"], "--device", "cpu", "--workers", 1, *options]
     assert fastssl.eval.main(list(map(str, argv))) == 2
     err = capsys.readouterr().err
-    assert "have other classes" in err and err.count("\n") == 1
+    assert "have different classes" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_every_protocol_matches_and_refuses(files, tmp_path, capsys, protocol):
 )
 @pytest.mark.parametrize("test", ["subset", "list"])
 def test_trainings_take_a_subset_and_a_list(files, tmp_path, capsys, protocol, options, test):
-    """They refused both for ever."""
+    """A subset of the classes, and a list without class names."""
     assert top1(capsys, tmp_path, protocol, files["train"], files[test], *NET, *options) >= 0
 
 
@@ -239,7 +239,10 @@ TRAININGS = {
     "data, said",
     [
         ("none", "has no labels, and this needs the class of each image: convert labelled data"),
-        ("one", "has one class ('blue'), so that every answer would be right: convert a folder in which each class"),
+        (
+            "one",
+            "has one class ('blue'), so that every prediction would be right: convert a folder with a sub-folder for",
+        ),
     ],
 )
 def test_data_without_classes_is_refused_in_one_line(files, capsys, protocol, options, data, said):
@@ -331,7 +334,7 @@ def test_a_set_on_the_device_is_relabelled(files):
 @pytest.mark.parametrize(
     "train, test, said",
     [
-        ("train", "other", "other classes"),
+        ("train", "other", "different classes"),
         ("one", "one", "one class"),
         ("train", "some", "without label"),
         ("some", "same", "without label"),

@@ -184,7 +184,7 @@ def test_lbfgs_and_options(run_folder, tmp_path):
     assert [r["l2"] for r in result["selection"]] == [0.001, 0.1] and result["of"]["precision"] == "bf16"
 
 
-def test_the_classifier_that_a_file_brings_along(run_folder, files, tmp_path, capsys):
+def test_the_classifier_in_a_file(run_folder, files, tmp_path, capsys):
     """Set so that it names the class whose mean feature is nearest: computed here from the extracted features."""
     assert call("extract", run_folder, "--folder", tmp_path / "f") == 0
     x = {part: torch.from_numpy(np.load(tmp_path / "f" / f"{part}_last.npy")) for part in ("train", "test")}
@@ -268,7 +268,7 @@ def test_mistakes_are_one_line_and_exit_code_2(run_folder, files, tmp_path, caps
     assert re.search(text, err), err
 
 
-def test_features_are_kept_beside_the_run(run_folder, files, tmp_path, capsys):
+def test_features_are_cached_beside_the_run(run_folder, files, tmp_path, capsys):
     assert call("knn", run_folder, "--k", "3", "--no-cache") == 0
     assert "features of" not in capsys.readouterr().out
     folders = lambda folder: {p.name for p in (folder / "features").glob("*")}  # noqa: E731
@@ -375,7 +375,7 @@ def test_extract_writes_shard_by_shard(run_folder, tmp_path, monkeypatch, capsys
     assert "give another --folder" in capsys.readouterr().err and not list(tmp_path.glob("full/*"))
 
 
-def test_a_set_that_memory_cannot_hold_twice_is_refused(run_folder, monkeypatch, capsys):
+def test_features_that_do_not_fit_into_memory_twice_are_refused(run_folder, monkeypatch, capsys):
     monkeypatch.setattr(features, "free_memory", lambda device: 60 * 64 * 4 * 2 - 1)  # --no-cache holds it twice
     assert call("knn", run_folder, "--k", 3, "--no-cache") == 2
     assert "less (this one 0.0 GiB): take fewer --layers, or eval extract" in capsys.readouterr().err
@@ -414,7 +414,7 @@ def test_one_file_is_enough_for_extract(files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("prefix", ["", "module.encoder_q."])
-def test_bare_weights_say_by_themselves_that_they_see_sobel_filters(files, tmp_path, prefix):
+def test_sobel_filters_are_detected_in_a_weight_file(files, tmp_path, prefix):
     out = tmp_path / "a.json"
     for sobel in (True, False):
         net = backbones.build(Backbone("resnet10", stem="cifar", width=8, sobel=sobel))

@@ -231,7 +231,7 @@ def test_mistakes_in_coco(tmp_path, damage, text):
         read_coco(str(root), "val2017")
 
 
-def test_images_that_are_no_images_or_others(tmp_path):
+def test_images_that_do_not_decode_or_have_another_size(tmp_path):
     root = write_voc(tmp_path, {"VOC2007/trainval": 2})
     (root / "VOC2007/JPEGImages/000000.jpg").write_bytes(b"no image")
     Image.new("RGB", (48, 64)).save(root / "VOC2007/JPEGImages/000001.jpg")

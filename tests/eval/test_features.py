@@ -200,7 +200,7 @@ def test_default_view(size, sides, resize):
     assert view == View(size, crop="center", resize=resize, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
 
 
-def test_a_set_that_memory_cannot_hold_is_refused(beton, tmp_path, monkeypatch):
+def test_a_file_whose_features_do_not_fit_into_memory_is_refused(beton, tmp_path, monkeypatch):
     loader, need = load(beton, 10), 103 * 64 * 4
     monkeypatch.setattr(features, "free_memory", lambda device: need)
     assert len(cache.load_or_extract(tmp_path, Extractor(net(), VIEW, ("last",), "fp32"), loader)[0]) == 103

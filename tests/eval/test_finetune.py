@@ -137,7 +137,7 @@ def test_precisions_and_mixing_train(files, capsys):
         assert last < first and all(p.isfinite().all() and p.dtype == torch.float32 for p in model.parameters())
 
 
-def test_divergence_is_said(files):
+def test_divergence_is_an_error(files):
     with pytest.raises(finetuning.Diverged, match="lower the rate 1e\\+20"):
         finetuning.train(Linear(), training(files[0], 32), VIEW, Optim(batch=32, epochs=3, lr=1e20), classes=3)
 
@@ -263,9 +263,9 @@ def test_lists_of_rows_and_of_names(files, tmp_path):
     bare = [name.split()[0] for name in names]
     assert semisup.read_subset(simclr, loader, write("bare", bare)).tolist() == [0, 5, 100]
     for subset, known, text in [
-        (["3", "192"], None, "names row 192: .* has rows 0 to 191"),
-        (["3", "3"], None, "names 1 images twice"),
-        (["n0_0.JPEG"], None, "a .beton keeps none: give --names"),
+        (["3", "192"], None, "has row 192: .* has rows 0 to 191"),
+        (["3", "3"], None, "has 1 images twice"),
+        (["n0_0.JPEG"], None, "a .beton has none: give --names"),
         (["n0_1.JPEG"], names, "1 names of .* are not in .*, such as 'n0_1.JPEG'"),
         (["n0_0.JPEG"], names[:-1], "has 191 names and .* 192 images"),
         (["n0_0.JPEG"], names[1:] + names[:1], "line 1: n1/n1_1.JPEG is of class 1, and row 0 of .* of class 0"),
@@ -277,7 +277,7 @@ def test_lists_of_rows_and_of_names(files, tmp_path):
             semisup.read_subset(write("a", subset), loader, known and write("b", known))
 
 
-def test_the_best_cell_on_the_test_set_and_the_clean_one():
+def test_the_best_cells_on_the_test_set_and_on_held_out_images():
     cells = [
         {"lr": 0.1, "head_mult": 1.0, "top1": 50.0, "top5": 80.0, "held_out_top1": 60.0},
         {"lr": 0.1, "head_mult": 10.0, "top1": 55.0, "top5": 70.0, "held_out_top1": 40.0},
@@ -312,7 +312,7 @@ def call(files, protocol, *argv):
         return stop.code
 
 
-def test_semisup_says_how_far_it_is_and_goes_on_after_a_stop(files, tmp_path, capsys, monkeypatch):
+def test_semisup_prints_progress_and_continues_after_a_stop(files, tmp_path, capsys, monkeypatch):
     """Stopped in its third training of four, it trains two more; another seed trains all again."""
     out, done = tmp_path / "a.json", []
     argv = [

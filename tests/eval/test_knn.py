@@ -66,7 +66,9 @@ def test_leave_one_out(data, backend):
     result = knn(bank, y, k=(1, 20), backend=backend)
     check({"results": result["results"][1:]}, bank, y, bank, y, temperature=0.07, skip=range(len(y)))
     assert result["results"][0]["top1"] < 100
-    assert knn(bank, y, bank, y, k=(1,), backend=backend)["results"][0]["top1"] > 98, "with itself it is nearly perfect"
+    assert knn(bank, y, bank, y, k=(1,), backend=backend)["results"][0]["top1"] > 98, (
+        "with itself among the neighbours it is nearly perfect"
+    )
 
 
 def test_top5_counts_classes_without_a_vote_as_dino_does():
@@ -163,7 +165,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("change, text", BAD, ids=[text for _, text in BAD])
-def test_what_would_mean_nothing_is_refused(data, change, text):
+def test_unusable_data_is_refused(data, change, text):
     args, options = change(data)
     with pytest.raises(ValueError, match=text):
         knn(*args, **options)

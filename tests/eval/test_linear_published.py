@@ -171,7 +171,7 @@ def close(a, b):
         assert {k: v for k, v in x.items() if k != "loss"} == {k: v for k, v in y.items() if k != "loss"}
 
 
-def test_a_grid_is_each_rate_alone_on_live_features(folder):
+def test_a_grid_is_each_rate_alone_on_augmented_images(folder):
     both = run(folder, rates=(0.3, 30.0), held_out=0.2)
     for rate in (0.3, 30.0):
         alone = run(folder, rates=(rate,), held_out=0.2)
@@ -179,7 +179,7 @@ def test_a_grid_is_each_rate_alone_on_live_features(folder):
     assert both["options"]["train"] == 53 and both["options"]["held_out"] == 13
 
 
-def test_rows_say_what_they_were_selected_on(folder):
+def test_rows_name_what_they_were_selected_on(folder):
     result = run(folder, rates=(0.3, 30.0), held_out=0.2, epochs=12)
     assert [(row["selected_on"], row["epoch"]) for row in result["results"][:2]] == [("none", 12)] * 2
     test, held = result["results"][2:]
@@ -192,7 +192,7 @@ def test_rows_say_what_they_were_selected_on(folder):
     assert len(run(folder, epochs=1)["results"]) == 2, "without held-out images no row is selected on them"
 
 
-def test_held_out_images_teach_nothing(folder, monkeypatch):
+def test_held_out_images_are_not_trained_on(folder, monkeypatch):
     seen, augmented_batches = set(), published.augmented_batches
 
     def spy(extractor, recipe, loader, rows):

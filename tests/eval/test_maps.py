@@ -1,4 +1,4 @@
-"""Maps and sheets of neighbours: PCA against NumPy's SVD, neighbours against brute force, the rest by what holds."""
+"""Maps and sheets of neighbours: PCA against NumPy's SVD, neighbours against brute force."""
 
 import json
 import sys
@@ -52,7 +52,7 @@ def test_pca_is_that_of_the_singular_vectors():
 
 
 @pytest.mark.parametrize("method", ["tsne", "umap"])
-def test_groups_stay_apart_and_a_map_can_be_drawn_again(method):
+def test_groups_stay_apart_and_the_seed_decides_the_map(method):
     x, labels = groups(60)
     xy, _ = maps.project(x, method, seed=3, near=8)
     again, _ = maps.project(x, method, seed=3, near=8)
@@ -62,7 +62,7 @@ def test_groups_stay_apart_and_a_map_can_be_drawn_again(method):
     assert maps.trustworthiness(x, xy) > 80
 
 
-def test_trustworthiness_tells_a_map_from_a_random_one():
+def test_trustworthiness_of_a_good_and_of_a_random_map():
     x, _ = groups()
     random = np.random.default_rng(1).normal(size=(len(x), 2))
     assert maps.trustworthiness(x[:, :2], torch.nn.functional.normalize(x[:, :2], dim=1).numpy()) == 100
@@ -109,7 +109,7 @@ def test_maps_command_writes_pictures_and_coordinates(files, tmp_path, capsys, m
     assert titles == [f"{method} {about}\n{text}" for method, text in zip(("pca", "tsne"), trust)]
 
 
-def test_umap_absent_is_said_before_anything_is_computed(files, tmp_path, monkeypatch, capsys):
+def test_missing_umap_is_reported_before_anything_is_computed(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "umap", None)
     assert call("maps", files, "--method", "umap", "--folder", tmp_path / "out") == 2
     err = capsys.readouterr().err
@@ -122,8 +122,8 @@ def test_umap_absent_is_said_before_anything_is_computed(files, tmp_path, monkey
         (["maps", "--method", "tnse"], "method='tnse': known are pca, tsne, umap"),
         (["maps", "--perplexity", "99"], "perplexity=99: must be from 1 to below 21"),
         (["maps", "--perplexity", "0"], "perplexity=0: must be from 1"),
-        (["maps", "--method", "pca", "--perplexity", "9"], "--perplexity 9.0 is tsne's"),
-        (["maps", "--near", "9"], "--near 9 is umap's: leave it out, or add umap to --method"),
+        (["maps", "--method", "pca", "--perplexity", "9"], "--perplexity 9.0 is for tsne"),
+        (["maps", "--near", "9"], "--near 9 is for umap: leave it out, or add umap to --method"),
         (["maps", "--points", "-1"], "points=-1"),
         (["maps", "--points", "3"], "N of 5 or more"),
         (["maps", "--method", "umap", "--near", "40"], "near=40: must be between 2 and 20"),
@@ -137,7 +137,7 @@ def test_mistakes_are_one_line_and_exit_code_2(files, tmp_path, capsys, argv, sa
     assert said in err and err.count("\n") == 1 and not list(tmp_path.glob("out/*"))
 
 
-def test_without_a_run_the_folder_must_be_named(files, capsys):
+def test_without_a_run_the_folder_must_be_given(files, capsys):
     assert call("maps", files) == 2 and "--folder FOLDER" in capsys.readouterr().err
 
 

@@ -45,7 +45,7 @@ def test_decision_values_are_linear_svcs(n, dim):
         w = theirs(x[kept], y[kept], cost)
         for mine, want in ((f[0], theirs(x, y, cost)), (f[1, kept], w), (f[2], theirs(x, -y, cost))):
             np.testing.assert_allclose(mine, want, rtol=2e-3, atol=2e-3 * np.abs(want).max(), err_msg=f"cost {cost}")
-        assert not b[1, left_out].any(), "rows left out have no say"
+        assert not b[1, left_out].any(), "rows left out have no effect"
 
 
 def test_one_batch_and_one_path_end_at_the_same_optimum():
@@ -140,7 +140,7 @@ def test_average_precision():
     assert average_precision(np.array([[3, 2, -1, -5.0]]), np.array([[0, 0, 0, 1]]))[0] == 0.25
 
 
-def test_low_shot_solvers_agree_and_choose_apart():
+def test_low_shot_solvers_agree_and_both_selections_are_reported():
     results = {s: svm.low_shot(*data(), draws=svm.Draws((2, 8), 3), solver=s)["results"] for s in ("fast", "sklearn")}
     for a, b in zip(*results.values()):
         assert (a["shots"], a["selected_on"]) == (b["shots"], b["selected_on"])
@@ -158,7 +158,7 @@ def test_low_shot_solvers_agree_and_choose_apart():
     assert rows != svm.low_shot(*data(), draws=svm.Draws((2, 8), 3, seed=1))["results"]
 
 
-def test_the_clean_cost_is_chosen_on_images_that_were_not_drawn(monkeypatch):
+def test_the_held_out_cost_is_chosen_on_images_that_were_not_drawn(monkeypatch):
     seen, drawn = [], []
     monkeypatch.setattr(svm, "draw", lambda *a, own=svm.draw: drawn.append(own(*a)) or drawn[-1])
     monkeypatch.setattr(svm, "average_precision", lambda scores, truth: seen.append(truth) or np.zeros(len(scores)))
@@ -209,7 +209,7 @@ def test_the_chosen_cost_is_by_the_mean_over_samples():
     ]
 
 
-def test_one_label_an_image_is_one_against_all():
+def test_one_label_per_image_is_one_against_all():
     x, _, x_test, _ = data()
     rng = np.random.default_rng(1)
     y, y_test = (torch.from_numpy(rng.integers(0, 3, len(part))) for part in (x, x_test))
@@ -289,7 +289,7 @@ def test_the_gpu_gives_the_numbers_of_the_cpu():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_without_a_gpu_the_cuda_solver_says_so():
+def test_without_a_gpu_the_cuda_solver_is_refused():
     with pytest.raises(ValueError, match="--solver cuda needs"):
         svm.svm(*data(), solver="cuda")
 
@@ -367,8 +367,8 @@ def test_the_command(files, tmp_path, capsys):
         (["--costs", "1,0"], "give positive numbers"),
         (["--folds", 1], "folds=1"),
         (["--folds", 50], "50 folds need as many"),
-        (["--shots", 1], "--shots is of the protocol with --low-shot"),
-        (["--low-shot", "--folds", 2], "--folds is of the protocol without --low-shot"),
+        (["--shots", 1], "--shots is for the protocol with --low-shot"),
+        (["--low-shot", "--folds", 2], "--folds is for the protocol without --low-shot"),
         (["--resize", 20], "--resize 20 is for --crop center"),
         (["--low-shot", "--shots", "0,1"], "shots=.0, 1."),
         (["--layers", "top"], "this backbone has stem"),
@@ -394,7 +394,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("change, text", BAD, ids=[text for _, text in BAD])
-def test_what_would_mean_nothing_is_refused(change, text):
+def test_unusable_data_is_refused(change, text):
     for protocol in (svm.svm, svm.low_shot):
         with pytest.raises(ValueError, match=text):
             protocol(*change(data()))

@@ -53,7 +53,7 @@ def tiny(place):
 
 @pytest.fixture(scope="module")
 def both(place, tiny, beton, folder, files, voc):  # noqa: F811
-    """What each rank has."""
+    """The results of both ranks."""
     argv = (beton, tiny, place / "shards", folder, *files, voc)
     first = ranks.launch(__file__, 2, place / "two", *map(str, argv))
     return first, torch.load(place / "two.1", weights_only=False)
@@ -76,7 +76,7 @@ def close(name, a, b):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-3 if name == "lbfgs weights" else 1e-5)
 
 
-def test_kept_features(both, beton, place, monkeypatch):
+def test_cached_features(both, beton, place, monkeypatch):
     kept, load, same = test_cache.kept, test_cache.load, test_cache.same
     monkeypatch.setattr(test_cache.cache, "SHARD_ROWS", 20)
     two, other = (rank["cache"] for rank in both)

@@ -1,24 +1,28 @@
 """Labels of a test file in the numbers of the training file, matched by class name.
 
-Every evaluation and every monitor that compares labels of two files calls `match` before it computes anything: the
-same number may stand for another class where a folder lacks a class or a list has an order of its own.
+Every evaluation and monitor that compares the labels of two files calls `match` first: a number may stand for different
+classes in them, where a folder lacks a class or a list has another order.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import numpy as np
 
 from fastssl import dist
 from fastssl.loader import Loader
 
+Labelled = Literal["all", "test", "none"]
 
-def match(train: Loader, test: Loader, labelled: str = "all") -> None:
-    """Change the labels of `test` to the class numbers of `train`, and print what was done where anything was.
 
-    Names of `test` must be among those of `train`.  A file without names (no data card, or a list whose classes are
-    called 0, 1, ...) is taken to number its classes as the other does.  `labelled`: which images must have a label:
-    "all", "test" (all of the test file, some of the training file), or "none" (nothing is done for files without).
-    ValueError where names or numbers cannot agree, labels are missing, or the training file has one class alone.
+def match(train: Loader, test: Loader, labelled: Labelled = "all") -> None:
+    """Change the labels of `test` to the class numbers of `train`, and print a line about every change.
+
+    The class names of `test` must be among those of `train`.  A file without names (no data card, or a list whose
+    classes are called 0, 1, ...) is assumed to number its classes as the other file does.  `labelled`: which images
+    must have a label: "all", "test" (all of the test file, some of the training file), or "none" (files without labels
+    are left as they are).  ValueError where classes do not match, labels are missing, or `train` has only one class.
     """
     y, test_y = train.labels(), test.labels()
     if labelled == "none" and any(part.ndim == 1 and (part < 0).all() for part in (y, test_y)):
@@ -26,37 +30,37 @@ def match(train: Loader, test: Loader, labelled: str = "all") -> None:
     for loader, found, strict in ((train, y, labelled == "all"), (test, test_y, labelled != "none")):
         _check_labels(loader, found, strict)
     if y.ndim != test_y.ndim:
-        one, other = ("one class", "several labels") if y.ndim == 1 else ("several labels", "one class")
-        raise ValueError(f"{train.path} has {one} an image and {test.path} {other}: they cannot be compared")
+        first, second = ("one class", "several labels") if y.ndim == 1 else ("several labels", "one class")
+        raise ValueError(f"{train.path} has {first} an image and {test.path} {second}: they cannot be compared")
     known, found = _count(train, y), _count(test, test_y)
     if y.ndim == 1 and known == 1 and labelled != "none":
         raise ValueError(
-            f"{train.path} has one class{_named(train)}, so that every answer would be right: convert a "
-            "folder in which each class has a folder of its own"
+            f"{train.path} has one class{_named(train)}, so that every prediction would be right: convert a "
+            "folder with a sub-folder for each class"
         )
     names, test_names = list(train.classes or ()), list(test.classes or ())
     if names and names == test_names:
         return
     if names and test_names and set(test_names) <= set(names) and _unique(names) and _unique(test_names):
         return _by_name(train, test, y.ndim == 2)
-    if names and test_names and not _plain(names) and not _plain(test_names):
-        strange = [name for name in test_names if name not in names]
+    if names and test_names and not _are_numbers(names) and not _are_numbers(test_names):
+        unknown = [name for name in test_names if name not in names]
         why = (
-            f"{_some(strange)} of the first {'is' if len(strange) == 1 else 'are'} not among {_some(names)} of the "
+            f"{_some(unknown)} of the first {'is' if len(unknown) == 1 else 'are'} not among {_some(names)} of the "
             "second"
-            if strange
+            if unknown
             else "some names occur twice"
         )
-        raise ValueError(f"{test.path} and {train.path} have other classes: {why}; give files of one data set")
-    # A folder that lacks a class numbers the later ones lower, and without names on the other side nobody would see it.
-    if found > known or (found < known and test_names and not _plain(test_names)):
+        raise ValueError(f"{test.path} and {train.path} have different classes: {why}; give files of one data set")
+    # A folder that lacks a class numbers the later classes lower; without names in the other file this is not noticed.
+    if found > known or (found < known and test_names and not _are_numbers(test_names)):
         raise ValueError(
             f"{test.path} has {found} classes{_named(test)} and {train.path} {known}{_named(train)}: "
-            "without class names in both files they are compared by number, and these numbers do not "
-            "agree; convert both from class folders"
+            "without class names in both files they are compared by number, and their numbers of classes "
+            "differ; convert both from class folders"
         )
-    bare, other = (test, train) if names and not _plain(names) else (train, test)
-    if other.classes and not _plain(other.classes):
+    bare, other = (test, train) if names and not _are_numbers(names) else (train, test)
+    if other.classes and not _are_numbers(other.classes):
         first = ", ".join(f"{i} = {name}" for i, name in enumerate(other.classes[:3]))
         dist.print_main(
             f"{bare.path} has no class names: its labels are taken as numbers of the classes of {other.path} "
@@ -70,7 +74,7 @@ def _check_labels(loader: Loader, labels: np.ndarray, strict: bool) -> None:
         count = "no labels" if missing == len(labels) else f"{missing} of {len(labels)} images without label"
         raise ValueError(
             f"{loader.path} has {count}, and this needs the class of each image: convert labelled data, "
-            "such as a folder in which each class has a folder"
+            "such as a folder with a sub-folder for each class"
         )
     top = labels.shape[1] - 1 if labels.ndim == 2 else int(labels.max())
     if loader.classes and top >= len(loader.classes):
@@ -81,14 +85,14 @@ def _check_labels(loader: Loader, labels: np.ndarray, strict: bool) -> None:
 
 def _by_name(train: Loader, test: Loader, multi: bool) -> None:
     names, test_names = train.classes, test.classes
-    lacking = [name for name in names if name not in test_names]
-    if multi and lacking:
+    missing = [name for name in names if name not in test_names]
+    if multi and missing:
         raise ValueError(
-            f"{test.path} does not have the labels {_some(lacking)} of {train.path}: with several labels "
+            f"{test.path} does not have the labels {_some(missing)} of {train.path}: with several labels "
             "an image both files must have the same"
         )
     test.relabel(np.array([names.index(name) for name in test_names]), names)
-    what = f"it lacks {_some(lacking)}, {len(lacking)} of {len(names)}" if lacking else "they are in another order"
+    what = f"it lacks {_some(missing)}, {len(missing)} of {len(names)}" if missing else "they are in another order"
     dist.print_main(f"{test.path}: its classes are matched by name with those of {train.path} ({what})")
 
 
@@ -102,8 +106,8 @@ def _count(loader: Loader, labels: np.ndarray) -> int:
     return max(top, len(loader.classes or ()))
 
 
-def _plain(names: list) -> bool:
-    """Are these the numbers that a list without names gives its classes?"""
+def _are_numbers(names: list) -> bool:
+    """Whether the names are "0", "1", ..., which a list without names gives its classes."""
     return [str(name) for name in names] == [str(i) for i in range(len(names))]
 
 

@@ -1,8 +1,8 @@
-"""Training a backbone and a new classifier on labels: what `semisup` and `finetune` share.
+"""Training a backbone and a new classifier on labels, for `semisup` and `finetune`.
 
-One loop, plain torch with DistributedDataParallel.  Every sample's view depends on the seed, the epoch and its number
-alone and batch norm sees the global batch, so any number of ranks trains the same network (mixup and drop path draw
-their own numbers on each rank).
+The loop is plain PyTorch with DistributedDataParallel.  The view of a sample depends on the seed, the epoch and its
+number alone, and batch norm sees the global batch: the trained network does not depend on the number of ranks (except
+with mixup and drop path, which draw other numbers on each rank).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How the labels of `train` are used; `name` stands before the losses that are printed."""
+    """How `train` uses labels.  `name` is printed before the losses."""
 
     seed: int = 0
     smoothing: float = 0.0
@@ -88,7 +88,7 @@ def train(
     torch.manual_seed(seed + 1 + dist.rank())  # drop path
 
     def add_gradient(batch: Batch, last: bool) -> Tensor:
-        """Of a micro-batch; its loss."""
+        """Backward of a micro-batch; returns its loss."""
         (x,) = make_views(batch.pixels, batch.sizes, batch.index, (view,), seed=seed, epoch=batch.epoch)
         x, labels = mix(x, batch.label) if mix else (x, batch.label)
         sync = contextlib.nullcontext() if last or parallel is model else parallel.no_sync()
@@ -160,8 +160,8 @@ def accuracy(
 
 
 def layer_decay(backbone: nn.Module, decay: float) -> dict[str, dict]:
-    """optim.paramwise for a timm transformer: block i of depth has the rate lr decay^(depth - i), i from 0, what stands
-    before the blocks decay^(depth + 1), norm and head after them 1.
+    """optim.paramwise for a timm transformer: block i of depth (from 0) has the rate lr decay^(depth - i), what comes
+    before the blocks lr decay^(depth + 1), the norm and head after them lr.
 
     MAE's rule (util/lr_decay.py of https://github.com/facebookresearch/mae): decay^(depth + 1 - layer), where block i
     is layer i + 1 and the patch embedding layer 0.
@@ -173,7 +173,7 @@ def layer_decay(backbone: nn.Module, decay: float) -> dict[str, dict]:
 
 
 def transformer_blocks(backbone: nn.Module, what: str) -> nn.Module:
-    """The list of blocks of a timm transformer."""
+    """The list of blocks of a timm transformer; `what` needs it, for the error."""
     body = getattr(backbone, "body", None)
     if not hasattr(body, "blocks") or not hasattr(body, "patch_embed"):
         raise ValueError(f"{what} needs a timm transformer with patch_embed and blocks, such as vit_base_patch16_224")
@@ -188,7 +188,7 @@ def drop_path_(backbone: nn.Module, rate: float) -> None:
     for block, p in zip(layers, np.linspace(0, rate, len(layers)).tolist()):
         names = [name for name in ("drop_path", "drop_path1", "drop_path2") if hasattr(block, name)]
         if not names:
-            raise ValueError(f"the blocks of {backbone.spec.name} take no drop path: leave out --drop-path")
+            raise ValueError(f"the blocks of {backbone.spec.name} have no drop path: leave out --drop-path")
         for name in names:
             setattr(block, name, DropPath(p) if p else nn.Identity())
 
@@ -198,7 +198,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def training_view(view: View) -> View:
-    """A random-resized crop and flip at the size of the evaluation's view, with its normalisation."""
+    """A random-resized crop and flip, with size and normalisation of the evaluation view."""
     return views.supervised(view.size, mean=view.mean, std=view.std, interpolation=view.interpolation)[0]
 
 
@@ -226,10 +226,10 @@ def class_labels(loader: Loader) -> np.ndarray:
 
 
 def count_classes(train: Loader) -> int:
-    """How many classes the training file has; the test file's are among them (classes.match)."""
+    """Number of classes of the training file, which include those of the test file (classes.match)."""
     return max(int(class_labels(train).max()) + 1, len(train.classes or ()))
 
 
 def with_head_rate(optim: Optim, lr: float, mult: float) -> Optim:
-    """The backbone's rate `lr`, the head's `mult` times that."""
+    """`optim` with rate `lr` for the backbone and `mult` times that for the head."""
     return replace(optim, lr=lr, paramwise={**optim.paramwise, r"^head\.": {"lr_mult": mult}})

@@ -1,4 +1,4 @@
-"""What is evaluated, as the command line names it: a backbone with its weights, the view that it sees, the data."""
+"""What is evaluated, from the options of the command: a backbone with its weights, its view, the data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastssl import backbones, dist, views, weights
 from fastssl.amp import DTYPES
 from fastssl.config import Backbone
 from fastssl.eval.common import cache, features
-from fastssl.eval.common.classes import match
+from fastssl.eval.common.classes import Labelled, match
 from fastssl.eval.common.features import Extractor
 from fastssl.kernels.augment import View
 from fastssl.loader import Loader
@@ -25,7 +25,8 @@ from fastssl.weights.options import add_backbone_options, backbone_from
 
 @dataclass
 class EvalTarget:
-    """`backbone` is on the device; `weights` says in words where its tensors come from; `run` is its run's config."""
+    """A backbone on the device and the files to evaluate it on.  `weights`: where its tensors come from, in words;
+    `run`: the config of its run, None for a weight file."""
 
     backbone: nn.Module
     spec: Backbone
@@ -35,18 +36,18 @@ class EvalTarget:
     train: str | None
     test: str | None
     args: argparse.Namespace
-    numbers: np.ndarray | None = None  # classes of `test` in those of `train`, where they differ
+    numbers: np.ndarray | None = None  # class in `train` of each class of `test`, where they differ
     classes: list[str] | None = None  # of `train`
 
     def loader(self, path: str) -> Loader:
-        """In file order; labels of the test file are in the training file's numbers where a protocol needs both."""
+        """In file order; the labels of the test file are class numbers of the training file once they are matched."""
         loader = _loader(path, self.args)
         if self.numbers is not None and path == self.test:
             loader.relabel(self.numbers, self.classes)
         return loader
 
-    def match_classes(self, labelled: str) -> None:
-        """See classes.match."""
+    def match_classes(self, labelled: Labelled) -> None:
+        """Number the classes of the test file as in the training file (classes.match)."""
         train, test = self.loader(self.train), self.loader(self.test)
         match(train, test, labelled)
         self.numbers, self.classes = test.numbers, train.classes
@@ -65,7 +66,7 @@ class EvalTarget:
         return Extractor(self.backbone, self.view, layers, self.args.precision)
 
     def cache_folder(self) -> Path | None:
-        """Where its features are kept: --cache, or features/ beside the run or the weight file; None for none."""
+        """Where features are stored: --cache, or features/ in the run's folder or beside the weight file; or None."""
         if self.args.cache:
             return Path(self.args.cache)
         if self.args.no_cache or self.args.features == "pixels" or not self.args.target:
@@ -74,7 +75,7 @@ class EvalTarget:
         return (self.run_folder() or (target if target.is_dir() else target.parent)) / "features"
 
     def run_folder(self) -> Path | None:
-        """The folder of the run that is evaluated, also of one of its checkpoints; None for a weight file."""
+        """The folder of the run, also where one of its checkpoints is evaluated; None for a weight file."""
         target = Path(self.args.target or ".")
         if self.args.target is None or not target.is_dir():
             return None
@@ -92,7 +93,7 @@ class EvalTarget:
         }
 
 
-def load_target(args: argparse.Namespace, needs: tuple[str, ...] | None, labelled: str = "all") -> EvalTarget:
+def load_target(args: argparse.Namespace, needs: tuple[str, ...] | None, labelled: Labelled = "all") -> EvalTarget:
     """`needs`: which of "train" and "test" the protocol reads; None: it reads no .beton at all.  With both, their
     classes are matched (classes.match); `labelled`: which images must have a label."""
     if args.cache and args.no_cache:
@@ -107,7 +108,7 @@ def load_target(args: argparse.Namespace, needs: tuple[str, ...] | None, labelle
         raise ValueError(f"give --{missing} NAME.beton: {args.target or 'the command'} names none")
     spec = backbone_from(args, args.target)
     if spec is None and args.features != "pixels":
-        raise ValueError("bare weights do not say what they are: give --backbone NAME (and --stem, --norm, --width)")
+        raise ValueError("a weight file does not name its backbone: give --backbone NAME (and --stem, --norm, --width)")
     spec = spec or Backbone("resnet50")
     some = next((files[name] for name in (*(needs or ()), *files) if files[name]), None)
     if needs is not None and not some:
@@ -128,11 +129,11 @@ def _loader(path: str, args: argparse.Namespace) -> Loader:
     )
 
 
-def _view(args, data: dict, spec: Backbone, card: dict) -> View:
+def _view(args: argparse.Namespace, data: dict, spec: Backbone, card: dict) -> View:
     fields = data.get("eval_view") or (data["views"][0] if data else {"size": 224 if spec.stem == "imagenet" else 32})
     changes = {key: getattr(args, key) for key in ("size", "mean", "std") if getattr(args, key) is not None}
     view = View(**{key: value for key, value in fields.items() if key != "type"})
-    if not data.get("eval_view"):  # that of the size asked for, whatever crops the training makes
+    if not data.get("eval_view"):  # the default for the size, whatever crops the training uses
         plain = {key: changes.pop(key) for key in ("size",) if key in changes}
         view = views.default_view(View(**{"size": view.size, **plain, "mean": view.mean, "std": view.std}), card)
     if args.resize is not None:
@@ -140,8 +141,8 @@ def _view(args, data: dict, spec: Backbone, card: dict) -> View:
     return dataclasses.replace(view, **changes)
 
 
-def _backbone(args, spec: Backbone, view: View) -> tuple[nn.Module, object]:
-    """The module and what to call it."""
+def _backbone(args: argparse.Namespace, spec: Backbone, view: View) -> tuple[nn.Module, object]:
+    """The module and where its weights come from, in words (as `str`)."""
     if args.features == "pixels":
         return features.Pixels(view.size), "normalised pixels"
     torch.manual_seed(args.seed)
@@ -155,7 +156,7 @@ def _backbone(args, spec: Backbone, view: View) -> tuple[nn.Module, object]:
 
 
 def add_target_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
-    """The options that protocols share; those of `without` are unknown to the command and hold their defaults."""
+    """The options that protocols share.  Those in `without` are not offered by the command and have their defaults."""
 
     def add(name: str, **options) -> None:
         key = name.removeprefix("--").replace("-", "_")
@@ -171,33 +172,33 @@ def add_target_options(parser: argparse.ArgumentParser, without: tuple[str, ...]
         "--features",
         choices=("weights", "untrained", "pixels"),
         default="weights",
-        help="the network's, or a baseline on the same images",
+        help="of the network, or of a baseline: the untrained network, or the pixels",
     )
     add(
         "--cache",
         metavar="DIR",
-        help="where features are kept, for this and the next evaluation; default: "
+        help="where features are stored for later evaluations; default: "
         "features/ in the run's folder or beside the weight file",
     )
-    add("--no-cache", action="store_true", help="compute the features anew and keep none")
+    add("--no-cache", action="store_true", help="compute the features and do not store them")
     add(
         "--out",
         help="write the result as JSON; default: eval/PROTOCOL.json in the run's folder, where the report "
-        "looks for it; of bare weights nothing is written",
+        "looks for it; nothing is written for a weight file",
     )
     add(
         "--which",
         choices=("student", "teacher"),
         help="the trained network or its moving average; default: what the method evaluates",
     )
-    add("--prefix", help="where in the file the backbone lies, e.g. teacher.backbone.; default: found")
+    add("--prefix", help="prefix of the backbone's keys in the file, e.g. teacher.backbone.; default: detected")
     add_backbone_options(parser)
     add("--size", type=int, help="side of the centre crop")
     add("--resize", type=int, help="short side before the crop, 0: none; default: by the images' sizes")
-    add("--mean", type=comma_separated(float), help="R,G,B; default: the run's, else ImageNet's")
-    add("--std", type=comma_separated(float), help="likewise")
+    add("--mean", type=comma_separated(float), help="R,G,B of the normalisation; default: the run's, else ImageNet's")
+    add("--std", type=comma_separated(float), help="as --mean")
     add("--batch", type=int, default=256, help="images per rank and pass")
     add("--workers", type=int, help="decoding threads per rank; default: the cores of the machine, shared by its ranks")
     add("--precision", choices=tuple(DTYPES), default="fp32", help="of the network")
     add("--device", help="cpu or cuda; default: cuda when there is one")
-    add("--seed", type=int, default=0, help="of all that is drawn")
+    add("--seed", type=int, default=0, help="of random numbers")

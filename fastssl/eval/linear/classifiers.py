@@ -16,12 +16,20 @@ ROWS = 4096  # of test features at a time
 
 
 class LinearClassifiers:
-    """One linear classifier for each of G learning rates on the same features, N(0, 0.01) and zero bias at first.
+    """One linear classifier for each of G learning rates on the same features, initialised by N(0, 0.01) and zero bias.
 
     D dimensions, G rates, C classes.  Closed-form gradients of the mean cross entropy over the global batch.
     """
 
-    def __init__(self, shape: torch.Size, rates: tuple[float, ...], classes: int, recipe: Recipe, seed: int, device):
+    def __init__(
+        self,
+        shape: torch.Size,
+        rates: tuple[float, ...],
+        classes: int,
+        recipe: Recipe,
+        seed: int,
+        device: torch.device | str,
+    ) -> None:
         self.recipe, self.shape, dim = recipe, shape, shape.numel()
         self.rates_G1 = torch.tensor(rates, device=device)[:, None]
         start = 0.01 * torch.randn(dim, classes, generator=torch.Generator().manual_seed(seed))
@@ -33,7 +41,8 @@ class LinearClassifiers:
 
     @torch.no_grad()
     def step(self, x_BD: Tensor, y_B: Tensor, factor: float) -> Tensor:
-        """(G,) losses of the global batch, of which every rank holds as many rows; rates are times `factor`."""
+        """One update of all classifiers with `factor` times their rates; returns the losses (G,) of the global batch.
+        Every rank has equally many rows of it."""
         self.norm.train()
         x, n = self._normalised(x_BD), len(y_B) * dist.world()
         loss, by_logits = loss_and_gradient(self._logits(x), y_B)
@@ -45,7 +54,8 @@ class LinearClassifiers:
 
     @torch.no_grad()
     def accuracy(self, x_ND: Tensor, y_N: Tensor) -> list[dict]:
-        """{"top1", "top5" (more than five classes)} in percent for each rate; ranks share the rows."""
+        """{"top1", "top5" (more than five classes)} in percent for each rate; each rank counts a shard of
+        the rows."""
         self.norm.eval()
         rates, classes = self.bias_GC.shape
         correct = torch.zeros(len(top_ks(classes)), rates, dtype=torch.int64, device=x_ND.device)
@@ -63,7 +73,7 @@ class LinearClassifiers:
 
 
 def update_(p: Tensor, grad: Tensor, velocity: Tensor, rate_G1: Tensor, recipe: Recipe) -> None:
-    """One step of p (..., G, C) in place: torch's SGD, or optim.Lars's rule with a ratio for each of the G."""
+    """One step of p (..., G, C) in place: PyTorch's SGD, or the rule of optim.Lars with one ratio for each rate."""
     d = grad + recipe.weight_decay * p
     if recipe.lars:
         others = [i for i in range(p.ndim) if i != p.ndim - 2]

@@ -59,7 +59,7 @@ def linear_probe(
     check_features("test set", test, test_labels)
     classes, solver = int(train_labels.max()) + 1, options.solver
     if len(train) < 2:
-        raise ValueError("the training set has one sample: none is left to choose the setting on")
+        raise ValueError("the training set has one sample: the setting cannot be chosen on another one")
     if train.shape[1] != test.shape[1]:
         raise ValueError(f"the training set has {train.shape[1]} dimensions, the test set {test.shape[1]}")
     if int(test_labels.max()) >= classes:
@@ -95,8 +95,8 @@ def linear_probe(
 
 def _standard(x: Tensor) -> tuple[Tensor, Tensor]:
     std, mean = torch.std_mean(x.float(), 0, correction=0)
-    alive = std > 1e-6 * std.max()  # a constant dimension would blow up the test set's rounding
-    return mean, torch.where(alive, 1 / std, 0.0) / math.sqrt(x.shape[1])
+    varies = std > 1e-6 * std.max()  # a constant dimension would amplify rounding errors of the test set
+    return mean, torch.where(varies, 1 / std, 0.0) / math.sqrt(x.shape[1])
 
 
 def _scaled(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
@@ -128,8 +128,8 @@ def _sgd(x: Tensor, y: Tensor, rates: tuple[float, ...], classes: int, epochs: i
 
 
 def _lbfgs(x: Tensor, y: Tensor, penalties: tuple[float, ...], classes: int, epochs: int, *_: int) -> Tensor:
-    """From the strongest penalty to the weakest, each from where the last ended (one run on the sum of their losses has
-    the same minimum and takes several times the iterations).
+    """From the strongest penalty to the weakest, each from the solution of the one before (one run on the sum of their
+    losses has the same minimum and takes several times the iterations).
 
     Weights and sums are fp64 for the line search, which compares losses that agree in fp32's digits; products are fp32.
     """
@@ -139,7 +139,7 @@ def _lbfgs(x: Tensor, y: Tensor, penalties: tuple[float, ...], classes: int, epo
     out = {}
     for penalty in sorted(penalties, reverse=True):
         l2 = torch.full_like(w, penalty)
-        l2[-1] = 0  # the bias is free
+        l2[-1] = 0  # no penalty on the bias
 
         def closure(l2=l2) -> Tensor:
             parts = [_summed_gradient(w.float(), *part) for part in rows]

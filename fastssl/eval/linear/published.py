@@ -1,8 +1,8 @@
 """Linear classifiers on a frozen backbone as published: MoCo's "Last", OpenSelfSup's "Multi" on five pooled layers,
 Places205, and SimSiam's with LARS.
 
-Every image is augmented anew in each epoch and goes through the frozen network, in evaluation mode, once: all layers
-and all learning rates train on that pass.  Each of them gets what it would get alone.
+In each epoch every image is augmented and goes through the frozen network, in evaluation mode, once.  All layers and
+all learning rates train on that pass, each exactly as it would alone.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def train_and_test(
     order = permutation(loader.samples, target.args.seed, 0)
     held_out_rows, rows = np.split(order, [round(held_out * len(order))])
     if recipe.batch > len(rows):
-        raise ValueError(f"batch={recipe.batch}: there are {len(rows)} training images; use at most so many")
+        raise ValueError(f"batch={recipe.batch}: there are {len(rows)} training images; use at most that many")
     extractor = target.extractor(names)
     sets = {"test": target.features(target.test, names)}
     if len(held_out_rows):

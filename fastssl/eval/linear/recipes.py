@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fastssl.config import Optim
 from fastssl.optim import lr_multiplier
@@ -19,8 +20,10 @@ class Recipe:
     nesterov: bool = False
     lars: bool = False
     norm: bool = False  # batch norm over all ranks without affine, per channel of the pooled map
-    augment: str = "resized"  # of AUGMENT
-    published: str = "none"  # "selected_on" of the row that the papers print: the last epoch, or "test", the best one
+    augment: Literal["resized", "jittered", "window"] = "resized"
+    published: Literal["none", "test"] = (
+        "none"  # "selected_on" of the row that papers report: "none", the last epoch, or "test", the best one
+    )
 
 
 RECIPES = {

@@ -2,9 +2,9 @@
 https://arxiv.org/abs/1905.01235, section 3.2): one against all, the cost of each class chosen by cross-validation.
 
 Labels are 1 present, 0 absent, -1 difficult: difficult images are negatives in training and left out of the test, as
-published.  Data with one label an image is taken as one class against all others.  With --low-shot few images are drawn
-for each class and nothing is cross-validated: the published cost is the best on the test set, the clean one the best on
-the training images that were not drawn.
+published.  With one label an image, each class is trained against all others.  With --low-shot few images are drawn for
+each class and nothing is cross-validated: the published cost is the best on the test set ("selected_on=test"), the
+other row's is the best on the training images that were not drawn ("held-out").
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--layers",
         type=comma_separated(str),
         default=("last",),
-        help="stem,layer1,...,layer4,last; published: the best of the five maps",
+        help="stem,layer1,...,layer4,last; published figures are the best of the first five",
     )
     parser.add_argument("--low-shot", action="store_true", help="few images a class instead of all")
     parser.add_argument(
         "--shots",
         type=comma_separated(int),
-        help="positives a class, C - 1 times as many negatives; default: 1,2,4,8,16,32,64,96",
+        help="positives of each class, with C - 1 times as many negatives; default: 1,2,4,8,16,32,64,96",
     )
     parser.add_argument("--samples", type=int, help="independent draws of each number of shots; default: 5")
     parser.add_argument("--costs", type=comma_separated(float), default=COSTS, help="default: the published 19")
@@ -55,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--crop",
         choices=("squash", "center"),
         default="squash",
-        help="squash: the whole image whatever its shape, as published",
+        help="squash: the whole image, without keeping its proportions, as published",
     )
 
 
@@ -63,7 +63,7 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     unused = ("folds",) if args.low_shot else ("shots", "samples")
     unused = [name for name in unused if getattr(args, name) is not None]
     if unused:
-        raise ValueError(f"--{unused[0]} is of the protocol {'without' if args.low_shot else 'with'} --low-shot")
+        raise ValueError(f"--{unused[0]} is for the protocol {'without' if args.low_shot else 'with'} --low-shot")
     if args.crop == "squash":
         if args.resize is not None:
             raise ValueError(f"--resize {args.resize} is for --crop center: squash shows the whole image at --size")
@@ -114,12 +114,12 @@ def svm(
     if few < folds:
         worst = int(np.minimum(positive_NC.sum(0), (~positive_NC).sum(0)).argmin())
         raise ValueError(f"class {worst} has {few} positive or negative training images: {folds} folds need as many")
-    held_CFN = np.zeros((y.shape[1], folds, len(x)), bool)
+    held_out_CFN = np.zeros((y.shape[1], folds, len(x)), bool)
     for c in range(y.shape[1]):  # the folds of sklearn's cross_val_score
         for k, (_, rows) in enumerate(StratifiedKFold(folds).split(x, positive_NC[:, c])):
-            held_CFN[c, k, rows] = True
+            held_out_CFN[c, k, rows] = True
     fits = SOLVERS[solver](x, x_test)
-    cv_AC = fits.cross_validate(positive_NC, held_CFN, costs, POSITIVE)
+    cv_AC = fits.cross_validate(positive_NC, held_out_CFN, costs, POSITIVE)
     best_C = cv_AC.argmax(0)  # the smallest of equals
     scores_CM = fits.refit(positive_NC, np.asarray(costs)[best_C], POSITIVE)
     ap_C = 100 * average_precision(scores_CM, y_test.T)
@@ -180,7 +180,7 @@ def low_shot(
         rest[rows] = -1
         at = shots.index(k), s, c
         ap[True][at] = 100 * average_precision(on_test, np.broadcast_to(y_test[:, c], on_test.shape))
-        if (rest > 0).any():  # else the class is drawn whole
+        if (rest > 0).any():  # else all images of the class are drawn
             ap[False][at] = 100 * average_precision(on_train, np.broadcast_to(rest, on_train.shape))
     rows = [row for i, k in enumerate(shots) for row in _choose(k, ap[True][i], ap[False][i], costs)]
     options = {
@@ -199,7 +199,7 @@ def low_shot(
 
 
 def draw(labels: np.ndarray, k: int, classes: int, rng: np.random.Generator) -> np.ndarray:
-    """Rows of k positives and (C - 1) k negatives of one class, or as many as there are; difficult ones never."""
+    """Rows of k positives and (C - 1) k negatives of one class, or as many as there are; never difficult ones."""
     parts = []
     for value, n in ((1, k), (0, (classes - 1) * k)):
         known = np.flatnonzero(labels == value)
@@ -207,12 +207,12 @@ def draw(labels: np.ndarray, k: int, classes: int, rng: np.random.Generator) -> 
     return np.sort(np.concatenate(parts))
 
 
-def _choose(k: int, ap_SCA: np.ndarray, held_SCA: np.ndarray, costs) -> list[dict]:
+def _choose(k: int, ap_SCA: np.ndarray, held_out_SCA: np.ndarray, costs) -> list[dict]:
     rows = []
-    for chosen, table in (("test", ap_SCA), ("held-out", held_SCA)):
+    for chosen, table in (("test", ap_SCA), ("held-out", held_out_SCA)):
         known = ~np.isnan(table).any((0, 2))
         if not known.any():
-            continue  # every class is drawn whole: nothing is left to choose on
+            continue  # all images of every class are drawn: none is left to choose on
         best = int(table[:, known].mean((0, 1)).argmax())
         map_S = ap_SCA[:, :, best].mean(1)
         rows.append(

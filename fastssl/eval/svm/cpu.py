@@ -15,7 +15,7 @@ TOGETHER = 0.1  # costs up to this are solved at once, larger ones each from whe
 
 
 class Rows:
-    """Training rows x (N, D), float32, with a one for the bias, and their products with the others, once."""
+    """Training rows x (N, D), float32, with a one for the bias, and the products of all rows, computed once."""
 
     def __init__(self, x_ND: np.ndarray) -> None:
         self.x_NE = np.concatenate([x_ND, np.ones((len(x_ND), 1), x_ND.dtype)], 1).astype(np.float32, copy=False)
@@ -43,14 +43,14 @@ class Rows:
 def solve(
     A: np.ndarray, At: np.ndarray, y_FN: np.ndarray, e_FN: np.ndarray, tolerance: float = TOLERANCE
 ) -> np.ndarray:
-    """b (F, N) from nothing, all fits at once."""
+    """b (F, N), starting at 0, all fits at once."""
     return fit(A, At, y_FN, e_FN, np.zeros(y_FN.shape), np.zeros(y_FN.shape), tolerance)[0]
 
 
 def solve_few(
     K: np.ndarray, y_N: np.ndarray, weight_N: np.ndarray, costs: tuple[float, ...], tolerance: float = TOLERANCE
 ) -> np.ndarray:
-    """b (costs, N) of one small problem, its costs rising."""
+    """b (costs, N) of one small problem, by rising cost."""
     none, out = np.zeros((0, 0), K.dtype), []
     y_AN, e_AN = np.repeat(y_N[None], len(costs), 0), 2 * np.asarray(costs)[:, None] * weight_N
     b_AN, f_AN = (np.zeros((sum(cost <= TOGETHER for cost in costs), len(K))) for _ in range(2))
@@ -73,12 +73,12 @@ def fit(
     f_FN: np.ndarray,
     tolerance: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(b, f) from the given ones; in the precision of A, and where rounding is in the way in fp64."""
+    """(b, f), starting at the given ones, in the precision of A; in fp64 where that does not converge for rounding."""
     y, e, b, f = (np.array(part, A.dtype, order="C") for part in (y_FN, e_FN, b_FN, f_FN))
     a = np.maximum(y * b, 0)
     down = np.divide(a * a, e, out=np.zeros_like(a), where=e > 0).sum(1) + (b * f).sum(1)
     scale = np.where(down > 0, a.sum(1) / np.where(down > 0, down, 1), 1)[:, None].astype(A.dtype)
-    b *= scale  # by what maximises the dual at these costs
+    b *= scale  # by the factor that maximises the dual at these costs
     f *= scale
     gaps = newton(A, At, y, e, b, f, tolerance, NEWTON_STEPS, CG_STEPS)
     if A.dtype == np.float32 and not (gaps <= 10 * tolerance).all():

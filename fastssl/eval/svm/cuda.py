@@ -1,9 +1,9 @@
-"""newton.newton on the GPU: all fits of a batch in one launch of one CuPy kernel, a thread block for each problem.
+"""newton.py on the GPU: all fits of a batch in one launch of a CuPy kernel, with a thread block for each problem.
 
-A block goes through its costs from the smallest, each from where the last ended, by the same Newton steps and conjugate
-gradients; a product K p is a warp to a row, p read once by all.  Products are fp32, sums fp64.
-Tests compile it for sm_80 and sm_90, and for one thread of a CPU, where it must find the optimum.  On a GPU: not
-measured yet.
+A block solves its problem for all costs, the smallest first, each from the solution of the one before, by the same
+Newton steps and conjugate gradients.  In a product K p a warp computes one row.  Products are fp32, sums fp64.
+Tests compile the source for sm_80 and sm_90, and for one thread of a CPU, where it must find the optimum.  It has not
+been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def solve(K, problems: list[tuple], costs: tuple[float, ...], tolerance: float =
 
 
 class Cuda:
-    """The solver of svm.py on the GPU: N^2 floats must fit there."""
+    """The solver on the GPU, whose memory must hold N^2 floats."""
 
     def __init__(self, x: np.ndarray, x_test: np.ndarray) -> None:
         try:
@@ -218,12 +218,14 @@ class Cuda:
         self.x, self.x_test = (cupy.asarray(np.concatenate(pair, 1)) for pair in zip((x, x_test), ones))
         self.K = self.x @ self.x.T
 
-    def cross_validate(self, positive_NC, held_CFN, costs, positive_weight) -> np.ndarray:
-        C, folds, N = held_CFN.shape
-        everyone, problems = np.arange(N), []
+    def cross_validate(self, positive_NC, held_out_CFN, costs, positive_weight) -> np.ndarray:
+        C, folds, N = held_out_CFN.shape
+        all_rows, problems = np.arange(N), []
         for c in range(C):
             y = np.where(positive_NC[:, c], 1, -1)
-            problems += [(everyone, y, np.where(held, 0, np.where(y > 0, positive_weight, 1))) for held in held_CFN[c]]
+            problems += [
+                (all_rows, y, np.where(held, 0, np.where(y > 0, positive_weight, 1))) for held in held_out_CFN[c]
+            ]
         fits = solve(self.K, problems, costs)
         ap = [
             solvers.average_precision(f.get(), np.broadcast_to(np.where(weight > 0, -1, y > 0), f.shape), False)

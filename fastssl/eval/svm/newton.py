@@ -109,7 +109,7 @@ def _direct(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live):
         if n == 0 or n > DIRECT * (e > 0).sum() or n**3 > 6 * PRODUCTS * np.sqrt(e.max()) * N**2 or e.max() > 500:
             continue
         system = np.empty((n, n), y_FN.dtype)
-        x = y[inside] - fend_LN[i][inside] - end_LN[i][inside] / e[inside]  # what is left: rounding, where no row moved
+        x = y[inside] - fend_LN[i][inside] - end_LN[i][inside] / e[inside]  # the residual
         for j in range(n):
             row = A[inside[j]]
             for k in range(n):
@@ -157,7 +157,7 @@ def _conjugate_gradients(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live, done, t
             for j in range(N):
                 if p[j] != 0:
                     pap += p[j] * (q[j] + p[j] / e[j])
-            if not pap > 0:  # rounding is all that is left
+            if not pap > 0:  # only rounding errors are left
                 continue
             gap = 0.5 * (pap + ratio[i] ** 2 * before[i] - rz[i])  # 1/2 z K z: z = p - ratio * the last p, conjugate
             step, new = y_FN.dtype.type(rz[i] / pap), 0.0

@@ -1,7 +1,6 @@
-"""What the SVM protocols ask of a solver, by scikit-learn's LinearSVC, by newton.py and on the GPU; and their
-average precision.
+"""The solvers of the SVM protocols on the CPU, ours and scikit-learn's LinearSVC, and the average precision.
 
-A solver is made of x (N, D) and x_test (M, D), float32, and has `cross_validate` -> (costs, C) average precision,
+A solver is built from x (N, D) and x_test (M, D), float32, and has `cross_validate` -> (costs, C) average precision,
 `refit` -> scores (C, M), `few` -> for each problem of few rows the scores (costs, M) and (costs, N).
 """
 
@@ -55,12 +54,12 @@ class Fast:
         self.x_test = np.concatenate([x_test, np.ones((len(x_test), 1), np.float32)], 1)
         self._test = None
 
-    def cross_validate(self, positive_NC, held_CFN, costs, positive_weight) -> np.ndarray:
-        C, folds, N = held_CFN.shape
+    def cross_validate(self, positive_NC, held_out_CFN, costs, positive_weight) -> np.ndarray:
+        C, folds, N = held_out_CFN.shape
         y_FN = np.repeat(np.where(positive_NC.T, 1, -1), folds, 0).astype(np.float32)
-        held_FN = held_CFN.reshape(C * folds, N)
-        weight_FN = np.where(held_FN, 0, np.where(y_FN > 0, positive_weight, 1))
-        truth_FN = np.where(held_FN, y_FN > 0, -1)
+        held_out_FN = held_out_CFN.reshape(C * folds, N)
+        weight_FN = np.where(held_out_FN, 0, np.where(y_FN > 0, positive_weight, 1))
+        truth_FN = np.where(held_out_FN, y_FN > 0, -1)
         return np.stack(
             [
                 average_precision(f_FN, truth_FN, interpolated=False).reshape(C, folds).mean(1)
@@ -96,14 +95,17 @@ class Sklearn:
     def __init__(self, x: np.ndarray, x_test: np.ndarray) -> None:
         self.x, self.x_test = x.astype(np.float64), x_test.astype(np.float64)
 
-    def cross_validate(self, positive_NC, held_CFN, costs, positive_weight) -> np.ndarray:
+    def cross_validate(self, positive_NC, held_out_CFN, costs, positive_weight) -> np.ndarray:
         def work(x, positive, cost, held):
             scores = fit(x[~held], positive[~held], cost, positive_weight).decision_function(x[held])
             return average_precision(scores[None], positive[None, held].astype(np.int8), interpolated=False)[0]
 
-        C, folds, _ = held_CFN.shape
+        C, folds, _ = held_out_CFN.shape
         jobs = [
-            (self.x, positive_NC[:, c], cost, held_CFN[c, k]) for cost in costs for c in range(C) for k in range(folds)
+            (self.x, positive_NC[:, c], cost, held_out_CFN[c, k])
+            for cost in costs
+            for c in range(C)
+            for k in range(folds)
         ]
         return np.reshape(list(parallel(work, jobs)), (len(costs), C, folds)).mean(2)
 
@@ -124,12 +126,12 @@ class Sklearn:
 
 
 def fit(x, positive, cost: float, positive_weight: float):
-    """The published call."""
+    """A fit as published."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.svm import LinearSVC
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # 2000 passes are the protocol's, enough or not
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the protocol has 2000 passes in any case
         return LinearSVC(
             C=cost,
             class_weight={1: positive_weight, -1: 1.0},
