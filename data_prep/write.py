@@ -166,32 +166,21 @@ def check_target(target: Target, force: bool) -> None:
 def _exclusive(target: Target, force: bool) -> Iterator:
     """The temporary file and the descriptors of its lock, which stands against a second conversion to the same name;
     the file is removed unless it was renamed, and one that a killed process left is taken over."""
-    made = []
-    for folder in [target.part.parent, *target.part.parent.parents]:
-        if folder.exists():
-            break
-        made.append(folder)
-    try:
-        target.part.parent.mkdir(parents=True, exist_ok=True)
-        with open(target.part, "ab+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another process is writing {target.beton}") from None
-            check_target(target, force)  # again: the other process may have finished just now
-            try:
-                with open(target.part, "wb", buffering=1 << 22) as file:
-                    yield file, (lock.fileno(), file.fileno())
-            except OSError as error:
-                if error.filename:
-                    raise
-                raise OSError(error.errno, f"{error.strerror}; nothing was kept", str(target.beton)) from error
-            finally:
-                target.part.unlink(missing_ok=True)
-    finally:
-        for folder in made:
-            with contextlib.suppress(OSError):  # not empty: it holds the result, or NAME.bad.txt
-                folder.rmdir()
+    with files.new_folder(target.part.parent), open(target.part, "ab+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing {target.beton}") from None
+        check_target(target, force)  # again: the other process may have finished just now
+        try:
+            with open(target.part, "wb", buffering=1 << 22) as file:
+                yield file, (lock.fileno(), file.fileno())
+        except OSError as error:
+            if error.filename:
+                raise
+            raise OSError(error.errno, f"{error.strerror}; nothing was kept", str(target.beton)) from error
+        finally:
+            target.part.unlink(missing_ok=True)
 
 
 def _end_with_parent(parent: int, handles: tuple[int, ...]) -> None:

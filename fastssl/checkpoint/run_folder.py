@@ -47,23 +47,16 @@ def lock(folder: str | Path) -> Iterator[None]:
     pass it to other nodes.  A file system without locks gives a printed warning.
     """
     folder = Path(folder)
-    created = [parent for parent in [folder, *folder.parents] if not parent.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / LOCK, "a+") as file:
-            _acquire(file, folder)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-            try:
-                yield
-            finally:
-                if created and [p.name for p in folder.iterdir()] == [LOCK]:  # the start failed
-                    (folder / LOCK).unlink()
-    finally:
-        for parent in created:
-            with contextlib.suppress(OSError):  # it is not empty
-                parent.rmdir()
+    with files.new_folder(folder) as created, open(folder / LOCK, "a+") as file:
+        _acquire(file, folder)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            if created and [p.name for p in folder.iterdir()] == [LOCK]:  # the start failed
+                (folder / LOCK).unlink()
 
 
 def _acquire(file, folder: Path) -> None:

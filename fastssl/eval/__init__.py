@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from fastssl import files
-from fastssl.parsing import Parser
+from fastssl.parsing import Parser, run_command
 
 if TYPE_CHECKING:
     from fastssl.eval.common.target import EvalTarget
@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
 
     protocol = importlib.import_module(f"fastssl.eval.{argv[0]}")
     args = parser(argv[0], protocol).parse_args(argv[1:])
-    try:
+
+    def work() -> None:
         args.device = dist.init(args.device)
         result = run(protocol, args)
         if dist.is_main():
@@ -78,12 +79,11 @@ def main(argv: list[str] | None = None) -> int:
                 files.write_json(args.out, result)
                 print(f"saved as {args.out}")
         dist.barrier()
-    except (ValueError, OSError) as error:
-        print(f"fastssl eval: {error}", file=sys.stderr)
-        return 2
+
+    try:
+        return run_command("eval", work)
     finally:
         dist.shutdown()
-    return 0
 
 
 def parser(name: str, protocol: ModuleType) -> Parser:

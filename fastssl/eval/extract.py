@@ -122,5 +122,4 @@ def _write_npy(
 
 def _write_safetensors(path: Path, parts: dict[str, torch.Tensor], about: dict) -> None:
     state = {name: part.cpu().contiguous() for name, part in parts.items()}
-    with files.atomic_write(path) as temporary:
-        files.write_safetensors(state, temporary, {"format": "pt", "fastssl.features": json.dumps(about)})
+    files.write_safetensors(path, state, {"format": "pt", "fastssl.features": json.dumps(about)})

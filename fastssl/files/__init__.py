@@ -24,6 +24,20 @@ def sha256(path: str | Path, progress: Callable[[int, int], Any] = lambda done, 
 
 
 @contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[bool]:
+    """Create `path` and its parents; yields whether it was absent.  Folders that were created are removed at the end of
+    the block if they are empty."""
+    created = [folder for folder in [path, *path.parents] if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield bool(created)
+    finally:
+        for folder in created:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+@contextlib.contextmanager
 def atomic_write(path: str | Path, unique: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it at the end of the block, and removed if the block raises.
 
@@ -59,16 +73,17 @@ def write_json(path: str | Path, value: Any, indent: int = 1, unique: bool = Fal
         temporary.write_text(to_json(value, indent) + "\n")
 
 
-def write_safetensors(state: dict, path: Path, metadata: dict[str, str]) -> None:
+def write_safetensors(path: str | Path, state: dict, metadata: dict[str, str]) -> None:
     """Tensors by name, in the same bytes every time: the library itself writes metadata in random order."""
     import safetensors.torch
 
-    safetensors.torch.save_file(state, path, metadata)
-    with open(path, "r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= length, "the sorted header takes the place of the other"
-        file.seek(8)
-        file.write(text.ljust(length))
+    with atomic_write(path) as temporary:
+        safetensors.torch.save_file(state, temporary, metadata)
+        with open(temporary, "r+b") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            assert len(text) <= length, "the sorted header takes the place of the other"
+            file.seek(8)
+            file.write(text.ljust(length))

@@ -11,7 +11,6 @@ import base64
 import hashlib
 import json
 import platform
-import sys
 import time
 from collections.abc import Callable
 from html import escape
@@ -19,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fastssl import dist, files
-from fastssl.parsing import Parser
+from fastssl.parsing import Parser, run_command
 from fastssl.report import cards, run_data, tables
 from fastssl.report.charts import Line, label, legend, line_chart, stacked_chart
 from fastssl.report.run_data import CURVES, HINTS, MAIN, PHASES, RunData
@@ -44,23 +43,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, help="decoding threads; default: one for each core")
     parser.add_argument("--device", help="cpu or cuda; default: cuda when there is one")
     args = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         runs = load(args)
         args.device = dist.init(args.device) if args.points else None
-        page = render(runs, args)
-        out = Path(args.out)
+        page, out = render(runs, args), Path(args.out)
         with files.atomic_write(out) as temporary:
             temporary.write_text(page, encoding="utf-8", errors="replace")
-    except (ValueError, OSError) as error:
-        print(f"fastssl report: {error}", file=sys.stderr)
-        return 2
+        for run in runs:
+            for note in run.notes:
+                print(f"{run.label}: {note}")
+        print(f"{out} ({out.stat().st_size / 2**20:.1f} MB): {', '.join(run.label for run in runs)}")
+
+    try:
+        return run_command("report", work)
     finally:
         dist.shutdown()
-    for run in runs:
-        for note in run.notes:
-            print(f"{run.label}: {note}")
-    print(f"{out} ({out.stat().st_size / 2**20:.1f} MB): {', '.join(run.label for run in runs)}")
-    return 0
 
 
 def load(args: argparse.Namespace) -> list[RunData]:

@@ -28,11 +28,10 @@ def publish(source: str | Path, folder: str | Path | None = None, name: str | No
         metadata["fastssl.config"] = json.dumps({**run, "data": {**run["data"], **_file_names(run["data"])}})
     name = name or (run["name"].replace("/", "_") if run else re.sub(r"-[0-9a-f]{8}$", "", Path(source).stem))
     folder = Path(folder or (source if Path(source).is_dir() else Path(source).parent))
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{name}.publishing"  # the hash, and so the name, follows from the written bytes
     try:
         # copies: a network that was registered twice shares memory, which the format does not allow
-        files.write_safetensors({k: v.clone().contiguous() for k, v in state.items()}, temporary, metadata)
+        files.write_safetensors(temporary, {k: v.clone().contiguous() for k, v in state.items()}, metadata)
         digest = files.sha256(temporary)
         path = folder / f"{name}-{digest[:8]}.safetensors"
         os.replace(temporary, path)

@@ -37,10 +37,10 @@ def upgrade(old: str | Path, new: str | Path, spec: Backbone | None = None) -> s
     kept: dict[str, Tensor] = {k: v.clone().contiguous() for k, v in plain.items() if not k.startswith("head")}
     if not kept:
         raise ValueError(f"{old} holds nothing but heads")
-    with files.atomic_write(new) as temporary:
-        if new.suffix == ".safetensors":
-            files.write_safetensors(kept, temporary, {"format": "pt"})
-        else:
+    if new.suffix == ".safetensors":
+        files.write_safetensors(new, kept, {"format": "pt"})
+    else:
+        with files.atomic_write(new) as temporary:
             torch.save({"state_dict": kept, "author": "fastssl"}, temporary)
     dropped = [key for key in plain if key not in kept]
     return f"{len(kept)} tensors from {old}" + (f"; heads left out: {', '.join(dropped)}" if dropped else "")

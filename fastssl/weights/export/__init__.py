@@ -87,8 +87,7 @@ def _at_size(
 
 
 def _write_safetensors(state: dict[str, Tensor], spec: Backbone, path: Path, run: dict | None) -> str:
-    with files.atomic_write(path) as temporary:
-        files.write_safetensors(state, temporary, weights.metadata(spec))
+    files.write_safetensors(path, state, weights.metadata(spec))
     return (
         "from fastssl import backbones, weights  # without fastssl, safetensors.torch.load_file reads the tensors\n"
         f"net = backbones.build(weights.spec_of({str(path)!r}))\nweights.load_backbone({str(path)!r}, net)"

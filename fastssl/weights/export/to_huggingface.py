@@ -45,8 +45,7 @@ def write(state: dict[str, Tensor], spec: Backbone, path: Path, run: dict | None
     config = {"architecture": name, "num_classes": 0, "num_features": net.num_features, "pretrained_cfg": cfg}
     if options:
         config["model_args"] = options
-    with files.atomic_write(path / "model.safetensors") as temporary:
-        files.write_safetensors(state, temporary, metadata(spec))
+    files.write_safetensors(path / "model.safetensors", state, metadata(spec))
     recipe = f"import timm\nnet = timm.create_model({'local-dir:' + str(path)!r}, pretrained=True)"
     files.write_json(path / "config.json", config, indent=2)
     with files.atomic_write(path / "README.md") as temporary:
