@@ -4,7 +4,7 @@
     trainer = fastssl.fit(run)
     x, y = fastssl.features(trainer)
 
-`import fastssl` is quick: what is named here is imported when it is used.
+`import fastssl` is fast: each name is imported on its first use.
 """
 
 import importlib

@@ -54,7 +54,7 @@ def params(
 
 def flops(backbone: nn.Module, size: int) -> int:
     """FLOPs of the forward pass of one image of `size` x `size` pixels.  A multiplication and its addition are 2, in
-    convolutions and matrix products alone, as papers count (some print half of it, as "MACs")."""
+    convolutions and matrix products alone, as papers count (some print half of it, called MACs)."""
     device, training = next(backbone.parameters()).device, backbone.training
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         backbone.eval()(torch.zeros(1, backbone.spec.in_channels, size, size, device=device))

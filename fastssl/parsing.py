@@ -1,4 +1,4 @@
-"""Command lines: one parser class for all commands, whose help names every default, and their errors in one line."""
+"""Command lines: the parser of all commands, whose help names every default, and errors in one line."""
 
 from __future__ import annotations
 

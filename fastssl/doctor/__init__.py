@@ -1,4 +1,4 @@
-"""`fastssl doctor`: checks this installation and says how to get what is missing; exit code 1 if anything is.
+"""`fastssl doctor`: checks this installation and how to repair it; exit code 1 if something must be repaired.
 
 This module imports the standard library alone.  What may be broken is tried in other processes: a package that raises,
 hangs or crashes the interpreter is a finding.

@@ -1,4 +1,4 @@
-"""Checks that import what may be broken: `python -m fastssl.doctor.probes NAME`, in a process of its own for each.
+"""Checks that import packages which may be broken, each in its own process: `python -m fastssl.doctor.probes NAME`.
 
 The last line of the output is a JSON object.
 """

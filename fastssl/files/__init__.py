@@ -1,4 +1,4 @@
-"""Reading files that anyone may have made, with checks, and writing ours so that they are complete or absent."""
+"""Writing files so that they are complete or absent, hashes, JSON; reading untrusted files (untrusted.py)."""
 
 from __future__ import annotations
 
@@ -84,6 +84,6 @@ def write_safetensors(path: str | Path, state: dict, metadata: dict[str, str]) -
             header = json.loads(file.read(length))
             header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
             text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-            assert len(text) <= length, "the sorted header takes the place of the other"
+            assert len(text) <= length, "the sorted header must fit in the place of the other"
             file.seek(8)
             file.write(text.ljust(length))

@@ -1,4 +1,4 @@
-"""Readers of files that anyone may have made.  What they return is checked; everything else is a ValueError.
+"""Readers of untrusted files.  What they return is checked; everything else is a ValueError.
 
 Nothing in these files is executed.  A file that torch.save wrote is read by PyTorch's restricted unpickler
 (`weights_only=True`), and every object in it must then be of one of the types named here.
@@ -74,21 +74,21 @@ def check_plain(value: Any, path: str, allow: Sequence[type] = ()) -> None:
     import torch
 
     leaves = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
-    todo, seen = [value], set()
-    while todo:  # a stack, because nesting may exceed Python's recursion limit
-        item = todo.pop()
+    stack, visited = [value], set()
+    while stack:  # a stack, because nesting may exceed Python's recursion limit
+        item = stack.pop()
         if isinstance(item, torch.Tensor):
             _check_tensor(item, path)
         elif not isinstance(item, leaves):
-            if id(item) in seen:
+            if id(item) in visited:
                 continue
-            seen.add(id(item))
+            visited.add(id(item))
             if isinstance(item, dict):
-                todo += [*item.keys(), *item.values()]
+                stack += [*item.keys(), *item.values()]
             elif isinstance(item, (list, tuple, set)):
-                todo += item
+                stack += item
             elif not isinstance(item, type) and isinstance(item, tuple(allow)):
-                todo += getattr(item, "__dict__", {}).values()
+                stack += getattr(item, "__dict__", {}).values()
             else:
                 raise CodeRefused(f"{path} is refused: it holds {item!r:.60}, not a tensor, a number or a string")
 
@@ -113,7 +113,7 @@ def parse_json(text: str | bytes, name: str | Path) -> Any:
     """The value of `text`, which the file `name` holds."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also bytes that are not UTF-8, and huge whole numbers
+    except (ValueError, RecursionError) as error:  # ValueError: also bytes that are not UTF-8, and huge integers
         why = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise ValueError(f"{name} is not valid JSON: {why}") from None
 
@@ -157,30 +157,30 @@ def read_card(path: str | Path) -> dict:
     """A data card: every entry of the type in CARD, `classes` None or names, numbers 0 or more."""
     card = read_json(path)
     if not isinstance(card, dict):
-        raise ValueError(f"{path} is no data card: it holds a {type(card).__name__}; convert again, or copy it too")
+        raise ValueError(f"{path} is not a data card: it holds a {type(card).__name__}; convert again, or copy it too")
     missing = [key for key in CARD_NEEDS if key not in card]
     if missing:
-        raise ValueError(f"{path} is no data card: {missing[0]} is missing; convert again, or copy it too")
+        raise ValueError(f"{path} is not a data card: {missing[0]} is missing; convert again, or copy it too")
     for key, kind in CARD.items():
         value = card.get(key, 0)
         good = key not in card or type(value) is kind or (kind is float and type(value) is int)
         if not good or (kind in (int, float) and not 0 <= value < 1 << 62):
-            raise ValueError(f"{path} is no data card: {key} is {value!r:.60}")
+            raise ValueError(f"{path} is not a data card: {key} is {value!r:.60}")
     if card["format"] != 1:
         raise ValueError(f"{path} has format {card['format']}, this version reads 1: convert again")
     names = card.get("classes")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ValueError(f"{path} is no data card: classes is {names!r:.60}, not a list of names")
+        raise ValueError(f"{path} is not a data card: classes is {names!r:.60}, not a list of names")
     label = card.get("label", "int")
     if label not in ("none", "int", "multi") or (label == "multi" and not names):
-        raise ValueError(f"{path} is no data card: label is {label!r:.60} with classes {names!r:.60}")
+        raise ValueError(f"{path} is not a data card: label is {label!r:.60} with classes {names!r:.60}")
     if card["samples"] == 0:
-        raise ValueError(f"{path} is no data card: samples is 0")
+        raise ValueError(f"{path} is not a data card: samples is 0")
     return card
 
 
 def read_safetensors(path: str | Path, tensors: bool = True) -> tuple[dict[str, str], dict]:
-    """The metadata and, where asked for, the tensors of a .safetensors file."""
+    """The metadata and, if `tensors`, the tensors of a .safetensors file."""
     import safetensors
 
     regular_file_size(path)

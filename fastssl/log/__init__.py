@@ -79,7 +79,7 @@ class Log:
         return self._take_arrived()
 
     def epoch(self, step: int, epoch: int, scalars: dict[str, Any]) -> None:
-        """Record what was measured after `step`, at the end of an epoch, in a line of its own."""
+        """Record what was measured after `step`, at the end of an epoch, in a separate line."""
         if scalars:
             self._buffer.append(Row(step, epoch, dict(scalars), False))
             self._copy()

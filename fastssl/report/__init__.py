@@ -23,7 +23,7 @@ from fastssl.report import cards, run_data, tables
 from fastssl.report.charts import Line, label, legend, line_chart, stacked_chart
 from fastssl.report.run_data import CURVES, HINTS, MAIN, PHASES, RunData
 
-MAX_RUNS = 8  # that many colours can be told apart
+MAX_RUNS = 8  # more colours could not be distinguished
 HERE = Path(__file__).parent
 
 
@@ -63,7 +63,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def load(args: argparse.Namespace) -> list[RunData]:
     if len(args.runs) > MAX_RUNS:
-        raise ValueError(f"{len(args.runs)} runs: a page holds at most {MAX_RUNS}, whose colours can be told apart")
+        raise ValueError(
+            f"{len(args.runs)} runs: a page has at most {MAX_RUNS}, because more colours could not be distinguished"
+        )
     if args.points < 0 or 0 < args.points < 5:
         raise ValueError(f"points={args.points}: a map needs 5 or more images; 0 leaves the pictures out")
     same = {str(Path(folder).resolve()) for folder in args.runs}
@@ -109,8 +111,8 @@ def render(runs: list[RunData], args: argparse.Namespace) -> str:
         for i, run in enumerate(runs)
         if len(runs) > 1
     ]
-    made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    # The policy allows no script but page.js and no requests, whatever the name of a run contains.
+    date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    # The policy allows only page.js and no requests, even if the name of a run contains HTML.
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -123,7 +125,7 @@ script-src 'sha256-{digest}'">
 <style>{style}</style>
 </head>
 <body>
-<header><h1>{escape(title)}</h1><p class="meta">fastssl report, {made}</p></header>
+<header><h1>{escape(title)}</h1><p class="meta">fastssl report, {date}</p></header>
 <div class="bar"><div><nav aria-label="Sections">{links}</nav>\
 <div class="toggles" role="group" aria-label="Shown runs">{"".join(toggles)}</div></div></div>
 <main><section id="summary"><h2>Summary</h2>{cards.summary(runs, baselines)}</section>{body}</main>
@@ -245,18 +247,18 @@ def pictures(runs: list[RunData], args: argparse.Namespace) -> tuple[list[tuple[
         maps = f'<div class="charts">{of(lambda f=features: f.map("pca"))}{of(lambda f=features: f.map("tsne"))}</div>'
         groups = features.groups() if features else []
         key = legend([(colour, name) for name, colour, _ in groups]) if groups else ""
-        made, failed = _try(lambda run=run: samples.views(run, args))
+        views, failed = _try(lambda run=run: samples.views(run, args))
         near = of(lambda f=features: f.neighbours())
         baselines.append(of(lambda f=features: f.baselines()) if features else "")
-        for name, html in zip(parts, (made or failed, near, key + maps if features else reason)):
+        for name, html in zip(parts, (views or failed, near, key + maps if features else reason)):
             title = f'<h3><i class="swatch"></i>{escape(run.label)}</h3>'
             parts[name].append(f'<div class="run s{i} r{i}">{title}{html}</div>')
     return [(name, f'<div class="runs">{"".join(text)}</div>') for name, text in parts.items()], baselines
 
 
 def _try(part: Callable):
-    """(what it returns, ""), or (None, the reason).  The page is made even where a part fails, for whatever reason:
-    damaged files, an architecture of another version, too little memory."""
+    """(what it returns, ""), or (None, the reason).  The page is written even if a part fails: damaged files, an
+    architecture of another version, too little memory."""
     try:
         return part(), ""
     except Exception as error:

@@ -117,7 +117,7 @@ def line_chart(title: str, lines: list[Line], *, x_label: str, unit: str = "", a
         {"n": line.name, "c": f"s{line.run}", "r": line.run, "x": _round(line.x), "y": _round(line.y)} for line in lines
     ]
     if cut is not None:
-        about += f"{' ' if about else ''}Some values lie beyond the axis, up to {label(cut)}."
+        about += f"{' ' if about else ''}Some values are beyond the axis, up to {label(cut)}."
     label_text = "; ".join(
         f"{line.name}: {label(float(line.y[0]))} at {x_label} {label(float(line.x[0]))}, "
         f"{label(float(line.y[-1]))} at {label(float(line.x[-1]))}"

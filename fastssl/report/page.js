@@ -1,4 +1,4 @@
-// Values under the pointer (or at the arrow keys), and boxes that hide a run.  All else stands in the page.
+// Shows the values under the pointer (or chosen by arrow keys) and hides runs.  The page is complete without it.
 (() => {
   "use strict";
   const tip = document.getElementById("tip");

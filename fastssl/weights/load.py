@@ -1,6 +1,6 @@
 """Loading backbone weights, completely or not at all.
 
-The backbone is found in a file by its keys, whatever the prefix.  The report says what was loaded; a parameter that
+The backbone is found in a file by its keys, with any prefix.  The report lists what was loaded; a parameter that
 would stay at its initial value is an error.
 """
 

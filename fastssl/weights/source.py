@@ -175,7 +175,7 @@ def flatten(value: Any, file: str) -> dict[str, Tensor]:
     while stack:
         level, prefix = stack.pop()
         seen += 1
-        if seen > MAX_DICTS or prefix.count(".") > 100:  # a dictionary may hold itself, or another a hundred times
+        if seen > MAX_DICTS or prefix.count(".") > 100:  # a dictionary may contain itself
             raise ValueError(f"{file} is nested too deeply for a dictionary of tensors")
         for key, item in level.items():
             if isinstance(item, Tensor) and isinstance(key, str):

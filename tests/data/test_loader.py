@@ -390,7 +390,7 @@ def test_card(beton, tmp_path):
         ({"samples": 102}, other),
         ({"bytes": 5}, other),
         ({"format": 2}, "json has format 2"),
-        ({"max_pixels": None}, "photos.json is no data card: max_pixels is None"),
+        ({"max_pixels": None}, "photos.json is not a data card: max_pixels is None"),
     ):
         card.write_text(json.dumps({**good, **change}))
         with pytest.raises(ValueError, match=message):

@@ -38,7 +38,7 @@ def write(
     """Write the backbone's tensors and return the Python that loads them.  ValueError where the tool lacks the network.
 
     `to`: None takes torchvision for its ResNets, timm for any other.  `run`: config.json of its run, and `steps`: the
-    steps that it has made; from these come the size, mean and std of the images and the model card.
+    steps that it has made; the image size, mean and std and the model card are taken from these.
     """
     to = to or default_target(backbone.spec)
     if to not in TARGETS:

@@ -20,12 +20,12 @@ def unsupported(spec: Backbone, to: str, detail: str = "") -> NoReturn:
 
 
 def normalization(run: dict | None) -> tuple[tuple, tuple]:
-    """Mean and standard deviation of the channels, which lie in [0, 1]."""
+    """Mean and standard deviation of the channels, with values in [0, 1]."""
     return tuple(_view(run).get("mean", MEAN)), tuple(_view(run).get("std", STD))
 
 
 def image_size(run: dict | None) -> int | None:
-    """Side of the images that the run trained with; None where no run says it."""
+    """Side of the images that the run trained with; None if unknown."""
     return _view(run).get("size")
 
 

@@ -32,7 +32,7 @@ net = timm.create_model("local-dir:FOLDER", pretrained=True)  # or "hf-hub:OWNER
 features = net.eval()(images)
 ```
 
-Licence and accuracy: not stated by whoever exported it.
+Licence and accuracy: not stated.
 """
 
 
