@@ -1,11 +1,11 @@
 """VOC07's linear SVMs, full and low-shot, by our solver and by scikit-learn's in one run:  python bench/svm.py
 
-Features are made up in VOC07's sizes: 5,011 + 4,952 rows of 8,192 dimensions, rectified, correlated, of unit norm, 20
-classes as frequent as there.  Ours does the whole protocol, low-shot with the clean selection, which scores the
-training images, too.  scikit-learn does single fits (joblib, the same cores) and scores the test set: random classes,
-each cost and number of shots in turn until --budget seconds are spent.  Its time is the sum over the protocol's fits of
-the mean at their cost, "extrapolated from n fits".  Our solver repeats those fits: the mean difference of average
-precision is that of mAP.
+Features are synthetic, with the sizes of VOC07: 5,011 + 4,952 rows of 8,192 dimensions, rectified, correlated, of unit
+norm, and 20 classes with its frequencies.  Our solver runs the whole protocol, low-shot with the held-out selection,
+which scores the training images, too.  scikit-learn does single fits (joblib, the same cores) and scores the test set:
+random classes, each cost and number of shots in turn, until --budget seconds have passed.  Its time is the sum over the
+fits of the protocol of the mean at their cost, "extrapolated from n fits".  Our solver repeats those fits: the mean
+difference of average precision is that of mAP.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def features(rows: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
     labels = (rng.random((rows, len(VOC07))) < np.array(VOC07) / 5011).astype(np.int8)
     concepts, shared = rng.standard_normal((len(VOC07), dim)), rng.standard_normal((256, dim))
     shared *= (np.arange(1, 257) ** -0.5)[:, None]
-    strength = labels * rng.gamma(1.0, 0.7, labels.shape)  # objects are large, small, half hidden
+    strength = labels * rng.gamma(1.0, 0.7, labels.shape)  # objects differ in size and visibility
     x = (strength @ concepts + rng.standard_normal((rows, 256)) @ shared).astype(np.float32)
     x += 1.5 * rng.standard_normal((rows, dim), dtype=np.float32) - 0.5
     np.maximum(x, 0, out=x)
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def full_sample(data, budget: float, solver: str) -> dict:
-    """Fits on two of three folds; the 20 at the end, on all rows, count as such."""
+    """scikit-learn on two of three folds; the 20 final fits, on all rows, are counted as such fits, too."""
     labels, classes = data[1].numpy(), data[1].shape[1]
     rng = np.random.default_rng(1)
 
@@ -100,10 +100,10 @@ def full_sample(data, budget: float, solver: str) -> dict:
         return int(rng.integers(classes)), np.flatnonzero(rng.random(len(labels)) < 2 / 3)
 
     result = compare(data, budget, solver, {"full": problem}, 3 * classes)
-    one = result["of"] / (3 * classes)  # fits of a class on a fold
+    per_fold = result["of"] / (3 * classes)  # fits of a class on a fold
     return {
         **result,
-        "extrapolated_s": round(result["extrapolated_s"] * (1 + 1 / (3 * one)), 1),
+        "extrapolated_s": round(result["extrapolated_s"] * (1 + 1 / (3 * per_fold)), 1),
         "of": result["of"] + classes,
     }
 
@@ -120,31 +120,31 @@ def low_shot_sample(data, budget: float, solver: str) -> dict:
 
 
 def compare(data, budget: float, solver: str, kinds: dict, count: int) -> dict:
-    """scikit-learn on `threads` problems of each kind and cost at a time; `count`: how many the protocol has."""
+    """scikit-learn on `threads` problems of each kind and cost at a time; `count`: their number in the protocol."""
     x, labels, x_test, y_test = (part.numpy() for part in data)
     threads = cpu.threads()
     theirs, fast = solvers.Sklearn(x, x_test), svm.SOLVERS[solver](x, x_test)
-    spent = {(kind, cost): [] for kind in kinds for cost in svm.COSTS}
+    seconds = {(kind, cost): [] for kind in kinds for cost in svm.COSTS}
     differences, order, timed = [], np.random.default_rng(3), 0.0
     while timed < budget:
-        for i in order.permutation(len(spent)):
-            kind, cost = list(spent)[i]
-            if timed > budget and spent[kind, cost]:
-                continue  # the first turn is for every cost
+        for i in order.permutation(len(seconds)):
+            kind, cost = list(seconds)[i]
+            if timed > budget and seconds[kind, cost]:
+                continue  # every cost has at least one turn
             drawn = [kinds[kind](kind) for _ in range(threads)]
             work = [(rows, labels[rows, c] > 0) for c, rows in drawn]
-            begun = time.perf_counter()
-            scores = list(solvers.parallel(one, [(theirs.x, theirs.x_test, *part, cost) for part in work]))
-            spent[kind, cost].append((time.perf_counter() - begun) / threads)
-            timed += time.perf_counter() - begun
+            start = time.perf_counter()
+            scores = list(solvers.parallel(fit_and_score, [(theirs.x, theirs.x_test, *part, cost) for part in work]))
+            seconds[kind, cost].append((time.perf_counter() - start) / threads)
+            timed += time.perf_counter() - start
             for (c, _), score, (ours, _) in zip(drawn, scores, fast.few(work, (cost,), svm.POSITIVE)):
                 a, b = average_precision(np.stack([score, ours[0]]), np.stack([y_test[:, c]] * 2))
                 differences.append(100 * (b - a))
-    mean = {key: float(np.mean(values)) for key, values in spent.items()}
+    mean = {key: float(np.mean(values)) for key, values in seconds.items()}
     return {
         "extrapolated_s": round(count * sum(mean.values()), 1),
         "fits": len(differences),
-        "of": count * len(spent),
+        "of": count * len(seconds),
         "map_difference": round(float(np.mean(differences)), 4),
         "largest_ap_difference": round(float(np.abs(differences).max()), 3),
         "ms_per_fit": {
@@ -155,7 +155,7 @@ def compare(data, budget: float, solver: str, kinds: dict, count: int) -> dict:
     }
 
 
-def one(x, x_test, rows, positive, cost):
+def fit_and_score(x, x_test, rows, positive, cost):
     return solvers.fit(x[rows], positive, cost, svm.POSITIVE).decision_function(x_test)
 
 
