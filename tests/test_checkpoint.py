@@ -37,7 +37,7 @@ def test_an_interrupted_write_is_not_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "hurt, problem",
+    "change, problem",
     [
         (lambda p: (p / "state.pt").write_bytes(b"z" * 10), "state.pt has changed"),
         (lambda p: (p / "state.pt").write_bytes(b"y" * 9), "state.pt has 9 bytes, not 10"),
@@ -45,11 +45,11 @@ def test_an_interrupted_write_is_not_a_checkpoint(tmp_path):
         (lambda p: (p / store.MANIFEST).write_text('{"format": 1, "fi'), "manifest.json is missing or unreadable"),
     ],
 )
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, hurt, problem, capsys):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, change, problem, capsys):
     write(tmp_path, 1)
     path = write(tmp_path, 2)
     assert json.loads((path / store.MANIFEST).read_text())["files"].keys() == {"state.pt", "deepspeed/states.pt"}
-    hurt(path)
+    change(path)
     assert store.newest(tmp_path).name == "step_00000001"
     (line,) = capsys.readouterr().out.splitlines()
     assert str(path) in line and problem in line

@@ -125,8 +125,8 @@ def test_a_driver_without_a_gpu_for_torch(tmp_path, monkeypatch):
 
 
 def test_a_hanging_package(tmp_path, monkeypatch):
-    said, ending = doctor._run([sys.executable, "-c", "print('begin x', flush=True); import time; time.sleep(60)"], 3)
-    assert said == "begin x\n" and ending == "did not end in 3 s"
+    output, ending = doctor._run([sys.executable, "-c", "print('begin x', flush=True); import time; time.sleep(60)"], 3)
+    assert output == "begin x\n" and ending == "did not end in 3 s"
     assert doctor._run([str(tmp_path / "no-such-program")], 1)[1].startswith("did not start")
 
 

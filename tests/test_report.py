@@ -22,7 +22,7 @@ from fastssl.methods import simclr
 from fastssl.report import charts, run_data, tables
 
 SPEC = Backbone("resnet10", stem="cifar", width=8)
-EVIL = """</title><script>window.hacked=1</script>"'><img src=x onerror=window.hacked=1>"""
+MALICIOUS = """</title><script>window.hacked=1</script>"'><img src=x onerror=window.hacked=1>"""
 STEPS, PER_EPOCH = 60, 20
 
 
@@ -111,7 +111,7 @@ def page(data, tmp_path_factory):
     """A page of two runs: a finished one with a malicious name, and one that was killed while a line was written,
     without data and weights."""
     folder = tmp_path_factory.mktemp("runs")
-    first = write_run(folder / "first", data, name=EVIL)
+    first = write_run(folder / "first", data, name=MALICIOUS)
     second = write_run(
         folder / "second",
         ("gone.beton", "gone.beton"),
@@ -177,7 +177,7 @@ def test_the_page_opens_without_error_or_request(chromium, page, tmp_path):
         "environment",
     ]
     assert shown.value("document.querySelector('h1').textContent") == "2 runs"
-    assert shown.value("document.querySelector('.card h3').textContent") == EVIL
+    assert shown.value("document.querySelector('.card h3').textContent") == MALICIOUS
     assert shown.value("[...document.images].length") == 6 * 7 + 8 * 9
     assert shown.value("[...document.images].every(i => i.complete && i.naturalWidth === 64 && i.alt)")
     assert shown.value("document.querySelectorAll('svg[data-points]').length") == 2  # PCA and t-SNE of the first run
@@ -203,7 +203,7 @@ def test_values_under_the_pointer_are_those_of_the_log(chromium, page):
     box = shown.value(f"(r => [r.x, r.y, r.width, r.height])({chart}.getBoundingClientRect())")
     shown.hover(box[0] + box[2] - 4, box[1] + box[3] / 2)  # the end of the loss's axis: step 60, epoch 3
     tip = shown.value("[...document.querySelectorAll('#tip div')].map(d => d.textContent)")
-    assert tip[0] == "epoch3" and tip[1] == f"{EVIL}{round(5 / 60, 6):.5g}" and tip[2] == "killed0.2"
+    assert tip[0] == "epoch3" and tip[1] == f"{MALICIOUS}{round(5 / 60, 6):.5g}" and tip[2] == "killed0.2"
     assert not shown.value("document.getElementById('tip').hidden")
     shown.hover(2, 2)
     assert shown.value("document.getElementById('tip').hidden")
@@ -224,15 +224,15 @@ def test_the_browser_would_report_errors_and_requests(chromium, tmp_path):
     bad = tmp_path / "bad.html"
     bad.write_text("<img src='file:///nowhere.png'><script>console.error('one'); undefined.two</script>")
     shown = opened(chromium, bad)
-    said = " ".join(shown.console)
-    assert "one" in said and "two" in said and "file:///nowhere.png" in shown.requests
+    console = " ".join(shown.console)
+    assert "one" in console and "two" in console and "file:///nowhere.png" in shown.requests
 
 
 def test_the_page_refers_to_no_other_file_or_host(page):
     text = text_of(page)
     assert set(re.findall(r"""(?:src|href|action)\s*=\s*["']?([a-z]+:|/|#)""", text)) <= {"data:", "#"}
     assert "@import" not in text and not re.findall(r"url\((?!#)", text)
-    assert EVIL not in text and escape(EVIL) in text and "<b>X100" not in text
+    assert MALICIOUS not in text and escape(MALICIOUS) in text and "<b>X100" not in text
 
 
 def test_missing_parts_are_explained(page):
@@ -258,11 +258,11 @@ def test_settings_and_evaluations(page):
 def test_the_summary_has_method_network_data_and_baselines(page):
     text = text_of(page)
     first = text[text.index('<article class="card s0') : text.index('<article class="card s1')]
-    told = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", first))
-    assert told["Method"] == "simclr" and told["Network"] == "resnet10, stem cifar, width 8"
-    assert told["Data"] == "train.beton (24 images, 3 classes)" and told["Views"] == "2 of 16 x 16 pixels"
-    assert told["Tested on"] == "test.beton" and told["Length"] == "3 of 3 epochs, 60 steps of 32 images, 6 s"
-    assert escape("1 rank, <b>X100</b>") in told["Machine"]
+    facts = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", first))
+    assert facts["Method"] == "simclr" and facts["Network"] == "resnet10, stem cifar, width 8"
+    assert facts["Data"] == "train.beton (24 images, 3 classes)" and facts["Views"] == "2 of 16 x 16 pixels"
+    assert facts["Tested on"] == "test.beton" and facts["Length"] == "3 of 3 epochs, 60 steps of 32 images, 6 s"
+    assert escape("1 rank, <b>X100</b>") in facts["Machine"]
     bars = dict(re.findall(r"<span>([^<]*)</span><b>([\d.]+) %</b>", first))
     assert set(bars) == {"this network", "the same network, untrained", "pixels", "chance (the largest class)"}
     assert float(bars["chance (the largest class)"]) == 35.0 and float(bars["pixels"]) > 50  # 14 of 40
@@ -313,7 +313,7 @@ def test_defaults_are_gray_and_modules_named_in_a_config_are_not_imported(data, 
 
 
 @pytest.mark.parametrize(
-    "argv, said",
+    "argv, message",
     [
         (["nowhere"], "no run folder nowhere"),
         (["EMPTY"], "is not a run folder: it has neither log.jsonl nor config.json"),
@@ -323,7 +323,7 @@ def test_defaults_are_gray_and_modules_named_in_a_config_are_not_imported(data, 
         (["RUN", "--eval", "OTHER"], "was computed from 72 tensors from elsewhere/checkpoints/x, which belong to none"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(page, tmp_path, capsys, argv, said):
+def test_mistakes_are_one_line_and_exit_code_2(page, tmp_path, capsys, argv, message):
     (tmp_path / "empty").mkdir()
     other = {"protocol": "knn", "results": [], "of": {"weights": "72 tensors from elsewhere/checkpoints/x"}}
     (tmp_path / "other.json").write_text(json.dumps(other))
@@ -331,7 +331,7 @@ def test_mistakes_are_one_line_and_exit_code_2(page, tmp_path, capsys, argv, sai
     argv = [str(names.get(word, word)).replace("RUN/", f"{page.parent}/first/") for word in argv]
     assert report.main([*argv, "--out", str(tmp_path / "out.html")]) == 2
     err = capsys.readouterr().err
-    assert said in err and err.count("\n") == 1 and not (tmp_path / "out.html").exists()
+    assert message in err and err.count("\n") == 1 and not (tmp_path / "out.html").exists()
 
 
 def test_results_in_other_folders_are_assigned_to_their_run(page, tmp_path):
@@ -372,8 +372,8 @@ def test_a_run_that_has_just_started_or_is_damaged(tmp_path):
     out = tmp_path / "o.html"
     assert report.main([str(folder), "--out", str(out)]) == 0
     assert "no step logged yet" in out.read_text() and "config.json cannot be read" in out.read_text()
-    whole, cut = '{"step": 1, "epoch": 0, "loss": 2.5}\n', '{"step": 2, "epoch": 0, "loss"'
-    (folder / "log.jsonl").write_text(whole + "rubbish\n[1]\n" + cut)
+    complete, cut = '{"step": 1, "epoch": 0, "loss": 2.5}\n', '{"step": 2, "epoch": 0, "loss"'
+    (folder / "log.jsonl").write_text(complete + "rubbish\n[1]\n" + cut)
     run = run_data.read(folder)
     assert run.steps == 1 and run.scalars["loss"][1].tolist() == [2.5] and run.total_steps is None
     assert any(note.startswith("2 lines of log.jsonl") for note in run.notes)

@@ -9,7 +9,7 @@ from test_report import lines, write_run
 
 from fastssl import report
 
-EVIL = [
+ODD = [
     10**400,
     2**63,
     -(2**70),
@@ -78,7 +78,7 @@ def damaged(value, rng):
         if rng.random() < 0.2:
             del holder[key]
         else:
-            holder[key] = copy.deepcopy(EVIL[rng.integers(len(EVIL))])
+            holder[key] = copy.deepcopy(ODD[rng.integers(len(ODD))])
     return value
 
 

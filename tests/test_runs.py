@@ -169,12 +169,12 @@ def test_a_weight_that_is_not_finite_is_detected():
 
 
 def test_the_error_names_a_full_disk(train):
-    held = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, held[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
         code, lines = train()
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, held)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 2, lines
     assert lines[-1] == "fastssl: work_dirs/r/checkpoints: File too large; the newest complete checkpoint is none"
 
@@ -197,8 +197,8 @@ def test_precision_that_the_cpu_lacks_is_replaced_with_a_message(train, monkeypa
 def test_the_error_names_a_port_in_use(monkeypatch):
     from fastssl import dist
 
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        port = str(held.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(ValueError, match=f"port 127.0.0.1:{port} is in use .* --master_port N"):

@@ -62,7 +62,7 @@ def weights(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, beton):
-    made = [tmp_path_factory.mktemp(name) for name in ("whole", "killed")]
+    made = [tmp_path_factory.mktemp(name) for name in ("uninterrupted", "killed")]
     for folder in made:
         (folder / "configs/moco").mkdir(parents=True)
         (folder / "configs/moco/tiny.py").write_text(CONFIG.format(beton=str(beton)))
@@ -72,8 +72,8 @@ def folders(tmp_path_factory, beton):
 @pytest.fixture(scope="module")
 def runs(folders):
     """One uninterrupted run by torchrun; one by deepspeed, killed within an epoch and resumed."""
-    whole, killed = folders
-    finish(start(whole, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")))
+    uninterrupted, killed = folders
+    finish(start(uninterrupted, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")))
     process = start(killed)
     checkpoints = killed / "work_dirs/moco/tiny/checkpoints"
     deadline = time.time() + 300
@@ -86,17 +86,17 @@ def runs(folders):
     subprocess.run(["pkill", "-9", "-f", str(killed)], check=False)  # the launcher puts ranks in groups of their own
     at_kill = sorted(p.name for p in checkpoints.glob("step_*") if p.suffix == "")
     out = finish(start(killed, "--resume", port=29512))
-    return whole, killed, at_kill, out
+    return uninterrupted, killed, at_kill, out
 
 
 def test_a_killed_run_continues_to_the_same_bits(runs):
-    whole, killed, at_kill, out = runs
+    uninterrupted, killed, at_kill, out = runs
     assert "step_00000024" not in at_kill, "the run had finished before it was killed"
     assert f"continuing work_dirs/moco/tiny/checkpoints/{at_kill[-1]}" in out
-    a, b = ({r["step"]: r["loss"] for r in records(folder) if "loss" in r} for folder in (whole, killed))
+    a, b = ({r["step"]: r["loss"] for r in records(folder) if "loss" in r} for folder in (uninterrupted, killed))
     assert sorted(a) == sorted(b) == list(range(1, 25)) and len(set(a.values())) == 24
     assert a == b
-    ours, theirs = weights(killed), weights(whole)
+    ours, theirs = weights(killed), weights(uninterrupted)
     assert ours.keys() == theirs.keys() and "queue" in ours and "target.0.conv1.weight" in ours
     assert not [key for key in ours if not torch.equal(ours[key], theirs[key])]
 
