@@ -23,6 +23,11 @@ def sha256(path: str | Path, progress: Callable[[int, int], Any] = lambda done, 
     return digest.hexdigest()
 
 
+def sha256_json(value: Any) -> str:
+    """The SHA-256 of a JSON value in hex, the same for any order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[bool]:
     """Create `path` and its parents; yields whether it was absent.  Folders that were created are removed at the end of

@@ -92,7 +92,7 @@ class FeatureStore:
             "precision": extractor.precision,
             "backbone": dataclasses.asdict(backbone.spec) if hasattr(backbone, "spec") else repr(backbone),
         }
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        key = files.sha256_json(facts)[:16]
         self.folder = folder / key
         self.about = {
             **facts,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastssl import files
 from fastssl.eval.common.ranks import on_main
 
 REMEDY = "give another --out"
@@ -23,7 +23,7 @@ class StoredResults:
 
     def __init__(self, out: str | None, facts: dict) -> None:
         self.path = Path(out).with_suffix(".part.jsonl") if out else None
-        self.key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        self.key = files.sha256_json(facts)
         self.done: dict[str, Any] = on_main(self._begin, REMEDY) if self.path else {}
 
     def get(self, name: str, compute: Callable[[], Any]) -> Any:
