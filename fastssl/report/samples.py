@@ -127,7 +127,7 @@ class Features:
         """Some of the images with their nearest others by cosine similarity."""
         x = self.x
         some = np.arange(0, len(x), max(1, len(x) // (ROWS + 2)))[: ROWS + 2]
-        similarity, found = nearest(x, x[some], min(NEIGHBOURS, len(x) - 1), own=torch.from_numpy(some))
+        similarity, found = nearest(x, x[some], min(NEIGHBOURS, len(x) - 1), exclude=torch.from_numpy(some))
         shown = np.concatenate([some[:, None], found.numpy()], 1)
         tiles = pictures.images(
             self.path, self.rows[shown.flatten()], self.target.view, device=self.args.device, workers=self.args.workers
@@ -135,13 +135,18 @@ class Features:
         tiles = tiles.view(*shown.shape, pictures.SIDE, pictures.SIDE, 3)
         lines = []
         for r, positions in enumerate(shown):
-            own = self.labels[positions[0]]
+            first_label = self.labels[positions[0]]
             line = [
-                _tile(tiles[r, 0], f"image {self.rows[positions[0]]}, {self.name(own)}", " first", self.caption(own))
+                _tile(
+                    tiles[r, 0],
+                    f"image {self.rows[positions[0]]}, {self.name(first_label)}",
+                    " first",
+                    self.caption(first_label),
+                )
             ]
             for c, position in enumerate(positions[1:]):
                 label = self.labels[position]
-                mark = "" if own < 0 or label < 0 else " same" if label == own else " other"
+                mark = "" if first_label < 0 or label < 0 else " same" if label == first_label else " other"
                 relation = ", the same class" if mark == " same" else ", another class" if mark else ""
                 line.append(
                     _tile(
@@ -156,7 +161,7 @@ class Features:
         if (self.labels >= 0).any():
             same = np.array([self.labels[positions[1:]] == self.labels[positions[0]] for positions in shown])
             marked = (
-                f" Below each stands its class; a frame and a cross mark another class than the first image's: "
+                f" The class is below each image; a frame and a cross mark another class than that of the first image: "
                 f"{100 * same.mean():.0f} % have the same."
             )
         return _sheet(

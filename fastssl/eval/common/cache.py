@@ -1,9 +1,9 @@
-"""Features on disk: FOLDER/<key>/ with shards of 4096 rows, each a folder of memory-mapped .npy, and a manifest last.
+"""Features on disk: FOLDER/<key>/ with shards of 4096 rows, each a folder of memory-mapped .npy, and a manifest.
 
 The key is a hash of all that decides the values: the weights' tensors, the data, the view, the network, the precision
-and the layers; so nothing is ever read for other weights, and a changed file is another key.  A shard appears whole
-(temporary name, then rename) with the checksums of its files, so an interrupted extraction goes on at the first missing
-shard.  A damaged shard is named in the output and computed again: its key determines its contents.
+and the layers, so that features of other weights are never read and a changed file has another key.  A shard is written
+under a temporary name and renamed, with the checksums of its files: an interrupted extraction continues with the first
+missing shard.  A damaged shard is reported and computed again, since its key determines its contents.
 
 Only rank 0 reads and writes the folder; the rows are sent between ranks as tensors.
 """
@@ -67,8 +67,8 @@ def for_each_shard(
     shards, dims = range(-(-loader.samples // SHARD_ROWS)), extractor.dims()
     missing = [k for k in shards if store is None or not _read(store, k, dims, loader, receive)]
     if missing:
-        place = f" into {store.folder}" if store else ""
-        dist.print_main(f"features of {loader.path}: computing {len(missing)} of {len(shards)} shards{place}")
+        into = f" into {store.folder}" if store else ""
+        dist.print_main(f"features of {loader.path}: computing {len(missing)} of {len(shards)} shards{into}")
         _compute(store, missing, extractor, loader, receive)
         if store:
             on_main(store.finish, REMEDY)
@@ -165,10 +165,10 @@ def _read_array(file: Path, shape: tuple[int, int], crc: int) -> np.ndarray:
 
 def check_disk_space(folder: Path, need: int, remedy: str) -> None:
     """ValueError, with the remedy, when the disk of `folder` has less than `need` bytes free."""
-    place = folder
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     if need > free:
         raise ValueError(
             f"{folder} needs {need / 2**30:.1f} GiB and its disk has {free / 2**30:.1f} GiB free: {remedy}"

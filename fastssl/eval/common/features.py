@@ -1,4 +1,4 @@
-"""Features of a whole .beton file in file order, the same on every rank however many ranks computed them.
+"""Features of a .beton file in file order, the same on every rank and for any number of ranks.
 
 Layers: "last" is the backbone's pooled output; "stem", "layer1" to "layer4" (other networks: "stage1", ...) are maps,
 pooled to at most 9216 dimensions as OpenSelfSup's extract.py does.
@@ -73,8 +73,8 @@ def forward(backbone: nn.Module, x: Tensor, layers: tuple[str, ...]) -> list[Ten
         return [backbone(x)]
     maps = dict(zip(layers_of(backbone), backbone.forward_stages(x)))
     if "last" in layers:
-        whole = hasattr(backbone, "avgpool")
-        maps["last"] = backbone.avgpool(maps["layer4"]).flatten(1) if whole else backbone(x)
+        is_resnet = hasattr(backbone, "avgpool")
+        maps["last"] = backbone.avgpool(maps["layer4"]).flatten(1) if is_resnet else backbone(x)
     return [maps[name] if name == "last" else pooled(maps[name]) for name in layers]
 
 
@@ -140,10 +140,10 @@ def extract_rows(extractor: Extractor, loader: Loader, rows: np.ndarray) -> tupl
     check_loader(loader)
     stop, order = -(-len(rows) // loader.batch), np.resize(rows, loader.samples)
     *parts, index = _all_ranks(extractor.batches(loader, stop=stop, order=order))
-    place = index.argsort(stable=True)
+    sorting = index.argsort(stable=True)
     first = torch.ones_like(index, dtype=torch.bool)
-    first[1:] = index[place][1:] != index[place][:-1]  # the last batch is filled up with repetitions
-    return tuple(part[place[first]] for part in parts)
+    first[1:] = index[sorting][1:] != index[sorting][:-1]  # the last batch is filled up with repetitions
+    return tuple(part[sorting[first]] for part in parts)
 
 
 def _all_ranks(batches: Iterator[tuple[Batch, list[Tensor]]]) -> list[Tensor]:

@@ -73,7 +73,7 @@ def train(
     """A copy of `backbone` with a head, trained on `rows` of the file (default: all) by `optim`, in evaluation mode.
 
     `loader` shuffles and has the batch of `optim`.  The last batch of an epoch over `rows` is filled up from the
-    epoch's beginning; of the whole file it is dropped.  Diverged when the loss is not finite.
+    epoch's beginning; without `rows` it is dropped.  Diverged when the loss is not finite.
     """
     rows, seed = np.arange(loader.samples) if rows is None else rows, options.seed
     steps = min(-(-len(rows) // optim.batch), loader.steps)
@@ -154,8 +154,8 @@ def accuracy(
     correct = torch.zeros(len(top_ks(classes)), dtype=torch.int64, device=loader.device)
     logits_of = Extractor(model, view, precision=precision)  # a classifier's output are logits
     for batch, (logits,) in logits_of.batches(loader, stop=-(-count // loader.batch), order=order):
-        kept = slice(max(0, count - (batch.place or 0)))  # repetitions of `rows` follow
-        correct += count_correct(logits[kept], batch.label[kept])
+        valid = slice(max(0, count - (batch.place or 0)))  # repetitions of `rows` follow
+        correct += count_correct(logits[valid], batch.label[valid])
     return percentages(dist.sum_(correct.to(dist.device())).tolist(), count)
 
 

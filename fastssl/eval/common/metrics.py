@@ -1,4 +1,4 @@
-"""Top-k accuracy, counted in one way by every protocol."""
+"""Top-k accuracy, as all protocols and monitors count it."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from fastssl import dist
 
 
 def on_main(work: Callable[[], Any], remedy: str) -> Any:
-    """What `work()` returns on rank 0, on every rank; or its error, which for a file that cannot be read or written
-    ends with `remedy`."""
+    """Call `work()` on rank 0; returns its result, or raises its error, on every rank.  An OSError becomes a ValueError
+    that ends with `remedy`."""
 
     def guarded() -> Any:
         try:

@@ -14,12 +14,13 @@ Search = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # of unit que
 
 
 def nearest(
-    bank: Tensor, queries: Tensor, k: int, *, own: Tensor | None = None, backend: str = "torch"
+    bank: Tensor, queries: Tensor, k: int, *, exclude: Tensor | None = None, backend: str = "torch"
 ) -> tuple[Tensor, Tensor]:
     """Cosine similarities (M, k) of queries (M, dim) with their nearest rows of bank (N, dim), nearest first, and these
-    rows' numbers, int64 (M, k).  `own`: int64 (M,), a row of the bank that is left out for each query, itself."""
+    rows' numbers, int64 (M, k).  `exclude`: int64 (M,), a row of the bank for each query
+    that is not a neighbour, itself."""
     search, starts = make_search(bank, k, backend), range(0, len(queries), QUERIES)
-    parts = [search(queries[i : i + QUERIES], None if own is None else own[i : i + QUERIES]) for i in starts]
+    parts = [search(queries[i : i + QUERIES], None if exclude is None else exclude[i : i + QUERIES]) for i in starts]
     if not parts:
         return queries.new_empty(0, k), torch.empty(0, k, dtype=torch.int64, device=queries.device)
     similarity, rows = (torch.cat(part) for part in zip(*parts))
@@ -27,35 +28,35 @@ def nearest(
 
 
 def make_search(bank: Tensor, k: int, backend: str = "torch") -> Search:
-    """`nearest` for at most QUERIES queries at a time: search(queries, own)."""
+    """`nearest` for at most QUERIES queries at a time: search(queries, exclude)."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: known are {', '.join(BACKENDS)}")
     search = BACKENDS[backend](F.normalize(bank.float(), dim=1), k)
-    return lambda queries, own: search(F.normalize(queries.float(), dim=1), own)
+    return lambda queries, exclude: search(F.normalize(queries.float(), dim=1), exclude)
 
 
 def _torch(bank: Tensor, k: int) -> Search:
     width = max(SIMILARITIES // QUERIES, k)
 
-    def search(queries: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
+    def search(queries: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
         best = queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0, dtype=torch.int64)
         for offset in range(0, len(bank), width):
             similarity = _exact_product(queries, bank[offset : offset + width])
-            if own is not None:
-                column = own - offset
-                row = ((column >= 0) & (column < similarity.shape[1])).nonzero()[:, 0]
-                similarity[row, column[row]] = -torch.inf
+            if exclude is not None:
+                excluded = exclude - offset
+                row = ((excluded >= 0) & (excluded < similarity.shape[1])).nonzero()[:, 0]
+                similarity[row, excluded[row]] = -torch.inf
             value, index = similarity.topk(min(k, similarity.shape[1]), dim=1)
             value, index = torch.cat([best[0], value], 1), torch.cat([best[1], index + offset], 1)
-            value, place = value.topk(min(k, value.shape[1]), dim=1)
-            best = value, index.gather(1, place)
+            value, column = value.topk(min(k, value.shape[1]), dim=1)
+            best = value, index.gather(1, column)
         return best
 
     return search
 
 
 def _exact_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T in full fp32 whatever the training around it switched on; TF32 would reorder close neighbours."""
+    """a @ b.T in full fp32 whatever precision the training has set; TF32 would reorder close neighbours."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -75,11 +76,13 @@ def _faiss(bank: Tensor, k: int) -> Search:
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), bank.device.index or 0, index)
     index.add(bank.cpu().numpy())
 
-    def search(queries: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
-        found = index.search(queries.cpu().numpy(), k + (own is not None))
+    def search(queries: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+        found = index.search(queries.cpu().numpy(), k + (exclude is not None))
         value, rows = (torch.from_numpy(part).to(bank.device) for part in found)
-        if own is not None:  # drop the query itself; among many exact duplicates it may be absent, then the last goes
-            itself = rows == own[:, None]
+        if (
+            exclude is not None
+        ):  # drop the query itself; among many exact duplicates it may be absent, then the last goes
+            itself = rows == exclude[:, None]
             itself[~itself.any(1), -1] = True
             value, rows = (part[~itself].view(len(queries), k) for part in (value, rows))
         return value, rows

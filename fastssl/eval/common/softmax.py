@@ -1,4 +1,4 @@
-"""Softmax regression: the loss and its gradient in closed form, for every linear classifier that is trained here."""
+"""Softmax regression: the loss and its gradient in closed form, for all linear classifiers."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from fastssl.eval.detection.loop import detect, fit
 from fastssl.parsing import comma_separated
 
 NEEDS = None  # no .beton
-WITHOUT = ("cache", "no_cache", "size", "resize", "batch")  # images go in whole, at --min-size
+WITHOUT = ("cache", "no_cache", "size", "resize", "batch")  # whole images are used, at --min-size
 SCHEDULES = {  # steps of 16 images, the steps where the rate falls tenfold, steps of warm-up
     "24k": (24_000, (18_000.0, 22_000.0), 100),  # MoCo's for VOC
     "1x": (90_000, (60_000.0, 80_000.0), 1000),

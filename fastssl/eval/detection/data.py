@@ -65,7 +65,7 @@ class Picture:
         difficult: bool = False,
         drop_empty: bool = False,
     ) -> None:
-        """Add an object; `where`: its place in a file, for errors."""
+        """Add an object; `where`: the file and entry, for errors."""
         x0, y0, x1, y1 = box
         if not all(map(math.isfinite, box)):
             raise ValueError(f"{where}: the box {box} is not finite")

@@ -59,9 +59,9 @@ def without_decay(model: nn.Module) -> dict[str, dict]:
     """optim.paramwise that exempts norms, as detectron2's WEIGHT_DECAY_NORM = 0 does (biases of others decay)."""
     kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
     names = [
-        f"{name}.{own}"
+        f"{name}.{parameter}"
         for name, m in model.named_modules()
         if isinstance(m, kinds)
-        for own, _ in m.named_parameters(recurse=False)
+        for parameter, _ in m.named_parameters(recurse=False)
     ]
     return {f"^({'|'.join(map(re.escape, names))})$": {"weight_decay": 0.0}} if names else {}

@@ -47,7 +47,7 @@ def train_and_test(
     `augment=False` trains on the test crop's cached features.
     """
     recipe = RECIPES[name]
-    batch, epochs = (own if given is None else given for given, own in ((batch, recipe.batch), (epochs, recipe.epochs)))
+    batch, epochs = recipe.batch if batch is None else batch, recipe.epochs if epochs is None else epochs
     recipe = replace(
         recipe,
         lr=recipe.lr * batch / recipe.batch,
@@ -128,10 +128,11 @@ def results(curve: list[dict], layers: tuple[str, ...]) -> list[dict]:
     """The rows that `train_and_test` describes, from those of all layers, rates and epochs; of equals the first."""
     rows, last = [], max(row["epoch"] for row in curve)
     for layer in layers:
-        own = [row for row in curve if row["layer"] == layer]
-        chosen = [("none", row) for row in own if row["epoch"] == last] + [("test", max(own, key=lambda r: r["top1"]))]
-        if "held_out_top1" in own[0]:
-            chosen.append(("held-out", max(own, key=lambda r: r["held_out_top1"])))
+        layer_rows = [row for row in curve if row["layer"] == layer]
+        chosen = [("none", row) for row in layer_rows if row["epoch"] == last]
+        chosen += [("test", max(layer_rows, key=lambda r: r["top1"]))]
+        if "held_out_top1" in layer_rows[0]:
+            chosen.append(("held-out", max(layer_rows, key=lambda r: r["held_out_top1"])))
         rows += [
             {
                 "layer": layer,
@@ -168,7 +169,7 @@ Batches = Callable[[int, int], Iterator[tuple[list[Tensor], Tensor]]]
 
 
 def augmented_batches(extractor: Extractor, recipe: Recipe, loader: Loader, rows: np.ndarray) -> Batches:
-    """Of the training images `rows`, augmented anew in each epoch."""
+    """Of the training images `rows`, with new augmentations in each epoch."""
     view, finish = AUGMENT[recipe.augment](extractor.view)
     seed = loader.seed
 

@@ -238,8 +238,8 @@ def _checked(train, labels, test, test_labels, costs, solver):
     if train.shape[1:] != test.shape[1:]:
         raise ValueError(f"the training set has {train.shape[1]} dimensions, the test set {test.shape[1]}")
     out = []
-    for name, features, own in (("training set", train, labels), ("test set", test, test_labels)):
-        table = _table(name, own, classes)
+    for name, features, given in (("training set", train, labels), ("test set", test, test_labels)):
+        table = _table(name, given, classes)
         if len(features) == 0 or len(features) != len(table):
             raise ValueError(f"{name}: {len(features)} features and {len(table)} labels")
         check_finite(name, features)

@@ -36,7 +36,7 @@ class Rows:
             yield cost, b_FN, f_FN
 
     def fit(self, y_FN: np.ndarray, e_FN: np.ndarray, tolerance: float = TOLERANCE) -> np.ndarray:
-        """(F, D + 1): weights and bias of fits with costs of their own; e is 2 C_i."""
+        """(F, D + 1): weights and bias of fits that each have their costs; e is 2 C_i."""
         return solve(*self.operator, y_FN, e_FN, tolerance) @ self.x_NE
 
 
@@ -91,8 +91,8 @@ def fit(
 def check(gaps: np.ndarray, tolerance: float) -> None:
     if not (gaps <= 100 * tolerance).all():
         raise ValueError(
-            f"a fit stopped at a duality gap of {np.max(gaps):.1e} of its size, {tolerance:.0e} was "
-            "asked for: are the costs extreme? --solver sklearn accepts what it reaches"
+            f"a fit stopped at a duality gap of {np.max(gaps):.1e} of its size, {tolerance:.0e} is "
+            "required: are the costs extreme? --solver sklearn accepts what it reaches"
         )
 
 

@@ -224,7 +224,7 @@ class Cuda:
         for c in range(C):
             y = np.where(positive_NC[:, c], 1, -1)
             problems += [
-                (all_rows, y, np.where(held, 0, np.where(y > 0, positive_weight, 1))) for held in held_out_CFN[c]
+                (all_rows, y, np.where(test, 0, np.where(y > 0, positive_weight, 1))) for test in held_out_CFN[c]
             ]
         fits = solve(self.K, problems, costs)
         ap = [

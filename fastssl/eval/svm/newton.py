@@ -6,7 +6,7 @@ https://doi.org/10.1162/neco.2007.19.5.1155) with conjugate gradients, whose pro
 product.  A fit ends when its duality gap is small, which for the dual point a_i = 2 C_i max(0, 1 - y_i f_i) is
 1/2 |w - sum_i a_i y_i (x_i, 1)|^2.  Nothing cancels in it, so fp32 is precise enough.  It bounds 1/2 |w - optimum|^2.
 
-Shapes: F fits, N rows.
+Shapes: F fits, N rows, L fits that have not converged; `fits` holds their numbers.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ def newton(A, At, y_FN, e_FN, b_FN, f_FN, tolerance, newton_steps, cg_steps):
     """Move b_FN and f_FN = b K to the optimum; returns each fit's duality gap over 1/2 |w|^2.  y: -1 or 1, e: 2 C_i."""
     F, N = y_FN.shape
     gap_F = np.zeros(F)
-    live = np.arange(F)
+    fits = np.arange(F)
     for _ in range(newton_steps):
-        g_LN = np.empty((len(live), N), y_FN.dtype)
-        for i, c in enumerate(live):
+        g_LN = np.empty((len(fits), N), y_FN.dtype)
+        for i, c in enumerate(fits):
             y, e, b, f = y_FN[c], e_FN[c], b_FN[c], f_FN[c]
             for j in range(N):
                 g_LN[i, j] = b[j] - e[j] * y[j] * max(0.0, 1 - y[j] * f[j])
         kg_LN = _times(g_LN, A, At)
-        kept, target = np.zeros(len(live), np.bool_), np.zeros(len(live))
-        for i, c in enumerate(live):
+        active, target = np.zeros(len(fits), np.bool_), np.zeros(len(fits))
+        for i, c in enumerate(fits):
             gap, norm, objective = _gap(y_FN[c], e_FN[c], b_FN[c], f_FN[c], g_LN[i], kg_LN[i])
             gap_F[c] = gap / max(norm, 1e-30)  # 0 where every row is left out
-            kept[i] = gap > tolerance * norm
+            active[i] = gap > tolerance * norm
             target[i] = max(0.3 * tolerance * norm, 0.02 * min(gap, 0.1 * objective))
-        if not kept.any():
+        if not active.any():
             break
-        live, target, g_LN, kg_LN = live[kept], target[kept], g_LN[kept], kg_LN[kept]
-        end_LN, fend_LN = _start(A, At, y_FN, e_FN, b_FN, f_FN, live)
-        done = _direct(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live)
-        _conjugate_gradients(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live, done, target, cg_steps)
-        for i, c in enumerate(live):
+        fits, target, g_LN, kg_LN = fits[active], target[active], g_LN[active], kg_LN[active]
+        end_LN, fend_LN = _start(A, At, y_FN, e_FN, b_FN, f_FN, fits)
+        done = _direct(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, fits)
+        _conjugate_gradients(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, fits, done, target, cg_steps)
+        for i, c in enumerate(fits):
             d, fd = end_LN[i] - b_FN[c], fend_LN[i] - f_FN[c]
             t = _line_search(y_FN[c], e_FN[c], b_FN[c], f_FN[c], d, fd)
             if t == 0:  # the system was solved too loosely: the gradient always descends
@@ -78,12 +78,12 @@ def _gap(y, e, b, f, g, kg):
 
 
 @njit(nogil=True, fastmath=True, cache=True)
-def _start(A, At, y_FN, e_FN, b_FN, f_FN, live):
+def _start(A, At, y_FN, e_FN, b_FN, f_FN, fits):
     """The coefficients of the rows inside the margin alone, and their f."""
-    L, N = len(live), y_FN.shape[1]
+    L, N = len(fits), y_FN.shape[1]
     out_LN, moved = np.zeros((L, N), y_FN.dtype), np.zeros(L, np.bool_)
-    end_LN, fend_LN = b_FN[live], f_FN[live]
-    for i, c in enumerate(live):
+    end_LN, fend_LN = b_FN[fits], f_FN[fits]
+    for i, c in enumerate(fits):
         for j in range(N):
             if end_LN[i, j] != 0 and not 1 - y_FN[c, j] * f_FN[c, j] > 0:
                 out_LN[i, j], end_LN[i, j], moved[i] = end_LN[i, j], 0, True
@@ -97,12 +97,12 @@ def _start(A, At, y_FN, e_FN, b_FN, f_FN, live):
 
 
 @njit(nogil=True, fastmath=True, cache=True)
-def _direct(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live):
+def _direct(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, fits):
     """Solve by Cholesky's factors where few rows are inside the margin, and 1 / e keeps them well conditioned; which
     fits it did.  At large costs conjugate gradients would need more operations."""
     L, N = end_LN.shape
     done, step_LN = np.zeros(L, np.bool_), np.zeros((L, N), y_FN.dtype)
-    for i, c in enumerate(live if At.shape[0] == 0 else live[:0]):
+    for i, c in enumerate(fits if At.shape[0] == 0 else fits[:0]):
         y, e = y_FN[c], e_FN[c]
         inside = np.nonzero((e > 0) & (1 - y * f_FN[c] > 0))[0]
         n = len(inside)
@@ -133,13 +133,13 @@ def _direct(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live):
 
 
 @njit(nogil=True, fastmath=True, cache=True)
-def _conjugate_gradients(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live, done, target, cg_steps):
+def _conjugate_gradients(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, fits, done, target, cg_steps):
     """Solve (K + 1 / e) b = y on the rows inside the margin, preconditioned by e; a fit stops when the duality gap that
     its solution would have, were the rows to stay, is below its target."""
     L, N = end_LN.shape
     r_LN, p_LN = np.zeros((L, N), y_FN.dtype), np.zeros((L, N), y_FN.dtype)
     rz, ratio, before = np.zeros(L), np.zeros(L), np.zeros(L)
-    for i, c in enumerate(live):
+    for i, c in enumerate(fits):
         for j in range(N):
             if e_FN[c, j] > 0 and 1 - y_FN[c, j] * f_FN[c, j] > 0:
                 r_LN[i, j] = y_FN[c, j] - fend_LN[i, j] - end_LN[i, j] / e_FN[c, j]
@@ -152,7 +152,7 @@ def _conjugate_gradients(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, live, done, t
         q_LN = _times(p_LN[open_], A, At)
         going = np.zeros(len(open_), np.bool_)
         for k, i in enumerate(open_):
-            e, p, r, q = e_FN[live[i]], p_LN[i], r_LN[i], q_LN[k]
+            e, p, r, q = e_FN[fits[i]], p_LN[i], r_LN[i], q_LN[k]
             pap = 0.0
             for j in range(N):
                 if p[j] != 0:

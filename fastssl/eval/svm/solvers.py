@@ -96,9 +96,9 @@ class Sklearn:
         self.x, self.x_test = x.astype(np.float64), x_test.astype(np.float64)
 
     def cross_validate(self, positive_NC, held_out_CFN, costs, positive_weight) -> np.ndarray:
-        def work(x, positive, cost, held):
-            scores = fit(x[~held], positive[~held], cost, positive_weight).decision_function(x[held])
-            return average_precision(scores[None], positive[None, held].astype(np.int8), interpolated=False)[0]
+        def work(x, positive, cost, test):
+            scores = fit(x[~test], positive[~test], cost, positive_weight).decision_function(x[test])
+            return average_precision(scores[None], positive[None, test].astype(np.int8), interpolated=False)[0]
 
         C, folds, _ = held_out_CFN.shape
         jobs = [
