@@ -14,6 +14,8 @@ COLLAPSE_COUNT = 3  # measures in a row below their limit after which a collapse
 
 
 class Terminal:
+    """Prints the lines of a run, with the speed, the remaining time and a warning of a collapse."""
+
     def __init__(self, folder: Path, total_steps: int):
         self.folder, self.total_steps = folder, total_steps
         self._progress: Any = None

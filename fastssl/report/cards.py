@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from fastssl.report import run_data
+from fastssl.report.charts import duration
 from fastssl.report.run_data import CURVES, MAIN, RunData
 
 
@@ -76,7 +77,7 @@ def _length(run: RunData) -> str:
     if run.steps:
         out.append(f"{run.steps:,} steps" + (f" of {batch:,.0f} images" if batch else ""))
     if "total_ms" in run.scalars:
-        out.append(hours(run.scalars["total_ms"][1].sum() / 1e3))
+        out.append(duration(run.scalars["total_ms"][1].sum() / 1e3))
     return ", ".join(out)
 
 
@@ -137,9 +138,3 @@ def baselines(found: list[tuple[str, float | None]], about: str) -> str:
             f'<span class="bar100">{bar}</span></li>'
         )
     return f'<p class="about">{escape(about)}</p><ul class="baselines">{"".join(rows)}</ul>'
-
-
-def hours(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -48,6 +48,12 @@ def label(value: float) -> str:
     return f"{value:,.4f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def limits(arrays: list[np.ndarray]) -> tuple[float, float, float | None]:
     """(low, high, cut): the range of the axis; `cut` is the largest value where the axis leaves out a few outliers."""
     y = np.concatenate(arrays)

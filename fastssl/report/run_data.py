@@ -16,6 +16,7 @@ import numpy as np
 
 from fastssl.checkpoint import store
 from fastssl.log.records import COLLAPSE_LIMITS, TIMING_KEYS
+from fastssl.report.charts import duration
 
 MAX_NUMBER = 1e100  # a larger one is damage, and its square would not be finite
 MAX_DEPTH = 30  # of nested values that are shown
@@ -40,7 +41,9 @@ HINTS = {"knn_top1": "log.knn_epochs=10 log it", "probe_top1": "log.probe=True l
 
 @dataclass(eq=False)
 class RunData:
-    """`scalars`: key -> (steps int64 (n,), values float64 (n,)), in order of steps; no value is NaN or infinite."""
+    """The contents of a run folder.
+
+    `scalars`: key -> (steps int64 (n,), values float64 (n,)), in order of steps; no value is NaN or infinite."""
 
     folder: Path
     label: str = ""
@@ -82,9 +85,8 @@ class RunData:
         if total and self.steps >= total:
             return f"finished: {total:,} steps"
         log = self.folder / "log.jsonl"
-        ago = max(0, time.time() - log.stat().st_mtime)
-        since = f"{ago:.0f} s" if ago < 120 else f"{ago / 60:.0f} min" if ago < 7200 else f"{ago / 3600:.0f} h"
-        return f"at step {self.steps:,}" + (f" of {total:,}" if total else "") + f", last written {since} ago"
+        age = duration(max(0, time.time() - log.stat().st_mtime))
+        return f"at step {self.steps:,}" + (f" of {total:,}" if total else "") + f", last written {age} ago"
 
     @property
     def on_cpu(self) -> bool:
@@ -98,6 +100,7 @@ class RunData:
 
 
 def read(folder: str | Path) -> RunData:
+    """ValueError for a folder that is not a run's."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"no run folder {folder}")
@@ -120,7 +123,7 @@ def read(folder: str | Path) -> RunData:
 
 
 def card(path: str) -> dict:
-    """ "samples" and "classes" of a data card, as far as it is there and has them."""
+    """The "samples" and "classes" of a data card, as far as it is there and has them."""
     try:
         found = json.loads(Path(path).with_suffix(".json").read_text())
     except (OSError, ValueError):
