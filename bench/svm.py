@@ -91,7 +91,7 @@ def main() -> None:
         print(f"appended to {append('svm', env, **result)}")
 
 
-def full_sample(data, budget: float, solver: str) -> dict:
+def full_sample(data: list[torch.Tensor], budget: float, solver: str) -> dict:
     """scikit-learn on two of three folds; the 20 final fits, on all rows, are counted as such fits, too."""
     labels, classes = data[1].numpy(), data[1].shape[1]
     rng = np.random.default_rng(1)
@@ -108,7 +108,7 @@ def full_sample(data, budget: float, solver: str) -> dict:
     }
 
 
-def low_shot_sample(data, budget: float, solver: str) -> dict:
+def low_shot_sample(data: list[torch.Tensor], budget: float, solver: str) -> dict:
     labels, classes = data[1].numpy(), data[1].shape[1]
     rng = np.random.default_rng(2)
 
@@ -119,7 +119,7 @@ def low_shot_sample(data, budget: float, solver: str) -> dict:
     return compare(data, budget, solver, dict.fromkeys(svm.SHOTS, problem), 5 * classes)
 
 
-def compare(data, budget: float, solver: str, kinds: dict, count: int) -> dict:
+def compare(data: list[torch.Tensor], budget: float, solver: str, kinds: dict, count: int) -> dict:
     """scikit-learn on `threads` problems of each kind and cost at a time; `count`: their number in the protocol."""
     x, labels, x_test, y_test = (part.numpy() for part in data)
     threads = cpu.threads()
@@ -137,7 +137,7 @@ def compare(data, budget: float, solver: str, kinds: dict, count: int) -> dict:
             scores = list(solvers.parallel(fit_and_score, [(theirs.x, theirs.x_test, *part, cost) for part in work]))
             seconds[kind, cost].append((time.perf_counter() - start) / threads)
             timed += time.perf_counter() - start
-            for (c, _), score, (ours, _) in zip(drawn, scores, fast.few(work, (cost,), svm.POSITIVE)):
+            for (c, _), score, (ours, _) in zip(drawn, scores, fast.few(work, (cost,))):
                 a, b = average_precision(np.stack([score, ours[0]]), np.stack([y_test[:, c]] * 2))
                 differences.append(100 * (b - a))
     mean = {key: float(np.mean(values)) for key, values in seconds.items()}
@@ -155,8 +155,8 @@ def compare(data, budget: float, solver: str, kinds: dict, count: int) -> dict:
     }
 
 
-def fit_and_score(x, x_test, rows, positive, cost):
-    return solvers.fit(x[rows], positive, cost, svm.POSITIVE).decision_function(x_test)
+def fit_and_score(x: np.ndarray, x_test: np.ndarray, rows: np.ndarray, positive: np.ndarray, cost: float) -> np.ndarray:
+    return solvers.fit(x[rows], positive, cost).decision_function(x_test)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     if args.squash:
         target.view = replace(target.view, crop="squash", resize=None)
     rows, about = [], target.describe()
-    dims = target.extractor(layers).dims()
+    dims = target.extractor(layers).dims
     for name, path in sources.items():
         samples = target.loader(path).samples
         if args.to == "npy":

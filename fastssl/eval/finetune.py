@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import copy
 
+from torch import nn
+
 from fastssl import dist
 from fastssl.config import Optim
 from fastssl.eval.common import finetuning
@@ -110,7 +112,7 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     }
 
 
-def settings(backbone, chosen: dict, clip: float, precision: str) -> Optim:
+def settings(backbone: nn.Module, chosen: dict, clip: float, precision: str) -> Optim:
     """config.Optim of these options; for transformers with a rate for each layer and no decay of norms and biases."""
     lr, batch = chosen["lr"], chosen["train_batch"]
     paramwise = {}

@@ -154,7 +154,7 @@ def _tsne(x: np.ndarray, seed: int, perplexity: float | None) -> tuple[np.ndarra
     return xy.astype(np.float32), {"perplexity": perplexity, "kl": round(float(tsne.kl_divergence_), 4)}
 
 
-def _umap():
+def _umap() -> type:
     try:
         from umap import UMAP  # some seconds: it compiles
     except ImportError:
@@ -183,7 +183,13 @@ def palette(labels: np.ndarray, names: list[str] | None) -> list[tuple[str, str,
 
 
 def write(
-    folder: Path, method: str, xy: np.ndarray, labels: np.ndarray, rows: np.ndarray, names=None, title: str = ""
+    folder: Path,
+    method: str,
+    xy: np.ndarray,
+    labels: np.ndarray,
+    rows: np.ndarray,
+    names: list[str] | None = None,
+    title: str = "",
 ) -> None:
     """Write map_METHOD.png, map_METHOD.npy with the coordinates (N, 2) and map_METHOD_samples.npy with the row in the
     file and the class of each point."""

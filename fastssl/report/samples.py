@@ -11,6 +11,7 @@ import io
 from dataclasses import replace
 from html import escape
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -68,8 +69,9 @@ class SmallPixels(nn.Module):
 class Features:
     """Features of `args.points` images of a run's test file (its training file, if it names none)."""
 
-    def __init__(self, run: RunData, args: argparse.Namespace, kind: str = "weights"):
-        """`kind`: "weights", "untrained" or "pixels"."""
+    def __init__(
+        self, run: RunData, args: argparse.Namespace, kind: Literal["weights", "untrained", "pixels"] = "weights"
+    ) -> None:
         parser = argparse.ArgumentParser()
         add_target_options(parser)
         options = parser.parse_args([str(run.folder), "--batch", str(min(args.batch, args.points))])

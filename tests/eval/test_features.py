@@ -156,7 +156,7 @@ def test_layers_of_one_pass(beton, want):
         for name, part in zip(names, parts):
             torch.testing.assert_close(part[int(batch.index)], seen[name][0].flatten(), rtol=1e-4, atol=1e-4)
     assert torch.equal(parts[3], want[1])
-    assert [shape.numel() for shape in Extractor(net(), VIEW, names).shapes()] == [p.shape[1] for p in parts[:3]]
+    assert [shape.numel() for shape in Extractor(net(), VIEW, names).shapes] == [p.shape[1] for p in parts[:3]]
 
 
 def test_layers_of_other_networks():

@@ -43,7 +43,7 @@ def load_or_extract(folder: Path, extractor: Extractor, loader: Loader, weights:
 
     `weights`: where they come from, in words, for the manifest.  ValueError when a feature is NaN or infinite.
     """
-    dims = extractor.dims()
+    dims = extractor.dims
     check_memory(loader, sum(dims))
     out = [torch.empty(loader.samples, dim, device=loader.device) for dim in dims]
 
@@ -64,7 +64,7 @@ def for_each_shard(
     store = None
     if folder is not None:
         store = on_main(lambda: FeatureStore(folder, extractor, loader, weights), REMEDY)
-    shards, dims = range(-(-loader.samples // SHARD_ROWS)), extractor.dims()
+    shards, dims = range(-(-loader.samples // SHARD_ROWS)), extractor.dims
     missing = [k for k in shards if store is None or not _read(store, k, dims, loader, receive)]
     if missing:
         into = f" into {store.folder}" if store else ""
@@ -80,7 +80,7 @@ class FeatureStore:
     """The folder of one key; only rank 0 calls its methods."""
 
     def __init__(self, folder: Path, extractor: Extractor, loader: Loader, weights: str) -> None:
-        self.layers, self.dims, self.samples = extractor.layers, extractor.dims(), loader.samples
+        self.layers, self.dims, self.samples = extractor.layers, extractor.dims, loader.samples
         backbone = extractor.backbone
         facts = {
             "format": FORMAT,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -98,6 +99,7 @@ class Extractor:
         with autocast(x.device, self.precision):
             return [part.float().flatten(1) for part in forward(self.backbone, x, self.layers)]
 
+    @cached_property
     def shapes(self) -> list[torch.Size]:
         """Of one image's features in each layer, before flattening: (dim,) or (C, g, g)."""
         device = next((p.device for p in self.backbone.parameters()), None)
@@ -105,8 +107,9 @@ class Extractor:
         with torch.no_grad(), evaluating(self.backbone):
             return [part.shape[1:] for part in forward(self.backbone, x, self.layers)]
 
+    @property
     def dims(self) -> list[int]:
-        return [shape.numel() for shape in self.shapes()]
+        return [shape.numel() for shape in self.shapes]
 
     def batches(
         self, loader: Loader, start: int = 0, stop: int | None = None, order: np.ndarray | None = None

@@ -58,7 +58,7 @@ class EvalTarget:
         extractor, loader, folder = self.extractor(layers), self.loader(path), self.cache_folder()
         if folder is not None:
             return cache.load_or_extract(folder, extractor, loader, self.weights)
-        features.check_memory(loader, 2 * sum(extractor.dims()))  # the rows in the ranks' order, and sorted
+        features.check_memory(loader, 2 * sum(extractor.dims))  # the rows in the ranks' order, and sorted
         return features.extract(extractor, loader)
 
     def extractor(self, layers: tuple[str, ...] = ("last",)) -> Extractor:

@@ -74,7 +74,7 @@ def train_and_test(
             check_features(label, part, y)
     classifiers = [
         LinearClassifiers(shape, rates, classes, recipe, target.args.seed + i, loader.device)
-        for i, shape in enumerate(extractor.shapes())
+        for i, shape in enumerate(extractor.shapes)
     ]
     batches = (
         augmented_batches(extractor, recipe, loader, rows) if augment else cached_batches(target, recipe, names, rows)

@@ -20,12 +20,11 @@ from fastssl import dist
 from fastssl.eval.common.features import check_finite
 from fastssl.eval.common.target import EvalTarget
 from fastssl.eval.svm.cuda import Cuda
-from fastssl.eval.svm.solvers import Fast, Sklearn, average_precision
+from fastssl.eval.svm.solvers import POSITIVE_WEIGHT, Fast, Sklearn, average_precision
 from fastssl.parsing import comma_separated
 
 NEEDS = ("train", "test")
 COSTS = (*(0.5**n for n in range(19, 3, -1)), 1.0, 10.0, 100.0)
-POSITIVE = 2.0  # weight of the positives' cost
 SOLVERS = {"fast": Fast, "cuda": Cuda, "sklearn": Sklearn}
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
 
@@ -75,7 +74,9 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     return result
 
 
-def _layers(features: dict[str, tuple[Tensor, Tensor]], labels: Tensor, test_labels: Tensor, args) -> dict:
+def _layers(
+    features: dict[str, tuple[Tensor, Tensor]], labels: Tensor, test_labels: Tensor, args: argparse.Namespace
+) -> dict:
     few = len(labels) <= 2 * max(part.shape[1] for part, _ in features.values())  # else see newton.Rows
     options = {"costs": args.costs, "solver": args.solver or ("cuda" if args.device.type == "cuda" and few else "fast")}
     given = {key: getattr(args, key) for key in ("shots", "samples", "folds") if getattr(args, key) is not None}
@@ -119,9 +120,9 @@ def svm(
         for k, (_, rows) in enumerate(StratifiedKFold(folds).split(x, positive_NC[:, c])):
             held_out_CFN[c, k, rows] = True
     fits = SOLVERS[solver](x, x_test)
-    cv_AC = fits.cross_validate(positive_NC, held_out_CFN, costs, POSITIVE)
+    cv_AC = fits.cross_validate(positive_NC, held_out_CFN, costs)
     best_C = cv_AC.argmax(0)  # the smallest of equals
-    scores_CM = fits.refit(positive_NC, np.asarray(costs)[best_C], POSITIVE)
+    scores_CM = fits.refit(positive_NC, np.asarray(costs)[best_C])
     ap_C = 100 * average_precision(scores_CM, y_test.T)
     cv_C = 100 * cv_AC.max(0)
     row = {"map": float(ap_C.mean()), "cv_map": float(cv_C.mean())}
@@ -132,7 +133,7 @@ def svm(
     options = {
         "folds": folds,
         "costs": list(costs),
-        "positive_weight": POSITIVE,
+        "positive_weight": POSITIVE_WEIGHT,
         "solver": solver,
         "train": len(x),
         "test": len(x_test),
@@ -174,7 +175,7 @@ def low_shot(
     fits = SOLVERS[solver](x, x_test)
     ap = {True: np.zeros((len(shots), samples, classes, len(costs)))}
     ap[False] = np.full_like(ap[True], np.nan)
-    scored = fits.few([(rows, y[rows, c] > 0) for rows, (_, _, c) in zip(drawn, problems)], costs, POSITIVE)
+    scored = fits.few([(rows, y[rows, c] > 0) for rows, (_, _, c) in zip(drawn, problems)], costs)
     for (k, s, c), rows, (on_test, on_train) in zip(problems, drawn, scored):
         rest = y[:, c].copy()
         rest[rows] = -1
@@ -187,7 +188,7 @@ def low_shot(
         "shots": list(shots),
         "samples": samples,
         "costs": list(costs),
-        "positive_weight": POSITIVE,
+        "positive_weight": POSITIVE_WEIGHT,
         "solver": solver,
         "train": len(x),
         "test": len(x_test),
@@ -207,7 +208,8 @@ def draw(labels: np.ndarray, k: int, classes: int, rng: np.random.Generator) -> 
     return np.sort(np.concatenate(parts))
 
 
-def _choose(k: int, ap_SCA: np.ndarray, held_out_SCA: np.ndarray, costs) -> list[dict]:
+def _choose(k: int, ap_SCA: np.ndarray, held_out_SCA: np.ndarray, costs: tuple[float, ...]) -> list[dict]:
+    """Rows for k shots, by the average precision (S samples, C classes, A costs) on the test set and held-out rows."""
     rows = []
     for chosen, table in (("test", ap_SCA), ("held-out", held_out_SCA)):
         known = ~np.isnan(table).any((0, 2))
@@ -229,7 +231,10 @@ def _choose(k: int, ap_SCA: np.ndarray, held_out_SCA: np.ndarray, costs) -> list
     return rows
 
 
-def _checked(train, labels, test, test_labels, costs, solver):
+def _checked(
+    train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, costs: tuple[float, ...], solver: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[float, ...]]:
+    """Features of unit norm and label tables of both sets, and the costs in ascending order."""
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r}: known are {', '.join(SOLVERS)}")
     if not costs or not min(costs) > 0 or not np.isfinite(costs).all():

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastssl.eval.svm import solvers
 from fastssl.eval.svm.cpu import check
 from fastssl.eval.svm.newton import CG_STEPS, NEWTON_STEPS, TOLERANCE
+from fastssl.eval.svm.solvers import POSITIVE_WEIGHT, Costs, Problem, Scores, average_precision
+
+if TYPE_CHECKING:
+    import cupy
 
 THREADS = 512
 SCRATCH = 10  # vectors of a problem's rows
@@ -169,7 +173,7 @@ extern "C" __global__ void newton(
 """.replace("SCRATCH *", f"{SCRATCH} *")
 
 
-def solve(K, problems: list[tuple], costs: tuple[float, ...], tolerance: float = TOLERANCE) -> list[tuple]:
+def solve(K: cupy.ndarray, problems: list[tuple], costs: Costs, tolerance: float = TOLERANCE) -> list[tuple]:
     """[(b, f)] of (costs, n) CuPy arrays for problems (rows (n,) of K, y, weight), in one launch."""
     import cupy
 
@@ -218,34 +222,35 @@ class Cuda:
         self.x, self.x_test = (cupy.asarray(np.concatenate(pair, 1)) for pair in zip((x, x_test), ones))
         self.K = self.x @ self.x.T
 
-    def cross_validate(self, positive_NC, held_out_CFN, costs, positive_weight) -> np.ndarray:
+    def cross_validate(self, positive_NC: np.ndarray, held_out_CFN: np.ndarray, costs: Costs) -> np.ndarray:
         C, folds, N = held_out_CFN.shape
         all_rows, problems = np.arange(N), []
         for c in range(C):
             y = np.where(positive_NC[:, c], 1, -1)
             problems += [
-                (all_rows, y, np.where(test, 0, np.where(y > 0, positive_weight, 1))) for test in held_out_CFN[c]
+                (all_rows, y, np.where(test, 0, np.where(y > 0, POSITIVE_WEIGHT, 1))) for test in held_out_CFN[c]
             ]
         fits = solve(self.K, problems, costs)
         ap = [
-            solvers.average_precision(f.get(), np.broadcast_to(np.where(weight > 0, -1, y > 0), f.shape), False)
+            average_precision(f.get(), np.broadcast_to(np.where(weight > 0, -1, y > 0), f.shape), False)
             for (_, f), (_, y, weight) in zip(fits, problems)
         ]
         return np.reshape(ap, (C, folds, len(costs))).mean(1).T
 
-    def refit(self, positive_NC, cost_C, positive_weight) -> np.ndarray:
+    def refit(self, positive_NC: np.ndarray, cost_C: np.ndarray) -> np.ndarray:
         out = []
         for c, cost in enumerate(cost_C):
-            out += self.scores([(np.arange(len(positive_NC)), positive_NC[:, c])], (cost,), positive_weight)
+            out += self.scores([(np.arange(len(positive_NC)), positive_NC[:, c])], (cost,))
         return np.stack([on_test[0].get() for on_test, _ in out])
 
-    def few(self, problems, costs, positive_weight) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for on_test, on_train in self.scores(problems, costs, positive_weight):
+    def few(self, problems: list[Problem], costs: Costs) -> Iterator[Scores]:
+        for on_test, on_train in self.scores(problems, costs):
             yield on_test.get(), on_train.get()
 
-    def scores(self, problems, costs, positive_weight) -> Iterator:
+    def scores(self, problems: list[Problem], costs: Costs) -> Iterator[tuple[Any, Any]]:
+        """As `few`, on the GPU."""
         chosen = [
-            (rows, np.where(positive, 1, -1), np.where(positive, positive_weight, 1)) for rows, positive in problems
+            (rows, np.where(positive, 1, -1), np.where(positive, POSITIVE_WEIGHT, 1)) for rows, positive in problems
         ]
         for (rows, _), (b, _) in zip(problems, solve(self.K, chosen, costs)):
             w = b @ self.x[rows]

@@ -1,18 +1,41 @@
 """The solvers of the SVM protocols on the CPU, ours and scikit-learn's LinearSVC, and the average precision.
 
-A solver is built from x (N, D) and x_test (M, D), float32, and has `cross_validate` -> (costs, C) average precision,
-`refit` -> scores (C, M), `few` -> for each problem of few rows the scores (costs, M) and (costs, N).
+Shapes: N training rows, M test rows, D dimensions, C classes, F folds.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numba import njit
 
 from fastssl.eval.svm import cpu
+
+if TYPE_CHECKING:
+    from sklearn.svm import LinearSVC
+
+POSITIVE_WEIGHT = 2.0  # of the cost of positives, as published
+Costs = tuple[float, ...]
+Problem = tuple[np.ndarray, np.ndarray]  # some training rows (n,), and which of them are positive (n,)
+Scores = tuple[np.ndarray, np.ndarray]  # of the test rows (costs, M) and the training rows (costs, N)
+
+
+class Solver(Protocol):
+    """Fits of one class against all others on features x (N, D), float32, scored on x_test (M, D)."""
+
+    def __init__(self, x: np.ndarray, x_test: np.ndarray) -> None: ...
+
+    def cross_validate(self, positive_NC: np.ndarray, held_out_CFN: np.ndarray, costs: Costs) -> np.ndarray:
+        """Average precision on the held-out rows (costs, C), the mean over folds."""
+
+    def refit(self, positive_NC: np.ndarray, cost_C: np.ndarray) -> np.ndarray:
+        """Scores of the test rows (C, M), after fits on all rows."""
+
+    def few(self, problems: list[Problem], costs: Costs) -> Iterator[Scores]:
+        """Scores for each problem, which has few rows."""
 
 
 def average_precision(scores_RM: np.ndarray, truth_RM: np.ndarray, interpolated: bool = True) -> np.ndarray:
@@ -54,11 +77,11 @@ class Fast:
         self.x_test = np.concatenate([x_test, np.ones((len(x_test), 1), np.float32)], 1)
         self._test = None
 
-    def cross_validate(self, positive_NC, held_out_CFN, costs, positive_weight) -> np.ndarray:
+    def cross_validate(self, positive_NC: np.ndarray, held_out_CFN: np.ndarray, costs: Costs) -> np.ndarray:
         C, folds, N = held_out_CFN.shape
         y_FN = np.repeat(np.where(positive_NC.T, 1, -1), folds, 0).astype(np.float32)
         held_out_FN = held_out_CFN.reshape(C * folds, N)
-        weight_FN = np.where(held_out_FN, 0, np.where(y_FN > 0, positive_weight, 1))
+        weight_FN = np.where(held_out_FN, 0, np.where(y_FN > 0, POSITIVE_WEIGHT, 1))
         truth_FN = np.where(held_out_FN, y_FN > 0, -1)
         return np.stack(
             [
@@ -67,24 +90,24 @@ class Fast:
             ]
         )
 
-    def refit(self, positive_NC, cost_C, positive_weight) -> np.ndarray:
+    def refit(self, positive_NC: np.ndarray, cost_C: np.ndarray) -> np.ndarray:
         y_CN = np.where(positive_NC.T, 1, -1)
-        return self.rows.fit(y_CN, 2 * cost_C[:, None] * np.where(y_CN > 0, positive_weight, 1)) @ self.x_test.T
+        return self.rows.fit(y_CN, 2 * cost_C[:, None] * np.where(y_CN > 0, POSITIVE_WEIGHT, 1)) @ self.x_test.T
 
-    def few(self, problems, costs, positive_weight) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def few(self, problems: list[Problem], costs: Costs) -> Iterator[Scores]:
         A, At = self.rows.operator
         if not len(At) and self._test is None:
             self._test = self.rows.x_NE @ self.x_test.T
 
-        def work(problem):
+        def work(problem: Problem) -> Scores:
             rows, positive = problem
-            y, weight = np.where(positive, 1, -1), np.where(positive, positive_weight, 1)
-            mine = self.rows.x_NE[rows] if len(At) else A[rows]
-            b = cpu.solve_few(mine @ mine.T if len(At) else mine.take(rows, 1), y, weight, costs)
+            y, weight = np.where(positive, 1, -1), np.where(positive, POSITIVE_WEIGHT, 1)
+            own_rows = self.rows.x_NE[rows] if len(At) else A[rows]
+            b = cpu.solve_few(own_rows @ own_rows.T if len(At) else own_rows.take(rows, 1), y, weight, costs)
             if len(At):
-                w = b @ mine
+                w = b @ own_rows
                 return w @ self.x_test.T, w @ self.rows.x_NE.T
-            return b @ self._test[rows], b @ mine
+            return b @ self._test[rows], b @ own_rows
 
         return cpu.parallel_map(work, problems)
 
@@ -95,9 +118,9 @@ class Sklearn:
     def __init__(self, x: np.ndarray, x_test: np.ndarray) -> None:
         self.x, self.x_test = x.astype(np.float64), x_test.astype(np.float64)
 
-    def cross_validate(self, positive_NC, held_out_CFN, costs, positive_weight) -> np.ndarray:
+    def cross_validate(self, positive_NC: np.ndarray, held_out_CFN: np.ndarray, costs: Costs) -> np.ndarray:
         def work(x, positive, cost, test):
-            scores = fit(x[~test], positive[~test], cost, positive_weight).decision_function(x[test])
+            scores = fit(x[~test], positive[~test], cost).decision_function(x[test])
             return average_precision(scores[None], positive[None, test].astype(np.int8), interpolated=False)[0]
 
         C, folds, _ = held_out_CFN.shape
@@ -109,23 +132,23 @@ class Sklearn:
         ]
         return np.reshape(list(parallel(work, jobs)), (len(costs), C, folds)).mean(2)
 
-    def refit(self, positive_NC, cost_C, positive_weight) -> np.ndarray:
+    def refit(self, positive_NC: np.ndarray, cost_C: np.ndarray) -> np.ndarray:
         def work(x, x_test, positive, cost):
-            return fit(x, positive, cost, positive_weight).decision_function(x_test)
+            return fit(x, positive, cost).decision_function(x_test)
 
         return np.stack(
             list(parallel(work, [(self.x, self.x_test, positive_NC[:, c], cost) for c, cost in enumerate(cost_C)]))
         )
 
-    def few(self, problems, costs, positive_weight) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def few(self, problems: list[Problem], costs: Costs) -> Iterator[Scores]:
         def work(x, x_test, rows, positive):
-            fits = [fit(x[rows], positive, cost, positive_weight) for cost in costs]
+            fits = [fit(x[rows], positive, cost) for cost in costs]
             return tuple(np.stack([f.decision_function(part) for f in fits]) for part in (x_test, x))
 
         return parallel(work, [(self.x, self.x_test, *problem) for problem in problems])
 
 
-def fit(x, positive, cost: float, positive_weight: float):
+def fit(x: np.ndarray, positive: np.ndarray, cost: float) -> LinearSVC:
     """A fit as published."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.svm import LinearSVC
@@ -134,7 +157,7 @@ def fit(x, positive, cost: float, positive_weight: float):
         warnings.simplefilter("ignore", ConvergenceWarning)  # the protocol has 2000 passes in any case
         return LinearSVC(
             C=cost,
-            class_weight={1: positive_weight, -1: 1.0},
+            class_weight={1: POSITIVE_WEIGHT, -1: 1.0},
             intercept_scaling=1.0,
             penalty="l2",
             loss="squared_hinge",
@@ -145,7 +168,7 @@ def fit(x, positive, cost: float, positive_weight: float):
         ).fit(x, np.where(positive, 1, -1))
 
 
-def parallel(work, jobs) -> Iterator:
+def parallel(work: Callable, jobs: Iterable[tuple]) -> Iterator[Any]:
     from joblib import Parallel, delayed
 
     return Parallel(cpu.threads(), return_as="generator")(delayed(work)(*job) for job in jobs)
