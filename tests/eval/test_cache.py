@@ -31,8 +31,8 @@ def net(seed=0, **options):
     return backbones.build(Backbone("resnet10", **{"stem": "cifar", "width": 8, **options}))
 
 
-class Watched(Loader):
-    """Notes the rows that were decoded."""
+class RecordingLoader(Loader):
+    """Records the rows that are decoded."""
 
     def _feed(self, rows):
         self.__dict__.setdefault("rows", []).extend(rows.tolist())
@@ -40,10 +40,10 @@ class Watched(Loader):
 
 
 def load(path, batch=16):
-    return Watched(path, batch, device="cpu", workers=1, shuffle=False, drop_last=False)
+    return RecordingLoader(path, batch, device="cpu", workers=1, shuffle=False, drop_last=False)
 
 
-def kept(folder, loader, backbone=None, layers=LAYERS, view=VIEW, precision="fp32"):
+def cached(folder, loader, backbone=None, layers=LAYERS, view=VIEW, precision="fp32"):
     return cache.load_or_extract(folder, Extractor(backbone or net(), view, layers, precision), loader)
 
 
@@ -62,10 +62,10 @@ def key(folder):
 
 
 def test_cached_features_are_those_computed(beton, want, tmp_path, capsys):
-    assert same(kept(tmp_path, load(beton)), want)
+    assert same(cached(tmp_path, load(beton)), want)
     assert "computing 6 of 6 shards" in capsys.readouterr().out
     loader = load(beton)
-    assert same(kept(tmp_path, loader), want) and not hasattr(loader, "rows"), "nothing was decoded"
+    assert same(cached(tmp_path, loader), want) and not hasattr(loader, "rows"), "nothing was decoded"
     assert "read from" in capsys.readouterr().out
     folder = key(tmp_path)
     assert sorted(p.name for p in folder.iterdir()) == [*(f"{k:05d}" for k in range(6)), "manifest.json"]
@@ -77,7 +77,7 @@ def test_cached_features_are_those_computed(beton, want, tmp_path, capsys):
 
 @pytest.mark.parametrize("batch", [7, 20, 200])
 def test_shards_and_batches_of_different_sizes(beton, want, tmp_path, batch):
-    got = kept(tmp_path, load(beton, batch))
+    got = cached(tmp_path, load(beton, batch))
     for x, y in zip(got, want):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
     assert same(got, features.extract(Extractor(net(), VIEW, layers=LAYERS), load(beton, batch))), (
@@ -87,7 +87,7 @@ def test_shards_and_batches_of_different_sizes(beton, want, tmp_path, batch):
 
 def test_the_key_covers_all_that_decides_the_values(beton, tmp_path):
     loader, few = load(beton), ("last",)
-    kept(tmp_path, loader, layers=few)
+    cached(tmp_path, loader, layers=few)
     nudged = net()
     with torch.no_grad():
         nudged.layer4[0].bn2.running_mean[0] += 1e-3  # a buffer counts as well
@@ -100,14 +100,14 @@ def test_the_key_covers_all_that_decides_the_values(beton, tmp_path):
         {"backbone": net(norm="gn")},
     ):
         before = len(list(tmp_path.iterdir()))
-        kept(tmp_path, loader, **{"layers": few, **change})
+        cached(tmp_path, loader, **{"layers": few, **change})
         assert len(list(tmp_path.iterdir())) == before + 1, change
     before = len(list(tmp_path.iterdir()))
     loader.card = {"sha256": "0" * 64}
-    kept(tmp_path, loader, layers=few)
+    cached(tmp_path, loader, layers=few)
     assert len(list(tmp_path.iterdir())) == before + 1, "other data"
-    kept(tmp_path, load(beton, 50), layers=few)
-    kept(tmp_path, load(beton), backbones.channels_last_(net()), layers=few)
+    cached(tmp_path, load(beton, 50), layers=few)
+    cached(tmp_path, load(beton), backbones.channels_last_(net()), layers=few)
     assert len(list(tmp_path.iterdir())) == before + 1, "neither the batch nor the memory layout"
 
 
@@ -122,13 +122,13 @@ def test_an_interrupted_extraction_continues(beton, want, tmp_path, monkeypatch)
 
     monkeypatch.setattr(cache.FeatureStore, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        kept(tmp_path, load(beton))
+        cached(tmp_path, load(beton))
     folder = key(tmp_path)
     assert written == [0, 1, 2] and not (folder / "manifest.json").exists()
     (folder / "00003.tmp.left").mkdir()  # of a killed process: no shard
     monkeypatch.setattr(cache.FeatureStore, "write", write)
     loader = load(beton)
-    assert same(kept(tmp_path, loader), want)
+    assert same(cached(tmp_path, loader), want)
     assert min(loader.rows) == 48, "the batch that holds row 60 begins at 48; nothing before was decoded"
     assert (folder / "manifest.json").exists()
 
@@ -182,18 +182,18 @@ def without_sums(file):
     ids=lambda v: getattr(v, "__name__", ""),
 )
 def test_a_damaged_shard_is_named_and_computed_again(beton, tmp_path, capsys, damage, text):
-    want = kept(tmp_path, load(beton), layers=("last",))
+    want = cached(tmp_path, load(beton), layers=("last",))
     file = key(tmp_path) / "00002" / "last.npy"
     damage(file)
     capsys.readouterr()
     loader = load(beton)
-    assert same(kept(tmp_path, loader, layers=("last",)), want)
+    assert same(cached(tmp_path, loader, layers=("last",)), want)
     printed = capsys.readouterr().out
     name = str(file if damage is not without_sums else file.parent)
     assert f"features: {name} is damaged" in printed and re.search(text, printed), printed
     assert "computing 1 of 6 shards" in printed
     assert min(loader.rows) == 32, "the other shards were read"
-    assert same(kept(tmp_path, load(beton), layers=("last",)), want)
+    assert same(cached(tmp_path, load(beton), layers=("last",)), want)
     assert "read from" in capsys.readouterr().out
 
 
@@ -202,7 +202,7 @@ def test_features_that_are_nan_are_not_cached(beton, tmp_path):
     with torch.no_grad():
         broken.layer4[0].bn2.bias[0] = torch.nan
     with pytest.raises(ValueError, match="20 of 20 features are NaN or infinite .first: sample 0.: the training"):
-        kept(tmp_path, load(beton), broken, layers=("last",))
+        cached(tmp_path, load(beton), broken, layers=("last",))
     assert not list(tmp_path.rglob("*.npy"))
 
 
@@ -211,24 +211,24 @@ def test_no_disk_space_and_no_folder(beton, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cache.shutil, "disk_usage", full)
         with pytest.raises(ValueError, match=r"needs 0.0 GiB .* give --cache DIR elsewhere, or --no-cache"):
-            kept(tmp_path, load(beton))
+            cached(tmp_path, load(beton))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"file/.*--no-cache"):
-        kept(tmp_path / "file", load(beton), layers=("last",))
+        cached(tmp_path / "file", load(beton), layers=("last",))
 
 
 def on_two_ranks(beton, folder):
     cache.SHARD_ROWS = 20
     result = {}
     for batch in (16, 102):  # 102: the last batch has one sample, the second rank none of it
-        result[batch] = kept(Path(folder) / str(batch), load(beton, batch))
-    result["again"] = kept(Path(folder) / "16", load(beton, 16))
+        result[batch] = cached(Path(folder) / str(batch), load(beton, batch))
+    result["again"] = cached(Path(folder) / "16", load(beton, 16))
     file = next((Path(folder) / "16").glob("*/00001/stem.npy"))
     if dist.is_main():
         file.write_bytes(b"")
     dist.barrier()
     result["shards"] = {}
-    for name, place in (("none", None), ("kept", Path(folder) / "16")):
+    for name, place in (("none", None), ("cached", Path(folder) / "16")):
         seen = result["shards"][name] = []
         cache.for_each_shard(
             place,
@@ -236,9 +236,9 @@ def on_two_ranks(beton, folder):
             load(beton, 16),
             lambda first, parts, seen=seen: seen.append((first, [part.clone() for part in parts])),
         )
-    result["repaired"] = kept(Path(folder) / "16", load(beton, 16))
+    result["repaired"] = cached(Path(folder) / "16", load(beton, 16))
     try:
-        kept(Path(beton), load(beton, 16))
+        cached(Path(beton), load(beton, 16))
     except ValueError as error:
         result["error"] = str(error)
     return result

@@ -1,4 +1,4 @@
-"""Classes of two files are matched by name, or by number where one has no names; else the evaluation is refused."""
+"""Classes of two files are matched by name, or by number where one has no names; otherwise there is an error."""
 
 import json
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220), 
 
 
 def make(path, names, per_class=6, card=True, labels=None, flat=False):
-    """Flat images whose colour is the class that they are (or all equal), labelled by the place of the name."""
+    """Images of one colour, that of their class (or all equal), labelled by the index of the name."""
     rng = np.random.default_rng(len(names))
     images = [
         np.full((8, 8, 3), COLOURS[n], np.uint8) + rng.integers(0, 25, (1, 1, 3), np.uint8)
@@ -74,7 +74,7 @@ def load(path):
 
 
 @pytest.mark.parametrize(
-    "name, labels, said",
+    "name, labels, text",
     [
         ("same", [0, 1, 2], ""),
         ("turned", [2, 0, 1], "matched by name with those of .*train.beton (they are in another order)"),
@@ -84,19 +84,19 @@ def load(path):
         ("bare", [0, 1, 2], "(0 = red, 1 = green, 2 = blue)"),
     ],
 )
-def test_labels_are_those_of_the_training_file(files, capsys, name, labels, said):
+def test_labels_are_those_of_the_training_file(files, capsys, name, labels, text):
     train, test = load(files["train"]), load(files[name])
     match(train, test)
     assert test.labels().tolist() == np.repeat(labels, 3).tolist() and len(test.classes or train.classes) == 3
     given = [int(y) for batch in test.epoch(0) for y in batch.label]
     assert given == test.labels().tolist()
     printed = capsys.readouterr().out
-    assert said.replace(".*", "") in printed.replace(files["train"].removesuffix("train.beton"), "")
-    assert printed.count("\n") == bool(said)
+    assert text.replace(".*", "") in printed.replace(files["train"].removesuffix("train.beton"), "")
+    assert printed.count("\n") == bool(text)
 
 
 @pytest.mark.parametrize(
-    "train, test, said",
+    "train, test, text",
     [
         ("train", "other", "different classes: 'gray' of the first is not among 'red', 'green', 'blue' of the second"),
         ("train", "longer", "has 4 classes .* and .*train.beton 3"),
@@ -107,8 +107,8 @@ def test_labels_are_those_of_the_training_file(files, capsys, name, labels, said
         ("one", "one", "one.beton has one class .'blue'., so that every prediction would be right"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(files, train, test, said):
-    with pytest.raises(ValueError, match=said):
+def test_files_that_do_not_match_are_refused(files, train, test, text):
+    with pytest.raises(ValueError, match=text):
         match(load(files[train]), load(files[test]))
 
 
@@ -178,7 +178,7 @@ PROTOCOLS = {
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_every_protocol_matches_and_refuses(files, tmp_path, capsys, protocol):
-    """100 % whatever order the test file has its classes in; without matching it is 0 %."""
+    """100 % for any order of the classes in the test file; without matching it would be 0 %."""
     options = [tmp_path if word == "FOLDER" else word for word in PROTOCOLS[protocol]]
     assert top1(capsys, tmp_path, protocol, files["train"], files["turned"], *options) == 100
     argv = [protocol, "--train", files["train"], "--test", files["other"], "--device", "cpu", "--workers", 1, *options]
@@ -236,7 +236,7 @@ TRAININGS = {
     ],
 )
 @pytest.mark.parametrize(
-    "data, said",
+    "data, text",
     [
         ("none", "has no labels, and this needs the class of each image: convert labelled data"),
         (
@@ -245,11 +245,11 @@ TRAININGS = {
         ),
     ],
 )
-def test_data_without_classes_is_refused_in_one_line(files, capsys, protocol, options, data, said):
+def test_data_without_classes_is_refused_in_one_line(files, capsys, protocol, options, data, text):
     argv = [protocol, "--train", files[data], "--test", files[data], "--size", 8, "--device", "cpu", "--workers", 1]
     assert fastssl.eval.main(list(map(str, [*argv, *options]))) == 2
     err = capsys.readouterr().err
-    assert said in err and err.count("\n") == 1
+    assert text in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_equal_images_give_chance(tmp_path, capsys, protocol, options):
 
 
 def test_a_map_of_equal_images_is_refused(tmp_path, capsys):
-    """t-SNE of equal points ended the process."""
+    """t-SNE of equal points crashes the process."""
     equal = make(tmp_path / "equal.beton", ("red", "green", "blue"), 4, flat=True)
     capsys.readouterr()
     argv = ["maps", "--test", equal, "--size", 8, "--folder", tmp_path, "--device", "cpu", "--workers", 1, *PIXELS]
@@ -323,7 +323,7 @@ def test_monitors_match_too(files, bank, resident):
     assert t.scalars["knn_top1"] == 100 and t.scalars["probe_top1"] == 100
 
 
-def test_a_set_on_the_device_is_relabelled(files):
+def test_a_resident_file_is_relabelled(files):
     whole = Loader(files["turned"], 8, device="cpu", workers=1, shuffle=False, drop_last=False, resident=True)
     other = whole.in_file_order(4)
     match(load(files["train"]), other)
@@ -332,7 +332,7 @@ def test_a_set_on_the_device_is_relabelled(files):
 
 
 @pytest.mark.parametrize(
-    "train, test, said",
+    "train, test, text",
     [
         ("train", "other", "different classes"),
         ("one", "one", "one class"),
@@ -340,6 +340,6 @@ def test_a_set_on_the_device_is_relabelled(files):
         ("some", "same", "without label"),
     ],
 )
-def test_monitors_refuse_before_training(files, train, test, said):
-    with pytest.raises(ValueError, match=f"{said}.*set log.knn_epochs=0 log.probe=False"):
+def test_monitors_refuse_before_training(files, train, test, text):
+    with pytest.raises(ValueError, match=f"{text}.*set log.knn_epochs=0 log.probe=False"):
         hooks.KnnMonitor(1).before_epoch(trainer(files[train], files[test]))

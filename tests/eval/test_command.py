@@ -1,4 +1,4 @@
-"""`fastssl eval` and `fastssl export` as a user calls them: run folders, exports, bare weights, baselines, mistakes."""
+"""`fastssl eval` and `fastssl export` as a user calls them: run folders, exports, weight files, baselines, mistakes."""
 
 import json
 import re
@@ -104,7 +104,7 @@ def test_the_default_k_fits_a_small_bank(run_folder, files, tmp_path, capsys):
 
 
 def test_results_of_a_run_are_saved_in_its_folder(run_folder, files, tmp_path, capsys):
-    """So that the report finds them; what is not the default is in the name, and bare weights leave nothing."""
+    """The report finds them; options other than the defaults are in the name; for a weight file none is written."""
     run = tmp_path / "run"
     shutil.copytree(run_folder, run, ignore=shutil.ignore_patterns("eval", "features"))
     other = tmp_path / "other.beton"
@@ -129,7 +129,7 @@ def test_results_of_a_run_are_saved_in_its_folder(run_folder, files, tmp_path, c
 
 
 def test_every_way_to_name_the_same_weights(run_folder, files, tmp_path, capsys):
-    """The run folder, its checkpoint, both exports and a bare state dict of the same network give the same numbers."""
+    """The run folder, its checkpoint, an export and a state dict of the same network give the same numbers."""
     exported, plain = tmp_path / "b.safetensors", tmp_path / "b.pth"
     assert export.main([str(run_folder), "--to", "safetensors", "--out", str(exported)]) == 0
     net = backbones.build(SPEC)
@@ -185,12 +185,12 @@ def test_lbfgs_and_options(run_folder, tmp_path):
 
 
 def test_the_classifier_in_a_file(run_folder, files, tmp_path, capsys):
-    """Set so that it names the class whose mean feature is nearest: computed here from the extracted features."""
+    """The classifier predicts the class with the nearest mean feature, which is computed from extracted features."""
     assert call("extract", run_folder, "--folder", tmp_path / "f") == 0
     x = {part: torch.from_numpy(np.load(tmp_path / "f" / f"{part}_last.npy")) for part in ("train", "test")}
     y = {part: torch.from_numpy(np.load(tmp_path / "f" / f"{part}_labels.npy")) for part in ("train", "test")}
     means = torch.stack([x["train"][y["train"] == c].mean(0) for c in range(6)])
-    means += 2 * means.std(0) * torch.randn(means.shape, generator=torch.Generator().manual_seed(0))  # not too good
+    means += 2 * means.std(0) * torch.randn(means.shape, generator=torch.Generator().manual_seed(0))  # for some errors
     net = backbones.build(SPEC)
     weights.load_backbone(run_folder, net)
     head = {"head.fc_cls.weight": 2 * means, "head.fc_cls.bias": -means.square().sum(1)}
@@ -337,9 +337,9 @@ def test_extract(run_folder, files, tmp_path, capsys):
     arrays = {name: np.load(out / name) for name in names}
     assert arrays["test_labels.npy"].tolist() == [i % 6 for i in range(33)]
     layer4 = torch.from_numpy(arrays["test_layer4.npy"]).view(33, 64, 4)
-    torch.testing.assert_close(layer4.mean(2), torch.from_numpy(arrays["test_last.npy"]))  # rows belong together
+    torch.testing.assert_close(layer4.mean(2), torch.from_numpy(arrays["test_last.npy"]))  # the same rows in both files
     (out / "train_last.npy").unlink()
-    assert call(*command) == 2 and not (out / "train_last.npy").exists(), "nothing half-written"
+    assert call(*command) == 2 and not (out / "train_last.npy").exists(), "no incomplete file"
     assert re.search(r"train_layer4.npy exists: .*--force", capsys.readouterr().err)
     assert call(*command, "--force") == 0 and {p.name for p in out.iterdir()} == names
     assert call(*command, "--only", "test", "--to", "safetensors") == 0
@@ -357,7 +357,7 @@ def test_extract_writes_shard_by_shard(run_folder, tmp_path, monkeypatch, capsys
     assert call(*argv, "--to", "safetensors", "--folder", tmp_path / "whole", "--no-cache") == 0
     want = safetensors.torch.load_file(tmp_path / "whole" / "train.safetensors")
     monkeypatch.setattr(cache, "SHARD_ROWS", 8)
-    for module, name in ((cache, "load_or_extract"), (features, "extract")):  # what holds all rows
+    for module, name in ((cache, "load_or_extract"), (features, "extract")):  # these hold all rows in memory
         monkeypatch.setattr(module, name, None)
     more = more or ["--cache", tmp_path / "cache"]
     for _ in range(2):  # computed, then, with a cache, read
@@ -386,7 +386,7 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def test_numbers_that_json_has_not(tmp_path):
+def test_nan_and_infinity_in_json(tmp_path):
     result = {"results": [{"loss": float("nan"), "k": 3}], "x": (float("-inf"), 1.5)}
     write_json(tmp_path / "a.json", result)
     assert json.loads((tmp_path / "a.json").read_text(), parse_constant=interrupt) == {

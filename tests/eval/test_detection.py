@@ -69,7 +69,7 @@ def squares(rng, w=64, h=48):
 
 
 def write_voc(root, splits, seed=0):
-    """VOCdevkit with `splits` {"VOC2007/trainval": images}; all it knows is in the layout's own files."""
+    """VOCdevkit with `splits` {"VOC2007/trainval": images}; everything is in the files of that layout."""
     rng, number = np.random.default_rng(seed), 0
     for split, count in splits.items():
         year, name = split.split("/")
@@ -132,7 +132,7 @@ def voc(tmp_path_factory):
     )
 
 
-def test_voc_is_read_as_it_lies_on_the_disk(tmp_path):
+def test_voc_is_read(tmp_path):
     root = write_voc(tmp_path, {"VOC2007/val": 2})
     hard = OBJECT.format("tvmonitor", 1, 1, 2, 64, 48) + OBJECT.format("person", 0, "8.5", 12, 30, 40)
     (root / "VOC2007/Annotations/000001.xml").write_text(XML.format(name="x", w=64, h=48, objects=hard))
@@ -151,14 +151,14 @@ def test_voc_is_read_as_it_lies_on_the_disk(tmp_path):
     assert mirrored["boxes"][0].tolist() == [64 - x1, y0, 64 - x0, y1]
 
 
-def test_coco_is_read_as_it_lies_on_the_disk(tmp_path):
+def test_coco_is_read(tmp_path):
     root = write_coco(tmp_path / "coco", {"val2017": 3})
     file = root / "annotations/instances_val2017.json"
     data = json.loads(file.read_text())
     data["annotations"][0]["iscrowd"] = 1
     file.write_text(json.dumps(data))
     pictures, classes = read_coco(str(root), "val2017")
-    assert classes == ("car", "dog") and len(pictures) == 3, "classes go by category id"
+    assert classes == ("car", "dog") and len(pictures) == 3, "classes are sorted by category id"
     _, objects = squares(np.random.default_rng(0))
     assert pictures[0].boxes == [tuple(map(float, rest)) for _, *rest in objects]
     assert [classes[n - 1] for n in pictures[0].labels] == [("dog", "car")[k] for k, *_ in objects]
@@ -268,7 +268,7 @@ def test_average_precision_by_hand():
     assert ours["ap"] == pytest.approx(10 * (3 * both + 7 * one))
     eleven = average_precision(truth, 2, found, eleven=True)
     assert eleven["ap50"] == pytest.approx(100 * (6 + 5 * 2 / 3) / 11)
-    # what finds a difficult object or lies in a crowd is neither right nor wrong
+    # detections of a difficult object or in a crowd are neither right nor wrong
     truth[0].add("x", (200, 0, 250, 50), 1, difficult=True)
     assert average_precision(truth, 2, found)["ap50"] == pytest.approx(100)
     truth[0].difficult[1] = False

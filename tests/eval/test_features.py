@@ -29,7 +29,7 @@ def load(path, batch=32, **options):
 
 
 def one_by_one(backbone, path, view=VIEW):
-    """By definition: each sample on its own, in evaluation mode, at the row that its index says."""
+    """By definition: each sample alone, in evaluation mode, at the row of its index."""
     backbone.eval()
     rows = {}
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_a_training_loader_is_refused(beton, options):
         features.extract(Extractor(net(), VIEW), load(beton, **options))
 
 
-def test_modes_and_statistics_stay(beton):
+def test_modes_and_statistics_are_restored(beton):
     backbone = net().train()
     backbone.layer2.eval()  # a user's frozen part
     modes = [m.training for m in backbone.modules()]
@@ -247,7 +247,7 @@ def compute(beton, tiny):
         ),
     ],
 )
-def test_size_and_resize_hold_together_whatever_the_run_was_trained_on(data, given, want):
+def test_size_and_resize_are_independent_of_the_training_view(data, given, want):
     from argparse import Namespace
 
     from fastssl.config import Backbone

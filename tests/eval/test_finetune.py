@@ -65,7 +65,7 @@ class Linear(nn.Module):
 
 
 def test_training_is_sgd_written_out(files):
-    """Two epochs over a subset that is no multiple of the batch, two rates, a step of the schedule, in algebra."""
+    """Two epochs over a subset that is not a multiple of the batch, two rates, a step of the schedule, in algebra."""
     torch.manual_seed(0)
     net, rows = Linear(), np.arange(3, 90)
     settings = Optim(batch=32, epochs=2, weight_decay=0.1, schedule="step", milestones=(1.0,), gamma=0.2)

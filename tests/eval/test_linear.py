@@ -74,7 +74,7 @@ def test_gradient_is_that_of_cross_entropy():
     torch.testing.assert_close(ours[1], grad)
 
 
-def test_heads_trained_together_are_heads_trained_alone(digits):
+def test_classifiers_trained_together_are_those_trained_alone(digits):
     train, y = digits[:2]
     x = probe._scaled(train, *probe._standard(train))
     together = probe._sgd(x, y, (0.3, 3.0, 30.0), 10, 5, 256, seed=0)
@@ -91,7 +91,7 @@ def test_the_seed_decides_everything(digits):
     assert run(1)["selection"] != first["selection"]
 
 
-def test_the_test_set_chooses_nothing(digits):
+def test_the_test_set_does_not_affect_the_selection(digits):
     train, y, test, test_y = digits
     one, two = (run_probe(train, y, test, labels, epochs=3) for labels in (test_y, test_y.flip(0)))
     assert one["selection"] == two["selection"] and one["results"][0]["lr"] == two["results"][0]["lr"]

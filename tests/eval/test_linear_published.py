@@ -1,4 +1,4 @@
-"""The published linear protocols: against torch's optimizers and modules, one head at a time, and on files."""
+"""The published linear protocols: against torch's optimizers and modules, one classifier at a time, and on files."""
 
 import argparse
 from dataclasses import replace
@@ -57,7 +57,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_rate_of_the_grid_is_a_head_trained_alone(name):
+def test_every_rate_of_the_grid_is_a_classifier_trained_alone(name):
     recipe, shape, factors = RECIPES[name], SHAPES[name], (1.0, 1.0, 0.1, 0.1)
     rates = (5.0, 40.0, 300.0) if recipe.lars else (0.05, 0.4, 3.0)  # LARS: times 1e-3 |w|
     data = batches(shape, 7)
@@ -107,7 +107,7 @@ def test_lighting_is_noise_along_the_colours_components():
     np.testing.assert_allclose(np.cov(noise.numpy().T), want, atol=0.02 * want.max())
     assert noise.mean(0).abs().max() < 1e-3
     some = torch.tensor([5, 77])
-    assert torch.equal(augment.lighting(some, 3, 0), noise[some]), "keyed by the sample, not by its place"
+    assert torch.equal(augment.lighting(some, 3, 0), noise[some]), "depends on the sample, not on its position"
     assert not torch.equal(augment.lighting(some, 4, 0), noise[some])
     view = View(8, crop="center", mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.5))
     jitter, finish = augment.jittered(view)
@@ -233,8 +233,8 @@ def test_rate_and_milestones_follow_batch_and_epochs(folder):
     assert options["results"][0]["lr"] == pytest.approx(30 * 20 / 256) and options["options"]["milestones"] == [3, 4]
 
 
-def test_cached_features_train_the_same_heads(folder, tmp_path):
-    """Without augmentation a step sees the rows that the cache holds: by hand, over the same permutation."""
+def test_cached_features_train_the_same_classifiers(folder, tmp_path):
+    """Without augmentation a step trains on cached rows: by hand, over the same permutation."""
     result = run(folder, argv=("--cache", str(tmp_path)), augment=False, rates=(3.0,), epochs=2)
     s = target(folder)
     x, y = features.extract(s.extractor(), s.loader(s.train))
@@ -246,7 +246,7 @@ def test_cached_features_train_the_same_heads(folder, tmp_path):
     assert [row["loss"] for row in result["curve"]] == pytest.approx(
         [np.mean(losses[:3]), np.mean(losses[3:])], rel=1e-4
     )
-    assert list(tmp_path.iterdir()), "kept"
+    assert list(tmp_path.iterdir()), "cached"
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_missing_umap_is_reported_before_anything_is_computed(files, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "argv, said",
+    "argv, expected",
     [
         (["maps", "--method", "tnse"], "method='tnse': known are pca, tsne, umap"),
         (["maps", "--perplexity", "99"], "perplexity=99: must be from 1 to below 21"),
@@ -131,10 +131,10 @@ def test_missing_umap_is_reported_before_anything_is_computed(files, tmp_path, m
         (["neighbours", "--queries", "0"], "queries=0"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(files, tmp_path, capsys, argv, said):
+def test_mistakes_are_one_line_and_exit_code_2(files, tmp_path, capsys, argv, expected):
     assert call(argv[0], files, *argv[1:], "--folder", tmp_path / "out") == 2
     err = capsys.readouterr().err
-    assert said in err and err.count("\n") == 1 and not list(tmp_path.glob("out/*"))
+    assert expected in err and err.count("\n") == 1 and not list(tmp_path.glob("out/*"))
 
 
 def test_without_a_run_the_folder_must_be_given(files, capsys):

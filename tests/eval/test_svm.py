@@ -72,7 +72,7 @@ def test_the_duality_gap_bounds_the_distance_to_the_optimum():
     b, f = np.zeros((1, 200), np.float32), np.zeros((1, 200), np.float32)
     for _ in range(6):
         now = primal(K @ b[0], b[0].astype(np.float64))
-        # dual value at a = e max(0, 1 - y f), computed as text books do
+        # dual value at a = e max(0, 1 - y f), computed as in textbooks
         a = e * np.maximum(0, 1 - y * f[0])
         dual = a.sum() - 0.5 * (a * y) @ K @ (a * y) - 0.5 * (a * a / e).sum()
         norm = 0.5 * b[0] @ K @ b[0]
@@ -83,7 +83,7 @@ def test_the_duality_gap_bounds_the_distance_to_the_optimum():
 
 
 def data(seed=0, n=(240, 200), classes=4, dim=300):
-    """Features and labels of 1, 0, -1 that the features tell only in part."""
+    """Features, and labels of 1, 0, -1 that depend on them only in part."""
     rng = np.random.default_rng(seed)
     y = (rng.random((sum(n), classes)) < 0.25).astype(np.float32)
     x = (0.25 * y @ rng.normal(size=(classes, dim)) + 2 * rng.normal(size=(sum(n), dim)) + 0.5).clip(0)
@@ -93,7 +93,7 @@ def data(seed=0, n=(240, 200), classes=4, dim=300):
 
 
 def test_the_protocol_is_the_published_one():
-    """Written down again with scikit-learn's own cross-validation; difficult images are negatives, then left out."""
+    """Written again with scikit-learn's cross-validation; difficult images are negatives, then left out."""
     x, y, x_test, y_test = (part.numpy().astype(np.float64) for part in data())
     x, x_test = (part / (np.linalg.norm(part, axis=1, keepdims=True) + 1e-5) for part in (x, x_test))
     costs, aps, chosen = (0.01, 0.5**4, 1.0, 10.0), [], []
@@ -179,12 +179,12 @@ def test_the_default_tolerance():
 
 
 def test_many_rows_of_few_dimensions_at_large_costs():
-    """Thousands of large coefficients that nearly cancel: fp32 products of them do not tell the optimum."""
+    """Thousands of large coefficients that nearly cancel: products in fp32 are not precise enough."""
     x, y = made(4000, 12)
     ((_, _, f),) = cpu.Rows(x).path(y[None], np.where(y > 0, 2.0, 1.0)[None], (100.0,))
     want = LinearSVC(C=100, class_weight={1: 2, -1: 1}, dual=False, tol=1e-9).fit(x, y).decision_function(x)
     np.testing.assert_allclose(f[0], want, atol=5e-3 * np.abs(want).max())
-    K = x @ x.T + np.float32(1)  # of rank 13: fp32 gives up, fp64 goes on
+    K = x @ x.T + np.float32(1)  # of rank 13: fp32 does not converge, fp64 does
     b = cpu.solve_few(K[:600, :600].copy(), y[:600], np.where(y[:600] > 0, 2.0, 1.0), (100.0,))[0]
     want = LinearSVC(C=100, class_weight={1: 2, -1: 1}, dual=False, tol=1e-9).fit(x[:600], y[:600])
     np.testing.assert_allclose(b @ K[:600, :600].astype(np.float64), want.decision_function(x[:600]), atol=2e-2)

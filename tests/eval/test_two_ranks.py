@@ -1,4 +1,4 @@
-"""Every evaluation on two ranks gives what one rank gives, on both of them; the work is that of the test files beside.
+"""Every evaluation gives the same on one rank and on both of two ranks; the other test files say what is computed.
 
 All of it in one launch: a rank takes 9 s to import torch and FFCV and compile the decoder, and then less than that.
 """
@@ -42,21 +42,21 @@ def worker(out, beton, tiny, shards, linear, train, test, root):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def work_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("ranks")
 
 
 @pytest.fixture(scope="module")
-def tiny(place):
-    return write_beton(place / "tiny.beton", [photo(np.random.default_rng(1), 20, 30)])
+def tiny(work_folder):
+    return write_beton(work_folder / "tiny.beton", [photo(np.random.default_rng(1), 20, 30)])
 
 
 @pytest.fixture(scope="module")
-def both(place, tiny, beton, folder, files, voc):  # noqa: F811
+def both(work_folder, tiny, beton, folder, files, voc):  # noqa: F811
     """The results of both ranks."""
-    argv = (beton, tiny, place / "shards", folder, *files, voc)
-    first = ranks.launch(__file__, 2, place / "two", *map(str, argv))
-    return first, torch.load(place / "two.1", weights_only=False)
+    argv = (beton, tiny, work_folder / "shards", folder, *files, voc)
+    first = ranks.launch(__file__, 2, work_folder / "two", *map(str, argv))
+    return first, torch.load(work_folder / "two.1", weights_only=False)
 
 
 def test_features_and_probes(both, beton, tiny):
@@ -76,25 +76,25 @@ def close(name, a, b):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-3 if name == "lbfgs weights" else 1e-5)
 
 
-def test_cached_features(both, beton, place, monkeypatch):
-    kept, load, same = test_cache.kept, test_cache.load, test_cache.same
+def test_cached_features(both, beton, work_folder, monkeypatch):
+    cached, load, same = test_cache.cached, test_cache.load, test_cache.same
     monkeypatch.setattr(test_cache.cache, "SHARD_ROWS", 20)
     two, other = (rank["cache"] for rank in both)
     for batch in (16, 102):
-        for x, y in zip(two[batch], kept(place / "one", load(beton, batch))):
+        for x, y in zip(two[batch], cached(work_folder / "one", load(beton, batch))):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
     assert same(two["again"], two[16]) and same(two["repaired"], two[16])
     for name in (16, 102, "again", "repaired"):
         assert same(two[name], other[name])
     for rank in (two, other):
-        for name, first in (("none", list(range(0, 103, 20))), ("kept", [0, *range(40, 103, 20), 20])):  # damaged: 1
+        for name, first in (("none", list(range(0, 103, 20))), ("cached", [0, *range(40, 103, 20), 20])):  # damaged: 1
             seen = rank["shards"][name]
             assert [start for start, _ in seen] == first
             whole = zip(*(parts for _, parts in sorted(seen, key=lambda shard: shard[0])))
             assert same([torch.cat(part) for part in whole], two[16][:-1])
     assert two["error"] == other["error"] and "--no-cache" in two["error"]
     loader = load(beton)  # what two ranks wrote, one reads
-    assert same(kept(place / "shards" / "16", loader), two[16]) and not hasattr(loader, "rows")
+    assert same(cached(work_folder / "shards" / "16", loader), two[16]) and not hasattr(loader, "rows")
 
 
 def test_published_linear_protocols(both, folder):  # noqa: F811
