@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from fastssl.amp import DTYPES
+from fastssl.amp import autocast
 from fastssl.meters import Meter
 
 
@@ -59,7 +59,7 @@ class Peer:
         augment: Callable = list,
     ):
         self.name, self.device, self.pick, self.augment, self.loss = name, device, pick, augment, loss
-        self.dtype, o = DTYPES[run.optim.precision], run.optim
+        self.precision, o = run.optim.precision, run.optim
         self.loader = fresh_loader(data, o.batch, workers, device)
         self.net = plain_network(run).to(device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.SGD(self.net.parameters(), o.lr, o.momentum, weight_decay=o.weight_decay)
@@ -76,7 +76,7 @@ class Peer:
     def train(self, raw, meter: Meter, views: list[Tensor] | None = None) -> Tensor:
         with meter.phase("views"):
             views = self.make(raw) if views is None else views
-        with meter.phase("forward"), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with meter.phase("forward"), autocast(self.device, self.precision):
             z = self.net(torch.cat(views)).float()
         with meter.phase("forward"):
             loss = self.loss(*z.chunk(2))

@@ -1,4 +1,4 @@
-"""Precision: the dtypes by their names in a config, and the loss scale of fp16."""
+"""Mixed precision: the dtypes by their names in a config, autocast, and the loss scale of fp16."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from torch import Tensor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Matrix products and convolutions in `precision` of DTYPES; "fp32": all as they are."""
-    dtype = DTYPES[precision]
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-# Flags in /proc/cpuinfo of processors that compute in these (x86; ARM).
+# Flags in /proc/cpuinfo of processors with instructions for these (x86; ARM).
 NATIVE = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"}}
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a network runs in "bf16" or "fp16"; "fp32": nothing changes."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
 def emulated(precision: str, device: torch.device) -> bool:
-    """Whether `device` is a CPU (of Linux) without instructions for `precision`.  Such a convolution in fp16 takes 12
-    times as long as in fp32 (64 channels of 56 x 56, AMD EPYC without avx512_fp16, torch 2.11, 2026-11-27)."""
+    """Whether `device` is a CPU (of Linux) without instructions for `precision`.  A convolution in fp16 then takes
+    12 times as long as in fp32 (64 channels of 56 x 56, AMD EPYC without avx512_fp16, torch 2.11, 2026-11-27)."""
     if device.type != "cpu" or precision not in NATIVE:
         return False
     try:
@@ -36,10 +35,10 @@ def emulated(precision: str, device: torch.device) -> bool:
 class LossScale:
     """Dynamic loss scale for fp16, otherwise 1: halved when gradients overflow, doubled after 2000 good steps.
 
-    Scale, count and overflow flag are 0-dim tensors on `device`, moved there by the step itself, so that nothing waits
-    for them; `value` and `state_dict` do.  DeepSpeed's own scaler for autocast never lowers its scale under ZeRO
-    (0.19.8: the overflow branch of stage_1_and_2.py returns before GradScaler.update), so at ZeRO 1 to 3 this one
-    drives DeepSpeed's override instead, and lives on the CPU.
+    Scale, count and overflow flag are 0-dim tensors on `device`, and a step updates them there without waiting for the
+    device; only `value` and `state_dict` wait.  DeepSpeed's own scaler for autocast never lowers its scale under ZeRO
+    (0.19.8: the overflow branch of stage_1_and_2.py returns before GradScaler.update), so at ZeRO 1 to 3 this
+    scale is on the CPU and passed to DeepSpeed as an override.
     """
 
     INTERVAL = 2000
@@ -62,8 +61,8 @@ class LossScale:
         return loss * self.scale if self.dynamic else loss
 
     def unscale_(self, grads: list[Tensor]) -> Tensor | None:
-        """Divide gradients by the scale, in one pass; returns the flag, not zero where one of them is not finite
-        (0-dim float32, on the device).  None if not fp16."""
+        """Divide gradients by the scale, in one pass.  Returns a flag (0-dim float32 on the device) that is not zero if
+        one of them is not finite; None if the precision is not fp16."""
         if not self.dynamic:
             return None
         self.found_inf.zero_()
@@ -71,13 +70,13 @@ class LossScale:
         return self.found_inf
 
     def update_(self) -> None:
-        """Move the scale by the flag."""
+        """Adapt the scale to the overflow flag."""
         if self.dynamic:
             torch._amp_update_scale_(self.scale, self.good, self.found_inf, 2.0, 0.5, self.INTERVAL)
             self.scale.clamp_(min=1.0)
 
     def pass_to_zero(self, ds) -> None:
-        """Tell ZeRO's optimizer the scale that it must divide gradients by."""
+        """Set the scale by which ZeRO's optimizer divides gradients."""
         if self.dynamic and hasattr(ds.optimizer, "override_loss_scale"):
             ds.optimizer.override_loss_scale(self.value)
 
@@ -85,8 +84,9 @@ class LossScale:
         ds.backward(loss if hasattr(ds.optimizer, "override_loss_scale") else self.scaled(loss))
 
     def step(self, ds) -> bool:
-        """The optimizer step, unless gradients overflowed; returns whether it was applied (fp16: waits for it)."""
-        if self.dynamic and not hasattr(ds.optimizer, "override_loss_scale"):  # ZeRO 0: nobody else unscales
+        """DeepSpeed's step, skipped where gradients overflowed.  Returns whether it was applied (fp16: waits
+        for the device)."""
+        if self.dynamic and not hasattr(ds.optimizer, "override_loss_scale"):  # ZeRO 0: DeepSpeed does not unscale
             applied = not self.unscale_([p.grad for p in ds.module.parameters() if p.grad is not None])
             if applied:
                 ds.step()

@@ -111,8 +111,8 @@ def not_captured(t: Trainer) -> str | None:
 
 
 def build_method(run: Run, loader: Loader) -> nn.Module:
-    """The method around its backbone.  Weights are loaded after everything that initialises the backbone and before
-    anything that copies it; a method that writes to it later is refused."""
+    """The method around its backbone.  Pretrained weights are loaded after the backbone's initialisation and before the
+    method copies it; ValueError for a method that overwrites them."""
     backbone, pretrained = backbones.build(run.backbone, run.method), run.backbone.pretrained
     if (run.backbone.frozen or run.backbone.norm == "frozen") and not pretrained:
         raise ValueError(
@@ -130,8 +130,8 @@ def build_method(run: Run, loader: Loader) -> nn.Module:
     if run.optim.batch < getattr(method, "min_batch", 1) and dist.is_main():
         warnings.warn(
             f"optim.batch={run.optim.batch}: the loss of {type(method).__name__} compares the images of a "
-            "batch, and one image has none to be compared with; use a larger optim.batch (it counts the "
-            "images of all GPUs together; speed.micro_batch bounds the memory)",
+            "batch, and here there is one; use a larger optim.batch (it counts the "
+            "images of all GPUs together; speed.micro_batch limits the memory)",
             stacklevel=2,
         )
     return method
@@ -151,7 +151,7 @@ def open_loader(run: Run, device: torch.device) -> Loader:
 
 
 def micro_batch(run: Run) -> int:
-    """Images per rank and pass, checked."""
+    """Images per rank and forward pass; ValueError where the batch cannot be divided."""
     batch, world = run.optim.batch, dist.world()
     if batch % world:
         raise ValueError(f"optim.batch={batch} is not a multiple of the {world} ranks")
@@ -170,7 +170,7 @@ def check_views(method: nn.Module, views: tuple) -> None:
 
 
 def prepare(method: nn.Module, run: Run, device: torch.device) -> nn.Module:
-    """Layout, synchronised batch norm, precision and compilation, in the order in which they must happen."""
+    """Synchronised batch norm, memory format, device, compilation, autocast and checks, in the order that they need."""
     if run.sync_bn:
         method = norm.convert_sync_bn(method, device)
     if run.speed.channels_last:
@@ -200,16 +200,16 @@ def start_deepspeed(method: nn.Module, optimizer: torch.optim.Optimizer, run: Ru
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     settings = {
         "train_micro_batch_size_per_gpu": micro_batch(run),
-        "gradient_accumulation_steps": 1,  # the engine accumulates, with the loss of the whole batch
-        # DeepSpeed 0.19 clips at 1.0 when nothing is said
+        "gradient_accumulation_steps": 1,  # step.py accumulates, with the loss of the whole batch
+        # without this DeepSpeed 0.19 clips at 1.0
         "gradient_clipping": 0.0 if run.optim.clip_each else run.optim.clip,
         "steps_per_print": 10**9,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step; ours never does
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": run.speed.zero,
             "overlap_comm": False,
-            "stage3_param_persistence_threshold": 0,  # EMA moves shards; a kept whole copy would go stale
+            "stage3_param_persistence_threshold": 0,  # ema_ updates shards: full copies would be outdated
         },
     }
     for key, value in run.deepspeed.items():

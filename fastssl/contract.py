@@ -1,6 +1,6 @@
-"""What a method and a hook of one's own must have, checked before the first step; each fault is one sentence.
+"""Checks of a user's method and hooks (docs/extending.md), before the first step and in it; each error is one sentence.
 
-docs/extending.md describes them.  The checks read attributes and shapes alone: they cost microseconds a step.
+The checks in a step read attributes and shapes only, which takes microseconds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HOOK = ("before_epoch", "after_step", "after_epoch")
 
 
 def check_method(method: Any, config: Any) -> None:
-    """ValueError where what `config.build(...)` returned is not a method."""
+    """ValueError where the object returned by `config.build(...)` is not a method."""
     kind = type(method).__name__
     if not isinstance(method, nn.Module):
         raise ValueError(
@@ -39,7 +39,7 @@ def check_method(method: Any, config: Any) -> None:
     }
     if missing:
         raise ValueError(
-            f"the method {kind} lacks {'; '.join(f'{name} ({what[name]})' for name in missing)}; see docs/extending.md"
+            f"the method {kind} has no {'; '.join(f'{name} ({what[name]})' for name in missing)}; see docs/extending.md"
         )
     _check_call(f"{kind}.forward", method.forward, ("views", "batch"))
     _check_call(f"{kind}.loss", method.loss, ("out", "batch"))
@@ -51,7 +51,7 @@ def check_method(method: Any, config: Any) -> None:
 
 
 def _check_call(owner: str, function: Callable, arguments: tuple[str, ...]) -> None:
-    """ValueError where the function does not take so many arguments."""
+    """ValueError where the function cannot be called with these positional arguments."""
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError as error:
@@ -74,7 +74,7 @@ def check_config(config: Any) -> None:
 
 
 def check_output(method: nn.Module, out: Any, rows: int) -> dict[str, Tensor]:
-    """What forward returned: a dict of tensors of `rows` rows, "features" among them."""
+    """`out` of forward itself; ValueError unless it is a dict of tensors of `rows` rows, with "features"."""
     kind = type(method).__name__
     if not isinstance(out, dict):
         raise ValueError(
@@ -101,7 +101,7 @@ def check_output(method: nn.Module, out: Any, rows: int) -> dict[str, Tensor]:
 
 
 def check_losses(method: nn.Module, losses: Any) -> dict[str, Any]:
-    """What loss returned: a dict whose "loss" is a scalar tensor with a gradient."""
+    """`losses` itself; ValueError unless it is a dict whose "loss" is a scalar tensor with a gradient."""
     kind = type(method).__name__
     if not isinstance(losses, dict) or "loss" not in losses:
         got = f"a dict of {', '.join(losses) or 'nothing'}" if isinstance(losses, dict) else type(losses).__name__
@@ -122,7 +122,7 @@ def check_losses(method: nn.Module, losses: Any) -> dict[str, Any]:
 
 
 def check_hook(hook: Any) -> Any:
-    """The hook itself; ValueError where a method of it is missing or misspelt."""
+    """`hook` itself; ValueError where one of its methods is missing or misspelt."""
     kind = type(hook).__name__
     if isinstance(hook, type):
         raise ValueError(f"the hook {hook.__name__} is a class: give an instance, {hook.__name__}()")

@@ -1,13 +1,13 @@
-"""A training step as one CUDA graph: a replay costs the host one launch instead of hundreds.
+"""A training step as one CUDA graph: a replay is one launch instead of hundreds.
 
-What a step needs from the host is on the device, at addresses that do not change: the batch, and `Values`, which one
-copy writes before every step.  The step itself is the same function with and without a graph.
+The inputs of a step are on the device at fixed addresses: the batch, and `Values`, which one copy writes before every
+step.  The step is the same function with and without a graph.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,21 +17,21 @@ from torch import Tensor
 from fastssl import dist
 from fastssl.loader import Batch
 
-WARM = 3  # steps that run as they are before a capture: kernels are compiled and tuned, optimizer state is made
-TENSORS = ("pixels", "sizes", "index", "label")  # of a Batch
+WARMUP_STEPS = 3  # before a capture: kernels are compiled and tuned, optimizer state is allocated
+TENSORS = ("pixels", "sizes", "index", "label")  # fields of a Batch
 
 
 class Values:
-    """The numbers that differ from step to step, as 0-dim tensors on the device."""
+    """The numbers that change from step to step, as 0-dim tensors on the device."""
 
     def __init__(self, groups: int, device: torch.device):
         self._packed = torch.zeros(4 + 2 * groups, dtype=torch.int64, device=device)
         self.epoch, self.step, self.place = self._packed[:3].unbind()
-        self.progress = self._packed[3].view(torch.float64)  # share of the run before this step
+        self.progress = self._packed[3].view(torch.float64)  # fraction of the run's steps before this one
         self._rates = self._packed[4:].view(torch.float64)  # lr and weight decay of each group
 
     def write(self, batch: Batch, groups: list[dict], progress: float) -> None:
-        """One copy that the host does not wait for.  `groups`: of the optimizer."""
+        """Set all of them by one asynchronous copy.  `groups`: the optimizer's param_groups."""
         host = torch.empty(self._packed.shape, dtype=torch.int64, pin_memory=self._packed.is_cuda)
         words = host.numpy()
         words[:3] = batch.epoch, batch.step, batch.place or 0
@@ -40,10 +40,10 @@ class Values:
         self._packed.copy_(host, non_blocking=True)  # torch's allocator keeps pinned memory until the copy is done
 
     @contextlib.contextmanager
-    def in_groups(self, groups: list[dict], decays: bool):
-        """Inside, the groups' lr (and weight decay, if it moves) are tensors of the parameters' dtype; afterwards
-        numbers again, which checkpoints hold."""
-        held = [(g["lr"], g["weight_decay"]) for g in groups]
+    def in_groups(self, groups: list[dict], decays: bool) -> Iterator[None]:
+        """Inside, the groups' lr (with `decays` weight decay, too) are tensors of the parameters' dtype; outside
+        they are numbers, as checkpoints need them."""
+        numbers = [(g["lr"], g["weight_decay"]) for g in groups]
         rates = self._rates.to(groups[0]["params"][0].dtype).unbind()
         for g, lr, decay in zip(groups, rates[::2], rates[1::2]):
             g["lr"] = lr
@@ -52,13 +52,13 @@ class Values:
         try:
             yield
         finally:
-            for g, (lr, decay) in zip(groups, held):
+            for g, (lr, decay) in zip(groups, numbers):
                 g["lr"], g["weight_decay"] = lr, decay
 
 
 @dataclass
 class Captured:
-    """A graph with its inputs and outputs, which every replay overwrites."""
+    """A CUDA graph with its input and output tensors, which every replay overwrites."""
 
     key: Hashable
     graph: torch.cuda.CUDAGraph
@@ -73,9 +73,9 @@ class Captured:
         self.graph.replay()
         if self.packed is None:
             return self.out, dict(self.scalars)
-        now = iter(self.packed.clone().unbind())  # the log reads them some steps later
+        values = iter(self.packed.clone().unbind())  # a copy: the log reads them some steps later
         return self.out, {
-            name: _as(next(now), value.dtype) if isinstance(value, Tensor) else value
+            name: _as(next(values), value.dtype) if isinstance(value, Tensor) else value
             for name, value in self.scalars.items()
         }
 
@@ -85,31 +85,31 @@ def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Graphed:
-    """`function(batch, phase) -> (out, scalars)`, a step that reads nothing from the device, replayed as a CUDA graph.
+    """`function(batch, phase) -> (out, scalars)`, a step that reads nothing from the device, captured as a CUDA graph.
 
-    `reason`: why it is not captured; None: it is.  The first WARM steps with one `key` run as they are, then it is
-    captured; another key (the batch's shapes, a method's phase) begins anew.  A capture that fails is reported once,
-    and steps run as they are from then on.
+    `reason`: why it is not captured; None: it is.  The first WARMUP_STEPS steps run eagerly, then the step is captured;
+    for another key (the batch's shapes, a method's phase) this starts again.  If a capture fails, that is printed once
+    and all further steps run eagerly.
     """
 
-    def __init__(self, function: Callable, reason: str | None, say: Callable[[str], None] = print):
-        self.function, self.reason, self.say = function, reason, say
+    def __init__(self, function: Callable, reason: str | None):
+        self.function, self.reason = function, reason
         self._captured: Captured | None = None
-        self._warm: tuple[Hashable, int] = (None, 0)  # key, steps that ran with it
+        self._warmup: tuple[Hashable, int] = (None, 0)  # key, eager steps with it
 
     def ready(self, batch: Batch, phase: Hashable = None) -> bool:
-        """Whether the next step is a replay; captures it where it is time to."""
+        """Whether the next step can be a replay; captures it after the warm-up."""
         if self.reason is not None:
             return False
         key = (phase, batch.place is None, *(getattr(batch, name).shape for name in TENSORS), batch.label.dtype)
         if self._captured is not None and self._captured.key == key:
             return True
         self._captured = None
-        seen = self._warm[1] if self._warm[0] == key else 0
-        if seen == WARM:
+        seen = self._warmup[1] if self._warmup[0] == key else 0
+        if seen == WARMUP_STEPS:
             self._captured = self._capture(key, batch)
             seen = 0
-        self._warm = (key, seen + (self._captured is None))
+        self._warmup = (key, seen + (self._captured is None))
         return self._captured is not None
 
     def replay(self, batch: Batch) -> tuple[dict[str, Tensor], dict]:
@@ -121,25 +121,25 @@ class Graphed:
         static = replace(batch, **{name: getattr(batch, name).clone() for name in TENSORS})
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
-            # relaxed: the loader's threads allocate and copy meanwhile, on streams of their own
+            # relaxed: the loader's threads allocate and copy at the same time, on other streams
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
                 out, scalars = self.function(static, lambda name: contextlib.nullcontext())
                 tensors = [v.float().reshape(()) for v in scalars.values() if isinstance(v, Tensor)]
                 packed = torch.stack(tensors) if tensors else None
-        except Exception as error:  # whatever a method or a library does that a stream under capture refuses
-            torch.cuda.set_stream(stream)  # torch.cuda.graph stays on its own where the capture's end fails, too
+        except Exception as error:  # anything in a method or a library that is not allowed during a capture
+            torch.cuda.set_stream(stream)  # torch.cuda.graph does not restore it where the end of the capture fails
             _recover(device, pool, state)
-            while error.__context__ is not None:  # of which the first is the reason
+            while error.__context__ is not None:  # the first of them is the reason
                 error = error.__context__
             self.reason = f"the capture failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             if dist.is_main():
-                self.say(f"speed.graph: the step is not a CUDA graph: {self.reason}")
+                print(f"speed.graph: the step is not a CUDA graph: {self.reason}")
             return None
         return Captured(key, graph, static, out, scalars, packed)
 
 
 def _recover(device: torch.device, pool: tuple, state: Tensor) -> None:
-    """Undo what a capture that broke off leaves behind: the allocator's pool, and a generator that still records."""
+    """Undo the effects of a failed capture on the allocator's pool and on the generator, which is still recording."""
     with contextlib.suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(device.index, pool)
     fresh = torch.Generator(device)

@@ -1,4 +1,4 @@
-"""Batch norm over ranks and over micro-batches: global statistics, and running ones that move once per step."""
+"""Batch norm over ranks and micro-batches: statistics of the global batch, running statistics updated once per step."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from fastssl import dist
 
 
-def convert_sync_bn(module: nn.Module, where: torch.device) -> nn.Module:
-    """Batch norm over the batch of all ranks: torch's on CUDA; on CPU, where torch has none, `SyncBatchNorm`.
+def convert_sync_bn(module: nn.Module, device: torch.device) -> nn.Module:
+    """Replace batch norm by synchronised batch norm: PyTorch's on CUDA, `SyncBatchNorm` on CPU, where PyTorch has none.
 
-    timm's batch norm that ends with an activation keeps it."""
+    The activation in timm's batch norm is kept."""
     if dist.world() == 1:
         return module
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)]
@@ -21,7 +21,7 @@ def convert_sync_bn(module: nn.Module, where: torch.device) -> nn.Module:
                 f"sync_bn=True: {type(m).__name__} is a batch norm that does more than PyTorch's, which "
                 "would be lost; set sync_bn=False"
             )
-    if where.type == "cuda":
+    if device.type == "cuda":
         if any(hasattr(m, "act") for m in norms):  # torch's own converter drops the activation
             from timm.layers import convert_sync_batchnorm
 
@@ -33,7 +33,7 @@ def convert_sync_bn(module: nn.Module, where: torch.device) -> nn.Module:
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Statistics of all ranks' samples, equally many on each, with exact gradients."""
+    """Batch norm with the statistics of the samples of all ranks, the same number on each, with exact gradients."""
 
     def _check_input_dim(self, x: Tensor) -> None:
         pass
@@ -60,17 +60,17 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class SyncBatchNormAct(SyncBatchNorm):
-    """Of timm's BatchNormAct2d, whose dropout and activation it holds."""
+    """For timm's BatchNormAct2d, with its dropout and activation."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.drop(super().forward(x)))
 
 
 class RunningStatistics:
-    """Batch norm's running statistics move once per optimizer step: by the mean over its micro-batches of what each
-    alone would move them, however often it calls a module (once per view).
+    """Updates batch norm's running statistics once per optimizer step, by the mean over its micro-batches of the change
+    that each alone would make, whatever the number of calls of a module (one per view).
 
-    The modules' momentum stays as it is: torch.compile would compile anew for every value.
+    The modules' momentum is not changed: torch.compile would recompile for every value.
     """
 
     def __init__(self, module: nn.Module):
@@ -78,23 +78,23 @@ class RunningStatistics:
             m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
         ]
         moving = [b for m in norms for b in (m.running_mean, m.running_var)]
-        self.buffers = [b for b in (moving, [m.num_batches_tracked for m in norms]) if b]  # a dtype each, for foreach
+        self.buffers = [b for b in (moving, [m.num_batches_tracked for m in norms]) if b]  # by dtype, for foreach
         self.start = [[b.clone() for b in buffers] for buffers in self.buffers]
-        self.moved = [[torch.zeros_like(b) for b in buffers] for buffers in self.buffers]
+        self.change = [[torch.zeros_like(b) for b in buffers] for buffers in self.buffers]
 
     def restore(self) -> None:
-        """Undo what forwards moved.  Not before their backward: autograd holds these buffers."""
+        """Undo the changes of forward passes.  Only after their backward: autograd has saved these buffers."""
         for buffers, start in zip(self.buffers, self.start):
             torch._foreach_copy_(buffers, start)
 
     def add(self) -> None:
-        """Count what a micro-batch moved, and undo it."""
-        for moved, buffers, start in zip(self.moved, self.buffers, self.start):
-            torch._foreach_add_(moved, torch._foreach_sub(buffers, start))
+        """Record the change that a micro-batch has made, and undo it."""
+        for change, buffers, start in zip(self.change, self.buffers, self.start):
+            torch._foreach_add_(change, torch._foreach_sub(buffers, start))
         self.restore()
 
     def apply_mean(self, count: int) -> None:
-        """Move them by the mean of the `count` micro-batches."""
-        for moved, buffers in zip(self.moved, self.buffers):
-            whole = not buffers[0].is_floating_point()  # the number of calls, the same in every micro-batch
-            torch._foreach_add_(buffers, [m // count for m in moved] if whole else torch._foreach_div(moved, count))
+        """Apply the mean of the changes of `count` micro-batches."""
+        for change, buffers in zip(self.change, self.buffers):
+            integer = not buffers[0].is_floating_point()  # num_batches_tracked, the same in every micro-batch
+            torch._foreach_add_(buffers, [c // count for c in change] if integer else torch._foreach_div(change, count))

@@ -1,4 +1,4 @@
-"""A method or a hook that lacks something is told so in one sentence, before training or at its first step."""
+"""An incomplete method or hook is refused with one sentence, before training or at its first step."""
 
 import dataclasses
 import importlib
@@ -85,10 +85,10 @@ def test_a_mean_loss_declared_wrongly_is_refused(name, value, message):
 @pytest.mark.parametrize(
     "missing, message",
     [
-        ("loss", "Bad lacks loss (loss(out, batch) -> dict with 'loss')"),
-        ("after_step", "lacks after_step"),
-        ("views", "lacks views (the number of views, or None for any)"),
-        ("forward", "lacks forward (forward(views, batch) -> dict of tensors with a row for each sample)"),
+        ("loss", "Bad has no loss (loss(out, batch) -> dict with 'loss')"),
+        ("after_step", "has no after_step"),
+        ("views", "has no views (the number of views, or None for any)"),
+        ("forward", "has no forward (forward(views, batch) -> dict of tensors with a row for each sample)"),
     ],
 )
 def test_a_method_without_a_part_is_refused(missing, message):
