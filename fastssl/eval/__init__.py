@@ -148,12 +148,5 @@ def table(results: list[dict]) -> str:
         )
         rows.append([result["protocol"], setting, *(f"{row[key]:.2f}" if key in row else "" for key in used)])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(
-            [
-                *(cell.ljust(w) for cell, w in zip(row[:2], widths)),
-                *(cell.rjust(w) for cell, w in zip(row[2:], widths[2:])),
-            ]
-        ).rstrip()
-        for row in rows
-    )
+    align = [str.ljust, str.ljust, *[str.rjust] * len(used)]
+    return "\n".join("  ".join(f(*pair) for f, *pair in zip(align, row, widths)).rstrip() for row in rows)
