@@ -1,6 +1,6 @@
-"""Fused kernels: one folder an op, its definition in plain PyTorch beside its Triton form (docs/kernels.md).
+"""Fused kernels: one folder per op, with its definition in plain PyTorch and its Triton kernels (docs/kernels.md).
 
-Depends on torch and triton only.  impl="auto" picks Triton on CUDA and the definition elsewhere.
+Depends on torch and triton only.  impl="auto" uses Triton on CUDA and the definition elsewhere.
 """
 
 from .bank import update_bank_, update_centroids_

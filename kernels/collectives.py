@@ -1,7 +1,7 @@
-"""Collectives along dim 0 for losses over the batch of a process group; `group=None` is this process alone.
+"""Collectives along dim 0 for losses over the batch of a process group; `group=None` means this process only.
 
-The loss of the group is the mean over ranks of what each rank returns, and each collective has its true adjoint, so
-averaging parameter gradients over ranks gives the gradient of that mean.
+The loss of the group is the mean over ranks of what each rank returns.  The backward of each collective is its adjoint,
+so averaging parameter gradients over ranks gives the gradient of that mean.
 """
 
 import torch
@@ -14,7 +14,7 @@ def rank_world(group) -> tuple[int, int]:
 
 
 def group_name(group) -> str:
-    """A string that custom ops can take; "" is this process alone."""
+    """A string, since custom ops cannot take a group; "" means this process only."""
     return "" if group is None else group.group_name
 
 
@@ -45,7 +45,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)  # gloo has no reduce-scatter on every build; the sum is the adjoint
+        dist.all_reduce(grad, group=ctx.group)  # the adjoint is a reduce-scatter, which not every build of gloo has
         rank, world = rank_world(ctx.group)
         return grad.chunk(world)[rank], None
 

@@ -9,6 +9,7 @@ blocks 0 to 9 are the tries of the random-resized crop (area, ratio, top, left),
 import json
 import math
 from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -42,7 +43,10 @@ COLUMNS = (
 COL = {name: i for i, name in enumerate(COLUMNS)}
 
 TRIES, FLAGS, JITTER, OTHER, PATCH, BLOCKS = 10, 10, 11, 12, 13, 14  # Philox blocks of one (sample, stream)
-CROPS = ("resized", "center", "random", "patch", "squash")
+Crop = Literal["resized", "center", "random", "patch", "squash"]
+Interpolation = Literal["bilinear", "bicubic"]
+PadMode = Literal["zero", "reflect"]
+CROPS = get_args(Crop)
 OPS = ("jitter", "gray", "blur", "solarize")
 
 
@@ -61,13 +65,13 @@ class View:
     """
 
     size: int
-    crop: str = "resized"
+    crop: Crop = "resized"
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: str = "bilinear"  # or "bicubic"; both antialiased as in PIL, a = -0.5
+    interpolation: Interpolation = "bilinear"  # both antialiased as in PIL, bicubic with a = -0.5
     resize: int | None = None  # short side
     pad: int = 0
-    pad_mode: str = "zero"  # or "reflect"
+    pad_mode: PadMode = "zero"
     window: int | None = None
     cell: int | None = None
     flip: float = 0.0
@@ -102,9 +106,9 @@ class View:
                 raise ValueError(f"View({field}={getattr(self, field)!r}): {what}")
 
         require(self.size >= 1, "size", "needs at least 1 pixel")
-        require(self.crop in CROPS, "crop", f"choose one of {', '.join(CROPS)}")
-        require(self.interpolation in ("bilinear", "bicubic"), "interpolation", "choose bilinear or bicubic")
-        require(self.pad_mode in ("zero", "reflect"), "pad_mode", "choose zero or reflect")
+        for field, choices in (("crop", Crop), ("interpolation", Interpolation), ("pad_mode", PadMode)):
+            names = get_args(choices)
+            require(getattr(self, field) in names, field, f"choose one of {', '.join(names)}")
         require(0 < self.scale[0] <= self.scale[1] <= 1, "scale", "needs 0 < low <= high <= 1")
         require(0 < self.ratio[0] <= self.ratio[1], "ratio", "needs 0 < low <= high")
         require(self.pad >= 0 and (self.pad == 0 or self.crop == "random"), "pad", "only a random crop can be padded")

@@ -1,25 +1,25 @@
-"""A memory bank of one row per sample (NPID, ODC): momentum update of the rows of a batch, and class centroids."""
+"""A memory bank of one row per sample (NPID, ODC): momentum update of the rows of a batch, and means by label."""
 
 import torch
 from torch import Tensor
 
-from ..common import check_rows, check_triton_dtype, choose
+from ..common import Impl, check_rows, check_triton_dtype, choose
 from . import reference
 
 
 def update_bank_(
-    bank: Tensor, index: Tensor, rows: Tensor, momentum: float, *, found_inf: Tensor | None = None, impl: str = "auto"
+    bank: Tensor, index: Tensor, rows: Tensor, momentum: float, *, found_inf: Tensor | None = None, impl: Impl = "auto"
 ) -> Tensor:
-    """bank[i] = unit((1 - momentum) * bank[i] + momentum * row) for i in index (B,), in place; returns bank (S, D).
+    """bank[i] = normalize((1 - momentum) bank[i] + momentum row) for i in index (B,), in place; returns bank (S, D).
 
-    An index that occurs twice takes its last row alone, mixed with the bank as it was.  A zero mix stays zero.
-    Indices in [0, S): the Triton kernel skips others, since checking would have to wait for the device.  No gradient.
-    found_inf: None, or a 0-dim float32 tensor on the device; where it is not zero, nothing changes.
+    An index that occurs more than once uses its last row only.  A row that becomes zero stays zero.  No gradient.
+    Indices must be in [0, S): the Triton kernel ignores others, since a check would have to wait for the device.
+    found_inf: None, or a 0-dim float32 tensor on the device; if it is not zero, nothing changes.
     """
     check_rows("update_bank_", bank=bank, rows=rows)
     _check_index("update_bank_", index, (rows.shape[0],), bank)
     if not 0 <= momentum <= 1:
-        raise ValueError(f"update_bank_: momentum={momentum}: the weight of the new row, in [0, 1]")
+        raise ValueError(f"update_bank_: momentum={momentum}: must be in [0, 1] (the weight of the new row)")
     if rows.shape[0] == 0:
         return bank
     with torch.no_grad():
@@ -33,10 +33,10 @@ def update_bank_(
     return bank
 
 
-def update_centroids_(centroids: Tensor, bank: Tensor, labels: Tensor, *, impl: str = "auto") -> Tensor:
-    """centroids[k] = mean of the bank's rows with label k, in place; one without rows keeps its value; returns (K, D).
+def update_centroids_(centroids: Tensor, bank: Tensor, labels: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """centroids[k] = mean of the bank's rows with label k, in place, unchanged if there are none; returns (K, D).
 
-    bank (S, D), labels (S,): int64 in [0, K); a negative label belongs to no centroid.  Sums are float32, in the order
+    bank (S, D); labels (S,): int64 in [0, K), or negative for rows without a centroid.  Sums are float32 in the order
     of the rows, so the result does not change from run to run.
     """
     check_rows("update_centroids_", centroids=centroids, bank=bank)

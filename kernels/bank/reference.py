@@ -8,7 +8,7 @@ from ..common import at_least_float32, l2_normalize
 
 
 def update_bank_(bank, index, rows, momentum, found_inf):
-    # every occurrence of an index writes what its last one would: equal values, so their order does not matter
+    # all occurrences of an index write the value of the last one, so that the order of the writes does not matter
     position = torch.arange(index.shape[0], device=index.device)
     last = torch.where(index[:, None] == index, position, -1).amax(1)
     old, new = at_least_float32(bank[index]), at_least_float32(rows.detach()[last])
@@ -21,7 +21,7 @@ def update_centroids_(centroids, bank, labels):
     dtype = torch.promote_types(bank.dtype, torch.float32)
     slot = torch.where(labels < 0, k, labels)
     count = torch.bincount(slot, minlength=k + 1)
-    if bank.device.type == "cpu":  # one pass over the rows; index_add_ takes 5 times as long there
+    if bank.device.type == "cpu":  # one pass over the rows: 5 times as fast as index_add_
         total = F.embedding_bag(_argsort(slot), bank.to(dtype), count.cumsum(0) - count, mode="sum")[:k]
     else:
         total = torch.zeros((k + 1, d), dtype=dtype, device=bank.device).index_add_(0, slot, bank.to(dtype))[:k]
@@ -30,7 +30,7 @@ def update_centroids_(centroids, bank, labels):
 
 
 def _argsort(slot):
-    """Stable, for numbers in [0, 2**32): NumPy sorts 16 bits by radix, in a fortieth of the time of 64."""
+    """Stable argsort of numbers in [0, 2**32): NumPy sorts 16 bits by radix, 40 times as fast as 64 bits."""
     words = slot.numpy().astype(np.uint32)
     order = np.argsort(words.astype(np.uint16), kind="stable")
     if (words >> 16).any():

@@ -1,10 +1,10 @@
 """NPID's loss (https://arxiv.org/abs/1805.01978, in the InfoNCE form that is used in practice): positives and negatives
-are rows of a memory bank, named by index and never written out."""
+are rows of a memory bank, given by index; the kernel never stores the gathered rows."""
 
 import torch
 from torch import Tensor
 
-from ..common import check_rows, check_triton_dtype, choose
+from ..common import Impl, check_rows, check_triton_dtype, choose
 from . import reference
 
 
@@ -16,13 +16,13 @@ def gathered_nce(
     temperature: float,
     *,
     normalize: bool = True,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:
-    """Mean cross entropy of query i's positive bank[positive_i] among it and its negatives.
+    """Mean cross entropy of query i's positive bank[positive_i] among the positive and its negatives.
 
-    q (N, D); bank (S, D), taken as it is, without gradient; positive (N,) int64.  negatives, int64: (N, K), each
-    query's own, or (K,), the same for all, which is a matrix product and about 100 times less memory traffic.
-    normalize: q is brought to unit length first.  Indices must lie in [0, S).
+    q (N, D); bank (S, D), used as it is, without gradient; positive (N,) int64.  negatives, int64: (N, K), separate for
+    each query, or (K,), shared by all, which is a matrix product with about 100 times less memory traffic.
+    normalize: scale q to unit length first.  Indices must be in [0, S).
     """
     check_rows("gathered_nce", temperature, q=q, bank=bank)
     for name, index, shapes in (

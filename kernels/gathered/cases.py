@@ -1,4 +1,4 @@
-"""Shapes, dtypes and extremes of gathered_nce that its test and its benchmark share."""
+"""Shapes, dtypes and extremes of gathered_nce for its test and its benchmark."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""The definition of the loss over gathered rows in plain PyTorch: writes the negatives out."""
+"""The definition of the loss over gathered rows in plain PyTorch: stores the gathered negatives."""
 
 import torch
 

@@ -4,7 +4,7 @@ batch, https://arxiv.org/abs/2104.02057), and the symmetric two-sided form with 
 import torch
 from torch import Tensor
 
-from ..common import check_rows, check_triton_dtype, choose
+from ..common import Impl, check_rows, check_triton_dtype, choose
 from . import reference
 
 
@@ -16,19 +16,21 @@ def infonce(
     *,
     normalize: bool = True,
     group=None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:
-    """Mean cross entropy of query i's positive k_i; q and k (N, D), k and queue get no gradient.
+    """Mean cross entropy of query i's positive k_i.  q and k are (N, D); k and the queue get no gradient.
 
-    queue (K, D): the classes are k_i and every row of the queue, which holds what enqueue_ wrote.
-    queue=None: the classes are all rows of k, those of the ranks of `group` included (MoCo v3).
-    normalize: q and k are brought to unit length first; the queue is taken as it is.
+    queue (K, D): the classes are k_i and every row of the queue, as enqueue_ fills it.
+    queue=None: the classes are the rows of k of all ranks of `group` (MoCo v3).
+    normalize: scale q and k to unit length first; the queue is used as it is.
     """
     check_rows("infonce", temperature, q=q, k=k, **({} if queue is None else {"queue": queue}))
     if q.shape != k.shape:
-        raise ValueError(f"infonce: q is {tuple(q.shape)} and k is {tuple(k.shape)}: row i of k is the positive of q's")
+        raise ValueError(
+            f"infonce: q is {tuple(q.shape)} and k is {tuple(k.shape)}: row i of k is the positive of row i of q"
+        )
     if queue is not None and group is not None:
-        raise ValueError("infonce: group says whose keys are the classes; with a queue, pass group=None")
+        raise ValueError("infonce: group is for the keys of the batch; with a queue, pass group=None")
     if q.shape[0] == 0:
         return q.sum().to(torch.promote_types(q.dtype, torch.float32))
     if choose(impl, q) == "reference":
@@ -40,11 +42,11 @@ def infonce(
 
 
 def infonce_symmetric(
-    a: Tensor, b: Tensor, temperature: float, *, normalize: bool = True, group=None, impl: str = "auto"
+    a: Tensor, b: Tensor, temperature: float, *, normalize: bool = True, group=None, impl: Impl = "auto"
 ) -> Tensor:
-    """Half the mean cross entropy of a_i's positive b_i among all b, plus half that of b_i's positive a_i among all a.
+    """Mean of two InfoNCE losses: a_i's positive b_i among all b, and b_i's positive a_i among all a.
 
-    a and b (N, D), gradients on both sides; with `group` the batch is the rows of all its ranks (see ntxent).
+    a and b are (N, D), and both get gradients; with `group` the batch is the rows of all its ranks (see ntxent).
     """
     check_rows("infonce_symmetric", temperature, a=a, b=b)
     if a.shape != b.shape:

@@ -1,4 +1,4 @@
-"""Shapes, dtypes and extremes of infonce and its symmetric form that their tests and benchmarks share."""
+"""Shapes, dtypes and extremes of infonce and its symmetric form for their tests and benchmarks."""
 
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ def make(case: Case, device, seed: int) -> dict:
         return torch.nn.functional.normalize(x, dim=1)
 
     q = rows(case.rows)
-    k = q + rows(case.rows)  # positives are alike, as in training
+    k = q + rows(case.rows)  # positives are similar, as in training
     if not case.normalize:
         q, k = 1.5 * unit(q), 1.5 * unit(k)
     queue = None

@@ -1,4 +1,4 @@
-"""The definition of InfoNCE in plain PyTorch: holds all logits, runs anywhere."""
+"""The definition of InfoNCE in plain PyTorch: stores all logits."""
 
 import torch
 
@@ -7,8 +7,8 @@ from ..common import at_least_float32, l2_normalize
 
 
 def infonce(q, k, queue, temperature, normalize, group):
-    prepare = l2_normalize if normalize else at_least_float32
-    q, k = prepare(q), prepare(k.detach())
+    rows = l2_normalize if normalize else at_least_float32
+    q, k = rows(q), rows(k.detach())
     if queue is not None:
         positive = (q * k).sum(1, keepdim=True)
         negative = at_least_float32(q @ queue.detach().to(q.dtype).T)
@@ -16,19 +16,19 @@ def infonce(q, k, queue, temperature, normalize, group):
         return (logits.logsumexp(1) - logits[:, 0]).mean()
     keys = gather(k, group)
     logits = at_least_float32(q @ keys.T) / temperature
-    return (logits.logsumexp(1) - _own(logits, group)).mean()
+    return (logits.logsumexp(1) - _positives(logits, group)).mean()
 
 
 def infonce_symmetric(a, b, temperature, normalize, group):
-    prepare = l2_normalize if normalize else at_least_float32
-    a, b = prepare(a), prepare(b)
+    rows = l2_normalize if normalize else at_least_float32
+    a, b = rows(a), rows(b)
     total = 0.0
-    for rows, columns in ((a, b), (b, a)):
-        logits = at_least_float32(rows @ gather_with_grad(columns, group).T) / temperature
-        total = total + (logits.logsumexp(1) - _own(logits, group)).mean() / 2
+    for x, y in ((a, b), (b, a)):
+        logits = at_least_float32(x @ gather_with_grad(y, group).T) / temperature
+        total = total + (logits.logsumexp(1) - _positives(logits, group)).mean() / 2
     return total
 
 
-def _own(logits, group):
-    """Row i's logit of the column that this rank brought as its row i."""
+def _positives(logits, group):
+    """The logit of each row's positive: the column of this rank with the same number."""
     return logits.diagonal(rank_world(group)[0] * logits.shape[0])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..collectives import gather, rank_world
-from ..common import check_rows, check_triton_dtype, choose
+from ..common import Impl, check_rows, check_triton_dtype, choose
 from . import reference
 
 
@@ -20,17 +20,17 @@ def ntxent(
     decoupled: bool = False,
     normalize: bool = True,
     group=None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:
     """Mean over rows i of log sum_{j != i} exp(s_ij) - mean_{p in P(i)} s_ip, with s = z z^T / temperature.
 
     z (2n, D): rows of view 0, then rows of view 1; P(i) is the other view of i, (i + n) mod 2n.
     labels, integers (n,) for both views or (rows,) for any number of rows: P(i) is every other row of i's label.
-    A negative label is no class: such a sample's only positive is its other view (first form), or none (second form).
-    decoupled: positives leave the sum.  normalize: rows are brought to unit length first (a zero row stays zero).
-    A row without a positive, or with an empty sum, adds nothing; an empty z gives 0.
-    group: a torch.distributed group whose ranks' rows are one batch, equally many on each; None is this process alone.
-    Returns the scalar of this rank; the loss of the group is the mean over ranks, and so is its gradient.
+    A negative label means no class: the only positive of such a sample is its other view (first form), or it has none.
+    decoupled: leave the positives out of the sum.  normalize: scale rows to unit length first (a zero row stays zero).
+    A row without a positive, or with an empty sum, contributes 0; the loss of an empty z is 0.
+    group: a torch.distributed group whose ranks' rows form one batch, the same number on each; None: this process only.
+    Returns the loss of this rank's rows, a scalar; loss and gradient of the group are the means over its ranks.
     """
     check_rows("ntxent", temperature, z=z)
     rows = z.shape[0]
@@ -50,7 +50,7 @@ def ntxent(
 
 
 def _row_labels(labels: Tensor, z: Tensor, group) -> Tensor:
-    """Labels of all ranks' rows (int64); every sample without a class gets a class of its own."""
+    """Labels of the rows of all ranks (int64); each sample without a class gets a unique one."""
     rows = z.shape[0]
     if labels.is_floating_point() or labels.shape not in ((rows,), (rows // 2,)) or labels.device != z.device:
         raise ValueError(

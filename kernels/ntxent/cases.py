@@ -1,4 +1,4 @@
-"""Shapes, dtypes and extremes of ntxent that its test and its benchmark share."""
+"""Shapes, dtypes and extremes of ntxent for its test and its benchmark."""
 
 from typing import NamedTuple
 
@@ -30,16 +30,16 @@ def make(case: Case, device, seed: int) -> dict:
     z = torch.randn(m, d, generator=g)
     if case.kind == "identical":
         z = z[:1].expand(m, d)
-    elif case.kind == "antipodal":  # every other row is the opposite of the first
+    elif case.kind == "antipodal":  # every second row is the opposite of the first
         z = z[:1] * torch.where(torch.arange(m) % 2 == 0, 1.0, -1.0)[:, None]
-    elif case.kind == "opposed":  # one row against all others: its sum is the smallest that there is
+    elif case.kind == "opposed":  # one row against all others: the smallest possible sum
         z = z[:1] * torch.where(torch.arange(m) == 0, 1.0, -1.0)[:, None]
     if case.kind in ("antipodal", "opposed") and case.dtype != F32:
-        # of exact opposites, plain's half-precision logits round to exactly -1 and 1: no measure of anything
+        # half-precision logits of exact opposites round to exactly -1 and 1, so plain PyTorch would have no error
         z = z + 0.05 * torch.randn(m, d, generator=g)
     if case.kind == "zeros":
         z[::3] = 0
-    elif case.kind == "aligned":  # both views alike, as after training: the softmax is nearly all on the positive
+    elif case.kind == "aligned":  # similar views, as after training: the softmax is concentrated on the positive
         z = z[: m // 2].repeat(2, 1) + 0.3 * z
     elif case.kind == "cone":  # a large common mean, as at the start of training
         z = z + 3
@@ -61,7 +61,7 @@ def call(case: Case, x: dict, impl: str) -> dict:
 
 
 def scale(case: Case, name: str) -> float:
-    """What a rounding error is relative to where the truth happens to cancel to zero."""
+    """What a rounding error is relative to if the true value is close to zero by cancellation."""
     if name == "loss":
         return 1 / case.temperature  # the largest logit
     return 2 / (case.temperature * max(case.rows, 1) * (case.dim**0.5 if case.normalize else 1.5))

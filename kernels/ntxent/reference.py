@@ -1,4 +1,4 @@
-"""The definition of NT-Xent, SupCon and DCL in plain PyTorch: holds the whole similarity matrix, runs anywhere.
+"""The definition of NT-Xent, SupCon and DCL in plain PyTorch: stores the whole similarity matrix.
 
 Shapes: M rows of this rank, N rows of all ranks, D features.
 """
@@ -10,7 +10,7 @@ from ..common import at_least_float32, l2_normalize
 
 
 def ntxent(z, temperature, labels, decoupled, normalize, group):
-    """labels: (N,) of all ranks' rows, or None for partners."""
+    """labels: (N,) of the rows of all ranks; None: the positive is the other view."""
     u_MD = l2_normalize(z) if normalize else at_least_float32(z)
     u_ND = gather_with_grad(u_MD, group)
     s_MN = at_least_float32(u_MD @ u_ND.T) / temperature
@@ -27,7 +27,7 @@ def ntxent(z, temperature, labels, decoupled, normalize, group):
 
     summed_MN = ~(self_MN | positive_MN) if decoupled else ~self_MN
     active = summed_MN.any(1) & positive_MN.any(1)
-    # rows that add nothing keep all their terms: the logarithm of an empty sum has no gradient, not even times zero
+    # inactive rows keep all their terms: the gradient of the logarithm of an empty sum is NaN even when multiplied by 0
     lse = s_MN.masked_fill(~summed_MN & active[:, None], -torch.inf).logsumexp(1)
     s_positive = torch.where(positive_MN, s_MN, 0.0).sum(1) / positive_MN.sum(1).clamp(min=1)
     return torch.where(active, lse - s_positive, 0.0).mean()

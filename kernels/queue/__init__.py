@@ -1,9 +1,9 @@
-"""MoCo's queue of keys: normalise, cast and write rows into a circular buffer, the pointer staying on the device."""
+"""MoCo's queue of keys: normalise, cast and write rows into a circular buffer, whose pointer stays on the device."""
 
 import torch
 from torch import Tensor
 
-from ..common import check_rows, check_triton_dtype, choose
+from ..common import Impl, check_rows, check_triton_dtype, choose
 from . import reference
 
 
@@ -14,13 +14,13 @@ def enqueue_(
     *,
     normalize: bool = True,
     found_inf: Tensor | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:
     """Write rows (n, D) into queue (K, D) at pointer, pointer + 1, ... mod K, in place; returns queue.
 
-    pointer: one int64 in [0, K) on the queue's device, moved on by n mod K.  Of more than K rows the last K stay.
-    normalize: rows are brought to unit length first (a zero row stays zero).  No gradient.
-    found_inf: None, or a 0-dim float32 tensor on the device; where it is not zero, nothing changes.
+    pointer: one int64 in [0, K) on the queue's device, advanced by n mod K.  Of more than K rows the last K are kept.
+    normalize: scale rows to unit length first (a zero row stays zero).  No gradient.
+    found_inf: None, or a 0-dim float32 tensor on the device; if it is not zero, nothing changes.
     """
     check_rows("enqueue_", queue=queue, rows=rows)
     if pointer.dtype != torch.int64 or pointer.numel() != 1 or pointer.device != queue.device:

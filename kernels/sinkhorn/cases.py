@@ -1,4 +1,4 @@
-"""Shapes, dtypes and extremes of sinkhorn that its test and its benchmark share."""
+"""Shapes, dtypes and extremes of sinkhorn for its test and its benchmark."""
 
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ def make(case: Case, device, seed: int) -> dict:
 def call(case: Case, x: dict, impl: str) -> dict:
     kwargs = {"iterations": case.iterations, "impl": impl}
     center = sinkhorn_center(x["logits"], case.epsilon, **kwargs)
-    # half of it is arbitrary: adding a constant changes no assignment
+    # a constant added to the center changes no assignment
     return {"assignments": sinkhorn(x["logits"], case.epsilon, **kwargs), "center": center - center.mean()}
 
 

@@ -1,4 +1,4 @@
-"""The definition in plain PyTorch, in the logarithms of the scaling vectors: exact for logits of any range."""
+"""The definition of Sinkhorn in plain PyTorch, with logarithms of the scaling vectors: exact for any logits."""
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""Shapes, dtypes and extremes of soft_cross_entropy that its test and its benchmark share."""
+"""Shapes, dtypes and extremes of soft_cross_entropy for its test and its benchmark."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""The definition in plain PyTorch: holds the probabilities of both sides."""
+"""The definition of the soft cross entropy in plain PyTorch: stores the probabilities of both sides."""
 
 from ..common import at_least_float32
 

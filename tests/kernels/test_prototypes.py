@@ -112,7 +112,10 @@ def test_errors_name_what_is_wrong():
         ("teacher is 9 wide", lambda: soft_cross_entropy(s, t, 0.1, 0.04)),
         (r"teacher \(3, 8\)", lambda: soft_cross_entropy(s, s[:3], 0.1, 0.04)),
         ("teacher_temperature=0", lambda: soft_cross_entropy(s, s, 0.1, 0)),
-        ("belongs to teacher logits", lambda: soft_cross_entropy(s, s, 0.1, None, center=s[0])),
+        (
+            "subtracted from teacher logits: pass teacher_temperature",
+            lambda: soft_cross_entropy(s, s, 0.1, None, center=s[0]),
+        ),
         (r"center is \(4,\)", lambda: soft_cross_entropy(s, s, 0.1, 0.04, center=s[:, 0])),
         ("epsilon=0", lambda: sinkhorn(s, 0)),
         ("iterations=0", lambda: sinkhorn(s, 0.05, iterations=0)),
