@@ -200,7 +200,7 @@ def test_a_config_without_views_or_of_the_wrong_type_is_refused():
 
 
 def test_the_dump_is_json_and_says_everything(file):
-    dumped = json.loads(config.dumps(config.load(file)))
+    dumped = json.loads(json.dumps(config.dump(config.load(file))))
     assert dumped["method"] == {
         "type": "fastssl.methods.simclr.Config",
         "temperature": 0.1,

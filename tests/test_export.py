@@ -110,7 +110,7 @@ def run_of(size, backbone, **optim):
         optim=config.Optim(**optim),
         data=config.Data(train="x/y.beton", views=views.byol(size)),
     )
-    return json.loads(config.dumps(run))
+    return json.loads(json.dumps(config.dump(run)))
 
 
 @pytest.mark.parametrize("to", ["timm", "huggingface"])
@@ -245,7 +245,7 @@ def run_folder(tmp_path):
     state |= {f"target.0.{k}": v for k, v in teacher.state_dict().items()}
     safetensors.torch.save_file(state, temporary / "weights.safetensors")
     store.commit(temporary, keep=1)
-    (folder / "config.json").write_text(config.dumps(run))
+    (folder / "config.json").write_text(json.dumps(config.dump(run)))
     return folder, student, teacher
 
 

@@ -41,7 +41,7 @@ def run_folder(tmp_path):
     (temporary / "deepspeed").mkdir()
     torch.save({"optimizer": torch.ones(1000)}, temporary / "deepspeed" / "optimizer.pt")
     store.commit(temporary, keep=1)
-    (folder / "config.json").write_text(config.dumps(run))
+    (folder / "config.json").write_text(json.dumps(config.dump(run)))
     return folder
 
 

@@ -69,7 +69,7 @@ def write_run(folder, data, steps=STEPS, *, name="a", temperature=0.5, weights=T
         data=Data(train=data[0], test=data[1], views=views.simclr(16)),
     )
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(config.dumps(run))
+    (folder / "config.json").write_text(json.dumps(config.dump(run)))
     (folder / "log.jsonl").write_text("\n".join(lines(steps)) + "\n" + tail)
     if weights:
         torch.manual_seed(0)

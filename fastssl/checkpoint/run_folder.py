@@ -18,7 +18,7 @@ import torch
 
 from fastssl import dist, files
 from fastssl.checkpoint import store
-from fastssl.config import Run, dumps
+from fastssl.config import Run, dump
 from fastssl.files import untrusted
 from fastssl.trainer import Trainer
 
@@ -81,7 +81,7 @@ def prepare(t: Trainer, checkpoint: Path | None = None, clear: bool = True) -> N
         for old in store.list_checkpoints(t.folder) if clear else ():
             if checkpoint is None or not store.precedes(old, checkpoint):
                 shutil.rmtree(old)
-        (t.folder / "config.json").write_text(dumps(t.run))
+        files.write_json(t.folder / "config.json", dump(t.run), indent=2)
     dist.barrier()
 
 

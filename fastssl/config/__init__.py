@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -347,7 +346,3 @@ def with_defaults(dumped: Any, now: Any) -> Any:
     if isinstance(now, list | tuple) and isinstance(dumped, list) and len(dumped) == len(now):
         return [with_defaults(a, b) for a, b in zip(dumped, now)]
     return dumped
-
-
-def dumps(run: Run) -> str:
-    return json.dumps(dump(run), indent=2)

@@ -61,7 +61,7 @@ def run_folder(files, tmp_path_factory):
         name="x",
         data=Data(train=files[0], test=files[1], views=views.simclr(16, mean=(0.4, 0.4, 0.4))),
     )
-    (folder / "config.json").write_text(config.dumps(run))
+    (folder / "config.json").write_text(json.dumps(config.dump(run)))
     torch.manual_seed(3)
     temporary = store.create(folder, 5)
     state = {"backbone." + k: v for k, v in backbones.build(SPEC).state_dict().items()} | {"projector": torch.ones(3)}

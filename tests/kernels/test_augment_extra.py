@@ -255,7 +255,7 @@ def test_a_recipe_with_operations_is_written_and_read_back():
         ),
     )
     config.validate(run)
-    written = json.loads(config.dumps(run))["data"]["views"][0]
+    written = json.loads(json.dumps(config.dump(run)))["data"]["views"][0]
     assert " at 0x" not in json.dumps(written)
     read = View(**{key: value for key, value in written.items() if key != "type"})
     view = run.data.views[0]
