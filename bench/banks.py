@@ -84,8 +84,8 @@ def odc_method(args, batch: int) -> odc.ODC:
     method = odc.Config(clusters=CLUSTERS).build(backbone, Context(args.rows, batch))
     method.bank.copy_(directions(args.rows, 256))
     method.labels.copy_(torch.randperm(args.rows) % CLUSTERS)
-    method.to(args.device).add_up()
-    method.renew()
+    method.to(args.device).recount()
+    method.update_centroids()
     return method
 
 
@@ -105,7 +105,7 @@ def centroids(args, batch: int = 512) -> dict:
         for index in steps:
             x = method.rows(index)
             method.move(index, method.labels[index], x, x)
-        method.renew()
+        method.update_centroids()
 
     published()
     for run in (ours, lambda: update_centroids_(method.centroids, method.bank, method.labels)):
@@ -172,7 +172,7 @@ def npid_loss(args, batch: int = 32, dim: int = 128, temperature: float = 0.07) 
         loss.backward()
         return loss.detach()
 
-    equal("npid loss", ours(methods["ours"]), published(methods["ours"].draw(given).cpu()), 1e-4)
+    equal("npid loss", ours(methods["ours"]), published(methods["ours"].draw_negatives(given).cpu()), 1e-4)
     return {"published": published, **{name: lambda m=method: ours(m) for name, method in methods.items()}}
 
 

@@ -79,7 +79,7 @@ class BYOL(nn.Module):
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         (p_0, p_1), (z_0, z_1) = out["p"].unbind(1), out["z"].detach().unbind(1)
-        return {"loss": 4 - 2 * (parts.similarity(p_0, z_1) + parts.similarity(p_1, z_0))}
+        return {"loss": 4 - 2 * (parts.mean_cosine(p_0, z_1) + parts.mean_cosine(p_1, z_0))}
 
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)

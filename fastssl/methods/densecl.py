@@ -31,7 +31,7 @@ class Config:
     init: str = "torch"  # of the projector; "openselfsup" (as the authors'): Kaiming; the dense one stays torch's there
 
     def build(self, backbone: nn.Module, context: Context) -> DenseCL:
-        parts.need_queue(self.queue, context.batch)
+        parts.check_queue(self.queue, context.batch)
         parts.check_init(self.init)
         if self.shuffle:
             parts.warn_unshuffled(backbone)
@@ -61,8 +61,8 @@ class DenseCL(nn.Module):
         with torch.no_grad():
             if self.config.shuffle:
                 shuffle = parts.Shuffle(len(x_k), x_k.device)
-                _, *key = self.embed(shuffle.deal(x_k), *self.target)
-                k, k_dense, f_k = (shuffle.collect(t) for t in key)
+                _, *key = self.embed(shuffle.shuffle(x_k), *self.target)
+                k, k_dense, f_k = (shuffle.unshuffle(t) for t in key)
             else:
                 _, k, k_dense, f_k = self.embed(x_k, *self.target)
             match = (F.normalize(f_q, dim=2) @ F.normalize(f_k, dim=2).mT).argmax(2)

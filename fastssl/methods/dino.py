@@ -105,4 +105,4 @@ class DINO(nn.Module):
         momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
         parts.ema_(self.target, [self.backbone, self.head], momentum, found_inf=found_inf, impl=self.kernels)
         mean = dist.mean(out["teacher"].mean((0, 1)))
-        parts.keep_(self.center, self.center.lerp(mean, 1 - self.config.center_momentum), found_inf)
+        parts.assign_(self.center, self.center.lerp(mean, 1 - self.config.center_momentum), found_inf)

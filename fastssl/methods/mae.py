@@ -70,12 +70,12 @@ class MAE(nn.Module):
         target = patchify(views[0].float(), self.patch)
         if self.config.norm_pixels:
             target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
-        visible, masked = self.draw(batch.index, batch.epoch, target.shape[1])
+        visible, masked = self.draw_mask(batch.index, batch.epoch, target.shape[1])
         latent = self.encode(views[0], visible)
         pred = self.decode(latent, visible, masked, views[0].shape[-2:])
-        return {"pred": pred, "target": take(target, masked), "features": latent[:, 0].detach()}
+        return {"pred": pred, "target": take_patches(target, masked), "features": latent[:, 0].detach()}
 
-    def draw(self, index: Tensor, epoch: int, patches: int) -> tuple[Tensor, Tensor]:
+    def draw_mask(self, index: Tensor, epoch: int, patches: int) -> tuple[Tensor, Tensor]:
         """(n, kept) and (n, hidden): which patches of each sample are visible and which masked."""
         place = torch.arange(patches, device=index.device)
         order = philox.philox4x32(place, STREAM, index[:, None], epoch, self.seed)[0].argsort(dim=1, stable=True)
@@ -91,7 +91,7 @@ class MAE(nn.Module):
         body = self.backbone.body
         x = body._pos_embed(body.patch_embed(x))
         prefix = body.num_prefix_tokens
-        x = torch.cat([x[:, :prefix], take(x[:, prefix:], visible)], 1)
+        x = torch.cat([x[:, :prefix], take_patches(x[:, prefix:], visible)], 1)
         return body.norm(body.blocks(body.norm_pre(x)))
 
     def decode(self, latent: Tensor, visible: Tensor, masked: Tensor, size: tuple[int, int]) -> Tensor:
@@ -124,6 +124,6 @@ def patchify(x: Tensor, p: int) -> Tensor:
     return x.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * p * p)
 
 
-def take(x: Tensor, places: Tensor) -> Tensor:
+def take_patches(x: Tensor, places: Tensor) -> Tensor:
     """(n, L, D) -> (n, l, D): the given places of each sample."""
     return x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))

@@ -34,7 +34,7 @@ class Config:
     init: str = "torch"  # of the projector; "openselfsup": Kaiming
 
     def build(self, backbone: nn.Module, context: Context) -> MoCo:
-        parts.need_queue(self.queue, context.batch)
+        parts.check_queue(self.queue, context.batch)
         parts.check_init(self.init)
         if self.shuffle:
             parts.warn_unshuffled(backbone)
@@ -65,18 +65,18 @@ class MoCo(nn.Module):
         self.register_buffer("pointers", torch.zeros(sides, dtype=torch.int64))
 
     def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
-        asked, keyed = (views, views[::-1]) if self.config.symmetric else (views[:1], views[1:])
-        h = [self.backbone(x) for x in asked]
+        query_views, key_views = (views, views[::-1]) if self.config.symmetric else (views[:1], views[1:])
+        h = [self.backbone(x) for x in query_views]
         q = [self.projector(h_i) for h_i in h]
         with torch.no_grad():
-            k = [self.keys(x) for x in keyed]
+            k = [self.keys(x) for x in key_views]
         return {"q": torch.stack(q, 1), "k": torch.stack(k, 1), "features": h[0].detach()}
 
     def keys(self, x: Tensor) -> Tensor:
         if not self.config.shuffle:
             return self.target(x)
         shuffle = parts.Shuffle(len(x), x.device)
-        return shuffle.collect(self.target(shuffle.deal(x)))
+        return shuffle.unshuffle(self.target(shuffle.shuffle(x)))
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         sides = zip(out["q"].unbind(1), out["k"].detach().unbind(1), self.queue)

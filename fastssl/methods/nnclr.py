@@ -29,7 +29,7 @@ class Config:
     norm: bool = True  # batch norm in the heads
 
     def build(self, backbone: nn.Module, context: Context) -> NNCLR:
-        parts.need_queue(self.queue, context.batch)
+        parts.check_queue(self.queue, context.batch)
         return NNCLR(self, backbone, context.kernels)
 
 

@@ -1,4 +1,4 @@
-"""NPID, instance discrimination: an image is told by its own row in a memory bank from the rows of others.
+"""NPID, instance discrimination: classify an image as its own row of a memory bank among the rows of others.
 https://arxiv.org/abs/1805.01978
 
 The loss is a cross entropy over the positive and the negatives (InfoNCE, as everyone trains it), not the paper's NCE.
@@ -67,29 +67,29 @@ class NPID(nn.Module):
         if not self.config.negatives:
             logits = F.normalize(out["z"], dim=1) @ self.bank.T / self.config.temperature
             return {"loss": F.cross_entropy(logits, batch.index)}
-        negatives = self.draw_shared(batch) if self.config.shared else self.draw(batch)
+        negatives = self.draw_shared_negatives(batch) if self.config.shared else self.draw_negatives(batch)
         return {
             "loss": gathered_nce(
                 out["z"], self.bank, batch.index, negatives, self.config.temperature, impl=self.kernels
             )
         }
 
-    def draw(self, batch: Batch) -> Tensor:
+    def draw_negatives(self, batch: Batch) -> Tensor:
         """(n, K) rows of the bank, uniform with replacement, each sample's own."""
-        return self.spare(self.words(batch.index[:, None], batch.epoch, self.seed), batch.index[:, None])
+        return self.to_rows(self.random_words(batch.index[:, None], batch.epoch, self.seed), batch.index[:, None])
 
-    def draw_shared(self, batch: Batch) -> Tensor:
+    def draw_shared_negatives(self, batch: Batch) -> Tensor:
         """(K,) rows of the bank, uniform with replacement, the same on every rank."""
         step = batch.index.new_zeros(1, 1) + batch.step
-        words = self.words(step, batch.epoch, self.seed + (1 << 32))[0]  # another key than that of samples
-        return self.spare(words, dist.gather(batch.index)) if self.config.ensure_neg else self.spare(words, None)
+        words = self.random_words(step, batch.epoch, self.seed + (1 << 32))[0]  # another key than that of samples
+        return self.to_rows(words, dist.gather(batch.index)) if self.config.ensure_neg else self.to_rows(words, None)
 
-    def words(self, counter: Tensor, epoch: int, seed: int) -> Tensor:
+    def random_words(self, counter: Tensor, epoch: int, seed: int) -> Tensor:
         """(n, K) words in [0, 2**32)."""
         place = torch.arange(-(-self.config.negatives // 4), device=counter.device)
         return torch.cat(philox.philox4x32(place, STREAM, counter, epoch, seed), 1)[:, : self.config.negatives]
 
-    def spare(self, words: Tensor, positives: Tensor | None) -> Tensor:
+    def to_rows(self, words: Tensor, positives: Tensor | None) -> Tensor:
         """Words as rows of the bank; with ensure_neg the rows (n, P) or (P,) `positives` are left out, exactly:
         a number below S - P, plus how many left-out rows lie below the row that it stands for."""
         if not self.config.ensure_neg:

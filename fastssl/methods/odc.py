@@ -1,11 +1,11 @@
 """ODC, online deep clustering: classify images by labels that change with every step instead of every epoch.
 https://arxiv.org/abs/2006.10645
 
-Labels and centroids are on every rank, the bank of embeddings is cut into a block of samples a rank; all live on the
-device and in the checkpoint, and move once per optimizer step with what all ranks saw.  Every cluster's sum of rows is
-kept in whole numbers, so that it is exact in whatever order rows come and go, and new means never read the bank.
-A cluster below `least` samples is dissolved and takes part of the largest one; where the two means of that leave less
-than `least` on a side, it is cut at the median (the original: only if empty).
+Labels and centroids are on every rank, and the bank of embeddings is sharded by samples; all are on the device and in
+checkpoints, updated once per optimizer step with the samples of all ranks.  The sums of the clusters' rows are
+integers, so that they are exact in any order of additions, and new centroids do not read the bank.  A cluster with
+fewer than `least` samples is dissolved and takes part of the largest one; where two-means leaves fewer than `least` on
+one side, that one is split at the median (the original: only if empty).
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class ODC(nn.Module):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
         nn.init.normal_(self.head.weight, std=0.01)
-        self.mine = dist.shard(samples)
-        self.register_buffer("bank", torch.zeros(self.mine.stop - self.mine.start, dim), persistent=False)
+        self.shard = dist.shard(samples)
+        self.register_buffer("bank", torch.zeros(self.shard.stop - self.shard.start, dim), persistent=False)
         self.register_buffer("labels", torch.arange(samples) % config.clusters)
         self.register_buffer("centroids", torch.zeros(config.clusters, dim))
         self.register_buffer("sizes", (samples - torch.arange(config.clusters) - 1) // config.clusters + 1)
@@ -89,9 +89,9 @@ class ODC(nn.Module):
         )
         self.bank.copy_(cluster.scatter_block(x, index, len(self.labels)))
         self.labels.copy_(cluster.scatter(found.labels, index, len(self.labels)))
-        self.add_up()
-        self.renew()
-        self.repair()
+        self.recount()
+        self.update_centroids()
+        self.replace_small_clusters()
         return cluster.describe(found.counts, len(self.labels))
 
     def order(self, epoch: int) -> np.ndarray:
@@ -114,53 +114,54 @@ class ODC(nn.Module):
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor) -> None:
         index, z = dist.gather(batch.index), dist.gather(F.normalize(out["z"], dim=1))
         seen, place = index.unique(return_inverse=True)
-        here, before = self.here(index), self.rows(seen)
-        update_bank_(self.bank, index[here] - self.mine.start, z[here], self.config.momentum, impl=self.kernels)
+        local, before = self.is_local(index), self.rows(seen)
+        update_bank_(self.bank, index[local] - self.shard.start, z[local], self.config.momentum, impl=self.kernels)
         after = self.rows(seen)
         labels = (after @ self.centroids.T).argmax(1)
         self.changed.copy_((labels != self.labels[seen])[place].to(self.changed.dtype).mean())
         self.move(seen, labels, before, after)
         if (batch.epoch * self.steps + batch.step + 1) % self.config.every == 0:
-            self.renew()
-        self.repair()
+            self.update_centroids()
+        self.replace_small_clusters()
 
-    def here(self, index: Tensor) -> Tensor:
-        return (index >= self.mine.start) & (index < self.mine.stop)
+    def is_local(self, index: Tensor) -> Tensor:
+        return (index >= self.shard.start) & (index < self.shard.stop)
 
     def rows(self, index: Tensor) -> Tensor:
         """(n, D) of the bank, from the ranks that hold them."""
         if dist.world() == 1:
             return self.bank[index]
-        here = self.here(index)
+        local = self.is_local(index)
         out = self.bank.new_zeros(len(index), self.bank.shape[1])
-        out[here] = self.bank[index[here] - self.mine.start]
+        out[local] = self.bank[index[local] - self.shard.start]
         return dist.sum_(out)
 
     def move(self, index: Tensor, labels: Tensor, before: Tensor, after: Tensor) -> None:
         """Samples `index` (n,), each once, whose rows (n, D) were `before` and are `after`, get `labels` (n,)."""
         clusters, one = torch.cat([self.labels[index], labels]), torch.ones_like(labels)
         self.sizes.index_add_(0, clusters, torch.cat([-one, one]))
-        self.sums.index_put_((clusters,), torch.cat([-self.whole(before), self.whole(after)]), accumulate=True)
+        change = torch.cat([-self.to_integers(before), self.to_integers(after)])
+        self.sums.index_put_((clusters,), change, accumulate=True)
         self.labels[index] = labels
 
-    def whole(self, x: Tensor) -> Tensor:
+    def to_integers(self, x: Tensor) -> Tensor:
         return (x / self.unit).long()
 
-    def add_up(self) -> None:
-        """The clusters' sizes and sums from nothing."""
+    def recount(self) -> None:
+        """Compute the clusters' sizes and sums from the bank."""
         self.sizes.copy_(torch.bincount(self.labels, minlength=len(self.sizes)))
         self.sums.zero_()
-        for x, labels in zip(self.bank.split(1 << 16), self.labels[self.mine].split(1 << 16)):
-            self.sums.index_add_(0, labels, self.whole(x))
+        for x, labels in zip(self.bank.split(1 << 16), self.labels[self.shard].split(1 << 16)):
+            self.sums.index_add_(0, labels, self.to_integers(x))
         dist.sum_(self.sums)
 
-    def renew(self) -> None:
-        """Bring the centroids to the means of their clusters; an empty one stays."""
+    def update_centroids(self) -> None:
+        """Set the centroids to the means of their clusters; that of an empty cluster stays."""
         dtype, empty = self.centroids.dtype, (self.sizes == 0)[:, None]
         means = self.sums.to(dtype).mul_((self.unit / self.sizes.clamp(min=1)).to(dtype)[:, None])
         self.centroids.mul_(empty).add_(means)
 
-    def repair(self) -> None:
+    def replace_small_clusters(self) -> None:
         """Dissolve and refill the clusters below `least`, then weight all by their sizes.  (Waits for the device once,
         to learn whether there are any.)"""
         small = self.sizes < self.config.least

@@ -63,12 +63,12 @@ def check_init(init: str, *more: str) -> None:
 
 
 def frozen_copy(*modules: nn.Module) -> nn.Sequential:
-    """A momentum encoder: the modules in sequence, equal weights, no gradient."""
+    """A momentum encoder: a copy of the modules, in sequence, without gradients."""
     return copy.deepcopy(nn.Sequential(*modules)).requires_grad_(False)
 
 
 def without_drop_path(target: nn.Module) -> None:
-    """A teacher that skips none of timm's residual branches: DINO trains its student alone with drop path."""
+    """Switch drop path off in a teacher, as in DINO."""
     for module in target.modules():
         if hasattr(module, "drop_prob"):
             module.drop_prob = 0.0
@@ -97,7 +97,7 @@ def ema_(
 
 
 @torch.no_grad()
-def keep_(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
+def assign_(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
     """target <- value, unless `found_inf` (as in kernels.multi_tensor) is not zero."""
     target.copy_(value if found_inf is None else torch.where(found_inf != 0, target, value))
 
@@ -112,8 +112,8 @@ def cosine(start: float, end: float, progress: float | Tensor) -> float | Tensor
     return end - (end - start) * (math.cos(math.pi * progress) + 1) / 2
 
 
-def similarity(p: Tensor, z: Tensor) -> Tensor:
-    """Mean cosine of the rows of p with those of z."""
+def mean_cosine(p: Tensor, z: Tensor) -> Tensor:
+    """Mean cosine similarity of the rows of p with those of z."""
     return F.cosine_similarity(p, z, dim=-1).mean()
 
 
@@ -139,7 +139,7 @@ def standardize(z: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def off_diagonal(c: Tensor) -> Tensor:
-    """The entries of a square matrix beside its diagonal, as a vector."""
+    """The off-diagonal entries of a square matrix, as a vector."""
     n = len(c)
     return c.flatten()[:-1].view(n - 1, n + 1)[:, 1:].flatten()
 
@@ -147,8 +147,8 @@ def off_diagonal(c: Tensor) -> Tensor:
 class Prototypes(nn.Module):
     """Dot products with K directions of unit length: (..., D) -> (..., K).
 
-    weight_norm: the length is taken out in forward, g = 1 (DINO, solo-learn's SwAV).  Else `restore_` gives the weights
-    themselves unit length, after each step (the original SwAV).
+    weight_norm: weights are normalised in forward (DINO, solo-learn's SwAV).  Else `normalize_` brings the weights
+    themselves to unit length after each step (the original SwAV).
     """
 
     def __init__(self, dim: int, count: int, weight_norm: bool = True):
@@ -165,8 +165,8 @@ class Prototypes(nn.Module):
         return F.normalize(self.weight, dim=1) if self.weight_norm else self.weight
 
     @torch.no_grad()
-    def restore_(self, found_inf: Tensor | None = None) -> None:
-        """Bring the weights to unit length, unless `found_inf` is not zero; they lie in the optimizer, too (ZeRO)."""
+    def normalize_(self, found_inf: Tensor | None = None) -> None:
+        """Bring the weights to unit length, also in the optimizer's copy (ZeRO), unless `found_inf` is not zero."""
         with zero.gathered([self.weight]):
             unit = F.normalize(self.weight, dim=1)
             if found_inf is not None:
@@ -195,8 +195,8 @@ def fixed_positions_(body: nn.Module, *, columns_first: bool) -> None:
     body.pos_embed.requires_grad_(False)
 
 
-def need_labels(method: str, classes: list | None) -> int:
-    """The number of classes, or an error before any step."""
+def require_labels(method: str, classes: list | None) -> int:
+    """The number of classes; ValueError without labels."""
     if not classes:
         raise ValueError(
             f"{method} learns from labels and data.train has no classes: convert a labelled source, "
@@ -205,7 +205,7 @@ def need_labels(method: str, classes: list | None) -> int:
     return len(classes)
 
 
-def need_queue(queue: int, batch: int) -> None:
+def check_queue(queue: int, batch: int) -> None:
     if batch > queue:
         raise ValueError(
             f"method.queue={queue} is smaller than optim.batch={batch}: "
@@ -214,12 +214,12 @@ def need_queue(queue: int, batch: int) -> None:
 
 
 def random_directions(*shape: int) -> Tensor:
-    """What a queue holds before it is filled."""
+    """Random unit vectors, the initial values of a queue."""
     return F.normalize(torch.randn(*shape), dim=-1)
 
 
 def warn_unshuffled(backbone: nn.Module) -> None:
-    """On one rank all keys are in one batch, whichever way they are shuffled."""
+    """With one rank all keys are in one batch, and shuffling has no effect."""
     if dist.world() == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules()):
         warnings.warn(
             "method.shuffle=True has no effect on one GPU: batch norm's statistics can tell which key is "
@@ -230,8 +230,8 @@ def warn_unshuffled(backbone: nn.Module) -> None:
 
 
 class Shuffle:
-    """Deals each rank's samples evenly to all ranks and back, so that batch statistics cannot tell which key belongs
-    to which query (MoCo).  Moves n (W-1)/W samples per rank; gathering everything everywhere would move n (W-1)."""
+    """Shuffled batch norm (MoCo): distributes each rank's samples evenly over all ranks and back, so that batch
+    statistics do not show which key belongs to a query.  Sends n (W-1)/W samples per rank (an all-gather: n (W-1))."""
 
     def __init__(self, n: int, device: torch.device):
         if n % dist.world():
@@ -241,10 +241,10 @@ class Shuffle:
             )
         self.order = torch.randperm(n, device=device)
 
-    def deal(self, x: Tensor) -> Tensor:
+    def shuffle(self, x: Tensor) -> Tensor:
         return x if dist.world() == 1 else _exchange(x[self.order])
 
-    def collect(self, x: Tensor) -> Tensor:
+    def unshuffle(self, x: Tensor) -> Tensor:
         if dist.world() == 1:
             return x
         out = torch.empty_like(x)

@@ -54,7 +54,7 @@ class SimSiam(nn.Module):
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         (p_0, p_1), (z_0, z_1) = out["p"].unbind(1), out["z"].detach().unbind(1)
-        return {"loss": -(parts.similarity(p_0, z_1) + parts.similarity(p_1, z_0)) / 2}
+        return {"loss": -(parts.mean_cosine(p_0, z_1) + parts.mean_cosine(p_1, z_0)) / 2}
 
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         pass

@@ -24,7 +24,7 @@ class Config:
     norm: bool = False  # batch norm in the projector
 
     def build(self, backbone: nn.Module, context: Context) -> SupCon:
-        parts.need_labels("supcon", context.classes)
+        parts.require_labels("supcon", context.classes)
         return SupCon(self, backbone, context.kernels)
 
 

@@ -23,7 +23,7 @@ class Config:
 
     def build(self, backbone: nn.Module, context: Context) -> Supervised:
         parts.check_init(self.init)
-        return Supervised(self, backbone, parts.need_labels("supervised", context.classes))
+        return Supervised(self, backbone, parts.require_labels("supervised", context.classes))
 
 
 class Supervised(nn.Module):

@@ -39,7 +39,7 @@ class Config:
 
     def build(self, backbone: nn.Module, context: Context) -> SwAV:
         if self.queue:
-            parts.need_queue(self.queue, context.batch)
+            parts.check_queue(self.queue, context.batch)
             if self.queue % dist.world():
                 raise ValueError(f"method.queue={self.queue} is not a multiple of the {dist.world()} ranks")
         return SwAV(self, backbone, context.kernels)
@@ -96,7 +96,7 @@ class SwAV(nn.Module):
 
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         if not self.config.weight_norm:
-            self.prototypes.restore_(found_inf)
+            self.prototypes.normalize_(found_inf)
         if self.config.queue:
             z = dist.gather(out["z"])
             for i in range(self.config.large):

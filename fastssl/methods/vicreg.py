@@ -1,4 +1,4 @@
-"""VICReg: equal views (invariance), spread features (variance), no redundancy (covariance).
+"""VICReg: equal views (invariance), varied features (variance), no redundancy (covariance).
 https://arxiv.org/abs/2105.04906
 
 Variance and covariance are those of the global batch, without a D x D matrix where the batch has fewer than D samples.
@@ -49,7 +49,7 @@ class VICReg(nn.Module):
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         z_0, z_1 = out["z"].unbind(1)
         invariance = (z_0 - z_1).square().mean()
-        variances, redundancies = zip(*(self.spread(z) for z in (z_0, z_1)))
+        variances, redundancies = zip(*(self.variance_and_covariance(z) for z in (z_0, z_1)))
         variance = sum((1 - (v_D + 1e-4).sqrt()).relu().mean() for v_D in variances) / 2
         covariance = sum(redundancies) / z_0.shape[1]
         w = self.config
@@ -61,7 +61,7 @@ class VICReg(nn.Module):
         }
 
     @staticmethod
-    def spread(z_nD: Tensor) -> tuple[Tensor, Tensor]:
+    def variance_and_covariance(z_nD: Tensor) -> tuple[Tensor, Tensor]:
         """Unbiased variances (D,) over the N samples of all ranks, and the sum of the squared covariances of different
         features (as the mean over ranks of what each returns).
 

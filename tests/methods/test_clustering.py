@@ -16,7 +16,7 @@ def test_npid_tells_a_samples_own_row_from_its_negatives(shared):
     method = build("npid", dims=(D,), negatives=10, temperature=0.3, shared=shared, ensure_neg=False)
     z, some = rows(N, D), batch(epoch=3, step=2)
     some.index = torch.tensor([59, 3, 7, 20, 0, 41])
-    negatives = array(method.draw_shared(some) if shared else method.draw(some))
+    negatives = array(method.draw_shared_negatives(some) if shared else method.draw_negatives(some))
     assert negatives.shape == ((10,) if shared else (N, 10))
     bank, want = array(method.bank), 0.0
     for i, q in enumerate(unit(array(z))):
@@ -27,10 +27,10 @@ def test_npid_tells_a_samples_own_row_from_its_negatives(shared):
 
 def test_npid_draws_by_sample_and_epoch():
     method = build("npid", dims=(D,), negatives=4001, ensure_neg=False)
-    whole = method.draw(SimpleNamespace(index=torch.arange(8), epoch=3))
-    again = method.draw(SimpleNamespace(index=torch.tensor([5, 2]), epoch=3))
+    whole = method.draw_negatives(SimpleNamespace(index=torch.arange(8), epoch=3))
+    again = method.draw_negatives(SimpleNamespace(index=torch.tensor([5, 2]), epoch=3))
     assert torch.equal(again, whole[[5, 2]])
-    assert not torch.equal(method.draw(SimpleNamespace(index=torch.arange(8), epoch=4)), whole)
+    assert not torch.equal(method.draw_negatives(SimpleNamespace(index=torch.arange(8), epoch=4)), whole)
     counts = torch.bincount(whole.flatten(), minlength=60)
     assert counts.shape == (60,) and (counts - 8 * 4001 / 60).abs().max() < 6 * (8 * 4001 / 60) ** 0.5
 
@@ -40,7 +40,7 @@ def test_ensure_neg_leaves_out_the_positives_and_nothing_else(shared):
     method = build("npid", dims=(D,), negatives=20_000, ensure_neg=True, shared=shared)
     some = batch()
     some.index = torch.tensor([59, 3, 4, 20, 0, 41])
-    drawn = method.draw_shared(some) if shared else method.draw(some)
+    drawn = method.draw_shared_negatives(some) if shared else method.draw_negatives(some)
     for i, one in enumerate(some.index):
         mine, out = (drawn, some.index) if shared else (drawn[i], one[None])
         counts = torch.bincount(mine, minlength=60)
@@ -49,7 +49,7 @@ def test_ensure_neg_leaves_out_the_positives_and_nothing_else(shared):
         counts[out] = round(expected)
         assert (counts - expected).abs().max() < 6 * expected**0.5, "uniform over all others"
     later = SimpleNamespace(index=some.index, epoch=0, step=1)
-    assert not shared or not torch.equal(method.draw_shared(later), drawn)
+    assert not shared or not torch.equal(method.draw_shared_negatives(later), drawn)
 
 
 def test_npid_mixes_new_embeddings_into_the_bank():
@@ -135,7 +135,7 @@ def odc(**settings):
 def set_odc(method, bank, labels):
     method.bank, method.labels = bank, labels
     method.centroids.copy_(torch.stack([bank[labels == k].mean(0) for k in range(4)]).nan_to_num())
-    method.add_up()
+    method.recount()
 
 
 def test_odc_starts_from_kmeans_of_unit_embeddings():
@@ -193,7 +193,7 @@ def test_odc_dissolves_small_clusters_and_refills_them_from_the_largest():
     labels = torch.tensor([0] * 10 + [1] * 4 + [3] * 3 + [2, 2])
     method = odc(dims=(6, 2))
     set_odc(method, heaps[heap].clone(), labels.clone())
-    method.repair()
+    method.replace_small_clusters()
     got = method.labels
     assert got[17:].tolist() == [1, 3], "each to the most similar centroid"
     assert len(set(got[:6].tolist())) == len(set(got[6:10].tolist())) == 1
@@ -204,7 +204,7 @@ def test_odc_dissolves_small_clusters_and_refills_them_from_the_largest():
     sizes = torch.bincount(got).double() + 1e-5
     torch.testing.assert_close(method.weights, (sizes**-0.5 / (sizes**-0.5).sum()), rtol=1e-6, atol=0)
     before = got.clone()
-    method.repair()
+    method.replace_small_clusters()
     assert torch.equal(method.labels, before), "nothing is small any more"
 
 
@@ -222,9 +222,9 @@ def test_odc_keeps_the_sums_of_its_clusters_exactly():
         sizes |= set(torch.bincount(method.labels, minlength=4).tolist())
     assert len(sizes) > 10 and not torch.equal(method.labels, start)
     kept = method.sums.clone(), method.sizes.clone()
-    method.add_up()
+    method.recount()
     assert torch.equal(method.sums, kept[0]) and torch.equal(method.sizes, kept[1])
-    method.renew()
+    method.update_centroids()
     for k in range(4):
         torch.testing.assert_close(method.centroids[k], method.bank[method.labels == k].mean(0))
 

@@ -15,11 +15,10 @@ from fastssl.outputs import extract_outputs
 from fastssl.step import batch_views
 from fastssl.trainer import Context
 
-OPS = [
-    importlib.import_module(f"fastssl.kernels.{module.name}")
-    for module in pkgutil.iter_modules(kernels.__path__)
-    if module.ispkg
+FOLDERS = [
+    importlib.import_module(f"fastssl.kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__) if m.ispkg
 ]
+OPS = [folder for folder in FOLDERS if hasattr(folder, "choose")]  # the others are parts that ops share
 WITHOUT = {
     "simsiam",
     "barlow",

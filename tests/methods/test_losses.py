@@ -197,7 +197,7 @@ def test_dino_compares_all_crops_with_the_centred_teacher_of_the_large_ones():
 @pytest.mark.parametrize("queue", [0, 8])
 def test_swav_swaps_balanced_assignments(queue):
     method = build("swav", dims=(4, D), prototypes=3, queue=queue, queue_epoch=1)
-    method.prototypes.restore_()
+    method.prototypes.normalize_()
     scores = rows(N, 3, 3, seed=4)
     want = []
     for i in range(2):
@@ -340,7 +340,7 @@ def test_mae_never_sees_what_it_rebuilds():
     method = mae(mask=0.5)
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()
     out = method([x], batch(2))
-    visible, masked = method.draw(torch.arange(2), 0, 16)
+    visible, masked = method.draw_mask(torch.arange(2), 0, 16)
     assert sorted(torch.cat([visible, masked], 1)[0].tolist()) == list(range(16)) and visible.shape == (2, 8)
     other = x.clone()
     for i in range(2):
@@ -359,10 +359,10 @@ def test_mae_never_sees_what_it_rebuilds():
 
 def test_mae_masks_are_keyed_by_sample_and_epoch():
     method = mae()
-    whole = method.draw(torch.arange(8), 3, 16)[1]
-    assert torch.equal(method.draw(torch.tensor([5, 2]), 3, 16)[1], whole[[5, 2]])
-    assert not torch.equal(method.draw(torch.arange(8), 4, 16)[1], whole)
-    counts = torch.bincount(method.draw(torch.arange(4000), 0, 16)[1].flatten(), minlength=16) / 4000
+    whole = method.draw_mask(torch.arange(8), 3, 16)[1]
+    assert torch.equal(method.draw_mask(torch.tensor([5, 2]), 3, 16)[1], whole[[5, 2]])
+    assert not torch.equal(method.draw_mask(torch.arange(8), 4, 16)[1], whole)
+    counts = torch.bincount(method.draw_mask(torch.arange(4000), 0, 16)[1].flatten(), minlength=16) / 4000
     assert (counts - 0.5).abs().max() < 0.05, "every place is masked equally often"
 
 
