@@ -209,8 +209,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.contiguous()
-        n = grad.shape[0] // world()
+        grad, n = grad.contiguous(), grad.shape[0] // world()
         if _backend() == "nccl":
             out = grad.new_empty(n, *grad.shape[1:])
             td.reduce_scatter_tensor(out, grad)
@@ -230,11 +229,7 @@ class _Mean(torch.autograd.Function):
         return sum_(grad.clone()) / world()
 
 
-class _ReplicatedMean(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return sum_(x.clone()) / world()
-
+class _ReplicatedMean(_Mean):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         return grad
