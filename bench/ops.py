@@ -1,9 +1,9 @@
 """The fused kernels against eager PyTorch, torch.compile, chunked matmuls and whatever else is installed:
 python bench/ops.py [OP ...] [--json] [--resume]
 
-Each case is first held to fp64 truth (at most twice plain PyTorch's error); a case that fails gets no time, and the
-exit status is 1.  A time is the GPU's: a captured CUDA graph of loss and gradient, 50 repetitions, with the L2 cache
-warm and cold.  One result line an op in bench/results; --resume skips ops that this commit has already measured.
+Each case is first compared with float64 (at most twice plain PyTorch's error); a case that fails gets no time, and the
+exit status is 1.  Times are of the GPU: 50 replays of a captured CUDA graph of loss and gradient, with a warm and
+a cold L2 cache.  Appends one result line per op to bench/results; --resume skips ops that this commit has measured.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from common import ROOT, append, device_name, environment
 from ops_compared import OPS
 
 REPETITIONS = 50
-SECONDS = 500  # after which the ops that remain are left for --resume: one GPU is lent for minutes
-PEAKS = {"h200": (790e12, 4.3e12), "h100": (790e12, 2.9e12)}  # dense half-precision operations/s, bytes/s, as attained
+SECONDS = 500  # after which the remaining ops are left for --resume
+PEAKS = {"h200": (790e12, 4.3e12), "h100": (790e12, 2.9e12)}  # attainable dense half-precision operations/s and bytes/s
 
 
 def captured(f):
-    """f as a CUDA graph, so that what is timed is the device and not Python; f itself where it cannot be captured.
+    """f as a CUDA graph, so that Python is not timed: (replay, tensors to keep alive, True).
 
-    What waits for the device is found out before: a capture that fails half-way spoils the allocator for what follows.
+    (f, None, False) if f cannot be captured.
+
+    A function that waits for the device is detected before the capture: one that fails spoils the allocator.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -60,7 +62,7 @@ def microseconds(run, cold: bool):
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPETITIONS)]
     for start, stop in events:
         if cold:
-            scratch.zero_()  # larger than any L2
+            scratch.zero_()  # larger than any L2 cache
         start.record()
         run()
         stop.record()
@@ -76,7 +78,7 @@ def microseconds(run, cold: bool):
 
 
 def measure(op, case):
-    """One result: errors, then each way's times; "red" instead of times where the check fails."""
+    """One result: errors, then the times of each implementation, or the message under "red" if the check fails."""
     row = {"case": {k: str(v) for k, v in (case._asdict() if hasattr(case, "_asdict") else vars(case)).items()}}
     try:
         row["errors"] = op.check(case)
@@ -85,7 +87,7 @@ def measure(op, case):
     operations, nbytes = op.work(case)
     peak = next((v for k, v in PEAKS.items() if k in device_name()), None)
     row["ways"] = {}
-    for name, f in op.ways(case).items():
+    for name, f in op.implementations(case).items():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         base = torch.cuda.memory_allocated()
@@ -95,7 +97,7 @@ def measure(op, case):
         except torch.cuda.OutOfMemoryError:
             row["ways"][name] = {"none": "does not fit in memory"}
             continue
-        except Exception as error:  # another project's op may refuse a case; ours may not
+        except Exception as error:  # an op of another project may refuse a case
             if name == "ours":
                 raise
             row["ways"][name] = {"none": f"{type(error).__name__}: {str(error)[:200]}"}
@@ -118,18 +120,18 @@ def measure(op, case):
 def show(name, row):
     print(f"\n{name} {' '.join(f'{k}={v}' for k, v in row['case'].items())}")
     if "red" in row:
-        print(f"  RED, so no time: {row['red']}")
+        print(f"  wrong, so no time: {row['red']}")
         return
     print("  errors against fp64: " + ", ".join(f"{k} {v:.2g}" for k, v in row["errors"].items()))
-    for way, r in row["ways"].items():
+    for name, r in row["ways"].items():
         if "none" in r:
-            print(f"  {way:18} {r['none']}")
+            print(f"  {name:18} {r['none']}")
             continue
         warm, cold = r["warm_us"], r["cold_us"]
         rate = f"{r['tflops']:.0f} TFLOP/s" if "tflops" in r else f"{r['gb_s']:.0f} GB/s"
         bound = f"{100 * r['of_bound']:.0f} % of the bound" if "of_bound" in r else "bound unknown for this device"
         print(
-            f"  {way:18} {warm['median']:10.1f} us ({warm['p10']} to {warm['p90']}), cold {cold['median']:.1f} us, "
+            f"  {name:18} {warm['median']:10.1f} us ({warm['p10']} to {warm['p90']}), cold {cold['median']:.1f} us, "
             f"{rate}, {bound}, {r['extra_mb']:.0f} MB" + ("" if r["graph"] else ", not in a graph")
         )
     if "target_us_h200" in row:

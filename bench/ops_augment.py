@@ -1,6 +1,6 @@
-"""The views kernel for bench/ops.py: against its definition, torchvision v2 and, where installed, kornia.
+"""Augmentation for bench/ops.py: against its definition, torchvision v2 and, if installed, kornia.
 
-torchvision draws one set of parameters for the whole batch, which is less work than ours and not the same result.
+torchvision draws one set of parameters for the whole batch, which is less work and a different result.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def check(case):
     return {"views x 255": worst * 255}
 
 
-def ways(case):
+def implementations(case):
     image, x = inputs(case)
     views = views_of(case)
     step = partial(make_views, *x, views, seed=0, epoch=1, dtype=case.dtype)

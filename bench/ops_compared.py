@@ -1,4 +1,4 @@
-"""What bench/ops.py compares: each op's cases, their check, the ways to compute them and the work that they are."""
+"""What bench/ops.py compares: the cases of each op, their check, the implementations and the work."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from fastssl.kernels.soft_cross_entropy import cases as soft_cross_entropy
 from fastssl.kernels.soft_cross_entropy import reference as soft_cross_entropy_reference
 from fastssl.kernels.testing import assert_as_good_as, check, leaf
 
-TRUTH_ROWS = 16384  # above it, fp64 truth is computed chunk by chunk
+TRUTH_ROWS = 16384  # above it, the float64 result is computed chunk by chunk
 
 
 @dataclass
 class Op:
     cases: list
     check: Callable  # case -> largest absolute errors by name; raises AssertionError
-    ways: Callable  # case -> {name: function without arguments}, "ours" first
+    implementations: Callable  # case -> {name: function without arguments}, "ours" first
     work: Callable  # case -> (operations or None, bytes)
     targets: dict  # case -> microseconds on an H200
 
@@ -45,18 +45,18 @@ def under_autocast(case, f):
     return run
 
 
-def loss_ways(module, case, extra=None):
+def loss_implementations(module, case, extra=None):
     torch.set_float32_matmul_precision(case.precision)
     x = module.make(case, "cuda", 0)
     eager = under_autocast(case, partial(module.call, case, x, "reference"))
-    ways = {"ours": partial(module.call, case, x, "triton"), "eager": eager}
-    ways["compile"] = compiled(module, case, x)
-    ways.update((extra or (lambda *_: {}))(case, x))
-    return ways
+    implementations = {"ours": partial(module.call, case, x, "triton"), "eager": eager}
+    implementations["compile"] = compiled(module, case, x)
+    implementations.update((extra or (lambda *_: {}))(case, x))
+    return implementations
 
 
 def compiled(module, case, x):
-    """torch.compile of the definition; the gradient is taken outside, which Dynamo does not trace."""
+    """torch.compile of the definition; the gradient is computed outside, since Dynamo does not trace it."""
     if module is ntxent:
         inputs, f = (
             [leaf(x["z"])],
@@ -93,7 +93,7 @@ def compiled(module, case, x):
 
 
 def chunked_ntxent(z, temperature, dtype, rows=2048):
-    """Loss and dz by matmuls over blocks of rows: what one writes without a kernel.  Exact in float64."""
+    """Loss and dz by matmuls over blocks of rows, as one would write it without a kernel.  Exact in float64."""
     z = z.to(torch.promote_types(dtype, torch.float32))
     m = z.shape[0]
     v = l2_normalize(z).to(dtype)
@@ -133,7 +133,7 @@ def ntxent_check(case, device="cuda"):
     """Above TRUTH_ROWS both gradients are compared under the same loss scale, in the type of z.
 
     An entry of dz is about 2 / (temperature rows dim): at 65,536 rows 2.4e-6, where float16 has steps of 2^-24 = 6e-8.
-    Rounding to them alone is off by 3e-8, four times what plain's sums are before they are rounded.
+    Rounding alone makes an error of 3e-8, four times that of plain PyTorch's sums before they are rounded.
     """
     if case.rows <= TRUTH_ROWS:
         return check(ntxent, case, device)
@@ -151,7 +151,7 @@ def ntxent_check(case, device="cuda"):
 
 
 def infonce_extra(case, x):
-    ways = {}
+    implementations = {}
     if case.keys in ("batch", "both"):
         unit = torch.nn.functional.normalize
         try:
@@ -162,21 +162,21 @@ def infonce_extra(case, x):
             def cce(a, b):
                 return linear_cross_entropy(unit(a, dim=1) / case.temperature, unit(b, dim=1), target, impl="cce_exact")
 
-            ways["cut_cross_entropy"] = both_ways(case, x, cce)
+            implementations["cut_cross_entropy"] = grad_of(case, x, cce)
         except ImportError:
             pass
         try:
             from inf_cl import cal_flash_loss
 
-            ways["inf_cl"] = both_ways(
+            implementations["inf_cl"] = grad_of(
                 case, x, lambda a, b: cal_flash_loss(unit(a, dim=1), unit(b, dim=1), scale=1 / case.temperature)
             )
         except ImportError:
             pass
-    return ways
+    return implementations
 
 
-def both_ways(case, x, loss):
+def grad_of(case, x, loss):
     def run():
         a, b = leaf(x["q"]), leaf(x["k"])
         if case.keys == "batch":
@@ -233,7 +233,7 @@ def update_check(case):
     return {"table": float((tables["ours"].double() - tables["truth"]).abs().max())}
 
 
-def update_ways(case):
+def update_implementations(case):
     state = update_state(case)
     impls = {"ours": "triton", "eager": "reference"}
     return {name: partial(update_step, case, state, impl) for name, impl in impls.items()}
@@ -243,43 +243,45 @@ OPS = {
     "ntxent": Op(
         ntxent.BENCH,
         ntxent_check,
-        lambda c: loss_ways(ntxent, c, ntxent_extra),
+        lambda c: loss_implementations(ntxent, c, ntxent_extra),
         lambda c: (6 * c.rows**2 * c.dim, c.rows * c.dim * 6),
         {ntxent.Case(8192, 128): 105, ntxent.Case(16384, 128): 400, ntxent.Case(65536, 128): 6200},
     ),
     "infonce": Op(
         infonce.BENCH,
         lambda c: check(infonce, c, "cuda"),
-        lambda c: loss_ways(infonce, c, infonce_extra),
+        lambda c: loss_implementations(infonce, c, infonce_extra),
         infonce_work,
         {infonce.Case(256, 65536, 128): 25, infonce.Case(4096, 65536, 128): 290},
     ),
     "gathered": Op(
         gathered.BENCH,
         lambda c: check(gathered, c._replace(rows=16), "cuda"),
-        lambda c: loss_ways(gathered, c),
+        lambda c: loss_implementations(gathered, c),
         lambda c: (None, (1 if c.shared else c.rows) * c.negatives * (c.dim * c.dtype.itemsize + 8)),
         {},
     ),
     "sinkhorn": Op(
         sinkhorn.BENCH,
         lambda c: check(sinkhorn, c, "cuda"),
-        lambda c: loss_ways(sinkhorn, c),
+        lambda c: loss_implementations(sinkhorn, c),
         lambda c: (None, c.rows * c.prototypes * (2 * c.iterations * c.dtype.itemsize + 4)),
         {sinkhorn.Case(512, 65536): 150},
     ),
     "soft_cross_entropy": Op(
         soft_cross_entropy.BENCH,
         lambda c: check(soft_cross_entropy, c, "cuda"),
-        lambda c: loss_ways(soft_cross_entropy, c),
+        lambda c: loss_implementations(soft_cross_entropy, c),
         lambda c: (None, 5 * c.rows * c.prototypes * c.dtype.itemsize),
         {},
     ),
-    "augment": Op(ops_augment.CASES, ops_augment.check, ops_augment.ways, ops_augment.work, ops_augment.TARGETS),
+    "augment": Op(
+        ops_augment.CASES, ops_augment.check, ops_augment.implementations, ops_augment.work, ops_augment.TARGETS
+    ),
     "queue_bank": Op(
         UPDATES,
         update_check,
-        update_ways,
+        update_implementations,
         lambda c: (None, 2 * c.rows * c.dim * (c.dtype.itemsize + 4)),
         dict.fromkeys(UPDATES, 5),
     ),
