@@ -68,7 +68,7 @@ def test_an_error_in_the_file_names_file_line_and_the_nearest_name(tmp_path, cha
         (("optim=Optim(", "seed='x', optim=Optim("), "seed: wants int, got 'x'"),
         (("optim=Optim(", "deterministic=1, optim=Optim("), "deterministic: wants bool, got 1"),
         (("lr=0.4", "lr=10**400"), "optim.lr: an integer too large"),
-        (("batch=256, epochs", "batch=2**70, epochs"), "optim.batch: a number of more than 64 bits"),
+        ((" batch=256,", " batch=2**70,"), "optim.batch: a number of more than 64 bits"),
         (("views=views", "views=(1, 2), eval_view=views"), "data.views.0 must be a View, got 1"),
         (("views=views", "eval_view=views.center(32), views=views"), "data.eval_view must be one View or None"),
     ],

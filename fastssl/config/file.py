@@ -58,6 +58,9 @@ def _folder(folder: Path) -> Iterator[None]:
             sys.path.append(at)
 
 
+UNEXPECTED = re.compile(r"([\w.<>]+)\(\) got an unexpected keyword argument '(\w+)'")
+
+
 def _decoding(error: BaseException) -> bool:
     return isinstance(error, UnicodeError) or "null bytes" in str(error)
 
@@ -81,7 +84,7 @@ def _explain(error: BaseException, path: Path) -> str:
         code = f" ({error.text.strip()})" if error.text and error.text.strip() else ""
         return f"{where}: {type(error).__name__}: {error.msg}{code}"
     frame = _line(error.__traceback__, path)
-    where = f"{frame.filename}, line {frame.lineno}" if frame else str(path)
+    where = f"{frame.filename}, line {_line_number(error, frame)}" if frame else str(path)
     text = " ".join(str(error).split()) or "no message"
     text = re.sub(r"\.? Did you mean:? '\w+'\?", "", text)  # newer Pythons guess for some errors
     kind = "" if isinstance(error, ValueError) and not _decoding(error) else f"{type(error).__name__}: "
@@ -90,7 +93,7 @@ def _explain(error: BaseException, path: Path) -> str:
 
 def _guess(error: BaseException, frame: traceback.FrameSummary | None) -> str:
     """The nearest name to a misspelt one, with all that are known where they are the fields of a dataclass."""
-    argument = re.search(r"([\w.<>]+)\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    argument = UNEXPECTED.search(str(error))
     if argument:
         known = _parameters(error.__traceback__, frame, *argument.groups())
         listed = f" (it takes {', '.join(known)})" if known else ""
@@ -138,19 +141,33 @@ def _parameters(tb: TracebackType, frame: traceback.FrameSummary | None, functio
     return known
 
 
-def _callee(frame: traceback.FrameSummary, user, argument: str) -> Any:
-    """The function or class that the file calls with `argument=` on that line; None where this cannot be told."""
-    tree = ast.parse(Path(frame.filename).read_text())
+def _call(frame: traceback.FrameSummary, argument: str) -> ast.Call | None:
+    """The shortest call with `argument=` that spans the frame's line."""
     calls = [
         node
-        for node in ast.walk(tree)
+        for node in ast.walk(ast.parse(Path(frame.filename).read_text()))
         if isinstance(node, ast.Call)
         and node.lineno <= frame.lineno <= node.end_lineno
         and argument in [k.arg for k in node.keywords]
     ]
+    return min(calls, key=lambda c: c.end_lineno - c.lineno, default=None)
+
+
+def _line_number(error: BaseException, frame: traceback.FrameSummary) -> int:
+    """The frame's line; of a call over several lines that of the keyword which was refused."""
+    argument = UNEXPECTED.search(str(error))
+    call = argument and _call(frame, argument[2])
+    return next(k.lineno for k in call.keywords if k.arg == argument[2]) if call else frame.lineno
+
+
+def _callee(frame: traceback.FrameSummary, user, argument: str) -> Any:
+    """The function or class that the file calls with `argument=` on that line; None where this cannot be told."""
+    call = _call(frame, argument)
+    if call is None:
+        return None
     try:
         value: Any = None
-        for i, name in enumerate(ast.unparse(min(calls, key=lambda c: c.end_lineno - c.lineno).func).split(".")):
+        for i, name in enumerate(ast.unparse(call.func).split(".")):
             value = {**vars(builtins), **user.f_globals, **user.f_locals}[name] if i == 0 else getattr(value, name)
         return value if callable(value) else None
     except (ValueError, KeyError, AttributeError):
