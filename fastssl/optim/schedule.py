@@ -1,0 +1,84 @@
+"""Learning rate and weight decay as pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fastssl.config import Optim
+from fastssl.optim.groups import describe_groups, group_parameters
+
+
+def lr_multiplier(optim: Optim, step: int, steps_per_epoch: int, total_steps: int) -> float:
+    """lr at `step` (from 0) over the base lr.
+
+    "cosine": linear warm-up, then a cosine over the remaining steps (SimCLR, BYOL, MoCo v3).  "cosine_epoch": constant
+    inside an epoch and counted from epoch 0, multiplied by the warm-up (mmcv, hence OpenSelfSup).
+    """
+    warm = optim.warmup_epochs * steps_per_epoch
+    ramp = 1 - (1 - step / warm) * (1 - optim.warmup_ratio) if step < warm else 1.0
+    if optim.schedule == "constant":
+        return ramp
+    if optim.schedule == "step":
+        return ramp * optim.gamma ** sum(step >= round(m * steps_per_epoch) for m in optim.milestones)
+    if optim.schedule == "cosine_epoch":
+        done = (step // steps_per_epoch) / max(1, math.ceil(total_steps / steps_per_epoch))
+        return ramp * _cosine(done, 1.0, optim.lr_end)
+    if optim.schedule == "cosine":
+        return ramp if step < warm else _cosine((step - warm) / max(1, total_steps - warm), 1.0, optim.lr_end)
+    raise ValueError(f"optim.schedule={optim.schedule!r} is none of cosine, cosine_epoch, step, constant")
+
+
+def _cosine(done: float, start: float, end: float) -> float:
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+class Schedule:
+    """What every group's lr and weight decay are at a step.  Holds no state that a checkpoint would need."""
+
+    def __init__(
+        self, named: Iterable[tuple[str, Tensor]], optim: Optim, *, steps_per_epoch: int, total_steps: int | None = None
+    ):
+        self.optim, self.steps_per_epoch = optim, steps_per_epoch
+        self.total_steps = total_steps or optim.steps or optim.epochs * steps_per_epoch
+        if optim.schedule == "step" and not optim.milestones:
+            raise ValueError("optim.schedule='step' needs optim.milestones, the epochs where lr falls by optim.gamma")
+        if optim.warmup_epochs and optim.warmup_epochs * steps_per_epoch >= self.total_steps:
+            raise ValueError(
+                f"optim.warmup_epochs={optim.warmup_epochs} is not shorter than the run of "
+                f"{self.total_steps / steps_per_epoch:g} epochs"
+            )
+        if optim.weight_decay_end is not None and not optim.weight_decay:
+            raise ValueError("optim.weight_decay_end needs optim.weight_decay > 0 to start from")
+        lr_multiplier(optim, 0, steps_per_epoch, self.total_steps)  # an unknown name fails here, not at step 0
+        self.lr = optim.lr * optim.batch / optim.base_batch if optim.base_batch else optim.lr
+        self.groups = group_parameters(named, optim, self.lr)
+        self.table = describe_groups(self.groups)  # now: ZeRO-3 takes the shapes away
+        if self.lr != optim.lr:
+            self.table = (
+                f"linear scaling: lr {optim.lr:g} x batch {optim.batch} / {optim.base_batch} = {self.lr:g}\n"
+                + self.table
+            )
+
+    def multiplier(self, step: int) -> float:
+        return lr_multiplier(self.optim, step, self.steps_per_epoch, self.total_steps)
+
+    def set_lr(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Write the options of every group (also of DeepSpeed's wrapper) for `step`; returns the lr without patterns.
+
+        All options, not only lr: DeepSpeed's universal checkpoints restore every group with the first one's options.
+        """
+        groups = optimizer.param_groups
+        assert len(groups) == len(self.groups), (len(groups), len(self.groups))
+        factor, decay = self.multiplier(step), 1.0
+        if self.optim.weight_decay_end is not None:
+            decay = _cosine(step / self.total_steps, 1.0, self.optim.weight_decay_end / self.optim.weight_decay)
+        for target, group in zip(groups, self.groups):
+            target.update(group.options)
+            target["lr"] = group.options["lr"] * (1.0 if group.schedule == "constant" else factor)
+            target["weight_decay"] = group.options["weight_decay"] * decay
+            target["frozen"] = step < group.freeze_epochs * self.steps_per_epoch
+        return self.lr * factor
