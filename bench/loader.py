@@ -91,9 +91,9 @@ def unpack(source: Path, target: Path) -> Path:
 
 def files_of(beton: str, target: Path) -> Path:
     """The images of a .beton as files, so that torchvision reads the same bytes."""
-    from fastssl.decode import Beton
+    from fastssl.decode import BetonReader
 
-    opened = Beton(beton)
+    opened = BetonReader(beton)
     for i, field in enumerate(opened.image):
         (target / f"{i:06d}").mkdir(parents=True)
         name, data = target / f"{i:06d}" / "image.jpg", opened.stored(field["data_ptr"])

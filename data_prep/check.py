@@ -16,14 +16,14 @@ from PIL import Image, ImageDraw, ImageFont
 from fastssl import files
 from fastssl.files import untrusted
 
-from .layout import ALLOCATION, FIELD, HEADER, RAW, VERSION, decode_jpeg, sample_table
+from .ffcv_format import ALLOCATION, FIELD, HEADER, RAW, VERSION, decode_jpeg, sample_table
 from .write import Progress, Target, geometry, hash_progress
 
 CHUNK = 256
 COLUMNS, ROWS, CELL, CAPTION = 10, 8, 112, 16
 
 
-class Beton:
+class BetonInspector:
     """A converted file mapped into memory: the tables, and `image(row)` decoded by FFCV's decoder."""
 
     def __init__(self, path: str | Path):
@@ -88,7 +88,7 @@ class Beton:
 
 def check(path: str | Path, *, workers: int = 1, progress: Progress = lambda *_: None) -> str:
     """Verify everything and return a report of a few lines.  ValueError with one line for a file that is damaged."""
-    beton = Beton(path)
+    beton = BetonInspector(path)
     beton.require("sha256", files.sha256(beton.target.beton, hash_progress(progress)))
     for key, value in geometry(beton.images["mode"], beton.images["height"], beton.images["width"]).items():
         beton.require(key, value)
@@ -111,7 +111,7 @@ def check(path: str | Path, *, workers: int = 1, progress: Progress = lambda *_:
     )
 
 
-def _check_labels(beton: Beton) -> None:
+def _check_labels(beton: BetonInspector) -> None:
     kind, classes = beton.card["label"], beton.card["classes"]
     allowed = {"none": (-1, -1), "multi": (-1, 1)}.get(kind) or (-1, len(classes or []) - 1)
     low, high = beton.labels.min(), beton.labels.max()
@@ -122,7 +122,7 @@ def _check_labels(beton: Beton) -> None:
         )
 
 
-def _decode_all(beton: Beton, workers: int, progress: Progress) -> float:
+def _decode_all(beton: BetonInspector, workers: int, progress: Progress) -> float:
     """Images per second; ValueError names the first that does not decode.  The decoder releases the GIL."""
 
     def decode(start: int) -> list[int]:
@@ -142,7 +142,7 @@ def _decode_all(beton: Beton, workers: int, progress: Progress) -> float:
     return beton.samples / (time.perf_counter() - begin)
 
 
-def contact_sheet(beton: Beton) -> Image.Image:
+def contact_sheet(beton: BetonInspector) -> Image.Image:
     """Up to 80 images, evenly spread over the file, each with its label."""
     count = min(COLUMNS * ROWS, beton.samples)
     columns = min(COLUMNS, count)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from .layout import JPG, MAX_SIDE, RAW, decode_jpeg
+from .ffcv_format import JPG, MAX_SIDE, RAW, decode_jpeg
 
 # By content, whatever the name.  Pillow has readers beyond these; that of EPS starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")

@@ -15,8 +15,8 @@ import numpy as np
 
 from fastssl.files import untrusted
 
+from .file_sources import FileRef
 from .sources import SUFFIXES, Source
-from .tree import FileRef
 
 MAX_LIST = 1 << 30  # bytes; ImageNet's lists have 50 MB
 WHOLE = re.compile(r"[+-]?\d{1,18}", re.ASCII)

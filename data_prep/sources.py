@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .file_sources import ARCHIVE_ERRORS, FileSource, open_files
 from .plainpickle import read_pickle
-from .tree import ARCHIVE_ERRORS, Tree, open_tree
 
 SUFFIXES = (
     ".jpg",
@@ -46,37 +46,39 @@ class Source:
     notes: list[str] = field(default_factory=list)  # what was left out, to be printed
 
 
-def _from_tree(kind: str, tree: Tree, given: str, labels: dict[str, object], label: str, classes, notes) -> Source:
-    """A Source over members of a tree: `labels` maps each name to its label, in order (a stream keeps its own)."""
+def _source_of(
+    kind: str, files: FileSource, given: str, labels: dict[str, object], label: str, classes, notes
+) -> Source:
+    """A Source over files: `labels` maps each name to its label, in order (a stream keeps its own)."""
 
     def items():
-        if tree.streams:
-            for name, data in tree.read(labels):
+        if files.streams:
+            for name, data in files.read(labels):
                 yield name, data, labels[name]
         else:
             for name, value in labels.items():
-                yield name, tree.ref(name), value
+                yield name, files.ref(name), value
 
     return Source(kind, given, label, classes, len(labels), items, notes)
 
 
-def open_images(kind: str, path: str, tree: Tree, split: str | None = None, labels: str = "auto") -> Source:
+def open_images(kind: str, path: str, files: FileSource, split: str | None = None, labels: str = "auto") -> Source:
     """Images in a folder, tar or zip.  With `labels="auto"` the first folder names the class, if there are folders."""
-    images = [name for name in tree.names if name.lower().endswith(SUFFIXES)]
+    images = [name for name in files.names if name.lower().endswith(SUFFIXES)]
     notes = []
-    if other := len(tree.names) - len(images):
-        first = next(name for name in tree.names if not name.lower().endswith(SUFFIXES))
+    if other := len(files.names) - len(images):
+        first = next(name for name in files.names if not name.lower().endswith(SUFFIXES))
         notes.append(f"left out {other} files without an image's suffix, such as {first}")
-    if tree.hidden:
-        notes.append(f"left out {tree.hidden} hidden files and links")
+    if files.hidden:
+        notes.append(f"left out {files.hidden} hidden files and links")
     if not images:
         raise ValueError(f"{path} holds no image" + (f" ({notes[0]})" if notes else ""))
-    inner = _relative(tree, images, split, path)
+    inner = _relative(files, images, split, path)
     if labels == "none":
-        return _from_tree(kind, tree, path, dict.fromkeys(inner, -1), "none", None, notes)
+        return _source_of(kind, files, path, dict.fromkeys(inner, -1), "none", None, notes)
     flat = [name for name in inner if "/" not in inner[name]]
     if len(flat) == len(inner):
-        return _from_tree(kind, tree, path, dict.fromkeys(inner, -1), "none", None, notes)
+        return _source_of(kind, files, path, dict.fromkeys(inner, -1), "none", None, notes)
     if flat:
         raise ValueError(
             f"{path} holds images both outside of any class folder (such as {flat[0]}) and inside of "
@@ -85,7 +87,7 @@ def open_images(kind: str, path: str, tree: Tree, split: str | None = None, labe
     classes = sorted({rest.split("/")[0] for rest in inner.values()})
     if len(set(classes) & SPLIT_NAMES) > 1:
         raise ValueError(f"{path} holds the splits {', '.join(classes)}: choose one, such as --split {classes[-1]}")
-    if not tree.archive:
+    if not files.archive:
         empty = sorted(
             entry.name
             for entry in Path(path, split or "").iterdir()
@@ -98,10 +100,10 @@ def open_images(kind: str, path: str, tree: Tree, split: str | None = None, labe
             )
     number = {name: i for i, name in enumerate(classes)}
     values = {name: number[rest.split("/")[0]] for name, rest in inner.items()}
-    return _from_tree(kind, tree, path, values, "int", classes, notes)
+    return _source_of(kind, files, path, values, "int", classes, notes)
 
 
-def _relative(tree: Tree, images: list[str], split: str | None, path: str) -> dict[str, str]:
+def _relative(files: FileSource, images: list[str], split: str | None, path: str) -> dict[str, str]:
     """{name: name below the split}.  An archive may wrap everything in one folder of its own name; a folder not."""
     inner = {name: name for name in images}
     while True:
@@ -111,7 +113,7 @@ def _relative(tree: Tree, images: list[str], split: str | None, path: str) -> di
             if chosen:
                 return chosen
         tops = {rest.split("/")[0] for rest in inner.values() if "/" in rest}
-        if not tree.archive or len(tops) != 1 or any("/" not in rest for rest in inner.values()):
+        if not files.archive or len(tops) != 1 or any("/" not in rest for rest in inner.values()):
             break
         inner = {name: rest.split("/", 1)[1] for name, rest in inner.items()}
     if split:
@@ -133,11 +135,11 @@ CIFAR = {  # batches of each split, the file with the class names, its key, the 
 def open_cifar(kind: str, path: str, split: str | None = None) -> Source:
     """CIFAR-10 or CIFAR-100: the original python archive (packed or not), or class folders of images below splits."""
     batches, meta, names_key, labels_key = CIFAR[kind]
-    tree = open_tree(Path(path))
-    metas = [name for name in tree.names if name.split("/")[-1] == meta]
+    files = open_files(Path(path))
+    metas = [name for name in files.names if name.split("/")[-1] == meta]
     if not metas:
-        splits = any("train" in name.split("/")[:-1] for name in tree.names)
-        source = open_images(kind, path, tree, split or ("train" if splits else None))
+        splits = any("train" in name.split("/")[:-1] for name in files.names)
+        source = open_images(kind, path, files, split or ("train" if splits else None))
         if len(source.classes or []) != int(kind[5:]):
             raise ValueError(f"{path} is no {kind}: it holds {len(source.classes or [])} class folders")
         return source
@@ -146,11 +148,11 @@ def open_cifar(kind: str, path: str, split: str | None = None) -> Source:
         raise ValueError(f"{kind} has no split {split!r}: train or test")
     base = metas[0][: -len(meta)]
     wanted = [base + name for name in batches[split]]
-    if missing := [name for name in wanted if name not in tree.names]:
+    if missing := [name for name in wanted if name not in files.names]:
         raise ValueError(f"{path} holds {metas[0]} and no {missing[0]}: the download is incomplete")
     members = {
         name: read_pickle(data if isinstance(data, bytes) else data.read(), f"{path}: {name}")
-        for name, data in tree.read([metas[0], *wanted])
+        for name, data in files.read([metas[0], *wanted])
     }
     classes = members[metas[0]].get(names_key)
     if not isinstance(classes, list) or not all(isinstance(name, bytes | str) for name in classes):
@@ -205,9 +207,9 @@ def open_voc2007(path: str, split: str | None = None) -> Source:
 
     They come from ImageSets/Main/CLASS_SPLIT.txt, where 1 is present, -1 absent and 0 difficult."""
     split = split or "trainval"
-    tree = open_tree(Path(path))
+    files = open_files(Path(path))
     ending = f"ImageSets/Main/{split}.txt"
-    found = [name for name in tree.names if name == ending or name.endswith("/" + ending)]
+    found = [name for name in files.names if name == ending or name.endswith("/" + ending)]
     found = [name for name in found if "VOC2007" in name] or found
     if len(found) != 1:
         raise ValueError(
@@ -216,14 +218,14 @@ def open_voc2007(path: str, split: str | None = None) -> Source:
         )
     base = found[0][: -len(ending)]
     lists = [
-        name for name in tree.names if name.startswith(f"{base}ImageSets/Main/") and name.endswith(f"_{split}.txt")
+        name for name in files.names if name.startswith(f"{base}ImageSets/Main/") and name.endswith(f"_{split}.txt")
     ]
     if not lists:
         raise ValueError(f"{path} has no class lists beside {found[0]} (such as ImageSets/Main/cat_{split}.txt)")
     try:
         texts = {
             name: (data if isinstance(data, bytes) else data.read()).decode()
-            for name, data in tree.read([found[0], *lists])
+            for name, data in files.read([found[0], *lists])
         }
     except ARCHIVE_ERRORS as error:
         raise ValueError(f"cannot read the class lists of {path}: {error}") from error
@@ -242,10 +244,10 @@ def open_voc2007(path: str, split: str | None = None) -> Source:
                 raise ValueError(f"{path}: {name} has a line that is no 'image 1|0|-1': {' '.join(words)!r}")
             table[rows[words[0]], column] = value
     images = {f"{base}JPEGImages/{name}.jpg": table[row] for name, row in rows.items()}
-    names = set(tree.names)
+    names = set(files.names)
     if missing := [name for name in images if name not in names]:
         raise ValueError(f"{path} lacks {len(missing)} images of {split}.txt, such as {missing[0]}")
-    return _from_tree("voc2007", tree, path, images, "multi", classes, [])
+    return _source_of("voc2007", files, path, images, "multi", classes, [])
 
 
 KINDS = {
@@ -294,4 +296,4 @@ def open_source(
         return open_voc2007(path, split)
     if (kind == "imagefolder") != Path(path).is_dir():
         raise ValueError(f"{path} is {'a folder' if Path(path).is_dir() else 'a file'}: not a source for {kind!r}")
-    return open_images(kind, path, open_tree(Path(path)), split, labels)
+    return open_images(kind, path, open_files(Path(path)), split, labels)

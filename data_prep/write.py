@@ -25,8 +25,8 @@ import numpy as np
 
 from fastssl import files
 
+from .ffcv_format import ALLOCATION, HEADER, VERSION, field_descriptions, sample_table
 from .image import Bad, Options, Stored, store_many
-from .layout import ALLOCATION, HEADER, VERSION, field_descriptions, sample_table
 from .sources import Source
 
 MIN_PAGE = 1 << 23  # FFCV's default page of 8 MiB; a sample never crosses a page
@@ -40,7 +40,7 @@ class BadImages(ValueError):
     """More images than --max-bad allows cannot be read; the list has been written."""
 
 
-class BetonFile:
+class BetonWriter:
     """An FFCV file written front to back: room for the table of `capacity` samples, pages, allocations, header."""
 
     def __init__(self, file, capacity: int, classes: int | None):
@@ -128,7 +128,7 @@ def convert(
     if source.count == 0:
         raise ValueError(f"{source.path} holds no image")
     with _exclusive(target, force) as (file, handles):
-        beton = BetonFile(file, source.count, len(source.classes) if source.label == "multi" else None)
+        beton = BetonWriter(file, source.count, len(source.classes) if source.label == "multi" else None)
         facts = dict.fromkeys(("copied", "resized", "bounded", "distrusted"), 0)
         bad: list[tuple[str, str]] = []
         for done, (name, label, result) in enumerate(_encode(source, options, workers, handles), 1):
@@ -275,7 +275,7 @@ def geometry(modes: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> dict
 
 
 def _card(
-    source: Source, beton: BetonFile, facts: dict, bad: list, digest: str, size: int, options: Options, given: dict
+    source: Source, beton: BetonWriter, facts: dict, bad: list, digest: str, size: int, options: Options, given: dict
 ) -> dict:
     image = beton.image[: beton.samples]
     recorded = {

@@ -70,7 +70,7 @@ def max_pixels(metadata: np.ndarray) -> int:
     return int((metadata["height"].astype(np.int64) * metadata["width"]).max())
 
 
-class Beton:
+class BetonReader:
     """A .beton opened for reading: `image` metadata (N,), `index` int64 (N,), labels by row, and `decode`."""
 
     def __init__(self, path: str | os.PathLike):

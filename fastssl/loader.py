@@ -74,9 +74,9 @@ class Loader:
         resident: bool = False,
     ):
         _check_file(path)
-        from fastssl.decode import Beton  # 4 s: ffcv brings OpenCV and numba
+        from fastssl.decode import BetonReader  # 4 s: ffcv brings OpenCV and numba
 
-        self._beton = Beton(path)
+        self._beton = BetonReader(path)
         self.path, self.samples = str(path), self._beton.samples
         self.batch, self.seed, self.micro = batch, seed, micro
         self.rank = dist.rank() if rank is None else rank

@@ -20,10 +20,10 @@ from fastssl import log, weights
 from fastssl.checkpoint import run_folder, store
 from fastssl.config import Backbone
 from fastssl.data_prep import check
+from fastssl.data_prep.file_sources import open_files
 from fastssl.data_prep.image import Options, store_many
 from fastssl.data_prep.lists import open_list
 from fastssl.data_prep.sources import open_images, read_pickle
-from fastssl.data_prep.tree import open_tree
 from fastssl.files import untrusted
 from fastssl.weights import source
 
@@ -114,7 +114,7 @@ def test_data_cards(small):
     def make(rng, _):
         small.with_suffix(".json").write_bytes(odd_json(card, rng))
 
-    fuzz(make, lambda _: [check.Beton(small).caption(0), check._check_labels(check.Beton(small))])
+    fuzz(make, lambda _: [check.BetonInspector(small).caption(0), check._check_labels(check.BetonInspector(small))])
 
 
 def test_beton_headers_in_check(small):
@@ -126,7 +126,7 @@ def test_beton_headers_in_check(small):
         small.with_suffix(".json").write_text(json.dumps(card | {"bytes": len(data)}))
 
     def read(_):
-        beton = check.Beton(small)
+        beton = check.BetonInspector(small)
         check._check_labels(beton)
         if (beton.images["height"].astype(int) * beton.images["width"] < 10**6).all():
             [beton.image(row) for row in range(beton.samples)]
@@ -135,7 +135,7 @@ def test_beton_headers_in_check(small):
 
 
 def test_beton_headers_in_the_loader(small, tmp_path):
-    from fastssl.decode import Beton
+    from fastssl.decode import BetonReader
 
     whole = small.read_bytes()
     end = len(whole) - 4 * 24  # the table of allocations at the end is damaged, too
@@ -148,7 +148,7 @@ def test_beton_headers_in_the_loader(small, tmp_path):
         return file
 
     def read(file):
-        beton = Beton(file)
+        beton = BetonReader(file)
         beton.labels(np.arange(beton.samples))
         if beton.max_pixels < 10**6:
             pixels, sizes = np.zeros((1, beton.max_pixels, 3), np.uint8), np.zeros((1, 2), np.int32)
@@ -299,7 +299,7 @@ def test_archives(tmp_path):
         return path
 
     def read(path):
-        source = open_images("zip", str(path), open_tree(path))
+        source = open_images("zip", str(path), open_files(path))
         store_many([ref for _, ref, _ in source.items()], Options())
 
     fuzz(make, read)

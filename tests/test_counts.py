@@ -126,11 +126,11 @@ def test_an_image_is_decoded_once(beton, micro):
 
 
 def test_a_resident_set_is_decoded_once_a_run(beton, monkeypatch):
-    from fastssl.decode import Beton
+    from fastssl.decode import BetonReader
 
-    decode, rows = Beton.decode, []
+    decode, rows = BetonReader.decode, []
     monkeypatch.setattr(
-        Beton, "decode", lambda self, which, *where: (rows.extend(which.tolist()), decode(self, which, *where))
+        BetonReader, "decode", lambda self, which, *where: (rows.extend(which.tolist()), decode(self, which, *where))
     )
     loader = Loader(beton, 16, workers=2, device="cpu", resident=True)
     assert sum(len(batch.index) for epoch in range(2) for batch in loader.epoch(epoch)) == 2 * 16 * loader.steps

@@ -192,13 +192,13 @@ def test_collapse_takes_view_0_every_n_steps():
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
     """30 flat colours in three classes that pixels tell apart, and a card."""
-    from fastssl.decode import Beton
+    from fastssl.decode import BetonReader
 
     rng = np.random.default_rng(0)
     colours = np.eye(3)[np.arange(30) % 3] * 200 + rng.integers(0, 50, (30, 3))
     images = [np.full((8, 8, 3), c, np.uint8) for c in colours]
     path = write_beton(tmp_path_factory.mktemp("hooks") / "colours.beton", images, [i % 3 for i in range(30)])
-    opened = Beton(str(path))
+    opened = BetonReader(str(path))
     path.with_suffix(".json").write_text(
         json.dumps(
             {

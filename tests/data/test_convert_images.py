@@ -35,7 +35,7 @@ def test_jpeg_bytes_pass_through(tmp_path, options):
 
 
 def test_grey_jpeg_passes_through_and_ffcv_decodes_it_to_rgb(tmp_path):
-    from fastssl.data_prep.layout import decode_jpeg
+    from fastssl.data_prep.ffcv_format import decode_jpeg
 
     path = save(tmp_path / "in" / "a.jpg", photo()[..., 0], quality=90)
     stock = one(tmp_path)

@@ -381,7 +381,7 @@ def test_links_in_an_archive_are_read_as_the_files_they_name(tmp_path, name):
 
 def test_what_is_read_is_bounded(tmp_path, capsys, monkeypatch):
     """Declared sizes, pipes and devices; the bound is lowered for the test."""
-    monkeypatch.setattr("fastssl.data_prep.tree.MAX_BYTES", 1 << 20)
+    monkeypatch.setattr("fastssl.data_prep.file_sources.MAX_BYTES", 1 << 20)
     zeros = {"a.jpg": save(tmp_path / "a.jpg").read_bytes(), "z.jpg": bytes(2 << 20)}
     archive(tmp_path / "a.tar.gz", zeros, "w:gz")
     archive(tmp_path / "a.tar", zeros)

@@ -17,7 +17,7 @@ from convert_tools import Stock, convert, folder, photo, save
 from PIL import Image
 
 from fastssl import data_prep
-from fastssl.data_prep import layout, sources, write
+from fastssl.data_prep import ffcv_format, sources, write
 from fastssl.data_prep.image import Options
 
 
@@ -39,13 +39,13 @@ def test_layout_is_that_of_ffcv():
     from ffcv.fields import IntField, NDArrayField, RGBImageField
     from ffcv.fields.rgb_image import IMAGE_MODES
 
-    assert types.HeaderType == layout.HEADER and types.CURRENT_VERSION == layout.VERSION
-    assert types.ALLOC_TABLE_TYPE == layout.ALLOCATION and types.FieldDescType == layout.FIELD
-    assert (IMAGE_MODES["jpg"], IMAGE_MODES["raw"]) == (layout.JPG, layout.RAW)
+    assert types.HeaderType == ffcv_format.HEADER and types.CURRENT_VERSION == ffcv_format.VERSION
+    assert types.ALLOC_TABLE_TYPE == ffcv_format.ALLOCATION and types.FieldDescType == ffcv_format.FIELD
+    assert (IMAGE_MODES["jpg"], IMAGE_MODES["raw"]) == (ffcv_format.JPG, ffcv_format.RAW)
     for classes, label in ((None, IntField()), (20, NDArrayField(np.dtype("<f4"), (20,)))):
         fields = {"image": RGBImageField(), "index": IntField(), "label": label}
-        assert layout.sample_table(1, classes is not None).dtype == types.get_metadata_type(list(fields.values()))
-        for ours, (name, field) in zip(layout.field_descriptions(classes), fields.items()):
+        assert ffcv_format.sample_table(1, classes is not None).dtype == types.get_metadata_type(list(fields.values()))
+        for ours, (name, field) in zip(ffcv_format.field_descriptions(classes), fields.items()):
             assert types.TYPE_ID_HANDLER[ours["type_id"]] is type(field)
             assert bytes(ours["name"]).rstrip(b"\0").decode() == name
             assert np.array_equal(ours["arguments"], field.to_binary()[0])
@@ -80,9 +80,9 @@ def test_stock_ffcv_loads_every_image(tmp_path, monkeypatch, os_cache):
     vectors = rng.integers(-1, 2, (97, 5)).astype(np.float32)
     monkeypatch.setattr(write, "MIN_PAGE", 1 << 17)  # 14 images a page, so that there are several
     with open(tmp_path / "o.beton", "wb") as file:
-        beton = write.BetonFile(file, 97, 5)
+        beton = write.BetonWriter(file, 97, 5)
         for image, vector in zip(pixels, vectors):
-            beton.add(write.Stored(image.tobytes(), layout.RAW, 64, 48), vector)
+            beton.add(write.Stored(image.tobytes(), ffcv_format.RAW, 64, 48), vector)
         beton.finish()
     loader = Loader(
         str(tmp_path / "o.beton"),
@@ -327,7 +327,7 @@ def test_check_finds_a_sound_file_sound(mixed, tmp_path, capsys):
 def damage(out: Path, how: str, stock: Stock) -> None:
     """Change one thing, and the hash in the card with it except where the hash is what has to find it."""
     data, card = bytearray(out.read_bytes()), json.loads(out.with_suffix(".json").read_text())
-    table = layout.HEADER.itemsize + 3 * layout.FIELD.itemsize
+    table = ffcv_format.HEADER.itemsize + 3 * ffcv_format.FIELD.itemsize
     width = stock.reader.metadata.dtype.itemsize
     if how == "bit":
         data[-40] ^= 1

@@ -15,7 +15,7 @@ from conftest import jpeg, photo, write_beton
 from PIL import Image
 
 import fastssl.loader
-from fastssl.decode import Beton
+from fastssl.decode import BetonReader
 from fastssl.loader import AHEAD, Loader, permutation
 
 
@@ -43,13 +43,13 @@ def equal(one, two):
 @pytest.fixture
 def decoded(monkeypatch):
     """The rows that were decoded, in any order."""
-    rows, decode = [], Beton.decode
+    rows, decode = [], BetonReader.decode
 
     def record(self, r, pixels, sizes):
         rows.extend(r.tolist())
         decode(self, r, pixels, sizes)
 
-    monkeypatch.setattr(Beton, "decode", record)
+    monkeypatch.setattr(BetonReader, "decode", record)
     return rows
 
 
@@ -93,7 +93,7 @@ def test_the_operation_in_ffcv_s_own_loader_equals_ffcv_s_decoder(tmp_path):
 
 
 def test_canvas_is_as_large_as_the_largest_image(beton):
-    metadata = Beton(beton).image
+    metadata = BetonReader(beton).image
     batch = next(open_loader(beton).epoch(0))
     assert batch.pixels.shape == (16, int((metadata["height"].astype(int) * metadata["width"]).max()), 3)
     assert batch.pixels.dtype == torch.uint8 and batch.sizes.dtype == torch.int32
@@ -229,7 +229,7 @@ def test_an_error_of_the_decoder_reaches_the_consumer(beton, monkeypatch):
 
 
 def test_waiting_is_measured(beton, monkeypatch):
-    decode = Beton.decode
+    decode = BetonReader.decode
 
     def slow(self, *args):
         time.sleep(0.2)
@@ -237,7 +237,7 @@ def test_waiting_is_measured(beton, monkeypatch):
 
     loader = open_loader(beton, 4)
     list(loader.epoch(0))
-    monkeypatch.setattr(Beton, "decode", slow)
+    monkeypatch.setattr(BetonReader, "decode", slow)
     epoch = loader.epoch(0)
     next(epoch)
     assert loader.wait_ms >= 200
@@ -379,7 +379,7 @@ def test_card(beton, tmp_path):
     good = {
         "format": 1,
         "samples": 103,
-        "max_pixels": Beton(path).max_pixels,
+        "max_pixels": BetonReader(path).max_pixels,
         "bytes": path.stat().st_size,
         "classes": ["cat", "dog"],
     }

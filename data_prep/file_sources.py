@@ -41,7 +41,7 @@ MAX_LINK = 4096  # bytes of a link's target
 MAX_HEADER = 1 << 16  # bytes of a long name or a pax header in a tar, which tarfile reads whole
 
 
-class Outside(ValueError):
+class RefusedArchive(ValueError):
     """An archive that is refused by a rule of this file; its message is complete."""
 
 
@@ -118,7 +118,7 @@ def _zip(path: str, pid: int) -> zipfile.ZipFile:
 
 
 @dataclass
-class Tree:
+class FileSource:
     path: Path
     names: list[str] = field(default_factory=list)
     hidden: int = 0  # files such as .DS_Store and __MACOSX/..., and links that lead to no file of the archive
@@ -156,7 +156,7 @@ class Tree:
         return True
 
 
-class Folder(Tree):
+class Folder(FileSource):
     archive = False
 
     def __init__(self, path: Path):
@@ -204,7 +204,7 @@ class _Member(tarfile.TarInfo):
         return super()._proc_member(tar)
 
 
-class Tar(Tree):
+class Tar(FileSource):
     def __init__(self, path: Path):
         super().__init__(path)
         self.slices: dict[str, tuple[int, int]] = {}
@@ -243,8 +243,8 @@ class Tar(Tree):
                     elif member.isreg() and not member.issparse():
                         yield name, member, self._bytes(tar, member) if name in wanted else b""
                     elif not member.isdir():
-                        raise Outside(f"{self.path}: member {name!r} is no ordinary file")
-        except Outside:
+                        raise RefusedArchive(f"{self.path}: member {name!r} is no ordinary file")
+        except RefusedArchive:
             raise
         except ARCHIVE_ERRORS as error:
             raise ValueError(f"cannot read the archive {self.path}: {error or type(error).__name__}") from error
@@ -277,12 +277,12 @@ class Tar(Tree):
                 yield link, data
 
 
-class Zip(Tree):
+class Zip(FileSource):
     def __init__(self, path: Path):
         super().__init__(path)
         try:
             self._list(path, _zip(str(path), os.getpid()))
-        except Outside:
+        except RefusedArchive:
             raise
         except ARCHIVE_ERRORS as error:
             raise ValueError(f"cannot read the archive {path}: {error or type(error).__name__}") from error
@@ -293,7 +293,7 @@ class Zip(Tree):
         for member in archive.infolist():
             name = inside(path, member.filename)
             if member.flag_bits & 1:
-                raise Outside(f"{path} is encrypted ({name!r}): unpack it and convert the folder")
+                raise RefusedArchive(f"{path} is encrypted ({name!r}): unpack it and convert the folder")
             if stat.S_ISLNK(member.external_attr >> 16):
                 target = read_zip(archive, member.filename, MAX_LINK).decode("utf-8", "replace")
                 target = str(PurePosixPath(member.filename).parent / target)
@@ -301,7 +301,7 @@ class Zip(Tree):
                 self._link(name, target)
             elif not member.is_dir():
                 if name in self.members or name in self.links:
-                    raise Outside(f"{path} holds two members called {name!r}: unpack it and convert the folder")
+                    raise RefusedArchive(f"{path} holds two members called {name!r}: unpack it and convert the folder")
                 if self._add(name):
                     self.members[name] = member.filename
 
@@ -326,11 +326,11 @@ def inside(archive: Path, name: str, target: str | None = None) -> str:
             break
     if depth < 0 or where.startswith("/") or re.match(r"[A-Za-z]:", where):
         arrow = f" -> {target}" if target is not None else ""
-        raise Outside(f"{archive}: member {name + arrow!r} points outside the archive; nothing was converted")
+        raise RefusedArchive(f"{archive}: member {name + arrow!r} points outside the archive; nothing was converted")
     return "/".join(clean)
 
 
-def open_tree(path: Path) -> Tree:
+def open_files(path: Path) -> FileSource:
     """The folder, tar or zip at `path`, by its content."""
     if path.is_dir():
         return Folder(path)
