@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl import clustering as cluster
-from fastssl import zero
+from fastssl import clustering, zero
 from fastssl.loader import Batch
 from fastssl.trainer import Context, Outputs
 
@@ -31,7 +30,7 @@ class Config:
     reweight: float = 0.0  # power p of loss weights size ** -p; 0.5 is usual with sampling="all"
 
     def build(self, backbone: nn.Module, context: Context) -> DeepCluster:
-        cluster.check_clusters(self.clusters, context.samples)
+        clustering.check_clusters(self.clusters, context.samples)
         for name, choices in {"algorithm": ("kmeans", "pic", "faiss"), "sampling": ("uniform", "all")}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"method.{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
@@ -54,11 +53,11 @@ class DeepCluster(nn.Module):
     def before_epoch(self, epoch: int, extract_outputs) -> str:
         c = self.config
         x, index = extract_outputs("features")
-        x = F.normalize(cluster.pca_whiten(x, c.pca) if c.pca else x, dim=1)
+        x = F.normalize(clustering.pca_whiten(x, c.pca) if c.pca else x, dim=1)
         if c.algorithm == "pic":
-            labels = cluster.pic(x, c.clusters, index)
+            labels = clustering.pic(x, c.clusters, index)
         else:
-            labels = cluster.kmeans(
+            labels = clustering.kmeans(
                 x,
                 c.clusters,
                 index,
@@ -67,11 +66,11 @@ class DeepCluster(nn.Module):
                 backend="faiss" if c.algorithm == "faiss" else "torch",
                 kernels=self.kernels,
             ).labels
-        self.labels.copy_(cluster.scatter(labels, index, len(self.labels)))
+        self.labels.copy_(clustering.scatter(labels, index, len(self.labels)))
         counts = torch.bincount(self.labels[self.labels >= 0], minlength=c.clusters)
-        self.weights.copy_(cluster.class_weights(counts, c.reweight, 1e-10))
+        self.weights.copy_(clustering.class_weights(counts, c.reweight, 1e-10))
         self.restart_head(epoch)
-        return cluster.describe(counts, len(self.labels))
+        return clustering.describe(counts, len(self.labels))
 
     def restart_head(self, epoch: int) -> None:
         generator = torch.Generator().manual_seed(self.seed + epoch)
@@ -82,7 +81,7 @@ class DeepCluster(nn.Module):
     def order(self, epoch: int) -> np.ndarray | None:
         if self.config.sampling == "all":
             return None
-        return cluster.uniform_order(self.labels.cpu().numpy(), self.seed, epoch)
+        return clustering.uniform_order(self.labels.cpu().numpy(), self.seed, epoch)
 
     def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         h = self.backbone(views[0])
@@ -92,12 +91,12 @@ class DeepCluster(nn.Module):
         labels = self.labels[batch.index]
         right = (out["logits"].detach().argmax(1) == labels).float()
         return {
-            "loss": cluster.weighted_cross_entropy(out["logits"], labels, self.weights),
-            "top1": cluster.weighted_mean(right, labels, self.weights),
+            "loss": clustering.weighted_cross_entropy(out["logits"], labels, self.weights),
+            "top1": clustering.weighted_mean(right, labels, self.weights),
         }
 
     def total_weight(self, batch: Batch) -> Tensor:
-        return cluster.total_weight(self.labels[batch.index], self.weights)
+        return clustering.total_weight(self.labels[batch.index], self.weights)
 
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         pass

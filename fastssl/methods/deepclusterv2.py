@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl import clustering as cluster
-from fastssl import dist
+from fastssl import clustering, dist
 from fastssl.loader import Batch
 from fastssl.methods import parts
 from fastssl.trainer import Context, Outputs
@@ -34,7 +33,7 @@ class Config:
         if not self.clusters:
             raise ValueError("method.clusters=() names no clustering; (3000, 3000, 3000) is usual")
         for clusters in self.clusters:
-            cluster.check_clusters(clusters, context.samples)
+            clustering.check_clusters(clusters, context.samples)
         return DeepClusterV2(self, backbone, context)
 
 
@@ -56,10 +55,10 @@ class DeepClusterV2(nn.Module):
         if epoch == 0:
             z, index = extract_outputs("z", augmented=True, training=True)
             for crop in range(self.config.large):
-                self.memory[crop] = cluster.scatter(z[:, crop], index, samples)
+                self.memory[crop] = clustering.scatter(z[:, crop], index, samples)
         mine, notes = torch.arange(dist.rank(), samples, dist.world(), device=self.memory.device), []
         for i, clusters in enumerate(self.config.clusters):
-            found = cluster.kmeans(
+            found = clustering.kmeans(
                 self.memory[i % self.config.large][mine],
                 clusters,
                 mine,
@@ -70,8 +69,8 @@ class DeepClusterV2(nn.Module):
                 seed=self.seed + epoch * len(self.labels) + i,
             )
             self.get_buffer(f"prototypes_{i}").copy_(found.centroids)
-            self.labels[i] = cluster.scatter(found.labels, mine, samples)
-            notes.append(cluster.describe(found.counts, samples))
+            self.labels[i] = clustering.scatter(found.labels, mine, samples)
+            notes.append(clustering.describe(found.counts, samples))
         return "; ".join(notes)
 
     def forward(self, views: list[Tensor], batch: Batch) -> Outputs:

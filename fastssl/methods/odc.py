@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl import clustering as cluster
-from fastssl import dist
+from fastssl import clustering, dist
 from fastssl.kernels import update_bank_
 from fastssl.loader import Batch
 from fastssl.trainer import Context, Outputs
@@ -37,7 +36,7 @@ class Config:
     iterations: int = 20  # of the first k-means
 
     def build(self, backbone: nn.Module, context: Context) -> ODC:
-        cluster.check_clusters(self.clusters, context.samples, self.least)
+        clustering.check_clusters(self.clusters, context.samples, self.least)
         if not 0 < self.momentum <= 1 or self.every < 1:
             raise ValueError(f"method.momentum={self.momentum} must be in (0, 1], method.every={self.every} at least 1")
         return ODC(self, backbone, context)
@@ -84,18 +83,18 @@ class ODC(nn.Module):
             return None
         x, index = extract_outputs("z")
         x = F.normalize(x, dim=1)
-        found = cluster.kmeans(
+        found = clustering.kmeans(
             x, self.config.clusters, index, iterations=self.config.iterations, seed=self.seed, kernels=self.kernels
         )
-        self.bank.copy_(cluster.scatter_block(x, index, len(self.labels)))
-        self.labels.copy_(cluster.scatter(found.labels, index, len(self.labels)))
+        self.bank.copy_(clustering.scatter_block(x, index, len(self.labels)))
+        self.labels.copy_(clustering.scatter(found.labels, index, len(self.labels)))
         self.recount()
         self.update_centroids()
         self.replace_small_clusters()
-        return cluster.describe(found.counts, len(self.labels))
+        return clustering.describe(found.counts, len(self.labels))
 
     def order(self, epoch: int) -> np.ndarray:
-        return cluster.replacement_order(len(self.labels), self.seed, epoch)
+        return clustering.replacement_order(len(self.labels), self.seed, epoch)
 
     def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         h = self.backbone(views[0])
@@ -104,11 +103,11 @@ class ODC(nn.Module):
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         labels = self.labels[batch.index]
-        loss = cluster.weighted_cross_entropy(out["logits"], labels, self.weights)
+        loss = clustering.weighted_cross_entropy(out["logits"], labels, self.weights)
         return {"loss": loss, "changed": self.changed.clone()}  # the log reads it some steps later
 
     def total_weight(self, batch: Batch) -> Tensor:
-        return cluster.total_weight(self.labels[batch.index], self.weights)
+        return clustering.total_weight(self.labels[batch.index], self.weights)
 
     @torch.no_grad()
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor) -> None:
@@ -171,12 +170,12 @@ class ODC(nn.Module):
             self.move(homeless, (x @ self.centroids.T).masked_fill(small, -torch.inf).argmax(1), x, x)
             for empty in small.nonzero()[:, 0]:
                 self.split(self.sizes.argmax(), empty)
-        self.weights.copy_(cluster.class_weights(self.sizes, self.config.reweight, 1e-5))
+        self.weights.copy_(clustering.class_weights(self.sizes, self.config.reweight, 1e-5))
 
     def split(self, large: Tensor, empty: Tensor) -> None:
         """Give part of cluster `large` to cluster `empty`."""
         members = (self.labels == large).nonzero()[:, 0]
         x = self.rows(members)
-        second = cluster.two_means(x, self.config.least)
+        second = clustering.two_means(x, self.config.least)
         self.move(members[second], empty.expand(len(members))[second], x[second], x[second])
         self.centroids[large], self.centroids[empty] = x[~second].mean(0), x[second].mean(0)

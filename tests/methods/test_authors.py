@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastssl import backbones, optim
-from fastssl import clustering as cluster
+from fastssl import backbones, clustering, optim
 from fastssl.config import Backbone, Optim
 from fastssl.methods import barlow, dino, mae, mocov3, npid, parts, relative_loc, rotation, simclr, swav
 from fastssl.trainer import Context
@@ -391,7 +390,7 @@ def test_an_empty_cluster_keeps_its_centroid():
     """main_deepclusterv2.py: means where there are members, and the old centroid where there are none."""
     x = F.normalize(torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), dim=1)
     x[20:] = x[20]
-    found = cluster.kmeans(x, 12, iterations=4, spherical=True, empty="keep", seed=1)
+    found = clustering.kmeans(x, 12, iterations=4, spherical=True, empty="keep", seed=1)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:12]
     want = x[order].clone()
     for _ in range(4):
@@ -402,7 +401,7 @@ def test_an_empty_cluster_keeps_its_centroid():
         want = F.normalize(want, dim=1)
     assert (found.counts == 0).any()
     same(found.centroids, want)
-    split = cluster.kmeans(x, 12, iterations=4, spherical=True, seed=1)
+    split = clustering.kmeans(x, 12, iterations=4, spherical=True, seed=1)
     assert (split.counts == 0).sum() < (found.counts == 0).sum()
 
 

@@ -230,12 +230,12 @@ def test_odc_keeps_the_sums_of_its_clusters_exactly():
 
 
 def test_two_means_never_leaves_a_part_that_would_be_dissolved():
-    from fastssl import clustering as cluster
+    from fastssl import clustering
 
     outlier = torch.cat([0.001 * torch.arange(9.0)[:, None], torch.tensor([[100.0]])])
-    assert cluster.two_means(outlier, 1).sum() == 1
-    assert cluster.two_means(outlier, 3).sum() == 5
-    assert cluster.two_means(torch.zeros(8, 3), 2).sum() == 4
+    assert clustering.two_means(outlier, 1).sum() == 1
+    assert clustering.two_means(outlier, 3).sum() == 5
+    assert clustering.two_means(torch.zeros(8, 3), 2).sum() == 4
 
 
 def test_deepcluster_v2_predicts_clusters_among_their_centroids():

@@ -68,8 +68,7 @@ def measure(name: str, norm: bool, micro: int, zero: int) -> dict:
 
 def clustering() -> dict:
     """K-means, whitening and power iteration clustering of rows that lie on the ranks unevenly and out of order."""
-    from fastssl import clustering as cluster
-    from fastssl import dist
+    from fastssl import clustering, dist
 
     g = torch.Generator().manual_seed(0)
     x, spread = torch.randn(403, 6, generator=g).double(), torch.randperm(403, generator=g)
@@ -80,15 +79,15 @@ def clustering() -> dict:
     if importlib.util.find_spec("faiss"):
         ways["faiss"] = {"backend": "faiss"}
     for name, options in ways.items():
-        result = cluster.kmeans(x[index], options.pop("clusters", 30), index, seed=4, **options)
+        result = clustering.kmeans(x[index], options.pop("clusters", 30), index, seed=4, **options)
         found |= {
             f"{name} centroids": result.centroids,
             f"{name} counts": result.counts,
             f"{name} objective": torch.tensor(result.objective, dtype=torch.float64),
-            f"{name} labels": cluster.scatter(result.labels, index, 403),
+            f"{name} labels": clustering.scatter(result.labels, index, 403),
         }
-    found["white"] = cluster.scatter(cluster.pca_whiten(x[index], 4), index, 403)
-    found["pic"] = cluster.scatter(cluster.pic(x[index], 100, index), index, 403)
+    found["white"] = clustering.scatter(clustering.pca_whiten(x[index], 4), index, 403)
+    found["pic"] = clustering.scatter(clustering.pic(x[index], 100, index), index, 403)
     return found
 
 

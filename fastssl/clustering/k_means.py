@@ -1,0 +1,222 @@
+"""Lloyd's k-means on the device, over the rows of all ranks, and the split of one cluster into two.
+
+Starting centroids are drawn by (seed, sample): any number of ranks gives the clusters of one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl import dist
+from fastssl.clustering.rows import blocks, find_rows
+from fastssl.kernels import philox, update_centroids_
+
+STREAM = 0x434C5553  # of the counter-based generator
+
+
+class Clusters(NamedTuple):
+    centroids: Tensor  # (K, D)
+    labels: Tensor  # (n_r,) int64 of this rank's rows
+    counts: Tensor  # (K,) int64 over all ranks
+    objective: float  # sum over all rows of the squared distance to their centroid
+
+
+def check_clusters(clusters: int, samples: int, min_size: int = 1) -> None:
+    """ValueError for more clusters than the data can fill with `min_size` samples each."""
+    if clusters < 1 or clusters * min_size > samples:
+        raise ValueError(
+            f"method.clusters={clusters} of {min_size} or more samples each cannot be made of the {samples} "
+            f"samples of data.train: set method.clusters to at most {max(1, samples // min_size)}"
+        )
+
+
+def kmeans(
+    x: Tensor,
+    clusters: int,
+    index: Tensor | None = None,
+    *,
+    iterations: int = 20,
+    seed: int = 0,
+    spherical: bool = False,
+    init: Literal["random", "++"] = "random",
+    empty: Literal["split", "keep"] = "split",
+    backend: Literal["torch", "faiss"] = "torch",
+    kernels: str = "auto",
+) -> Clusters:
+    """Lloyd's algorithm on the rows x (n_r, D) of all ranks, whose sample numbers are index (n_r,).
+
+    `init`: the first centroids are rows drawn uniformly, or by k-means++ ("++"), which reads the data once per cluster.
+    `empty`: an empty cluster takes half of a large one, as in faiss, and after the last iteration the farthest row
+    ("split"), or keeps its centroid and stays empty ("keep").  `spherical`: centroids of unit length, compared by dot
+    product; rows should have unit length.  `backend`: "faiss" runs on the CPU of rank 0.  `kernels`: "auto",
+    "reference", "triton".
+    """
+    samples = int(dist.sum_(torch.tensor(len(x), device=x.device)))
+    check_clusters(clusters, samples)
+    index = torch.arange(samples, device=x.device) if index is None else index
+    if backend == "faiss":
+        centroids = _faiss(x, clusters, index, iterations, seed, spherical)
+    elif backend != "torch":
+        raise ValueError(f"backend={backend!r} is neither 'torch' nor 'faiss'")
+    elif init in ("random", "++"):
+        start = _start_random if init == "random" else _start_plus_plus
+        centroids = start(x, clusters, index, samples, seed)
+        for _ in range(iterations):
+            labels = assign(x, centroids, spherical)[0]
+            centroids, _ = _update(x, labels, centroids, spherical, kernels, split=empty == "split")
+    else:
+        raise ValueError(f"init={init!r} is neither 'random' nor '++'")
+    labels, distances = assign(x, centroids, spherical)
+    counts = count(labels, clusters)
+    rounds = 10 if empty == "split" else 0
+    for _ in range(rounds):  # equal rows fill one cluster: with too few distinct rows some stay empty
+        unused = (counts == 0).nonzero()[:, 0]
+        if not len(unused):
+            break
+        centroids = centroids.index_copy(0, unused, _farthest(x, distances, index, len(unused), samples))
+        labels, distances = assign(x, centroids, spherical)
+        counts = count(labels, clusters)
+    return Clusters(centroids, labels, counts, float(dist.sum_(distances.double().sum())))
+
+
+def assign(x: Tensor, centroids: Tensor, spherical: bool = False) -> tuple[Tensor, Tensor]:
+    """(n,) int64 nearest centroid of each row, the first of equally near ones, and (n,) squared distances to it."""
+    half = torch.zeros_like(centroids[:, 0]) if spherical else centroids.square().sum(1) / 2
+    labels = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    for part, out in zip(blocks(x, len(centroids)), blocks(labels, len(centroids))):
+        torch.argmax(torch.addmm(-half, part, centroids.T), 1, out=out)
+    distances = torch.cat(
+        [
+            (part - centroids[own]).square().sum(1)
+            for part, own in zip(blocks(x, x.shape[1]), blocks(labels, x.shape[1]))
+        ]
+    )
+    return labels, distances
+
+
+def count(labels: Tensor, clusters: int) -> Tensor:
+    """(K,) int64 rows of each label over all ranks; labels below 0 are ignored."""
+    return dist.sum_(torch.bincount(labels[labels >= 0], minlength=clusters))
+
+
+def describe(counts: Tensor, samples: int) -> str:
+    """The number and sizes of the clusters, for the log."""
+    sizes = counts[counts > 0]
+    unassigned = samples - int(counts.sum())
+    return (
+        f"{len(counts)} clusters, {len(counts) - len(sizes)} empty, the others of {int(sizes.min())} to "
+        f"{int(sizes.max())} samples" + f"; {unassigned} samples in none" * bool(unassigned)
+    )
+
+
+def means(x: Tensor, labels: Tensor, old: Tensor, kernels: str = "auto") -> tuple[Tensor, Tensor]:
+    """(K, D) means of the rows of each label over all ranks, `old` for a label without rows, and (K,) counts."""
+    counts = torch.bincount(labels, minlength=len(old))
+    own = update_centroids_(old.clone(), x, labels, impl=kernels)
+    if dist.world() == 1:
+        return own, counts
+    sums = dist.sum_(own * counts[:, None])
+    counts = dist.sum_(counts)
+    return torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], old), counts
+
+
+def _update(
+    x: Tensor, labels: Tensor, old: Tensor, spherical: bool, kernels: str = "auto", split: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(K, D) new centroids and (K,) counts; an empty cluster takes half of a large one, or (not `split`) stays."""
+    new, counts = means(x, labels, old, kernels)
+    empty = (counts == 0).nonzero()[:, 0]
+    if len(empty) and split:
+        large = counts.argsort(descending=True, stable=True)[: len(old) - len(empty)][: len(empty)]
+        # As in faiss, but one of the halves keeps the centroid: a row on the centroid would be equally far from both,
+        # and rounding, which depends on the number of rows of a rank, would choose its label.
+        nudge = 1 + torch.where(torch.arange(x.shape[1], device=x.device) % 2 == 0, 1, -1) / 512
+        new[empty[: len(large)]] = new[large] * nudge
+    return (F.normalize(new, dim=1) if spherical else new), counts
+
+
+def _farthest(x: Tensor, distances: Tensor, index: Tensor, wanted: int, samples: int) -> Tensor:
+    """The `wanted` rows of all ranks farthest from their centroids; of equally far ones those of the first samples."""
+    far, numbers = _by_distance(distances, index, wanted)
+    far, numbers = _by_distance(dist.gather_ragged(far), dist.gather_ragged(numbers), wanted)
+    return find_rows(x, index, numbers, samples)
+
+
+def _by_distance(distances: Tensor, index: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+    order = index.argsort()
+    order = order[distances[order].argsort(descending=True, stable=True)][:wanted]
+    return distances[order], index[order]
+
+
+def _start_random(x: Tensor, clusters: int, index: Tensor, samples: int, seed: int) -> Tensor:
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))  # on the CPU: the same everywhere
+    return find_rows(x, index, order[:clusters].to(x.device), samples)
+
+
+def _start_plus_plus(x: Tensor, clusters: int, index: Tensor, samples: int, seed: int) -> Tensor:
+    """Each next centroid is a row drawn with probability proportional to its squared distance from the nearest one: the
+    row with the smallest exponential random number of that rate, drawn by (seed, sample, draw)."""
+    nearest, starts = torch.ones(len(x), dtype=torch.float64, device=x.device), []
+    for draw in range(clusters):
+        exponential = -torch.log1p(-philox.uniform(philox.philox4x32(index, STREAM, draw, 0, seed)[0]))
+        time = torch.where(nearest > 0, exponential / nearest, math.inf)
+        best = time.argmin()[None] if len(x) else None
+        mine = torch.stack([time[best[0]], index[best[0]].double()]) if len(x) else time.new_tensor([math.inf, 0])
+        all_ranks = dist.gather(mine[None])
+        winner = all_ranks[all_ranks[:, 0].argmin(), 1].long()
+        starts.append(find_rows(x, index, winner[None], samples))
+        distance = (x - starts[-1]).square().sum(1).double()
+        nearest = distance if draw == 0 else torch.minimum(nearest, distance)
+    return torch.cat(starts)
+
+
+def _faiss(x: Tensor, clusters: int, index: Tensor, iterations: int, seed: int, spherical: bool) -> Tensor:
+    try:
+        import faiss
+    except ImportError:
+        raise ValueError("backend='faiss' needs faiss: pip install faiss-cpu, or use backend='torch'") from None
+    all_rows = dist.gather_ragged(x)[dist.gather_ragged(index).argsort()]
+    centroids = x.new_zeros(clusters, x.shape[1])
+    if dist.is_main():
+        found = faiss.Kmeans(
+            x.shape[1],
+            clusters,
+            niter=iterations,
+            seed=seed,
+            spherical=spherical,
+            max_points_per_centroid=10**7,
+            min_points_per_centroid=1,
+        )
+        found.train(all_rows.float().cpu().numpy())
+        centroids.copy_(torch.from_numpy(found.centroids))
+    return dist.broadcast_(centroids)
+
+
+def two_means(x: Tensor, min_size: int) -> Tensor:
+    """bool (n,): which rows are in the second of two clusters, each of at least `min_size` rows (n >= 2 min_size).
+
+    Starts with the rows on the two sides of the mean along the first principal axis.  If k-means leaves a cluster that
+    is too small, the rows are split at the median along that axis.
+    """
+    centred = x - x.mean(0)
+    axis = centred[centred.square().sum(1).argmax()]
+    for _ in range(10):  # power iteration; it need not converge
+        axis = F.normalize(centred.T @ (centred @ axis), dim=0)
+    along = centred @ axis
+    second = along > 0
+    for _ in range(20):
+        if not min_size <= int(second.sum()) <= len(x) - min_size:
+            break
+        centroids = torch.stack([x[~second].mean(0), x[second].mean(0)])
+        before, second = second, assign(x, centroids)[0].bool()
+        if torch.equal(before, second):
+            break
+    if not min_size <= int(second.sum()) <= len(x) - min_size:
+        second = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        second[along.argsort(stable=True)[(len(x) + 1) // 2 :]] = True
+    return second
