@@ -285,15 +285,11 @@ def sum_(x: Tensor) -> Tensor:
 def sync_buffers(module: nn.Module) -> None:
     """Make buffers equal on all ranks: floating-point ones by their mean, others from rank 0.
 
-    Batch norm's running statistics differ by rank after the first step and DeepSpeed never synchronises them.  Buffers
-    named in `module.sharded` are blocks of one table and stay as they are.
+    Batch norm's running statistics differ by rank after the first step and DeepSpeed never synchronises them.
     """
     if world() == 1:
         return
-    blocks = {id(getattr(module, name)) for name in getattr(module, "sharded", ())}
     for buffer in module.buffers():
-        if id(buffer) in blocks:
-            continue
         if buffer.is_floating_point():
             sum_(buffer).div_(world())
         else:

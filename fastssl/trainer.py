@@ -50,7 +50,6 @@ class Method(Protocol):
     - `freeze_epochs` ({}): {pattern of parameter names: epochs in which the optimizer leaves them and their state as
       they are}.
     - `total_steps`: set to the run's number of steps after `build`.
-    - `sharded` (()): names of buffers that are this rank's block of a table cut over the ranks.
     - `before_epoch(epoch, extract_outputs) -> str | None`: called before the first step of an epoch, by methods that
       cluster; returns a line for the log.  `extract_outputs`: fastssl.outputs.
     - `order(epoch) -> (N,) sample numbers`: to train on instead of the epoch's permutation; a function of the epoch and

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.sharded_table import ShardedTable
 
 
 def gathered(parameters: list[nn.Parameter], modifier_rank: int | None = None):
@@ -36,8 +34,8 @@ def overwrite_(parameter: nn.Parameter, value: Tensor) -> None:
 
 @torch.no_grad()
 def full_state_dict(module: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
-    """A copy of the state dict with ZeRO-3's shards gathered, a submodule at a time: on rank 0 (elsewhere empty), or
-    on every rank."""
+    """A copy of the state dict with ZeRO-3's shards and sharded tables gathered, a submodule at a time: on rank 0
+    (elsewhere empty), or on every rank."""
     mine, out = everywhere or dist.is_main(), {}
     for name, child in module.named_modules():
         with gathered(list(child.parameters(recurse=False))):
@@ -47,21 +45,11 @@ def full_state_dict(module: nn.Module, everywhere: bool = False) -> dict[str, Te
                 out.update(
                     {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in own.items()}
                 )
-    for name in getattr(module, "sharded", ()):
-        blocks = _blocks(getattr(module, name))
-        if mine:
-            out[name] = torch.cat([block.cpu() for block in blocks])
-        else:
-            deque(blocks, maxlen=0)
+        if isinstance(child, ShardedTable):
+            table = child.full(everywhere)
+            if table is not None:
+                out[name] = table
     return out
-
-
-def _blocks(mine: Tensor) -> Iterator[Tensor]:
-    """The blocks of a table that is cut by dist.shard, one at a time, since the whole may not fit on a device."""
-    sizes = dist.gather(torch.tensor([len(mine)], device=mine.device)).tolist()
-    for source, size in enumerate(sizes):
-        block = mine.clone() if source == dist.rank() else mine.new_empty(size, *mine.shape[1:])
-        yield dist.broadcast_(block, source)
 
 
 @torch.no_grad()

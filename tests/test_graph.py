@@ -22,6 +22,8 @@ from step_modes import NoCopies, NoReads
 from fastssl import engine, step
 from fastssl.amp import LossScale
 from fastssl.build import not_captured
+from fastssl.sharded_table import ShardedTable
+from fastssl.zero import full_state_dict
 
 BATCH = 16
 
@@ -49,7 +51,7 @@ def contents(t) -> dict:
     kept = t.ds.optimizer.state
     by_name = dict(t.method.named_parameters())
     return {
-        **{k: v.clone() for k, v in t.method.state_dict().items()},
+        **full_state_dict(t.method),
         **{f"{n} {k}": torch.as_tensor(v).clone() for n in params for k, v in kept[by_name[n]].items()},
     }
 
@@ -206,6 +208,9 @@ class Pretended:
         for name, value in scale.items():
             getattr(self.t.scale, name).copy_(value)
         self.t.method.load_state_dict({k: kept[k] for k in self.t.method.state_dict()})
+        for name, module in self.t.method.named_modules():
+            if isinstance(module, ShardedTable):
+                module.load_(kept[name])
         for name, p in self.t.method.named_parameters():
             for key, value in self.t.ds.optimizer.state.get(p, {}).items():
                 value.copy_(kept[f"{name} {key}"])

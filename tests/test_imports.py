@@ -14,7 +14,7 @@ LAYERS = """
     kernels data_prep
     config
     dist
-    decode
+    decode sharded_table
     amp norm zero loader backbones optim log meters clustering ending
     graph inference
     trainer

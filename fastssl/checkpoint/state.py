@@ -20,6 +20,7 @@ from fastssl import backbones, dist, zero
 from fastssl.checkpoint import store
 from fastssl.config import dump
 from fastssl.files import untrusted
+from fastssl.sharded_table import ShardedTable
 from fastssl.trainer import Trainer
 
 
@@ -82,9 +83,9 @@ def load(t: Trainer, path: Path) -> list[str]:
         t.step = values["step"]
         t.scale.load_state_dict(values["scale"])
         with safetensors.safe_open(path / "weights.safetensors", "pt") as weights:
-            for name in getattr(t.method, "sharded", ()):
-                table = weights.get_slice(name)
-                getattr(t.method, name).copy_(table[dist.shard(table.get_shape()[0])])
+            for name, module in t.method.named_modules():
+                if isinstance(module, ShardedTable):
+                    module.load_(weights.get_slice(name))
         _convert_memory_format(t, values["config"]["speed"].get("channels_last"))
         notes = _load_hooks(t.hooks, values["hooks"], path)
         file = path / f"rank_{dist.rank()}.pt"

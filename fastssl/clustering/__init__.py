@@ -7,7 +7,7 @@ https://arxiv.org/abs/1807.05520 (DeepCluster), https://arxiv.org/abs/1702.08734
 
 from fastssl.clustering.k_means import check_clusters, describe, kmeans, two_means
 from fastssl.clustering.power_iteration import pic
-from fastssl.clustering.rows import scatter, scatter_block
+from fastssl.clustering.rows import scatter
 from fastssl.clustering.sampling import (
     class_weights,
     replacement_order,
@@ -27,7 +27,6 @@ __all__ = [
     "pic",
     "replacement_order",
     "scatter",
-    "scatter_block",
     "total_weight",
     "two_means",
     "uniform_order",

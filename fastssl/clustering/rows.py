@@ -17,19 +17,6 @@ def scatter(values: Tensor, index: Tensor, samples: int) -> Tensor:
     return dist.sum_(out)
 
 
-def scatter_block(values: Tensor, index: Tensor, samples: int) -> Tensor:
-    """(n_r, ...) rows of this rank -> the rows of the samples in this rank's `dist.shard`."""
-    for r in range(dist.world()):
-        block = dist.shard(samples, r)
-        inside = (index >= block.start) & (index < block.stop)
-        out = values.new_zeros(block.stop - block.start, *values.shape[1:])
-        out[index[inside] - block.start] = values[inside]
-        dist.sum_(out)
-        if r == dist.rank():
-            mine = out
-    return mine
-
-
 def blocks(x: Tensor, width: int) -> tuple[Tensor, ...]:
     """`x` in blocks of rows, of which a temporary matrix with `width` columns has at most CHUNK entries."""
     return x.split(max(1, CHUNK // width))

@@ -3,7 +3,7 @@ https://arxiv.org/abs/2006.09882 (appendix)
 
 Before every epoch the embeddings that the last one left in a memory are clustered on the sphere, once for each set of
 prototypes; the first ones are computed in training mode, and a cluster that runs empty keeps its centroid, as in the
-original.  Memory, labels and prototypes are buffers, equal on all ranks; prototypes have no gradient.
+original.  The memory is sharded by samples; labels and prototypes are buffers, equal on all ranks, without a gradient.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastssl import clustering, dist
 from fastssl.loader import Batch
 from fastssl.methods import parts
+from fastssl.sharded_table import ShardedTable
 from fastssl.trainer import Context, Outputs
 
 
@@ -45,23 +46,22 @@ class DeepClusterV2(nn.Module):
         super().__init__()
         self.config, self.backbone, self.seed, self.kernels = config, backbone, context.seed, context.kernels
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm)
-        self.register_buffer("memory", torch.zeros(config.large, context.samples, config.dims[-1]))
+        self.memory = ShardedTable(context.samples, config.large, config.dims[-1])
         self.register_buffer("labels", torch.zeros(len(config.clusters), context.samples, dtype=torch.int64))
         for i, clusters in enumerate(config.clusters):
             self.register_buffer(f"prototypes_{i}", parts.random_directions(clusters, config.dims[-1]))
 
     def before_epoch(self, epoch: int, extract_outputs) -> str:
-        samples = self.memory.shape[1]
         if epoch == 0:
             z, index = extract_outputs("z", augmented=True, training=True)
-            for crop in range(self.config.large):
-                self.memory[crop] = clustering.scatter(z[:, crop], index, samples)
-        mine, notes = torch.arange(dist.rank(), samples, dist.world(), device=self.memory.device), []
+            self.memory.fill_(z[:, : self.config.large], index)
+        samples, shard, notes = self.memory.samples, self.memory.shard, []
+        index = torch.arange(shard.start, shard.stop, device=self.labels.device)
         for i, clusters in enumerate(self.config.clusters):
             found = clustering.kmeans(
-                self.memory[i % self.config.large][mine],
+                self.memory.block[:, i % self.config.large],
                 clusters,
-                mine,
+                index,
                 spherical=True,
                 iterations=self.config.iterations,
                 empty="keep",
@@ -69,7 +69,7 @@ class DeepClusterV2(nn.Module):
                 seed=self.seed + epoch * len(self.labels) + i,
             )
             self.get_buffer(f"prototypes_{i}").copy_(found.centroids)
-            self.labels[i] = clustering.scatter(found.labels, mine, samples)
+            self.labels[i] = clustering.scatter(found.labels, index, samples)
             notes.append(clustering.describe(found.counts, samples))
         return "; ".join(notes)
 
@@ -90,7 +90,4 @@ class DeepClusterV2(nn.Module):
     @torch.no_grad()
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         z = dist.gather(out["z"][:, : self.config.large].contiguous())
-        index, new = dist.gather(batch.index), z.transpose(0, 1)
-        if found_inf is not None:
-            new = torch.where(found_inf != 0, self.memory[:, index], new)
-        self.memory[:, index] = new
+        self.memory.write_(dist.gather(batch.index), z, found_inf)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastssl import clustering, dist
 from fastssl.kernels import update_bank_
 from fastssl.loader import Batch
+from fastssl.sharded_table import ShardedTable
 from fastssl.trainer import Context, Outputs
 
 
@@ -45,7 +46,6 @@ class Config:
 class ODC(nn.Module):
     views = 1
     mean_loss = True
-    sharded = ("bank",)
     not_capturable = "ODC's labels and clusters change by counts that it reads from the device"
 
     def __init__(self, config: Config, backbone: nn.Module, context: Context):
@@ -68,8 +68,7 @@ class ODC(nn.Module):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
         nn.init.normal_(self.head.weight, std=0.01)
-        self.shard = dist.shard(samples)
-        self.register_buffer("bank", torch.zeros(self.shard.stop - self.shard.start, dim), persistent=False)
+        self.bank = ShardedTable(samples, dim)
         self.register_buffer("labels", torch.arange(samples) % config.clusters)
         self.register_buffer("centroids", torch.zeros(config.clusters, dim))
         self.register_buffer("sizes", (samples - torch.arange(config.clusters) - 1) // config.clusters + 1)
@@ -86,7 +85,7 @@ class ODC(nn.Module):
         found = clustering.kmeans(
             x, self.config.clusters, index, iterations=self.config.iterations, seed=self.seed, kernels=self.kernels
         )
-        self.bank.copy_(clustering.scatter_block(x, index, len(self.labels)))
+        self.bank.fill_(x, index)
         self.labels.copy_(clustering.scatter(found.labels, index, len(self.labels)))
         self.recount()
         self.update_centroids()
@@ -113,27 +112,16 @@ class ODC(nn.Module):
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor) -> None:
         index, z = dist.gather(batch.index), dist.gather(F.normalize(out["z"], dim=1))
         seen, place = index.unique(return_inverse=True)
-        local, before = self.is_local(index), self.rows(seen)
-        update_bank_(self.bank, index[local] - self.shard.start, z[local], self.config.momentum, impl=self.kernels)
-        after = self.rows(seen)
+        local, before = self.bank.is_local(index), self.bank.rows(seen)
+        start = self.bank.shard.start
+        update_bank_(self.bank.block, index[local] - start, z[local], self.config.momentum, impl=self.kernels)
+        after = self.bank.rows(seen)
         labels = (after @ self.centroids.T).argmax(1)
         self.changed.copy_((labels != self.labels[seen])[place].to(self.changed.dtype).mean())
         self.move(seen, labels, before, after)
         if (batch.epoch * self.steps + batch.step + 1) % self.config.every == 0:
             self.update_centroids()
         self.replace_small_clusters()
-
-    def is_local(self, index: Tensor) -> Tensor:
-        return (index >= self.shard.start) & (index < self.shard.stop)
-
-    def rows(self, index: Tensor) -> Tensor:
-        """(n, D) of the bank, from the ranks that hold them."""
-        if dist.world() == 1:
-            return self.bank[index]
-        local = self.is_local(index)
-        out = self.bank.new_zeros(len(index), self.bank.shape[1])
-        out[local] = self.bank[index[local] - self.shard.start]
-        return dist.sum_(out)
 
     def move(self, index: Tensor, labels: Tensor, before: Tensor, after: Tensor) -> None:
         """Samples `index` (n,), each once, whose rows (n, D) were `before` and are `after`, get `labels` (n,)."""
@@ -150,7 +138,7 @@ class ODC(nn.Module):
         """Compute the clusters' sizes and sums from the bank."""
         self.sizes.copy_(torch.bincount(self.labels, minlength=len(self.sizes)))
         self.sums.zero_()
-        for x, labels in zip(self.bank.split(1 << 16), self.labels[self.shard].split(1 << 16)):
+        for x, labels in zip(self.bank.block.split(1 << 16), self.labels[self.bank.shard].split(1 << 16)):
             self.sums.index_add_(0, labels, self.to_integers(x))
         dist.sum_(self.sums)
 
@@ -166,7 +154,7 @@ class ODC(nn.Module):
         small = self.sizes < self.config.least
         if small.any():
             homeless = small[self.labels].nonzero()[:, 0]
-            x = self.rows(homeless)
+            x = self.bank.rows(homeless)
             self.move(homeless, (x @ self.centroids.T).masked_fill(small, -torch.inf).argmax(1), x, x)
             for empty in small.nonzero()[:, 0]:
                 self.split(self.sizes.argmax(), empty)
@@ -175,7 +163,7 @@ class ODC(nn.Module):
     def split(self, large: Tensor, empty: Tensor) -> None:
         """Give part of cluster `large` to cluster `empty`."""
         members = (self.labels == large).nonzero()[:, 0]
-        x = self.rows(members)
+        x = self.bank.rows(members)
         second = clustering.two_means(x, self.config.least)
         self.move(members[second], empty.expand(len(members))[second], x[second], x[second])
         self.centroids[large], self.centroids[empty] = x[~second].mean(0), x[second].mean(0)

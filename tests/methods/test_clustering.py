@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_losses import D, N, Tiny, array, batch, build, close, log_softmax, rows, unit
 
+from fastssl.sharded_table import ShardedTable
 from fastssl.trainer import Context
 
 
@@ -133,7 +134,8 @@ def odc(**settings):
 
 
 def set_odc(method, bank, labels):
-    method.bank, method.labels = bank, labels
+    method.bank, method.labels = ShardedTable(*bank.shape).double(), labels
+    method.bank.load_(bank)
     method.centroids.copy_(torch.stack([bank[labels == k].mean(0) for k in range(4)]).nan_to_num())
     method.recount()
 
@@ -143,10 +145,10 @@ def test_odc_starts_from_kmeans_of_unit_embeddings():
     x, group = groups(dim=D)
     shuffled = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     assert "5 clusters, 0 empty" in method.before_epoch(0, lambda name: {"z": (x[shuffled], shuffled)}[name])
-    np.testing.assert_allclose(array(method.bank), unit(array(x)), rtol=1e-12)
+    np.testing.assert_allclose(array(method.bank.block), unit(array(x)), rtol=1e-12)
     assert len(set(zip(method.labels.tolist(), group.tolist()))) == 5
     for k in range(5):
-        torch.testing.assert_close(method.centroids[k], method.bank[method.labels == k].mean(0))
+        torch.testing.assert_close(method.centroids[k], method.bank.block[method.labels == k].mean(0))
     assert method.before_epoch(1, None) is None, "labels go on from epoch to epoch"
     assert len(set(method.order(1))) < 50, "drawn with replacement"
 
@@ -173,7 +175,7 @@ def test_odc_step_is_that_of_its_description():
     labels = array(group).copy()
     labels[some.index] = new[some.index]
     method.after_step({"z": z}, some, 0.1)
-    np.testing.assert_allclose(array(method.bank)[some.index], mixed[some.index], rtol=1e-12)
+    np.testing.assert_allclose(array(method.bank.block)[some.index], mixed[some.index], rtol=1e-12)
     assert method.labels.tolist() == labels.tolist() and labels.tolist() != group.tolist()
     close(method.loss({"logits": logits}, some)["changed"], (labels != array(group))[some.index].mean())
     np.testing.assert_allclose(array(method.centroids), centroids, rtol=1e-12)  # every second step
@@ -183,7 +185,7 @@ def test_odc_step_is_that_of_its_description():
     some.step = 1
     method.after_step({"z": z}, some, 0.2)
     for k in range(4):
-        torch.testing.assert_close(method.centroids[k], method.bank[method.labels == k].mean(0))
+        torch.testing.assert_close(method.centroids[k], method.bank.block[method.labels == k].mean(0))
 
 
 def test_odc_dissolves_small_clusters_and_refills_them_from_the_largest():
@@ -200,7 +202,7 @@ def test_odc_dissolves_small_clusters_and_refills_them_from_the_largest():
     assert {int(got[0]), int(got[6])} == {0, 2}, "the two heaps of cluster 0"
     assert torch.bincount(got).min() >= 3
     for k in (0, 2):
-        torch.testing.assert_close(method.centroids[k], method.bank[got == k].mean(0))
+        torch.testing.assert_close(method.centroids[k], method.bank.block[got == k].mean(0))
     sizes = torch.bincount(got).double() + 1e-5
     torch.testing.assert_close(method.weights, (sizes**-0.5 / (sizes**-0.5).sum()), rtol=1e-6, atol=0)
     before = got.clone()
@@ -226,7 +228,7 @@ def test_odc_keeps_the_sums_of_its_clusters_exactly():
     assert torch.equal(method.sums, kept[0]) and torch.equal(method.sizes, kept[1])
     method.update_centroids()
     for k in range(4):
-        torch.testing.assert_close(method.centroids[k], method.bank[method.labels == k].mean(0))
+        torch.testing.assert_close(method.centroids[k], method.bank.block[method.labels == k].mean(0))
 
 
 def test_two_means_never_leaves_a_part_that_would_be_dissolved():
@@ -253,8 +255,8 @@ def test_deepcluster_v2_predicts_clusters_among_their_centroids():
 
     method.after_step({"z": z.detach()}, some, 0.1)
     for v in range(2):
-        assert torch.equal(method.memory[v, some.index], z.detach()[:, v])
-    assert method.memory[:, 5].abs().max() == 0
+        assert torch.equal(method.memory.block[some.index, v], z.detach()[:, v])
+    assert method.memory.block[5].abs().max() == 0
 
 
 def test_deepcluster_v2_clusters_each_crops_memory_in_turn():
@@ -264,12 +266,12 @@ def test_deepcluster_v2_clusters_each_crops_memory_in_turn():
     z = torch.stack([x, x.roll(1, 0), x], 1)
     found = {("z", True): (z.flip(0), torch.arange(60).flip(0))}
     method.before_epoch(0, lambda name, augmented, training: found[name, augmented and training])
-    assert torch.equal(method.memory[1], z[:, 1]) and method.memory.shape[0] == 2
+    assert torch.equal(method.memory.block, z[:, :2])
     for i, of in enumerate((group, group.roll(1), group)):
         assert len(set(zip(method.labels[i].tolist(), of.tolist()))) == 5
         prototypes = method.get_buffer(f"prototypes_{i}")
         torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(5).double())
-        nearest = (method.memory[i % 2] @ prototypes.T).argmax(1)
+        nearest = (method.memory.block[:, i % 2] @ prototypes.T).argmax(1)
         assert torch.equal(nearest, method.labels[i])
     before = method.labels.clone()
     method.before_epoch(1, None)

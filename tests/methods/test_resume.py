@@ -44,14 +44,17 @@ def train(name: str, root: Path, zero: int = 0) -> dict:
     return found
 
 
-def cut(root: str) -> dict:
-    """The state of ODC, whose bank is cut over the ranks: after five steps, or as a checkpoint of them gives it."""
+SHARDED = {"odc": ("bank", (12,)), "deepclusterv2": ("memory", (2, 12))}  # the table and the shape of its rows
+
+
+def sharded(name: str, root: str) -> dict:
+    """The state of a method with a sharded table: after five steps, or as a checkpoint of them gives it."""
     from fastssl import engine
     from fastssl.zero import full_state_dict
 
-    run = cases.run("odc", batch=BATCH, steps=5)
-    run.name, run.log.root = "cut", root
-    t = engine.fit(run, resume=(Path(root) / "cut").exists(), device="cpu", loader=cases.loader(run))
+    run = cases.run(name, batch=BATCH, steps=5)
+    run.name, run.log.root = name, root
+    t = engine.fit(run, resume=(Path(root) / name).exists(), device="cpu", loader=cases.loader(run))
     return full_state_dict(t.method)
 
 
@@ -59,8 +62,8 @@ def worker(out: str, root: str, what: str) -> None:
     from fastssl import dist
 
     dist.init("cpu")
-    if what == "cut":
-        found = cut(root)
+    if what == "sharded":
+        found = {name: sharded(name, root) for name in SHARDED}
     elif what == "zero":
         found = {zero: train("moco", Path(root), zero) for zero in (1, 2, 3)}
     else:
@@ -95,13 +98,15 @@ def same(whole: dict, resumed: dict) -> None:
     assert not moved
 
 
-def test_a_table_that_is_cut_over_ranks_is_read_by_any_number_of_them(tmp_path):
-    made, *read = (ranks.launch(__file__, world, tmp_path / "out.pt", str(tmp_path), "cut") for world in (2, 1, 4))
-    assert made["bank"].shape == (cases.SAMPLES, 12)
-    torch.testing.assert_close(made["bank"].norm(dim=1), torch.ones(cases.SAMPLES))
-    for state in read:
-        assert state.keys() == made.keys()
-        assert all(torch.equal(state[key], value) for key, value in made.items())
+def test_a_sharded_table_is_loaded_on_any_number_of_ranks(tmp_path):
+    """Written by two; read by two, by one and by four."""
+    made, *loaded = (ranks.launch(__file__, w, tmp_path / "out.pt", str(tmp_path), "sharded") for w in (2, 2, 1, 4))
+    for name, (table, shape) in SHARDED.items():
+        assert made[name][table].shape == (cases.SAMPLES, *shape)
+        torch.testing.assert_close(made[name][table].norm(dim=-1), torch.ones(cases.SAMPLES, *shape[:-1]))
+        for states in loaded:
+            assert states[name].keys() == made[name].keys()
+            assert all(torch.equal(states[name][key], value) for key, value in made[name].items())
 
 
 if __name__ == "__main__":
