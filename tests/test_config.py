@@ -105,6 +105,8 @@ def test_overrides_reach_every_section_with_the_right_type(file):
         ("method=byol(momentm=1)", "did you mean 'momentum'"),
         ("method=simclr.Config()", "give a name"),
         ("log.root.x=1", "str has no settings below it"),
+        ("speed.zero=True", "speed.zero=True is none of 0, 1, 2, 3"),
+        ("method.init=kaiming", "method.init='kaiming' is none of torch, openselfsup"),
     ],
 )
 def test_mistakes_are_answered(file, override, message):

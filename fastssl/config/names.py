@@ -1,6 +1,6 @@
-"""Methods and recipes by a word of the command line: `method=byol`, `data.views="swav(96, small=48)"`.
+"""Methods and recipes by their names on the command line: `method=byol`, `data.views="swav(96, small=48)"`.
 
-They stand above config.py, which asks for them here: modules are imported by name when a setting needs them.
+fastssl.methods and fastssl.views, which import fastssl.config, are imported here by name when a setting needs them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastssl.config import settings
 
 
 def method(text: str) -> Any:
-    """A method's Config with its defaults and the arguments given."""
+    """The Config of the method that `text` names, with the arguments that it gives."""
     name, args, options = _call(text, "method")
     known = importlib.import_module("fastssl.methods").names()
     if name not in known:
@@ -24,7 +24,7 @@ def method(text: str) -> Any:
 
 
 def recipe(text: str, like: tuple, key: str) -> tuple:
-    """A recipe of fastssl.views; size, mean and std are those of view 0 of `like` unless they are given."""
+    """The recipe of fastssl.views that `text` names; size, mean and std are those of like[0] where it gives none."""
     name, args, options = _call(text, key)
     known = {
         n: f
@@ -40,7 +40,7 @@ def recipe(text: str, like: tuple, key: str) -> tuple:
 
 
 def _call(text: str, key: str) -> tuple[str, tuple, dict]:
-    """`name` or `name(1, a=2)` with literals -> name, positional and keyword arguments."""
+    """The text `name` or `name(1, a=2)` -> name, positional and keyword arguments."""
     try:
         node = ast.parse(text, mode="eval").body
         if isinstance(node, ast.Name):

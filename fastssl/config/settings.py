@@ -1,6 +1,6 @@
-"""Settings by name: `a.b=value` on the command line, and checks of values against the annotations of dataclasses.
+"""Settings of any dataclass: `a.b=value` from the command line, and checks of values against annotations.
 
-Nothing here knows about training; config.py uses it for `Run`.  Every mistake is a ValueError of one line.
+Every mistake is a ValueError with a message of one line.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 
 def hint(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'lars'?" where a known name is near, else ""."""
+    """ "; did you mean 'lars'?" where a known name is similar, else ""."""
     near = difflib.get_close_matches(str(name), [str(k) for k in known], 1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def names(target: Any) -> list[str]:
-    """The settings of a dataclass (a class or an instance)."""
+    """The fields of a dataclass, given as a class or an instance."""
     return [f.name for f in dataclasses.fields(target)]
 
 
@@ -33,9 +33,9 @@ def _names_below(target: Any, name: str) -> list[str]:
 def assign(target: Any, text: str) -> None:
     """Apply one `a.b=value` to the dataclass `target`.
 
-    A step of the name is a field, a key of a dictionary, or in a tuple a number from 0 or "all".  The value is read by
-    the field's annotation: text is taken as it is, anything else is a Python literal.  ValueError with the nearest
-    name or the type that is wanted.
+    Each part of the name is a field, a key of a dictionary, or for a tuple a number from 0 or "all".  Values of fields
+    annotated as text are taken literally, others are Python literals.  ValueError with the most similar name, or with
+    the type that the field needs.
     """
     key, eq, value = text.partition("=")
     if not eq:
@@ -44,7 +44,7 @@ def assign(target: Any, text: str) -> None:
 
 
 def _set(target: Any, path: list[str], value: Any, key: str) -> Any:
-    """`target` with the setting at `path` changed: itself where it can be changed in place, else a copy."""
+    """`target` with the setting at `path` changed: in place if it is mutable, else a copy."""
     name, *rest = path
     if isinstance(target, dict):
         if rest and name not in target:
@@ -52,9 +52,9 @@ def _set(target: Any, path: list[str], value: Any, key: str) -> Any:
         target[name] = _set(target[name], rest, value, key) if rest else parse(value, Any, key)
         return target
     if isinstance(target, tuple | list):
-        places = range(len(target)) if name == "all" else [_place(target, name, key)]
+        positions = range(len(target)) if name == "all" else [_position(target, name, key)]
         new = [
-            (_set(item, rest, value, key) if rest else parse(value, type(item), key)) if i in places else item
+            (_set(item, rest, value, key) if rest else parse(value, type(item), key)) if i in positions else item
             for i, item in enumerate(target)
         ]
         return type(target)(new)
@@ -70,20 +70,20 @@ def _set(target: Any, path: list[str], value: Any, key: str) -> Any:
     if type(target).__dataclass_params__.frozen:
         try:
             return dataclasses.replace(target, **{name: new})
-        except (TypeError, AttributeError) as error:  # of a __post_init__ that does not expect the value
+        except (TypeError, AttributeError) as error:  # from a __post_init__ that does not expect the value
             raise ValueError(f"{key}: {error}") from error
     setattr(target, name, new)
     return target
 
 
-def _place(items: tuple | list, name: str, key: str) -> int:
+def _position(items: tuple | list, name: str, key: str) -> int:
     if not name.isdecimal() or int(name) >= len(items):
         raise ValueError(f"{key}: {name!r} is not one of its {len(items)} places: 0 to {len(items) - 1}, or all")
     return int(name)
 
 
 def hints(kind: type) -> dict[str, Any]:
-    """Annotations by field; Any where they cannot be resolved (a name that the config file does not import)."""
+    """Annotations by field; Any where one names something that the config file does not import."""
     try:
         found = typing.get_type_hints(kind)
     except (NameError, TypeError, AttributeError, SyntaxError):
@@ -91,17 +91,31 @@ def hints(kind: type) -> dict[str, Any]:
     return {f.name: found.get(f.name, Any) for f in dataclasses.fields(kind)}
 
 
+def choices(kind: type, name: str) -> tuple:
+    """The values of a field whose type is a `Literal`."""
+    return typing.get_args(hints(kind)[name])
+
+
+def check_choices(target: Any, prefix: str) -> None:
+    """ValueError for a field of the dataclass `target` whose value is not in its `Literal` type."""
+    for name, kind in hints(type(target)).items():
+        if typing.get_origin(kind) is typing.Literal:
+            coerce(getattr(target, name), kind, prefix + name)
+
+
 def parse(value: Any, kind: Any, key: str) -> Any:
-    """The text of a command line as a value of `kind`; what is no text is checked alone."""
+    """Text from the command line as a value of type `kind`; a value that is not text is only checked."""
     if not isinstance(value, str):
         return coerce(value, kind, key)
     try:
         literal = ast.literal_eval(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         literal = {"true": True, "false": False, "none": None}.get(value.lower(), value)
+    if typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind):
+        return value
     options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
     if str in options and not isinstance(literal, str) and not (literal is None and type(None) in options):
-        for other in options:  # 3 is a number where one is wanted, and else the text "3"
+        for other in options:  # 3 is a number if the field takes numbers, else the text "3"
             if other is not str:
                 try:
                     return coerce(literal, other, key)
@@ -112,7 +126,7 @@ def parse(value: Any, kind: Any, key: str) -> Any:
 
 
 def coerce(value: Any, kind: Any, key: str) -> Any:
-    """`value` as the annotated type, or a ValueError that names both; ints pass as floats, lists as tuples."""
+    """`value` as type `kind`: an int becomes a float, a list a tuple.  ValueError for anything else."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
@@ -144,8 +158,12 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
         for part in value.values() if args and args[1] is not Any else ():
             coerce(part, args[1], key)
         return value
-    elif isinstance(kind, type) and isinstance(value, kind) and not isinstance(value, bool):  # True is no 1
+    elif (
+        isinstance(kind, type) and isinstance(value, kind) and not isinstance(value, bool)
+    ):  # bool is a subclass of int
         return value
-    elif origin is typing.Literal and value in args:
+    elif origin is typing.Literal:
+        if not any(value == choice and type(value) is type(choice) for choice in args):
+            raise ValueError(f"{key}={value!r} is none of {', '.join(map(str, args))}{hint(value, args)}")
         return value
     raise ValueError(f"{key}: wants {getattr(kind, '__name__', kind)}, got {value!r}")

@@ -7,6 +7,7 @@ optimizer step (OpenSelfSup: a hook that could be forgotten, which trained again
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +25,14 @@ class Config:
     momentum_end: float = 1.0  # reached by half a cosine over the run
     norm: bool = True  # batch norm in the heads
     last_bias: bool = True  # of the heads' last linear layers; the authors have none
-    init: str = "torch"  # of the heads; "openselfsup": the projector as Kaiming, the predictor N(0, 0.01);
-    # "haiku": the authors', for the backbone, too
+    # of the heads; "openselfsup": Kaiming, N(0, 0.01) for the predictor; "haiku": the authors', also of the backbone
+    init: Literal["torch", "openselfsup", "haiku"] = "torch"
 
     def init_backbone(self, backbone: nn.Module) -> None:
         if self.init == "haiku":
             haiku_(backbone)
 
     def build(self, backbone: nn.Module, context: Context) -> BYOL:
-        parts.check_init(self.init, "haiku")
         return BYOL(self, backbone, context.kernels)
 
 

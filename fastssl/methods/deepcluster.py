@@ -9,6 +9,7 @@ checkpoint, so a run continues inside an epoch with the same ones.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,16 +25,14 @@ from fastssl.trainer import Context, Outputs
 class Config:
     clusters: int = 10000
     pca: int = 256  # dimensions of the whitened features; 0: features as they are
-    algorithm: str = "kmeans"  # "faiss": by faiss on rank 0; "pic": power iteration clustering, the largest clusters
+    # "faiss": k-means by faiss on rank 0; "pic": power iteration clustering, the largest clusters
+    algorithm: Literal["kmeans", "pic", "faiss"] = "kmeans"
     iterations: int = 20  # of k-means
-    sampling: str = "uniform"  # over clusters; "all": every sample once an epoch
+    sampling: Literal["uniform", "all"] = "uniform"  # over clusters; "all": every sample once per epoch
     reweight: float = 0.0  # power p of loss weights size ** -p; 0.5 is usual with sampling="all"
 
     def build(self, backbone: nn.Module, context: Context) -> DeepCluster:
         clustering.check_clusters(self.clusters, context.samples)
-        for name, choices in {"algorithm": ("kmeans", "pic", "faiss"), "sampling": ("uniform", "all")}.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"method.{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
         if self.pca > backbone.dim:
             raise ValueError(f"method.pca={self.pca} is more than the backbone's {backbone.dim} features; 0 is off")
         return DeepCluster(self, backbone, context)

@@ -8,6 +8,7 @@ negatives are a second queue, of keys pooled after the dense projection.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +29,10 @@ class Config:
     queue: int = 65536
     momentum: float = 0.999
     shuffle: bool = True  # shuffled batch norm
-    init: str = "torch"  # of the projector; "openselfsup" (as the authors'): Kaiming; the dense one stays torch's there
+    init: Literal["torch", "openselfsup"] = "torch"  # "openselfsup", the authors': Kaiming for the projector alone
 
     def build(self, backbone: nn.Module, context: Context) -> DenseCL:
         parts.check_queue(self.queue, context.batch)
-        parts.check_init(self.init)
         if self.shuffle:
             parts.warn_unshuffled(backbone)
         return DenseCL(self, backbone, context.kernels)

@@ -10,6 +10,7 @@ with a queue for either direction.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,10 @@ class Config:
     momentum_end: float = 0.999  # reached by half a cosine over the run
     shuffle: bool = True  # shuffled batch norm
     norm: bool = False  # batch norm in the projector (SimCLR's neck)
-    init: str = "torch"  # of the projector; "openselfsup": Kaiming
+    init: Literal["torch", "openselfsup"] = "torch"  # of the projector; "openselfsup": Kaiming
 
     def build(self, backbone: nn.Module, context: Context) -> MoCo:
         parts.check_queue(self.queue, context.batch)
-        parts.check_init(self.init)
         if self.shuffle:
             parts.warn_unshuffled(backbone)
         return MoCo(self, backbone, context.kernels)

@@ -10,6 +10,7 @@ rows of it, 34 MB, which the ranks would have to send each other in every step.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +33,9 @@ class Config:
     momentum: float = 0.5  # weight of the new embedding in the bank
     ensure_neg: bool = False  # no negative is the sample itself (shared: nor any other of the global batch)
     shared: bool = False  # one set of negatives a step for all samples: a matrix product instead of a gather
-    init: str = "torch"  # of the projector; "openselfsup": Kaiming
+    init: Literal["torch", "openselfsup"] = "torch"  # of the projector; "openselfsup": Kaiming
 
     def build(self, backbone: nn.Module, context: Context) -> NPID:
-        parts.check_init(self.init)
         positives = context.batch if self.shared else 1
         if self.ensure_neg and context.samples <= positives:
             raise ValueError(

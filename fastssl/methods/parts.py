@@ -56,12 +56,6 @@ def kaiming_(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def check_init(init: str, *more: str) -> None:
-    known = ("torch", "openselfsup", *more)
-    if init not in known:
-        raise ValueError(f"method.init={init!r} is none of {', '.join(known)}")
-
-
 def frozen_copy(*modules: nn.Module) -> nn.Sequential:
     """A momentum encoder: a copy of the modules, in sequence, without gradients."""
     return copy.deepcopy(nn.Sequential(*modules)).requires_grad_(False)

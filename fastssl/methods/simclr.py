@@ -6,6 +6,7 @@ Negatives are those of the global batch on any number of ranks and micro-batches
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,9 @@ class Config:
     dims: tuple[int, ...] = (2048, 128)  # hidden and output widths of the projector
     norm: bool = True  # batch norm in the projector (SimCLR on ImageNet); False: solo-learn's CIFAR recipe
     last_shift: bool = True  # of the last batch norm; False: it scales alone (Google's code)
-    init: str = "torch"  # of the projector; "openselfsup": Kaiming
+    init: Literal["torch", "openselfsup"] = "torch"  # of the projector; "openselfsup": Kaiming
 
     def build(self, backbone: nn.Module, context: Context) -> SimCLR:
-        parts.check_init(self.init)
         return SimCLR(self, backbone, context.kernels)
 
 

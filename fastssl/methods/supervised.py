@@ -6,6 +6,7 @@ Images without a label (-1) do not count; the mean is over the labelled ones of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,10 +20,9 @@ from fastssl.trainer import Context, Outputs
 @dataclass(frozen=True)
 class Config:
     label_smoothing: float = 0.0
-    init: str = "torch"  # of the classifier; "openselfsup": N(0, 0.01) and no bias
+    init: Literal["torch", "openselfsup"] = "torch"  # of the classifier; "openselfsup": N(0, 0.01) and no bias
 
     def build(self, backbone: nn.Module, context: Context) -> Supervised:
-        parts.check_init(self.init)
         return Supervised(self, backbone, parts.require_labels("supervised", context.classes))
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from fastssl import backbones, config
-from fastssl.config import STEMS, Backbone
+from fastssl.config import Backbone, settings
 from fastssl.weights.source import has_sobel, spec_of
 
 FIELDS = ("stem", "norm", "width", "in_channels", "sobel")  # of Backbone, each an option
@@ -17,8 +17,12 @@ def add_backbone_options(parser: argparse.ArgumentParser, name: bool = True) -> 
     if name:
         parser.add_argument("--backbone", metavar="NAME", help="for weights that do not say what they are")
     default = Backbone("resnet50")
-    parser.add_argument("--stem", choices=tuple(STEMS), help=f"of a ResNet; default: {default.stem}")
-    parser.add_argument("--norm", choices=("bn", "gn", "frozen"), help=f"of a ResNet; default: {default.norm}")
+    parser.add_argument(
+        "--stem", choices=settings.choices(Backbone, "stem"), help=f"of a ResNet; default: {default.stem}"
+    )
+    parser.add_argument(
+        "--norm", choices=settings.choices(Backbone, "norm"), help=f"of a ResNet; default: {default.norm}"
+    )
     parser.add_argument("--width", type=int, help=f"channels of a ResNet's first stage; default: {default.width}")
     parser.add_argument("--in-channels", type=int, dest="in_channels", help=f"default: {default.in_channels}")
     parser.add_argument(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_losses import D, N, Tiny, array, batch, build, close, log_softmax, rows, unit
 
+from fastssl.config import validate
 from fastssl.sharded_table import ShardedTable
 from fastssl.trainer import Context
 
@@ -122,10 +123,11 @@ def test_more_clusters_than_the_data_has(name, settings, most):
 def test_deepcluster_settings_that_do_not_exist():
     for settings, match in (
         ({"algorithm": "dbscan"}, "method.algorithm='dbscan' is none of kmeans, pic, faiss"),
-        ({"sampling": "some"}, "method.sampling='some'"),
+        ({"sampling": "some"}, "method.sampling='some' is none of uniform, all"),
         ({"pca": 9}, "method.pca=9 is more"),
     ):
         with pytest.raises(ValueError, match=match):
+            validate(cases.run("deepcluster", **settings))
             build("deepcluster", **{"clusters": 5, "pca": 4, **settings})
 
 

@@ -1,0 +1,65 @@
+"""Config files: Python with `get_config() -> Run`, and `a.b=value` overrides from the command line."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from fastssl.config import file as config_file
+from fastssl.config import names, settings
+from fastssl.config.checks import validate
+from fastssl.config.sections import Run
+
+
+def quickstart() -> Path:
+    """The config that is trained where none is given."""
+    return Path(importlib.util.find_spec("fastssl.configs").origin).parent / "quickstart.py"
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:
+    """The checked `Run` of a config file, with `a.b=value` overrides.
+
+    The folder of the file is the first on sys.path while it runs and the last afterwards, so that it can import modules
+    from there.  ValueError with a message of one line for every mistake; for an exception in the file it has file and
+    line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = [*path.parent.glob("*.py"), *path.parent.parent.glob("*/*.py")]  # not deeper, where data may be
+        raise ValueError(f"no config file {path}{settings.hint(path, near)}")
+    run = config_file.call(path, "get_config")
+    if not isinstance(run, Run):
+        raise ValueError(f"get_config() of {path} returned {type(run).__name__}, not fastssl.config.Run")
+    run.name = run.name or _run_name(path)
+    # sections before their settings: `method.momentum=0.9 method=byol` sets BYOL's momentum
+    for override in sorted(overrides, key=lambda text: text.partition("=")[0].count(".")):
+        set_override(run, override)
+    validate(run)
+    return run
+
+
+def _run_name(path: Path) -> str:
+    """configs/simclr/r50.py -> simclr/r50, for a folder configs anywhere."""
+    parts = path.with_suffix("").parts
+    if "configs" in parts:
+        parts = parts[len(parts) - parts[::-1].index("configs") :]
+    else:
+        parts = parts[-1:]
+    return "/".join(parts)
+
+
+def set_override(run: Run, text: str) -> None:
+    """Apply one `a.b=value`, checked against the type of the field.  `method=byol` and `data.views=moco_v2` take a name
+    or a call such as "swav(96, small=48)"."""
+    key, _, value = text.partition("=")
+    if key == "method":
+        run.method = names.method(value)
+    elif key == "data.views":
+        run.data.views = names.recipe(value, run.data.views, key)
+    elif key == "data.eval_view" and value.lower() != "none":
+        views = names.recipe(value, run.data.views, key)
+        if len(views) != 1:
+            raise ValueError(f"{key}={value}: takes one view and this recipe has {len(views)}; try center(224, 256)")
+        run.data.eval_view = views[0]
+    else:
+        settings.assign(run, text)

@@ -1,0 +1,116 @@
+"""The settings of a run as dataclasses.  `checks.validate` checks that values have the annotated types.
+
+`Data` and `Optim` change results; `Speed` does not (tests/test_engine.py), but for the statistics of batch norm, which
+depend on `micro_batch`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# Kernel, stride and padding of a ResNet's first convolution; only "imagenet" has a max-pool after it.  "cifar_pad2" is
+# solo-learn's; "cifar_norelu" has no ReLU after its norm, as lightly's nn.Sequential(*ResNetGenerator().children()).
+STEMS = {"imagenet": (7, 2, 3), "cifar": (3, 1, 1), "cifar_pad2": (3, 1, 2), "cifar_norelu": (3, 1, 1)}
+
+
+@dataclass
+class Backbone:
+    name: str = "resnet50"  # torchvision ResNet family, or any timm model
+    stem: Literal["imagenet", "cifar", "cifar_pad2", "cifar_norelu"] = "imagenet"  # of a ResNet; see STEMS
+    norm: Literal["bn", "gn", "frozen"] = "bn"  # "frozen": batch norm with the statistics and scales of `pretrained`
+    width: int = 64  # channels of the first stage (torchvision ResNets)
+    zero_init_residual: bool = False
+    init: Literal["fan_out", "fan_in"] = "fan_out"  # Kaiming mode of a ResNet's convolutions; "fan_in": OpenSelfSup's
+    in_channels: int = 3
+    sobel: bool = False  # the input is two gradients of the gray image instead of its colours (ResNets)
+    frozen: int = 0  # stages with the weights and statistics of `pretrained`: 1 is the stem, 2 also the first stage
+    pretrained: str | None = None  # file, run folder, "torchvision" or "timm"
+    options: dict = field(default_factory=dict)  # more arguments of timm.create_model: {"drop_path_rate": 0.1}
+
+
+@dataclass
+class Data:
+    train: str = ""  # .beton to pretrain on
+    test: str | None = None  # labelled .beton: queries of the kNN monitor and the probe
+    bank: str | None = None  # labelled .beton whose features are the kNN bank; None: the training file
+    views: tuple = ()  # recipe: tuple of fastssl.kernels.augment.View
+    eval_view: Any = None  # View for evaluation; None: centre crop at the size of view 0
+
+
+@dataclass
+class Optim:
+    name: Literal["sgd", "adamw", "lars"] = "sgd"
+    lr: float = 0.03
+    batch: int = 256  # global: all ranks and micro-batches together
+    epochs: int = 200
+    steps: int | None = None  # stop after so many optimizer steps instead of `epochs`
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    weight_decay_end: float | None = None  # cosine to this over the run (ViT recipes); None: constant
+    # "cosine_epoch": constant within an epoch (OpenSelfSup)
+    schedule: Literal["cosine", "cosine_epoch", "step", "constant"] = "cosine"
+    warmup_epochs: float = 0.0  # linear, per step
+    warmup_ratio: float = 1e-4  # lr of the first step, divided by lr
+    lr_end: float = 0.0  # lr at the end of the cosine, divided by lr
+    milestones: tuple[float, ...] = ()  # epochs at which "step" multiplies by gamma
+    gamma: float = 0.1
+    base_batch: int | None = None  # linear scaling: the lr used is lr * batch / base_batch
+    dampening: float = 0.0
+    nesterov: bool = False
+    eta: float = 1e-3  # LARS: trust coefficient (solo-learn: 0.02)
+    clip_lr: bool = False  # LARS: a tensor's lr is min(trust ratio, lr) (solo-learn)
+    # LARS: |g| + wd |w|; "larc": + 1e-8 (apex, SwAV, MMSelfSup, solo-learn); "sum": |g + wd w| (SimCLR, BYOL, MoCo v3,
+    # Barlow Twins, VICReg of their authors)
+    lars_denominator: Literal["openselfsup", "larc", "sum"] = "openselfsup"
+    lr_in_momentum: bool = True  # LARS: lr inside the momentum buffer (OpenSelfSup), or outside (solo-learn)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network; normalisation and statistics are in fp32
+    clip: float = 0.0  # largest gradient norm; 0: not clipped
+    clip_each: bool = False  # clip the gradient of every tensor separately (DINO)
+    paramwise: dict[str, dict] = field(
+        default_factory=dict
+    )  # regular expression -> options; see optim.group_parameters
+
+
+@dataclass
+class Speed:
+    zero: Literal[0, 1, 2, 3] = 0  # ZeRO stage
+    micro_batch: int | None = None  # images per rank and forward pass; None: all of the rank's part of the batch
+    workers: int | None = None  # decoding threads per rank; None: the node's cores, divided by its ranks
+    resident: bool = False  # keep the decoded training set on the device
+    channels_last: bool = True
+    compile: bool = False
+    graph: Literal["auto", "on", "off"] = "auto"  # the step as a CUDA graph; "auto": where it has been measured
+    kernels: Literal["auto", "reference", "triton"] = "auto"  # "auto": Triton's on CUDA devices
+
+
+@dataclass
+class Log:
+    root: str = "work_dirs"  # the run folder is root/<config path>
+    every: int = 50  # steps between printed lines
+    keep: int = 2  # newest checkpoints kept; -1: all
+    keep_every: float = 0  # epochs between checkpoints that are kept beside the newest; 0: none
+    checkpoint_epochs: float = 10  # epochs between checkpoints; 0: only at the end
+    checkpoint_steps: int | None = None  # optimizer steps between checkpoints, instead of epochs
+    knn_epochs: int = 0  # epochs between kNN evaluations; 0: never
+    probe: bool = False  # online linear probe
+    collapse_every: int = 50  # steps between collapse measures; 0: never
+    tensorboard: bool = True
+
+
+@dataclass
+class Run:
+    method: Any  # a method's Config
+    backbone: Backbone = field(default_factory=Backbone)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    speed: Speed = field(default_factory=Speed)
+    log: Log = field(default_factory=Log)
+    hooks: tuple = ()  # monitors beside those of `log`; see hooks.py
+    seed: int = 0
+    deterministic: bool = False
+    sync_bn: bool = False
+    deepspeed: dict = field(default_factory=dict)  # settings of DeepSpeed, which override ours
+    name: str = ""  # set by load(): the run folder below log.root
