@@ -228,6 +228,8 @@ def test_fields_added_since_a_dump_have_their_defaults(file):
     older["views"][1]["blur"] = 0.25
     assert config.with_defaults(older, run.data) != now["data"]
     assert config.with_defaults({**now["optim"], "gone": 1}, run.optim) != now["optim"]
+    view = dict(now["data"]["views"][0], type="fastssl.kernels.views.params.View")
+    assert config.with_defaults(view, run.data.views[0]) == now["data"]["views"][0], "a class that has moved"
 
 
 def test_methods_and_configs_load_without_deepspeed():

@@ -114,3 +114,11 @@ def test_the_check_sees_every_form_of_import():
     source = "import torch.nn\nfrom . import parts\ndef f():\n from ..config import Run\n from fastssl import dist"
     found = imports(source, "fastssl.methods")
     assert found == {"torch.nn", "fastssl.methods.parts", "fastssl.config", "fastssl.dist"}
+
+
+def test_the_architecture_page_has_the_rows_of_layers():
+    page = (ROOT / "docs/architecture.md").read_text().split("|---|---|\n")[1].split("\n\n")[0]
+    cells = [row.split("|")[1] for row in page.splitlines()]
+    named = [[name.strip(" `[").split("]")[0] for name in cell.split(",")] for cell in cells]
+    layers = [line.replace("methods.*", "methods").split() for line in LAYERS if line.strip()]
+    assert named == layers

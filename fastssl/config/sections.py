@@ -69,9 +69,8 @@ class Optim:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network; normalisation and statistics are in fp32
     clip: float = 0.0  # largest gradient norm; 0: not clipped
     clip_each: bool = False  # clip the gradient of every tensor separately (DINO)
-    paramwise: dict[str, dict] = field(
-        default_factory=dict
-    )  # regular expression -> options; see optim.group_parameters
+    # regular expression -> options; see optim.group_parameters
+    paramwise: dict[str, dict] = field(default_factory=dict)
 
 
 @dataclass

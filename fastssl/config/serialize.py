@@ -9,6 +9,9 @@ from typing import Any
 
 from fastssl.config import sections
 
+# Modules of classes in older dumps, and where the classes are now
+MOVED = {"fastssl.kernels.views.": "fastssl.kernels.augment."}
+
 
 def dump(run: Any) -> Any:
     """The config as JSON data; an object of any class but `config`'s own has its class as "type"."""
@@ -36,9 +39,13 @@ def dump(run: Any) -> Any:
 
 
 def with_defaults(dumped: Any, now: Any) -> Any:
-    """`dumped` with the fields that the class of `now` has gained since then, at their defaults."""
+    """`dumped` with the fields that the class of `now` has gained since then, at their defaults, and with the present
+    names of classes that have moved."""
     if dataclasses.is_dataclass(now) and isinstance(dumped, dict):
         filled = dict(dumped)
+        for old, new in MOVED.items():
+            if str(filled.get("type", "")).startswith(old):
+                filled["type"] = new + filled["type"].removeprefix(old)
         for f in dataclasses.fields(now):
             if f.name in dumped:
                 filled[f.name] = with_defaults(dumped[f.name], getattr(now, f.name))
