@@ -54,10 +54,11 @@ def fit(
             )
         run = replace(run, optim=replace(run.optim, precision="fp32"))
     hooks = monitors.from_config(run) if hooks is None else hooks
-    with run_folder.locked(run):
+    with run_folder.locked(run), contextlib.ExitStack() as at_exit:
         path = find_checkpoint(run, resume, force)
         t = build(run, hooks, device, loader)
         log = Log(t.folder, every=run.log.every, total_steps=t.total_steps, tensorboard=run.log.tensorboard)
+        at_exit.callback(log.close_files)
         if path:
             notes = state.load(t, path)
             run_folder.prepare(t, path, clear=resume is not True)

@@ -35,6 +35,13 @@ def jpeg(image, **options):
     return out.getvalue()
 
 
+def read_image(path):
+    """A PIL image that is in memory, its file closed."""
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
 def write_beton(path, images, labels=None, fields=("image", "index", "label")):
     """Images are uint8 arrays (stored raw) or JPEG bytes (passed through); labels ints or float32 rows."""
     from ffcv.fields import IntField, NDArrayField, RGBImageField

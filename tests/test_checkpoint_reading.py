@@ -156,6 +156,9 @@ def _wide():
     ],
     ids=["sparse", "meta", "quantised", "expanded", "function", "nested"],
 )
+@pytest.mark.filterwarnings(
+    "ignore:(Sparse invariant checks|TypedStorage|The PyTorch API of nested tensors):UserWarning"
+)
 def test_other_tensors_and_objects_are_refused(tmp_path, value):
     torch.save(value() if callable(value) else value, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="a.pt"):

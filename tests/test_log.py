@@ -65,6 +65,7 @@ def test_lines_wait_for_their_timings_and_flush_does_not(tmp_path):
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6, 7, 7]
     assert records[5]["total_ms"] == 10.0 and "total_ms" not in records[6]
     assert records[7] == {"step": 7, "epoch": 0, "knn": 80.0}
+    log.close()
 
 
 def test_a_collapse_is_reported_once_at_the_third_measure(tmp_path, capsys):
@@ -84,6 +85,7 @@ def test_scalars_are_copied_together(tmp_path, monkeypatch):
     log = make(tmp_path, every=50, total_steps=40)
     run(log, range(1, 41))
     assert sizes == [2, 18, 20, 20, 20]  # the first step at once, so that its line is seen
+    log.close()
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path):
@@ -120,13 +122,12 @@ log = test_log.make({str(tmp_path)!r}, total_steps=10**9, every=10**9)
 print("ready", flush=True)
 test_log.run(log, range(1, 10**9))
 """
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    child.stdout.readline()
     path = tmp_path / "log.jsonl"
-    while not path.exists() or path.stat().st_size < 200_000:
-        assert child.poll() is None
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        while not path.exists() or path.stat().st_size < 200_000:
+            assert child.poll() is None
+        child.send_signal(signal.SIGKILL)
     lines = path.read_text().split("\n")
     assert lines[-1] == ""
     assert [json.loads(line)["step"] for line in lines[:-1]] == list(range(1, len(lines)))
@@ -184,6 +185,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path):
             losses.check(log.step(step, 0, {"loss": nan}, [timing(step)]))
             log.epoch(step, 0, {"knn": 1.0})
     assert step == 5
+    log.close()
 
 
 def test_steps_skipped_by_fp16_do_not_end_the_run(tmp_path):
@@ -196,12 +198,14 @@ def test_steps_skipped_by_fp16_do_not_end_the_run(tmp_path):
     with pytest.raises(ValueError, match="since step 11"):
         for step in range(11, 21):
             losses.check(log.step(step, 0, {"loss": inf, "applied": False, "loss_scale": 1.0}, [timing(step)]))
+    log.close()
 
 
 def test_only_scalars_are_logged(tmp_path):
     log = make(tmp_path)
     with pytest.raises(ValueError, match=r"'z' has shape \(2, 3\)"):
         log.step(20, 0, {"z": torch.zeros(2, 3)})
+    log.close()
 
 
 def test_a_host_scalar_is_logged_like_a_number(tmp_path):

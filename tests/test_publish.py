@@ -122,6 +122,7 @@ def test_params_takes_options_of_timms_models(capsys):
     assert f"{sum(p.numel() for p in net.parameters()):,}" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:method.shuffle=True has no effect on one GPU:UserWarning")
 def test_params_of_a_config(tmp_path, capsys):
     file = tmp_path / "c.py"
     file.write_text(

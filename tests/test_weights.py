@@ -256,6 +256,7 @@ def _torn(file):
         (lambda f: torch.jit.script(nn.Linear(2, 2)).save(str(f)), "TorchScript"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_files_that_are_not_weights(tmp_path, small, make, text):
     make(tmp_path / "a.pth")
     with pytest.raises(ValueError, match=text):

@@ -112,6 +112,10 @@ class Log:
 
     def close(self, timings: Iterable[dict] = ()) -> None:
         self.flush(timings)
+        self.close_files()
+
+    def close_files(self) -> None:
+        """Close without writing what waits: after an error, when the other ranks may not come to `flush`."""
         for part in (self._file, self._writer, self._terminal):
             if part:
                 part.close()

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from conftest import read_image
 from convert_tools import Stock, convert, photo, save, shared
 from PIL import Image
 
@@ -41,7 +42,7 @@ def test_grey_jpeg_passes_through_and_ffcv_decodes_it_to_rgb(tmp_path):
     stock = one(tmp_path)
     assert stock.payload(0) == path.read_bytes()
     decoded = decode_jpeg(stock.payload(0), 48, 64)
-    grey = np.asarray(Image.open(path)).astype(int)
+    grey = np.asarray(read_image(path)).astype(int)
     assert np.ptp(decoded, axis=2).max() == 0
     assert abs(decoded[..., 0] - grey).max() <= 2  # two implementations of the inverse cosine transform
 
@@ -99,7 +100,7 @@ def test_png_is_stored_losslessly(tmp_path):
 def test_cmyk(tmp_path):
     rgb = photo()
     path = save(tmp_path / "in" / "a.jpg", Image.fromarray(rgb).convert("CMYK"), quality=98, subsampling=0)
-    assert Image.open(path).mode == "CMYK"
+    assert read_image(path).mode == "CMYK"
     assert abs(one(tmp_path).pixels(0).astype(int) - rgb).mean() < 3
 
 
@@ -142,7 +143,7 @@ def test_palette_bilevel_and_float(tmp_path):
     save(tmp_path / "in" / "b.png", Image.fromarray(photo()[..., 0]).convert("1"))
     save(tmp_path / "in" / "c.tif", Image.fromarray(photo()[..., 0].astype(np.float32) / 255))
     stock = one(tmp_path)
-    assert np.array_equal(stock.pixels(0), np.asarray(Image.open(tmp_path / "in" / "a.png").convert("RGB")))
+    assert np.array_equal(stock.pixels(0), np.asarray(read_image(tmp_path / "in" / "a.png").convert("RGB")))
     assert set(np.unique(stock.pixels(1))) == {0, 255}
     assert np.array_equal(stock.pixels(2)[..., 0], photo()[..., 0])
 
@@ -152,7 +153,7 @@ def test_a_jpeg_that_only_pillow_reads_is_decoded_and_counted(tmp_path, capsys):
     data = path.read_bytes()
     scan = data.index(b"\xff\xda")
     path.write_bytes(data[:scan] + b"\x00\x17\x2a" + data[scan:])  # libjpeg warns: extraneous bytes before marker
-    expected = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    expected = np.asarray(read_image(path).convert("RGB")).astype(int)
     stock = one(tmp_path)
     assert stock.card["distrusted"] == 1 and "decoded by Pillow" in capsys.readouterr().out
     assert abs(stock.pixels(0) - expected).mean() < 1
@@ -163,7 +164,7 @@ def test_modes(tmp_path):
     save(tmp_path / "in" / "b.png")
     stock = one(tmp_path, "--mode", "raw")
     assert (stock.table["image"]["mode"] == 1).all()
-    assert np.array_equal(stock.pixels(0), np.asarray(Image.open(path)))
+    assert np.array_equal(stock.pixels(0), np.asarray(read_image(path)))
     stock = one(tmp_path, "--mode", "jpg", "--quality", "97", "--force")
     assert (stock.table["image"]["mode"] == 0).all() and stock.payload(0) == path.read_bytes()
     assert abs(stock.pixels(1).astype(int) - photo()).mean() < 1.5
@@ -171,7 +172,7 @@ def test_modes(tmp_path):
         stored = one(tmp_path, "--mode", "jpg", "--quality", quality, "--force").payload(1)
         save(tmp_path / "expected.jpg", quality=quality)
         image = Image.open(io.BytesIO(stored))
-        assert image.quantization == Image.open(tmp_path / "expected.jpg").quantization
+        assert image.quantization == read_image(tmp_path / "expected.jpg").quantization
         assert [layer[1:3] for layer in image.layer] == [(1, 1)] * 3
 
 
@@ -180,7 +181,7 @@ def test_short_side_shrinks_and_leaves_the_rest_alone(tmp_path):
     small = save(tmp_path / "in" / "b.jpg", photo(height=30, width=40), quality=95)
     stock = one(tmp_path, "--short-side", 40)
     assert stock.pixels(0).shape == (40, 60, 3) and stock.payload(1) == small.read_bytes()
-    expected = Image.open(big).resize((60, 40), Image.Resampling.BOX)
+    expected = read_image(big).resize((60, 40), Image.Resampling.BOX)
     assert abs(stock.pixels(0).astype(int) - np.asarray(expected)).mean() < 3
     assert stock.card["resized"] == stock.card["copied"] == 1
     assert one(tmp_path, "--short-side", 40, "--upscale", "--force").pixels(1).shape == (40, 53, 3)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import read_image
 from convert_tools import Stock, convert, folder, photo, save
 from PIL import Image
 
@@ -118,7 +119,7 @@ def test_stock_ffcv_decodes_passed_through_jpegs(tmp_path):
     )
     images, _, labels = next(iter(loader))
     for image, path in zip(images, sorted((tmp_path / "in").rglob("*.*"))):
-        assert abs(image.astype(int) - np.asarray(Image.open(path).convert("RGB"))).mean() < 1.5, path
+        assert abs(image.astype(int) - np.asarray(read_image(path).convert("RGB"))).mean() < 1.5, path
     assert labels.ravel().tolist() == [0] * 10 + [1] * 11
 
 
@@ -142,7 +143,7 @@ def test_data_card(mixed, tmp_path):
     assert convert("imagefolder", mixed, tmp_path / "o.beton") == 0
     card = json.loads((tmp_path / "o.json").read_text())
     data = (tmp_path / "o.beton").read_bytes()
-    sizes = [Image.open(p).size if p.name != "030.jpg" else Image.open(p).size[::-1] for p in mixed.rglob("*.*")]
+    sizes = [read_image(p).size if p.name != "030.jpg" else read_image(p).size[::-1] for p in mixed.rglob("*.*")]
     areas = [w * h for w, h in sizes]
     assert card["format"] == 1 and card["kind"] == "imagefolder" and card["source"] == str(mixed)
     assert card["samples"] == 300 and card["classes"] == ["c0", "c1", "c2"]
@@ -317,8 +318,8 @@ def test_check_finds_a_sound_file_sound(mixed, tmp_path, capsys):
     assert data_prep.main(["check", str(out)]) == 0
     report = capsys.readouterr().out
     assert "sound. 300 images (257 JPEG, 43 raw)" in report and "images/s" in report
-    sheet = np.asarray(Image.open(tmp_path / "o.png"))
-    first = np.asarray(Image.open(mixed / "c0" / "000.png")).mean((0, 1))
+    sheet = np.asarray(read_image(tmp_path / "o.png"))
+    first = np.asarray(read_image(mixed / "c0" / "000.png")).mean((0, 1))
     cell = sheet[2:110, 2:110].reshape(-1, 3)
     assert sheet.shape == (8 * 128, 1120, 3)
     assert abs(cell[cell.min(1) < 250].mean(0) - first).max() < 8

@@ -6,8 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import photo, write_beton
-from PIL import Image
+from conftest import photo, read_image, write_beton
 
 import fastssl.eval
 from fastssl import pictures, views
@@ -97,7 +96,7 @@ def test_maps_command_writes_pictures_and_coordinates(files, tmp_path, capsys, m
         assert xy.shape == (15, 2) and np.isfinite(xy).all()
         np.testing.assert_array_equal(samples[:, 0], maps.sample(21, 15))
         np.testing.assert_array_equal(samples[:, 1], samples[:, 0] % 3)
-        assert min(Image.open(out / f"map_{method}.png").size) > 500
+        assert min(read_image(out / f"map_{method}.png").size) > 500
     x = torch.tensor(np.stack(files[1][1])).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (views.center(SIZE)[0].mean, views.center(SIZE)[0].std))
     x = (x - mean) / std

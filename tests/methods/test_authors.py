@@ -289,6 +289,7 @@ def test_mocov3_vit_starts_as_the_authors(name, heads):
     assert body.blocks[0].norm1.eps == 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:method.shuffle=True has no effect on one GPU:UserWarning")
 def test_openselfsups_networks_start_as_there():
     torch.manual_seed(0)
     net = backbones.build(Backbone("resnet18", init="fan_in"))

@@ -15,6 +15,8 @@ from fastssl.build import check_views
 from fastssl.loader import Batch
 from fastssl.trainer import Context
 
+pytestmark = pytest.mark.filterwarnings("ignore:method.shuffle=True has no effect on one GPU:UserWarning")
+
 ROOT = Path(__file__).parents[2]
 FILES = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.name != "__init__.py")
 SMOKE = [p for p in FILES if p.parent.name == "smoke"]

@@ -121,8 +121,8 @@ def test_barlow_twins_is_that_of_its_pseudocode():
     c = norm(z[:, 0]).T @ norm(z[:, 1]) / N
     want = sum((c[i, j] - 1) ** 2 if i == j else 0.0051 * c[i, j] ** 2 for i in range(D) for j in range(D))
     out = build("barlow", scale=0.3).loss({"z": z}, batch())
-    close(out["loss"], 0.3 * float(want))
-    close(out["on_diagonal"] + 0.0051 * out["off_diagonal"], float(want))
+    close(out["loss"], 0.3 * want.item())
+    close(out["on_diagonal"] + 0.0051 * out["off_diagonal"], want.item())
     for ours, theirs in zip(*(torch.autograd.grad(x, z) for x in (out["loss"], 0.3 * want))):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
@@ -215,7 +215,7 @@ def test_swav_swaps_balanced_assignments(queue):
         want += [-(q * log_softmax(array(scores)[:, j] / 0.1)).sum(1).mean() for j in range(3) if j != i]
     close(method.loss({"scores": scores}, batch(epoch=1))["loss"], np.mean(want))
     before = method.loss({"scores": scores}, batch(epoch=0))["loss"]
-    assert (abs(float(before) - np.mean(want)) > 1e-3) == bool(queue), "the queue counts from queue_epoch on"
+    assert (abs(before.item() - np.mean(want)) > 1e-3) == bool(queue), "the queue counts from queue_epoch on"
 
 
 @pytest.mark.parametrize("name", ["supcon", "dcl", "simclr"])
@@ -314,12 +314,12 @@ def test_sigreg_is_the_integral_over_characteristic_functions():
         for m in range(4):
             phi = np.exp(1j * np.outer(array(z)[:, v] @ a[:, m], t)).mean(0)
             found.append(N * np.trapezoid(np.abs(phi - gauss) ** 2 * gauss, t))
-    np.testing.assert_allclose(float(out["sigreg"]), np.mean(found), rtol=1e-6)
+    np.testing.assert_allclose(out["sigreg"].item(), np.mean(found), rtol=1e-6)
     x = array(z)
     agreement = np.mean((x - x[:, :2].mean(1, keepdims=True)) ** 2)
-    close(out["loss"], 0.7 * agreement + 0.3 * float(out["sigreg"]))
+    close(out["loss"], 0.7 * agreement + 0.3 * out["sigreg"].item())
     again = [method.loss({"z": z}, batch(epoch=e, step=s))["sigreg"] for e, s in ((2, 5), (2, 6), (5, 2))]
-    assert again[0] == out["sigreg"] and len({float(v) for v in again}) == 3, "new directions on every step"
+    assert again[0] == out["sigreg"] and len({v.item() for v in again}) == 3, "new directions on every step"
 
 
 def test_sigreg_tells_a_gaussian_from_a_collapse():
