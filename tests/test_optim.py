@@ -393,7 +393,7 @@ def test_the_table_names_patterns_counts_and_options():
         ({"paramwise": {"head": {"lr": "big"}}}, "must be a number"),
         ({"paramwise": {"head": {"schedule": "cosine"}}}, "must be 'constant'"),
         ({"paramwise": {"head": {"lars_exclude": 1}}}, "True or False"),
-        ({"paramwise": {"(head": {"lr": 1.0}}}, "no regular expression"),
+        ({"paramwise": {"(head": {"lr": 1.0}}}, "is not a regular expression"),
         ({"name": "adamw", "paramwise": {"head": {"momentum": 0.0}}}, "adamw has no momentum"),
         ({"schedule": "step"}, "needs optim.milestones"),
         ({"schedule": "cosin"}, "'cosin' is none of"),

@@ -71,7 +71,7 @@ def check_sizes(spec: Backbone, sizes: Iterable[int]) -> None:
             try:
                 with torch.no_grad():
                     model(torch.zeros(1, spec.in_channels, size, size))
-            except NotImplementedError:  # an operation without a meta kernel: nothing can be told
+            except NotImplementedError:  # an operation without a meta kernel: it is not checked
                 return
             except (AssertionError, RuntimeError) as error:
                 patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)

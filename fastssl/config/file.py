@@ -161,7 +161,7 @@ def _line_number(error: BaseException, frame: traceback.FrameSummary) -> int:
 
 
 def _callee(frame: traceback.FrameSummary, user, argument: str) -> Any:
-    """The function or class that the file calls with `argument=` on that line; None where this cannot be told."""
+    """The function or class that the file calls with `argument=` on that line; None where it is not found."""
     call = _call(frame, argument)
     if call is None:
         return None

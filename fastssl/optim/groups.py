@@ -81,7 +81,7 @@ def _check(pattern: str, options: dict, optim: Optim) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"optim.paramwise pattern {pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"optim.paramwise pattern {pattern!r} is not a regular expression: {error}") from None
     for key, value in options.items():
         where = f"optim.paramwise[{pattern!r}][{key!r}]"
         if key not in KEYS:
