@@ -13,12 +13,13 @@ CPU = $(if $(GPU),,DS_ACCELERATOR=cpu)
 WORKERS ?= 2
 export PYTHON EXTRAS WHEELHOUSE
 
-.PHONY: help setup quickstart test lint wheelhouse clean
+.PHONY: help setup quickstart test test-full lint wheelhouse clean
 
 help:
 	@echo "make setup        install into .venv (quickstart and test do it, too)"
 	@echo "make quickstart   convert, pretrain and evaluate a small run on handwritten digits, draw pictures"
-	@echo "make test         check the style and run every test that needs no GPU"
+	@echo "make test         check the style and run the tests that need no GPU (about 10 minutes on two cores)"
+	@echo "make test-full    check the style and run every test, the long ones and those for a GPU, too"
 	@echo "make lint         check the style"
 	@echo "make wheelhouse   collect wheels for machines without compiler, root or network"
 	@echo "make clean        remove what was built and installed here (not your data or runs)"
@@ -34,8 +35,9 @@ quickstart: setup
 	@$(CPU) $(PY) -m fastssl quickstart
 
 # One thread per process: the threads of two ranks on two cores would slow each other down.
-test: lint
-	@$(CPU) OMP_NUM_THREADS=1 MPLBACKEND=Agg $(PY) -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile $(PYTEST)
+test: SELECT = -m "not gpu and not full"
+test test-full: lint
+	@$(CPU) OMP_NUM_THREADS=1 MPLBACKEND=Agg $(PY) -m pytest $(SELECT) -n $(WORKERS) --dist loadfile $(PYTEST)
 
 lint: setup
 	@$(PY) -m ruff check -q .

@@ -195,7 +195,7 @@ def test_shipped_kernels_compile_without_spills(name):
             assert b["programs_per_sm"] == 2, b  # one program's products run during the other's exponentials
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", FORMS)
 def test_other_forms_compile_without_spills(name):
     hold(name, FORMS[name][1])
