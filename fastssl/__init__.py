@@ -9,6 +9,7 @@
 
 import importlib
 import sys
+from typing import Any
 
 _FROM = {
     "load": "config",
@@ -27,7 +28,7 @@ _MODULES = ("config", "hooks", "methods", "views")
 __all__ = ["__version__", *_FROM, *_MODULES]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -75,15 +79,15 @@ class LossScale:
             torch._amp_update_scale_(self.scale, self.good, self.found_inf, 2.0, 0.5, self.INTERVAL)
             self.scale.clamp_(min=1.0)
 
-    def pass_to_zero(self, ds) -> None:
+    def pass_to_zero(self, ds: DeepSpeedEngine) -> None:
         """Set the scale by which ZeRO's optimizer divides gradients."""
         if self.dynamic and hasattr(ds.optimizer, "override_loss_scale"):
             ds.optimizer.override_loss_scale(self.value)
 
-    def backward(self, ds, loss: Tensor) -> None:
+    def backward(self, ds: DeepSpeedEngine, loss: Tensor) -> None:
         ds.backward(loss if hasattr(ds.optimizer, "override_loss_scale") else self.scaled(loss))
 
-    def step(self, ds) -> bool:
+    def step(self, ds: DeepSpeedEngine) -> bool:
         """DeepSpeed's step, skipped where gradients overflowed.  Returns whether it was applied (fp16: waits
         for the device)."""
         if self.dynamic and not hasattr(ds.optimizer, "override_loss_scale"):  # ZeRO 0: DeepSpeed does not unscale

@@ -193,7 +193,7 @@ def prepare(method: nn.Module, run: Run, device: torch.device) -> nn.Module:
     return method
 
 
-def start_deepspeed(method: nn.Module, optimizer: torch.optim.Optimizer, run: Run):
+def start_deepspeed(method: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> deepspeed.DeepSpeedEngine:
     """DeepSpeed's engine around the method."""
     deepspeed.utils.logger.setLevel("WARNING")
     # Its shared-memory all-reduce for CPUs is compiled for half a minute at the first start; gloo does the same work.

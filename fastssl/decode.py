@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -25,8 +26,12 @@ from ffcv.libffcv import imdecode, memcpy  # noqa: E402
 from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
 from ffcv.pipeline.operation import Operation  # noqa: E402
+from ffcv.pipeline.state import State  # noqa: E402
 from ffcv.reader import Reader  # noqa: E402
 from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType  # noqa: E402
+
+Images = tuple[np.ndarray, np.ndarray]  # pixels and sizes
+StorageState = tuple[np.ndarray, np.ndarray, np.ndarray]  # the file's bytes, pointers into it and the lengths there
 
 MIN_SAMPLE = 16  # bytes of an image's entry in the table of samples
 
@@ -36,18 +41,18 @@ torch.set_num_threads(_threads)  # importing ffcv sets PyTorch to one thread
 class DecodeOnce(Operation):
     """RGBImageField (JPEG or raw) -> pixels uint8 (B, P, 3) and sizes int32 (B, 2) = (h, w)."""
 
-    def declare_state_and_memory(self, previous_state):
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, tuple[AllocationQuery, AllocationQuery]]:
         shape = (max_pixels(self.metadata), 3)
         state = replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("<u1"))
         return state, (AllocationQuery(shape, np.dtype("<u1")), AllocationQuery((2,), np.dtype("<i4")))
 
-    def generate_code(self):
+    def generate_code(self) -> Callable:
         read, raw = self.memory_read, IMAGE_MODES["raw"]
         imdecode_c, memcpy_c = Compiler.compile(imdecode), Compiler.compile(memcpy)
 
         # A plain range: the loader runs this on threads of its own.  As fast as numba's prange here, and it needs none
         # of numba's threading layers, which abort on concurrent use (workqueue) or do not survive a fork (OpenMP, TBB).
-        def decode(rows, destination, metadata, storage_state):
+        def decode(rows: np.ndarray, destination: Images, metadata: np.ndarray, storage_state: StorageState) -> Images:
             pixels, sizes = destination
             for i in range(len(rows)):
                 field = metadata[rows[i]]
@@ -153,13 +158,13 @@ class BetonReader:
         return np.array(parts, dtype=np.float32).reshape(len(rows), -1)
 
 
-def _read(address, state):
+def _read(address: int, state: StorageState) -> np.ndarray:
     data, pointers, lengths = state
     return data[address : address + lengths[np.searchsorted(pointers, address)]]
 
 
 @cache
-def _compiled():
+def _compiled() -> Callable:
     """One compilation a process (1 s): FFCV's own loader compiles anew for every loader."""
     operation = DecodeOnce()
     operation.accept_globals(None, Compiler.compile(_read))

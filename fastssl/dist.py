@@ -202,13 +202,13 @@ def _backend() -> str:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         out = x.new_empty(world() * x.shape[0], *x.shape[1:])
         td.all_gather_into_tensor(out, x.contiguous())
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad, n = grad.contiguous(), grad.shape[0] // world()
         if _backend() == "nccl":
             out = grad.new_empty(n, *grad.shape[1:])
@@ -221,17 +221,17 @@ class _Gather(torch.autograd.Function):
 
 class _Mean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return sum_(x.clone()) / world()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return sum_(grad.clone()) / world()
 
 
 class _ReplicatedMean(_Mean):
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from datetime import timedelta
+from types import FrameType
 
 import torch
 import torch.distributed as td
@@ -56,7 +57,7 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _record(self, number: int, frame) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if number == self._number == signal.SIGINT and time.monotonic() - self._time > REPEAT_S:
             raise KeyboardInterrupt
         if not self._number:

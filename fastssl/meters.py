@@ -12,10 +12,14 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+Mark = Any  # a torch.cuda.Event; without CUDA seconds
+Phase = tuple[str, Mark, Mark]  # name, start, stop
 
 PHASES = ("data", "views", "forward", "backward", "optimizer", "step")
 
@@ -63,7 +67,7 @@ class Flops(TorchDispatchMode):
 
     total = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
@@ -85,9 +89,9 @@ class Meter:
         self.peak = peak or (peak_flops(torch.cuda.get_device_name(self.device), precision) if self.cuda else None)
         self.flops: int | None = None  # of this rank in one step
         self._pool: list[torch.cuda.Event] = []
-        self._phases: list[tuple] = []  # (name, start, stop) of the step in progress
-        self._pending: deque[tuple] = deque()  # (step, begin, phases, stop)
-        self._end = None  # mark at the end of the step before
+        self._phases: list[Phase] = []  # of the step in progress
+        self._pending: deque[tuple[int, Mark, list[Phase], Mark]] = deque()  # (step, begin, phases, stop)
+        self._end: Mark | None = None  # mark at the end of the step before
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -111,7 +115,7 @@ class Meter:
             self._pending[-1][3].synchronize()
         return self._ready()
 
-    def _mark(self):
+    def _mark(self) -> Mark:
         if not self.cuda:
             return time.perf_counter()
         event = self._pool.pop() if self._pool else torch.cuda.Event(enable_timing=True)
@@ -127,7 +131,7 @@ class Meter:
                 self._pool += {begin, *(mark for _, *marks in phases for mark in marks)}
         return records
 
-    def _record(self, step: int, begin, phases: list[tuple], stop) -> dict:
+    def _record(self, step: int, begin: Mark, phases: list[Phase], stop: Mark) -> dict:
         spent = dict.fromkeys(PHASES, 0.0)
         for name, start, end in phases:
             spent[name] += self._ms(start, end)
@@ -143,7 +147,7 @@ class Meter:
         record["mfu"] = self.flops / (total / 1e3) / self.peak if self.flops and total else None
         return record
 
-    def _ms(self, start, stop) -> float:
+    def _ms(self, start: Mark, stop: Mark) -> float:
         return start.elapsed_time(stop) if self.cuda else (stop - start) * 1e3
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,11 @@ from fastssl.loader import Batch, Loader
 from fastssl.meters import Meter
 from fastssl.optim import Schedule
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 Outputs = dict[str, Tensor]  # of a method's forward: each has one row per sample
+ExtractOutputs = Callable[..., tuple[Tensor, Tensor]]  # outputs.extract_outputs of the run
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Trainer:
     folder: Path
     device: torch.device
     method: nn.Module  # a Method
-    ds: Any  # DeepSpeed's engine around `method`
+    ds: DeepSpeedEngine  # around `method`
     schedule: Schedule
     loader: Loader
     meter: Meter

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from fastssl import dist
 from fastssl.sharded_table import ShardedTable
 
 
-def gathered(parameters: list[nn.Parameter], modifier_rank: int | None = None):
+def gathered(parameters: list[nn.Parameter], modifier_rank: int | None = None) -> AbstractContextManager:
     """A context in which ZeRO-3's parameters are whole; at other stages it does nothing."""
     import deepspeed  # late: it picks its accelerator when it is imported, and a config imports methods
 

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-def build(spec: Backbone, method=None) -> nn.Module:
+def build(spec: Backbone, method: object = None) -> nn.Module:
     """The backbone that `spec` describes, freshly initialised; weights.load_backbone loads `spec.pretrained` into it.
 
     A name in RESNETS is torchvision's network, any other is timm's, as is "timm/resnet50".  `method`: a method's

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -15,13 +17,13 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.weight.permute(0, 3, 1, 2), self.bias)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = destination[prefix + "weight"]
         if weight.ndim == 4:  # ZeRO-3 leaves an empty placeholder outside its gathering context
             destination[prefix + "weight"] = weight.permute(0, 3, 1, 2)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight = state_dict.get(prefix + "weight")
         if isinstance(weight, Tensor) and weight.ndim == 4:
             state_dict = {**state_dict, prefix + "weight": weight.permute(0, 2, 3, 1).contiguous()}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def sincos(rows: int, columns: int, dim: int, *, columns_first: bool, device=None) -> Tensor:
+def sincos(rows: int, columns: int, dim: int, *, columns_first: bool, device: torch.device | None = None) -> Tensor:
     """(rows columns, dim): sines and cosines of one coordinate of each patch, then of the other, `dim` / 4 of each.
 
     MAE (get_2d_sincos_pos_embed) has the columns first, MoCo v3 (build_2d_sincos_position_embedding) the rows.

@@ -6,6 +6,7 @@ Source: https://arxiv.org/abs/1512.03385
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -127,7 +128,9 @@ def _stem(spec: Backbone) -> nn.Conv2d:
     return nn.Conv2d(2 if spec.sobel else spec.in_channels, spec.width, kernel, stride, padding, bias=False)
 
 
-def _stage(make, channels: int, planes: int, count: int, stride: int, norm) -> nn.Sequential:
+def _stage(
+    make: partial[nn.Module], channels: int, planes: int, count: int, stride: int, norm: Callable[[int], nn.Module]
+) -> nn.Sequential:
     out = planes * make.func.expansion
     shortcut = None
     if stride != 1 or channels != out:

@@ -96,7 +96,7 @@ def timm_model(name: str, spec: Backbone, **defaults) -> nn.Module:
         ) from None
 
 
-def _is_data(value) -> bool:
+def _is_data(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_data, value))
     return value is None or isinstance(value, str | int | float | bool)

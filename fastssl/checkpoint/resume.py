@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fastssl import dist
 from fastssl.checkpoint import run_folder, state, store
@@ -106,7 +107,7 @@ def _check_speed(values: dict, speed: Speed, path: Path) -> None:
         )
 
 
-def _differences(section: str, saved, now) -> list[tuple[str, object, object]]:
+def _differences(section: str, saved: Any, now: Any) -> list[tuple[str, object, object]]:
     """(key, saved value, value now) of the settings of a section that differ."""
     saved, now = with_defaults(saved, now), dump(now)
     if saved == now:

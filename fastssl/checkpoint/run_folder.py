@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -59,7 +60,7 @@ def lock(folder: str | Path) -> Iterator[None]:
                 (folder / LOCK).unlink()
 
 
-def _acquire(file, folder: Path) -> None:
+def _acquire(file: TextIO, folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -113,7 +113,7 @@ def read(path: Path) -> dict:
     return values
 
 
-def _read_deepspeed(path: str, map_location=None) -> Any:
+def _read_deepspeed(path: str, map_location: str | torch.device | None = None) -> Any:
     """One of DeepSpeed's files, on the CPU.  DeepSpeed's own reader would run code that a file names."""
     # late: DeepSpeed picks its accelerator when it is imported
     from deepspeed.runtime.fp16.loss_scaler import LossScaler

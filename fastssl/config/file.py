@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import FrameType, ModuleType, TracebackType
 from typing import Any
 
 from fastssl.config import settings
@@ -69,7 +69,7 @@ def _line(tb: TracebackType | None, path: Path) -> traceback.FrameSummary | None
     """The innermost frame in the file or in another module of the user's beside or below it."""
     folder = path.resolve().parent
 
-    def own(frame, summary) -> bool:
+    def own(frame: FrameType, summary: traceback.FrameSummary) -> bool:
         file = Path(summary.filename)
         ours = frame.f_globals.get("__name__", "").split(".")[0] == "fastssl" or "site-packages" in file.parts
         return file == path or (file.is_file() and folder in file.resolve().parents and not ours)
@@ -117,11 +117,13 @@ def _members(module: ModuleType) -> list[str]:
     return [n for n in (*inside, *vars(module)) if n[0] != "_"]
 
 
-def _frames(tb: TracebackType) -> list:
+def _frames(tb: TracebackType | None) -> list[FrameType]:
     return [frame for frame, _ in traceback.walk_tb(tb)]
 
 
-def _parameters(tb: TracebackType, frame: traceback.FrameSummary | None, function: str, argument: str) -> list[str]:
+def _parameters(
+    tb: TracebackType | None, frame: traceback.FrameSummary | None, function: str, argument: str
+) -> list[str]:
     """What may be given by name in the user's call that raised: its own parameters, and where it hands on others (as
     recipes do to View), the fields of the dataclass that refused one."""
     known: list[str] = []
@@ -160,7 +162,7 @@ def _line_number(error: BaseException, frame: traceback.FrameSummary) -> int:
     return next(k.lineno for k in call.keywords if k.arg == argument[2]) if call else frame.lineno
 
 
-def _callee(frame: traceback.FrameSummary, user, argument: str) -> Any:
+def _callee(frame: traceback.FrameSummary, user: FrameType, argument: str) -> Any:
     """The function or class that the file calls with `argument=` on that line; None where it is not found."""
     call = _call(frame, argument)
     if call is None:

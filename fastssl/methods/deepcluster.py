@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastssl import clustering, zero
 from fastssl.loader import Batch
-from fastssl.trainer import Context, Outputs
+from fastssl.trainer import Context, ExtractOutputs, Outputs
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class DeepCluster(nn.Module):
         self.register_buffer("labels", torch.zeros(context.samples, dtype=torch.int64))
         self.register_buffer("weights", torch.full((config.clusters,), 1 / config.clusters))
 
-    def before_epoch(self, epoch: int, extract_outputs) -> str:
+    def before_epoch(self, epoch: int, extract_outputs: ExtractOutputs) -> str:
         c = self.config
         x, index = extract_outputs("features")
         x = F.normalize(clustering.pca_whiten(x, c.pca) if c.pca else x, dim=1)

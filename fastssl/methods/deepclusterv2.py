@@ -18,7 +18,7 @@ from fastssl import clustering, dist
 from fastssl.loader import Batch
 from fastssl.methods import parts
 from fastssl.sharded_table import ShardedTable
-from fastssl.trainer import Context, Outputs
+from fastssl.trainer import Context, ExtractOutputs, Outputs
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class DeepClusterV2(nn.Module):
         for i, clusters in enumerate(config.clusters):
             self.register_buffer(f"prototypes_{i}", parts.random_directions(clusters, config.dims[-1]))
 
-    def before_epoch(self, epoch: int, extract_outputs) -> str:
+    def before_epoch(self, epoch: int, extract_outputs: ExtractOutputs) -> str:
         if epoch == 0:
             z, index = extract_outputs("z", augmented=True, training=True)
             self.memory.fill_(z[:, : self.config.large], index)

@@ -21,7 +21,7 @@ from fastssl import clustering, dist
 from fastssl.kernels import update_bank_
 from fastssl.loader import Batch
 from fastssl.sharded_table import ShardedTable
-from fastssl.trainer import Context, Outputs
+from fastssl.trainer import Context, ExtractOutputs, Outputs
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ODC(nn.Module):
         self.register_buffer("weights", torch.full((config.clusters,), 1 / config.clusters))
         self.register_buffer("changed", torch.zeros(()))  # share of the last step's labels
 
-    def before_epoch(self, epoch: int, extract_outputs) -> str | None:
+    def before_epoch(self, epoch: int, extract_outputs: ExtractOutputs) -> str | None:
         if epoch:
             return None
         x, index = extract_outputs("z")

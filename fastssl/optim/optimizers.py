@@ -7,6 +7,9 @@ None, or a 0-dim float32 tensor on the device; where it is not zero, `step` chan
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +26,7 @@ class AdamW(ZeroAware, torch.optim.AdamW):
         super().__init__(groups, **options, fused=True, capturable=capturable)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:
         assert closure is None, "AdamW takes no closure"
         if self.found_inf is not None:
             self.found_inf = self.found_inf.view(())  # torch subtracts it from step counts, which have no dimension
@@ -57,7 +60,7 @@ class Lars(ZeroAware, torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float,
         momentum: float = 0.9,
         dampening: float = 0.0,
@@ -89,7 +92,7 @@ class Lars(ZeroAware, torch.optim.Optimizer):
         super().__init__(params, options, clip_each=clip_each)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:
         assert closure is None, "LARS takes no closure"
         for group, params in self._moving():
             fresh = {p for p in params if "momentum_buffer" not in self.state[p]} if group["momentum"] else set()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as td
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 class ZeroAware:
@@ -103,7 +107,7 @@ class Fragments:
         )
 
 
-def attach(engine) -> None:
+def attach(engine: DeepSpeedEngine) -> None:
     """Give our optimizer the partition of the parameters by `engine` (of deepspeed.initialize)."""
     ours, zero = engine.basic_optimizer, engine.optimizer
     if zero is ours or not (getattr(ours, "needs_whole_tensors", False) or getattr(ours, "clip_each", 0)):

@@ -16,12 +16,18 @@ from collections.abc import Callable
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from fastssl import dist, files
 from fastssl.parsing import Parser, run_command
 from fastssl.report import cards, run_data, tables
 from fastssl.report.charts import Line, label, legend, line_chart, stacked_chart
 from fastssl.report.run_data import CURVES, HINTS, MAIN, PHASES, RunData
+
+if TYPE_CHECKING:
+    from fastssl.report import samples
+
+T = TypeVar("T")
 
 MAX_RUNS = 8  # more colours could not be distinguished
 HERE = Path(__file__).parent
@@ -240,7 +246,7 @@ def pictures(runs: list[RunData], args: argparse.Namespace) -> tuple[list[tuple[
         features, reason = _try(lambda run=run: samples.Features(run, args) if run_data.has_checkpoint(run) else None)
         reason = reason or note("there is no complete checkpoint: features need one")
 
-        def of(part: Callable[[], str], features=features, reason=reason) -> str:
+        def of(part: Callable[[], str], features: samples.Features | None = features, reason: str = reason) -> str:
             html, failed = _try(part) if features else (None, reason)
             return html or failed
 
@@ -256,7 +262,7 @@ def pictures(runs: list[RunData], args: argparse.Namespace) -> tuple[list[tuple[
     return [(name, f'<div class="runs">{"".join(text)}</div>') for name, text in parts.items()], baselines
 
 
-def _try(part: Callable):
+def _try(part: Callable[[], T]) -> tuple[T, str] | tuple[None, str]:
     """(what it returns, ""), or (None, the reason).  The page is written even if a part fails: damaged files, an
     architecture of another version, too little memory."""
     try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from html import escape
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 WIDTH, HEIGHT = 440, 216
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 36
@@ -79,10 +80,10 @@ class Frame:
         self.x = x if x[1] > x[0] else (x[0] - 0.5, x[0] + 0.5)
         self.y = y
 
-    def px(self, x) -> np.ndarray:
+    def px(self, x: ArrayLike) -> np.ndarray:
         return LEFT + (np.asarray(x, float) - self.x[0]) / (self.x[1] - self.x[0]) * PLOT_W
 
-    def py(self, y) -> np.ndarray:
+    def py(self, y: ArrayLike) -> np.ndarray:
         y = np.clip(np.asarray(y, float), self.y[0], self.y[1])
         return TOP + (self.y[1] - y) / (self.y[1] - self.y[0]) * PLOT_H
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ def average_precision(
     class Evaluation(COCOeval):
         """Difficult objects are crowds, which any number of detections may match, but with the IoU of plain objects."""
 
-        def computeIoU(self, *key):
+        def computeIoU(self, *key: int) -> Any:
             crowds = [(g, g["iscrowd"]) for g in self._gts[key]]
             for g, crowd in crowds:
                 g["iscrowd"] = int(crowd and not g["difficult"])

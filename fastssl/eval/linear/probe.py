@@ -141,7 +141,7 @@ def _lbfgs(x: Tensor, y: Tensor, penalties: tuple[float, ...], classes: int, epo
         l2 = torch.full_like(w, penalty)
         l2[-1] = 0  # no penalty on the bias
 
-        def closure(l2=l2) -> Tensor:
+        def closure(l2: float = l2) -> Tensor:
             parts = [_summed_gradient(w.float(), *part) for part in rows]
             loss, grad = (dist.sum_(sum(part).double()) / n for part in zip(*parts))
             w.grad = grad + l2 * w

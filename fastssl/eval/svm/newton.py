@@ -14,6 +14,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+Array = np.ndarray
+
 # Of the duality gap over 1/2 |w|^2: the error of w is at most 0.3 %.  Relative to the objective a tolerance would mean
 # little at small costs, where the objective is nearly all loss.
 TOLERANCE = 1e-5
@@ -23,13 +25,23 @@ PRODUCTS = 8  # conjugate gradient steps of a system, per square root of its lar
 
 
 @njit(nogil=True, cache=True)
-def _times(p_LN, A, At):
+def _times(p_LN: Array, A: Array, At: Array) -> Array:
     """p K, where A is K, or the rows (x, 1) and At their transpose: whichever takes fewer products."""
     return np.dot(p_LN, A) if At.shape[0] == 0 else np.dot(np.dot(p_LN, A), At)
 
 
 @njit(nogil=True, fastmath=True, cache=True)
-def newton(A, At, y_FN, e_FN, b_FN, f_FN, tolerance, newton_steps, cg_steps):
+def newton(
+    A: Array,
+    At: Array,
+    y_FN: Array,
+    e_FN: Array,
+    b_FN: Array,
+    f_FN: Array,
+    tolerance: float,
+    newton_steps: int,
+    cg_steps: int,
+) -> Array:
     """Move b_FN and f_FN = b K to the optimum; returns each fit's duality gap over 1/2 |w|^2.  y: -1 or 1, e: 2 C_i."""
     F, N = y_FN.shape
     gap_F = np.zeros(F)
@@ -66,7 +78,7 @@ def newton(A, At, y_FN, e_FN, b_FN, f_FN, tolerance, newton_steps, cg_steps):
 
 
 @njit(nogil=True, fastmath=True, cache=True)
-def _gap(y, e, b, f, g, kg):
+def _gap(y: Array, e: Array, b: Array, f: Array, g: Array, kg: Array) -> tuple[float, float, float]:
     """The duality gap, 1/2 |w|^2 and the objective."""
     gap, norm, loss = 0.0, 0.0, 0.0
     for j in range(len(y)):
@@ -78,7 +90,7 @@ def _gap(y, e, b, f, g, kg):
 
 
 @njit(nogil=True, fastmath=True, cache=True)
-def _start(A, At, y_FN, e_FN, b_FN, f_FN, fits):
+def _start(A: Array, At: Array, y_FN: Array, e_FN: Array, b_FN: Array, f_FN: Array, fits: Array) -> tuple[Array, Array]:
     """The coefficients of the rows inside the margin alone, and their f."""
     L, N = len(fits), y_FN.shape[1]
     out_LN, moved = np.zeros((L, N), y_FN.dtype), np.zeros(L, np.bool_)
@@ -97,7 +109,9 @@ def _start(A, At, y_FN, e_FN, b_FN, f_FN, fits):
 
 
 @njit(nogil=True, fastmath=True, cache=True)
-def _direct(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, fits):
+def _direct(
+    A: Array, At: Array, y_FN: Array, e_FN: Array, f_FN: Array, end_LN: Array, fend_LN: Array, fits: Array
+) -> Array:
     """Solve by Cholesky's factors where few rows are inside the margin, and 1 / e keeps them well conditioned; which
     fits it did.  At large costs conjugate gradients would need more operations."""
     L, N = end_LN.shape
@@ -133,7 +147,19 @@ def _direct(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, fits):
 
 
 @njit(nogil=True, fastmath=True, cache=True)
-def _conjugate_gradients(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, fits, done, target, cg_steps):
+def _conjugate_gradients(
+    A: Array,
+    At: Array,
+    y_FN: Array,
+    e_FN: Array,
+    f_FN: Array,
+    end_LN: Array,
+    fend_LN: Array,
+    fits: Array,
+    done: Array,
+    target: Array,
+    cg_steps: int,
+) -> None:
     """Solve (K + 1 / e) b = y on the rows inside the margin, preconditioned by e; a fit stops when the duality gap that
     its solution would have, were the rows to stay, is below its target."""
     L, N = end_LN.shape
@@ -176,7 +202,7 @@ def _conjugate_gradients(A, At, y_FN, e_FN, f_FN, end_LN, fend_LN, fits, done, t
 
 
 @njit(nogil=True, fastmath=True, cache=True)
-def _line_search(y, e, b, f, d, fd):
+def _line_search(y: Array, e: Array, b: Array, f: Array, d: Array, fd: Array) -> float:
     """The step in [0, 1] with the smallest objective: its derivative is piecewise linear and rises."""
     linear, square = 0.0, 0.0
     for j in range(len(y)):

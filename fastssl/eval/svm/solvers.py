@@ -49,7 +49,7 @@ def average_precision(scores_RM: np.ndarray, truth_RM: np.ndarray, interpolated:
 
 
 @njit(cache=True)
-def _average_precision(keys_RM, interpolated):
+def _average_precision(keys_RM: np.ndarray, interpolated: bool) -> np.ndarray:
     R, M = keys_RM.shape
     out = np.zeros(R)
     precision, hits = np.zeros(M), np.zeros(M, np.int64)
@@ -119,7 +119,7 @@ class Sklearn:
         self.x, self.x_test = x.astype(np.float64), x_test.astype(np.float64)
 
     def cross_validate(self, positive_NC: np.ndarray, held_out_CFN: np.ndarray, costs: Costs) -> np.ndarray:
-        def work(x, positive, cost, test):
+        def work(x: np.ndarray, positive: np.ndarray, cost: float, test: np.ndarray) -> float:
             scores = fit(x[~test], positive[~test], cost).decision_function(x[test])
             return average_precision(scores[None], positive[None, test].astype(np.int8), interpolated=False)[0]
 
@@ -133,7 +133,7 @@ class Sklearn:
         return np.reshape(list(parallel(work, jobs)), (len(costs), C, folds)).mean(2)
 
     def refit(self, positive_NC: np.ndarray, cost_C: np.ndarray) -> np.ndarray:
-        def work(x, x_test, positive, cost):
+        def work(x: np.ndarray, x_test: np.ndarray, positive: np.ndarray, cost: float) -> np.ndarray:
             return fit(x, positive, cost).decision_function(x_test)
 
         return np.stack(
@@ -141,7 +141,7 @@ class Sklearn:
         )
 
     def few(self, problems: list[Problem], costs: Costs) -> Iterator[Scores]:
-        def work(x, x_test, rows, positive):
+        def work(x: np.ndarray, x_test: np.ndarray, rows: np.ndarray, positive: np.ndarray) -> Scores:
             fits = [fit(x[rows], positive, cost) for cost in costs]
             return tuple(np.stack([f.decision_function(part) for f in fits]) for part in (x_test, x))
 

@@ -6,6 +6,7 @@ import pickle
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -35,7 +36,7 @@ def detectron2_names(keys: Iterable[str]) -> dict[str, str]:
 class _Pickler(pickle.Pickler):
     """Pickles arrays by public names, which NumPy 1 and 2 share: detectron2 often runs in old environments."""
 
-    def reducer_override(self, value):
+    def reducer_override(self, value: object) -> Any:
         if isinstance(value, np.ndarray):
             return np.ndarray, (value.shape, value.dtype.str, bytearray(value.tobytes()))
         return NotImplemented
