@@ -29,6 +29,7 @@ from PIL import Image
 from torchvision import datasets, transforms
 
 from fastssl.data_prep import main as convert
+from fastssl.files.datacard import DataCard
 from fastssl.loader import Loader
 
 SIZE, PASSES = 224, 3  # pixels of a view; passes over the data in one repetition
@@ -64,9 +65,9 @@ def main() -> None:
                 batch=args.batch,
                 workers=WORKERS,
                 view=SIZE,
-                samples=card["samples"],
-                mean_pixels=card["mean_pixels"],
-                max_pixels=card["max_pixels"],
+                samples=card.samples,
+                mean_pixels=card.mean_pixels,
+                max_pixels=card.max_pixels,
                 images_per_s={k: spread(v) for k, v in rates.items()},
             )
     if env["load"] > 1:
@@ -201,8 +202,8 @@ def measure(runs: dict, repeats: int) -> dict[str, list[float]]:
     return rates
 
 
-def report(name: str, card: dict, rates: dict) -> None:
-    print(f"\n{card['samples']} images {name}, {card['mean_pixels']:.0f} pixels on average, {WORKERS} workers")
+def report(name: str, card: DataCard, rates: dict) -> None:
+    print(f"\n{card.samples} images {name}, {card.mean_pixels:.0f} pixels on average, {WORKERS} workers")
     ours = np.median(rates["ours"])
     for row, values in rates.items():
         print(

@@ -210,7 +210,7 @@ def describe(t) -> dict:
         "graph": t.graphed is not None and t.graphed.reason is None,
         "kernels": run.speed.kernels,
         "samples": t.loader.samples,
-        "mean_pixels": t.loader.card.get("mean_pixels"),
+        "mean_pixels": t.loader.card.mean_pixels,
     }
 
 

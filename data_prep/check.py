@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fastssl import files
-from fastssl.files import untrusted
+from fastssl.files.datacard import DataCard
 
 from .ffcv_format import ALLOCATION, FIELD, HEADER, RAW, VERSION, decode_jpeg, sample_table
 from .write import Progress, Target, geometry, hash_progress
@@ -32,12 +32,13 @@ class BetonInspector:
             raise ValueError(f"there is no file {path}")
         if not self.target.card.is_file():
             raise ValueError(f"{path} has no data card {self.target.card}: convert again, or copy it too")
-        self.card = untrusted.read_card(self.target.card)
-        if missing := [key for key in ("classes", "label", "copied", "sha256") if key not in self.card]:
+        self.card = DataCard.read(self.target.card)
+        required = ("label", "copied", "sha256", *(["classes"] if self.card.label != "none" else []))
+        if missing := [name for name in required if getattr(self.card, name) is None]:
             raise ValueError(f"{self.target.card} has no {missing[0]}: convert again")
-        self.samples, classes, multi = self.card["samples"], self.card["classes"], self.card["label"] == "multi"
+        self.samples, classes, multi = self.card.samples, self.card.classes, self.card.label == "multi"
         self.require("bytes", self.target.beton.stat().st_size)
-        if self.card["bytes"] < HEADER.itemsize:
+        if self.card.bytes < HEADER.itemsize:
             raise ValueError(f"{path} is damaged: it is too short for a header")
         self.data = np.memmap(self.target.beton, np.uint8, "r")
         header = self.data[: HEADER.itemsize].view(HEADER)[0]
@@ -62,11 +63,11 @@ class BetonInspector:
         if (sizes > self.data.size).any() or (pointers > self.data.size - sizes).any():
             raise ValueError(f"{self.target.beton} is damaged: its table points outside the file")
 
-    def require(self, key: str, found) -> None:
-        if self.card.get(key) != found:
+    def require(self, name: str, found: object) -> None:
+        if (said := getattr(self.card, name)) != found:
             raise ValueError(
-                f"{self.target.beton} does not match its data card: {key} is {found}, the card says "
-                f"{self.card.get(key)}: convert or copy it again"
+                f"{self.target.beton} does not match its data card: {name} is {found}, the card says {said}: "
+                "convert or copy it again"
             )
 
     def image(self, row: int) -> np.ndarray | None:
@@ -80,8 +81,8 @@ class BetonInspector:
         return decode_jpeg(data, height, width)
 
     def caption(self, row: int) -> str:
-        classes, label = self.card["classes"], self.labels[row]
-        if self.card["label"] == "multi":
+        classes, label = self.card.classes, self.labels[row]
+        if self.card.label == "multi":
             return " ".join(name for name, value in zip(classes, label) if value == 1)
         return classes[label] if classes and label >= 0 else f"{row}"
 
@@ -101,10 +102,10 @@ def check(path: str | Path, *, workers: int = 1, progress: Progress = lambda *_:
     card = beton.card
     return "\n".join(
         [
-            f"{path}: sound. {card['samples']} images ({card['jpeg']} JPEG, {card['raw']} raw), sizes up to "
-            f"{card['max_height']}x{card['max_width']}, {card['bytes'] / 1e6:.1f} MB, hash and every image verified",
+            f"{path}: sound. {card.samples} images ({card.jpeg} JPEG, {card.raw} raw), sizes up to "
+            f"{card.max_height}x{card.max_width}, {card.bytes / 1e6:.1f} MB, hash and every image verified",
             f"decoded {rate:.0f} images/s, "
-            f"{rate * card['bytes'] / card['samples'] / 1e6:.1f} MB/s on {workers} threads, "
+            f"{rate * card.bytes / card.samples / 1e6:.1f} MB/s on {workers} threads, "
             "from the page cache",
             f"contact sheet: {sheet}",
         ]
@@ -112,7 +113,7 @@ def check(path: str | Path, *, workers: int = 1, progress: Progress = lambda *_:
 
 
 def _check_labels(beton: BetonInspector) -> None:
-    kind, classes = beton.card["label"], beton.card["classes"]
+    kind, classes = beton.card.label, beton.card.classes
     allowed = {"none": (-1, -1), "multi": (-1, 1)}.get(kind) or (-1, len(classes or []) - 1)
     low, high = beton.labels.min(), beton.labels.max()
     if not (low >= allowed[0] and high <= allowed[1]):  # not: also for NaN

@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Iterator
 
+from fastssl.files.datacard import DataCard
+
 from .image import Options
 from .sources import KINDS, open_source
 from .write import Progress, Target, check_target, convert
@@ -168,42 +170,42 @@ def _convert(argv: list[str]) -> int:
     return 0
 
 
-def summary(card: dict, target: Target, seconds: float) -> Iterator[str]:
+def summary(card: DataCard, target: Target, seconds: float) -> Iterator[str]:
     classes = {
-        "int": f"{len(card['classes'] or [])} classes",
+        "int": f"{len(card.classes or [])} classes",
         "none": "no labels",
-        "multi": f"{len(card['classes'] or [])} labels an image",
-    }[card["label"]]
+        "multi": f"{len(card.classes or [])} labels an image",
+    }[card.label]
     yield (
-        f"{target.beton}: {card['samples']} images, {classes}, {card['bytes'] / 1e6:.1f} MB in {seconds:.1f} s "
-        f"({card['copied']} JPEGs bit for bit, {card['jpeg'] - card['copied']} written as JPEG, {card['raw']} raw)"
+        f"{target.beton}: {card.samples} images, {classes}, {card.bytes / 1e6:.1f} MB in {seconds:.1f} s "
+        f"({card.copied} JPEGs bit for bit, {card.jpeg - card.copied} written as JPEG, {card.raw} raw)"
     )
-    options = card["options"]
-    if card["label"] == "int" and len(card["classes"] or []) == 1:
+    options = card.options
+    if card.label == "int" and len(card.classes or []) == 1:
         yield (
-            f"all images are of one class ({card['classes'][0]!r}): fit for training without labels, and no "
+            f"all images are of one class ({card.classes[0]!r}): fit for training without labels, and no "
             "evaluation will take it as a training set; each class needs a folder of its own"
         )
-    if card["bad"]:
-        yield f"skipped {card['bad']} unreadable images, listed in {target.bad}"
-    if card["bounded"]:
+    if card.bad:
+        yield f"skipped {card.bad} unreadable images, listed in {target.bad}"
+    if card.bounded:
         yield (
-            f"--max-aspect {options['max_aspect']:g}: {card['bounded']} long images were shrunk to the area of "
+            f"--max-aspect {options['max_aspect']:g}: {card.bounded} long images were shrunk to the area of "
             f"{options['max_aspect'] * options['short_side']:g} by {options['short_side']}"
         )
-    if card["distrusted"]:
+    if card.distrusted:
         yield (
-            f"{card['distrusted']} JPEGs make FFCV's decoder complain (damaged, or of a rare kind) and were decoded "
+            f"{card.distrusted} JPEGs make FFCV's decoder complain (damaged, or of a rare kind) and were decoded "
             "by Pillow"
         )
-    if options["short_side"] and not card["resized"]:
+    if options["short_side"] and not card.resized:
         yield f"no image was changed by --short-side {options['short_side']}" + (
             "" if options["upscale"] else ": none is larger (--upscale enlarges the smaller ones)"
         )
-    if card["max_pixels"] > 8 * card["mean_pixels"]:
+    if card.max_pixels > 8 * card.mean_pixels:
         yield (
-            f"the largest image sets the canvas of every batch in the loader: {card['max_pixels']} pixels, "
-            f"{card['max_pixels'] / card['mean_pixels']:.0f} times the mean; --max-pixels or --short-side bounds it"
+            f"the largest image sets the canvas of every batch in the loader: {card.max_pixels} pixels, "
+            f"{card.max_pixels / card.mean_pixels:.0f} times the mean; --max-pixels or --short-side bounds it"
         )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fastssl.files import untrusted
+from fastssl.files.datacard import DataCard
 
 from .file_sources import FileRef
 from .sources import SUFFIXES, Source
@@ -69,7 +70,7 @@ def open_list(
 def read_classes(path: str) -> list[str]:
     """The names in a text file, one a line, or the classes of a converted file."""
     if Path(path).suffix in (".beton", ".json"):
-        names = untrusted.read_card(Path(path).with_suffix(".json")).get("classes")
+        names = DataCard.read(path).classes
         if not names:
             raise ValueError(f"--classes {path}: that file has no classes")
         return names

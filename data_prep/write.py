@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastssl import files
+from fastssl.files.datacard import DataCard
 
 from .ffcv_format import ALLOCATION, HEADER, VERSION, field_descriptions, sample_table
 from .image import Bad, Options, Stored, store_many
@@ -118,7 +119,7 @@ def convert(
     force: bool = False,
     given: dict | None = None,
     progress: Progress = lambda *_: None,
-) -> dict:
+) -> DataCard:
     """Write `out` (NAME.beton) and NAME.json; return the data card.
 
     `given`: further options to record in the card.  Raises ValueError or OSError, and then leaves an existing target
@@ -147,7 +148,7 @@ def convert(
         os.fsync(file.fileno())
         digest = files.sha256(target.part, hash_progress(progress))
         card = _card(source, beton, facts, bad, digest, target.part.stat().st_size, options, given or {})
-        files.write_json(target.card, card)
+        card.write(target.card)
         os.replace(target.part, target.beton)
     return card
 
@@ -276,7 +277,7 @@ def geometry(modes: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> dict
 
 def _card(
     source: Source, beton: BetonWriter, facts: dict, bad: list, digest: str, size: int, options: Options, given: dict
-) -> dict:
+) -> DataCard:
     image = beton.image[: beton.samples]
     recorded = {
         **given,
@@ -287,19 +288,18 @@ def _card(
         "quality": options.quality,
         "mode": options.mode,
     }
-    return {
-        "format": 1,
-        "source": source.path,
-        "kind": source.kind,
-        "samples": beton.samples,
-        "classes": source.classes,
-        "label": source.label,
+    return DataCard(
+        source=source.path,
+        kind=source.kind,
+        samples=beton.samples,
+        classes=source.classes,
+        label=source.label,
         **geometry(image["mode"], image["height"], image["width"]),
         **facts,
-        "bad": len(bad),
-        "bytes": size,
-        "options": recorded,
-        "sha256": digest,
-        "fastssl": version("fastssl"),
-        "ffcv": version("ffcv"),
-    }
+        bad=len(bad),
+        bytes=size,
+        options=recorded,
+        sha256=digest,
+        fastssl=version("fastssl"),
+        ffcv=version("ffcv"),
+    )

@@ -73,9 +73,8 @@ class Bottleneck:
 def faster_loading(t: Trainer) -> str:
     """What makes loading faster: the decoded set on the device if it fits, else more threads, else smaller images."""
     loader, available = t.loader, cores()
-    pixels = loader.card.get("max_pixels")
-    if not t.run.speed.resident and pixels:
-        need, free = loader.samples * pixels * 3, free_memory(t.device)
+    if not t.run.speed.resident:
+        need, free = loader.samples * loader.card.max_pixels * 3, free_memory(t.device)
         if need <= RESIDENT_SHARE * free:
             return f"speed.resident=True holds the decoded set on the device ({need / 2**30:.1f} GiB, it fits)"
     if getattr(loader, "workers", available) < available:

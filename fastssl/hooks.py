@@ -81,7 +81,7 @@ class FeatureCache:
                 raise ValueError(
                     f"{path} has no classes: kNN and the probe need labelled data (data.bank, data.test); {DISABLE}"
                 )
-            if loader.card.get("label") == "multi":
+            if loader.card.label == "multi":
                 raise ValueError(f"{path} has several labels per image: kNN and the probe need one class; {DISABLE}")
             self._loaders[path] = loader
         return self._loaders[path]
@@ -173,7 +173,7 @@ class LinearProbe:
 
     def before_epoch(self, t: Trainer) -> None:
         names = t.loader.classes
-        if not names or t.loader.card.get("label") == "multi":
+        if not names or t.loader.card.label == "multi":
             raise ValueError(
                 f"log.probe=True needs one class per image and {t.run.data.train} has "
                 f"{'several' if names else 'none'}; set log.probe=False"

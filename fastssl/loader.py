@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastssl import dist
-from fastssl.files import untrusted
+from fastssl.files.datacard import DataCard
 
 AHEAD = 2  # micro-batches decoded before they are asked for; more only costs memory once the decoder keeps up
 RESIDENT_SHARE = 0.5  # of the free memory: the rest is for the model, its activations and the optimizer
@@ -87,7 +87,7 @@ class Loader:
         self._check_batch()
         self.steps = self.samples // batch if drop_last else -(-self.samples // batch)
         self.card = self._read_card()
-        self.classes = self.card.get("classes")
+        self.classes = self.card.classes
         self.numbers: np.ndarray | None = None  # class in `classes` of each class of the file; see relabel
         self._pool = ThreadPoolExecutor(self.workers, "decode")
         self._feeder = ThreadPoolExecutor(1, "feed")
@@ -132,21 +132,15 @@ class Loader:
                 "--max-pixels or --short-side, or set a smaller speed.micro_batch"
             )
 
-    def _read_card(self) -> dict:
-        card = Path(self.path).with_suffix(".json")
-        if not card.exists():
-            return {}
-        card = untrusted.read_card(card)
-        facts = {
-            "format": 1,
-            "samples": self.samples,
-            "max_pixels": self._beton.max_pixels,
-            "bytes": self._beton.bytes.size,
-        }
-        if any(card.get(k) != v for k, v in facts.items()):
+    def _read_card(self) -> DataCard:
+        """The data card beside the file, or one with what the file's own table says where there is none."""
+        found = {"samples": self.samples, "max_pixels": self._beton.max_pixels, "bytes": self._beton.bytes.size}
+        if not Path(self.path).with_suffix(".json").exists():
+            return DataCard(**found)
+        card = DataCard.read(self.path)
+        if (said := {name: getattr(card, name) for name in found}) != found:
             raise ValueError(
-                f"the data card of {self.path} is not this file's: it says "
-                f"{ {k: card.get(k) for k in facts} }, needed {facts}; convert again"
+                f"the data card of {self.path} is not this file's: it says {said}, the file has {found}; convert again"
             )
         return card
 

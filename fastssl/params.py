@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastssl import backbones, config
 from fastssl.config import Backbone
+from fastssl.files.datacard import DataCard
 from fastssl.parsing import Parser, run_command
 from fastssl.trainer import Context
 from fastssl.weights.options import add_backbone_options, build_spec, given_fields
@@ -65,7 +65,7 @@ def flops(backbone: nn.Module, size: int) -> int:
 def _samples(run: config.Run) -> int:
     """From the data card of the training set; ImageNet's where there is none yet."""
     card = Path(run.data.train).with_suffix(".json")
-    return json.loads(card.read_text())["samples"] if card.is_file() else IMAGENET_SAMPLES
+    return DataCard.read(card).samples if card.is_file() else IMAGENET_SAMPLES
 
 
 def _parameters(name: str, module: nn.Module) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ simclr(224, extra=(Lighting(0.1), Erase(p=0.25))).  A recipe of one's own is a t
 
 from dataclasses import replace
 
+from fastssl.files.datacard import DataCard
 from fastssl.kernels.augment import View
 from fastssl.kernels.augment.extra import Erase, Lighting, Random, Transform
 from fastssl.kernels.augment.randaugment import RandAugment
@@ -157,12 +158,12 @@ def center(size: int = 224, resize: int | None = None, **changes) -> tuple[View,
     return _views(View(size, crop="center", resize=resize), **changes)
 
 
-def default_view(training: View, card: dict) -> View:
+def default_view(training: View, card: DataCard | None = None) -> View:
     """The centre crop at the size of a training view, with its normalisation.
 
     Square images of one size are shown whole; others are resized to 8/7 of the size on the short side (256 for 224).
     """
-    sides = {card.get(key) for key in ("min_side", "max_height", "max_width")}
+    sides = {card.min_side, card.max_height, card.max_width} if card else {None}
     same = len(sides) == 1 and None not in sides
     resize = training.size if same else round(training.size * 8 / 7)
     if sides == {training.size}:

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent / "methods"))
 import method_cases as cases
 
 from fastssl import bottleneck, dist, engine
+from fastssl.files.datacard import DataCard
 
 RECORD = {
     "data_ms": 0.0,
@@ -38,7 +39,9 @@ def trainer(device="cuda", *, pixels=1024, workers=64, **speed):
         "zero": 0,
         "micro_batch": None,
     } | speed
-    loader = SimpleNamespace(card={"max_pixels": pixels}, samples=1000, workers=workers, micro=1)
+    loader = SimpleNamespace(
+        card=DataCard(samples=1000, bytes=0, max_pixels=pixels), samples=1000, workers=workers, micro=1
+    )
     run = SimpleNamespace(speed=SimpleNamespace(**speed), optim=SimpleNamespace(batch=64, precision="fp16"))
     return SimpleNamespace(run=run, loader=loader, device=torch.device(device), graphed=SimpleNamespace(reason=None))
 

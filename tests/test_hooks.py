@@ -15,6 +15,7 @@ from torch import nn
 
 from fastssl import dist, hooks
 from fastssl.config import Data, Log, Optim, Run
+from fastssl.files.datacard import DataCard
 from fastssl.kernels.augment import View
 from fastssl.log import read
 
@@ -35,7 +36,10 @@ def trainer(backbone=None, **data):
     backbone.dim = getattr(backbone, "dim", DIM)
     run = Run(method=None, data=Data(train="train.beton", **data), optim=Optim(batch=16))
     loader = SimpleNamespace(
-        classes=list("rgb"), card={"label": "int"}, path="train.beton", labels=lambda: np.arange(9) % 3
+        classes=list("rgb"),
+        card=DataCard(samples=9, bytes=0, max_pixels=1, label="int"),
+        path="train.beton",
+        labels=lambda: np.arange(9) % 3,
     )
     method = SimpleNamespace(backbone=backbone)
     return Trainer(

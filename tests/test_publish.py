@@ -17,6 +17,7 @@ from fastssl import backbones, config, params, views, weights
 from fastssl.__main__ import COMMANDS, main
 from fastssl.checkpoint import store
 from fastssl.config import Backbone
+from fastssl.files.datacard import DataCard
 from fastssl.methods import byol
 from fastssl.trainer import Context
 from fastssl.weights.publish import publish
@@ -145,7 +146,7 @@ def test_params_of_a_config(tmp_path, capsys):
 
 def test_params_takes_the_size_of_a_bank_from_the_data_card(tmp_path):
     file = Path(__file__).parents[1] / "configs/npid/r50_in1k_200ep.py"
-    (tmp_path / "x.json").write_text('{"samples": 1000}')
+    DataCard(samples=1000, bytes=0, max_pixels=1).write(tmp_path / "x.json")
     rows = dict(params.params(str(file), [f"data.train={tmp_path}/x.beton"]))
     more = dict(params.params(str(file), [f"data.train={tmp_path}/none.beton"]))
     mib = [float(r[f"method's buffers at {n} samples"].split()[0]) for r, n in ((rows, "1,000"), (more, "1,281,167"))]

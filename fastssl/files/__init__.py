@@ -1,4 +1,5 @@
-"""Writing files so that they are complete or absent, hashes, JSON; reading untrusted files (untrusted.py)."""
+"""Writing files so that they are complete or absent, hashes, JSON; reading untrusted files (untrusted.py), data
+cards (datacard.py)."""
 
 from __future__ import annotations
 

@@ -128,57 +128,6 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
-CARD = {
-    "format": int,
-    "samples": int,
-    "bytes": int,
-    "max_height": int,
-    "max_width": int,
-    "max_pixels": int,
-    "min_side": int,
-    "jpeg": int,
-    "raw": int,
-    "copied": int,
-    "resized": int,
-    "bounded": int,
-    "distrusted": int,
-    "bad": int,
-    "mean_pixels": float,
-    "sha256": str,
-    "label": str,
-    "options": dict,
-    "source": str,
-    "kind": str,
-}
-CARD_NEEDS = ("format", "samples", "bytes", "max_pixels")  # the others have been there since the first version, too
-
-
-def read_card(path: str | Path) -> dict:
-    """A data card: every entry of the type in CARD, `classes` None or names, numbers 0 or more."""
-    card = read_json(path)
-    if not isinstance(card, dict):
-        raise ValueError(f"{path} is not a data card: it holds a {type(card).__name__}; convert again, or copy it too")
-    missing = [key for key in CARD_NEEDS if key not in card]
-    if missing:
-        raise ValueError(f"{path} is not a data card: {missing[0]} is missing; convert again, or copy it too")
-    for key, kind in CARD.items():
-        value = card.get(key, 0)
-        good = key not in card or type(value) is kind or (kind is float and type(value) is int)
-        if not good or (kind in (int, float) and not 0 <= value < 1 << 62):
-            raise ValueError(f"{path} is not a data card: {key} is {value!r:.60}")
-    if card["format"] != 1:
-        raise ValueError(f"{path} has format {card['format']}, this version reads 1: convert again")
-    names = card.get("classes")
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ValueError(f"{path} is not a data card: classes is {names!r:.60}, not a list of names")
-    label = card.get("label", "int")
-    if label not in ("none", "int", "multi") or (label == "multi" and not names):
-        raise ValueError(f"{path} is not a data card: label is {label!r:.60} with classes {names!r:.60}")
-    if card["samples"] == 0:
-        raise ValueError(f"{path} is not a data card: samples is 0")
-    return card
-
-
 def read_safetensors(path: str | Path, tensors: bool = True) -> tuple[dict[str, str], dict]:
     """The metadata and, if `tensors`, the tensors of a .safetensors file."""
     import safetensors

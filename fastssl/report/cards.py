@@ -6,6 +6,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
+from fastssl.files.datacard import DataCard
 from fastssl.report import run_data
 from fastssl.report.charts import duration
 from fastssl.report.run_data import CURVES, MAIN, RunData
@@ -56,10 +57,12 @@ def _data(run: RunData, which: str) -> str:
     path = run.setting(f"data.{which}")
     if not isinstance(path, str) or not path:
         return ""
-    card = run_data.card(path)
-    known = [f"{card['samples']:,} images"] if "samples" in card else []
-    known += [f"{len(card['classes']):,} classes"] if card.get("classes") else []
-    return Path(path).name + (f" ({', '.join(known)})" if known else "")
+    try:
+        card = DataCard.read(path)
+    except ValueError:  # the data may be elsewhere by now
+        return Path(path).name
+    known = [f"{card.samples:,} images"] + ([f"{len(card.classes):,} classes"] if card.classes else [])
+    return f"{Path(path).name} ({', '.join(known)})"
 
 
 def _views(run: RunData) -> str:

@@ -122,16 +122,6 @@ def read(folder: str | Path) -> RunData:
     return run
 
 
-def card(path: str) -> dict:
-    """The "samples" and "classes" of a data card, as far as it is there and has them."""
-    try:
-        found = json.loads(Path(path).with_suffix(".json").read_text())
-    except (OSError, ValueError):
-        return {}
-    found = found if isinstance(found, dict) else {}
-    return {key: found[key] for key, kind in (("samples", int), ("classes", list)) if isinstance(found.get(key), kind)}
-
-
 def collapsed(run: RunData) -> list[tuple[str, float, float, int]]:
     """(key, mean, limit, count) of the measures of collapse whose mean is below the limit in the last tenth, at least
     three measures."""

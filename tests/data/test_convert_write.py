@@ -20,6 +20,7 @@ from PIL import Image
 from fastssl import data_prep
 from fastssl.data_prep import ffcv_format, sources, write
 from fastssl.data_prep.image import Options
+from fastssl.files.datacard import DataCard
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,14 @@ def test_data_card(mixed, tmp_path):
     assert card["raw"] == 43 and card["jpeg"] == 257 and card["copied"] == 256
     assert card["bytes"] == len(data) and card["sha256"] == hashlib.sha256(data).hexdigest()
     assert card["ffcv"] == "1.0.2" and card["fastssl"] and card["options"]["mode"] is None
+    assert " ".join(card) == (  # the order since the first version
+        "format source kind samples classes label max_height max_width max_pixels min_side mean_pixels jpeg raw copied "
+        "resized bounded distrusted bad bytes options sha256 fastssl ffcv"
+    )
+    read = DataCard.read(tmp_path / "o.beton")
+    assert read == DataCard(**card)
+    read.write(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "o.json").read_bytes()
 
 
 def test_bad_images_stop_the_conversion_with_a_complete_list(tmp_path, capsys):

@@ -16,6 +16,7 @@ from PIL import Image
 
 import fastssl.loader
 from fastssl.decode import BetonReader
+from fastssl.files.datacard import DataCard
 from fastssl.loader import AHEAD, Loader, permutation
 
 
@@ -375,16 +376,12 @@ def test_missing_fields_are_named(tmp_path):
 def test_card(beton, tmp_path):
     path, card = tmp_path / "photos.beton", tmp_path / "photos.json"
     path.write_bytes(beton.read_bytes())
-    assert open_loader(path).card == {} and open_loader(path).classes is None
-    good = {
-        "format": 1,
-        "samples": 103,
-        "max_pixels": BetonReader(path).max_pixels,
-        "bytes": path.stat().st_size,
-        "classes": ["cat", "dog"],
-    }
+    facts = {"samples": 103, "max_pixels": BetonReader(path).max_pixels, "bytes": path.stat().st_size}
+    assert open_loader(path).card == DataCard(**facts) and open_loader(path).classes is None
+    good = {"format": 1, **facts, "classes": ["cat", "dog"], "fastssl": None, "a later field": 3}
     card.write_text(json.dumps(good))
-    assert open_loader(path).classes == ["cat", "dog"] and open_loader(path).card == good
+    assert open_loader(path).classes == ["cat", "dog"]
+    assert open_loader(path).card == DataCard(**facts, classes=["cat", "dog"])
     other = r"photos\.beton is not this file's"
     for change, message in (
         ({"samples": 102}, other),

@@ -13,6 +13,7 @@ from fastssl.eval import knn
 from fastssl.eval.common import cache, features
 from fastssl.eval.common.features import Extractor
 from fastssl.eval.linear import probe
+from fastssl.files.datacard import DataCard
 from fastssl.kernels.augment import View, make_views
 from fastssl.loader import Loader
 
@@ -196,7 +197,8 @@ def test_some_rows_alone(beton, want):
 )
 def test_default_view(size, sides, resize):
     training = replace(views.simclr(size)[0], mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
-    view = views.default_view(training, dict(zip(("min_side", "max_height", "max_width"), sides)))
+    sides = dict(zip(("min_side", "max_height", "max_width"), sides))
+    view = views.default_view(training, DataCard(samples=9, bytes=0, max_pixels=1, **sides))
     assert view == View(size, crop="center", resize=resize, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
 
 
@@ -254,5 +256,6 @@ def test_size_and_resize_are_independent_of_the_training_view(data, given, want)
     from fastssl.eval.common.target import _view
 
     args = Namespace(**{"size": None, "resize": None, "mean": None, "std": None, **given})
-    view = _view(args, data, Backbone("resnet18"), {"min_side": 32, "max_height": 32, "max_width": 32})
+    card = DataCard(samples=9, bytes=0, max_pixels=1024, min_side=32, max_height=32, max_width=32)
+    view = _view(args, data, Backbone("resnet18"), card)
     assert (view.size, view.resize) == want and view.crop == "center"

@@ -14,6 +14,7 @@ import torch
 
 from fastssl import dist, views
 from fastssl.config import Backbone, Data, Log, Optim, Run, Speed
+from fastssl.files.datacard import DataCard
 from fastssl.loader import Batch, permutation
 
 if TYPE_CHECKING:
@@ -152,7 +153,8 @@ class Memory:
         images = torch.nn.functional.interpolate(small, size=SIDE, mode="bicubic").clamp(0, 255)
         self.pixels = images.permute(0, 2, 3, 1).contiguous().flatten(1, 2).to(torch.uint8)
         self.labels = torch.randint(-1, CLASSES, (SAMPLES,), generator=g)
-        self.samples, self.classes, self.card = SAMPLES, [str(i) for i in range(CLASSES)], {"label": "int"}
+        self.samples, self.classes = SAMPLES, [str(i) for i in range(CLASSES)]
+        self.card = DataCard(samples=SAMPLES, bytes=0, max_pixels=SIDE**2, label="int")
         self.batch, self.seed, self.micro, self.shuffle, self.device = batch, seed, micro, shuffle, device
         self.steps = SAMPLES // batch if drop_last else -(-SAMPLES // batch)
 

@@ -186,7 +186,7 @@ def hash_weights(backbone: nn.Module) -> str:
 
 def hash_data(loader: Loader) -> str:
     """SHA-256 of the .beton, from its data card where it has one."""
-    return loader.card["sha256"] if "sha256" in loader.card else files.sha256(loader.path)
+    return loader.card.sha256 or files.sha256(loader.path)
 
 
 def _read(store: FeatureStore, k: int, dims: list[int], loader: Loader, receive: Receive) -> bool:

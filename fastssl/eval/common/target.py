@@ -17,6 +17,7 @@ from fastssl.config import Backbone
 from fastssl.eval.common import cache, features
 from fastssl.eval.common.classes import Labelled, match
 from fastssl.eval.common.features import Extractor
+from fastssl.files.datacard import DataCard
 from fastssl.kernels.augment import View
 from fastssl.loader import Loader
 from fastssl.parsing import comma_separated
@@ -113,7 +114,7 @@ def load_target(args: argparse.Namespace, needs: tuple[str, ...] | None, labelle
     some = next((files[name] for name in (*(needs or ()), *files) if files[name]), None)
     if needs is not None and not some:
         raise ValueError(f"give --train or --test NAME.beton: {args.target or 'the command'} names none")
-    view = _view(args, data, spec, {} if needs is None else _loader(some, args).card)
+    view = _view(args, data, spec, None if needs is None else _loader(some, args).card)
     if args.features != "pixels" and needs is not None:
         backbones.check_sizes(spec, [view.size])
     backbone, source = _backbone(args, spec, view)
@@ -129,7 +130,7 @@ def _loader(path: str, args: argparse.Namespace) -> Loader:
     )
 
 
-def _view(args: argparse.Namespace, data: dict, spec: Backbone, card: dict) -> View:
+def _view(args: argparse.Namespace, data: dict, spec: Backbone, card: DataCard | None) -> View:
     fields = data.get("eval_view") or (data["views"][0] if data else {"size": 224 if spec.stem == "imagenet" else 32})
     changes = {key: getattr(args, key) for key in ("size", "mean", "std") if getattr(args, key) is not None}
     view = View(**{key: value for key, value in fields.items() if key != "type"})
