@@ -1,6 +1,7 @@
 """Fused kernels: one folder per op, with its definition in plain PyTorch and its Triton kernels (docs/kernels.md).
 
-Depends on torch and triton only.  impl="auto" uses Triton on CUDA and the definition elsewhere.
+Depends on torch and triton, the views on a CPU on numba, too.  impl="auto" uses Triton on CUDA and the definition in
+plain PyTorch elsewhere; for views on a CPU it uses loops compiled by numba.
 """
 
 from .bank import update_bank_, update_centroids_

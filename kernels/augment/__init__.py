@@ -53,10 +53,17 @@ def make_views(
         return _with_extra(pixels, sizes, index, views, seed, epoch, dtype, impl)
     if choose(impl, pixels) == "reference":
         table = draw(sizes, index, views, seed=seed, epoch=epoch)
-        return reference.make_views(pixels, sizes, views, table, dtype)
+        make = _compiled if impl == "auto" and pixels.device.type == "cpu" else reference.make_views
+        return make(pixels, sizes, views, table, dtype)
     from . import triton
 
     return triton.make_views(pixels, sizes, index, views, seed, epoch, dtype)
+
+
+def _compiled(*args) -> list[Tensor]:
+    from . import cpu  # imports numba
+
+    return cpu.make_views(*args)
 
 
 def _with_extra(pixels, sizes, index, views, seed, epoch, dtype, impl) -> list[Tensor]:

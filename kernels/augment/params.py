@@ -144,6 +144,11 @@ class View:
             available = None if self.resize is None else self.resize + 2 * self.pad
             require(available is None or available >= self.size, "resize", f"is below size={self.size}")
 
+    @property
+    def blur_radius(self) -> int:
+        """The largest radius of a blur in pixels, 0 without blur."""
+        return min(math.ceil(4 * self.blur_sigma[1]), self.size - 1) if self.blur else 0
+
     def _complete_order(self):
         """Operations that `order` leaves out get probability 0 and a position: the kernels take orders of all four."""
         if len(set(self.order)) < len(self.order) or not set(self.order) <= set(OPS):

@@ -201,14 +201,12 @@ def blur(x: Tensor, view: View, table: Tensor) -> Tensor:
     """torchvision's gaussian_blur with sigma = PIL's radius and kernel_size = 2 * min(ceil(4 sigma), S - 1) + 1.
     PIL approximates the same Gaussian by three box blurs; the weight beyond 4 sigma is under 1e-4."""
     S, sigma = view.size, table[:, COL["sigma"]]
-    drawn = sigma.nonzero()[:, 0] if view.blur and S > 1 else ()
+    drawn = sigma.nonzero()[:, 0] if view.blur_radius else ()
     if not len(drawn):
         return x
     sigma = sigma[drawn, None]
     radius = torch.ceil(4 * sigma).clamp_max(S - 1)
-    widest = min(
-        math.ceil(4 * view.blur_sigma[1]), S - 1
-    )  # not the batch's maximum: the order of the sum would depend on it
+    widest = view.blur_radius  # not the batch's maximum: the order of the sum would depend on it
     offset = torch.arange(-widest, widest + 1, device=x.device)
     weight = torch.exp(-0.5 * (offset / sigma) ** 2) * (offset.abs() <= radius)
     weight = (weight / weight.sum(-1, keepdim=True))[:, None].expand(-1, S, -1)

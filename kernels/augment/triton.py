@@ -47,9 +47,7 @@ class Group(NamedTuple):
 
     @property
     def halo(self) -> int:
-        """The largest radius of a blur, 0 without blur."""
-        size = self.views[0].size
-        return max(min(math.ceil(4 * v.blur_sigma[1]), size - 1) if v.blur else 0 for v in self.views)
+        return max(v.blur_radius for v in self.views)
 
 
 def _group_key(view: params.View) -> tuple:

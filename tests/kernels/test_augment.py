@@ -73,12 +73,19 @@ def torchvision_view(image, view, row):
     return torch.rot90(x, view.quarter_turns, (1, 2))
 
 
-def check(images, views, epoch=0, bound=1 / 255):
+@pytest.fixture(params=["auto", "reference"])
+def impl(request):
+    """Both implementations on a CPU: "auto" is compiled by numba."""
+    return request.param
+
+
+def check(images, views, impl, epoch=0, bound=1 / 255):
     views = [replace(v, **RAW) for v in views]
     pixels, sizes, index = pack(images)
     tables = draw(sizes, index, views, seed=7, epoch=epoch)
     worst = 0.0
-    for view, table, ours in zip(views, tables, make_views(pixels, sizes, index, views, seed=7, epoch=epoch)):
+    made = make_views(pixels, sizes, index, views, seed=7, epoch=epoch, impl=impl)
+    for view, table, ours in zip(views, tables, made):
         for image, row, x in zip(images, table, ours):
             error = (x - torchvision_view(image, view, row)).abs()
             if view.solarize:  # a pixel within rounding of the threshold may go either way
@@ -90,9 +97,9 @@ def check(images, views, epoch=0, bound=1 / 255):
 
 
 @pytest.mark.parametrize("name", ONE_OP)
-def test_each_operation_is_torchvisions(name):
+def test_each_operation_is_torchvisions(name, impl):
     images = scenes([s for s in SHAPES if ONE_OP[name].crop != "random" or min(s) >= ONE_OP[name].size] * 3)
-    check(images, [ONE_OP[name]], bound=0.02 / 255 if name != "jitter_strong" else 0.1 / 255)
+    check(images, [ONE_OP[name]], impl, bound=0.02 / 255 if name != "jitter_strong" else 0.1 / 255)
 
 
 RECIPES = {
@@ -109,11 +116,11 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_are_torchvisions(name):
-    check(scenes(SHAPES * 2), RECIPES[name], bound=0.1 / 255)
+def test_recipes_are_torchvisions(name, impl):
+    check(scenes(SHAPES * 2), RECIPES[name], impl, bound=0.1 / 255)
 
 
-def test_photographs_are_torchvisions(photographs):
+def test_photographs_are_torchvisions(photographs, impl):
     views = [
         *recipes.simclr(),
         *recipes.byol(),
@@ -122,31 +129,32 @@ def test_photographs_are_torchvisions(photographs):
         recipes.patches()[5],
         *recipes.deepcluster(),
     ]
-    check(photographs, views, bound=0.1 / 255)
+    check(photographs, views, impl, bound=0.1 / 255)
 
 
 @pytest.mark.parametrize("shapes", [[(32, 32)] * 3, [(8, 8)] * 3, [(32, 32), (32, 40), (50, 32)]])
-def test_a_centre_crop_without_resize_is_exact(shapes):
+def test_a_centre_crop_without_resize_is_exact(shapes, impl):
     images, size = scenes(shapes), min(min(s) for s in shapes)
-    out = make_views(*pack(images), recipes.center(size, **RAW), seed=0, epoch=0)[0]
+    out = make_views(*pack(images), recipes.center(size, **RAW), seed=0, epoch=0, impl=impl)[0]
     for image, x in zip(images, out):
         top, left = round((image.shape[0] - size) / 2), round((image.shape[1] - size) / 2)
         expect = torch.from_numpy(image[top : top + size, left : left + size].copy()).permute(2, 0, 1) / 255
         assert torch.equal(x, expect)
 
 
-def test_normalisation_layout_and_dtype():
+def test_normalisation_layout_and_dtype(impl):
     images = scenes(SHAPES)
-    raw = make_views(*pack(images), recipes.center(16, 20, **RAW), seed=0, epoch=0)[0]
+    batch, key = pack(images), {"seed": 0, "epoch": 0, "impl": impl}
+    raw = make_views(*batch, recipes.center(16, 20, **RAW), **key)[0]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        out = make_views(*pack(images), recipes.center(16, 20), seed=0, epoch=0, dtype=dtype)[0]
+        out = make_views(*batch, recipes.center(16, 20), **key, dtype=dtype)[0]
         assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
         mean, std = torch.tensor(View(1).mean).view(3, 1, 1), torch.tensor(View(1).std).view(3, 1, 1)
         atol = 1e-6 if dtype == torch.float32 else 0.02
         torch.testing.assert_close(out, ((raw - mean) / std).to(dtype), rtol=0, atol=atol)
 
 
-def test_a_sample_does_not_depend_on_the_batch():
+def test_a_sample_does_not_depend_on_the_batch(impl):
     """Bitwise, in any company and at any place: so views cannot depend on the number of ranks."""
     for shapes in (SHAPES * 3, [(32, 32)] * 24):
         pixels, sizes, index = pack(scenes(shapes))
@@ -156,9 +164,9 @@ def test_a_sample_does_not_depend_on_the_batch():
             *recipes.deepcluster(16),
             *recipes.patches(10, resize=50, window=45),
         ]
-        whole = make_views(pixels, sizes, index, views, seed=5, epoch=2)
+        whole = make_views(pixels, sizes, index, views, seed=5, epoch=2, impl=impl)
         for rows in (torch.arange(0, 12), torch.arange(12, 24), torch.tensor([7]), torch.randperm(24)):
-            part = make_views(pixels[rows], sizes[rows], index[rows], views, seed=5, epoch=2)
+            part = make_views(pixels[rows], sizes[rows], index[rows], views, seed=5, epoch=2, impl=impl)
             for w, p in zip(whole, part):
                 assert torch.equal(w[rows], p)
 
@@ -187,9 +195,27 @@ def test_rotation_shows_one_crop_four_times():
         assert torch.equal(views[k], views[0].rot90(k, (2, 3)))
 
 
-def test_empty_batch_and_no_views():
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_compiled_views_are_the_references(threads):
+    """In any number of threads, and the same bits with each."""
+    pixels, sizes, index = pack(scenes(SHAPES * 3))
+    views, before = [*recipes.simclr(24), *recipes.byol(32), *recipes.deepcluster(16)], torch.get_num_threads()
+    key = {"seed": 5, "epoch": 2}
+    one = make_views(pixels, sizes, index, views, **key)
+    torch.set_num_threads(threads)
+    try:
+        compiled = make_views(pixels, sizes, index, views, **key)
+    finally:
+        torch.set_num_threads(before)
+    for x, y, z in zip(compiled, make_views(pixels, sizes, index, views, **key, impl="reference"), one):
+        assert torch.equal(x, z)
+        close = (x - y).abs() < 2e-4
+        assert close.float().mean() > 0.999  # a pixel within rounding of BYOL's threshold is solarized or not
+
+
+def test_empty_batch_and_no_views(impl):
     pixels, sizes, index = pack(scenes(SHAPES))
-    out = make_views(pixels[:0], sizes[:0], index[:0], recipes.simclr(24), seed=0, epoch=0)
+    out = make_views(pixels[:0], sizes[:0], index[:0], recipes.simclr(24), seed=0, epoch=0, impl=impl)
     assert [x.shape for x in out] == [(0, 3, 24, 24)] * 2
     assert make_views(pixels, sizes, index, (), seed=0, epoch=0) == []
 
