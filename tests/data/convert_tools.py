@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -74,3 +75,39 @@ def folder(root, count=6, classes=("cat", "dog")) -> Path:
         for i in range(count):
             save(Path(root) / name / f"{i}.jpg", photo(10 * c + i, 40 + 3 * (i % 11), 60 - 2 * (i % 13)), quality=90)
     return Path(root)
+
+
+def refused(capsys, *argv) -> str:
+    """The single line on stderr of a conversion that fails, having left nothing behind."""
+    out = argv[2]
+    before = {p for p in out.parent.parent.rglob("*") if not p.name.endswith(".bad.txt")}
+    assert convert(*argv) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and line.startswith("fastssl convert: ")
+    assert {p for p in out.parent.parent.rglob("*") if not p.name.endswith(".bad.txt")} == before
+    return line
+
+
+def archive(path, members: dict, mode="w") -> None:
+    with tarfile.open(path, mode) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def files(root) -> dict:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*.jpg"))}
+
+
+@pytest.fixture(scope="module", name="mixed")
+def mixed_fixture(tmp_path_factory):
+    """A folder of JPEGs, PNGs, one rotated photograph: 300 images, several chunks of work."""
+    root = tmp_path_factory.mktemp("mixed")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i in range(300):
+        pixels = photo(i, 20 + i % 17, 20 + i % 23)
+        options = {"exif": exif} if i == 30 else {}
+        save(root / f"c{i % 3}" / (f"{i:03d}.png" if i % 7 == 0 else f"{i:03d}.jpg"), pixels, **options)
+    return root

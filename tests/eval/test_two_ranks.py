@@ -19,8 +19,8 @@ import test_features
 import test_finetune
 import test_linear_published
 from conftest import photo, write_beton
-from test_detection import voc  # noqa: F401  (fixtures)
-from test_finetune import files  # noqa: F401
+from detection_files import voc_fixture  # noqa: F401
+from stripes import files_fixture  # noqa: F401
 from test_linear_published import folder  # noqa: F401
 
 from fastssl import dist
@@ -104,7 +104,7 @@ def test_published_linear_protocols(both, folder):  # noqa: F811
         test_linear_published.close(two[name], other[name])
 
 
-def test_fine_tuning(both, files):  # noqa: F811
+def test_fine_tuning(both, files):
     (one, held), (two, held_two) = test_finetune.trained(*files), both[0]["tuning"]
     assert held == held_two == both[1]["tuning"][1]
     for name, value in one.items():

@@ -6,7 +6,7 @@ import method_cases as cases
 import numpy as np
 import pytest
 import torch
-from test_losses import D, N, Tiny, array, batch, build, close, log_softmax, rows, unit
+from loss_tools import D, N, Tiny, array, batch, build, close, log_softmax, rows, unit
 
 from fastssl.config import validate
 from fastssl.sharded_table import ShardedTable

@@ -1,6 +1,5 @@
-"""Each loss against its paper's formula written out in float64, and where no gradient may flow."""
+"""Each loss against its paper's formula written out in float64, and settings that a method refuses."""
 
-import math
 from types import SimpleNamespace
 
 import method_cases as cases
@@ -8,59 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_tools import LABEL, D, N, Tiny, array, batch, build, close, log_softmax, rows, unit
 from torch import nn
 
 from fastssl import dist
 from fastssl.trainer import Context
-
-N, D = 6, 5
-LABEL = torch.tensor([0, 1, 0, 2, -1, 1])
-
-
-class Tiny(nn.Module):
-    """A backbone that is one linear layer over the pooled image, with a feature map of four places."""
-
-    def __init__(self):
-        super().__init__()
-        self.dim = 8
-        self.spec = SimpleNamespace(name="tiny")
-        self.conv = nn.Conv2d(3, 8, 1)
-
-    def forward_stages(self, x):
-        return [F.adaptive_avg_pool2d(self.conv(x), 2)]
-
-    def forward(self, x):
-        return self.forward_stages(x)[-1].mean((2, 3))
-
-
-def build(name, backbone=None, **settings):
-    torch.manual_seed(0)
-    config = cases.config(name, **settings)
-    return config.build(backbone or Tiny(), Context(60, N, ["a", "b", "c"], seed=5)).double()
-
-
-def rows(*shape, seed=1):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def batch(n=N, epoch=0, step=0):
-    return SimpleNamespace(index=torch.arange(n), label=LABEL[:n], epoch=epoch, step=step)
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def log_softmax(x):
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-
-def close(got, want):
-    np.testing.assert_allclose(float(torch.as_tensor(got).detach()), want, rtol=1e-12)
-
-
-def array(x):
-    return x.detach().numpy()
 
 
 def test_byol_is_the_squared_distance_of_unit_vectors_both_ways():
@@ -329,140 +280,6 @@ def test_sigreg_tells_a_gaussian_from_a_collapse():
     assert good < 1.5 and bad > 50, (good, bad)
 
 
-def mae(**settings):
-    from fastssl import backbones
-    from fastssl.config import Backbone
-
-    return build("mae", backbones.build(Backbone("test_vit"), cases.config("mae")), **settings)
-
-
-def test_mae_never_sees_what_it_rebuilds():
-    method = mae(mask=0.5)
-    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()
-    out = method([x], batch(2))
-    visible, masked = method.draw_mask(torch.arange(2), 0, 16)
-    assert sorted(torch.cat([visible, masked], 1)[0].tolist()) == list(range(16)) and visible.shape == (2, 8)
-    other = x.clone()
-    for i in range(2):
-        for place in masked[i].tolist():
-            r, c = divmod(place, 4)
-            other[i, :, 16 * r : 16 * r + 16, 16 * c : 16 * c + 16] += 3 * torch.randn(3, 16, 16).double()
-    changed = method([other], batch(2))
-    assert torch.equal(changed["pred"], out["pred"]) and torch.equal(changed["features"], out["features"])
-    assert not torch.allclose(changed["target"], out["target"])
-    r, c = divmod(int(masked[1, 3]), 4)
-    patch = array(x)[1, :, 16 * r : 16 * r + 16, 16 * c : 16 * c + 16].reshape(-1)
-    want = (patch - patch.mean()) / np.sqrt(patch.var(ddof=1) + 1e-6)
-    np.testing.assert_allclose(array(out["target"])[1, 3], want, rtol=1e-5, atol=1e-6)  # targets are float32
-    close(method.loss(out, batch())["loss"], ((array(out["pred"]) - array(out["target"])) ** 2).mean())
-
-
-def test_mae_masks_are_keyed_by_sample_and_epoch():
-    method = mae()
-    whole = method.draw_mask(torch.arange(8), 3, 16)[1]
-    assert torch.equal(method.draw_mask(torch.tensor([5, 2]), 3, 16)[1], whole[[5, 2]])
-    assert not torch.equal(method.draw_mask(torch.arange(8), 4, 16)[1], whole)
-    counts = torch.bincount(method.draw_mask(torch.arange(4000), 0, 16)[1].flatten(), minlength=16) / 4000
-    assert (counts - 0.5).abs().max() < 0.05, "every place is masked equally often"
-
-
-# method: (outputs that get no gradient, outputs that do)
-FLOW = {
-    "moco": ("k", "q"),
-    "moco symmetric": ("k", "q"),
-    "byol": ("z", "p"),
-    "simsiam": ("z", "p"),
-    "mocov3": ("k", "q"),
-    "nnclr": ("z", "p"),
-    "dino": ("teacher", "student"),
-    "swav": ("z", "scores"),
-    "densecl": ("k k_dense", "q q_dense"),
-    "mae": ("target", "pred"),
-    "barlow": ("", "z"),
-    "vicreg": ("", "z"),
-    "lejepa": ("", "z"),
-}
-
-
-@pytest.mark.parametrize("name", FLOW)
-def test_the_target_side_moves_the_loss_and_gets_no_gradient(name):
-    case = cases.CASES[name]
-    method = mae() if name == "mae" else build(name)
-    g = torch.Generator().manual_seed(0)
-    views = [torch.rand(N, 3, v.size, v.size, generator=g).double() for v in case.views]
-    out = {k: v.detach().clone() for k, v in method(views, batch()).items()}
-    for value in out.values():
-        value.requires_grad_(value.is_floating_point())
-    stopped, flowing = (names.split() for names in FLOW[name])
-    loss = method.loss(out, batch())["loss"]
-    for key in stopped:
-        assert torch.autograd.grad(loss, out[key], retain_graph=True, allow_unused=True)[0] is None, key
-        if (name, key) not in {("swav", "z")}:  # the embeddings of SwAV wait for the queue
-            moved = {**out, key: out[key].detach() + torch.randn(out[key].shape, generator=g).double()}
-            assert method.loss(moved, batch())["loss"] != loss, key
-    for key in flowing:
-        grad = torch.autograd.grad(loss, out[key], retain_graph=True)[0]
-        assert grad.abs().max() > 1e-6, key
-        if name in ("barlow", "vicreg", "lejepa", "dino", "swav"):
-            assert (grad.abs().amax((0, 2)) > 1e-9).all(), "every view gets a gradient"
-
-
-@pytest.mark.parametrize("name", ["moco", "byol", "mocov3", "dino", "densecl"])
-def test_the_momentum_encoder_follows_without_gradient(name):
-    method = build(name, momentum=0.8)
-    pairs = [(n, p) for n, p in method.named_parameters() if n.startswith("target.")]
-    assert pairs and not any(p.requires_grad for _, p in pairs)
-    online = {n: p for n, p in method.named_parameters() if not n.startswith("target.")}
-    with torch.no_grad():
-        for p in online.values():
-            p += 1
-    before = {n: p.clone() for n, p in pairs}
-    g = torch.Generator().manual_seed(0)
-    views = [torch.rand(N, 3, v.size, v.size, generator=g).double() for v in cases.CASES[name].views]
-    out = {k: v.detach() for k, v in method(views, batch()).items()}
-    method.after_step(out, batch(), 0.0)
-    names = {"0": "backbone", "1": "head" if name == "dino" else "projector", "2": "dense_projector"}
-    for n, p in pairs:
-        _, part, rest = n.split(".", 2)
-        want = 0.8 * before[n] + 0.2 * online[f"{names[part]}.{rest}"]
-        torch.testing.assert_close(p, want, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["dino", "swav"])
-def test_prototypes_stand_still_at_first(name):
-    method = build(name, freeze_epochs=2)
-    weights = [p for n, p in method.named_parameters() if n.endswith("prototypes.weight") and p.requires_grad]
-    views = [torch.rand(N, 3, v.size, v.size).double() for v in cases.CASES[name].views]
-    for epoch, frozen in ((0, True), (1, True), (2, False)):
-        loss = method.loss(method(views, batch(epoch=epoch)), batch(epoch=epoch))["loss"]
-        (grad,) = torch.autograd.grad(loss, weights)
-        assert (grad.abs().max() == 0) == frozen
-
-
-def test_prototypes_have_unit_length_whatever_their_weights():
-    from fastssl.methods import parts
-
-    prototypes = parts.Prototypes(D, 4).double()
-    x = rows(N, D)
-    before = prototypes(x)
-    with torch.no_grad():
-        prototypes.weight *= torch.tensor([[0.1], [2.0], [3.0], [40.0]])
-    torch.testing.assert_close(prototypes(x), before)
-    np.testing.assert_allclose(array(before), array(x) @ unit(array(prototypes.weight)).T, rtol=1e-12)
-
-
-def test_nnclr_and_swav_queue_the_embeddings_of_the_step():
-    method = build("nnclr", dims=(D,), predictor=4, queue=8)
-    z = rows(N, 2, D).detach()
-    method.after_step({"z": z}, batch(), 0.5)
-    np.testing.assert_allclose(array(method.queue[:N]), unit(array(z[:, 0])), rtol=1e-12)
-    method = build("swav", dims=(4, D), prototypes=3, queue=8)
-    method.after_step({"z": z}, batch(), 0.5)
-    for i in range(2):
-        np.testing.assert_allclose(array(method.queue[i, :N]), unit(array(z[:, i])), rtol=1e-12)
-    assert method.pointers.tolist() == [N, N]
-
-
 @pytest.mark.parametrize("name", ["supervised", "supcon"])
 def test_labels_asked_of_an_unlabelled_file(name):
     with pytest.raises(ValueError, match=f"{name} learns from labels and data.train has no classes"):
@@ -487,44 +304,3 @@ def test_a_recipe_of_the_wrong_number_of_views():
 
     with pytest.raises(ValueError, match="RelativeLoc needs a recipe of 9 views, data.views gives 2"):
         check_views(build("relative_loc"), views.simclr(16))
-
-
-def test_transformers_asked_of_a_resnet():
-    for name, settings in (("mae", {}), ("mocov3", {"freeze_patch_embed": True})):
-        with pytest.raises(ValueError, match="'tiny' is not a vision transformer; use one of timm's"):
-            cases.config(name, **settings).init_backbone(Tiny())
-    with pytest.raises(ValueError, match=r"method.mask=1.0 must be between 0 and 1"):
-        build("mae", mask=1.0)
-    with pytest.raises(ValueError, match=r"method.mask=0.95 leaves 0 of 16 patches of 16 pixels"):
-        mae(mask=0.95)([torch.rand(2, 3, 64, 64).double()], batch(2))
-
-
-def test_mocov3_freezes_the_patch_projection_and_positions():
-    from fastssl import backbones
-    from fastssl.config import Backbone
-
-    backbone = backbones.build(Backbone("test_vit"), cases.config("mocov3", freeze_patch_embed=True))
-    method = build("mocov3", backbone, freeze_patch_embed=True)
-    frozen = {n for n, p in method.backbone.named_parameters() if not p.requires_grad}
-    assert frozen == {"body.pos_embed", "body.patch_embed.proj.weight", "body.patch_embed.proj.bias"}
-
-
-@pytest.mark.parametrize("method, columns_first", [("mae", True), ("mocov3", False)])
-def test_fixed_positions_are_the_authors(method, columns_first):
-    """One number at a time, from MAE's get_2d_sincos_pos_embed and MoCo v3's build_2d_sincos_position_embedding."""
-    from fastssl import backbones
-    from fastssl.config import Backbone
-
-    settings = {"freeze_patch_embed": True} if method == "mocov3" else {}
-    body = backbones.build(Backbone("test_vit", options={"img_size": (48, 80)}), cases.config(method, **settings)).body
-    quarter = body.embed_dim // 4
-    assert body.pos_embed.shape == (1, 1 + 3 * 5, 4 * quarter) and body.pos_embed[0, 0].abs().max() == 0
-    for row, column in ((0, 3), (2, 1)):
-        first, second = (column, row) if columns_first else (row, column)
-        want = [
-            f(place / 10000 ** (i / quarter))
-            for place in (first, second)
-            for f in (math.sin, math.cos)
-            for i in range(quarter)
-        ]
-        np.testing.assert_allclose(body.pos_embed[0, 1 + 5 * row + column], want, atol=1e-6)
