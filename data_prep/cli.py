@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 
 from fastssl.files.datacard import DataCard
+from fastssl.parsing import Parser
 
 from .image import Options
 from .sources import KINDS, open_source
@@ -21,9 +22,9 @@ from .write import Progress, Target, check_target, convert
 GIVEN = ("split", "root", "labels", "label_columns", "classes")  # options of sources, recorded in the data card
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     def error(self, message: str):
-        raise ValueError(f"{message} (see fastssl convert --help)")
+        raise ValueError(f"{self.explain(message)}; see fastssl convert --help")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     kinds = "\n".join(f"  {name:<12} {text}" for name, text in KINDS.items())
     parser = _Parser(
-        prog="fastssl convert",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "fastssl convert",
         description=f"Convert images to one FFCV file OUT (NAME.beton) with a data card NAME.json.\n\nSOURCE\n{kinds}",
         epilog="fastssl convert check NAME.beton   decodes everything, verifies counts and hash, measures read speed, "
         "draws NAME.png",
@@ -213,7 +213,7 @@ def _check(argv: list[str]) -> int:
     from .check import check
 
     parser = _Parser(
-        prog="fastssl convert check",
+        "fastssl convert check",
         description="Decode everything, verify counts and hash, measure read speed, draw the contact sheet NAME.png.",
     )
     parser.add_argument("path", metavar="NAME.beton")

@@ -17,7 +17,8 @@ from fastssl.config import Run, settings
 from fastssl.data_prep.image import Options
 from fastssl.data_prep.memory import open_memory
 from fastssl.data_prep.write import convert as write
-from fastssl.eval.common.target import add_target_options, load_target
+from fastssl.eval.common.target import load_target
+from fastssl.eval.options import add_target_options
 from fastssl.trainer import Trainer
 
 

@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastssl import backbones, config
 from fastssl.config import Backbone
+from fastssl.config.backbone_options import add_backbone_options, build_spec, given_fields
 from fastssl.files.datacard import DataCard
 from fastssl.parsing import Parser, run_command
 from fastssl.trainer import Context
-from fastssl.weights.options import add_backbone_options, build_spec, given_fields
 
 IMAGENET_SAMPLES = 1_281_167
 

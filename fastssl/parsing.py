@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'lars'?" where a known name is similar, else ""."""
+    near = difflib.get_close_matches(str(name), [str(k) for k in known], 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class Parser(argparse.ArgumentParser):
-    """Options are written out in full; the description keeps its lines."""
+    """Options are written out in full; the description keeps its lines; errors are one line with the nearest name."""
 
     def __init__(self, prog: str, description: str | None = None, **options):
         super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_Help, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {self.explain(message)}; see {self.prog} --help\n")
+
+    def explain(self, message: str) -> str:
+        """An error of argparse in one line, with the option or choice that is most similar to a misspelt one."""
+        message = " ".join(message.split())
+        unknown = re.fullmatch(r"unrecognized arguments: (.*)", message)
+        names = [name for action in self._actions for name in action.option_strings]
+        misspelt = [word.partition("=")[0] for word in unknown[1].split(" ") if word[:1] == "-"] if unknown else []
+        if misspelt:
+            return message + hint(misspelt[0], names)
+        choice = re.match(r"argument ([^ ]+): invalid choice: '(.*?)' \(choose from", message)
+        for action in self._actions if choice else ():
+            if action.choices and choice[1] in ("/".join(action.option_strings), action.metavar, action.dest):
+                return message + hint(choice[2], map(str, action.choices))
+        return message
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

@@ -2,7 +2,7 @@
 
 import argparse
 import contextlib
-import importlib
+import json
 import os
 import subprocess
 import sys
@@ -11,15 +11,64 @@ import pytest
 
 import fastssl.eval
 from fastssl import __main__ as command
+from fastssl.eval import options
+
+HEAVY = ("torch", "timm", "ffcv", "numpy", "deepspeed", "PIL")  # 4 to 7 s of CPU
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["eval", "--help"], ["eval"], ["tran"], ["eval", "liner"]])
-def test_help_and_misspelt_commands_import_no_torch(argv):
-    """torch, timm and FFCV take 4 to 7 s of CPU."""
-    code = f"import sys; from fastssl.__main__ import main; main({argv!r}); print(sorted(sys.modules))"
+def answered_without(heavy, commands):
+    """The commands' exit codes, with what they print, in one process, which must not have imported `heavy`."""
+    code = f"""
+import contextlib, io, json, sys
+from fastssl.__main__ import main
+for argv in {commands!r}:
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        try:
+            code = main(argv)
+        except SystemExit as stop:
+            code = stop.code
+    print(json.dumps([argv, code, out.getvalue(), [name for name in {heavy!r} if name in sys.modules]]))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    heavy = {name for name in ("torch", "timm", "ffcv", "numpy", "deepspeed", "PIL") if f"'{name}'" in done.stdout}
-    assert not heavy and "'fastssl.eval'" in done.stdout
+    for line in done.stdout.splitlines():
+        argv, code, said, imported = json.loads(line)
+        assert not imported, (argv, imported)
+        yield argv, code, said
+
+
+def test_help_and_misspelt_options_import_no_torch():
+    helps = [["--help"], ["eval", "--help"], *(["eval", name, "--help"] for name in fastssl.eval.PROTOCOLS)]
+    wrong = {
+        ("tran",): "'train'",
+        ("eval", "liner"): "'linear'",
+        ("eval", "knn", "--trian", "x"): "unrecognized arguments: --trian; did you mean '--train'?",
+        ("eval", "knn", "--tempreature=1"): "unrecognized arguments: --tempreature=1; did you mean '--temperature'?",
+        ("eval", "svm", "--solver", "fsat"): "; did you mean 'fast'?",
+        ("eval", "knn", "--k", "1,x"): "--k: '1,x' is not a comma-separated list",
+    }
+    commands = [*helps, *map(list, wrong)]
+    answers = list(answered_without(HEAVY, commands))
+    assert len(answers) == len(commands)
+    for argv, code, said in answers[: len(helps)]:
+        assert code == 0 and said.startswith("usage: fastssl"), argv
+    for argv, code, said in answers[len(helps) :]:
+        assert code == 2 and said.count("\n") == 1 and wrong[tuple(argv)] in said, said
+
+
+def test_choices_of_options_are_what_the_protocols_have():
+    from fastssl import amp
+    from fastssl.eval import detection, linear, svm
+    from fastssl.eval.common import search
+
+    for protocol, option, known in (
+        ("knn", "--backend", search.BACKENDS),
+        ("knn", "--precision", amp.DTYPES),
+        ("svm", "--solver", svm.SOLVERS),
+        ("linear", "--recipe", ("probe", *linear.RECIPES)),
+        ("detection", "--schedule", detection.SCHEDULES),
+    ):
+        action = next(a for a in options.parser(protocol)._actions if option in a.option_strings)
+        assert tuple(action.choices) == tuple(known), option
 
 
 def test_a_reader_that_has_gone_is_not_a_traceback():
@@ -39,7 +88,7 @@ def test_help_names_every_protocol(capsys):
 def parsers():
     """(name, parser) of every command that takes options."""
     for name in fastssl.eval.PROTOCOLS:
-        yield f"eval {name}", fastssl.eval.parser(name, importlib.import_module(f"fastssl.eval.{name}"))
+        yield f"eval {name}", options.parser(name)
     for name in sorted(command.COMMANDS.keys() - {"eval", "methods"}):
         made = []
         with pytest.MonkeyPatch.context() as patch:

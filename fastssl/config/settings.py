@@ -7,17 +7,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import types
 import typing
-from collections.abc import Iterable
 from typing import Any
 
-
-def hint(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'lars'?" where a known name is similar, else ""."""
-    near = difflib.get_close_matches(str(name), [str(k) for k in known], 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+from fastssl.parsing import hint
 
 
 def names(target: Any) -> list[str]:

@@ -1,10 +1,9 @@
 """`fastssl eval PROTOCOL`: evaluates a run or a weight file, prints the result as a table and writes it as JSON.
 
 Each protocol is a module or a folder here; what several of them use is in common/.  A protocol has
-- `add_options(parser)`: its own options;
+- its own options in options.py;
 - `NEEDS`: which of "train" and "test" it reads, None where it reads no .beton;
 - `run(target, args)`: returns {"protocol": name, "options": {...}, "results": [row, ...]};
-- optionally `WITHOUT`: shared options that would have no effect, by their names in `args`;
 - optionally `LABELLED`: which images must have a label (default "all", see common/classes.py).
 """
 
@@ -20,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from fastssl import files
-from fastssl.parsing import Parser, run_command
+from fastssl.parsing import run_command
 
 if TYPE_CHECKING:
     from fastssl.eval.common.target import EvalTarget
@@ -65,10 +64,12 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(PROTOCOLS)}"
         print(f"fastssl eval: unknown protocol {argv[0]!r}; {hint}", file=sys.stderr)
         return 2
+    from fastssl.eval import options  # late, because it needs fastssl.config
+
+    args = options.parser(argv[0]).parse_args(argv[1:])
     from fastssl import dist
 
     protocol = importlib.import_module(f"fastssl.eval.{argv[0]}")
-    args = parser(argv[0], protocol).parse_args(argv[1:])
 
     def work() -> None:
         args.device = dist.init(args.device)
@@ -84,15 +85,6 @@ def main(argv: list[str] | None = None) -> int:
         return run_command("eval", work)
     finally:
         dist.shutdown()
-
-
-def parser(name: str, protocol: ModuleType) -> Parser:
-    from fastssl.eval.common.target import add_target_options
-
-    out = Parser(f"fastssl eval {name}", protocol.__doc__)
-    add_target_options(out, getattr(protocol, "WITHOUT", ()))
-    protocol.add_options(out)
-    return out
 
 
 def run(protocol: ModuleType, args: argparse.Namespace) -> dict:

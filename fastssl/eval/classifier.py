@@ -14,14 +14,7 @@ from fastssl.eval.common.metrics import accuracy
 from fastssl.eval.common.target import EvalTarget
 
 NEEDS = ("test",)
-WITHOUT = ("train", "features")
 NAMES = ("head", "fc", "fc_cls", "classifier", "linear")  # last word of the layer's name in a file
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--head", metavar="NAME", help="name of the linear layer in the file, e.g. head.fc_cls; default: found"
-    )
 
 
 def run(target: EvalTarget, args: argparse.Namespace) -> dict:

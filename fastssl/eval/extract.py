@@ -21,33 +21,9 @@ from fastssl.eval.common import cache, features
 from fastssl.eval.common.ranks import on_main
 from fastssl.eval.common.target import EvalTarget
 from fastssl.eval.maps import output_folder
-from fastssl.parsing import comma_separated
 
 NEEDS = ()  # one of the two files is enough
 REMEDY = "give another --folder"
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--layers",
-        type=comma_separated(str),
-        default=("last",),
-        help="stem,layer1,layer2,layer3,layer4,last (other networks than ResNets: stage1, ...) or all",
-    )
-    parser.add_argument("--only", choices=("train", "test"), help="one of the two files; default: both")
-    parser.add_argument(
-        "--to",
-        choices=("npy", "safetensors"),
-        default="npy",
-        help="npy: a file for each layer and one for the labels; safetensors: one file for all",
-    )
-    parser.add_argument(
-        "--squash",
-        action="store_true",
-        help="the whole image at the view's size instead of a crop, as OpenSelfSup does for VOC07",
-    )
-    parser.add_argument("--folder", help="default: eval/ in the run's folder")
-    parser.add_argument("--force", action="store_true", help="replace files that are there")
 
 
 def run(target: EvalTarget, args: argparse.Namespace) -> dict:

@@ -19,7 +19,6 @@ from fastssl.eval.common import finetuning
 from fastssl.eval.common.target import EvalTarget
 
 NEEDS = ("train", "test")
-WITHOUT = ("cache", "no_cache")  # the network is trained: there are no features to cache
 TRANSFORMER = {
     "optimizer": "adamw",
     "lr": 5e-4,
@@ -43,28 +42,6 @@ OTHER = {
     "smoothing": 0.0,
 }
 LR_END = 1e-6  # MAE's min_lr
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--optimizer", choices=("adamw", "sgd"), help="default: adamw for transformers, else sgd")
-    add("--lr", type=float, help="for a batch of 256; scaled linearly; default: 5e-4 for transformers, else 0.05")
-    add("--train-batch", type=int, help="of all ranks together; default: 1024 for transformers, else 256")
-    add("--epochs", type=int, help="default: 100 for transformers, else 30")
-    add("--warmup-epochs", type=float, help="default: 5 for transformers, else 0; then a cosine")
-    add("--weight-decay", type=float, help="default: 0.05 for transformers (not on norms and biases), else 0")
-    add(
-        "--layer-decay",
-        type=float,
-        help="factor of the rate from a block to the one before it; default: 0.65 for transformers, else 1",
-    )
-    add("--drop-path", type=float, help="stochastic depth in the last block; default: 0.1 for transformers, else 0")
-    add("--smoothing", type=float, help="label smoothing; default: 0.1 for transformers, else 0")
-    add("--mixup", type=float, default=0.0, help="alpha (MAE: 0.8)")
-    add("--cutmix", type=float, default=0.0, help="alpha (MAE: 1.0)")
-    add("--clip", type=float, default=0.0, help="largest norm of the gradient; 0: no clipping")
-    add("--pool", choices=("avg", "token"), help="transformers: input of the head (MAE: avg); default: timm's")
-    finetuning.add_options(parser)
 
 
 def run(target: EvalTarget, args: argparse.Namespace) -> dict:

@@ -16,20 +16,9 @@ from fastssl.eval.common import search
 from fastssl.eval.common.features import check_features
 from fastssl.eval.common.metrics import in_top_k, percentages, top_ks
 from fastssl.eval.common.target import EvalTarget
-from fastssl.parsing import comma_separated
 
 NEEDS = ("train", "test")
 K = (10, 20, 100, 200)
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--k",
-        type=comma_separated(int),
-        help="numbers of neighbours; default: those of 10,20,100,200 that the training file has images for",
-    )
-    parser.add_argument("--temperature", type=float, default=0.07, help="T in the weights exp(cosine / T) of the votes")
-    parser.add_argument("--backend", choices=tuple(search.BACKENDS), default="torch", help="of the search")
 
 
 def run(target: EvalTarget, args: argparse.Namespace) -> dict:

@@ -17,26 +17,16 @@ from torch import Tensor
 
 from fastssl import dist, files
 from fastssl.eval.common.target import EvalTarget
+from fastssl.eval.options import MAPS
 from fastssl.loader import permutation
 
 NEEDS = ("test",)
-WITHOUT = ("train",)
-METHODS = ("pca", "tsne", "umap")
 DIMS = 50  # principal components that t-SNE and UMAP start from: distances hardly change, and they are faster
 NEIGHBOURS = 10  # of trustworthiness
 EQUAL = 1e-7  # standard deviation up to which scaled features differ by rounding alone
 TRUST_POINTS = 10_000  # most points for trustworthiness, whose N x N matrices then take 800 MB each
 OTHERS = "#9a9a9a"  # classes beyond the colours, and images without a class
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f3fbf", "#a3a500", "#e31a5f")
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", default="tsne", help=f"some of {', '.join(METHODS)}, with commas between them")
-    parser.add_argument("--points", type=int, default=5000, help="images drawn from the test file; 0: all")
-    parser.add_argument("--perplexity", type=float, help="of t-SNE; default: 30, or a third of fewer than 90 points")
-    parser.add_argument("--near", type=int, help="n_neighbors of UMAP; default: 15")
-    parser.add_argument("--min-dist", type=float, help="min_dist of UMAP; default: 0.1")
-    parser.add_argument("--folder", help="for map_METHOD.png and .npy; default: eval/ in the run's folder")
 
 
 def run(target: EvalTarget, args: argparse.Namespace) -> dict:
@@ -100,8 +90,8 @@ def sample(count: int, points: int, seed: int = 0) -> np.ndarray:
 
 
 def check_method(method: str) -> None:
-    if method not in METHODS:
-        raise ValueError(f"method={method!r}: known are {', '.join(METHODS)}")
+    if method not in MAPS:
+        raise ValueError(f"method={method!r}: known are {', '.join(MAPS)}")
     if method == "umap":
         _umap()
 

@@ -21,12 +21,6 @@ NEEDS = ("train", "test")
 LABELLED = "none"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--k", type=int, default=8, help="neighbours of each image")
-    parser.add_argument("--queries", type=int, default=10, help="test images on the sheet, drawn by --seed")
-    parser.add_argument("--folder", help="for neighbours.png; default: eval/ in the run's folder")
-
-
 def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     folder = output_folder(args)
     if args.queries < 1:

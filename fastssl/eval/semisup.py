@@ -20,44 +20,10 @@ from fastssl.eval.common import cache, finetuning
 from fastssl.eval.common.stored_results import StoredResults
 from fastssl.eval.common.target import EvalTarget
 from fastssl.loader import Loader, permutation
-from fastssl.parsing import comma_separated
 
 NEEDS = ("train", "test")
-WITHOUT = ("cache", "no_cache")  # the network is trained: there are no features to cache
 RATES, HEAD_MULTS = (0.001, 0.01, 0.1), (1.0, 10.0, 100.0)
 WEIGHT_DECAY = {1: 5e-4, 10: 1e-4}  # by percent of the labels
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--percent", type=float, help="of the training images of each class, drawn by --seed; default: 1")
-    add(
-        "--subset",
-        metavar="FILE",
-        help="the labelled images: on each line a row of the .beton (from 0) or, with "
-        "--names, the name of an image (SimCLR's lists); 'all' if --train is the subset itself",
-    )
-    add(
-        "--names",
-        metavar="FILE",
-        help="names of the images of the .beton in its order, 'name' or 'name label' "
-        "on each line: the list that it was converted from",
-    )
-    add(
-        "--lr",
-        type=comma_separated(float),
-        help="rates of the backbone; default: 0.001,0.01,0.1 (with Sobel filters 0.01)",
-    )
-    add("--head-mult", type=comma_separated(float), help="multiples of --lr for the head; default: 1,10,100 (Sobel: 1)")
-    add("--held-out", type=float, default=0.2, help="fraction of the labelled images, for the held-out row; 0: none")
-    add("--train-batch", type=int, default=256, help="of all ranks together")
-    add("--epochs", type=int, default=20, help="of each training")
-    add(
-        "--milestones", type=comma_separated(float), default=(12.0, 16.0), help="epochs where the rates fall by --gamma"
-    )
-    add("--gamma", type=float, default=0.2, help="see --milestones")
-    add("--weight-decay", type=float, help="default: 5e-4 for 1 %%, 1e-4 for 10 %%")
-    finetuning.add_options(parser)
 
 
 def run(target: EvalTarget, args: argparse.Namespace) -> dict:

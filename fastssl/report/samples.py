@@ -23,7 +23,8 @@ from fastssl import pictures
 from fastssl.eval import knn, maps
 from fastssl.eval.common import features
 from fastssl.eval.common.search import nearest
-from fastssl.eval.common.target import add_target_options, load_target
+from fastssl.eval.common.target import load_target
+from fastssl.eval.options import add_target_options
 from fastssl.kernels.augment import View
 from fastssl.loader import Loader
 from fastssl.report import cards, charts

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fastssl import backbones, files, weights
 from fastssl.config import Backbone
+from fastssl.config.backbone_options import add_backbone_options
 from fastssl.parsing import Parser, run_command
 from fastssl.weights import export
-from fastssl.weights.options import add_backbone_options, backbone_from
+from fastssl.weights.options import backbone_from
 from fastssl.weights.source import read_model
 
 

@@ -12,10 +12,11 @@ from torch import nn
 from fastssl import optim
 from fastssl.eval import linear
 from fastssl.eval.common import features
-from fastssl.eval.common.target import add_target_options, load_target
+from fastssl.eval.common.target import load_target
 from fastssl.eval.linear import augment, classifiers, published, recipes
 from fastssl.eval.linear.classifiers import LinearClassifiers
 from fastssl.eval.linear.recipes import RECIPES
+from fastssl.eval.options import add_protocol_options, add_target_options
 from fastssl.kernels.augment import View
 
 
@@ -153,7 +154,7 @@ def folder(tmp_path_factory):
 def target(folder, *argv):
     parser = argparse.ArgumentParser()
     add_target_options(parser)
-    linear.add_options(parser)
+    add_protocol_options(parser, "linear")
     files = ["--train", f"{folder}/train.beton", "--test", f"{folder}/test.beton", "--size", "16"]
     net = ["--features", "untrained", "--backbone", "resnet10", "--stem", "cifar", "--width", "8"]
     args = parser.parse_args([*files, *net, "--workers", "1", "--device", "cpu", *argv])

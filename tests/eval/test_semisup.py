@@ -15,7 +15,7 @@ from stripes import (
 )
 
 from fastssl import views
-from fastssl.eval import finetune, semisup
+from fastssl.eval import finetune, options, semisup
 from fastssl.eval.common import finetuning
 from fastssl.kernels.augment import View
 
@@ -77,7 +77,7 @@ def test_the_best_cells_on_the_test_set_and_on_held_out_images():
 
 def test_the_published_settings():
     parser = argparse.ArgumentParser()
-    semisup.add_options(parser)
+    options.add_protocol_options(parser, "semisup")
     args = parser.parse_args([])
     assert semisup.RATES == (0.001, 0.01, 0.1) and semisup.HEAD_MULTS == (1, 10, 100)
     assert (args.train_batch, args.epochs, args.milestones, args.gamma) == (256, 20, (12, 16), 0.2)

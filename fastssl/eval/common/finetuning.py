@@ -7,7 +7,6 @@ with mixup and drop path, which draw other numbers on each rank).
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 from collections.abc import Callable
@@ -191,10 +190,6 @@ def drop_path_(backbone: nn.Module, rate: float) -> None:
             raise ValueError(f"the blocks of {backbone.spec.name} have no drop path: leave out --drop-path")
         for name in names:
             setattr(block, name, DropPath(p) if p else nn.Identity())
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--micro-batch", type=int, help="images per rank and pass; default: all of the rank")
 
 
 def training_view(view: View) -> View:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import backbones, dist, views, weights
-from fastssl.amp import DTYPES
 from fastssl.config import Backbone
 from fastssl.eval.common import cache, features
 from fastssl.eval.common.classes import Labelled, match
@@ -20,8 +19,7 @@ from fastssl.eval.common.features import Extractor
 from fastssl.files.datacard import DataCard
 from fastssl.kernels.augment import View
 from fastssl.loader import Loader
-from fastssl.parsing import comma_separated
-from fastssl.weights.options import add_backbone_options, backbone_from
+from fastssl.weights.options import backbone_from
 
 
 @dataclass
@@ -154,52 +152,3 @@ def _backbone(args: argparse.Namespace, spec: Backbone, view: View) -> tuple[nn.
         raise ValueError("give a run folder or a weight file, or --features untrained or pixels")
     report = weights.load_backbone(args.target, backbone, prefix=args.prefix, which=args.which)
     return backbones.channels_last_(backbone), report
-
-
-def add_target_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
-    """The options that protocols share.  Those in `without` are not offered by the command and have their defaults."""
-
-    def add(name: str, **options) -> None:
-        key = name.removeprefix("--").replace("-", "_")
-        if key in without:
-            parser.set_defaults(**{key: options.get("default")})
-        else:
-            parser.add_argument(name, **options)
-
-    add("target", nargs="?", metavar="RUN_OR_WEIGHTS", help="run folder, checkpoint folder, .safetensors, .pt or .pth")
-    add("--train", help=".beton of the bank or the training set; default: the run's")
-    add("--test", help=".beton to evaluate on; default: the run's")
-    add(
-        "--features",
-        choices=("weights", "untrained", "pixels"),
-        default="weights",
-        help="of the network, or of a baseline: the untrained network, or the pixels",
-    )
-    add(
-        "--cache",
-        metavar="DIR",
-        help="where features are stored for later evaluations; default: "
-        "features/ in the run's folder or beside the weight file",
-    )
-    add("--no-cache", action="store_true", help="compute the features and do not store them")
-    add(
-        "--out",
-        help="write the result as JSON; default: eval/PROTOCOL.json in the run's folder, where the report "
-        "looks for it; nothing is written for a weight file",
-    )
-    add(
-        "--which",
-        choices=("student", "teacher"),
-        help="the trained network or its moving average; default: what the method evaluates",
-    )
-    add("--prefix", help="prefix of the backbone's keys in the file, e.g. teacher.backbone.; default: detected")
-    add_backbone_options(parser)
-    add("--size", type=int, help="side of the centre crop")
-    add("--resize", type=int, help="short side before the crop, 0: none; default: by the images' sizes")
-    add("--mean", type=comma_separated(float), help="R,G,B of the normalisation; default: the run's, else ImageNet's")
-    add("--std", type=comma_separated(float), help="as --mean")
-    add("--batch", type=int, default=256, help="images per rank and pass")
-    add("--workers", type=int, help="decoding threads per rank; default: the cores of the machine, shared by its ranks")
-    add("--precision", choices=tuple(DTYPES), default="fp32", help="of the network")
-    add("--device", help="cpu or cuda; default: cuda when there is one")
-    add("--seed", type=int, default=0, help="of random numbers")

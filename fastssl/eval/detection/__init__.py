@@ -20,43 +20,13 @@ from fastssl.eval.detection.average_precision import average_precision, import_p
 from fastssl.eval.detection.data import Picture
 from fastssl.eval.detection.faster_rcnn import build, without_decay
 from fastssl.eval.detection.loop import detect, fit
-from fastssl.parsing import comma_separated
 
 NEEDS = None  # no .beton
-WITHOUT = ("cache", "no_cache", "size", "resize", "batch")  # whole images are used, at --min-size
 SCHEDULES = {  # steps of 16 images, the steps where the rate falls tenfold, steps of warm-up
     "24k": (24_000, (18_000.0, 22_000.0), 100),  # MoCo's for VOC
     "1x": (90_000, (60_000.0, 80_000.0), 1000),
     "2x": (180_000, (120_000.0, 160_000.0), 1000),
 }
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--voc", metavar="FOLDER", help="VOCdevkit: holds VOC2007, VOC2012 (Annotations, ImageSets, JPEGImages)")
-    add("--coco", metavar="FOLDER", help="holds annotations/instances_SPLIT.json and the images in SPLIT/")
-    add("--train-split", help="default: VOC2007/trainval,VOC2012/trainval or train2017")
-    add("--test-split", help="default: VOC2007/test or val2017")
-    add("--classes", help="names for other data in VOC's format, comma-separated; default: VOC's 20")
-    add("--drop-empty", action="store_true", help="leave out boxes without area; default: they are an error")
-    add("--schedule", choices=tuple(SCHEDULES), help="default: 24k for VOC, 1x for COCO")
-    add("--steps", type=int, help="instead of --schedule, with its milestones and warm-up in proportion")
-    add("--train-batch", type=int, default=16, help="images of all ranks together")
-    add("--lr", type=float, default=0.02, help="for 16 images; scaled linearly with --train-batch")
-    add("--weight-decay", type=float, default=1e-4, help="not of norms")
-    add(
-        "--bn",
-        choices=("sync", "frozen"),
-        default="sync",
-        help="sync: batch norm over all ranks, also in the pyramid (MoCo); frozen: the pretrained statistics",
-    )
-    add(
-        "--min-size",
-        type=comma_separated(int),
-        help="short sides, of which one is drawn for each training image and the last is used in tests; default: "
-        "480 to 800 by 32 for VOC, from 640 for COCO",
-    )
-    add("--max-size", type=int, default=1333, help="of the long side")
 
 
 def run(target: EvalTarget, args: argparse.Namespace) -> dict:

@@ -10,43 +10,8 @@ from fastssl.eval.common.target import EvalTarget
 from fastssl.eval.linear.probe import ProbeOptions, linear_probe
 from fastssl.eval.linear.published import train_and_test
 from fastssl.eval.linear.recipes import RECIPES
-from fastssl.parsing import comma_separated
 
 NEEDS = ("train", "test")
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--recipe",
-        choices=("probe", *RECIPES),
-        default="probe",
-        help="probe: on cached features, the rate chosen on held-out images; the others as published: "
-        "moco (OpenSelfSup's Last), multi (five layers), places205, lars (SimSiam, MMSelfSup)",
-    )
-    parser.add_argument("--solver", choices=("sgd", "lbfgs"), help="of the probe; default: sgd")
-    parser.add_argument(
-        "--grid",
-        type=comma_separated(float),
-        help="learning rates, trained at once (probe with lbfgs: l2 penalties); default: the recipe's",
-    )
-    parser.add_argument("--epochs", type=int, help="default: the recipe's; probe: 100 (lbfgs: the most iterations)")
-    parser.add_argument("--probe-batch", type=int, help="of all ranks together; default: the recipe's, probe: 1024")
-    parser.add_argument(
-        "--held-out",
-        type=float,
-        help="fraction of the training set on which the setting is chosen; default: 0.1 for the probe, 0 for the "
-        "published recipes",
-    )
-    parser.add_argument(
-        "--layers",
-        type=comma_separated(str),
-        help="of the published recipes: stem,layer1,...,layer4,last; default: the recipe's",
-    )
-    parser.add_argument(
-        "--no-augment",
-        action="store_true",
-        help="published recipes on the cached features of the test's crop: minutes, and not what the papers report",
-    )
 
 
 def run(target: EvalTarget, args: argparse.Namespace) -> dict:

@@ -19,43 +19,14 @@ from torch import Tensor
 from fastssl import dist
 from fastssl.eval.common.features import check_finite
 from fastssl.eval.common.target import EvalTarget
+from fastssl.eval.options import SVM_COSTS
 from fastssl.eval.svm.cuda import Cuda
 from fastssl.eval.svm.solvers import POSITIVE_WEIGHT, Fast, Sklearn, average_precision
-from fastssl.parsing import comma_separated
 
 NEEDS = ("train", "test")
-COSTS = (*(0.5**n for n in range(19, 3, -1)), 1.0, 10.0, 100.0)
+COSTS = SVM_COSTS
 SOLVERS = {"fast": Fast, "cuda": Cuda, "sklearn": Sklearn}
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--layers",
-        type=comma_separated(str),
-        default=("last",),
-        help="stem,layer1,...,layer4,last; published figures are the best of the first five",
-    )
-    parser.add_argument("--low-shot", action="store_true", help="few images a class instead of all")
-    parser.add_argument(
-        "--shots",
-        type=comma_separated(int),
-        help="positives of each class, with C - 1 times as many negatives; default: 1,2,4,8,16,32,64,96",
-    )
-    parser.add_argument("--samples", type=int, help="independent draws of each number of shots; default: 5")
-    parser.add_argument("--costs", type=comma_separated(float), default=COSTS, help="default: the published 19")
-    parser.add_argument("--folds", type=int, help="of the cross-validation; default: 3")
-    parser.add_argument(
-        "--solver",
-        choices=tuple(SOLVERS),
-        help="default: cuda on a GPU, fast elsewhere and for more images than twice the dimensions",
-    )
-    parser.add_argument(
-        "--crop",
-        choices=("squash", "center"),
-        default="squash",
-        help="squash: the whole image, without keeping its proportions, as published",
-    )
 
 
 def run(target: EvalTarget, args: argparse.Namespace) -> dict:

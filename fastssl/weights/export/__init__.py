@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from fastssl import backbones, files, weights
 from fastssl.backbones import positions
 from fastssl.config import Backbone
+from fastssl.config.backbone_options import add_backbone_options
 from fastssl.parsing import Parser, run_command
 from fastssl.weights.export import to_detectron2, to_huggingface, to_timm, to_torchvision
 from fastssl.weights.export.common import default_target, image_size, normalization
-from fastssl.weights.options import add_backbone_options, backbone_from
+from fastssl.weights.options import backbone_from
 
 Target = Literal["torchvision", "timm", "safetensors", "detectron2", "huggingface"]
 
