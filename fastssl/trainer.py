@@ -1,4 +1,4 @@
-"""What a method is, what its config builds it from, and the state of a run."""
+"""The interface of a method (`Method`), what it is built from (`Context`), and the state of a run (`Trainer`)."""
 
 from __future__ import annotations
 
@@ -21,71 +21,70 @@ from fastssl.optim import Schedule
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-Outputs = dict[str, Tensor]  # of a method's forward: each has one row per sample
+Outputs = dict[str, Tensor]  # what a method's forward returns: each tensor has one row per sample
 ExtractOutputs = Callable[..., tuple[Tensor, Tensor]]  # outputs.extract_outputs of the run
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a method's config is given, beside the backbone, to build the method."""
+    """What `Config.build` of a method receives beside the backbone."""
 
-    samples: int  # of data.train
+    samples: int  # number of images in data.train
     batch: int  # images of a global batch, over all ranks and micro-batches
     classes: list[str] | None = None  # their names; None: data.train has no labels
-    seed: int = 0  # of the run: whatever the method draws must follow from it
+    seed: int = 0  # of the run; all random numbers of the method must depend on it
     kernels: str = "auto"  # speed.kernels, the `impl` of every kernel that the method calls
 
 
 class Method(Protocol):
-    """What the engine needs of a method, which is an nn.Module built by `Config.build(backbone, context)`.
+    """The interface of a method, an nn.Module that `Config.build(backbone, context)` returns.
 
-    Every tensor that `forward` returns has one row per sample; "features" among them are the backbone's, detached.
-    What `loss` returns holds "loss", a scalar tensor with a gradient, and scalars to log.
+    Every tensor that `forward` returns has one row per sample; "features" are those of the backbone, detached.  `loss`
+    returns a dict with "loss", a scalar tensor with a gradient, and scalars to log.
 
-    A method may also have these attributes (the value where it has none):
+    Optional attributes (default in parentheses):
 
-    - `mean_loss` (False): True where the loss and the scalars are means over samples and the term of a sample depends
-      on its own outputs and on buffers alone.  A micro-batch then needs one forward instead of two.
-    - `total_weight(batch) -> 0-dim tensor` (the number of samples): what the sum over the samples of `batch` is divided
-      by in a `mean_loss` that is weighted; equal on all ranks and computed without a forward.
-    - `min_batch` (1): the fewest images of a global batch that the loss can compare.
-    - `exact_views` (False): True where pixels are targets, too: views are then float32 at every precision.
-    - `evaluated` ("backbone"): name of the submodule to evaluate and export (a teacher: "target.0").
-    - `freeze_epochs` ({}): {pattern of parameter names: epochs in which the optimizer leaves them and their state as
-      they are}.
+    - `mean_loss` (False): True if the loss and the scalars are means over samples, and the term of a sample depends
+      only on its own outputs and on buffers.  A micro-batch then needs one forward instead of two.
+    - `total_weight(batch) -> 0-dim tensor` (the number of samples): the divisor of a weighted `mean_loss`; equal on all
+      ranks and computed without a forward.
+    - `min_batch` (1): smallest global batch for which the loss is defined.
+    - `exact_views` (False): True if pixels are also targets; the views are then float32 at every precision.
+    - `evaluated` ("backbone"): name of the submodule to evaluate and export ("target.0" for a teacher).
+    - `freeze_epochs` ({}): {regular expression of parameter names: number of first epochs without updates of these
+      parameters and of their optimizer state}.
     - `total_steps`: set to the run's number of steps after `build`.
-    - `before_epoch(epoch, extract_outputs) -> str | None`: called before the first step of an epoch, by methods that
-      cluster; returns a line for the log.  `extract_outputs`: fastssl.outputs.
-    - `order(epoch) -> (N,) sample numbers`: to train on instead of the epoch's permutation; a function of the epoch and
-      of buffers that stay as they are until the next `before_epoch`.
-    - `phase(epoch) -> Hashable`: for a method that decides by the epoch on the host.  Its step is captured again as a
-      CUDA graph where the value changes, and `batch.epoch` is a number.
-    - `not_capturable`: the reason why its step cannot be captured.
+    - `before_epoch(epoch, extract_outputs) -> str | None`: called before the first step of each epoch, for methods that
+      cluster; returns a line for the log.  `extract_outputs`: see fastssl.outputs.
+    - `order(epoch) -> (N,) sample numbers`: the order of the epoch's samples instead of a permutation; depends only on
+      the epoch and on buffers that do not change until the next `before_epoch`.
+    - `phase(epoch) -> Hashable`: for methods with Python branches on the epoch.  The CUDA graph of the step is captured
+      again when the value changes, and `batch.epoch` is an int.
+    - `not_capturable`: the reason why the step cannot be captured in a CUDA graph.
 
-    Initial values of the backbone belong into `Config.init_backbone(backbone)`, which is called before
-    `backbone.pretrained` is loaded.
+    `Config.init_backbone(backbone)` may initialise the backbone; it is called before `backbone.pretrained` is loaded.
     """
 
-    views: int | None  # how many views the recipe must give; None: any number
+    views: int | None  # number of views of the recipe; None: any
     backbone: nn.Module
 
     def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
-        """Every trainable parameter must take part."""
+        """Every trainable parameter must be used."""
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]: ...
 
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
-        """Moves what gradients do not train: a momentum encoder, a queue, a memory bank.
+        """Update what has no gradient, such as a momentum encoder, a queue or a memory bank.
 
-        `progress` is the fraction of the run's steps before this one.  The step may be captured in a CUDA graph:
-        `progress`, `batch.epoch` and `batch.step` are then 0-dim tensors on the device.  Where `found_inf` is not zero,
-        gradients have overflowed in fp16 and nothing may change; without this argument `after_step` is not called then,
-        for which the host waits for the device in every step."""
+        `progress` is the fraction of the run's steps before this one.  In a step that may be captured in a CUDA graph,
+        `progress`, `batch.epoch` and `batch.step` are 0-dim tensors on the device.  A nonzero `found_inf` means that
+        gradients overflowed in fp16 and nothing may change.  A method without this argument is not called after such a
+        step; the host then waits for the device at every step."""
 
 
 @dataclass
 class Trainer:
-    """The state of a run: what the training loop changes and hooks may read."""
+    """The state of a run: the training loop changes it, hooks may read it."""
 
     run: Run
     folder: Path
@@ -98,7 +97,7 @@ class Trainer:
     scale: LossScale
     values: graph.Values  # the numbers of the current step, on the device
     hooks: list = field(default_factory=list)
-    graphed: graph.Graphed | None = None  # the step that bypasses DeepSpeed's; None: DeepSpeed makes it
+    graphed: graph.Graphed | None = None  # the step as a CUDA graph, without DeepSpeed; None: DeepSpeed's step
     step: int = 0  # optimizer steps done, skipped ones included
     epoch: int = 0
     scalars: dict[str, Any] = field(default_factory=dict)  # to log, of the current step

@@ -100,7 +100,7 @@ def test_whitening_of_a_direction_without_variance_is_zero_and_not_noise():
     x = torch.cat([x, x[:, :1] * 2], 1)  # rank 3
     y = clustering.pca_whiten(x, 4)
     assert y[:, 3].abs().max() == 0 and (y[:, :3].var(0) - 1).abs().max() < 1e-9
-    with pytest.raises(ValueError, match="method.pca=5: 100 features of 4 dimensions have 1 to 4 components"):
+    with pytest.raises(ValueError, match="method.pca_dim=5: 100 features of 4 dimensions have 1 to 4 components"):
         clustering.pca_whiten(x, 5)
 
 

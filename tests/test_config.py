@@ -1,4 +1,4 @@
-"""A config is typed data: a wrong name is answered with the right one, a wrong value with the wanted type."""
+"""Configs are checked: an unknown setting gives an error with the nearest name, a wrong value one with the type."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from fastssl import config, views
 from fastssl.config import Data, Optim, Run
-from fastssl.methods import byol, simclr
+from fastssl.methods import byol, odc, simclr
 
 FILE = """
 from fastssl import views
@@ -228,6 +228,10 @@ def test_fields_added_since_a_dump_have_their_defaults(file):
     older["views"][1]["blur"] = 0.25
     assert config.with_defaults(older, run.data) != now["data"]
     assert config.with_defaults({**now["optim"], "gone": 1}, run.optim) != now["optim"]
+    method = odc.Config(min_cluster_size=5)
+    older = config.dump(method)
+    older["least"], older["every"] = older.pop("min_cluster_size"), older.pop("centroid_interval")
+    assert config.with_defaults(older, method) == config.dump(method), "fields that were renamed"
     view = dict(now["data"]["views"][0], type="fastssl.kernels.views.params.View")
     assert config.with_defaults(view, run.data.views[0]) == now["data"]["views"][0], "a class that has moved"
 

@@ -16,7 +16,7 @@ from fastssl.methods import deepcluster
 
 def get_config() -> Run:
     return Run(
-        method=deepcluster.Config(clusters=500, pca=128),
+        method=deepcluster.Config(clusters=500, pca_dim=128),
         backbone=Backbone("resnet18", stem="cifar"),
         data=Data(
             train="data/cifar10_train.beton",

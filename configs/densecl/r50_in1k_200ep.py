@@ -15,7 +15,7 @@ from fastssl.methods import densecl
 
 def get_config() -> Run:
     return Run(
-        method=densecl.Config(init="openselfsup", temperature=0.2, dims=(2048, 128), dense=0.5),
+        method=densecl.Config(init="openselfsup", temperature=0.2, dims=(2048, 128), dense_weight=0.5),
         backbone=Backbone("resnet50", init="fan_in"),
         data=Data(train="data/in1k_train.beton", test="data/in1k_val.beton", views=views.moco_v2(224)),
         optim=Optim(name="sgd", lr=0.03, batch=256, epochs=200, weight_decay=1e-4, schedule="cosine_epoch"),

@@ -16,7 +16,7 @@ from fastssl.methods import lejepa
 
 def get_config() -> Run:
     return Run(
-        method=lejepa.Config(dims=(2048, 2048, 16), weight=0.02, directions=256, end=3.0, large=4),
+        method=lejepa.Config(dims=(2048, 2048, 16), sigreg_weight=0.02, directions=256, t_max=3.0, large_crops=4),
         backbone=Backbone("resnet18", stem="cifar"),
         data=Data(
             train="data/cifar10_train.beton",

@@ -16,7 +16,7 @@ from fastssl.methods import lejepa
 
 def get_config() -> Run:
     return Run(
-        method=lejepa.Config(end=3.0),
+        method=lejepa.Config(t_max=3.0),
         backbone=Backbone("resnet50"),
         data=Data(
             train="data/in1k_train.beton",

@@ -17,7 +17,7 @@ from fastssl.methods import lejepa
 
 def get_config() -> Run:
     return Run(
-        method=lejepa.Config(end=3.0),
+        method=lejepa.Config(t_max=3.0),
         backbone=Backbone("vit_small_patch16_224"),
         data=Data(
             train="data/in1k_train.beton",

@@ -16,7 +16,7 @@ from fastssl.methods import mae
 
 def get_config() -> Run:
     return Run(
-        method=mae.Config(decoder=256, depth=4, heads=8),
+        method=mae.Config(decoder_dim=256, decoder_depth=4, decoder_heads=8),
         backbone=Backbone("vit_small_patch8_224"),
         data=Data(
             train="data/cifar10_train.beton", test="data/cifar10_test.beton", views=views.mae(64, **views.CIFAR10)

@@ -12,7 +12,7 @@ from fastssl.methods import byol
 
 def get_config() -> Run:
     return Run(
-        method=byol.Config(dims=(256, 64), predictor=256, momentum=0.98),
+        method=byol.Config(dims=(256, 64), predictor_dim=256, momentum=0.98),
         backbone=Backbone("resnet10", stem="cifar", width=16),
         data=Data(
             train="data/cifar10_train.beton",

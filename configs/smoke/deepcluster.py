@@ -15,7 +15,7 @@ from fastssl.methods import deepcluster
 
 def get_config() -> Run:
     return Run(
-        method=deepcluster.Config(clusters=50, pca=32),
+        method=deepcluster.Config(clusters=50, pca_dim=32),
         backbone=Backbone("resnet10", stem="cifar", width=8),
         data=Data(
             train="data/cifar10_train.beton",

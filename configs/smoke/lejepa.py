@@ -12,7 +12,7 @@ from fastssl.methods import lejepa
 
 def get_config() -> Run:
     return Run(
-        method=lejepa.Config(dims=(256, 256, 32), directions=256, large=2),
+        method=lejepa.Config(dims=(256, 256, 32), directions=256, large_crops=2),
         backbone=Backbone("resnet10", stem="cifar", width=16),
         data=Data(
             train="data/cifar10_train.beton",

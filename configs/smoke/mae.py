@@ -12,7 +12,7 @@ from fastssl.methods import mae
 
 def get_config() -> Run:
     return Run(
-        method=mae.Config(decoder=64, depth=2, heads=2),
+        method=mae.Config(decoder_dim=64, decoder_depth=2, decoder_heads=2),
         backbone=Backbone("test_vit"),
         data=Data(
             train="data/cifar10_train.beton", bank="data/cifar10_test.beton", views=views.mae(64, **views.CIFAR10)

@@ -12,7 +12,7 @@ from fastssl.methods import nnclr
 
 def get_config() -> Run:
     return Run(
-        method=nnclr.Config(temperature=0.2, dims=(256, 256, 64), predictor=256, queue=4096),
+        method=nnclr.Config(temperature=0.2, dims=(256, 256, 64), predictor_dim=256, queue=4096),
         backbone=Backbone("resnet10", stem="cifar", width=16),
         data=Data(
             train="data/cifar10_train.beton", bank="data/cifar10_test.beton", views=views.simclr(32, **views.CIFAR10)

@@ -12,7 +12,7 @@ from fastssl.methods import simsiam
 
 def get_config() -> Run:
     return Run(
-        method=simsiam.Config(dims=(256, 256, 256), predictor=64),
+        method=simsiam.Config(dims=(256, 256, 256), predictor_dim=64),
         backbone=Backbone("resnet10", stem="cifar", width=16),
         data=Data(
             train="data/cifar10_train.beton", bank="data/cifar10_test.beton", views=views.moco_v2(32, **views.CIFAR10)

@@ -19,7 +19,7 @@ def pca_whiten(x: Tensor, dims: int) -> Tensor:
     n = int(dist.sum_(torch.tensor(len(x), device=x.device)))
     if not 0 < dims <= min(n, x.shape[1]):
         raise ValueError(
-            f"method.pca={dims}: {n} features of {x.shape[1]} dimensions have 1 to {min(n, x.shape[1])} "
+            f"method.pca_dim={dims}: {n} features of {x.shape[1]} dimensions have 1 to {min(n, x.shape[1])} "
             "components; 0 switches it off"
         )
     mean = (dist.sum_(x.sum(0, dtype=torch.float64)) / n).to(x.dtype)

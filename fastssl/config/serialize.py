@@ -11,6 +11,26 @@ from fastssl.config import sections
 
 # Modules of classes in older dumps, and where the classes are now
 MOVED = {"fastssl.kernels.views.": "fastssl.kernels.augment."}
+# Fields of classes in older dumps, and their names now
+RENAMED = {
+    "fastssl.methods.byol.Config": {"predictor": "predictor_dim"},
+    "fastssl.methods.deepcluster.Config": {"pca": "pca_dim"},
+    "fastssl.methods.deepclusterv2.Config": {"large": "large_crops"},
+    "fastssl.methods.densecl.Config": {"dense": "dense_weight"},
+    "fastssl.methods.dino.Config": {"large": "large_crops"},
+    "fastssl.methods.lejepa.Config": {"weight": "sigreg_weight", "end": "t_max", "large": "large_crops"},
+    "fastssl.methods.mae.Config": {
+        "mask": "mask_ratio",
+        "decoder": "decoder_dim",
+        "depth": "decoder_depth",
+        "heads": "decoder_heads",
+    },
+    "fastssl.methods.mocov3.Config": {"predictor": "predictor_dim"},
+    "fastssl.methods.nnclr.Config": {"predictor": "predictor_dim"},
+    "fastssl.methods.odc.Config": {"least": "min_cluster_size", "every": "centroid_interval"},
+    "fastssl.methods.simsiam.Config": {"predictor": "predictor_dim"},
+    "fastssl.methods.swav.Config": {"large": "large_crops", "iterations": "sinkhorn_iterations"},
+}
 
 
 def dump(run: Any) -> Any:
@@ -39,9 +59,11 @@ def dump(run: Any) -> Any:
 
 
 def with_defaults(dumped: Any, now: Any) -> Any:
-    """`dumped` with the fields that the class of `now` has gained since then, at their defaults, and with the present
-    names of classes that have moved."""
+    """The dump of an older version in the form of this one: fields that the class of `now` did not have get their
+    defaults, and moved classes and renamed fields their present names."""
     if dataclasses.is_dataclass(now) and isinstance(dumped, dict):
+        renamed = RENAMED.get(dumped.get("type"), {})
+        dumped = {renamed.get(key, key): value for key, value in dumped.items()}
         filled = dict(dumped)
         for old, new in MOVED.items():
             if str(filled.get("type", "")).startswith(old):

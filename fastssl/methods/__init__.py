@@ -1,4 +1,5 @@
-"""One file per method.  `fastssl methods` lists them; a config names one by its Config: `method=simclr.Config(...)`."""
+"""One file per method.  `fastssl methods` lists them; a config chooses one by its Config,
+`method=simclr.Config(...)`."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def names() -> list[str]:
 
 
 def state(method: nn.Module) -> list[str]:
-    """What the method keeps from step to step beside trained weights, as its checkpoint names it."""
+    """Names in the checkpoint of what the method keeps beside trained weights: momentum encoders and buffers."""
     buffers = {re.sub(r"_?\d+$", "", name) for name, _ in method.named_buffers(recurse=False)}
     encoders = {
         name
@@ -40,7 +41,7 @@ def state(method: nn.Module) -> list[str]:
 
 
 def describe(name: str) -> str:
-    """Title, paper, views, state, settings and configs, all read off the method's file and its configs."""
+    """Title, paper, views, state, settings and configs of a method, from its file and its configs."""
     from fastssl import backbones, config  # seconds: torchvision
     from fastssl.trainer import Context
 
@@ -74,7 +75,7 @@ def describe(name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """List every method by its family with what it is."""
+    """List all methods by family, with a description of each."""
     Parser("fastssl methods", description="List the methods.").parse_args(argv)
     for family, members in FAMILIES.items():
         print(f"{family}\n")

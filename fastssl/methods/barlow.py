@@ -1,7 +1,9 @@
-"""Barlow Twins: the cross-correlation of two views' projections becomes the identity.  https://arxiv.org/abs/2103.03230
+"""Barlow Twins: the cross-correlation matrix of the projections of two views should be the identity.
+https://arxiv.org/abs/2103.03230
 
-Means, variances and correlations are those of the global batch with exact gradients on any number of ranks: the
-original's are smaller by the number of ranks, which only LARS forgives, and only for weights.
+Means, variances and correlations are those of the global batch, and gradients are exact on any number of ranks.  The
+original's gradients are divided by the number of ranks, which LARS compensates for weights but not for biases and
+norms.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from fastssl.trainer import Context, Outputs
 @dataclass(frozen=True)
 class Config:
     dims: tuple[int, ...] = (8192, 8192, 8192)
-    redundancy: float = 0.0051  # weight of the off-diagonal entries, lambda
-    scale: float = 1.0  # of the loss (solo-learn: 0.1)
+    redundancy: float = 0.0051  # weight of the off-diagonal entries, lambda in the paper
+    scale: float = 1.0  # factor of the whole loss (solo-learn: 0.1)
     norm: bool = True  # batch norm in the projector
 
     def build(self, backbone: nn.Module, context: Context) -> BarlowTwins:

@@ -1,7 +1,7 @@
-"""BYOL: predict the momentum encoder's projection of the other view.  https://arxiv.org/abs/2006.07733
+"""BYOL: a predictor learns the momentum encoder's projection of the other view.  https://arxiv.org/abs/2006.07733
 
-Both directions are summed, 2 - 2 cos each.  The momentum encoder takes batch statistics of its own, and moves once per
-optimizer step (OpenSelfSup: a hook that could be forgotten, which trained against a frozen target).
+The loss is the sum of 2 - 2 cos over both directions.  The momentum encoder normalises with its own batch statistics
+and is updated once per optimizer step, after it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fastssl.trainer import Context, Outputs
 @dataclass(frozen=True)
 class Config:
     dims: tuple[int, ...] = (4096, 256)  # hidden and output widths of the projector
-    predictor: int = 4096  # hidden width
+    predictor_dim: int = 4096  # hidden width
     momentum: float = 0.996
     momentum_end: float = 1.0  # reached by half a cosine over the run
     norm: bool = True  # batch norm in the heads
-    last_bias: bool = True  # of the heads' last linear layers; the authors have none
-    # of the heads; "openselfsup": Kaiming, N(0, 0.01) for the predictor; "haiku": the authors', also of the backbone
+    last_bias: bool = True  # whether the heads' last linear layers have a bias; False in the authors' code
+    # of the heads; "openselfsup": Kaiming, N(0, 0.01) in the predictor; "haiku": the authors', also for the backbone
     init: Literal["torch", "openselfsup", "haiku"] = "torch"
 
     def init_backbone(self, backbone: nn.Module) -> None:
@@ -37,8 +37,8 @@ class Config:
 
 
 def haiku_(module: nn.Module) -> None:
-    """Haiku's initial values of linear and convolutional layers: a normal distribution of std 1 / sqrt(fan_in) cut at
-    two of them, which leaves 0.88 / sqrt(fan_in); no bias."""
+    """Haiku's initialisation of linear and convolutional layers: a normal distribution of std 1 / sqrt(fan_in),
+    truncated at two standard deviations (std of the result: 0.88 / sqrt(fan_in)); zero biases."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             std = layer.weight[0].numel() ** -0.5
@@ -57,7 +57,7 @@ class BYOL(nn.Module):
         self.backbone = backbone
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_bias=config.last_bias)
         self.predictor = parts.mlp(
-            config.dims[-1], config.predictor, config.dims[-1], norm=config.norm, last_bias=config.last_bias
+            config.dims[-1], config.predictor_dim, config.dims[-1], norm=config.norm, last_bias=config.last_bias
         )
         if config.init == "openselfsup":
             for head in (self.projector, self.predictor):

@@ -1,7 +1,7 @@
-"""DCL: SimCLR whose positive leaves the denominator, so that small batches learn as well as large ones.
-https://arxiv.org/abs/2110.06848
+"""DCL (decoupled contrastive learning): SimCLR without the positive in the softmax's denominator, which helps small
+batches.  https://arxiv.org/abs/2110.06848
 
-Negatives are those of the global batch.
+The negatives are the views of all other images of the global batch.
 """
 
 from __future__ import annotations
@@ -36,14 +36,7 @@ class DCL(nn.Module):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.backbone = backbone
-        self.projector = parts.mlp(
-            backbone.dim,
-            *config.dims,
-            norm=config.norm,
-            last_norm=config.norm,
-            bias=not config.norm,
-            last_bias=not config.norm,
-        )
+        self.projector = parts.projector(backbone.dim, *config.dims, norm=config.norm)
 
     def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         h = self.backbone(torch.cat(views))
@@ -51,7 +44,7 @@ class DCL(nn.Module):
         return {"z": torch.stack(z.chunk(2), 1), "features": h.detach()[: len(h) // 2]}
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
-        z = out["z"].transpose(0, 1).flatten(0, 1)  # (n, 2, D) -> rows of view 0, then rows of view 1
+        z = out["z"].transpose(0, 1).flatten(0, 1)  # (n, 2, D) -> (2 n, D): first view 0 of all images, then view 1
         return {"loss": ntxent(z, self.config.temperature, decoupled=True, group=dist.group(), impl=self.kernels)}
 
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:

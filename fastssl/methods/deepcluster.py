@@ -1,9 +1,9 @@
-"""DeepCluster: classify images by the cluster that their features were in before the epoch.
+"""DeepCluster: classification with pseudo-labels, the clusters of the features before each epoch.
 https://arxiv.org/abs/1807.05520
 
-Before every epoch the features of the training set are whitened, brought to unit length and clustered on all ranks, and
-the classifier starts anew.  Clusters are drawn equally often, or their losses are weighted.  The labels are in the
-checkpoint, so a run continues inside an epoch with the same ones.
+Before each epoch the features of the training set are whitened, normalised and clustered on all ranks, and the
+classifier is initialised again.  Clusters are sampled equally often, or the loss is weighted by their sizes.  The
+labels are in the checkpoint, so a run that resumes within an epoch keeps them.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ from fastssl.trainer import Context, ExtractOutputs, Outputs
 @dataclass(frozen=True)
 class Config:
     clusters: int = 10000
-    pca: int = 256  # dimensions of the whitened features; 0: features as they are
-    # "faiss": k-means by faiss on rank 0; "pic": power iteration clustering, the largest clusters
+    pca_dim: int = 256  # dimensions of the whitened features; 0: no whitening
+    # "faiss": k-means by faiss on rank 0; "pic": power iteration clustering, of which the largest clusters are kept
     algorithm: Literal["kmeans", "pic", "faiss"] = "kmeans"
     iterations: int = 20  # of k-means
-    sampling: Literal["uniform", "all"] = "uniform"  # over clusters; "all": every sample once per epoch
-    reweight: float = 0.0  # power p of loss weights size ** -p; 0.5 is usual with sampling="all"
+    sampling: Literal["uniform", "all"] = "uniform"  # "uniform": clusters equally often; "all": each sample once
+    reweight: float = 0.0  # exponent p of the class weights size ** -p; 0.5 is usual with sampling="all"
 
     def build(self, backbone: nn.Module, context: Context) -> DeepCluster:
         clustering.check_clusters(self.clusters, context.samples)
-        if self.pca > backbone.dim:
-            raise ValueError(f"method.pca={self.pca} is more than the backbone's {backbone.dim} features; 0 is off")
+        if self.pca_dim > backbone.dim:
+            raise ValueError(
+                f"method.pca_dim={self.pca_dim} is more than the backbone's {backbone.dim} features: set at most that, "
+                "or 0 for no whitening"
+            )
         return DeepCluster(self, backbone, context)
 
 
@@ -52,7 +55,7 @@ class DeepCluster(nn.Module):
     def before_epoch(self, epoch: int, extract_outputs: ExtractOutputs) -> str:
         c = self.config
         x, index = extract_outputs("features")
-        x = F.normalize(clustering.pca_whiten(x, c.pca) if c.pca else x, dim=1)
+        x = F.normalize(clustering.pca_whiten(x, c.pca_dim) if c.pca_dim else x, dim=1)
         if c.algorithm == "pic":
             labels = clustering.pic(x, c.clusters, index)
         else:
@@ -68,10 +71,10 @@ class DeepCluster(nn.Module):
         self.labels.copy_(clustering.scatter(labels, index, len(self.labels)))
         counts = torch.bincount(self.labels[self.labels >= 0], minlength=c.clusters)
         self.weights.copy_(clustering.class_weights(counts, c.reweight, 1e-10))
-        self.restart_head(epoch)
+        self.reset_head(epoch)
         return clustering.describe(counts, len(self.labels))
 
-    def restart_head(self, epoch: int) -> None:
+    def reset_head(self, epoch: int) -> None:
         generator = torch.Generator().manual_seed(self.seed + epoch)
         weight = torch.randn(self.config.clusters, self.backbone.dim, generator=generator) * 0.01
         zero.overwrite_(self.head.weight, weight)
@@ -88,10 +91,10 @@ class DeepCluster(nn.Module):
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         labels = self.labels[batch.index]
-        right = (out["logits"].detach().argmax(1) == labels).float()
+        correct = (out["logits"].detach().argmax(1) == labels).float()
         return {
             "loss": clustering.weighted_cross_entropy(out["logits"], labels, self.weights),
-            "top1": clustering.weighted_mean(right, labels, self.weights),
+            "top1": clustering.weighted_mean(correct, labels, self.weights),
         }
 
     def total_weight(self, batch: Batch) -> Tensor:

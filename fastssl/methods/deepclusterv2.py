@@ -1,9 +1,9 @@
-"""DeepCluster v2: crops predict the cluster that a crop of their image was in, among centroids instead of a classifier.
+"""DeepCluster v2: each crop predicts the cluster of its image; the classifier's weights are the centroids.
 https://arxiv.org/abs/2006.09882 (appendix)
 
-Before every epoch the embeddings that the last one left in a memory are clustered on the sphere, once for each set of
-prototypes; the first ones are computed in training mode, and a cluster that runs empty keeps its centroid, as in the
-original.  The memory is sharded by samples; labels and prototypes are buffers, equal on all ranks, without a gradient.
+Before each epoch, spherical k-means clusters the embeddings that the last epoch stored in a memory, once for each set
+of prototypes.  As in the original, those of the first epoch are computed in training mode, and an empty cluster keeps
+its centroid.  The memory is sharded over the ranks by samples; labels and prototypes are buffers, equal on all ranks.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from fastssl.trainer import Context, ExtractOutputs, Outputs
 
 @dataclass(frozen=True)
 class Config:
-    clusters: tuple[int, ...] = (3000, 3000, 3000)  # one clustering each, of the large crops in turn
+    clusters: tuple[int, ...] = (3000, 3000, 3000)  # of each clustering; they use the large crops in turn
     temperature: float = 0.1
     dims: tuple[int, ...] = (2048, 128)
     iterations: int = 10  # of k-means
     norm: bool = True  # batch norm in the projector
-    large: int = 2  # crops that are remembered and clustered, the first of the recipe
+    large_crops: int = 2  # the first views of the recipe, whose embeddings are stored and clustered
 
     def build(self, backbone: nn.Module, context: Context) -> DeepClusterV2:
         if not self.clusters:
-            raise ValueError("method.clusters=() names no clustering; (3000, 3000, 3000) is usual")
+            raise ValueError("method.clusters=() must have at least one number; the default is (3000, 3000, 3000)")
         for clusters in self.clusters:
             clustering.check_clusters(clusters, context.samples)
         return DeepClusterV2(self, backbone, context)
@@ -46,7 +46,7 @@ class DeepClusterV2(nn.Module):
         super().__init__()
         self.config, self.backbone, self.seed, self.kernels = config, backbone, context.seed, context.kernels
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm)
-        self.memory = ShardedTable(context.samples, config.large, config.dims[-1])
+        self.memory = ShardedTable(context.samples, config.large_crops, config.dims[-1])
         self.register_buffer("labels", torch.zeros(len(config.clusters), context.samples, dtype=torch.int64))
         for i, clusters in enumerate(config.clusters):
             self.register_buffer(f"prototypes_{i}", parts.random_directions(clusters, config.dims[-1]))
@@ -54,12 +54,12 @@ class DeepClusterV2(nn.Module):
     def before_epoch(self, epoch: int, extract_outputs: ExtractOutputs) -> str:
         if epoch == 0:
             z, index = extract_outputs("z", augmented=True, training=True)
-            self.memory.fill_(z[:, : self.config.large], index)
+            self.memory.fill_(z[:, : self.config.large_crops], index)
         samples, shard, notes = self.memory.samples, self.memory.shard, []
         index = torch.arange(shard.start, shard.stop, device=self.labels.device)
         for i, clusters in enumerate(self.config.clusters):
-            found = clustering.kmeans(
-                self.memory.block[:, i % self.config.large],
+            result = clustering.kmeans(
+                self.memory.block[:, i % self.config.large_crops],
                 clusters,
                 index,
                 spherical=True,
@@ -68,26 +68,26 @@ class DeepClusterV2(nn.Module):
                 kernels=self.kernels,
                 seed=self.seed + epoch * len(self.labels) + i,
             )
-            self.get_buffer(f"prototypes_{i}").copy_(found.centroids)
-            self.labels[i] = clustering.scatter(found.labels, index, samples)
-            notes.append(clustering.describe(found.counts, samples))
+            self.get_buffer(f"prototypes_{i}").copy_(result.centroids)
+            self.labels[i] = clustering.scatter(result.labels, index, samples)
+            notes.append(clustering.describe(result.counts, samples))
         return "; ".join(notes)
 
     def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
-        h = parts.multi_crop(self.backbone, views, self.config.large)
+        h = parts.multi_crop(self.backbone, views, self.config.large_crops)
         z = F.normalize(self.projector(h.flatten(0, 1)), dim=1).unflatten(0, h.shape[:2])
         return {"z": z, "features": h[:, 0].detach()}
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
-        z = out["z"].flatten(0, 1)  # rows: the cross entropy of maps has no deterministic gradient on CUDA
+        z = out["z"].flatten(0, 1)  # 2-d: on CUDA, cross_entropy of more dimensions has no deterministic gradient
         labels = self.labels[:, batch.index].repeat_interleave(out["z"].shape[1], 1)
         losses = [
-            F.cross_entropy(z @ self.get_buffer(f"prototypes_{i}").T / self.config.temperature, own)
-            for i, own in enumerate(labels)
+            F.cross_entropy(z @ self.get_buffer(f"prototypes_{i}").T / self.config.temperature, label)
+            for i, label in enumerate(labels)
         ]
         return {"loss": sum(losses) / len(losses)}
 
     @torch.no_grad()
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
-        z = dist.gather(out["z"][:, : self.config.large].contiguous())
+        z = dist.gather(out["z"][:, : self.config.large_crops].contiguous())
         self.memory.write_(dist.gather(batch.index), z, found_inf)

@@ -1,8 +1,8 @@
-"""DenseCL: MoCo v2, and the same loss between the places of two views that look alike.
+"""DenseCL: MoCo v2, and the same loss between positions of the feature maps of two views.
 https://arxiv.org/abs/2011.09157
 
-Each place of a query's last feature map is paired with the key's place of the most similar backbone features; its
-negatives are a second queue, of keys pooled after the dense projection.
+The positive of each position of the query's last feature map is the position of the key's map whose backbone features
+are the most similar.  The negatives are a second queue, of dense keys averaged over the positions.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fastssl.trainer import Context, Outputs
 @dataclass(frozen=True)
 class Config:
     temperature: float = 0.2
-    dims: tuple[int, ...] = (2048, 128)  # of both projectors
-    dense: float = 0.5  # weight of the dense loss, lambda
+    dims: tuple[int, ...] = (2048, 128)  # hidden and output widths of both projectors
+    dense_weight: float = 0.5  # of the dense loss, lambda in the paper; 1 - lambda is that of MoCo's loss
     queue: int = 65536
     momentum: float = 0.999
     shuffle: bool = True  # shuffled batch norm
-    init: Literal["torch", "openselfsup"] = "torch"  # "openselfsup", the authors': Kaiming for the projector alone
+    init: Literal["torch", "openselfsup"] = "torch"  # "openselfsup", the authors': Kaiming, only in the projector
 
     def build(self, backbone: nn.Module, context: Context) -> DenseCL:
         parts.check_queue(self.queue, context.batch)
@@ -70,13 +70,14 @@ class DenseCL(nn.Module):
 
     @staticmethod
     def embed(x: Tensor, backbone: nn.Module, projector: nn.Module, dense_projector: nn.Module) -> tuple[Tensor, ...]:
-        """Pooled features (n, C), embedding (n, D), dense embeddings (n, S, D) and features (n, S, C) of S places."""
+        """Pooled features (n, C), embeddings (n, D), dense embeddings (n, S, D), dense features (n, S, C); S
+        positions."""
         f = backbone.forward_stages(x)[-1].flatten(2).transpose(1, 2)
         h = f.mean(1)
         return h, projector(h), dense_projector(f), f
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
-        t, d = self.config.temperature, self.config.dense
+        t, d = self.config.temperature, self.config.dense_weight
         k_dense = out["k_dense"].detach()
         paired = k_dense.gather(1, out["match"][:, :, None].expand_as(k_dense))
         single = infonce(out["q"], out["k"].detach(), self.queue, t, impl=self.kernels)

@@ -1,8 +1,8 @@
-"""DINO: all crops match the momentum encoder's view of the large ones, over many prototypes.
+"""DINO: the student's softmax over prototypes, for every crop, learns the teacher's for the large crops.
 https://arxiv.org/abs/2104.14294
 
-The centre, which keeps one prototype from winning everywhere, is the mean over the global batch.  Collapse is held off
-by it and by the teacher's temperature; the prototypes stand still for the first epochs.
+The teacher is a momentum encoder.  Its outputs are centred by a moving average of the mean over the global batch and
+sharpened by a low temperature, which together prevent collapse.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from fastssl.trainer import Context, Outputs
 @dataclass(frozen=True)
 class Config:
     prototypes: int = 65536
-    dims: tuple[int, ...] = (2048, 2048, 256)  # with GELU between
+    dims: tuple[int, ...] = (2048, 2048, 256)  # of the head's MLP, with GELU
     temperature: float = 0.1  # the student's
     teacher_temperature: float = 0.04
-    teacher_temperature_end: float = 0.04  # reached linearly in `teacher_epochs` epochs (ViT, 300 epochs: 0.07 in 30)
+    teacher_temperature_end: float = 0.04  # reached linearly over `teacher_epochs` (ViT, 300 epochs: 0.07 over 30)
     teacher_epochs: int = 0
     momentum: float = 0.996
     momentum_end: float = 1.0  # reached by half a cosine over the run
     center_momentum: float = 0.9
-    freeze_epochs: int = 1  # the prototypes and their optimizer state stay as they are for so long
+    freeze_epochs: int = 1  # first epochs in which the prototypes and their optimizer state are not updated
     norm: bool = False  # batch norm in the head
-    large: int = 2  # crops that the teacher sees, the first of the recipe
+    large_crops: int = 2  # the first views of the recipe, which the teacher encodes
 
     def init_backbone(self, backbone: nn.Module) -> None:
         token = getattr(getattr(backbone, "body", None), "cls_token", None)
-        if token is not None:  # timm starts it at almost 0
+        if token is not None:  # timm initialises it with std 1e-6
             nn.init.trunc_normal_(token, std=0.02)
 
     def build(self, backbone: nn.Module, context: Context) -> DINO:
@@ -53,7 +53,9 @@ class Head(nn.Module):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
         self.prototypes = parts.Prototypes(config.dims[-1], config.prototypes)
-        self.prototypes.weight.data *= 3**-0.5  # nn.Linear's length, on which the effective learning rate depends
+        self.prototypes.weight.data *= (
+            3**-0.5
+        )  # the norm that nn.Linear gives; the effective learning rate depends on it
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
         return self.prototypes(F.normalize(self.mlp(x), dim=-1), frozen)
@@ -62,7 +64,7 @@ class Head(nn.Module):
 class DINO(nn.Module):
     views = None  # any number of crops
     mean_loss = True
-    evaluated = "target.0"  # the teacher's backbone, as in the paper
+    evaluated = "target.0"  # the teacher's backbone, as by the authors
 
     def __init__(self, config: Config, backbone: nn.Module, kernels: str):
         super().__init__()
@@ -70,16 +72,16 @@ class DINO(nn.Module):
         self.backbone = backbone
         self.head = Head(backbone.dim, config)
         self.target = parts.frozen_copy(self.backbone, self.head)
-        parts.without_drop_path(self.target)
+        parts.disable_drop_path_(self.target)
         self.register_buffer("center", torch.zeros(config.prototypes))
         self.freeze_epochs = {r"^head\.prototypes\.": config.freeze_epochs}
 
     def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
-        large, frozen = self.config.large, batch.epoch < self.config.freeze_epochs
-        h = parts.multi_crop(self.backbone, views, large)
+        large_crops, frozen = self.config.large_crops, batch.epoch < self.config.freeze_epochs
+        h = parts.multi_crop(self.backbone, views, large_crops)
         student = self.head(h.flatten(0, 1), frozen).unflatten(0, h.shape[:2])
         with torch.no_grad():
-            teacher = self.target(torch.cat(views[:large])).unflatten(0, (large, -1)).transpose(0, 1)
+            teacher = self.target(torch.cat(views[:large_crops])).unflatten(0, (large_crops, -1)).transpose(0, 1)
         return {"student": student, "teacher": teacher, "features": h[:, 0].detach()}
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
@@ -98,8 +100,8 @@ class DINO(nn.Module):
 
     def teacher_temperature(self, epoch: int) -> float:
         c = self.config
-        done = min(1.0, epoch / (c.teacher_epochs - 1)) if c.teacher_epochs > 1 else 1.0
-        return c.teacher_temperature + (c.teacher_temperature_end - c.teacher_temperature) * done
+        progress = min(1.0, epoch / (c.teacher_epochs - 1)) if c.teacher_epochs > 1 else 1.0
+        return c.teacher_temperature + (c.teacher_temperature_end - c.teacher_temperature) * progress
 
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)

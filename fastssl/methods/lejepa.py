@@ -1,8 +1,8 @@
-"""LeJEPA: views of an image agree, and embeddings are made an isotropic Gaussian by SIGReg; no teacher, no
-stop-gradient.  https://arxiv.org/abs/2511.08544
+"""LeJEPA: an invariance loss between the views of an image, and SIGReg, which makes the distribution of embeddings an
+isotropic Gaussian.  There is no teacher and no stop-gradient.  https://arxiv.org/abs/2511.08544
 
-SIGReg compares the characteristic function of the global batch with the Gaussian's along random directions, drawn anew
-for each step from (epoch, step): the same on every rank.
+SIGReg compares the empirical characteristic function of the global batch with that of the Gaussian along random
+directions, which depend on seed, epoch and step, and are equal on all ranks.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fastssl.trainer import Context, Outputs
 @dataclass(frozen=True)
 class Config:
     dims: tuple[int, ...] = (2048, 2048, 64)
-    weight: float = 0.05  # of SIGReg, lambda; the rest is of the agreement
+    sigreg_weight: float = 0.05  # lambda in the paper; 1 - lambda is the weight of the invariance
     directions: int = 1024
-    knots: int = 17  # of the integral over [0, end]
-    end: float = 5.0  # the paper's; the authors' code has 3
+    knots: int = 17  # points of the integral over [0, t_max]
+    t_max: float = 5.0  # as in the paper; 3 in the authors' code
     norm: bool = True  # batch norm in the projector
-    large: int = 2  # views whose mean the others are drawn to, the first of the recipe
+    large_crops: int = 2  # the first views of the recipe, whose mean is the target of all views
 
     def build(self, backbone: nn.Module, context: Context) -> LeJEPA:
         return LeJEPA(self, backbone, context.seed)
@@ -34,7 +34,7 @@ class Config:
 
 class LeJEPA(nn.Module):
     views = None  # any number
-    not_capturable = "LeJEPA draws its directions by a generator that the host seeds for each step"
+    not_capturable = "LeJEPA draws its directions with a generator that the host seeds at each step"
 
     def __init__(self, config: Config, backbone: nn.Module, seed: int):
         super().__init__()
@@ -43,24 +43,24 @@ class LeJEPA(nn.Module):
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm)
 
     def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
-        h = parts.multi_crop(self.backbone, views, self.config.large)
+        h = parts.multi_crop(self.backbone, views, self.config.large_crops)
         z = self.projector(h.flatten(0, 1)).unflatten(0, h.shape[:2])
         return {"z": z, "features": h[:, 0].detach()}
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
-        z, weight = out["z"], self.config.weight
-        agreement = (z - z[:, : self.config.large].mean(1, keepdim=True)).square().mean()
+        z, weight = out["z"], self.config.sigreg_weight
+        invariance = (z - z[:, : self.config.large_crops].mean(1, keepdim=True)).square().mean()
         sigreg = self.sigreg(z.transpose(0, 1), batch)
-        return {"loss": (1 - weight) * agreement + weight * sigreg, "agreement": agreement, "sigreg": sigreg}
+        return {"loss": (1 - weight) * invariance + weight * sigreg, "invariance": invariance, "sigreg": sigreg}
 
     def sigreg(self, z_VnD: Tensor, batch: Batch) -> Tensor:
-        """N times the Epps-Pulley statistic, integral over t of |phi_N(t) - exp(-t^2/2)|^2 exp(-t^2/2), averaged over
-        views and directions."""
+        """The Epps-Pulley statistic, averaged over views and directions: N times the integral over t of
+        |phi_N(t) - exp(-t^2/2)|^2 exp(-t^2/2), where phi_N is the empirical characteristic function of N samples."""
         c = self.config
         generator = torch.Generator(z_VnD.device).manual_seed(self.seed + (batch.epoch << 32) + batch.step)
         a_DM = torch.randn(z_VnD.shape[2], c.directions, generator=generator, device=z_VnD.device)
         x_VnM = z_VnD @ (a_DM / a_DM.norm(dim=0)).to(z_VnD.dtype)
-        t = torch.linspace(0, c.end, c.knots, dtype=z_VnD.dtype, device=z_VnD.device)
+        t = torch.linspace(0, c.t_max, c.knots, dtype=z_VnD.dtype, device=z_VnD.device)
         gauss = torch.exp(-t.square() / 2)
         x_VnMt = x_VnM[..., None] * t
         real, imaginary = dist.replicated_mean(torch.stack([x_VnMt.cos().mean(1), x_VnMt.sin().mean(1)]))

@@ -1,7 +1,7 @@
-"""MAE: rebuild the pixels of masked patches from the few that are left.  https://arxiv.org/abs/2111.06377
+"""MAE (masked autoencoder): a decoder reconstructs the pixels of masked patches.  https://arxiv.org/abs/2111.06377
 
-The encoder sees the visible patches alone.  Masks are keyed by (seed, epoch, sample), so that any number of ranks and
-micro-batches masks the same patches.
+The encoder gets only the visible patches.  A mask depends only on seed, epoch and sample, so it is the same on any
+number of ranks and micro-batches.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from fastssl.loader import Batch
 from fastssl.methods import parts
 from fastssl.trainer import Context, Outputs
 
-STREAM = 0x4D4145  # of the counter-based generator; views use small numbers
+STREAM = 0x4D4145  # stream of the counter-based generator; the views use small numbers
 
 
 @dataclass(frozen=True)
 class Config:
-    mask: float = 0.75  # share of the patches that is hidden
-    decoder: int = 512  # width
-    depth: int = 8  # of the decoder
-    heads: int = 16  # of the decoder
-    norm_pixels: bool = True  # targets are normalised patch by patch
+    mask_ratio: float = 0.75  # fraction of the patches that is masked
+    decoder_dim: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    norm_pixels: bool = True  # normalise the target of each patch by its mean and variance
 
     def init_backbone(self, backbone: nn.Module) -> None:
         body = parts.vision_transformer(backbone)
@@ -38,14 +38,14 @@ class Config:
         xavier_(body)
 
     def build(self, backbone: nn.Module, context: Context) -> MAE:
-        if not 0 < self.mask < 1:
-            raise ValueError(f"method.mask={self.mask} must be between 0 and 1")
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"method.mask_ratio={self.mask_ratio} must be between 0 and 1")
         return MAE(self, backbone, context.seed)
 
 
 class MAE(nn.Module):
     views = 1
-    exact_views = True  # targets are made of them
+    exact_views = True  # they are the targets, too
     mean_loss = True
 
     def __init__(self, config: Config, backbone: nn.Module, seed: int):
@@ -55,14 +55,17 @@ class MAE(nn.Module):
         body = parts.vision_transformer(backbone)
         self.config, self.backbone, self.seed = config, backbone, seed
         self.patch = body.patch_embed.patch_size[0]
-        self.embed = nn.Linear(body.embed_dim, config.decoder)
-        # three dimensions: the original decays it, unlike norms and biases
-        self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(1, 1, config.decoder), std=0.02))
+        self.embed = nn.Linear(body.embed_dim, config.decoder_dim)
+        # three dimensions, as in the original, so that the pattern "ndim<=1" does not exclude it from weight decay
+        self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(1, 1, config.decoder_dim), std=0.02))
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.decoder = nn.Sequential(
-            *[Block(config.decoder, config.heads, qkv_bias=True, norm_layer=norm) for _ in range(config.depth)]
+            *[
+                Block(config.decoder_dim, config.decoder_heads, qkv_bias=True, norm_layer=norm)
+                for _ in range(config.decoder_depth)
+            ]
         )
-        self.head = nn.Sequential(norm(config.decoder), nn.Linear(config.decoder, 3 * self.patch**2))
+        self.head = nn.Sequential(norm(config.decoder_dim), nn.Linear(config.decoder_dim, 3 * self.patch**2))
         for part in (self.embed, self.decoder, self.head):
             xavier_(part)
 
@@ -76,14 +79,14 @@ class MAE(nn.Module):
         return {"pred": pred, "target": take_patches(target, masked), "features": latent[:, 0].detach()}
 
     def draw_mask(self, index: Tensor, epoch: int, patches: int) -> tuple[Tensor, Tensor]:
-        """(n, kept) and (n, hidden): which patches of each sample are visible and which masked."""
-        place = torch.arange(patches, device=index.device)
-        order = philox.philox4x32(place, STREAM, index[:, None], epoch, self.seed)[0].argsort(dim=1, stable=True)
-        kept = int(patches * (1 - self.config.mask))
+        """Indices (n, kept) of the visible and (n, patches - kept) of the masked patches of each sample."""
+        patch = torch.arange(patches, device=index.device)
+        order = philox.philox4x32(patch, STREAM, index[:, None], epoch, self.seed)[0].argsort(dim=1, stable=True)
+        kept = int(patches * (1 - self.config.mask_ratio))
         if not 0 < kept < patches:
             raise ValueError(
-                f"method.mask={self.config.mask} leaves {kept} of {patches} patches of {self.patch} "
-                "pixels: use larger views, a smaller patch or another share"
+                f"method.mask_ratio={self.config.mask_ratio} leaves {kept} of {patches} patches of {self.patch} "
+                "pixels: change it, or use larger views or a network with smaller patches"
             )
         return order[:, :kept], order[:, kept:]
 
@@ -97,11 +100,11 @@ class MAE(nn.Module):
     def decode(self, latent: Tensor, visible: Tensor, masked: Tensor, size: tuple[int, int]) -> Tensor:
         x = self.embed(latent)
         prefix = x.shape[1] - visible.shape[1]
-        hidden = self.mask_token.to(x.dtype).expand(*masked.shape, -1)
+        mask_tokens = self.mask_token.to(x.dtype).expand(*masked.shape, -1)
         rows, columns = (side // self.patch for side in size)
         table = positions.sincos(rows, columns, x.shape[2], columns_first=True, device=x.device)
-        places = torch.cat([visible, masked], 1)  # attention does not care about the order
-        x = torch.cat([x, hidden], 1) + nn.functional.pad(table[places], (0, 0, prefix, 0)).to(x.dtype)
+        order = torch.cat([visible, masked], 1)  # need not be sorted: attention does not depend on the order of tokens
+        x = torch.cat([x, mask_tokens], 1) + nn.functional.pad(table[order], (0, 0, prefix, 0)).to(x.dtype)
         return self.head(self.decoder(x)[:, -masked.shape[1] :])
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
@@ -119,11 +122,11 @@ def xavier_(module: nn.Module) -> None:
 
 
 def patchify(x: Tensor, p: int) -> Tensor:
-    """(n, 3, H, W) -> (n, patches, 3 p p), row by row."""
+    """(n, C, H, W) -> (n, patches, C p p): the pixels of patches of p x p, in rows from the top left."""
     n, c, h, w = x.shape
     return x.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * p * p)
 
 
-def take_patches(x: Tensor, places: Tensor) -> Tensor:
-    """(n, L, D) -> (n, l, D): the given places of each sample."""
-    return x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
+def take_patches(x: Tensor, indices: Tensor) -> Tensor:
+    """(n, L, D) -> (n, k, D): the patches `indices` (n, k) of each sample."""
+    return x.gather(1, indices[:, :, None].expand(-1, -1, x.shape[2]))

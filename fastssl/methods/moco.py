@@ -1,10 +1,10 @@
-"""MoCo v1 and v2: a query meets its key among a queue of older keys.
+"""MoCo v1 and v2: InfoNCE with keys of a momentum encoder; the negatives are a queue of the keys of earlier batches.
 https://arxiv.org/abs/1911.05722  https://arxiv.org/abs/2003.04297
 
-The momentum encoder and the queue move once per optimizer step, after it: the keys of step t come from the weights
-that the original computes at the start of forward t.  Keys are dealt to the ranks at random before batch norm; on one
-rank that changes nothing, as in the original.  `symmetric` is solo-learn's MoCo v2+: each view asks about the other,
-with a queue for either direction.
+Momentum encoder and queue are updated once per optimizer step, after it; the original updates the encoder at the start
+of the next forward, with the same keys.  Before the momentum encoder, the images are distributed over the ranks at
+random (shuffled batch norm), which has no effect on one rank, as in the original.  `symmetric` is solo-learn's MoCo
+v2+.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from fastssl.trainer import Context, Outputs
 class Config:
     temperature: float = 0.2
     dims: tuple[int, ...] = (2048, 128)  # v2; v1: (128,)
-    queue: int = 65536  # keys of older batches (of each view, if symmetric)
-    symmetric: bool = False  # both views ask, and both are keys; the loss is the mean of the two directions
+    queue: int = 65536  # keys of earlier batches (of each view, if symmetric)
+    symmetric: bool = False  # each view is a query for the other; the loss is the mean of both directions
     momentum: float = 0.999
     momentum_end: float = 0.999  # reached by half a cosine over the run
     shuffle: bool = True  # shuffled batch norm
-    norm: bool = False  # batch norm in the projector (SimCLR's neck)
+    norm: bool = False  # batch norm in the projector, as in SimCLR
     init: Literal["torch", "openselfsup"] = "torch"  # of the projector; "openselfsup": Kaiming
 
     def build(self, backbone: nn.Module, context: Context) -> MoCo:
@@ -49,20 +49,13 @@ class MoCo(nn.Module):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.backbone = backbone
-        self.projector = parts.mlp(
-            backbone.dim,
-            *config.dims,
-            norm=config.norm,
-            last_norm=config.norm,
-            bias=not config.norm,
-            last_bias=not config.norm,
-        )
+        self.projector = parts.projector(backbone.dim, *config.dims, norm=config.norm)
         if config.init == "openselfsup":
             parts.kaiming_(self.projector)
         self.target = parts.frozen_copy(self.backbone, self.projector)
-        sides = 1 + config.symmetric
-        self.register_buffer("queue", parts.random_directions(sides, config.queue, config.dims[-1]))
-        self.register_buffer("pointers", torch.zeros(sides, dtype=torch.int64))
+        directions = 1 + config.symmetric
+        self.register_buffer("queue", parts.random_directions(directions, config.queue, config.dims[-1]))
+        self.register_buffer("pointers", torch.zeros(directions, dtype=torch.int64))
 
     def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         query_views, key_views = (views, views[::-1]) if self.config.symmetric else (views[:1], views[1:])
@@ -79,9 +72,11 @@ class MoCo(nn.Module):
         return shuffle.unshuffle(self.target(shuffle.shuffle(x)))
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
-        sides = zip(out["q"].unbind(1), out["k"].detach().unbind(1), self.queue)
-        each = [infonce(q, k, queue, self.config.temperature, impl=self.kernels) for q, k, queue in sides]
-        return {"loss": sum(each) / len(each)}
+        losses = [
+            infonce(q, k, queue, self.config.temperature, impl=self.kernels)
+            for q, k, queue in zip(out["q"].unbind(1), out["k"].detach().unbind(1), self.queue)
+        ]
+        return {"loss": sum(losses) / len(losses)}
 
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)

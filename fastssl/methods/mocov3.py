@@ -1,7 +1,8 @@
-"""MoCo v3: MoCo without a queue, keys are those of the batch, with a predictor.  https://arxiv.org/abs/2104.02057
+"""MoCo v3: MoCo with a predictor and without a queue; the negatives are the keys of the global batch.
+https://arxiv.org/abs/2104.02057
 
-Keys are those of the global batch.  They come from the momentum encoder after the last optimizer step, which is where
-the original moves it, at the start of the next forward.
+The momentum encoder is updated after the optimizer step, with the momentum that the original takes at the start of the
+next step; the keys are the same.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from fastssl.trainer import Context, Outputs
 class Config:
     temperature: float = 1.0  # ViT: 0.2
     dims: tuple[int, ...] = (4096, 256)  # of the projector; ViT: (4096, 4096, 256)
-    predictor: int = 4096  # hidden width
-    predictor_norm: bool = False  # batch norm after the predictor's last layer; ViT: True
+    predictor_dim: int = 4096  # hidden width
+    predictor_norm: bool = False  # batch norm after the predictor's last layer, too; ViT: True
     momentum: float = 0.99
     momentum_end: float = 1.0  # reached by half a cosine over the run
     norm: bool = True  # batch norm in the heads
-    freeze_patch_embed: bool = False  # ViT: True, a random patch projection trains more stably; fixed sine positions
+    # ViT: True.  The patch projection stays random, which makes training stable, and position embeddings are fixed
+    freeze_patch_embed: bool = False
 
     def init_backbone(self, backbone: nn.Module) -> None:
         if self.freeze_patch_embed:
@@ -43,12 +45,12 @@ class Config:
 
 @torch.no_grad()
 def authors_init_(body: nn.Module) -> None:
-    """As in the original's vits.py: Xavier for the patch projection (as one linear layer), for query, key and value
-    each by itself, and for all other linear layers; no bias; a class token of nearly 0."""
+    """As in the authors' vits.py: Xavier for all linear layers (query, key and value separately) and for the patch
+    projection as one linear layer; zero biases; a class token of std 1e-6."""
     for name, layer in body.named_modules():
         if isinstance(layer, nn.Linear):
-            wide, narrow = layer.weight.shape
-            bound = math.sqrt(6 / ((wide // 3 if name.endswith("qkv") else wide) + narrow))
+            fan_out, fan_in = layer.weight.shape
+            bound = math.sqrt(6 / ((fan_out // 3 if name.endswith("qkv") else fan_out) + fan_in))
             nn.init.uniform_(layer.weight, -bound, bound)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -61,16 +63,24 @@ def authors_init_(body: nn.Module) -> None:
 class MoCoV3(nn.Module):
     views = 2
     min_batch = 2
-    total_steps = math.inf  # of the run
+    total_steps = math.inf  # set to the run's number of steps
 
     def __init__(self, config: Config, backbone: nn.Module, kernels: str):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.backbone = backbone
         norm, dim = config.norm, config.dims[-1]
-        common = {"norm": norm, "last_affine": False, "bias": not norm, "last_bias": not norm}
-        self.projector = parts.mlp(backbone.dim, *config.dims, last_norm=norm, **common)
-        self.predictor = parts.mlp(dim, config.predictor, dim, last_norm=norm and config.predictor_norm, **common)
+        self.projector = parts.projector(backbone.dim, *config.dims, norm=norm, last_affine=False)
+        self.predictor = parts.mlp(
+            dim,
+            config.predictor_dim,
+            dim,
+            norm=norm,
+            last_norm=norm and config.predictor_norm,
+            last_affine=False,
+            bias=not norm,
+            last_bias=not norm,
+        )
         self.target = parts.frozen_copy(self.backbone, self.projector)
 
     def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
@@ -83,10 +93,10 @@ class MoCoV3(nn.Module):
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         (q_0, q_1), (k_0, k_1) = out["q"].unbind(1), out["k"].detach().unbind(1)
         t = self.config.temperature
-        both = [infonce(q, k, None, t, group=dist.group(), impl=self.kernels) for q, k in ((q_0, k_1), (q_1, k_0))]
-        return {"loss": 2 * t * sum(both)}
+        losses = [infonce(q, k, None, t, group=dist.group(), impl=self.kernels) for q, k in ((q_0, k_1), (q_1, k_0))]
+        return {"loss": 2 * t * sum(losses)}
 
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
-        progress = progress + 1 / self.total_steps  # the original moves the encoder at the start of the next step
+        progress = progress + 1 / self.total_steps  # of the next step, as in the original
         momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
         parts.ema_(self.target, [self.backbone, self.projector], momentum, found_inf=found_inf, impl=self.kernels)

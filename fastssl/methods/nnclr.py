@@ -1,8 +1,9 @@
-"""NNCLR: the positive of a view is the nearest neighbour of the other view in a queue.  https://arxiv.org/abs/2104.14548
+"""NNCLR: the positive of a view's prediction is the nearest neighbour of the other view's projection in a queue.
+https://arxiv.org/abs/2104.14548
 
-Neighbours against predictions among the global batch, and predictions against neighbours (half each; some
-implementations take the first alone).
-The queue holds the first view's projections of the last steps.
+The loss is the mean of InfoNCE in both directions, over the global batch: from neighbours to predictions and from
+predictions to neighbours (some implementations have only the first).  The queue holds the projections of the first view
+of earlier steps.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fastssl.trainer import Context, Outputs
 class Config:
     temperature: float = 0.1
     dims: tuple[int, ...] = (2048, 2048, 256)
-    predictor: int = 4096  # hidden width
+    predictor_dim: int = 4096  # hidden width
     queue: int = 98304
     norm: bool = True  # batch norm in the heads
 
@@ -42,7 +43,7 @@ class NNCLR(nn.Module):
         self.config, self.kernels = config, kernels
         self.backbone = backbone
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_norm=config.norm)
-        self.predictor = parts.mlp(config.dims[-1], config.predictor, config.dims[-1], norm=config.norm)
+        self.predictor = parts.mlp(config.dims[-1], config.predictor_dim, config.dims[-1], norm=config.norm)
         self.register_buffer("queue", parts.random_directions(config.queue, config.dims[-1]))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
@@ -55,14 +56,15 @@ class NNCLR(nn.Module):
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         (p_0, p_1), (nn_0, nn_1) = out["p"].unbind(1), (self.nearest(z) for z in out["z"].unbind(1))
         t = self.config.temperature
-        both = [
+        losses = [
             infonce_symmetric(near, p, t, group=dist.group(), impl=self.kernels)
             for near, p in ((nn_0, p_1), (nn_1, p_0))
         ]
-        return {"loss": sum(both) / 2}
+        return {"loss": sum(losses) / 2}
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
+        """(n, D): the row of the queue with the largest cosine similarity to each row of z."""
         return self.queue[(F.normalize(z, dim=1) @ self.queue.T).argmax(1)]
 
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:

@@ -1,11 +1,11 @@
-"""ODC, online deep clustering: classify images by labels that change with every step instead of every epoch.
+"""ODC (online deep clustering): DeepCluster whose pseudo-labels are updated at every step instead of every epoch.
 https://arxiv.org/abs/2006.10645
 
-Labels and centroids are on every rank, and the bank of embeddings is sharded by samples; all are on the device and in
-checkpoints, updated once per optimizer step with the samples of all ranks.  The sums of the clusters' rows are
-integers, so that they are exact in any order of additions, and new centroids do not read the bank.  A cluster with
-fewer than `least` samples is dissolved and takes part of the largest one; where two-means leaves fewer than `least` on
-one side, that one is split at the median (the original: only if empty).
+Labels and centroids are equal on all ranks, the memory bank of embeddings is sharded by samples.  All are updated once
+per optimizer step with the samples of all ranks.  The sum of each cluster's rows is kept as integers, which makes it
+independent of the order of additions, so that new centroids need no pass over the bank.  A cluster with fewer than
+`min_cluster_size` samples is dissolved, and the largest cluster is split by two-means, or at the median if a part would
+be too small (the original: only if a part would be empty).
 """
 
 from __future__ import annotations
@@ -29,30 +29,33 @@ class Config:
     clusters: int = 10000
     dims: tuple[int, int] = (512, 256)  # hidden and output widths of the neck
     momentum: float = 0.5  # weight of the new embedding in the bank
-    least: int = 20  # samples in a cluster
-    every: int = 10  # steps between means of all clusters
-    reweight: float = 0.5  # power p of loss weights size ** -p; 0: all equal
+    min_cluster_size: int = 20  # in samples
+    centroid_interval: int = 10  # steps between updates of the centroids
+    reweight: float = 0.5  # exponent p of the class weights size ** -p; 0: equal weights
     dropout: float = 0.5
     norm: bool = True  # batch norm in the neck
-    iterations: int = 20  # of the first k-means
+    iterations: int = 20  # of the k-means before the first epoch
 
     def build(self, backbone: nn.Module, context: Context) -> ODC:
-        clustering.check_clusters(self.clusters, context.samples, self.least)
-        if not 0 < self.momentum <= 1 or self.every < 1:
-            raise ValueError(f"method.momentum={self.momentum} must be in (0, 1], method.every={self.every} at least 1")
+        clustering.check_clusters(self.clusters, context.samples, self.min_cluster_size)
+        if not 0 < self.momentum <= 1 or self.centroid_interval < 1:
+            raise ValueError(
+                f"method.momentum={self.momentum} must be in (0, 1] and "
+                f"method.centroid_interval={self.centroid_interval} at least 1"
+            )
         return ODC(self, backbone, context)
 
 
 class ODC(nn.Module):
     views = 1
     mean_loss = True
-    not_capturable = "ODC's labels and clusters change by counts that it reads from the device"
+    not_capturable = "ODC reads the sizes of its clusters from the device at every step"
 
     def __init__(self, config: Config, backbone: nn.Module, context: Context):
         super().__init__()
         self.config, self.backbone, self.seed, self.kernels = config, backbone, context.seed, context.kernels
         samples = context.samples
-        self.steps = samples // context.batch  # of an epoch
+        self.steps_per_epoch = samples // context.batch
         hidden, dim = config.dims
         norm = nn.BatchNorm1d(hidden, momentum=0.001, affine=False) if config.norm else nn.Identity()
         self.neck = nn.Sequential(
@@ -72,25 +75,25 @@ class ODC(nn.Module):
         self.register_buffer("labels", torch.arange(samples) % config.clusters)
         self.register_buffer("centroids", torch.zeros(config.clusters, dim))
         self.register_buffer("sizes", (samples - torch.arange(config.clusters) - 1) // config.clusters + 1)
-        self.register_buffer("sums", torch.zeros(config.clusters, dim, dtype=torch.int64))  # of rows, in this unit:
-        self.unit = 2.0 ** (samples.bit_length() - 62)  # the finest in which all rows, of length 1, do not overflow
+        self.register_buffer("sums", torch.zeros(config.clusters, dim, dtype=torch.int64))  # of rows, times 1 / unit
+        self.unit = 2.0 ** (samples.bit_length() - 62)  # the smallest for which a sum of all unit rows fits int64
         self.register_buffer("weights", torch.full((config.clusters,), 1 / config.clusters))
-        self.register_buffer("changed", torch.zeros(()))  # share of the last step's labels
+        self.register_buffer("changed", torch.zeros(()))  # fraction of the last step's samples whose label changed
 
     def before_epoch(self, epoch: int, extract_outputs: ExtractOutputs) -> str | None:
         if epoch:
             return None
         x, index = extract_outputs("z")
         x = F.normalize(x, dim=1)
-        found = clustering.kmeans(
+        result = clustering.kmeans(
             x, self.config.clusters, index, iterations=self.config.iterations, seed=self.seed, kernels=self.kernels
         )
         self.bank.fill_(x, index)
-        self.labels.copy_(clustering.scatter(found.labels, index, len(self.labels)))
+        self.labels.copy_(clustering.scatter(result.labels, index, len(self.labels)))
         self.recount()
         self.update_centroids()
         self.replace_small_clusters()
-        return clustering.describe(found.counts, len(self.labels))
+        return clustering.describe(result.counts, len(self.labels))
 
     def order(self, epoch: int) -> np.ndarray:
         return clustering.replacement_order(len(self.labels), self.seed, epoch)
@@ -103,7 +106,7 @@ class ODC(nn.Module):
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         labels = self.labels[batch.index]
         loss = clustering.weighted_cross_entropy(out["logits"], labels, self.weights)
-        return {"loss": loss, "changed": self.changed.clone()}  # the log reads it some steps later
+        return {"loss": loss, "changed": self.changed.clone()}  # a copy: the log reads it some steps later
 
     def total_weight(self, batch: Batch) -> Tensor:
         return clustering.total_weight(self.labels[batch.index], self.weights)
@@ -111,20 +114,21 @@ class ODC(nn.Module):
     @torch.no_grad()
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor) -> None:
         index, z = dist.gather(batch.index), dist.gather(F.normalize(out["z"], dim=1))
-        seen, place = index.unique(return_inverse=True)
+        seen, inverse = index.unique(return_inverse=True)
         local, before = self.bank.is_local(index), self.bank.rows(seen)
         start = self.bank.shard.start
         update_bank_(self.bank.block, index[local] - start, z[local], self.config.momentum, impl=self.kernels)
         after = self.bank.rows(seen)
         labels = (after @ self.centroids.T).argmax(1)
-        self.changed.copy_((labels != self.labels[seen])[place].to(self.changed.dtype).mean())
+        self.changed.copy_((labels != self.labels[seen])[inverse].to(self.changed.dtype).mean())
         self.move(seen, labels, before, after)
-        if (batch.epoch * self.steps + batch.step + 1) % self.config.every == 0:
+        if (batch.epoch * self.steps_per_epoch + batch.step + 1) % self.config.centroid_interval == 0:
             self.update_centroids()
         self.replace_small_clusters()
 
     def move(self, index: Tensor, labels: Tensor, before: Tensor, after: Tensor) -> None:
-        """Samples `index` (n,), each once, whose rows (n, D) were `before` and are `after`, get `labels` (n,)."""
+        """Assign `labels` (n,) to the distinct samples `index` (n,), whose rows of the bank (n, D) changed from
+        `before` to `after`, and update the clusters' sizes and sums."""
         clusters, one = torch.cat([self.labels[index], labels]), torch.ones_like(labels)
         self.sizes.index_add_(0, clusters, torch.cat([-one, one]))
         change = torch.cat([-self.to_integers(before), self.to_integers(after)])
@@ -132,6 +136,7 @@ class ODC(nn.Module):
         self.labels[index] = labels
 
     def to_integers(self, x: Tensor) -> Tensor:
+        """x as int64 multiples of `unit`."""
         return (x / self.unit).long()
 
     def recount(self) -> None:
@@ -143,27 +148,29 @@ class ODC(nn.Module):
         dist.sum_(self.sums)
 
     def update_centroids(self) -> None:
-        """Set the centroids to the means of their clusters; that of an empty cluster stays."""
+        """Set the centroids to the means of their clusters; an empty cluster keeps its centroid."""
         dtype, empty = self.centroids.dtype, (self.sizes == 0)[:, None]
         means = self.sums.to(dtype).mul_((self.unit / self.sizes.clamp(min=1)).to(dtype)[:, None])
         self.centroids.mul_(empty).add_(means)
 
     def replace_small_clusters(self) -> None:
-        """Dissolve and refill the clusters below `least`, then weight all by their sizes.  (Waits for the device once,
-        to learn whether there are any.)"""
-        small = self.sizes < self.config.least
+        """Replace the clusters below `min_cluster_size` by parts of the largest ones, and update the class weights.
+
+        The samples of a small cluster move to the nearest other one.  The host waits for the device once.
+        """
+        small = self.sizes < self.config.min_cluster_size
         if small.any():
-            homeless = small[self.labels].nonzero()[:, 0]
-            x = self.bank.rows(homeless)
-            self.move(homeless, (x @ self.centroids.T).masked_fill(small, -torch.inf).argmax(1), x, x)
+            members = small[self.labels].nonzero()[:, 0]
+            x = self.bank.rows(members)
+            self.move(members, (x @ self.centroids.T).masked_fill(small, -torch.inf).argmax(1), x, x)
             for empty in small.nonzero()[:, 0]:
                 self.split(self.sizes.argmax(), empty)
         self.weights.copy_(clustering.class_weights(self.sizes, self.config.reweight, 1e-5))
 
     def split(self, large: Tensor, empty: Tensor) -> None:
-        """Give part of cluster `large` to cluster `empty`."""
+        """Split cluster `large` by two-means and assign one part to the cluster `empty`."""
         members = (self.labels == large).nonzero()[:, 0]
         x = self.bank.rows(members)
-        second = clustering.two_means(x, self.config.least)
+        second = clustering.two_means(x, self.config.min_cluster_size)
         self.move(members[second], empty.expand(len(members))[second], x[second], x[second])
         self.centroids[large], self.centroids[empty] = x[~second].mean(0), x[second].mean(0)

@@ -1,5 +1,5 @@
-"""The pieces that several methods share: projection heads, prototypes, the momentum encoder, multi-crop, statistics of
-the global batch, shuffling over ranks.
+"""Parts that several methods use: projection heads, prototypes, momentum encoders, multi-crop, statistics of the global
+batch, shuffling over ranks.
 
 Shapes: n samples of this rank, V views, D features, K prototypes.
 """
@@ -34,8 +34,11 @@ def mlp(
     last_affine: bool = True,
     act: Callable[[], nn.Module] = RELU,
 ) -> nn.Sequential:
-    """Linear layers of the widths `dims` with `act` between them; `norm` puts batch norm before each activation,
-    `last_norm` one after the last layer (`last_affine`: with scale and shift)."""
+    """Linear layers of the widths `dims` with the activation `act` between them.
+
+    `norm`: batch norm before each activation; `last_norm`: also after the last layer (`last_affine`: with scale and
+    shift).  `bias`: of the linear layers; `last_bias`: of the last one.
+    """
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(itertools.pairwise(dims)):
         last = i == len(dims) - 2
@@ -47,8 +50,14 @@ def mlp(
     return nn.Sequential(*layers)
 
 
+def projector(*dims: int, norm: bool, last_affine: bool = True) -> nn.Sequential:
+    """SimCLR's projector: with `norm`, batch norm after every linear layer, none of which has a bias; without, an
+    MLP."""
+    return mlp(*dims, norm=norm, last_norm=norm, bias=not norm, last_bias=not norm, last_affine=last_affine)
+
+
 def kaiming_(module: nn.Module) -> None:
-    """OpenSelfSup's initialisation of heads and necks: Kaiming (fan_in, normal) and no bias in the linear layers."""
+    """Initialise linear layers as OpenSelfSup's heads and necks: Kaiming (fan_in, normal), zero bias."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
@@ -57,12 +66,12 @@ def kaiming_(module: nn.Module) -> None:
 
 
 def frozen_copy(*modules: nn.Module) -> nn.Sequential:
-    """A momentum encoder: a copy of the modules, in sequence, without gradients."""
+    """An nn.Sequential of copies of `modules`, without gradients: the initial momentum encoder."""
     return copy.deepcopy(nn.Sequential(*modules)).requires_grad_(False)
 
 
-def without_drop_path(target: nn.Module) -> None:
-    """Switch drop path off in a teacher, as in DINO."""
+def disable_drop_path_(target: nn.Module) -> None:
+    """Disable stochastic depth in a teacher, as in DINO."""
     for module in target.modules():
         if hasattr(module, "drop_prob"):
             module.drop_prob = 0.0
@@ -77,28 +86,28 @@ def ema_(
     found_inf: Tensor | None = None,
     impl: str = "auto",
 ) -> None:
-    """target <- momentum * target + (1 - momentum) * online, parameters only (batch-norm buffers are the target's own).
+    """target <- momentum * target + (1 - momentum) * online, for parameters; the target has its own batch-norm buffers.
 
-    momentum: a number or a 0-dim tensor; `found_inf` as in kernels.multi_tensor.
+    momentum: a number or a 0-dim tensor.  found_inf: see kernels.multi_tensor.
 
-    Under ZeRO-3 each rank moves its own shards: both sides are partitioned alike, so nothing is communicated
-    (gathering them instead discards the update silently).
+    Under ZeRO-3 each rank updates its own shards: target and online are partitioned alike, so nothing is communicated.
+    (If they were gathered, the update would be lost without an error.)
     """
-    ours = [getattr(p, "ds_tensor", p) for p in target.parameters()]
-    theirs = [getattr(p, "ds_tensor", p) for module in online for p in module.parameters()]
-    assert len(ours) == len(theirs), (len(ours), len(theirs))
-    multi_tensor.lerp_([p.data for p in ours], [p.data for p in theirs], 1 - momentum, found_inf=found_inf, impl=impl)
+    old = [getattr(p, "ds_tensor", p) for p in target.parameters()]
+    new = [getattr(p, "ds_tensor", p) for module in online for p in module.parameters()]
+    assert len(old) == len(new), (len(old), len(new))
+    multi_tensor.lerp_([p.data for p in old], [p.data for p in new], 1 - momentum, found_inf=found_inf, impl=impl)
 
 
 @torch.no_grad()
 def assign_(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
-    """target <- value, unless `found_inf` (as in kernels.multi_tensor) is not zero."""
+    """target <- value, unless `found_inf` is nonzero (see kernels.multi_tensor)."""
     target.copy_(value if found_inf is None else torch.where(found_inf != 0, target, value))
 
 
 def cosine(start: float, end: float, progress: float | Tensor) -> float | Tensor:
-    """Half a cosine from `start` (progress 0) to `end` (progress 1): BYOL's momentum schedule.  `progress` may be a
-    0-dim float64 tensor, and the result then is one."""
+    """Cosine schedule from `start` (progress 0) to `end` (progress 1), as for BYOL's momentum.  A `progress` that is a
+    0-dim float64 tensor gives a 0-dim tensor."""
     if start == end:
         return end
     if isinstance(progress, Tensor):
@@ -107,17 +116,20 @@ def cosine(start: float, end: float, progress: float | Tensor) -> float | Tensor
 
 
 def mean_cosine(p: Tensor, z: Tensor) -> Tensor:
-    """Mean cosine similarity of the rows of p with those of z."""
+    """Mean cosine similarity of corresponding rows of p and z."""
     return F.cosine_similarity(p, z, dim=-1).mean()
 
 
-def multi_crop(module: nn.Module, views: list[Tensor], large: int) -> Tensor:
-    """(n, V, D) of views of mixed sizes, of which the first `large` are the large ones; views of one size that follow
-    each other run as one batch (and share batch statistics, as in SwAV)."""
-    if len(views) < max(large, 2) or len({x.shape for x in views[:large]}) > 1:
+def multi_crop(module: nn.Module, views: list[Tensor], large_crops: int) -> Tensor:
+    """(n, V, D) outputs of `module` for views of several sizes, the first `large_crops` of which are the large ones.
+
+    Consecutive views of equal size are one batch, with common batch statistics, as in SwAV.
+    """
+    if len(views) < max(large_crops, 2) or len({x.shape for x in views[:large_crops]}) > 1:
         raise ValueError(
-            f"data.views gives views of {[x.shape[-1] for x in views]} pixels: "
-            f"needed are at least {max(large, 2)}, the first {large} of one size"
+            f"data.views gives {len(views)} views of {[x.shape[-1] for x in views]} pixels, but this method needs at "
+            f"least {max(large_crops, 2)} views, the first {large_crops} of equal size: change data.views or "
+            "method.large_crops"
         )
     out = []
     for _, group in itertools.groupby(views, key=lambda x: x.shape[-1]):
@@ -127,22 +139,22 @@ def multi_crop(module: nn.Module, views: list[Tensor], large: int) -> Tensor:
 
 
 def standardize(z: Tensor, eps: float = 1e-5) -> Tensor:
-    """Batch norm without scale and shift over the samples of all ranks (equally many on each), with exact gradients."""
+    """Batch norm without scale and shift over the samples of all ranks (as many on each), with exact gradients."""
     z = z - dist.mean(z.mean(0))
     return z * (dist.mean(z.square().mean(0)) + eps).rsqrt()
 
 
 def off_diagonal(c: Tensor) -> Tensor:
-    """The off-diagonal entries of a square matrix, as a vector."""
+    """(n, n) -> (n (n - 1),): the off-diagonal entries."""
     n = len(c)
     return c.flatten()[:-1].view(n - 1, n + 1)[:, 1:].flatten()
 
 
 class Prototypes(nn.Module):
-    """Dot products with K directions of unit length: (..., D) -> (..., K).
+    """Dot products with K prototypes, which are unit vectors: (..., D) -> (..., K).
 
-    weight_norm: weights are normalised in forward (DINO, solo-learn's SwAV).  Else `normalize_` brings the weights
-    themselves to unit length after each step (the original SwAV).
+    weight_norm: True normalises the weights in forward (DINO, solo-learn's SwAV); with False the method calls
+    `normalize_` after each step, which overwrites the weights (the original SwAV).
     """
 
     def __init__(self, dim: int, count: int, weight_norm: bool = True):
@@ -160,7 +172,7 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def normalize_(self, found_inf: Tensor | None = None) -> None:
-        """Bring the weights to unit length, also in the optimizer's copy (ZeRO), unless `found_inf` is not zero."""
+        """Normalise the weights, also the optimizer's copy under ZeRO, unless `found_inf` is nonzero."""
         with zero.gathered([self.weight]):
             unit = F.normalize(self.weight, dim=1)
             if found_inf is not None:
@@ -169,7 +181,8 @@ class Prototypes(nn.Module):
 
 
 def vision_transformer(backbone: nn.Module) -> nn.Module:
-    """timm's model inside `backbone`, or an error if it is not a vision transformer with one table of positions."""
+    """timm's model in `backbone`; ValueError unless it is a vision transformer with one table of position
+    embeddings."""
     body = getattr(backbone, "body", None)
     if not all(hasattr(body, name) for name in ("patch_embed", "pos_embed", "blocks")):
         raise ValueError(
@@ -181,7 +194,7 @@ def vision_transformer(backbone: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def fixed_positions_(body: nn.Module, *, columns_first: bool) -> None:
-    """Write sine-cosine positions to a vision transformer and freeze them; those of its class token are 0."""
+    """Set a vision transformer's position embeddings to fixed sines and cosines (0 for its class token)."""
     rows, columns = body.patch_embed.grid_size
     table = positions.sincos(rows, columns, body.embed_dim, columns_first=columns_first)
     prefix = body.pos_embed.shape[1] - rows * columns
@@ -193,17 +206,18 @@ def require_labels(method: str, classes: list | None) -> int:
     """The number of classes; ValueError without labels."""
     if not classes:
         raise ValueError(
-            f"{method} learns from labels and data.train has no classes: convert a labelled source, "
-            "or choose a method that needs none"
+            f"method {method!r} needs labels, but data.train has none: convert a labelled source, or choose a method "
+            "that needs no labels"
         )
     return len(classes)
 
 
 def check_queue(queue: int, batch: int) -> None:
+    """ValueError for a queue that cannot hold the embeddings of one step."""
     if batch > queue:
         raise ValueError(
             f"method.queue={queue} is smaller than optim.batch={batch}: "
-            f"a step would overwrite its own rows; raise method.queue to at least {batch}"
+            f"each step would overwrite its own rows; set method.queue to at least {batch}"
         )
 
 
@@ -213,25 +227,27 @@ def random_directions(*shape: int) -> Tensor:
 
 
 def warn_unshuffled(backbone: nn.Module) -> None:
-    """With one rank all keys are in one batch, and shuffling has no effect."""
+    """Warn that shuffled batch norm has no effect on one rank, where all keys are in one batch."""
     if dist.world() == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules()):
         warnings.warn(
-            "method.shuffle=True has no effect on one GPU: batch norm's statistics can tell which key is "
-            "that of a query, and accuracy may suffer; use more GPUs or backbone.norm='gn' "
-            "(method.shuffle=False: accept it)",
+            "method.shuffle=True has no effect on one GPU: batch statistics can reveal which key belongs to a query, "
+            "which may reduce accuracy. Use several GPUs or backbone.norm='gn'; method.shuffle=False silences this "
+            "warning",
             stacklevel=2,
         )
 
 
 class Shuffle:
-    """Shuffled batch norm (MoCo): distributes each rank's samples evenly over all ranks and back, so that batch
-    statistics do not show which key belongs to a query.  Sends n (W-1)/W samples per rank (an all-gather: n (W-1))."""
+    """Shuffled batch norm (MoCo): sends each rank's samples to all ranks, as many to each, and the outputs back, so
+    that batch statistics do not reveal which key belongs to a query.  Each of W ranks sends n (W-1)/W samples (n (W-1)
+    with an all-gather)."""
 
     def __init__(self, n: int, device: torch.device):
         if n % dist.world():
             raise ValueError(
-                f"shuffled batch norm deals {n} samples to {dist.world()} ranks: "
-                f"make optim.batch (or speed.micro_batch) a multiple of {dist.world()} per rank"
+                f"shuffled batch norm sends equal parts of {n} samples to {dist.world()} ranks: make the images per "
+                f"rank (optim.batch / ranks, or speed.micro_batch) a multiple of {dist.world()}, or set "
+                "method.shuffle=False"
             )
         self.order = torch.randperm(n, device=device)
 
@@ -247,7 +263,7 @@ class Shuffle:
 
 
 def _exchange(x: Tensor) -> Tensor:
-    # Equal splits make this its own inverse: chunk j of rank i and chunk i of rank j change places.
+    # Its own inverse, as all splits are equal: chunk j of rank i and chunk i of rank j are swapped.
     x = x.contiguous()
     out = torch.empty_like(x)
     td.all_to_all_single(out, x)

@@ -1,8 +1,9 @@
-"""Relative location: which neighbour of the centre patch is this one?  https://arxiv.org/abs/1505.05192
+"""Relative location: classify at which of eight positions around the centre patch a patch lies.
+https://arxiv.org/abs/1505.05192
 
-The eight neighbours of a 3x3 split against its centre.  The centre is encoded once, in a call of its own: 9 passes an
-image where OpenSelfSup makes 16, with the same batch statistics, loss and gradients.  (Its running variances differ: by
-n / (n - 1) of the patches of a call, of which it has eight times as many.)
+The patches are the cells of a 3x3 grid.  The centre is encoded once per image, in a separate call: 9 patches per image
+instead of OpenSelfSup's 16 (it encodes the centre for each neighbour), with equal batch statistics, loss and gradients.
+Running variances differ slightly, because their factor n / (n - 1) is that of the patches of a call.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class RelativeLoc(nn.Module):
             nn.init.constant_(layer.bias, bias)
 
     def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
-        # two calls: batch norm takes the statistics of the neighbours and of the centres apart, as in OpenSelfSup
+        # two calls, so that batch norm has separate statistics for neighbours and centres, as in OpenSelfSup
         neighbours = self.backbone(torch.cat(views[:4] + views[5:])).unflatten(0, (8, -1)).transpose(0, 1)
         centre = self.backbone(views[4])[:, None]
         pairs = torch.cat([neighbours, centre.expand_as(neighbours)], 2)
@@ -56,9 +57,9 @@ class RelativeLoc(nn.Module):
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         logits = out["logits"].flatten(0, 1)
-        places = torch.arange(8, device=logits.device).repeat(len(logits) // 8)
-        right = (logits.detach().argmax(1) == places).float().mean()
-        return {"loss": F.cross_entropy(logits, places), "top1": right}
+        positions = torch.arange(8, device=logits.device).repeat(len(logits) // 8)
+        correct = (logits.detach().argmax(1) == positions).float().mean()
+        return {"loss": F.cross_entropy(logits, positions), "top1": correct}
 
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         pass

@@ -1,6 +1,7 @@
-"""Rotation prediction: by how many quarter turns was the image turned?  https://arxiv.org/abs/1803.07728
+"""Rotation prediction: classify whether an image was rotated by 0, 90, 180 or 270 degrees.
+https://arxiv.org/abs/1803.07728
 
-All four turns of one crop are in the batch, 4 n images with the views' places as labels.
+The four views of an image are one crop in all rotations; the index of the view is the label.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Rotation(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(backbone.dim, 4)
-        parts.kaiming_(self.head)  # fan_in as in OpenSelfSup: with fan_out the first loss is 30 times as large
+        parts.kaiming_(self.head)  # as in OpenSelfSup; with fan_out the first loss is 30 times as large
 
     def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         h = self.backbone(torch.cat(views)).unflatten(0, (4, -1)).transpose(0, 1)
@@ -38,9 +39,9 @@ class Rotation(nn.Module):
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         logits = out["logits"].flatten(0, 1)
-        turns = torch.arange(4, device=logits.device).repeat(len(logits) // 4)
-        right = (logits.detach().argmax(1) == turns).float().mean()
-        return {"loss": F.cross_entropy(logits, turns), "top1": right}
+        rotations = torch.arange(4, device=logits.device).repeat(len(logits) // 4)
+        correct = (logits.detach().argmax(1) == rotations).float().mean()
+        return {"loss": F.cross_entropy(logits, rotations), "top1": correct}
 
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         pass

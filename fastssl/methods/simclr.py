@@ -1,6 +1,7 @@
-"""SimCLR: two views of an image attract, all other views of the global batch repel.  https://arxiv.org/abs/2002.05709
+"""SimCLR: NT-Xent, the cross entropy of finding a view's positive, the other view of its image, by cosine similarity.
+https://arxiv.org/abs/2002.05709
 
-Negatives are those of the global batch on any number of ranks and micro-batches.
+The negatives are the views of all other images of the global batch, on any number of ranks and micro-batches.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Config:
     temperature: float = 0.1
     dims: tuple[int, ...] = (2048, 128)  # hidden and output widths of the projector
     norm: bool = True  # batch norm in the projector (SimCLR on ImageNet); False: solo-learn's CIFAR recipe
-    last_shift: bool = True  # of the last batch norm; False: it scales alone (Google's code)
+    last_shift: bool = True  # whether the last batch norm has a bias; False in the authors' code
     init: Literal["torch", "openselfsup"] = "torch"  # of the projector; "openselfsup": Kaiming
 
     def build(self, backbone: nn.Module, context: Context) -> SimCLR:
@@ -38,16 +39,9 @@ class SimCLR(nn.Module):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.backbone = backbone
-        self.projector = parts.mlp(
-            backbone.dim,
-            *config.dims,
-            norm=config.norm,
-            last_norm=config.norm,
-            bias=not config.norm,
-            last_bias=not config.norm,
-        )
+        self.projector = parts.projector(backbone.dim, *config.dims, norm=config.norm)
         if config.norm and not config.last_shift:
-            self.projector[-1].bias.requires_grad_(False)  # it stays 0
+            self.projector[-1].bias.requires_grad_(False)  # stays 0
         if config.init == "openselfsup":
             parts.kaiming_(self.projector)
 
@@ -57,7 +51,7 @@ class SimCLR(nn.Module):
         return {"z": torch.stack(z.chunk(2), 1), "features": h.detach()[: len(h) // 2]}
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
-        z = out["z"].transpose(0, 1).flatten(0, 1)  # (n, 2, D) -> rows of view 0, then rows of view 1
+        z = out["z"].transpose(0, 1).flatten(0, 1)  # (n, 2, D) -> (2 n, D): first view 0 of all images, then view 1
         return {"loss": ntxent(z, self.config.temperature, group=dist.group(), impl=self.kernels)}
 
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:

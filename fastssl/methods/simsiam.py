@@ -1,7 +1,7 @@
-"""SimSiam: predict the other view's projection, through which no gradient flows.  https://arxiv.org/abs/2011.10566
+"""SimSiam: a predictor learns the other view's projection, which is detached.  https://arxiv.org/abs/2011.10566
 
-No negatives, no momentum encoder: the stop-gradient and the predictor alone prevent collapse.  The predictor's learning
-rate stays constant: `optim.paramwise={r"^predictor": dict(schedule="constant")}`.
+There are no negatives and no momentum encoder; the stop-gradient and the predictor prevent collapse.  Configs keep the
+predictor's learning rate constant: `optim.paramwise={r"^predictor": dict(schedule="constant")}`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastssl.trainer import Context, Outputs
 @dataclass(frozen=True)
 class Config:
     dims: tuple[int, ...] = (2048, 2048, 2048)  # of the projector
-    predictor: int = 512  # hidden width
+    predictor_dim: int = 512  # hidden width
     norm: bool = True  # batch norm in the heads
 
     def build(self, backbone: nn.Module, context: Context) -> SimSiam:
@@ -33,17 +33,9 @@ class SimSiam(nn.Module):
     def __init__(self, config: Config, backbone: nn.Module):
         super().__init__()
         self.backbone = backbone
-        self.projector = parts.mlp(
-            backbone.dim,
-            *config.dims,
-            norm=config.norm,
-            last_norm=config.norm,
-            last_affine=False,
-            bias=not config.norm,
-            last_bias=not config.norm,
-        )
+        self.projector = parts.projector(backbone.dim, *config.dims, norm=config.norm, last_affine=False)
         self.predictor = parts.mlp(
-            config.dims[-1], config.predictor, config.dims[-1], norm=config.norm, bias=not config.norm
+            config.dims[-1], config.predictor_dim, config.dims[-1], norm=config.norm, bias=not config.norm
         )
 
     def forward(self, views: list[Tensor], batch: Batch) -> Outputs:

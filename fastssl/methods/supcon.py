@@ -1,6 +1,8 @@
-"""SupCon: SimCLR whose positives are all views of the images of one class.  https://arxiv.org/abs/2004.11362
+"""SupCon (supervised contrastive learning): SimCLR in which the positives of a view are all views of images of its
+class.  https://arxiv.org/abs/2004.11362
 
-Positives and negatives are those of the global batch.  An image without a label (-1) has its other view alone.
+Positives and negatives are those of the global batch.  The only positive of an image without a label (-1) is its other
+view.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class SupCon(nn.Module):
         return {"z": torch.stack(z.chunk(2), 1), "features": h.detach()[: len(h) // 2]}
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
-        z = out["z"].transpose(0, 1).flatten(0, 1)  # (n, 2, D) -> rows of view 0, then rows of view 1
+        z = out["z"].transpose(0, 1).flatten(0, 1)  # (n, 2, D) -> (2 n, D): first view 0 of all images, then view 1
         return {"loss": ntxent(z, self.config.temperature, labels=batch.label, group=dist.group(), impl=self.kernels)}
 
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:

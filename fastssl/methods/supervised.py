@@ -1,6 +1,6 @@
-"""Supervised classification: cross entropy of one linear layer, the yardstick of all others.
+"""Supervised classification with a linear layer and cross entropy, for comparison with the other methods.
 
-Images without a label (-1) do not count; the mean is over the labelled ones of the global batch.
+The loss is the mean over the labelled images of the global batch; images without a label (-1) are ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastssl.trainer import Context, Outputs
 @dataclass(frozen=True)
 class Config:
     label_smoothing: float = 0.0
-    init: Literal["torch", "openselfsup"] = "torch"  # of the classifier; "openselfsup": N(0, 0.01) and no bias
+    init: Literal["torch", "openselfsup"] = "torch"  # of the classifier; "openselfsup": N(0, 0.01), zero bias
 
     def build(self, backbone: nn.Module, context: Context) -> Supervised:
         return Supervised(self, backbone, parts.require_labels("supervised", context.classes))
@@ -46,17 +46,20 @@ class Supervised(nn.Module):
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         logits, label = out["logits"], batch.label
         if label.is_floating_point():
-            raise ValueError("supervised takes one class per image; data.train has several labels per image")
+            raise ValueError(
+                "method 'supervised' needs one class per image, but data.train has several labels per image: convert a "
+                "source with one label each"
+            )
         summed = F.cross_entropy(
             logits, label, ignore_index=-1, label_smoothing=self.config.label_smoothing, reduction="sum"
         )
         labelled = self.total_weight(batch)
-        right = (logits.detach().argmax(1) == label).float().sum()
-        return {"loss": summed / labelled, "top1": right / labelled}
+        correct = (logits.detach().argmax(1) == label).float().sum()
+        return {"loss": summed / labelled, "top1": correct / labelled}
 
     @staticmethod
     def total_weight(batch: Batch) -> Tensor:
-        """How many images are labelled, of the average rank."""
+        """Number of labelled images of the global batch divided by the number of ranks, at least 1."""
         return dist.mean((batch.label >= 0).float().sum()).clamp(min=1.0)
 
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:

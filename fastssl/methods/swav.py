@@ -1,9 +1,9 @@
-"""SwAV: crops predict the prototypes to which a balanced assignment sends the other crops of their image.
+"""SwAV: each crop predicts the assignment of the other crops of its image to prototypes.
 https://arxiv.org/abs/2006.09882
 
-The prototypes are brought to unit length after each step, as the original does before each.  The assignment is balanced
-over the global batch, and over a queue of earlier embeddings when the batch is small.  The queue holds the same rows on
-any number of ranks; each brings its share of them into the assignment.
+Sinkhorn makes the assignments balanced over the global batch and, for small batches, a queue of earlier embeddings.
+The queue is the same on any number of ranks; each rank adds its part of the rows to the assignment.  The prototypes are
+normalised after each step; the original does it before each.
 """
 
 from __future__ import annotations
@@ -28,20 +28,23 @@ class Config:
     temperature: float = 0.1
     dims: tuple[int, ...] = (2048, 128)
     prototypes: int = 3000
-    epsilon: float = 0.05
-    iterations: int = 3
-    queue: int = 0  # embeddings of earlier batches for each large crop (batch 256: 3840)
-    queue_epoch: int = 15  # the queue counts from this epoch on
-    freeze_epochs: int = 1  # the prototypes stay as they are for so long
-    weight_norm: bool = False  # the prototypes' length is taken out in forward (solo-learn), not by overwriting them
+    epsilon: float = 0.05  # temperature of the assignments
+    sinkhorn_iterations: int = 3
+    queue: int = 0  # embeddings of earlier batches for each large crop (3840 for batch 256); 0: no queue
+    queue_epoch: int = 15  # first epoch (from 0) in which the queue is used
+    freeze_epochs: int = 1  # first epochs in which the prototypes are not trained
+    weight_norm: bool = False  # normalise the prototypes in forward (solo-learn) instead of overwriting them
     norm: bool = True  # batch norm in the projector
-    large: int = 2  # crops that are assigned, the first of the recipe
+    large_crops: int = 2  # the first views of the recipe, whose assignments are computed
 
     def build(self, backbone: nn.Module, context: Context) -> SwAV:
         if self.queue:
             parts.check_queue(self.queue, context.batch)
             if self.queue % dist.world():
-                raise ValueError(f"method.queue={self.queue} is not a multiple of the {dist.world()} ranks")
+                raise ValueError(
+                    f"method.queue={self.queue} must be a multiple of the number of ranks, {dist.world()}: each rank "
+                    "takes as many rows"
+                )
         return SwAV(self, backbone, context.kernels)
 
 
@@ -55,20 +58,20 @@ class SwAV(nn.Module):
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm)
         self.prototypes = parts.Prototypes(config.dims[-1], config.prototypes, config.weight_norm)
         self.freeze_epochs = {r"^prototypes\.": config.freeze_epochs}
-        self.register_buffer("queue", parts.random_directions(config.large, config.queue, config.dims[-1]))
-        self.register_buffer("pointers", torch.zeros(config.large, dtype=torch.int64))
+        self.register_buffer("queue", parts.random_directions(config.large_crops, config.queue, config.dims[-1]))
+        self.register_buffer("pointers", torch.zeros(config.large_crops, dtype=torch.int64))
 
     def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
-        h = parts.multi_crop(self.backbone, views, self.config.large)
+        h = parts.multi_crop(self.backbone, views, self.config.large_crops)
         z = F.normalize(self.projector(h.flatten(0, 1)), dim=1)
         scores = self.prototypes(z, frozen=batch.epoch < self.config.freeze_epochs)
         z, scores = z.unflatten(0, h.shape[:2]), scores.unflatten(0, h.shape[:2])
-        return {"scores": scores, "z": z[:, : self.config.large].detach(), "features": h[:, 0].detach()}
+        return {"scores": scores, "z": z[:, : self.config.large_crops].detach(), "features": h[:, 0].detach()}
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         c, scores = self.config, out["scores"].unbind(1)
         pairs = []
-        for i, center in enumerate(self.centers(scores[: c.large], batch.epoch)):
+        for i, center in enumerate(self.centers(scores[: c.large_crops], batch.epoch)):
             pairs += [
                 soft_cross_entropy(s, scores[i], c.temperature, c.epsilon, center=center, impl=self.kernels)
                 for j, s in enumerate(scores)
@@ -81,7 +84,7 @@ class SwAV(nn.Module):
 
     @torch.no_grad()
     def centers(self, scores: tuple[Tensor, ...], epoch: int) -> list[Tensor]:
-        """(K,) of each large crop: softmax((scores - center) / epsilon) are its balanced assignments."""
+        """(K,) for each large crop; its balanced assignments are softmax((scores - center) / epsilon)."""
         c = self.config
         if c.queue and epoch >= c.queue_epoch:
             with zero.gathered(list(self.prototypes.parameters())):
@@ -90,7 +93,7 @@ class SwAV(nn.Module):
                     for s, rows in zip(scores, self.queue)
                 ]
         return [
-            sinkhorn_center(s, c.epsilon, iterations=c.iterations, group=dist.group(), impl=self.kernels)
+            sinkhorn_center(s, c.epsilon, iterations=c.sinkhorn_iterations, group=dist.group(), impl=self.kernels)
             for s in scores
         ]
 
@@ -99,5 +102,5 @@ class SwAV(nn.Module):
             self.prototypes.normalize_(found_inf)
         if self.config.queue:
             z = dist.gather(out["z"])
-            for i in range(self.config.large):
+            for i in range(self.config.large_crops):
                 enqueue_(self.queue[i], self.pointers[i], z[:, i].contiguous(), found_inf=found_inf, impl=self.kernels)

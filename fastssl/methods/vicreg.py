@@ -1,9 +1,9 @@
-"""VICReg: equal views (invariance), varied features (variance), no redundancy (covariance).
-https://arxiv.org/abs/2105.04906
+"""VICReg: three terms that make the views of an image equal (invariance), keep the standard deviation of each feature
+at 1 or more (variance), and decorrelate the features (covariance).  https://arxiv.org/abs/2105.04906
 
-Variance and covariance are those of the global batch, without a D x D matrix where the batch has fewer than D samples.
-The variance term is the mean over both views, as in the original; solo-learn sums them, so that its weight of 25 is 50
-here.
+Variance and covariance are those of the global batch.  If the batch has fewer than D samples, no D x D matrix is
+formed.  The variance term is the mean over both views, as in the original; solo-learn takes the sum, so its weight of
+25 is 50 here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastssl.trainer import Context, Outputs
 @dataclass(frozen=True)
 class Config:
     dims: tuple[int, ...] = (8192, 8192, 8192)
-    invariance: float = 25.0
+    invariance: float = 25.0  # weights of the three terms
     variance: float = 25.0
     covariance: float = 1.0
     norm: bool = True  # batch norm in the projector
@@ -49,9 +49,9 @@ class VICReg(nn.Module):
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         z_0, z_1 = out["z"].unbind(1)
         invariance = (z_0 - z_1).square().mean()
-        variances, redundancies = zip(*(self.variance_and_covariance(z) for z in (z_0, z_1)))
+        variances, covariances = zip(*(self.variance_and_covariance(z) for z in (z_0, z_1)))
         variance = sum((1 - (v_D + 1e-4).sqrt()).relu().mean() for v_D in variances) / 2
-        covariance = sum(redundancies) / z_0.shape[1]
+        covariance = sum(covariances) / z_0.shape[1]
         w = self.config
         return {
             "loss": w.invariance * invariance + w.variance * variance + w.covariance * covariance,
@@ -62,11 +62,11 @@ class VICReg(nn.Module):
 
     @staticmethod
     def variance_and_covariance(z_nD: Tensor) -> tuple[Tensor, Tensor]:
-        """Unbiased variances (D,) over the N samples of all ranks, and the sum of the squared covariances of different
-        features (as the mean over ranks of what each returns).
+        """Unbiased variances (D,) over the N samples of all ranks, and a number whose mean over ranks is the sum of the
+        squared off-diagonal covariances.
 
-        With fewer samples than features the D x D covariance is not made: ranks exchange samples instead, 2 N D numbers
-        for 2 D D, and since |z^T z| = |z z^T| (Frobenius) each multiplies its own samples with all of them.
+        With N < D the D x D covariance is not formed.  The ranks exchange samples instead (2 N D numbers, not 2 D D),
+        and each multiplies its samples by all samples, since |z^T z| = |z z^T| in the Frobenius norm.
         """
         (n, features), samples = z_nD.shape, len(z_nD) * dist.world()
         if samples >= features:

@@ -1,4 +1,4 @@
-"""A small backbone, rows and a batch for tests of one method's loss, and its formulas' parts in NumPy.  Not a test."""
+"""For tests of methods' losses: a small backbone, random rows, a batch, and parts of the formulas in NumPy."""
 
 from types import SimpleNamespace
 

@@ -1,7 +1,7 @@
-"""Every method at a size that two CPU cores train in a blink, and a stand-in for the loader.  Not a test.
+"""Small configurations of every method, and a loader of images in memory, for the tests in this folder.
 
-`CASES[name]` gives the Config's settings, views, and the runs that are exact: batch norm in a head sees the samples of
-all ranks (sync_bn) but those of one micro-batch, so ranks are compared with it and micro-batches without.
+Batch norm in a head normalises over the samples of all ranks (sync_bn), but of one micro-batch only.  Ranks are
+therefore compared with batch norm, micro-batches without.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Case:
     settings: dict = field(default_factory=dict)
     views: tuple = views.simclr(16)
     backbone: Backbone = field(default_factory=lambda: PLAIN)
-    norm: bool = False  # its heads have a switch for batch norm
-    module: str = ""  # fastssl.methods.<module>, if not its own name
+    norm: bool = False  # its Config has `norm`, batch norm in the heads
+    module: str = ""  # in fastssl.methods; default: the name of the case
 
 
 CROPS = views.swav(16, small=8, small_crops=2)
@@ -39,13 +39,13 @@ CASES = {
     "simclr": Case({"dims": (24, 12), "temperature": 0.5}, norm=True),
     "moco": Case({"dims": (24, 12), "queue": 48, "momentum": 0.9}),
     "moco symmetric": Case({"dims": (24, 12), "queue": 48, "momentum": 0.9, "symmetric": True}, module="moco"),
-    "byol": Case({"dims": (24, 12), "predictor": 24, "momentum": 0.9}, norm=True),
-    "simsiam": Case({"dims": (24, 24, 12), "predictor": 8}, norm=True),
-    "mocov3": Case({"dims": (24, 12), "predictor": 24, "momentum": 0.9}, norm=True),
+    "byol": Case({"dims": (24, 12), "predictor_dim": 24, "momentum": 0.9}, norm=True),
+    "simsiam": Case({"dims": (24, 24, 12), "predictor_dim": 8}, norm=True),
+    "mocov3": Case({"dims": (24, 12), "predictor_dim": 24, "momentum": 0.9}, norm=True),
     "mocov3 vit": Case(
         {
             "dims": (24, 12),
-            "predictor": 24,
+            "predictor_dim": 24,
             "momentum": 0.9,
             "predictor_norm": True,
             "freeze_patch_embed": True,
@@ -61,7 +61,7 @@ CASES = {
     "vicreg wide": Case(
         {"dims": (24, 24, 40), "invariance": 1.0, "variance": 1.0, "covariance": 0.04}, norm=True, module="vicreg"
     ),  # more features than a batch of 16 has samples
-    "nnclr": Case({"dims": (24, 24, 12), "predictor": 24, "queue": 48, "temperature": 0.5}, norm=True),
+    "nnclr": Case({"dims": (24, 24, 12), "predictor_dim": 24, "queue": 48, "temperature": 0.5}, norm=True),
     "dino": Case({"dims": (24, 12), "prototypes": 20, "freeze_epochs": 0, "momentum": 0.9}, CROPS, norm=True),
     "swav": Case({"dims": (24, 12), "prototypes": 10, "freeze_epochs": 0}, CROPS, norm=True),
     "swav queue": Case(
@@ -74,7 +74,9 @@ CASES = {
     "dcl": Case({"dims": (24, 12), "temperature": 0.5}, norm=True),
     "densecl": Case({"dims": (24, 12), "queue": 48, "momentum": 0.9}, views.moco_v2(32)),
     "supervised": Case({}, views.supervised(16)),
-    "mae": Case({"mask": 0.5, "decoder": 32, "depth": 1, "heads": 2}, views.supervised(32), VIT),
+    "mae": Case(
+        {"mask_ratio": 0.5, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}, views.supervised(32), VIT
+    ),
     "lejepa": Case({"dims": (24, 24, 12), "directions": 16}, CROPS, norm=True),
     "rotation": Case({}, views.rotation(16)),
     "npid": Case({"dims": (12,), "negatives": 30, "temperature": 0.3, "ensure_neg": True}, views.npid(16)),
@@ -83,14 +85,16 @@ CASES = {
         views.npid(16),
         module="npid",
     ),
-    "deepcluster": Case({"clusters": 6, "pca": 8}, views.deepcluster(16)),
+    "deepcluster": Case({"clusters": 6, "pca_dim": 8}, views.deepcluster(16)),
     "deepcluster pic": Case(
-        {"clusters": 30, "pca": 8, "algorithm": "pic", "sampling": "all", "reweight": 0.5},
+        {"clusters": 30, "pca_dim": 8, "algorithm": "pic", "sampling": "all", "reweight": 0.5},
         views.deepcluster(16),
         module="deepcluster",
     ),
     "odc": Case(
-        {"clusters": 6, "dims": (24, 12), "least": 6, "every": 2, "dropout": 0.0}, views.deepcluster(16), norm=True
+        {"clusters": 6, "dims": (24, 12), "min_cluster_size": 6, "centroid_interval": 2, "dropout": 0.0},
+        views.deepcluster(16),
+        norm=True,
     ),
     "deepclusterv2": Case({"dims": (24, 12), "clusters": (6, 9, 4)}, CROPS, norm=True),
     "relative_loc": Case({"hidden": 24, "dropout": 0.0}, views.patches(5, resize=18, window=18), norm=True),
@@ -128,7 +132,7 @@ def run(
 
 
 def loader(run: Run, device: str = "cpu") -> Memory:
-    """What `engine.build` and `engine.fit` take as the loader of `run`."""
+    """A loader for `run`, as argument of `engine.build` and `engine.fit`."""
     from fastssl.build import micro_batch
 
     micro = run.optim.batch // dist.world() // micro_batch(run)
@@ -143,7 +147,7 @@ def build(run: Run, device: str = "cpu") -> Trainer:
 
 
 class Memory:
-    """fastssl.loader.Loader over a few images in memory: the same order, shares and micro-batches without FFCV."""
+    """fastssl.loader.Loader for images in memory, without FFCV: the same order, shards and micro-batches."""
 
     def __init__(
         self, path, batch, *, seed=0, device=None, workers=None, micro=1, resident=False, shuffle=True, drop_last=True
@@ -163,13 +167,13 @@ class Memory:
         return Memory(None, local * dist.world(), seed=self.seed, device=self.device, shuffle=False, drop_last=False)
 
     def epoch(self, epoch, start=0, order=None):
-        ordered, places = order is not None, torch.arange(SAMPLES)
+        ordered, positions = order is not None, torch.arange(SAMPLES)
         if not ordered:
-            order = permutation(SAMPLES, self.seed, epoch) if self.shuffle else places.numpy()
+            order = permutation(SAMPLES, self.seed, epoch) if self.shuffle else positions.numpy()
         order = torch.from_numpy(order)
         for step in range(start, self.steps):
-            share = places[step * self.batch : (step + 1) * self.batch].tensor_split(dist.world())[dist.rank()]
-            for part in share.tensor_split(self.micro):
+            shard = positions[step * self.batch : (step + 1) * self.batch].tensor_split(dist.world())[dist.rank()]
+            for part in shard.tensor_split(self.micro):
                 if len(part):
                     index, sizes = order[part], torch.full((len(part), 2), SIDE, dtype=torch.int32)
                     tensors = self.pixels[index], sizes, index, self.labels[index]

@@ -1,4 +1,4 @@
-"""Micro-batches of a loss that is a mean over samples: one forward each, and what the gradient cache gives."""
+"""Methods with `mean_loss`: one forward per micro-batch, with the same result as the gradient cache."""
 
 import sys
 from pathlib import Path
@@ -41,19 +41,19 @@ def build(name: str, **changes):
 
 
 def one_step(t) -> dict:
-    """One step; gradients, buffers, scalars and outputs."""
-    found, take = {}, t.ds.optimizer.step
+    """One step: its gradients, buffers, scalars and outputs."""
+    grads, update = {}, t.ds.optimizer.step
 
-    def spy():
-        found.update({n: p.grad.clone() for n, p in t.method.named_parameters() if p.grad is not None})
-        return take()
+    def record_and_update():
+        grads.update({n: p.grad.clone() for n, p in t.method.named_parameters() if p.grad is not None})
+        return update()
 
-    t.ds.optimizer.step = spy
+    t.ds.optimizer.step = record_and_update
     _, micro_batches = next(engine.batches(t))
     torch.manual_seed(5)  # of dropout and shuffles
     out = step.step(t, micro_batches)
     return {
-        **found,
+        **grads,
         **{n: b.clone() for n, b in t.method.named_buffers()},
         **{f"out {n}": v for n, v in out.items()},
         **{f"scalar {n}": torch.as_tensor(v) for n, v in t.scalars.items()},
@@ -62,7 +62,7 @@ def one_step(t) -> dict:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_mean_over_samples_needs_one_forward_a_micro_batch(name):
+def test_mean_loss_needs_one_forward_per_micro_batch(name):
     t = build(name)
     calls, forward = [], t.method.forward
     t.method.forward = lambda *args: calls.append(torch.is_grad_enabled()) or forward(*args)
@@ -74,19 +74,19 @@ def test_a_mean_over_samples_needs_one_forward_a_micro_batch(name):
 
 
 @pytest.mark.parametrize("name", sorted(MEANS))
-def test_it_is_what_the_gradient_cache_gives(name):
-    """With batch norm in the heads, dropout where the method has it: gradients, running statistics, what `after_step`
-    moved, logged scalars, outputs and the generator's state."""
+def test_mean_loss_and_gradient_cache_give_the_same_step(name):
+    """Gradients, running statistics, buffers after `after_step`, scalars, outputs and the state of the random
+    generator, with batch norm in the heads and dropout."""
     head = name.split(",")[0]
     changes = {"norm": True} if cases.CASES[head].norm else {}
     changes |= {"dropout": 0.5} if name in ("odc", "relative_loc") else {}
-    made = []
+    results = []
     for cached in (True, False):
         t = build(name, **changes)
         if cached:
             t.method.mean_loss = False
-        made.append(one_step(t))
-    want, got = made
+        results.append(one_step(t))
+    want, got = results
     assert got.keys() == want.keys() and len(got) > 15
     for key, value in want.items():
         torch.testing.assert_close(got[key], value, rtol=1e-4, atol=2e-6, msg=lambda m, k=key: f"{k}: {m}")

@@ -1,4 +1,4 @@
-"""First steps and initial values of the recipes against the formulas of their authors' code, written out in float64."""
+"""First steps and initialisation of methods against the formulas of the authors' code, in float64."""
 
 import itertools
 import math
@@ -44,12 +44,12 @@ def batch(epoch=0, step=0):
     return SimpleNamespace(index=torch.arange(N), epoch=epoch, step=step)
 
 
-def same(a, b, rtol=1e-12, atol=1e-13):
+def assert_close(a, b, rtol=1e-12, atol=1e-13):
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 def train(method, settings, views, steps, per_epoch=2):
-    """What the engine does at ZeRO 0; returns the losses."""
+    """Losses of `steps` steps, trained as by the engine at ZeRO 0."""
     settings = optim.frozen(settings, getattr(method, "freeze_epochs", {}))
     optimizer, schedule = optim.build(method.named_parameters(), settings, steps_per_epoch=per_epoch, impl="reference")
     losses = []
@@ -66,8 +66,8 @@ def train(method, settings, views, steps, per_epoch=2):
     return losses
 
 
-def test_relative_location_is_that_of_sixteen_passes():
-    """OpenSelfSup encodes the pairs' neighbours and their centres, eight copies of each, in a call each."""
+def test_relative_loc_equals_openselfsups_sixteen_passes():
+    """OpenSelfSup encodes all neighbours in one call, and the centre eight times in another."""
     method = build(relative_loc.Config(hidden=6, dropout=0.0))
     x = images(9)
     out = method(x, batch())
@@ -77,9 +77,9 @@ def test_relative_location_is_that_of_sixteen_passes():
     first, second = torch.stack(pairs, 1).flatten(0, 1).unbind(1)
     logits = method.head(torch.cat([method.backbone(first), method.backbone(second)], 1))
     want = F.cross_entropy(logits, torch.arange(8).repeat(N))
-    same(loss, want)
+    assert_close(loss, want)
     for ours, theirs in zip(grads, torch.autograd.grad(want, list(method.parameters()))):
-        same(ours, theirs)
+        assert_close(ours, theirs)
     together = method.backbone(torch.cat(x))  # one call for all nine, which is something else
     assert (together[:N] - out["features"]).abs().max() > 1e-4
 
@@ -96,7 +96,7 @@ def larc_(weights, buffers, lr, decay, eta=1e-3):
         w -= lr * buffers[i]
 
 
-def test_swav_moves_its_prototypes_as_the_original():
+def test_swav_updates_equal_the_original():
     """main_swav.py: prototypes are normalised before each step, their gradient is None while they are frozen."""
     config = swav.Config(dims=(6, 4), prototypes=5, freeze_epochs=1)
     ours, theirs = build(config), build(config)
@@ -128,7 +128,7 @@ def test_swav_moves_its_prototypes_as_the_original():
                 q = (q * N).T
             others = [-(q * F.log_softmax(scores[j] / 0.1, 1)).sum(1).mean() for j in range(3) if j != i]
             loss = loss + sum(others) / len(others) / 2
-        same(losses[step], loss.detach(), rtol=1e-6, atol=0)
+        assert_close(losses[step], loss.detach(), rtol=1e-6, atol=0)
         theirs.zero_grad()
         loss.backward()
         if step < 2:
@@ -136,11 +136,11 @@ def test_swav_moves_its_prototypes_as_the_original():
         with torch.no_grad():
             larc_(weights, buffers, 5.0, 1e-2)
     for a, b in zip(ours.parameters(), weights):
-        same(a.detach(), F.normalize(b.detach(), dim=1) if b is proto else b.detach(), rtol=1e-5, atol=1e-7)
-    assert (ours.prototypes.weight - start).abs().max() > 1e-2, "the comparison would be empty"
+        assert_close(a.detach(), F.normalize(b.detach(), dim=1) if b is proto else b.detach(), rtol=1e-5, atol=1e-7)
+    assert (ours.prototypes.weight - start).abs().max() > 1e-2, "the prototypes have been trained"
 
 
-def test_dino_leaves_its_prototypes_and_their_moments_alone_at_first():
+def test_dino_updates_equal_the_original():
     """main_dino.py: weight norm with g = 1, every tensor's gradient clipped, then None for the last layer's."""
     config = dino.Config(prototypes=7, dims=(6, 4), freeze_epochs=1)
     ours, theirs = build(config), build(config)
@@ -179,7 +179,7 @@ def test_dino_leaves_its_prototypes_and_their_moments_alone_at_first():
             if i != j
         ]
         loss = sum(pairs) / len(pairs)
-        same(losses[step], loss.detach(), rtol=1e-9)
+        assert_close(losses[step], loss.detach(), rtol=1e-9)
         adamw.zero_grad()
         loss.backward()
         for p in weights:
@@ -193,11 +193,11 @@ def test_dino_leaves_its_prototypes_and_their_moments_alone_at_first():
                 a.copy_(m * a + (1 - m) * b)
             center = 0.9 * center + 0.1 * raw.mean(0)
     for a, b in zip(ours.parameters(), theirs.parameters()):
-        same(a.detach(), b.detach(), rtol=1e-7, atol=1e-9)
+        assert_close(a.detach(), b.detach(), rtol=1e-7, atol=1e-9)
 
 
-def test_barlow_moves_as_on_the_authors_gpus():
-    """Their gradient on W GPUs is 1/W of ours; a multiplier of 0.024 / W and W times the decay make up for it."""
+def test_barlow_updates_equal_the_original():
+    """Their gradients on W GPUs are ours divided by W; lr_mult=0.024 / W and W times the weight decay compensate."""
     w, lr, decay = 16, 0.5, 1e-2
     config = barlow.Config(dims=(6, 4))
     ours, theirs = build(config), build(config)
@@ -218,7 +218,7 @@ def test_barlow_moves_as_on_the_authors_gpus():
         a, b = (F.batch_norm(v, None, None, training=True) for v in z)
         c = a.T @ b / N
         loss = (c.diagonal() - 1).square().sum() + 0.0051 * (c - torch.diag(c.diagonal())).square().sum()
-        same(losses[step], loss.detach(), rtol=1e-9)
+        assert_close(losses[step], loss.detach(), rtol=1e-9)
         theirs.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -230,21 +230,21 @@ def test_barlow_moves_as_on_the_authors_gpus():
                 mu[p] = 0.9 * mu.get(p, 0.0) + d
                 p -= (lr if p.ndim > 1 else lr * 0.024) * mu[p]
     for a, b in zip(ours.parameters(), theirs.parameters()):
-        same(a.detach(), b.detach(), rtol=1e-8, atol=1e-10)
+        assert_close(a.detach(), b.detach(), rtol=1e-8, atol=1e-10)
 
 
-def test_npid_without_negatives_is_the_softmax_over_the_bank():
+def test_npid_with_zero_negatives_is_a_softmax_over_the_bank():
     """--nce-k 0 of zhirongw/lemniscate.pytorch."""
     method = build(npid.Config(dims=(4,), negatives=0, temperature=0.1))
     z = torch.randn(N, 4, dtype=torch.float64)
     logits = F.normalize(z, dim=1) @ method.bank.T / 0.1
     want = -(logits.diagonal() - logits.logsumexp(1)).mean()
-    same(method.loss({"z": z}, batch())["loss"], want)
+    assert_close(method.loss({"z": z}, batch())["loss"], want)
 
 
 @pytest.mark.parametrize("name, later", [("byol", 0), ("dino", 0), ("moco", 0), ("mocov3", 1)])
-def test_momentum_is_that_of_the_authors_step(name, later, monkeypatch):
-    """BYOL and DINO take the schedule at it / T after step `it`; MoCo v3 before it, which is after step it - 1."""
+def test_momentum_schedule_equals_the_authors(name, later, monkeypatch):
+    """BYOL and DINO: momentum at it / T after step `it`; MoCo v3: before step `it`, that is after step it - 1."""
     seen = []
     monkeypatch.setattr(parts, "ema_", lambda target, online, momentum, **_: seen.append(float(momentum)))
     from fastssl import dist, engine
@@ -259,17 +259,17 @@ def test_momentum_is_that_of_the_authors_step(name, later, monkeypatch):
     assert seen == pytest.approx(want, rel=1e-6)
 
 
-def deviation(weight):
+def std(weight):
     return float(weight.detach().std())
 
 
-def test_rotations_head_starts_small():
+def test_rotation_head_initialisation():
     head = build(rotation.Config(), Net(2048)).head
-    assert deviation(head.weight) == pytest.approx((2 / 2048) ** 0.5, rel=0.03) and head.bias.abs().max() == 0
+    assert std(head.weight) == pytest.approx((2 / 2048) ** 0.5, rel=0.03) and head.bias.abs().max() == 0
 
 
 @pytest.mark.parametrize("name, heads", [("vit_small_patch16_224", 12), ("vit_base_patch16_224", None)])
-def test_mocov3_vit_starts_as_the_authors(name, heads):
+def test_mocov3_vit_initialisation_equals_the_authors(name, heads):
     options = {"depth": 2, **({"num_heads": heads} if heads else {})}
     body = backbones.build(Backbone(name, options=options), mocov3.Config(freeze_patch_embed=True)).body
     width = body.embed_dim
@@ -283,19 +283,19 @@ def test_mocov3_vit_starts_as_the_authors(name, heads):
     }
     for layer, fans in xavier.items():
         layer = body.get_submodule(layer)
-        assert deviation(layer.weight) == pytest.approx((2 / sum(fans)) ** 0.5, rel=0.02)
+        assert std(layer.weight) == pytest.approx((2 / sum(fans)) ** 0.5, rel=0.02)
         assert layer.bias.abs().max() == 0
     assert body.cls_token.abs().max() < 1e-4 and not body.patch_embed.proj.weight.requires_grad
     assert body.blocks[0].norm1.eps == 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:method.shuffle=True has no effect on one GPU:UserWarning")
-def test_openselfsups_networks_start_as_there():
+def test_openselfsup_initialisation():
     torch.manual_seed(0)
     net = backbones.build(Backbone("resnet18", init="fan_in"))
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
-            assert deviation(m.weight) == pytest.approx((2 / m.weight[0].numel()) ** 0.5, rel=0.05)
+            assert std(m.weight) == pytest.approx((2 / m.weight[0].numel()) ** 0.5, rel=0.05)
     for name in ("moco", "simclr", "npid", "byol", "densecl"):
         projector = (
             cases.config(name, dims=(600, 400), init="openselfsup")
@@ -303,38 +303,38 @@ def test_openselfsups_networks_start_as_there():
             .projector
         )
         for layer, fan in zip([m for m in projector if isinstance(m, nn.Linear)], (512, 600)):
-            assert deviation(layer.weight) == pytest.approx((2 / fan) ** 0.5, rel=0.03), name
+            assert std(layer.weight) == pytest.approx((2 / fan) ** 0.5, rel=0.03), name
             assert layer.bias is None or layer.bias.abs().max() == 0
     head = cases.config("supervised", init="openselfsup").build(Net(512), Context(1, 1, ["a"] * 90)).head
-    assert deviation(head.weight) == pytest.approx(0.01, rel=0.03) and head.bias.abs().max() == 0
+    assert std(head.weight) == pytest.approx(0.01, rel=0.03) and head.bias.abs().max() == 0
 
 
-def test_simclrs_last_norm_has_no_shift_at_google():
+def test_simclr_last_shift_false_freezes_the_last_bias():
     projector = build(simclr.Config(dims=(6, 4), last_shift=False)).projector
     last = projector[-1]
     assert last.weight.requires_grad and not last.bias.requires_grad and last.bias.abs().max() == 0
     assert projector[1].bias.requires_grad
 
 
-def test_byols_last_linear_layers_have_no_bias_at_its_authors():
+def test_byol_last_bias_false_removes_the_last_biases():
     method = build(cases.config("byol", last_bias=False, norm=True))
     for head in (method.projector, method.predictor):
         assert head[0].bias is not None and head[-1].bias is None
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch16_224"])
-def test_dinos_vit_starts_as_the_authors(name):
+def test_dino_vit_initialisation_equals_the_authors(name):
     """vision_transformer.py: truncated normal of std 0.02 for linear layers, positions and class token."""
     torch.manual_seed(0)
     body = backbones.build(Backbone(name, options={"depth": 2}), dino.Config()).body
     linear = [m for m in body.modules() if isinstance(m, nn.Linear)]
     assert len(linear) == 8
     for weight in [m.weight for m in linear] + [body.pos_embed, body.cls_token]:
-        assert deviation(weight) == pytest.approx(0.02, rel=0.1)
+        assert std(weight) == pytest.approx(0.02, rel=0.1)
     assert not any(m.bias.any() for m in linear)
 
 
-def test_dinos_student_alone_drops_paths():
+def test_dino_drops_paths_in_the_student_only():
     backbone = backbones.build(Backbone("vit_small_patch16_224", options={"depth": 3, "drop_path_rate": 0.1}))
     method = dino.Config(prototypes=8, dims=(6, 4)).build(backbone, Context(60, N))
     drops = [
@@ -343,8 +343,10 @@ def test_dinos_student_alone_drops_paths():
     assert max(drops[0]) == pytest.approx(0.1) and len(drops[1]) == len(drops[0]) and not any(drops[1])
 
 
-def test_maes_decoder_is_the_authors():
-    method = mae.Config(decoder=32, depth=1, heads=2).build(backbones.build(Backbone("test_vit")), Context(60, N))
+def test_mae_decoder_equals_the_authors():
+    method = mae.Config(decoder_dim=32, decoder_depth=1, decoder_heads=2).build(
+        backbones.build(Backbone("test_vit")), Context(60, N)
+    )
     norms = [m for part in (method.decoder, method.head) for m in part.modules() if isinstance(m, nn.LayerNorm)]
     assert len(norms) == 3 and {m.eps for m in norms} == {1e-6}
     groups = optim.group_parameters(
@@ -355,8 +357,8 @@ def test_maes_decoder_is_the_authors():
 
 
 @pytest.mark.parametrize("name, optimizer, zero", [("dino", "adamw", 0), ("dino", "adamw", 2), ("swav", "lars", 3)])
-def test_a_run_that_stops_while_prototypes_are_frozen_goes_on_alike(name, optimizer, zero, tmp_path):
-    """Their optimizer state does not exist yet when the checkpoint is written."""
+def test_resume_while_prototypes_are_frozen_gives_the_same_weights(name, optimizer, zero, tmp_path):
+    """The optimizer has no state for them when the checkpoint is written."""
     import shutil
 
     from fastssl import dist, engine
@@ -373,7 +375,7 @@ def test_a_run_that_stops_while_prototypes_are_frozen_goes_on_alike(name, optimi
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
 
 
-def test_targets_are_made_of_unrounded_pixels():
+def test_exact_views_are_float32_in_bf16_runs():
     from fastssl import dist
     from fastssl.step import batch_views
 
@@ -387,7 +389,7 @@ def test_targets_are_made_of_unrounded_pixels():
     assert kinds == {"mae": torch.float32, "rotation": torch.bfloat16}
 
 
-def test_an_empty_cluster_keeps_its_centroid():
+def test_kmeans_with_empty_keep_keeps_the_centroids_of_empty_clusters():
     """main_deepclusterv2.py: means where there are members, and the old centroid where there are none."""
     x = F.normalize(torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), dim=1)
     x[20:] = x[20]
@@ -401,12 +403,12 @@ def test_an_empty_cluster_keeps_its_centroid():
                 want[k] = x[own == k].mean(0)
         want = F.normalize(want, dim=1)
     assert (found.counts == 0).any()
-    same(found.centroids, want)
+    assert_close(found.centroids, want)
     split = clustering.kmeans(x, 12, iterations=4, spherical=True, seed=1)
     assert (split.counts == 0).sum() < (found.counts == 0).sum()
 
 
-def test_the_first_outputs_of_deepcluster_v2_take_the_batches_statistics():
+def test_deepclusterv2_first_embeddings_use_batch_statistics():
     from fastssl import dist
     from fastssl.outputs import extract_outputs
     from fastssl.step import batch_views
@@ -421,7 +423,7 @@ def test_the_first_outputs_of_deepcluster_v2_take_the_batches_statistics():
     first = next(t.loader.epoch(0))
     with torch.no_grad():
         want = t.method.forward(batch_views(t, first), first)["z"]
-    same(z[:16], want, rtol=1e-5, atol=1e-6)
+    assert_close(z[:16], want, rtol=1e-5, atol=1e-6)
     evaluated, order = extract_outputs(t, "z", augmented=True)
     assert F.cosine_similarity(z[index.argsort()][:, 0], evaluated[order.argsort()][:, 0]).mean() < 0.9
     for k, v in before.items():
@@ -430,7 +432,7 @@ def test_the_first_outputs_of_deepcluster_v2_take_the_batches_statistics():
 
 
 @pytest.mark.parametrize("name", ["moco", "densecl"])
-def test_shuffling_on_one_rank_is_said_to_do_nothing(name, recwarn):
+def test_shuffle_on_one_rank_warns(name, recwarn):
     with pytest.warns(UserWarning, match="no effect on one GPU"):
         cases.config(name).build(Net(), Context(60, 4))
     recwarn.clear()

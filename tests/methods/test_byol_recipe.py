@@ -1,4 +1,4 @@
-"""BYOL's recipe against the formulas of its authors' code (google-deepmind/deepmind-research, byol/), in float64."""
+"""BYOL's recipe against the authors' code (google-deepmind/deepmind-research, byol/), written out in float64."""
 
 import math
 from dataclasses import replace
@@ -24,9 +24,9 @@ def recipe(epochs=EPOCHS):
 
 
 def build(run):
-    """The recipe's method on a network that a test can train."""
+    """The recipe's method with small heads on a small network."""
     torch.manual_seed(0)
-    settings = replace(run.method, dims=(24, 12), predictor=20)
+    settings = replace(run.method, dims=(24, 12), predictor_dim=20)
     spec = Backbone("resnet10", stem="cifar", width=8, zero_init_residual=run.backbone.zero_init_residual)
     return settings.build(backbones.build(spec, settings), Context(1, 1)).double().train()
 
@@ -46,7 +46,7 @@ def target_momentum(step, base, total):
 
 
 class Authors:
-    """Networks, loss, LARS and target as in byol_experiment.py, utils/networks.py, utils/optimizers.py."""
+    """Networks, loss, LARS and target update as in byol_experiment.py, utils/networks.py and utils/optimizers.py."""
 
     def __init__(self, method):
         named = {k: v.detach().clone() for k, v in method.named_parameters()}
@@ -89,8 +89,8 @@ class Authors:
             w += (1 - momentum) * (self.online[name] - w)
 
 
-def test_first_steps_are_the_authors():
-    """Loss, gradient and parameters of eleven steps, through warm-up into the cosine."""
+def test_first_steps_equal_the_authors():
+    """Loss, gradients and parameters in eleven steps: the warm-up and the first step of the cosine."""
     run = recipe()
     method = build(run)
     theirs = Authors(method)
@@ -131,7 +131,7 @@ def test_first_steps_are_the_authors():
 
 
 @pytest.mark.parametrize("epochs", PRESETS)
-def test_schedules_are_the_authors(epochs):
+def test_schedules_equal_the_authors(epochs):
     run, per_epoch = recipe(epochs), 312
     base, weight_decay, momentum = PRESETS[epochs]
     assert (run.method.momentum, run.method.momentum_end) == (momentum, 1.0)
@@ -144,8 +144,8 @@ def test_schedules_are_the_authors(epochs):
         assert schedule.lr * schedule.multiplier(step) == pytest.approx(want, rel=1e-12, abs=1e-15)
 
 
-def test_initial_values_are_haikus():
-    """Truncated at two standard deviations of 1 / sqrt(fan_in): 0.8796 of it remains."""
+def test_haiku_initialisation():
+    """A normal distribution truncated at two standard deviations has 0.8796 of its standard deviation."""
     method = build(recipe())
     checked = 0
     for name, layer in method.named_modules():

@@ -1,4 +1,4 @@
-"""Methods with a memory of the whole training set: their losses in float64, their banks, labels and sampling orders."""
+"""Methods with a memory bank or pseudo-labels: losses in float64, banks, labels, sampling."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from fastssl.trainer import Context
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_npid_tells_a_samples_own_row_from_its_negatives(shared):
+def test_npid_loss_equals_the_formula(shared):
     method = build("npid", dims=(D,), negatives=10, temperature=0.3, shared=shared, ensure_neg=False)
     z, some = rows(N, D), batch(epoch=3, step=2)
     some.index = torch.tensor([59, 3, 7, 20, 0, 41])
@@ -27,7 +27,7 @@ def test_npid_tells_a_samples_own_row_from_its_negatives(shared):
     close(method.loss({"z": z}, some)["loss"], want)
 
 
-def test_npid_draws_by_sample_and_epoch():
+def test_npid_negatives_depend_on_sample_and_epoch():
     method = build("npid", dims=(D,), negatives=4001, ensure_neg=False)
     whole = method.draw_negatives(SimpleNamespace(index=torch.arange(8), epoch=3))
     again = method.draw_negatives(SimpleNamespace(index=torch.tensor([5, 2]), epoch=3))
@@ -38,7 +38,7 @@ def test_npid_draws_by_sample_and_epoch():
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_ensure_neg_leaves_out_the_positives_and_nothing_else(shared):
+def test_npid_ensure_neg_excludes_only_the_positives(shared):
     method = build("npid", dims=(D,), negatives=20_000, ensure_neg=True, shared=shared)
     some = batch()
     some.index = torch.tensor([59, 3, 4, 20, 0, 41])
@@ -54,7 +54,7 @@ def test_ensure_neg_leaves_out_the_positives_and_nothing_else(shared):
     assert not shared or not torch.equal(method.draw_shared_negatives(later), drawn)
 
 
-def test_npid_mixes_new_embeddings_into_the_bank():
+def test_npid_bank_update_equals_the_formula():
     method = build("npid", dims=(D,), momentum=0.25)
     before, z = array(method.bank).copy(), rows(N, D).detach()
     some = SimpleNamespace(index=torch.tensor([9, 3, 7, 20, 0, 41]))
@@ -64,9 +64,12 @@ def test_npid_mixes_new_embeddings_into_the_bank():
     np.testing.assert_allclose(array(method.bank), want, rtol=0, atol=1e-12)
 
 
-def test_npid_needs_something_to_be_negative():
+def test_npid_ensure_neg_with_too_few_samples_raises():
     for settings, samples, left in (({"shared": False}, 1, 1), ({"shared": True}, 8, 8)):
-        with pytest.raises(ValueError, match=f"data.train has {samples} samples and none is left beside the {left} "):
+        with pytest.raises(
+            ValueError,
+            match=f"excludes {left} samples from the negatives, and data.train has {samples}, so none is left",
+        ):
             cases.config("npid", **settings).build(Tiny(), Context(samples, batch=8))
 
 
@@ -77,8 +80,8 @@ def groups(samples=60, dim=8):
     return (5 * torch.eye(dim)[group] + 0.01 * noise).double(), group
 
 
-def test_deepcluster_labels_are_clusters_and_the_head_starts_anew():
-    method = build("deepcluster", clusters=5, pca=4, sampling="all", reweight=0.5)
+def test_deepcluster_before_epoch_assigns_clusters_and_resets_the_head():
+    method = build("deepcluster", clusters=5, pca_dim=4, sampling="all", reweight=0.5)
     x, group = groups()
     x, group = x[:50], torch.cat([group[:48], torch.tensor([0, 0])])  # clusters of different sizes
     x[48:] = x[0]
@@ -100,8 +103,8 @@ def test_deepcluster_labels_are_clusters_and_the_head_starts_anew():
     torch.testing.assert_close(method.loss({"logits": logits}, batch())["loss"], want)
 
 
-def test_deepcluster_draws_clusters_equally_often():
-    method = build("deepcluster", clusters=5, pca=0)
+def test_deepcluster_uniform_sampling_draws_clusters_equally_often():
+    method = build("deepcluster", clusters=5, pca_dim=0)
     method.labels.copy_(torch.tensor([0] * 40 + [3] * 20))
     assert np.bincount(method.labels[method.order(2)]).tolist() == [30, 0, 0, 30]
     assert torch.equal(method.weights, torch.full((5,), 0.2).double())
@@ -110,29 +113,29 @@ def test_deepcluster_draws_clusters_equally_often():
 @pytest.mark.parametrize(
     "name, settings, most",
     [
-        ("deepcluster", {"clusters": 61, "pca": 0}, 60),
-        ("odc", {"clusters": 61, "least": 7}, 8),
+        ("deepcluster", {"clusters": 61, "pca_dim": 0}, 60),
+        ("odc", {"clusters": 61, "min_cluster_size": 7}, 8),
         ("deepclusterv2", {"clusters": (9, 61)}, 60),
     ],
 )
-def test_more_clusters_than_the_data_has(name, settings, most):
+def test_more_clusters_than_samples_raises(name, settings, most):
     with pytest.raises(ValueError, match=f"method.clusters=61 .* 60 samples .* set method.clusters to at most {most}$"):
         build(name, **settings)
 
 
-def test_deepcluster_settings_that_do_not_exist():
+def test_deepcluster_invalid_settings_raise():
     for settings, match in (
         ({"algorithm": "dbscan"}, "method.algorithm='dbscan' is none of kmeans, pic, faiss"),
         ({"sampling": "some"}, "method.sampling='some' is none of uniform, all"),
-        ({"pca": 9}, "method.pca=9 is more"),
+        ({"pca_dim": 9}, "method.pca_dim=9 is more than the backbone's 8 features: set at most that, or 0"),
     ):
         with pytest.raises(ValueError, match=match):
             validate(cases.run("deepcluster", **settings))
-            build("deepcluster", **{"clusters": 5, "pca": 4, **settings})
+            build("deepcluster", **{"clusters": 5, "pca_dim": 4, **settings})
 
 
 def odc(**settings):
-    return build("odc", **{"clusters": 4, "dims": (6, D), "least": 3, "dropout": 0.0, **settings})
+    return build("odc", **{"clusters": 4, "dims": (6, D), "min_cluster_size": 3, "dropout": 0.0, **settings})
 
 
 def set_odc(method, bank, labels):
@@ -142,7 +145,7 @@ def set_odc(method, bank, labels):
     method.recount()
 
 
-def test_odc_starts_from_kmeans_of_unit_embeddings():
+def test_odc_first_epoch_starts_from_kmeans_of_unit_embeddings():
     method = odc(clusters=5)
     x, group = groups(dim=D)
     shuffled = torch.randperm(60, generator=torch.Generator().manual_seed(0))
@@ -151,12 +154,12 @@ def test_odc_starts_from_kmeans_of_unit_embeddings():
     assert len(set(zip(method.labels.tolist(), group.tolist()))) == 5
     for k in range(5):
         torch.testing.assert_close(method.centroids[k], method.bank.block[method.labels == k].mean(0))
-    assert method.before_epoch(1, None) is None, "labels go on from epoch to epoch"
+    assert method.before_epoch(1, None) is None, "later epochs keep the labels"
     assert len(set(method.order(1))) < 50, "drawn with replacement"
 
 
-def test_odc_step_is_that_of_its_description():
-    method = odc(clusters=4, momentum=0.5, every=2, least=1)
+def test_odc_step_equals_the_formulas():
+    method = odc(clusters=4, momentum=0.5, centroid_interval=2, min_cluster_size=1)
     x, group = groups(40, D)
     group %= 4
     bank = torch.nn.functional.normalize(x, dim=1)
@@ -190,18 +193,19 @@ def test_odc_step_is_that_of_its_description():
         torch.testing.assert_close(method.centroids[k], method.bank.block[method.labels == k].mean(0))
 
 
-def test_odc_dissolves_small_clusters_and_refills_them_from_the_largest():
-    """Cluster 2 has two samples, fewer than three: they go to the nearest, and 0, which is two heaps, is split."""
-    heaps = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-1.0, 0.0]]).double()
-    heap = torch.tensor([0] * 6 + [1] * 4 + [2] * 4 + [3] * 3 + [2, 3])
+def test_odc_replaces_small_clusters_by_parts_of_the_largest():
+    """Cluster 2 has two samples, fewer than three: they move to the nearest cluster, and cluster 0 is split in its
+    place."""
+    points = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-1.0, 0.0]]).double()
+    point_of = torch.tensor([0] * 6 + [1] * 4 + [2] * 4 + [3] * 3 + [2, 3])
     labels = torch.tensor([0] * 10 + [1] * 4 + [3] * 3 + [2, 2])
     method = odc(dims=(6, 2))
-    set_odc(method, heaps[heap].clone(), labels.clone())
+    set_odc(method, points[point_of].clone(), labels.clone())
     method.replace_small_clusters()
     got = method.labels
     assert got[17:].tolist() == [1, 3], "each to the most similar centroid"
     assert len(set(got[:6].tolist())) == len(set(got[6:10].tolist())) == 1
-    assert {int(got[0]), int(got[6])} == {0, 2}, "the two heaps of cluster 0"
+    assert {int(got[0]), int(got[6])} == {0, 2}, "cluster 0 was split into its two points"
     assert torch.bincount(got).min() >= 3
     for k in (0, 2):
         torch.testing.assert_close(method.centroids[k], method.bank.block[got == k].mean(0))
@@ -209,12 +213,12 @@ def test_odc_dissolves_small_clusters_and_refills_them_from_the_largest():
     torch.testing.assert_close(method.weights, (sizes**-0.5 / (sizes**-0.5).sum()), rtol=1e-6, atol=0)
     before = got.clone()
     method.replace_small_clusters()
-    assert torch.equal(method.labels, before), "nothing is small any more"
+    assert torch.equal(method.labels, before), "no cluster is too small any more"
 
 
-def test_odc_keeps_the_sums_of_its_clusters_exactly():
-    """Thirty steps with repeated samples, dissolved and split clusters; then counted from nothing."""
-    method = odc(every=3, least=4).float()
+def test_odc_incremental_sums_equal_a_recount():
+    """Thirty steps with repeated samples, dissolved and split clusters, then a recount."""
+    method = odc(centroid_interval=3, min_cluster_size=4).float()
     method.before_epoch(0, lambda name: (groups(dim=D)[0].float(), torch.arange(60)))
     start, sizes = method.labels.clone(), set()
     for step in range(30):
@@ -233,7 +237,7 @@ def test_odc_keeps_the_sums_of_its_clusters_exactly():
         torch.testing.assert_close(method.centroids[k], method.bank.block[method.labels == k].mean(0))
 
 
-def test_two_means_never_leaves_a_part_that_would_be_dissolved():
+def test_two_means_gives_parts_of_at_least_min_size():
     from fastssl import clustering
 
     outlier = torch.cat([0.001 * torch.arange(9.0)[:, None], torch.tensor([[100.0]])])
@@ -242,7 +246,7 @@ def test_two_means_never_leaves_a_part_that_would_be_dissolved():
     assert clustering.two_means(torch.zeros(8, 3), 2).sum() == 4
 
 
-def test_deepcluster_v2_predicts_clusters_among_their_centroids():
+def test_deepclusterv2_loss_equals_the_formula():
     method = build("deepclusterv2", dims=(4, D), clusters=(3, 7), temperature=0.2)
     method.labels[0], method.labels[1] = torch.arange(60) % 3, torch.arange(60) % 7
     z, some = rows(N, 3, D), batch()
@@ -261,7 +265,7 @@ def test_deepcluster_v2_predicts_clusters_among_their_centroids():
     assert method.memory.block[5].abs().max() == 0
 
 
-def test_deepcluster_v2_clusters_each_crops_memory_in_turn():
+def test_deepclusterv2_clusterings_use_the_crops_in_turn():
     method = build("deepclusterv2", dims=(4, 8), clusters=(5, 5, 5))
     x, group = groups()
     x = torch.nn.functional.normalize(x, dim=1)
@@ -277,4 +281,4 @@ def test_deepcluster_v2_clusters_each_crops_memory_in_turn():
         assert torch.equal(nearest, method.labels[i])
     before = method.labels.clone()
     method.before_epoch(1, None)
-    assert not torch.equal(method.labels, before), "another start on every epoch"
+    assert not torch.equal(method.labels, before), "another initialisation in each epoch"

@@ -1,4 +1,4 @@
-"""Every config loads, matches its path and docstring, and fits its method; every method has its configs."""
+"""Every config loads and matches its path, its docstring and its method; every method has configs."""
 
 import ast
 import importlib
@@ -23,7 +23,7 @@ SMOKE = [p for p in FILES if p.parent.name == "smoke"]
 RECIPES = [p for p in FILES if p.parent.name not in ("smoke", "configs")]
 
 
-def test_smoke_configs_have_the_figures_of_the_results():
+def test_smoke_configs_have_the_numbers_of_docs_results():
     """docs/results.md has the measurements."""
     rows = re.findall(
         r"^\| (\w+)(?: \(the teacher\))? \|.*\| ([\d.]+) \| \*\*([\d.]+)\*\* \|",
@@ -54,15 +54,15 @@ def recipe_rows():
     return {config: cells.split(" | ") for config, cells in rows}
 
 
-def test_every_config_has_its_row_in_the_recipes():
+def test_every_config_has_a_row_in_docs_recipes():
     configs = {name(p) for p in (*FILES, *(ROOT / "configs" / "detection").glob("*.yaml"))}
     assert recipe_rows().keys() == configs
     assert all(all(cell.strip() for cell in cells) for cells in recipe_rows().values())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: name(p))
-def test_configs_name_the_published_result_and_ours(path):
-    """A published number with its source, or "none"; docs/recipes.md has the same text.  Then our result."""
+def test_config_docstrings_have_the_published_result_and_ours(path):
+    """A published number with its source, or "none", with the same text in docs/recipes.md; then our result."""
     text = published(path)
     assert text, "no line that begins with Published:, followed by one that begins with fastssl:"
     sources = "README|PRETRAIN|MODEL_ZOO|model zoo|paper|issue"
@@ -74,8 +74,8 @@ def test_configs_name_the_published_result_and_ours(path):
     )
 
 
-def test_no_two_configs_differ_in_precision_alone():
-    """`optim.precision=fp16` on the command line gives the second one."""
+def test_no_two_configs_differ_only_in_precision():
+    """One config is enough: `optim.precision=fp16` on the command line gives the other."""
     found = {}
     for path in RECIPES:
         run = config.load(path)
@@ -95,7 +95,7 @@ def build(run, batch=None, samples=1_281_167):
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
-def test_config_fits_its_method(path):
+def test_config_matches_its_path_and_method(path):
     run = config.load(path)
     doc = docstring(path)
     assert re.search(r"^fastssl: ", doc, re.M), 'the docstring gives our result, or "fastssl: not measured yet."'
@@ -132,7 +132,7 @@ def test_smoke_config_makes_a_step(path):
 
 
 @pytest.mark.parametrize("method", methods.names())
-def test_every_method_has_its_configs_and_its_paper(method):
+def test_every_method_has_configs_and_a_paper(method):
     stems = [p.stem for p in (ROOT / "configs" / method).glob("*.py")]
     assert any("cifar10_200ep" in s for s in stems) and any("in1k" in s for s in stems), stems
     assert (ROOT / "configs" / "smoke" / f"{method}.py").exists()
@@ -140,7 +140,7 @@ def test_every_method_has_its_configs_and_its_paper(method):
     assert "https://arxiv.org/abs/" in doc or method == "supervised"
 
 
-def test_every_method_is_listed_in_one_family(capsys):
+def test_methods_command_lists_every_method_once(capsys):
     families = [name for members in methods.FAMILIES.values() for name in members.split()]
     assert sorted(families) == methods.names()
     assert methods.main([]) == 0
@@ -155,7 +155,7 @@ def test_every_method_is_listed_in_one_family(capsys):
 
 
 @pytest.mark.parametrize("what", [{"frozen": 1}, {"norm": "frozen"}])
-def test_what_is_frozen_must_have_been_trained(what):
+def test_frozen_parts_without_pretrained_weights_raise(what):
     dist.init("cpu")
     run = cases.run("simclr")
     run.backbone = replace(run.backbone, **what)

@@ -1,5 +1,6 @@
-"""Every method on W ranks and with K micro-batches against one rank with one batch: loss, every gradient, and all state
-after two steps.  `python tests/methods/test_exact.py docs/exactness.md` measures and writes the table."""
+"""Every method on W ranks with K micro-batches compared with one rank and one batch: loss, gradients, and state after
+two steps.  `python tests/methods/test_exact.py docs/exactness.md` measures the differences and writes them to the
+table."""
 
 import importlib.util
 import sys
@@ -13,10 +14,10 @@ import method_cases as cases
 import ranks
 
 STEPS, BATCH = 2, 16
-# (ranks, micro-batches) against (1, 1), for a method without batch norm in its heads, and with it
+# (ranks, micro-batches) to compare with (1, 1): for heads without batch norm, and with it
 PLAIN, WITH_NORM = ((1, 1), (1, 4), (2, 1), (2, 2), (4, 1)), ((1, 1), (2, 1), (4, 1))
 MICRO = ((1, 1), (1, 4), (2, 2))
-ZERO = (2, 2, 3)  # and the ZeRO stage
+ZERO = (2, 2, 3)  # (ranks, micro-batches, ZeRO stage)
 RUNS = [
     (name, norm, world, micro, zero)  # (case, batch norm in its heads, ranks, micro-batches, ZeRO stage)
     for name, case in cases.CASES.items()
@@ -28,8 +29,8 @@ RUNS += [(name, False, 2, 1, zero) for name in ("deepcluster", "swav") for zero 
 
 
 def in_double() -> None:
-    """Let the engine train in float64: what is exact then differs by 1e-15 times its conditioning, and what is not
-    stays where it is.  (In float32, two steps of a sharp softmax turn one rounding into 1e-2.)"""
+    """Make the engine train in float64, where exact computations differ by 1e-15 times their condition number and
+    others by much more.  (In float32, two steps with a sharp softmax can amplify one rounding to 1e-2.)"""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.engine import DeepSpeedEngine
 
@@ -44,7 +45,7 @@ def in_double() -> None:
 
 
 def measure(name: str, norm: bool, micro: int, zero: int) -> dict:
-    """Losses of both steps, the gradients of the first, the state after the last."""
+    """Losses of both steps, gradients of the first, state after the second."""
     from fastssl import dist, engine
     from fastssl.step import step
     from fastssl.zero import full_state_dict
@@ -67,18 +68,19 @@ def measure(name: str, norm: bool, micro: int, zero: int) -> dict:
 
 
 def clustering() -> dict:
-    """K-means, whitening and power iteration clustering of rows that lie on the ranks unevenly and out of order."""
+    """K-means, whitening and power iteration clustering of rows that are distributed unevenly and in random order."""
     from fastssl import clustering, dist
 
     g = torch.Generator().manual_seed(0)
-    x, spread = torch.randn(403, 6, generator=g).double(), torch.randperm(403, generator=g)
-    x[200:230] = x[200]  # so many equal starts that clusters run empty
+    x, order = torch.randn(403, 6, generator=g).double(), torch.randperm(403, generator=g)
+    x[200:230] = x[200]  # equal rows, so that some clusters are empty
     cuts = {1: [], 2: [300], 4: [1, 150, 151]}[dist.world()]
-    index = spread.tensor_split(cuts)[dist.rank()]
-    found, ways = {}, {"random": {}, "++": {"init": "++"}, "spherical": {"spherical": True}, "many": {"clusters": 300}}
+    index = order.tensor_split(cuts)[dist.rank()]
+    variants = {"random": {}, "++": {"init": "++"}, "spherical": {"spherical": True}, "many": {"clusters": 300}}
     if importlib.util.find_spec("faiss"):
-        ways["faiss"] = {"backend": "faiss"}
-    for name, options in ways.items():
+        variants["faiss"] = {"backend": "faiss"}
+    found = {}
+    for name, options in variants.items():
         result = clustering.kmeans(x[index], options.pop("clusters", 30), index, seed=4, **options)
         found |= {
             f"{name} centroids": result.centroids,
@@ -117,19 +119,19 @@ def results(tmp_path_factory):
 
 
 def difference(got: dict, want: dict) -> float:
-    """Largest difference of two dicts of tensors, in units of the largest entry (at least 1)."""
+    """Largest difference between two dicts of tensors, relative to each tensor's largest entry (at least 1)."""
     assert got.keys() == want.keys()
-    worst = 0.0
+    largest = 0.0
     for key, value in want.items():
         scale = max(1.0, value.double().abs().max().item()) if value.numel() else 1.0
-        off = (got[key].double() - value.double()).abs().max().item() / scale if value.numel() else 0.0
-        assert off == off, f"{key} has NaN"
-        worst = max(worst, off)
-    return worst
+        error = (got[key].double() - value.double()).abs().max().item() / scale if value.numel() else 0.0
+        assert error == error, f"{key} has NaN"
+        largest = max(largest, error)
+    return largest
 
 
 def compare(results: dict, key: tuple) -> tuple[float, float, float]:
-    """Loss, gradients (ZeRO shows none: 0), state."""
+    """Differences of loss, gradients (0 under ZeRO, which does not expose them) and state."""
     got, want = results[key], results[(*key[:2], 1, 1, 0)]
     loss = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(got["losses"], want["losses"]))
     return loss, 0.0 if key[4] else difference(got["grads"], want["grads"]), difference(got["state"], want["state"])
@@ -139,7 +141,7 @@ OTHERS = [key for key in RUNS if key[2:] != (1, 1, 0)]
 
 
 @pytest.mark.parametrize("key", OTHERS, ids=lambda k: f"{k[0]}{' bn' * k[1]} {k[2]}x{k[3]} zero{k[4]}")
-def test_ranks_and_micro_batches_are_exact(results, key):
+def test_ranks_and_micro_batches_equal_one_rank(results, key):
     reference = results[(*key[:2], 1, 1, 0)]
     assert len(set(reference["losses"])) == STEPS
     loss, grads, state = compare(results, key)
@@ -150,7 +152,7 @@ def test_ranks_and_micro_batches_are_exact(results, key):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_clusters_of_all_ranks_are_those_of_one(results, world):
+def test_clusters_on_several_ranks_equal_those_on_one(results, world):
     got, want = results["clustering", world], results["clustering", 1]
     for key, value in want.items():
         if "labels" in key or "counts" in key or key == "pic":
@@ -161,18 +163,18 @@ def test_clusters_of_all_ranks_are_those_of_one(results, world):
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-def test_every_parameter_learns_and_all_state_moves(results, name):
-    """Otherwise the comparison above would be empty."""
+def test_every_trainable_parameter_has_a_gradient(results, name):
+    """Otherwise the comparisons above would show nothing."""
     norm = cases.CASES[name].norm
     found = results[(name, norm, 1, 1, 0)]
     assert set(found["grads"]) == set(found["trainable"]) and len(found["grads"]) > 10
-    silent = [n for n, g in found["grads"].items() if not g.abs().max() > 1e-7]
+    without = [n for n, g in found["grads"].items() if not g.abs().max() > 1e-7]
     # a bias before batch norm has no effect
-    assert all(n.endswith("bias") and norm for n in silent), silent
+    assert all(n.endswith("bias") and norm for n in without), without
 
 
-def test_all_state_is_in_the_state_dict():
-    """A fresh run that loads it makes the next step to the same bits."""
+def test_state_dict_holds_all_state():
+    """A new run that loads the state dict has the same loss, bit for bit, in the next step."""
     from fastssl import dist, engine
     from fastssl.step import step
 

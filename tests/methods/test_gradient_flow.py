@@ -1,4 +1,4 @@
-"""Where no gradient may flow, and what changes between steps: momentum encoders, prototypes, queues."""
+"""Which outputs have gradients, and updates without gradients: momentum encoders, prototypes, queues."""
 
 import method_cases as cases
 import numpy as np
@@ -25,7 +25,7 @@ FLOW = {
 
 
 @pytest.mark.parametrize("name", FLOW)
-def test_the_target_side_moves_the_loss_and_gets_no_gradient(name):
+def test_targets_change_the_loss_and_have_no_gradient(name):
     case = cases.CASES[name]
     method = mae() if name == "mae" else build(name)
     g = torch.Generator().manual_seed(0)
@@ -48,7 +48,7 @@ def test_the_target_side_moves_the_loss_and_gets_no_gradient(name):
 
 
 @pytest.mark.parametrize("name", ["moco", "byol", "mocov3", "dino", "densecl"])
-def test_the_momentum_encoder_follows_without_gradient(name):
+def test_momentum_encoder_update_equals_the_formula(name):
     method = build(name, momentum=0.8)
     pairs = [(n, p) for n, p in method.named_parameters() if n.startswith("target.")]
     assert pairs and not any(p.requires_grad for _, p in pairs)
@@ -69,7 +69,7 @@ def test_the_momentum_encoder_follows_without_gradient(name):
 
 
 @pytest.mark.parametrize("name", ["dino", "swav"])
-def test_prototypes_stand_still_at_first(name):
+def test_frozen_prototypes_have_zero_gradient(name):
     method = build(name, freeze_epochs=2)
     weights = [p for n, p in method.named_parameters() if n.endswith("prototypes.weight") and p.requires_grad]
     views = [torch.rand(N, 3, v.size, v.size).double() for v in cases.CASES[name].views]
@@ -79,7 +79,7 @@ def test_prototypes_stand_still_at_first(name):
         assert (grad.abs().max() == 0) == frozen
 
 
-def test_prototypes_have_unit_length_whatever_their_weights():
+def test_prototypes_are_normalised_in_forward():
     from fastssl.methods import parts
 
     prototypes = parts.Prototypes(D, 4).double()
@@ -91,8 +91,8 @@ def test_prototypes_have_unit_length_whatever_their_weights():
     np.testing.assert_allclose(array(before), array(x) @ unit(array(prototypes.weight)).T, rtol=1e-12)
 
 
-def test_nnclr_and_swav_queue_the_embeddings_of_the_step():
-    method = build("nnclr", dims=(D,), predictor=4, queue=8)
+def test_nnclr_and_swav_enqueue_the_embeddings_of_the_step():
+    method = build("nnclr", dims=(D,), predictor_dim=4, queue=8)
     z = rows(N, 2, D).detach()
     method.after_step({"z": z}, batch(), 0.5)
     np.testing.assert_allclose(array(method.queue[:N]), unit(array(z[:, 0])), rtol=1e-12)

@@ -1,4 +1,4 @@
-"""speed.kernels reaches every op that a method calls: on CUDA, one that is not told would take Triton."""
+"""Methods pass speed.kernels to every op that they call; on CUDA, an op without it would use Triton."""
 
 import importlib
 import pkgutil
@@ -18,7 +18,7 @@ from fastssl.trainer import Context
 FOLDERS = [
     importlib.import_module(f"fastssl.kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__) if m.ispkg
 ]
-OPS = [folder for folder in FOLDERS if hasattr(folder, "choose")]  # the others are parts that ops share
+OPS = [folder for folder in FOLDERS if hasattr(folder, "choose")]  # the others are shared by the ops
 WITHOUT = {
     "simsiam",
     "barlow",
@@ -30,25 +30,25 @@ WITHOUT = {
     "rotation",
     "relative_loc",
     "deepcluster pic",
-}  # no op beyond the views
+}  # methods whose only op is `augment`
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """(op, impl) of every call of an op of fastssl.kernels."""
+def op_calls(monkeypatch):
+    """A list that receives (op, impl) of every call of an op of fastssl.kernels."""
     calls = []
     for op in OPS:
 
-        def choose(impl, x, op=op, true=op.choose):
+        def choose(impl, x, op=op, original=op.choose):
             calls.append((op.__name__.rpartition(".")[2], impl))
-            return true(impl, x)
+            return original(impl, x)
 
         monkeypatch.setattr(op, "choose", choose)
     return calls
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-def test_a_method_hands_speed_kernels_to_every_op(name, asked):
+def test_methods_pass_speed_kernels_to_every_op(name, op_calls):
     run, loader = cases.run(name), cases.Memory(None, 12)
     run = replace(run, speed=replace(run.speed, kernels="reference"))
     torch.manual_seed(0)
@@ -61,8 +61,8 @@ def test_a_method_hands_speed_kernels_to_every_op(name, asked):
     out = method(batch_views(t, batch), batch)
     method.loss(out, batch)
     method.after_step(out, batch, 0.0)
-    assert {impl for _, impl in asked} == {"reference"}, asked
-    assert (name in WITHOUT) == ({op for op, _ in asked} == {"augment"})
+    assert {impl for _, impl in op_calls} == {"reference"}, op_calls
+    assert (name in WITHOUT) == ({op for op, _ in op_calls} == {"augment"})
 
 
 def test_every_method_has_a_case():

@@ -1,4 +1,4 @@
-"""Every method descends its own loss."""
+"""Every method can reduce its loss."""
 
 import method_cases as cases
 import pytest
@@ -12,9 +12,9 @@ STEPS = 20
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-def test_the_loss_falls_while_its_targets_stand_still(name):
-    """20 steps on one batch without after_step: queues, banks, labels and momentum encoders stay as they are built.
-    (In training they move, and a loss may rise although the features improve: docs/results.md.)"""
+def test_loss_falls_with_constant_targets(name):
+    """20 steps on one batch, without after_step: queues, banks, labels and momentum encoders do not change.
+    (In training they do, and the loss may rise although the features improve: docs/results.md.)"""
     dist.init("cpu")
     torch.manual_seed(0)
     case, batch = cases.CASES[name], next(cases.Memory(None, 24).epoch(0))

@@ -14,14 +14,14 @@ from fastssl import dist
 from fastssl.trainer import Context
 
 
-def test_byol_is_the_squared_distance_of_unit_vectors_both_ways():
+def test_byol_loss_is_the_squared_distance_of_unit_vectors():
     p, z = rows(N, 2, D), rows(N, 2, D, seed=2)
     u, v = unit(array(p)), unit(array(z))
     want = ((u[:, 0] - v[:, 1]) ** 2).sum(1).mean() + ((u[:, 1] - v[:, 0]) ** 2).sum(1).mean()
     close(build("byol").loss({"p": p, "z": z}, batch())["loss"], want)
 
 
-def test_simsiam_is_half_the_negative_cosine_of_each_view():
+def test_simsiam_loss_is_half_the_negative_cosine_of_each_view():
     p, z = rows(N, 2, D), rows(N, 2, D, seed=2)
     u, v = unit(array(p)), unit(array(z))
     want = -0.5 * (u[:, 0] * v[:, 1]).sum(1).mean() - 0.5 * (u[:, 1] * v[:, 0]).sum(1).mean()
@@ -29,7 +29,7 @@ def test_simsiam_is_half_the_negative_cosine_of_each_view():
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_moco_finds_the_key_of_its_image_among_those_of_the_queue(symmetric):
+def test_moco_loss_and_queue_update_equal_the_formulas(symmetric):
     method = build("moco", dims=(D,), queue=8, temperature=0.3, symmetric=symmetric)
     sides = 1 + symmetric
     q, k = rows(N, sides, D), rows(N, sides, D, seed=2)
@@ -47,17 +47,17 @@ def test_moco_finds_the_key_of_its_image_among_those_of_the_queue(symmetric):
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_moco_asks_about_the_other_view(symmetric):
+def test_moco_keys_are_of_the_other_view(symmetric):
     method = build("moco", symmetric=symmetric, shuffle=False)
     views = [torch.rand(N, 3, 4, 4).double() for _ in range(2)]
     out = method(views, batch())
-    asked, keyed = ([0, 1], [1, 0]) if symmetric else ([0], [1])
-    torch.testing.assert_close(out["q"], torch.stack([method.projector(method.backbone(views[i])) for i in asked], 1))
-    torch.testing.assert_close(out["k"], torch.stack([method.target(views[i]) for i in keyed], 1))
+    queries, keys = ([0, 1], [1, 0]) if symmetric else ([0], [1])
+    torch.testing.assert_close(out["q"], torch.stack([method.projector(method.backbone(views[i])) for i in queries], 1))
+    torch.testing.assert_close(out["k"], torch.stack([method.target(views[i]) for i in keys], 1))
     assert not out["k"].requires_grad
 
 
-def test_mocov3_contrasts_with_the_other_views_keys_of_the_batch():
+def test_mocov3_loss_equals_the_formula():
     q, k = rows(N, 2, D), rows(N, 2, D, seed=2)
     want = 0.0
     for a, b in ((0, 1), (1, 0)):
@@ -66,7 +66,7 @@ def test_mocov3_contrasts_with_the_other_views_keys_of_the_batch():
     close(build("mocov3", temperature=0.3).loss({"q": q, "k": k}, batch())["loss"], want)
 
 
-def test_barlow_twins_is_that_of_its_pseudocode():
+def test_barlow_loss_equals_the_papers_pseudocode():
     z = rows(N, 2, D)
     norm = nn.BatchNorm1d(D, affine=False).double()
     c = norm(z[:, 0]).T @ norm(z[:, 1]) / N
@@ -79,7 +79,7 @@ def test_barlow_twins_is_that_of_its_pseudocode():
 
 
 @pytest.mark.parametrize("width", [D, N, 3 * N])  # fewer features than samples, as many, more
-def test_vicreg_is_that_of_its_three_terms(width):
+def test_vicreg_terms_equal_the_formulas(width):
     z = rows(N, 2, width)
     x = array(z)
     cov = [np.cov(x[:, v].T) for v in (0, 1)]
@@ -101,9 +101,9 @@ def test_vicreg_is_that_of_its_three_terms(width):
 
 
 @pytest.mark.parametrize("name, width, whole", [("barlow", D, 1), ("vicreg", D, 2), ("vicreg", 3 * N, 0)])
-def test_a_matrix_of_all_features_is_reduced_once(name, width, whole, monkeypatch):
-    """On two ranks, whose second is pretended: D x D matrices that they add up, none of them in backward; VICReg makes
-    none where there are fewer samples than features."""
+def test_feature_matrices_are_all_reduced_in_forward_only(name, width, whole, monkeypatch):
+    """How many D x D matrices two ranks (the second is simulated) all-reduce, none of them in backward; VICReg has none
+    if there are fewer samples than features."""
     sizes, z = [], rows(N, 2, width)
     method = build(name)  # one rank's copy
     monkeypatch.setattr(dist, "world", lambda: 2)
@@ -115,8 +115,8 @@ def test_a_matrix_of_all_features_is_reduced_once(name, width, whole, monkeypatc
     assert sizes.count(width**2) == whole and z.grad.abs().max() > 1e-6
 
 
-def test_nnclr_takes_the_nearest_row_of_the_queue_as_positive():
-    method = build("nnclr", dims=(D,), predictor=4, queue=8, temperature=0.3)
+def test_nnclr_loss_equals_the_formula():
+    method = build("nnclr", dims=(D,), predictor_dim=4, queue=8, temperature=0.3)
     z, p = rows(N, 2, D), rows(N, 2, D, seed=2)
     queue, u, v, want = array(method.queue), unit(array(z)), unit(array(p)), 0.0
     np.testing.assert_allclose(np.linalg.norm(queue, axis=1), 1, rtol=1e-6)
@@ -127,7 +127,7 @@ def test_nnclr_takes_the_nearest_row_of_the_queue_as_positive():
     close(method.loss({"z": z, "p": p}, batch())["loss"], want)
 
 
-def test_dino_compares_all_crops_with_the_centred_teacher_of_the_large_ones():
+def test_dino_loss_and_center_equal_the_formulas():
     method = build(
         "dino", dims=(D,), prototypes=7, teacher_temperature=0.04, teacher_temperature_end=0.07, teacher_epochs=4
     )
@@ -146,7 +146,7 @@ def test_dino_compares_all_crops_with_the_centred_teacher_of_the_large_ones():
 
 
 @pytest.mark.parametrize("queue", [0, 8])
-def test_swav_swaps_balanced_assignments(queue):
+def test_swav_loss_equals_the_formula(queue):
     method = build("swav", dims=(4, D), prototypes=3, queue=queue, queue_epoch=1)
     method.prototypes.normalize_()
     scores = rows(N, 3, 3, seed=4)
@@ -166,11 +166,11 @@ def test_swav_swaps_balanced_assignments(queue):
         want += [-(q * log_softmax(array(scores)[:, j] / 0.1)).sum(1).mean() for j in range(3) if j != i]
     close(method.loss({"scores": scores}, batch(epoch=1))["loss"], np.mean(want))
     before = method.loss({"scores": scores}, batch(epoch=0))["loss"]
-    assert (abs(before.item() - np.mean(want)) > 1e-3) == bool(queue), "the queue counts from queue_epoch on"
+    assert (abs(before.item() - np.mean(want)) > 1e-3) == bool(queue), "the queue is used from queue_epoch on"
 
 
 @pytest.mark.parametrize("name", ["supcon", "dcl", "simclr"])
-def test_simclr_and_its_relatives_are_sums_over_pairs(name):
+def test_simclr_dcl_and_supcon_losses_equal_the_formulas(name):
     z = rows(N, 2, D)
     u = unit(array(z)).transpose(1, 0, 2).reshape(2 * N, D)  # view 0, then view 1
     s, want = u @ u.T / 0.5, 0.0
@@ -186,8 +186,8 @@ def test_simclr_and_its_relatives_are_sums_over_pairs(name):
     close(build(name, temperature=0.5).loss({"z": z}, batch())["loss"], want / (2 * N))
 
 
-def test_densecl_pairs_the_places_that_look_alike():
-    method = build("densecl", dims=(4, D), queue=7, temperature=0.3, dense=0.25)
+def test_densecl_loss_and_queue_update_equal_the_formulas():
+    method = build("densecl", dims=(4, D), queue=7, temperature=0.3, dense_weight=0.25)
     q, k, qd, kd = rows(N, D), rows(N, D, seed=2), rows(N, 4, D, seed=3), rows(N, 4, D, seed=4)
     match = torch.randint(0, 4, (N, 4), generator=torch.Generator().manual_seed(0))
 
@@ -210,14 +210,14 @@ def test_densecl_pairs_the_places_that_look_alike():
     assert method.pointers.tolist() == [N, N]
 
 
-def test_densecl_matches_by_backbone_features():
+def test_densecl_matches_positions_by_backbone_features():
     method = build("densecl", dims=(4, D), queue=7)
     x = torch.rand(2, 3, 4, 4).double()
-    out = method([x, x.flip(3)], batch(2))  # the same image mirrored: each place matches its mirror image
+    out = method([x, x.flip(3)], batch(2))  # the same image flipped: each position matches its mirror image
     assert out["match"].tolist() == [[1, 0, 3, 2]] * 2
 
 
-def test_supervised_counts_labelled_images_alone():
+def test_supervised_ignores_images_without_labels():
     logits = rows(N, 3)
     some = [i for i in range(N) if LABEL[i] >= 0]
     want = -np.mean([log_softmax(array(logits))[i, LABEL[i]] for i in some])
@@ -228,17 +228,17 @@ def test_supervised_counts_labelled_images_alone():
         build("supervised").loss({"logits": logits}, SimpleNamespace(label=torch.zeros(N, 3)))
 
 
-@pytest.mark.parametrize("name, places", [("rotation", 4), ("relative_loc", 8)])
-def test_pretext_tasks_have_the_views_place_as_label(name, places):
-    logits = rows(N, places, places)
-    want = -np.mean([log_softmax(array(logits))[:, v, v].mean() for v in range(places)])
+@pytest.mark.parametrize("name, count", [("rotation", 4), ("relative_loc", 8)])
+def test_pretext_labels_are_the_indices_of_the_views(name, count):
+    logits = rows(N, count, count)
+    want = -np.mean([log_softmax(array(logits))[:, v, v].mean() for v in range(count)])
     close(build(name).loss({"logits": logits}, batch())["loss"], want)
-    perfect = torch.eye(places).double().expand(N, -1, -1) * 50
+    perfect = torch.eye(count).double().expand(N, -1, -1) * 50
     out = build(name).loss({"logits": perfect}, batch())
     assert out["loss"] < 1e-9 and out["top1"] == 1
 
 
-def test_relative_location_with_nine_passes_is_that_with_sixteen():
+def test_relative_loc_gradients_equal_those_of_all_pairs():
     method = build("relative_loc", hidden=16, dropout=0.0)
     views = [torch.rand(N, 3, 4, 4).double() for _ in range(9)]
     loss = method.loss(method(views, batch()), batch())["loss"]
@@ -252,8 +252,8 @@ def test_relative_location_with_nine_passes_is_that_with_sixteen():
     assert max(g.abs().max() for g in ours) > 1e-4
 
 
-def test_sigreg_is_the_integral_over_characteristic_functions():
-    method = build("lejepa", directions=4, knots=2001, weight=0.3)
+def test_sigreg_equals_the_integral():
+    method = build("lejepa", directions=4, knots=2001, sigreg_weight=0.3)
     z = rows(N, 3, D)
     out = method.loss({"z": z}, batch(epoch=2, step=5))
     generator = torch.Generator().manual_seed(method.seed + (2 << 32) + 5)
@@ -267,13 +267,14 @@ def test_sigreg_is_the_integral_over_characteristic_functions():
             found.append(N * np.trapezoid(np.abs(phi - gauss) ** 2 * gauss, t))
     np.testing.assert_allclose(out["sigreg"].item(), np.mean(found), rtol=1e-6)
     x = array(z)
-    agreement = np.mean((x - x[:, :2].mean(1, keepdims=True)) ** 2)
-    close(out["loss"], 0.7 * agreement + 0.3 * out["sigreg"].item())
+    invariance = np.mean((x - x[:, :2].mean(1, keepdims=True)) ** 2)
+    close(out["invariance"], invariance)
+    close(out["loss"], 0.7 * invariance + 0.3 * out["sigreg"].item())
     again = [method.loss({"z": z}, batch(epoch=e, step=s))["sigreg"] for e, s in ((2, 5), (2, 6), (5, 2))]
-    assert again[0] == out["sigreg"] and len({v.item() for v in again}) == 3, "new directions on every step"
+    assert again[0] == out["sigreg"] and len({v.item() for v in again}) == 3, "new directions at every step"
 
 
-def test_sigreg_tells_a_gaussian_from_a_collapse():
+def test_sigreg_is_large_for_collapsed_embeddings():
     method = build("lejepa", directions=64)
     z = torch.randn(512, 2, 8, generator=torch.Generator().manual_seed(0)).double()
     good, bad = (method.loss({"z": v}, batch())["sigreg"] for v in (z, z * 0.01))
@@ -281,24 +282,27 @@ def test_sigreg_tells_a_gaussian_from_a_collapse():
 
 
 @pytest.mark.parametrize("name", ["supervised", "supcon"])
-def test_labels_asked_of_an_unlabelled_file(name):
-    with pytest.raises(ValueError, match=f"{name} learns from labels and data.train has no classes"):
+def test_methods_with_labels_and_no_classes_raise(name):
+    with pytest.raises(
+        ValueError, match=f"method '{name}' needs labels, but data.train has none: convert a labelled source"
+    ):
         cases.config(name).build(Tiny(), Context(samples=60, batch=N))
 
 
 @pytest.mark.parametrize("name", ["moco", "nnclr", "densecl", "swav"])
-def test_a_queue_smaller_than_the_batch(name):
+def test_queue_smaller_than_the_batch_raises(name):
     with pytest.raises(ValueError, match=r"method.queue=7 is smaller than optim.batch=8: .* at least 8"):
         cases.config(name, queue=7).build(Tiny(), Context(samples=60, batch=8))
 
 
 @pytest.mark.parametrize("name, sizes", [("dino", [8]), ("swav", [8, 4, 4]), ("lejepa", [8])])
-def test_too_few_large_views(name, sizes):
-    with pytest.raises(ValueError, match=r"data.views gives views of \[8.*needed are at least 2, the first 2 of one"):
+def test_too_few_large_crops_raise(name, sizes):
+    match = r"gives . views of \[8.* pixels, .* needs at least 2 views, the first 2 of equal size: change data.views or"
+    with pytest.raises(ValueError, match=match):
         build(name)([torch.rand(2, 3, s, s).double() for s in sizes], batch(2))
 
 
-def test_a_recipe_of_the_wrong_number_of_views():
+def test_wrong_number_of_views_raises():
     from fastssl import views
     from fastssl.build import check_views
 

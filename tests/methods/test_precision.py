@@ -1,4 +1,4 @@
-"""Every method makes a step in bf16, whole and in micro-batches, with the loss of float32 within its rounding."""
+"""A step of every method in bf16, in one batch and in micro-batches: its loss is close to float32's."""
 
 import method_cases as cases
 import pytest
@@ -15,7 +15,7 @@ def first_loss(name, precision, micro):
     dist.init("cpu")
     t = cases.build(run)
     if hasattr(t.method, "before_epoch"):
-        pytest.skip("its labels come from a clustering of the whole file")
+        pytest.skip("its labels come from a clustering of all images")
     source = t.loader.epoch(0)
     out = step(t, [next(source) for _ in range(micro)])
     assert t.scalars["applied"] and all(v.dtype in (v.float().dtype, v.long().dtype) for v in out.values())
@@ -23,7 +23,7 @@ def first_loss(name, precision, micro):
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-def test_bf16_is_float32_within_its_rounding(name):
+def test_bf16_loss_is_close_to_float32(name):
     want = first_loss(name, "fp32", 1)
     for micro in (1, 4):
         assert first_loss(name, "bf16", micro) == pytest.approx(want, rel=0.05, abs=0.05)

@@ -1,4 +1,4 @@
-"""No method changes the backbone after `backbone.pretrained` is loaded; its teachers are copies of what was loaded."""
+"""Methods do not change the weights of `backbone.pretrained` after loading, and their teachers are copies of them."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ NAMES = [name for name in cases.CASES if cases.CASES[name].module in ("", name) 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """Per backbone: one with values that no initialisation gives, and its file."""
+    """{name of backbone: (backbone with random values, its weight file)}; no initialisation gives these values."""
     out = {}
     for spec in (cases.PLAIN, cases.VIT):
         torch.manual_seed(1)
@@ -29,7 +29,7 @@ def pretrained(tmp_path_factory):
     return out
 
 
-def start(name, file, **changes):
+def build(name, file, **changes):
     run = cases.run(name)
     run.backbone = replace(run.backbone, pretrained=file, **changes)
     torch.manual_seed(0)
@@ -37,9 +37,9 @@ def start(name, file, **changes):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_features_are_those_of_the_file(name, pretrained):
+def test_features_equal_those_of_the_pretrained_file(name, pretrained):
     net, file = pretrained[cases.CASES[name].backbone.name]
-    method = start(name, file).eval()
+    method = build(name, file).eval()
     copies = [m for m in method.modules() if isinstance(m, type(net))]
     assert len(copies) == 1 + ("target" in dict(method.named_children()))
     x = torch.randn(2, 3, 32, 32)
@@ -49,23 +49,23 @@ def test_features_are_those_of_the_file(name, pretrained):
             assert all(torch.equal(v, net.state_dict()[k]) for k, v in copy.state_dict().items())
 
 
-def test_what_a_method_freezes_stays_frozen(pretrained):
-    backbone = start("mocov3 vit", pretrained["test_vit"][1]).backbone
+def test_frozen_parameters_stay_frozen_after_loading(pretrained):
+    backbone = build("mocov3 vit", pretrained["test_vit"][1]).backbone
     frozen = {n for n, p in backbone.named_parameters() if not p.requires_grad}
     assert frozen == {"body.pos_embed", "body.patch_embed.proj.weight", "body.patch_embed.proj.bias"}
 
 
-def test_a_method_that_overwrites_what_was_loaded_is_refused(pretrained, monkeypatch):
+def test_method_that_overwrites_loaded_weights_raises(pretrained, monkeypatch):
     from fastssl.methods import simclr
 
-    class Careless(simclr.SimCLR):
+    class Overwriting(simclr.SimCLR):
         def __init__(self, config, backbone, *rest):
             super().__init__(config, backbone, *rest)
             nn.init.zeros_(backbone.conv1.weight)
 
-    monkeypatch.setattr(simclr, "SimCLR", Careless)
+    monkeypatch.setattr(simclr, "SimCLR", Overwriting)
     with pytest.raises(ValueError, match=r"overwrites 1 of the tensors .*conv1.weight.* init_backbone"):
-        start("simclr", pretrained["resnet10"][1])
+        build("simclr", pretrained["resnet10"][1])
     run = cases.run("simclr")
     assert run.backbone == Backbone("resnet10", stem="cifar", norm="gn", width=8)
     assert build_method(run, cases.Memory(None, 16)).backbone.conv1.weight.abs().max() == 0

@@ -1,5 +1,4 @@
-"""Every method trained by the engine, stopped in the middle of an epoch and continued: the same losses and weights to
-the last bit."""
+"""Every method, stopped in the middle of an epoch and resumed, has the same losses and weights, bit for bit."""
 
 import json
 import shutil
@@ -22,7 +21,7 @@ def log_of(folder: Path) -> list[dict]:
 
 
 def train(name: str, root: Path, zero: int = 0) -> dict:
-    """Straight through; then from the checkpoint at SAVED once more."""
+    """Logs and weights of a run without interruption, and of one resumed from its checkpoint at step SAVED."""
     import safetensors.torch
 
     from fastssl import dist, engine
@@ -32,11 +31,11 @@ def train(name: str, root: Path, zero: int = 0) -> dict:
     run.name, run.log.root, run.deterministic, run.speed.zero = f"{name}{zero}", str(root), True, zero
     run.log.every, run.log.checkpoint_steps, run.log.keep = 1, SAVED, 2
     found = {}
-    for way in ("whole", "resumed"):
-        t = engine.fit(run, resume=way == "resumed", device="cpu", loader=cases.loader(run))
+    for kind in ("whole", "resumed"):
+        t = engine.fit(run, resume=kind == "resumed", device="cpu", loader=cases.loader(run))
         last = store.newest(t.folder)
         assert last.name == f"step_{STEPS:08d}"
-        found[way] = {"log": log_of(t.folder), "weights": safetensors.torch.load_file(last / "weights.safetensors")}
+        found[kind] = {"log": log_of(t.folder), "weights": safetensors.torch.load_file(last / "weights.safetensors")}
         dist.barrier()
         if dist.is_main():
             shutil.rmtree(last)
@@ -48,7 +47,8 @@ SHARDED = {"odc": ("bank", (12,)), "deepclusterv2": ("memory", (2, 12))}  # the 
 
 
 def sharded(name: str, root: str) -> dict:
-    """The state of a method with a sharded table: after five steps, or as a checkpoint of them gives it."""
+    """The state of a method with a sharded table: after five steps in the first call, loaded from their checkpoint in
+    later calls."""
     from fastssl import engine
     from fastssl.zero import full_state_dict
 
@@ -80,26 +80,26 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-def test_resumes_in_mid_epoch_to_the_same_bits(runs, name):
-    same(runs[name]["whole"], runs[name]["resumed"])
+def test_resume_in_mid_epoch_gives_the_same_bits(runs, name):
+    assert_equal_runs(runs[name]["whole"], runs[name]["resumed"])
 
 
-def test_every_zero_stage_resumes_to_the_same_bits(tmp_path):
+def test_resume_at_every_zero_stage_gives_the_same_bits(tmp_path):
     found = ranks.launch(__file__, 2, tmp_path / "out.pt", str(tmp_path), "zero")
     for stage in (1, 2, 3):
-        same(found[stage]["whole"], found[stage]["resumed"])
+        assert_equal_runs(found[stage]["whole"], found[stage]["resumed"])
 
 
-def same(whole: dict, resumed: dict) -> None:
+def assert_equal_runs(whole: dict, resumed: dict) -> None:
     assert [r["loss"] for r in resumed["log"]] == [r["loss"] for r in whole["log"]]
     assert len(whole["log"]) == STEPS
     assert whole["weights"].keys() == resumed["weights"].keys()
-    moved = [key for key, value in whole["weights"].items() if not torch.equal(value, resumed["weights"][key])]
-    assert not moved
+    different = [key for key, value in whole["weights"].items() if not torch.equal(value, resumed["weights"][key])]
+    assert not different
 
 
-def test_a_sharded_table_is_loaded_on_any_number_of_ranks(tmp_path):
-    """Written by two; read by two, by one and by four."""
+def test_sharded_table_loads_on_any_number_of_ranks(tmp_path):
+    """Written by two ranks; read by two, by one and by four."""
     made, *loaded = (ranks.launch(__file__, w, tmp_path / "out.pt", str(tmp_path), "sharded") for w in (2, 2, 1, 4))
     for name, (table, shape) in SHARDED.items():
         assert made[name][table].shape == (cases.SAMPLES, *shape)

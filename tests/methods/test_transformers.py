@@ -1,4 +1,4 @@
-"""MAE's masks and targets; positions and frozen patch projection of MAE and MoCo v3."""
+"""MAE's masks and targets; position embeddings and frozen patch projection of MAE and MoCo v3."""
 
 import math
 
@@ -9,16 +9,16 @@ import torch
 from loss_tools import Tiny, array, batch, build, close, mae
 
 
-def test_mae_never_sees_what_it_rebuilds():
-    method = mae(mask=0.5)
+def test_mae_prediction_does_not_depend_on_masked_pixels():
+    method = mae(mask_ratio=0.5)
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()
     out = method([x], batch(2))
     visible, masked = method.draw_mask(torch.arange(2), 0, 16)
     assert sorted(torch.cat([visible, masked], 1)[0].tolist()) == list(range(16)) and visible.shape == (2, 8)
     other = x.clone()
     for i in range(2):
-        for place in masked[i].tolist():
-            r, c = divmod(place, 4)
+        for patch in masked[i].tolist():
+            r, c = divmod(patch, 4)
             other[i, :, 16 * r : 16 * r + 16, 16 * c : 16 * c + 16] += 3 * torch.randn(3, 16, 16).double()
     changed = method([other], batch(2))
     assert torch.equal(changed["pred"], out["pred"]) and torch.equal(changed["features"], out["features"])
@@ -30,26 +30,26 @@ def test_mae_never_sees_what_it_rebuilds():
     close(method.loss(out, batch())["loss"], ((array(out["pred"]) - array(out["target"])) ** 2).mean())
 
 
-def test_mae_masks_are_keyed_by_sample_and_epoch():
+def test_mae_masks_depend_on_sample_and_epoch():
     method = mae()
     whole = method.draw_mask(torch.arange(8), 3, 16)[1]
     assert torch.equal(method.draw_mask(torch.tensor([5, 2]), 3, 16)[1], whole[[5, 2]])
     assert not torch.equal(method.draw_mask(torch.arange(8), 4, 16)[1], whole)
     counts = torch.bincount(method.draw_mask(torch.arange(4000), 0, 16)[1].flatten(), minlength=16) / 4000
-    assert (counts - 0.5).abs().max() < 0.05, "every place is masked equally often"
+    assert (counts - 0.5).abs().max() < 0.05, "every patch is masked equally often"
 
 
-def test_transformers_asked_of_a_resnet():
+def test_vit_settings_with_a_resnet_raise():
     for name, settings in (("mae", {}), ("mocov3", {"freeze_patch_embed": True})):
         with pytest.raises(ValueError, match="'tiny' is not a vision transformer; use one of timm's"):
             cases.config(name, **settings).init_backbone(Tiny())
-    with pytest.raises(ValueError, match=r"method.mask=1.0 must be between 0 and 1"):
-        build("mae", mask=1.0)
-    with pytest.raises(ValueError, match=r"method.mask=0.95 leaves 0 of 16 patches of 16 pixels"):
-        mae(mask=0.95)([torch.rand(2, 3, 64, 64).double()], batch(2))
+    with pytest.raises(ValueError, match=r"method.mask_ratio=1.0 must be between 0 and 1"):
+        build("mae", mask_ratio=1.0)
+    with pytest.raises(ValueError, match=r"method.mask_ratio=0.95 leaves 0 of 16 patches of 16 pixels"):
+        mae(mask_ratio=0.95)([torch.rand(2, 3, 64, 64).double()], batch(2))
 
 
-def test_mocov3_freezes_the_patch_projection_and_positions():
+def test_mocov3_freezes_the_patch_projection_and_position_embeddings():
     from fastssl import backbones
     from fastssl.config import Backbone
 
@@ -60,8 +60,8 @@ def test_mocov3_freezes_the_patch_projection_and_positions():
 
 
 @pytest.mark.parametrize("method, columns_first", [("mae", True), ("mocov3", False)])
-def test_fixed_positions_are_the_authors(method, columns_first):
-    """One number at a time, from MAE's get_2d_sincos_pos_embed and MoCo v3's build_2d_sincos_position_embedding."""
+def test_fixed_position_embeddings_equal_the_authors(method, columns_first):
+    """Element by element, as in MAE's get_2d_sincos_pos_embed and MoCo v3's build_2d_sincos_position_embedding."""
     from fastssl import backbones
     from fastssl.config import Backbone
 
@@ -72,8 +72,8 @@ def test_fixed_positions_are_the_authors(method, columns_first):
     for row, column in ((0, 3), (2, 1)):
         first, second = (column, row) if columns_first else (row, column)
         want = [
-            f(place / 10000 ** (i / quarter))
-            for place in (first, second)
+            f(position / 10000 ** (i / quarter))
+            for position in (first, second)
             for f in (math.sin, math.cos)
             for i in range(quarter)
         ]
