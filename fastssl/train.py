@@ -14,10 +14,11 @@ if __name__ == "__main__" and sys.path[0] == str(Path(__file__).resolve().parent
 
 import argparse
 import os
+import re
 import socket
 import traceback
 
-from fastssl import config, dist, ending
+from fastssl import config
 from fastssl.parsing import Parser
 
 
@@ -37,9 +38,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
-    if args.config and "=" in args.config and not args.config.endswith(".py"):
-        args.overrides.insert(0, args.config)
-        args.config = None
+    try:
+        args.config, args.overrides = _config_and_overrides([*filter(None, [args.config]), *args.overrides])
+        if not _is_one_of_several():
+            config.check(args.config or config.quickstart(), args.overrides)
+    except ValueError as error:
+        if os.environ.get("FASTSSL_TRACEBACK"):
+            raise
+        print(f"fastssl: {error}", file=sys.stderr)
+        return 2
+    from fastssl import dist, ending  # torch: 2 s
+
     os.environ.setdefault(
         "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
     )  # CUDA reads it when it starts; --deterministic needs it
@@ -74,9 +83,27 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
+def _config_and_overrides(words: list[str]) -> tuple[str | None, list[str]]:
+    """The config file, None where none is given, and the a.b=value, which may stand before it."""
+    overrides = [word for word in words if re.match(r"[\w.]+=", word) and not Path(word).is_file()]
+    others = [word for word in words if word not in overrides]
+    if len(others) > 1:
+        name, wrong = sorted(others[:2], key=lambda word: not word.endswith(".py"))
+        what = "a second config file" if wrong.endswith(".py") else "not of the form a.b=value"
+        raise ValueError(f"override {wrong!r} is {what}: give one config file ({name}) and settings as a.b=value")
+    return (others or [None])[0], overrides
+
+
+def _is_one_of_several() -> bool:
+    """Whether a launcher has started several ranks.  Of these one reports a mistake (ending.report_failure)."""
+    return any(os.environ.get(name, "1") != "1" for name in ("WORLD_SIZE", "SLURM_NTASKS"))
+
+
 def _fail(reason: str, code: int, details: str = "") -> int:
     """Print the reason on the first rank that fails, and return its exit code.  With several ranks the process ends
     here: leaving a process group in which other ranks have ended would hang."""
+    from fastssl import dist, ending
+
     first, code = ending.report_failure(reason, code)
     if first:
         where = f" (rank {dist.rank()} on {socket.gethostname()})" if dist.rank() else ""

@@ -1,7 +1,7 @@
 """The config of a run: dataclasses (sections), config files and overrides (loading), checks, and JSON (serialize)."""
 
 from fastssl.config.checks import validate
-from fastssl.config.loading import load, quickstart, set_override
+from fastssl.config.loading import check, load, quickstart, set_override
 from fastssl.config.sections import STEMS, Backbone, Data, Log, Optim, Run, Speed
 from fastssl.config.serialize import dump, with_defaults
 
@@ -13,6 +13,7 @@ __all__ = [
     "Optim",
     "Run",
     "Speed",
+    "check",
     "dump",
     "load",
     "quickstart",

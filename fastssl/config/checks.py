@@ -28,11 +28,11 @@ def validate(run: Run) -> None:
     _check_names(run, "")
     _check_method(run.method)
     for name, kind in {**SECTIONS, "method": type(run.method)}.items():
-        _check_section(name, getattr(run, name), kind)
+        check_section(name, getattr(run, name), kind)
     for key in ("hooks", "seed", "deterministic", "sync_bn", "deepspeed", "name"):
         setattr(run, key, settings.coerce(getattr(run, key), settings.hints(Run)[key], key))
     _check_views(run.data)
-    _check_ranges(run)
+    check_ranges(run)
     _check_effect(run.optim)
     if run.optim.clip_each and not run.optim.clip:
         raise ValueError("optim.clip_each=True clips every tensor's gradient to optim.clip, which is 0: set optim.clip")
@@ -43,7 +43,7 @@ def validate(run: Run) -> None:
     run.name = run.name or _default_name(run)
 
 
-def _check_section(name: str, section: Any, kind: type) -> None:
+def check_section(name: str, section: Any, kind: type) -> None:
     """Check the types and choices of all fields and convert the values, such as lists to tuples."""
     if not isinstance(section, kind):
         raise ValueError(f"{name} must be {kind.__name__}(...), got {section!r}")
@@ -68,7 +68,7 @@ def _check_views(data: Data) -> None:
         )
 
 
-def _check_ranges(run: Run) -> None:
+def check_ranges(run: Run) -> None:
     optim, log = run.optim, run.log
     for key, value in (
         ("optim.lr", optim.lr),

@@ -41,7 +41,7 @@ def call(path: Path, function: str) -> Any:
         sys.modules.pop(name) if before is None else sys.modules.update({name: before})
         if isinstance(error, ValueError) and _line(error.__traceback__, path) is None and not _decoding(error):
             raise  # ours, about the file as a whole
-        raise ValueError(_explain(error, path)) from error
+        raise ValueError(explain(error, path)) from error
 
 
 @contextlib.contextmanager
@@ -78,7 +78,8 @@ def _line(tb: TracebackType | None, path: Path) -> traceback.FrameSummary | None
     return frames[-1] if frames else None
 
 
-def _explain(error: BaseException, path: Path) -> str:
+def explain(error: BaseException, path: Path) -> str:
+    """An error of the file in one line."""
     if isinstance(error, SyntaxError):
         where = f"{error.filename or path}" + (f", line {error.lineno}" if error.lineno else "")
         code = f" ({error.text.strip()})" if error.text and error.text.strip() else ""

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from fastssl.config import file as config_file
-from fastssl.config import names, settings
+from fastssl.config import names, settings, typos
 from fastssl.config.checks import validate
 from fastssl.config.sections import Run
 
@@ -14,6 +14,16 @@ from fastssl.config.sections import Run
 def quickstart() -> Path:
     """The config that is trained where none is given."""
     return Path(importlib.util.find_spec("fastssl.configs").origin).parent / "quickstart.py"
+
+
+def check(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> None:
+    """ValueError for the mistakes of a config file and its overrides that need not be looked for by running the file:
+    it is missing, a name is misspelt, a value impossible.  Takes milliseconds, and `load` seconds (torch)."""
+    path = Path(path)
+    if not path.is_file():
+        near = [*path.parent.glob("*.py"), *path.parent.parent.glob("*/*.py")]  # not deeper, where data may be
+        raise ValueError(f"no config file {path}{settings.hint(path, near)}")
+    typos.check(path, overrides)
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:
@@ -24,15 +34,12 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:
     line.
     """
     path = Path(path)
-    if not path.is_file():
-        near = [*path.parent.glob("*.py"), *path.parent.parent.glob("*/*.py")]  # not deeper, where data may be
-        raise ValueError(f"no config file {path}{settings.hint(path, near)}")
+    check(path, overrides)
     run = config_file.call(path, "get_config")
     if not isinstance(run, Run):
         raise ValueError(f"get_config() of {path} returned {type(run).__name__}, not fastssl.config.Run")
     run.name = run.name or _run_name(path)
-    # sections before their settings: `method.momentum=0.9 method=byol` sets BYOL's momentum
-    for override in sorted(overrides, key=lambda text: text.partition("=")[0].count(".")):
+    for override in names.in_order(overrides):
         set_override(run, override)
     validate(run)
     return run

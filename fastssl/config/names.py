@@ -8,19 +8,29 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastssl.config import settings
 
 
-def method(text: str) -> Any:
-    """The Config of the method that `text` names, with the arguments that it gives."""
+def in_order(overrides: Iterable[str]) -> list[str]:
+    """Sections before their settings: `method.momentum=0.9 method=byol` sets BYOL's momentum."""
+    return sorted(overrides, key=lambda text: text.partition("=")[0].count("."))
+
+
+def config_of(name: str) -> type:
+    return importlib.import_module(f"fastssl.methods.{name}").Config
+
+
+def method(text: str, config_of: Callable[[str], type | None] = config_of) -> Any:
+    """The Config of the method that `text` names, with the arguments that it gives; None where `config_of` has none."""
     name, args, options = _call(text, "method")
     known = importlib.import_module("fastssl.methods").names()
     if name not in known:
         raise ValueError(f"method={name!r} is none of {', '.join(known)}{settings.hint(name, known)}")
-    return _construct(importlib.import_module(f"fastssl.methods.{name}").Config, name, args, options, "method")
+    kind = config_of(name)
+    return kind and _construct(kind, name, args, options, "method")
 
 
 def recipe(text: str, like: tuple, key: str) -> tuple:
@@ -31,12 +41,17 @@ def recipe(text: str, like: tuple, key: str) -> tuple:
         for n, f in vars(importlib.import_module("fastssl.views")).items()
         if inspect.isfunction(f) and n[0] != "_" and "size" in inspect.signature(f).parameters
     }
-    if name not in known:
-        raise ValueError(f"{key}={name!r} is none of {', '.join(known)}{settings.hint(name, known)}")
+    check_recipe(text, known, key)
     kept = {f: getattr(like[0], f) for f in ("size", "mean", "std")} if like else {}
     if args:
         kept.pop("size", None)
     return _construct(known[name], name, args, {**kept, **options}, key)
+
+
+def check_recipe(text: str, known: Iterable[str], key: str) -> None:
+    name, _, _ = _call(text, key)
+    if name not in known:
+        raise ValueError(f"{key}={name!r} is none of {', '.join(known)}{settings.hint(name, known)}")
 
 
 def _call(text: str, key: str) -> tuple[str, tuple, dict]:
@@ -61,6 +76,7 @@ def _construct(make: Callable, name: str, args: tuple, options: dict, key: str) 
         return make(*args, **options)
     except TypeError as error:
         wrong = next((k for k in options if repr(k) in str(error)), None)
-        known = [*inspect.signature(make).parameters, *settings.names(importlib.import_module("fastssl.views").View)]
-        known = known if "changes" in known else list(inspect.signature(make).parameters)
+        known = list(inspect.signature(make).parameters)
+        if "changes" in known:
+            known += settings.names(importlib.import_module("fastssl.views").View)
         raise ValueError(f"{key}={name}(...): {error}" + (settings.hint(wrong, known) if wrong else "")) from error
