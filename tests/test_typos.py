@@ -45,6 +45,8 @@ OVERRIDES = [
     "method.temprature=1",
     "method.temperature=x",
     "method.dims=(1, 'a')",
+    "method.dims=(1, -1)",
+    "method.temperature=-1",
     "data.views=simlcr",
     "data.eval_view=centre",
     "backbone.stem=cifer",
@@ -116,6 +118,19 @@ def test_the_settings_of_a_method_are_read_from_its_source(name):
     light = source.method_config(name)
     assert light is not real and config.settings.names(light) == config.settings.names(real)
     assert config.settings.hints(light) == config.settings.hints(real) and vars(light()) == vars(real())
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_impossible_numbers_are_refused_by_their_setting(name):
+    made = config.names.config_of(name)()
+    for key, value in vars(made).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if type(numbers[0]) not in (int, float):
+            continue
+        for wrong in ("-1", "-1.0", "1e999") if type(numbers[0]) is float else ("-1",):
+            text = f"method.{key}=" + (f"({', '.join([wrong] * len(value))},)" if isinstance(value, tuple) else wrong)
+            with pytest.raises(ValueError, match=rf"^method\.{key}=.* must be (at least|above) "):
+                config.load(ROOT / f"configs/smoke/{name}.py", [text])
 
 
 def test_the_recipes_are_read_from_their_source():

@@ -1,5 +1,6 @@
 """The config of a run: dataclasses (sections), config files and overrides (loading), checks, and JSON (serialize)."""
 
+from fastssl.config.bounds import Count, Fraction, NonNegative, Positive, PositiveInt
 from fastssl.config.checks import validate
 from fastssl.config.loading import check, load, quickstart, set_override
 from fastssl.config.sections import STEMS, Backbone, Data, Log, Optim, Run, Speed
@@ -8,9 +9,14 @@ from fastssl.config.serialize import dump, with_defaults
 __all__ = [
     "STEMS",
     "Backbone",
+    "Count",
     "Data",
+    "Fraction",
     "Log",
+    "NonNegative",
     "Optim",
+    "Positive",
+    "PositiveInt",
     "Run",
     "Speed",
     "check",

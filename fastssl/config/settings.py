@@ -9,7 +9,7 @@ import ast
 import dataclasses
 import types
 import typing
-from typing import Any
+from typing import Annotated, Any
 
 from fastssl.parsing import hint
 
@@ -79,7 +79,7 @@ def _position(items: tuple | list, name: str, key: str) -> int:
 def hints(kind: type) -> dict[str, Any]:
     """Annotations by field; Any where one names something that the config file does not import."""
     try:
-        found = typing.get_type_hints(kind)
+        found = typing.get_type_hints(kind, include_extras=True)
     except (NameError, TypeError, AttributeError, SyntaxError):
         found = {}
     return {f.name: found.get(f.name, Any) for f in dataclasses.fields(kind)}
@@ -124,6 +124,11 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
+    if origin is Annotated:
+        number = coerce(value, args[0], key)
+        for bounds in args[1:]:
+            bounds.check(number, key)
+        return number
     if origin in (typing.Union, types.UnionType):
         for option in args:
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import importlib
 import importlib.util
 import typing
 from collections.abc import Iterator
@@ -11,9 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fastssl
-from fastssl import config
-from fastssl.config import sections, settings
+from fastssl.config import bounds, sections, settings
 
 VIEW = "fastssl.kernels.augment.params"  # has the class View, to which recipes hand on their keywords
 
@@ -28,7 +27,7 @@ class Callee(NamedTuple):
 def file_of(module: str) -> Path | None:
     """The source of a module of ours; None for any other name."""
     first, *rest = module.split(".")[1:] or [""]
-    spec = importlib.util.find_spec(f"fastssl.{first}") if first else fastssl.__spec__
+    spec = importlib.util.find_spec(f"fastssl.{first}" if first else "fastssl")
     if spec is None or not spec.has_location:
         return None
     path = Path(spec.origin)
@@ -53,7 +52,7 @@ def members(module: str) -> list[str] | None:
     path = file_of(module)
     files = path.parent.iterdir() if path.name == "__init__.py" else ()
     inside = [p.stem for p in files if p.suffix == ".py" or (p / "__init__.py").exists()]
-    exported = fastssl.__all__ if module == "fastssl" else ()
+    exported = importlib.import_module("fastssl").__all__ if module == "fastssl" else ()
     if module == "fastssl":  # kernels, data_prep and configs are elsewhere
         inside += ["kernels", "data_prep", "configs"]
     names = [name for node in scope(tree.body) for name in bound(node)]
@@ -113,7 +112,7 @@ def method_config(name: str) -> type | None:
     light = copy.copy(found)
     light.body = fields or [ast.Pass()]
     module = ast.fix_missing_locations(ast.Module([future, dataclass, light], []))
-    space: dict[str, Any] = {**vars(typing), **{n: getattr(config, n) for n in config.__all__}, "__name__": __name__}
+    space: dict[str, Any] = {**vars(typing), **vars(bounds), "__name__": __name__}
     try:
         exec(compile(module, f"the settings of {name}", "exec"), space)
         space["Config"].__annotations__ = typing.get_type_hints(space["Config"], space, include_extras=True)

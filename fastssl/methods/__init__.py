@@ -9,12 +9,10 @@ import re
 import sys
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from fastssl.parsing import Parser
-
-if TYPE_CHECKING:
-    from torch import nn
 
 FAMILIES = {
     "pretext task": "relative_loc rotation",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.config import NonNegative, Positive, PositiveInt
 from fastssl.loader import Batch
 from fastssl.methods import parts
 from fastssl.trainer import Context, Outputs
@@ -21,9 +22,9 @@ from fastssl.trainer import Context, Outputs
 
 @dataclass(frozen=True)
 class Config:
-    dims: tuple[int, ...] = (8192, 8192, 8192)
-    redundancy: float = 0.0051  # weight of the off-diagonal entries, lambda in the paper
-    scale: float = 1.0  # factor of the whole loss (solo-learn: 0.1)
+    dims: tuple[PositiveInt, ...] = (8192, 8192, 8192)
+    redundancy: NonNegative = 0.0051  # weight of the off-diagonal entries, lambda in the paper
+    scale: Positive = 1.0  # factor of the whole loss (solo-learn: 0.1)
     norm: bool = True  # batch norm in the projector
 
     def build(self, backbone: nn.Module, context: Context) -> BarlowTwins:

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastssl.config import Fraction, PositiveInt
 from fastssl.loader import Batch
 from fastssl.methods import parts
 from fastssl.trainer import Context, Outputs
@@ -19,10 +20,10 @@ from fastssl.trainer import Context, Outputs
 
 @dataclass(frozen=True)
 class Config:
-    dims: tuple[int, ...] = (4096, 256)  # hidden and output widths of the projector
-    predictor_dim: int = 4096  # hidden width
-    momentum: float = 0.996
-    momentum_end: float = 1.0  # reached by half a cosine over the run
+    dims: tuple[PositiveInt, ...] = (4096, 256)  # hidden and output widths of the projector
+    predictor_dim: PositiveInt = 4096  # hidden width
+    momentum: Fraction = 0.996
+    momentum_end: Fraction = 1.0  # reached by half a cosine over the run
     norm: bool = True  # batch norm in the heads
     last_bias: bool = True  # whether the heads' last linear layers have a bias; False in the authors' code
     # of the heads; "openselfsup": Kaiming, N(0, 0.01) in the predictor; "haiku": the authors', also for the backbone

@@ -17,19 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import clustering, zero
+from fastssl.config import Count, NonNegative, PositiveInt
 from fastssl.loader import Batch
 from fastssl.trainer import Context, ExtractOutputs, Outputs
 
 
 @dataclass(frozen=True)
 class Config:
-    clusters: int = 10000
-    pca_dim: int = 256  # dimensions of the whitened features; 0: no whitening
+    clusters: PositiveInt = 10000
+    pca_dim: Count = 256  # dimensions of the whitened features; 0: no whitening
     # "faiss": k-means by faiss on rank 0; "pic": power iteration clustering, of which the largest clusters are kept
     algorithm: Literal["kmeans", "pic", "faiss"] = "kmeans"
-    iterations: int = 20  # of k-means
+    iterations: PositiveInt = 20  # of k-means
     sampling: Literal["uniform", "all"] = "uniform"  # "uniform": clusters equally often; "all": each sample once
-    reweight: float = 0.0  # exponent p of the class weights size ** -p; 0.5 is usual with sampling="all"
+    reweight: NonNegative = 0.0  # exponent p of the class weights size ** -p; 0.5 is usual with sampling="all"
 
     def build(self, backbone: nn.Module, context: Context) -> DeepCluster:
         clustering.check_clusters(self.clusters, context.samples)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import clustering, dist
+from fastssl.config import Positive, PositiveInt
 from fastssl.loader import Batch
 from fastssl.methods import parts
 from fastssl.sharded_table import ShardedTable
@@ -23,12 +24,12 @@ from fastssl.trainer import Context, ExtractOutputs, Outputs
 
 @dataclass(frozen=True)
 class Config:
-    clusters: tuple[int, ...] = (3000, 3000, 3000)  # of each clustering; they use the large crops in turn
-    temperature: float = 0.1
-    dims: tuple[int, ...] = (2048, 128)
-    iterations: int = 10  # of k-means
+    clusters: tuple[PositiveInt, ...] = (3000, 3000, 3000)  # of each clustering; they use the large crops in turn
+    temperature: Positive = 0.1
+    dims: tuple[PositiveInt, ...] = (2048, 128)
+    iterations: PositiveInt = 10  # of k-means
     norm: bool = True  # batch norm in the projector
-    large_crops: int = 2  # the first views of the recipe, whose embeddings are stored and clustered
+    large_crops: PositiveInt = 2  # the first views of the recipe, whose embeddings are stored and clustered
 
     def build(self, backbone: nn.Module, context: Context) -> DeepClusterV2:
         if not self.clusters:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.config import Count, Fraction, Positive, PositiveInt
 from fastssl.kernels import enqueue_, infonce
 from fastssl.loader import Batch
 from fastssl.methods import parts
@@ -23,11 +24,11 @@ from fastssl.trainer import Context, Outputs
 
 @dataclass(frozen=True)
 class Config:
-    temperature: float = 0.2
-    dims: tuple[int, ...] = (2048, 128)  # hidden and output widths of both projectors
-    dense_weight: float = 0.5  # of the dense loss, lambda in the paper; 1 - lambda is that of MoCo's loss
-    queue: int = 65536
-    momentum: float = 0.999
+    temperature: Positive = 0.2
+    dims: tuple[PositiveInt, ...] = (2048, 128)  # hidden and output widths of both projectors
+    dense_weight: Fraction = 0.5  # of the dense loss, lambda in the paper; 1 - lambda is that of MoCo's loss
+    queue: Count = 65536
+    momentum: Fraction = 0.999
     shuffle: bool = True  # shuffled batch norm
     init: Literal["torch", "openselfsup"] = "torch"  # "openselfsup", the authors': Kaiming, only in the projector
 

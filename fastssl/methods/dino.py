@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.config import Count, Fraction, Positive, PositiveInt
 from fastssl.kernels.soft_cross_entropy import soft_cross_entropy
 from fastssl.loader import Batch
 from fastssl.methods import parts
@@ -22,18 +23,18 @@ from fastssl.trainer import Context, Outputs
 
 @dataclass(frozen=True)
 class Config:
-    prototypes: int = 65536
-    dims: tuple[int, ...] = (2048, 2048, 256)  # of the head's MLP, with GELU
-    temperature: float = 0.1  # the student's
-    teacher_temperature: float = 0.04
-    teacher_temperature_end: float = 0.04  # reached linearly over `teacher_epochs` (ViT, 300 epochs: 0.07 over 30)
-    teacher_epochs: int = 0
-    momentum: float = 0.996
-    momentum_end: float = 1.0  # reached by half a cosine over the run
-    center_momentum: float = 0.9
-    freeze_epochs: int = 1  # first epochs in which the prototypes and their optimizer state are not updated
+    prototypes: PositiveInt = 65536
+    dims: tuple[PositiveInt, ...] = (2048, 2048, 256)  # of the head's MLP, with GELU
+    temperature: Positive = 0.1  # the student's
+    teacher_temperature: Positive = 0.04
+    teacher_temperature_end: Positive = 0.04  # reached linearly over `teacher_epochs` (ViT, 300 epochs: 0.07 over 30)
+    teacher_epochs: Count = 0
+    momentum: Fraction = 0.996
+    momentum_end: Fraction = 1.0  # reached by half a cosine over the run
+    center_momentum: Fraction = 0.9
+    freeze_epochs: Count = 1  # first epochs in which the prototypes and their optimizer state are not updated
     norm: bool = False  # batch norm in the head
-    large_crops: int = 2  # the first views of the recipe, which the teacher encodes
+    large_crops: PositiveInt = 2  # the first views of the recipe, which the teacher encodes
 
     def init_backbone(self, backbone: nn.Module) -> None:
         token = getattr(getattr(backbone, "body", None), "cls_token", None)

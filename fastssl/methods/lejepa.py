@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.config import Fraction, Positive, PositiveInt
 from fastssl.loader import Batch
 from fastssl.methods import parts
 from fastssl.trainer import Context, Outputs
@@ -20,13 +21,13 @@ from fastssl.trainer import Context, Outputs
 
 @dataclass(frozen=True)
 class Config:
-    dims: tuple[int, ...] = (2048, 2048, 64)
-    sigreg_weight: float = 0.05  # lambda in the paper; 1 - lambda is the weight of the invariance
-    directions: int = 1024
-    knots: int = 17  # points of the integral over [0, t_max]
-    t_max: float = 5.0  # as in the paper; 3 in the authors' code
+    dims: tuple[PositiveInt, ...] = (2048, 2048, 64)
+    sigreg_weight: Fraction = 0.05  # lambda in the paper; 1 - lambda is the weight of the invariance
+    directions: PositiveInt = 1024
+    knots: PositiveInt = 17  # points of the integral over [0, t_max]
+    t_max: Positive = 5.0  # as in the paper; 3 in the authors' code
     norm: bool = True  # batch norm in the projector
-    large_crops: int = 2  # the first views of the recipe, whose mean is the target of all views
+    large_crops: PositiveInt = 2  # the first views of the recipe, whose mean is the target of all views
 
     def build(self, backbone: nn.Module, context: Context) -> LeJEPA:
         return LeJEPA(self, backbone, context.seed)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.backbones import positions
+from fastssl.config import Count, Fraction, PositiveInt
 from fastssl.kernels import philox
 from fastssl.loader import Batch
 from fastssl.methods import parts
@@ -23,10 +24,10 @@ STREAM = 0x4D4145  # stream of the counter-based generator; the views use small 
 
 @dataclass(frozen=True)
 class Config:
-    mask_ratio: float = 0.75  # fraction of the patches that is masked
-    decoder_dim: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
+    mask_ratio: Fraction = 0.75  # fraction of the patches that is masked
+    decoder_dim: PositiveInt = 512
+    decoder_depth: Count = 8
+    decoder_heads: PositiveInt = 16
     norm_pixels: bool = True  # normalise the target of each patch by its mean and variance
 
     def init_backbone(self, backbone: nn.Module) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.config import Count, Fraction, Positive, PositiveInt
 from fastssl.kernels import enqueue_, infonce
 from fastssl.loader import Batch
 from fastssl.methods import parts
@@ -24,12 +25,12 @@ from fastssl.trainer import Context, Outputs
 
 @dataclass(frozen=True)
 class Config:
-    temperature: float = 0.2
-    dims: tuple[int, ...] = (2048, 128)  # v2; v1: (128,)
-    queue: int = 65536  # keys of earlier batches (of each view, if symmetric)
+    temperature: Positive = 0.2
+    dims: tuple[PositiveInt, ...] = (2048, 128)  # v2; v1: (128,)
+    queue: Count = 65536  # keys of earlier batches (of each view, if symmetric)
     symmetric: bool = False  # each view is a query for the other; the loss is the mean of both directions
-    momentum: float = 0.999
-    momentum_end: float = 0.999  # reached by half a cosine over the run
+    momentum: Fraction = 0.999
+    momentum_end: Fraction = 0.999  # reached by half a cosine over the run
     shuffle: bool = True  # shuffled batch norm
     norm: bool = False  # batch norm in the projector, as in SimCLR
     init: Literal["torch", "openselfsup"] = "torch"  # of the projector; "openselfsup": Kaiming

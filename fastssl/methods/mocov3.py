@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.config import Fraction, Positive, PositiveInt
 from fastssl.kernels import infonce
 from fastssl.loader import Batch
 from fastssl.methods import parts
@@ -22,12 +23,12 @@ from fastssl.trainer import Context, Outputs
 
 @dataclass(frozen=True)
 class Config:
-    temperature: float = 1.0  # ViT: 0.2
-    dims: tuple[int, ...] = (4096, 256)  # of the projector; ViT: (4096, 4096, 256)
-    predictor_dim: int = 4096  # hidden width
+    temperature: Positive = 1.0  # ViT: 0.2
+    dims: tuple[PositiveInt, ...] = (4096, 256)  # of the projector; ViT: (4096, 4096, 256)
+    predictor_dim: PositiveInt = 4096  # hidden width
     predictor_norm: bool = False  # batch norm after the predictor's last layer, too; ViT: True
-    momentum: float = 0.99
-    momentum_end: float = 1.0  # reached by half a cosine over the run
+    momentum: Fraction = 0.99
+    momentum_end: Fraction = 1.0  # reached by half a cosine over the run
     norm: bool = True  # batch norm in the heads
     # ViT: True.  The patch projection stays random, which makes training stable, and position embeddings are fixed
     freeze_patch_embed: bool = False

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.config import Count, Positive, PositiveInt
 from fastssl.kernels import enqueue_, infonce_symmetric
 from fastssl.loader import Batch
 from fastssl.methods import parts
@@ -23,10 +24,10 @@ from fastssl.trainer import Context, Outputs
 
 @dataclass(frozen=True)
 class Config:
-    temperature: float = 0.1
-    dims: tuple[int, ...] = (2048, 2048, 256)
-    predictor_dim: int = 4096  # hidden width
-    queue: int = 98304
+    temperature: Positive = 0.1
+    dims: tuple[PositiveInt, ...] = (2048, 2048, 256)
+    predictor_dim: PositiveInt = 4096  # hidden width
+    queue: Count = 98304
     norm: bool = True  # batch norm in the heads
 
     def build(self, backbone: nn.Module, context: Context) -> NNCLR:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.config import Count, Fraction, Positive, PositiveInt
 from fastssl.kernels import gathered_nce, philox, update_bank_
 from fastssl.loader import Batch
 from fastssl.methods import parts
@@ -27,10 +28,10 @@ STREAM = 0x4E504944  # stream of the counter-based generator; the views use smal
 
 @dataclass(frozen=True)
 class Config:
-    temperature: float = 0.07
-    dims: tuple[int, ...] = (128,)  # widths of the projector's layers
-    negatives: int = 65536  # drawn for each sample; 0: all other rows of the bank
-    momentum: float = 0.5  # weight of the new embedding in the bank
+    temperature: Positive = 0.07
+    dims: tuple[PositiveInt, ...] = (128,)  # widths of the projector's layers
+    negatives: Count = 65536  # drawn for each sample; 0: all other rows of the bank
+    momentum: Fraction = 0.5  # weight of the new embedding in the bank
     ensure_neg: bool = False  # never draw the sample itself as a negative (if shared: no sample of the global batch)
     shared: bool = False  # one set of negatives for all samples of a step: a matrix product instead of a gather
     init: Literal["torch", "openselfsup"] = "torch"  # of the projector; "openselfsup": Kaiming

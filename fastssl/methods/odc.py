@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import clustering, dist
+from fastssl.config import Fraction, NonNegative, PositiveInt
 from fastssl.kernels import update_bank_
 from fastssl.loader import Batch
 from fastssl.sharded_table import ShardedTable
@@ -26,15 +27,15 @@ from fastssl.trainer import Context, ExtractOutputs, Outputs
 
 @dataclass(frozen=True)
 class Config:
-    clusters: int = 10000
-    dims: tuple[int, int] = (512, 256)  # hidden and output widths of the neck
-    momentum: float = 0.5  # weight of the new embedding in the bank
-    min_cluster_size: int = 20  # in samples
-    centroid_interval: int = 10  # steps between updates of the centroids
-    reweight: float = 0.5  # exponent p of the class weights size ** -p; 0: equal weights
-    dropout: float = 0.5
+    clusters: PositiveInt = 10000
+    dims: tuple[PositiveInt, PositiveInt] = (512, 256)  # hidden and output widths of the neck
+    momentum: Fraction = 0.5  # weight of the new embedding in the bank
+    min_cluster_size: PositiveInt = 20  # in samples
+    centroid_interval: PositiveInt = 10  # steps between updates of the centroids
+    reweight: NonNegative = 0.5  # exponent p of the class weights size ** -p; 0: equal weights
+    dropout: Fraction = 0.5
     norm: bool = True  # batch norm in the neck
-    iterations: int = 20  # of the k-means before the first epoch
+    iterations: PositiveInt = 20  # of the k-means before the first epoch
 
     def build(self, backbone: nn.Module, context: Context) -> ODC:
         clustering.check_clusters(self.clusters, context.samples, self.min_cluster_size)

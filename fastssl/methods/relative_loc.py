@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.config import Fraction, PositiveInt
 from fastssl.loader import Batch
 from fastssl.trainer import Context, Outputs
 
 
 @dataclass(frozen=True)
 class Config:
-    hidden: int = 4096
-    dropout: float = 0.5
+    hidden: PositiveInt = 4096
+    dropout: Fraction = 0.5
     norm: bool = True  # batch norm in the head
 
     def build(self, backbone: nn.Module, context: Context) -> RelativeLoc:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.config import Positive, PositiveInt
 from fastssl.kernels import ntxent
 from fastssl.loader import Batch
 from fastssl.methods import parts
@@ -21,8 +22,8 @@ from fastssl.trainer import Context, Outputs
 
 @dataclass(frozen=True)
 class Config:
-    temperature: float = 0.1
-    dims: tuple[int, ...] = (2048, 128)  # hidden and output widths of the projector
+    temperature: Positive = 0.1
+    dims: tuple[PositiveInt, ...] = (2048, 128)  # hidden and output widths of the projector
     norm: bool = True  # batch norm in the projector (SimCLR on ImageNet); False: solo-learn's CIFAR recipe
     last_shift: bool = True  # whether the last batch norm has a bias; False in the authors' code
     init: Literal["torch", "openselfsup"] = "torch"  # of the projector; "openselfsup": Kaiming

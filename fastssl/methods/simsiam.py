@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastssl.config import PositiveInt
 from fastssl.loader import Batch
 from fastssl.methods import parts
 from fastssl.trainer import Context, Outputs
@@ -18,8 +19,8 @@ from fastssl.trainer import Context, Outputs
 
 @dataclass(frozen=True)
 class Config:
-    dims: tuple[int, ...] = (2048, 2048, 2048)  # of the projector
-    predictor_dim: int = 512  # hidden width
+    dims: tuple[PositiveInt, ...] = (2048, 2048, 2048)  # of the projector
+    predictor_dim: PositiveInt = 512  # hidden width
     norm: bool = True  # batch norm in the heads
 
     def build(self, backbone: nn.Module, context: Context) -> SimSiam:

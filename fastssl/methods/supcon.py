@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.config import Positive, PositiveInt
 from fastssl.kernels import ntxent
 from fastssl.loader import Batch
 from fastssl.methods import parts
@@ -21,8 +22,8 @@ from fastssl.trainer import Context, Outputs
 
 @dataclass(frozen=True)
 class Config:
-    temperature: float = 0.1
-    dims: tuple[int, ...] = (2048, 128)  # hidden and output widths of the projector
+    temperature: Positive = 0.1
+    dims: tuple[PositiveInt, ...] = (2048, 128)  # hidden and output widths of the projector
     norm: bool = False  # batch norm in the projector
 
     def build(self, backbone: nn.Module, context: Context) -> SupCon:

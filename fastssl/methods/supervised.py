@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.config import Fraction
 from fastssl.loader import Batch
 from fastssl.methods import parts
 from fastssl.trainer import Context, Outputs
@@ -19,7 +20,7 @@ from fastssl.trainer import Context, Outputs
 
 @dataclass(frozen=True)
 class Config:
-    label_smoothing: float = 0.0
+    label_smoothing: Fraction = 0.0
     init: Literal["torch", "openselfsup"] = "torch"  # of the classifier; "openselfsup": N(0, 0.01), zero bias
 
     def build(self, backbone: nn.Module, context: Context) -> Supervised:

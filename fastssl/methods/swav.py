@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import dist, zero
+from fastssl.config import Count, Positive, PositiveInt
 from fastssl.kernels import enqueue_
 from fastssl.kernels.sinkhorn import sinkhorn_center
 from fastssl.kernels.soft_cross_entropy import soft_cross_entropy
@@ -25,17 +26,17 @@ from fastssl.trainer import Context, Outputs
 
 @dataclass(frozen=True)
 class Config:
-    temperature: float = 0.1
-    dims: tuple[int, ...] = (2048, 128)
-    prototypes: int = 3000
-    epsilon: float = 0.05  # temperature of the assignments
-    sinkhorn_iterations: int = 3
-    queue: int = 0  # embeddings of earlier batches for each large crop (3840 for batch 256); 0: no queue
-    queue_epoch: int = 15  # first epoch (from 0) in which the queue is used
-    freeze_epochs: int = 1  # first epochs in which the prototypes are not trained
+    temperature: Positive = 0.1
+    dims: tuple[PositiveInt, ...] = (2048, 128)
+    prototypes: PositiveInt = 3000
+    epsilon: Positive = 0.05  # temperature of the assignments
+    sinkhorn_iterations: PositiveInt = 3
+    queue: Count = 0  # embeddings of earlier batches for each large crop (3840 for batch 256); 0: no queue
+    queue_epoch: Count = 15  # first epoch (from 0) in which the queue is used
+    freeze_epochs: Count = 1  # first epochs in which the prototypes are not trained
     weight_norm: bool = False  # normalise the prototypes in forward (solo-learn) instead of overwriting them
     norm: bool = True  # batch norm in the projector
-    large_crops: int = 2  # the first views of the recipe, whose assignments are computed
+    large_crops: PositiveInt = 2  # the first views of the recipe, whose assignments are computed
 
     def build(self, backbone: nn.Module, context: Context) -> SwAV:
         if self.queue:

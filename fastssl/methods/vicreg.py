@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.config import NonNegative, PositiveInt
 from fastssl.loader import Batch
 from fastssl.methods import parts
 from fastssl.trainer import Context, Outputs
@@ -21,10 +22,10 @@ from fastssl.trainer import Context, Outputs
 
 @dataclass(frozen=True)
 class Config:
-    dims: tuple[int, ...] = (8192, 8192, 8192)
-    invariance: float = 25.0  # weights of the three terms
-    variance: float = 25.0
-    covariance: float = 1.0
+    dims: tuple[PositiveInt, ...] = (8192, 8192, 8192)
+    invariance: NonNegative = 25.0  # weights of the three terms
+    variance: NonNegative = 25.0
+    covariance: NonNegative = 1.0
     norm: bool = True  # batch norm in the projector
 
     def build(self, backbone: nn.Module, context: Context) -> VICReg:
