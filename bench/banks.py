@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -52,7 +53,7 @@ def main() -> None:
             append(name, env, **result)
 
 
-def timed(run, args) -> list[float]:
+def timed(run: Callable[[], object], args: argparse.Namespace) -> list[float]:
     """Milliseconds of each repetition after one that warms up."""
     out = []
     for _ in range(args.repeats + 1):
@@ -78,7 +79,7 @@ def equal(name: str, ours: torch.Tensor, theirs: torch.Tensor, bound: float) -> 
         raise SystemExit(f"bench/banks.py: the two sides of {name} differ by {error:.1e}; no times")
 
 
-def odc_method(args, batch: int) -> odc.ODC:
+def odc_method(args: argparse.Namespace, batch: int) -> odc.ODC:
     backbone = torch.nn.Identity()
     backbone.dim = 2048
     method = odc.Config(clusters=CLUSTERS).build(backbone, Context(args.rows, batch))
@@ -89,7 +90,7 @@ def odc_method(args, batch: int) -> odc.ODC:
     return method
 
 
-def centroids(args, batch: int = 512) -> dict:
+def centroids(args: argparse.Namespace, batch: int = 512) -> dict:
     method = odc_method(args, batch)
     bank, labels, theirs = method.bank.cpu(), method.labels.cpu(), torch.zeros(CLUSTERS, 256)
     steps = torch.randperm(args.rows)[: 10 * batch].view(10, batch).to(args.device)
@@ -115,7 +116,7 @@ def centroids(args, batch: int = 512) -> dict:
     return {"published": published, "ours": ours, "ours, from nothing": run}
 
 
-def odc_step(args, batch: int = 512) -> dict:
+def odc_step(args: argparse.Namespace, batch: int = 512) -> dict:
     method = odc_method(args, batch)
     bank, labels, means = (t.cpu().clone() for t in (method.bank, method.labels, method.centroids))
     index, z = torch.randperm(args.rows)[:batch], torch.randn(batch, 256)
@@ -137,7 +138,7 @@ def odc_step(args, batch: int = 512) -> dict:
     return {"published": published, "ours": lambda: method.after_step(out, given, 0.0)}
 
 
-def npid_loss(args, batch: int = 32, dim: int = 128, temperature: float = 0.07) -> dict:
+def npid_loss(args: argparse.Namespace, batch: int = 32, dim: int = 128, temperature: float = 0.07) -> dict:
     backbone = torch.nn.Identity()
     backbone.dim = dim
     config = npid.Config(negatives=args.negatives, temperature=temperature)
@@ -167,7 +168,7 @@ def npid_loss(args, batch: int = 32, dim: int = 128, temperature: float = 0.07) 
         loss.backward()
         return loss.detach()
 
-    def ours(method) -> torch.Tensor:
+    def ours(method: npid.NPID) -> torch.Tensor:
         loss = method.loss({"z": z.to(args.device)}, given)["loss"]
         loss.backward()
         return loss.detach()

@@ -20,7 +20,9 @@ import tarfile
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,6 +33,9 @@ from torchvision import datasets, transforms
 from fastssl.data_prep import main as convert
 from fastssl.files.datacard import DataCard
 from fastssl.loader import Loader
+
+if TYPE_CHECKING:
+    from ffcv.pipeline import PipelineSpec
 
 SIZE, PASSES = 224, 3  # pixels of a view; passes over the data in one repetition
 WORKERS = len(os.sched_getaffinity(0))
@@ -117,12 +122,12 @@ def contestants(beton: str, jpegs: Path, batch: int) -> dict:
     }
 
 
-def ours(beton: str, batch: int):
+def ours(beton: str, batch: int) -> Callable[[], int]:
     loader = Loader(beton, batch, device="cpu", rank=0, world=1, workers=WORKERS)
     return lambda: sum(len(b.index) for epoch in range(PASSES) for b in loader.epoch(epoch))
 
 
-def ffcv(beton: str, batch: int, views: int):
+def ffcv(beton: str, batch: int, views: int) -> Callable[[], int]:
     from ffcv import Loader
     from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder
     from ffcv.loader import OrderOption
@@ -130,7 +135,7 @@ def ffcv(beton: str, batch: int, views: int):
     from ffcv.reader import Reader
     from ffcv.transforms import RandomHorizontalFlip, ToTensor
 
-    def pipeline():
+    def pipeline() -> PipelineSpec:
         transforms = [RandomHorizontalFlip(), ToTensor()]
         return PipelineSpec("image", RandomResizedCropRGBImageDecoder((SIZE, SIZE)), transforms)
 
@@ -149,7 +154,7 @@ def ffcv(beton: str, batch: int, views: int):
     return lambda: sum(len(out[0]) for out in loader)
 
 
-def torchvision(jpegs: Path, batch: int, views: Views):
+def torchvision(jpegs: Path, batch: int, views: Views) -> Callable[[], int]:
     data = datasets.ImageFolder(str(jpegs), views)
     order = torch.cat([torch.randperm(len(data)) for _ in range(PASSES)]).tolist()
     loader = torch.utils.data.DataLoader(

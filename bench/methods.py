@@ -19,6 +19,7 @@ from pathlib import Path
 from common import append, environment
 
 from fastssl import config, methods
+from fastssl.config import Run
 
 ROOT = Path(__file__).parents[1]
 K = 20
@@ -54,7 +55,7 @@ def main() -> None:
         write_table(args.table, args.set, results)
 
 
-def measure(name: str, file: Path, folder: Path, run, args, env: dict) -> None:
+def measure(name: str, file: Path, folder: Path, run: Run, args: argparse.Namespace, env: dict) -> None:
     print(f"{name}: training", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     began = time.perf_counter()
@@ -86,7 +87,7 @@ def measure(name: str, file: Path, folder: Path, run, args, env: dict) -> None:
     )
 
 
-def knn(folder: Path, args, features: str) -> float:
+def knn(folder: Path, args: argparse.Namespace, features: str) -> float:
     out = folder / f"knn_{features}.json"
     call(
         "eval",

@@ -13,17 +13,19 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from common import ROOT, append, device_name, environment
-from ops_compared import OPS
+from ops_compared import OPS, Op
 
 REPETITIONS = 50
 SECONDS = 500  # after which the remaining ops are left for --resume
 PEAKS = {"h200": (790e12, 4.3e12), "h100": (790e12, 2.9e12)}  # attainable dense half-precision operations/s and bytes/s
 
 
-def captured(f):
+def captured(f: Callable[[], Any]) -> tuple[Callable[[], Any], Any, bool]:
     """f as a CUDA graph, so that Python is not timed: (replay, tensors to keep alive, True).
 
     (f, None, False) if f cannot be captured.
@@ -57,7 +59,7 @@ def captured(f):
     return graph.replay, kept, True
 
 
-def microseconds(run, cold: bool):
+def microseconds(run: Callable[[], Any], cold: bool) -> dict[str, float]:
     scratch = torch.empty(256 << 20, dtype=torch.uint8, device="cuda") if cold else None
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPETITIONS)]
     for start, stop in events:
@@ -77,7 +79,7 @@ def microseconds(run, cold: bool):
     }
 
 
-def measure(op, case):
+def measure(op: Op, case: Any) -> dict[str, Any]:
     """One result: errors, then the times of each implementation, or the message under "red" if the check fails."""
     row = {"case": {k: str(v) for k, v in (case._asdict() if hasattr(case, "_asdict") else vars(case)).items()}}
     try:
@@ -117,7 +119,7 @@ def measure(op, case):
     return row
 
 
-def show(name, row):
+def show(name: str, row: dict[str, Any]) -> None:
     print(f"\n{name} {' '.join(f'{k}={v}' for k, v in row['case'].items())}")
     if "red" in row:
         print(f"  wrong, so no time: {row['red']}")
@@ -138,7 +140,7 @@ def show(name, row):
         print(f"  target on an H200: {row['target_us_h200']} us")
 
 
-def measured_ops(env) -> set:
+def measured_ops(env: dict) -> set:
     path = ROOT / "bench" / "results" / f"{env['device']}.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {line["op"] for line in lines if line["bench"] == "kernels" and line["commit"] == env["commit"]}

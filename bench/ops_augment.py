@@ -5,13 +5,16 @@ torchvision draws one set of parameters for the whole batch, which is less work 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastssl import views as recipes
-from fastssl.kernels.augment import make_views
+from fastssl.kernels.augment import View, make_views
 
 MEAN_AREA = 0.434  # of random-resized crops of scale (0.08, 1) in a photograph of 500 x 375
 
@@ -36,12 +39,12 @@ CASES = [
 ]
 
 
-def views_of(case):
+def views_of(case: Case) -> tuple[View, ...]:
     recipe = getattr(recipes, case.recipe)
     return recipe() if case.recipe == "swav" else recipe(case.size)
 
 
-def inputs(case, batch=None):
+def inputs(case: Case, batch: int | None = None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     g = torch.Generator().manual_seed(0)
     batch = batch or case.batch
     small = torch.randint(0, 256, (batch, 3, 12, 16), generator=g, dtype=torch.uint8).cuda().float()
@@ -50,7 +53,7 @@ def inputs(case, batch=None):
     return image, (image.permute(0, 2, 3, 1).reshape(batch, -1, 3).contiguous(), sizes, torch.arange(batch).cuda())
 
 
-def check(case):
+def check(case: Case) -> dict[str, float]:
     """Within 1/255 before normalisation, of the definition with the same random numbers."""
     _, x = inputs(case, min(case.batch, 32))
     views = views_of(case)
@@ -63,7 +66,7 @@ def check(case):
     return {"views x 255": worst * 255}
 
 
-def implementations(case):
+def implementations(case: Case) -> dict[str, Callable[[], Any]]:
     image, x = inputs(case)
     views = views_of(case)
     step = partial(make_views, *x, views, seed=0, epoch=1, dtype=case.dtype)
@@ -104,7 +107,7 @@ def implementations(case):
     return result
 
 
-def work(case):
+def work(case: Case) -> tuple[None, int]:
     crop = MEAN_AREA * case.height * case.width * 3
     return None, int(case.batch * sum(crop + 3 * view.size**2 * case.dtype.itemsize for view in views_of(case)))
 

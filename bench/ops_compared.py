@@ -6,13 +6,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
+from typing import Any
 
 import ops_augment
 import torch
+from torch import Tensor
 
 from fastssl.kernels import enqueue_, update_bank_
 from fastssl.kernels import ntxent as ntxent_loss
-from fastssl.kernels.common import l2_normalize
+from fastssl.kernels.common import Impl, l2_normalize
 from fastssl.kernels.gathered import cases as gathered
 from fastssl.kernels.gathered import reference as gathered_reference
 from fastssl.kernels.infonce import cases as infonce
@@ -25,27 +28,34 @@ from fastssl.kernels.soft_cross_entropy import cases as soft_cross_entropy
 from fastssl.kernels.soft_cross_entropy import reference as soft_cross_entropy_reference
 from fastssl.kernels.testing import assert_as_good_as, check, leaf
 
+Case = Any  # of an op: each has its own class
+Inputs = dict[str, Any]
+Call = Callable[[], Any]
+State = tuple[Tensor, Tensor, Tensor, Tensor]  # table, pointer, rows, index
+
 TRUTH_ROWS = 16384  # above it, the float64 result is computed chunk by chunk
 
 
 @dataclass
 class Op:
     cases: list
-    check: Callable  # case -> largest absolute errors by name; raises AssertionError
-    implementations: Callable  # case -> {name: function without arguments}, "ours" first
-    work: Callable  # case -> (operations or None, bytes)
-    targets: dict  # case -> microseconds on an H200
+    check: Callable[[Case], dict[str, float]]  # largest absolute errors by name; raises AssertionError
+    implementations: Callable[[Case], dict[str, Call]]  # "ours" first
+    work: Callable[[Case], tuple[int | None, int]]  # operations, if they are counted, and bytes
+    targets: dict[Case, float]  # microseconds on an H200
 
 
-def under_autocast(case, f):
-    def run():
+def under_autocast(case: Case, f: Call) -> Call:
+    def run() -> Any:
         with torch.autocast("cuda", dtype=case.dtype, enabled=case.dtype != torch.float32):
             return f()
 
     return run
 
 
-def loss_implementations(module, case, extra=None):
+def loss_implementations(
+    module: ModuleType, case: Case, extra: Callable[[Case, Inputs], dict[str, Call]] | None = None
+) -> dict[str, Call]:
     torch.set_float32_matmul_precision(case.precision)
     x = module.make(case, "cuda", 0)
     eager = under_autocast(case, partial(module.call, case, x, "reference"))
@@ -55,7 +65,7 @@ def loss_implementations(module, case, extra=None):
     return implementations
 
 
-def compiled(module, case, x):
+def compiled(module: ModuleType, case: Case, x: Inputs) -> Call:
     """torch.compile of the definition; the gradient is computed outside, since Dynamo does not trace it."""
     if module is ntxent:
         inputs, f = (
@@ -92,14 +102,14 @@ def compiled(module, case, x):
     return under_autocast(case, lambda: torch.autograd.grad(f(*inputs), inputs))
 
 
-def chunked_ntxent(z, temperature, dtype, rows=2048):
+def chunked_ntxent(z: Tensor, temperature: float, dtype: torch.dtype, rows: int = 2048) -> dict[str, Tensor]:
     """Loss and dz by matmuls over blocks of rows, as one would write it without a kernel.  Exact in float64."""
     z = z.to(torch.promote_types(dtype, torch.float32))
     m = z.shape[0]
     v = l2_normalize(z).to(dtype)
     partner = (torch.arange(m, device=z.device) + m // 2) % m
 
-    def logits(first):
+    def logits(first: int) -> Tensor:
         block = v[first : first + rows]
         s = matmul_float32(block, v.T) if dtype.itemsize == 2 else block @ v.T
         s /= temperature
@@ -123,13 +133,13 @@ def chunked_ntxent(z, temperature, dtype, rows=2048):
     return {"loss": (loss + lse.sum()) / m, "dz": (g - u * (u * g).sum(1, keepdim=True)) / norm / (m * temperature)}
 
 
-def ntxent_extra(case, x):
+def ntxent_extra(case: Case, x: Inputs) -> dict[str, Call]:
     if case.labels or case.decoupled:
         return {}
     return {"chunked matmul": lambda: chunked_ntxent(x["z"], case.temperature, case.dtype)}
 
 
-def ntxent_check(case, device="cuda"):
+def ntxent_check(case: Case, device: str = "cuda") -> dict[str, float]:
     """Above TRUTH_ROWS both gradients are compared under the same loss scale, in the type of z.
 
     An entry of dz is about 2 / (temperature rows dim): at 65,536 rows 2.4e-6, where float16 has steps of 2^-24 = 6e-8.
@@ -150,7 +160,7 @@ def ntxent_check(case, device="cuda"):
     return {name: float((ours[name].detach().double() - truth[name]).abs().max()) for name in ours}
 
 
-def infonce_extra(case, x):
+def infonce_extra(case: Case, x: Inputs) -> dict[str, Call]:
     implementations = {}
     if case.keys in ("batch", "both"):
         unit = torch.nn.functional.normalize
@@ -159,7 +169,7 @@ def infonce_extra(case, x):
 
             target = torch.arange(case.rows, device="cuda")
 
-            def cce(a, b):
+            def cce(a: Tensor, b: Tensor) -> Tensor:
                 return linear_cross_entropy(unit(a, dim=1) / case.temperature, unit(b, dim=1), target, impl="cce_exact")
 
             implementations["cut_cross_entropy"] = grad_of(case, x, cce)
@@ -176,8 +186,8 @@ def infonce_extra(case, x):
     return implementations
 
 
-def grad_of(case, x, loss):
-    def run():
+def grad_of(case: Case, x: Inputs, loss: Callable[[Tensor, Tensor], Tensor]) -> Call:
+    def run() -> Any:
         a, b = leaf(x["q"]), leaf(x["k"])
         if case.keys == "batch":
             return torch.autograd.grad(loss(a, b.detach()), a)
@@ -186,7 +196,7 @@ def grad_of(case, x, loss):
     return run
 
 
-def infonce_work(case):
+def infonce_work(case: Case) -> tuple[int, int]:
     keys = case.keys if isinstance(case.keys, int) else case.rows
     factor = 10 if case.keys == "both" else 4  # both sums at once, then two gradients; else one pass for both
     return factor * case.rows * keys * case.dim, keys * case.dim * case.dtype.itemsize
@@ -208,21 +218,21 @@ UPDATES = [
 ]
 
 
-def update_state(case):
+def update_state(case: Update) -> State:
     g = torch.Generator().manual_seed(0)
     table = torch.nn.functional.normalize(torch.randn(case.size, case.dim, generator=g), dim=1).to(case.dtype).cuda()
     rows = torch.randn(case.rows, case.dim, generator=g).cuda()
     return table, torch.zeros(1, dtype=torch.int64, device="cuda"), rows, torch.randint(case.size, (case.rows,)).cuda()
 
 
-def update_step(case, state, impl):
+def update_step(case: Update, state: State, impl: Impl) -> None:
     table, pointer, rows, index = state
     if case.kind == "queue":
         return enqueue_(table, pointer, rows, impl=impl)
     return update_bank_(table, index, rows, 0.5, impl=impl)
 
 
-def update_check(case):
+def update_check(case: Update) -> dict[str, float]:
     state = update_state(case)
     tables = {}
     kinds = ("ours", "triton", None), ("plain", "reference", None), ("truth", "reference", torch.float64)
@@ -233,7 +243,7 @@ def update_check(case):
     return {"table": float((tables["ours"].double() - tables["truth"]).abs().max())}
 
 
-def update_implementations(case):
+def update_implementations(case: Update) -> dict[str, Call]:
     state = update_state(case)
     impls = {"ours": "triton", "eager": "reference"}
     return {name: partial(update_step, case, state, impl) for name, impl in impls.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +12,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastssl.amp import autocast
+from fastssl.config import Run
+from fastssl.loader import Loader
 from fastssl.meters import Meter
 
 
 class Ours:
     """fastssl's engine. `load` gives raw batches, `make` their views, `train` makes a step of a raw batch."""
 
-    def __init__(self, name: str, run, loader=None):
+    def __init__(self, name: str, run: Run, loader: Loader | None = None):
         from fastssl import engine, step  # DeepSpeed picks its accelerator when it is imported
 
         self.name, self.step, self.t = name, step, engine.build(run, loader=loader)
@@ -28,10 +31,10 @@ class Ours:
             yield from self.t.loader.epoch(epoch)
             epoch += 1
 
-    def make(self, raw) -> list[Tensor]:
+    def make(self, raw: Any) -> list[Tensor]:
         return self.step.batch_views(self.t, raw)
 
-    def train(self, raw, meter: Meter, views: list[Tensor] | None = None) -> Tensor:
+    def train(self, raw: Any, meter: Meter, views: list[Tensor] | None = None) -> Tensor:
         t, make = self.t, self.step.batch_views
         t.meter = meter
         if views is not None:
@@ -50,7 +53,7 @@ class Peer:
     def __init__(
         self,
         name: str,
-        run,
+        run: Run,
         device: torch.device,
         data: Dataset,
         workers: int,
@@ -69,11 +72,11 @@ class Peer:
         while True:
             yield from self.loader()
 
-    def make(self, raw) -> list[Tensor]:
+    def make(self, raw: Any) -> list[Tensor]:
         moved = [x.to(self.device, non_blocking=True) for x in self.pick(raw)]
         return [x.contiguous(memory_format=torch.channels_last) for x in self.augment(moved)]
 
-    def train(self, raw, meter: Meter, views: list[Tensor] | None = None) -> Tensor:
+    def train(self, raw: Any, meter: Meter, views: list[Tensor] | None = None) -> Tensor:
         with meter.phase("views"):
             views = self.make(raw) if views is None else views
         with meter.phase("forward"), autocast(self.device, self.precision):
@@ -96,7 +99,7 @@ def fresh_loader(data: Dataset, batch: int, workers: int, device: torch.device) 
     )
 
 
-def plain_network(run) -> nn.Module:
+def plain_network(run: Run) -> nn.Module:
     """torchvision's ResNet with a CIFAR stem and SimCLR's projector, with torch's modules alone."""
     net = getattr(torchvision.models, run.backbone.name)()
     dim, (hidden, out) = net.fc.in_features, run.method.dims
@@ -134,7 +137,7 @@ class Images(Dataset):
         return self.transform(Image.fromarray(self.images[i].numpy()))
 
 
-def decoded(loader) -> Tensor:
+def decoded(loader: Loader) -> Tensor:
     """All images of a loader's file, uint8 (N, H, W, 3)."""
     parts, sizes = [], set()
     for batch in loader.in_file_order().epoch(0):
@@ -145,7 +148,7 @@ def decoded(loader) -> Tensor:
     return torch.cat(parts).unflatten(1, sizes.pop())
 
 
-def torchvision_peer(run, device, images, workers) -> Peer:
+def torchvision_peer(run: Run, device: torch.device, images: Tensor, workers: int) -> Peer:
     from torchvision import transforms as T
 
     v = run.data.views[0]
@@ -165,7 +168,7 @@ def torchvision_peer(run, device, images, workers) -> Peer:
     return Peer("torchvision", run, device, data, workers, ntxent(run.method.temperature))
 
 
-def kornia_peer(run, device, images, workers) -> Peer:
+def kornia_peer(run: Run, device: torch.device, images: Tensor, workers: int) -> Peer:
     import kornia.augmentation as K
 
     v = run.data.views[0]
@@ -191,7 +194,7 @@ def kornia_peer(run, device, images, workers) -> Peer:
     )
 
 
-def lightly_peer(run, device, images, workers) -> Peer:
+def lightly_peer(run: Run, device: torch.device, images: Tensor, workers: int) -> Peer:
     from lightly.data import LightlyDataset
     from lightly.loss import NTXentLoss
     from lightly.transforms.simclr_transform import SimCLRTransform

@@ -35,6 +35,7 @@ from peer_loops import Ours, Peer, decoded, kornia_peer, lightly_peer, torchvisi
 from fastssl import config, dist
 from fastssl.amp import DTYPES
 from fastssl.config import Optim
+from fastssl.loader import Loader
 from fastssl.meters import Meter
 
 CONFIG = ROOT / "configs/simclr/r18_cifar10_200ep.py"
@@ -110,7 +111,7 @@ def check(sides: list, source: Iterator, precision: str) -> dict[str, list[float
     return losses
 
 
-def block(side, meter: Meter, steps: int, warm: int, train: bool) -> list[dict]:
+def block(side: Ours | Peer, meter: Meter, steps: int, warm: int, train: bool) -> list[dict]:
     """Records of `steps` steps after `warm` ones; without `train` of loading and making views alone."""
     records = []
     with contextlib.closing(side.load()) as source:
@@ -176,7 +177,7 @@ def report(results: dict[str, dict], losses: dict[str, list[float]]) -> None:
             print(f"ours / {name}: whole step {step:.2f}, input side alone {side:.2f}")
 
 
-def main(argv: list[str] | None = None, loader=None) -> int:
+def main(argv: list[str] | None = None, loader: Loader | None = None) -> int:
     """`loader`: gives our side its images in place of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="a .beton file of images of one size")

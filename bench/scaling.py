@@ -19,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as td
@@ -36,13 +38,13 @@ ASSUMPTIONS = """assumptions of the model:
 
 
 @contextlib.contextmanager
-def recorded(device: torch.device):
+def recorded(device: torch.device) -> Iterator[list[tuple[str, int, float]]]:
     """Inside, a list of (collective, bytes that the rank gives, milliseconds), one after the other."""
     found, real = [], {name: getattr(td, name) for name in KINDS}
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
-    def wrap(name: str):
-        def call(*args, **kwargs):
+    def wrap(name: str) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
             given = args[1] if name in ("all_gather_into_tensor", "reduce_scatter_tensor") else args[0]
             share = td.get_world_size() if name == "reduce_scatter_tensor" else 1
             wait()

@@ -17,12 +17,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from common import append, environment, spread
 
 from fastssl import config, dist
 from fastssl.meters import PHASES
+
+if TYPE_CHECKING:
+    from fastssl.config import Run
+    from fastssl.trainer import Trainer
 
 COLUMNS = (*PHASES, "other", "total")
 WARM = 3  # steps of a block that do not count: the loader has batches in store from before it
@@ -92,7 +97,7 @@ def endless(run: config.Run) -> config.Run:
     return run
 
 
-def measure(t, args: argparse.Namespace, deadline: float) -> dict[str, dict]:
+def measure(t: Trainer, args: argparse.Namespace, deadline: float) -> dict[str, dict]:
     """{"real": ..., "synthetic": ...}: images/s over the blocks, median milliseconds of each phase, MFU, memory."""
     from fastssl.step import count_flops
 
@@ -110,7 +115,7 @@ def measure(t, args: argparse.Namespace, deadline: float) -> dict[str, dict]:
     return {name: summarise(t, parts) for name, parts in blocks.items()}
 
 
-def profile(t, folder: Path, steps: int = 10) -> str:
+def profile(t: Trainer, folder: Path, steps: int = 10) -> str:
     """Where the device and the host spend a step on real data; the table goes to `folder` with a trace."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
@@ -150,7 +155,7 @@ def profile(t, folder: Path, steps: int = 10) -> str:
     return "\n".join(lines)
 
 
-def real_batches(t) -> Iterator[list]:
+def real_batches(t: Trainer) -> Iterator[list]:
     """The micro-batches of one step after the other, epoch after epoch; methods that cluster do not."""
     from fastssl import engine
 
@@ -163,7 +168,7 @@ def synthetic_batches(like: list) -> Iterator[list]:
     return itertools.repeat(noise)
 
 
-def run_block(t, source: Iterator[list], steps: int, flush: bool = True) -> list[dict]:
+def run_block(t: Trainer, source: Iterator[list], steps: int, flush: bool = True) -> list[dict]:
     """The loop of engine.train without hooks, log and checkpoints; the records of the last `steps` steps."""
     from fastssl.step import step
 
@@ -174,7 +179,7 @@ def run_block(t, source: Iterator[list], steps: int, flush: bool = True) -> list
     return (records + (t.meter.flush() if flush else []))[WARM:]
 
 
-def summarise(t, blocks: list[list[dict]]) -> dict:
+def summarise(t: Trainer, blocks: list[list[dict]]) -> dict:
     records, meter = [record for block in blocks for record in block], t.meter
     rates = [t.run.optim.batch * len(block) / sum(r["total_ms"] for r in block) * 1e3 for block in blocks]
     total = statistics.mean(r["total_ms"] for r in records)
@@ -189,7 +194,7 @@ def summarise(t, blocks: list[list[dict]]) -> dict:
     }
 
 
-def describe(t) -> dict:
+def describe(t: Trainer) -> dict:
     run = t.run
     return {
         "config": run.name,
@@ -214,7 +219,7 @@ def describe(t) -> dict:
     }
 
 
-def report(run, results: dict[str, dict]) -> None:
+def report(run: Run, results: dict[str, dict]) -> None:
     print(
         f"\n{run.name}: batch {run.optim.batch}, {len(run.data.views)} views, {run.optim.precision}, "
         f"{dist.world()} rank(s), ZeRO {run.speed.zero}; median ms of a step"

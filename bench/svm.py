@@ -96,7 +96,7 @@ def full_sample(data: list[torch.Tensor], budget: float, solver: str) -> dict:
     labels, classes = data[1].numpy(), data[1].shape[1]
     rng = np.random.default_rng(1)
 
-    def problem(_):
+    def problem(_: int) -> tuple[int, np.ndarray]:
         return int(rng.integers(classes)), np.flatnonzero(rng.random(len(labels)) < 2 / 3)
 
     result = compare(data, budget, solver, {"full": problem}, 3 * classes)
@@ -112,7 +112,7 @@ def low_shot_sample(data: list[torch.Tensor], budget: float, solver: str) -> dic
     labels, classes = data[1].numpy(), data[1].shape[1]
     rng = np.random.default_rng(2)
 
-    def problem(k):
+    def problem(k: int) -> tuple[int, np.ndarray]:
         c = int(rng.integers(classes))
         return c, svm.draw(labels[:, c], k, classes, rng)
 

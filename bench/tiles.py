@@ -14,33 +14,38 @@ import io
 import itertools
 import math
 import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
 
 import torch
 from common import append, environment
 from ops import captured, microseconds
+from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from fastssl.kernels.ntxent import triton as ntxent
 from fastssl.kernels.one_pass import keys, loss_and_gradient
 from fastssl.kernels.similarity import gradients as gradient_pass
 from fastssl.kernels.similarity import row_sums as sums_pass
-from fastssl.kernels.testing import compile_launch, record_launches
+from fastssl.kernels.testing import Build, compile_launch, record_launches
 from fastssl.kernels.tiling import FAKE_CAPABILITY, Tiles, needs_small_tiles
 
 QUEUE = 65536
+Found = tuple[float, float, Tiles, Build]  # microseconds or inf, instructions per entry
 
 
-def sums(z):
+def sums(z: Tensor) -> Callable[[], Tensor]:
     return lambda: ntxent.forward(z, None, 0.1, False, True, None)[0]
 
 
-def gradients(z):
+def gradients(z: Tensor) -> Callable[[], Tensor]:
     _, *saved = ntxent.forward(z, None, 0.1, False, True, None)
     grad = torch.ones((), device=z.device)
     return lambda: ntxent.backward(grad, z, saved, 0.1, False, True, None)
 
 
-def one_pass(z):
+def one_pass(z: Tensor) -> Callable[[], Tensor]:
     queue = torch.nn.functional.normalize(torch.randn(QUEUE, z.shape[1], device=z.device), dim=1).half()
     return lambda: loss_and_gradient(z, z, queue, 0.1, True, None, True)[1]
 
@@ -52,17 +57,17 @@ KERNELS = {  # function that makes the work, name of its kernel, module and name
 }
 
 
-def candidates(width):
+def candidates(width: int) -> Iterator[Tiles]:
     for block_m, block_n, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3)):
         yield Tiles(block_m, block_n, width, warps, stages)
 
 
 @contextlib.contextmanager
-def override_tiles(module, name, tiles):
+def override_tiles(module: ModuleType, name: str, tiles: Tiles | None) -> Iterator[list[Tiles]]:
     """Inside, module.name returns `tiles` (None: the shipped ones); yields the list of the shipped ones asked for."""
     original, shipped = getattr(module, name), []
 
-    def choose(*arguments):
+    def choose(*arguments: Any) -> Tiles:
         shipped.append(original(*arguments))
         return tiles or shipped[-1]
 
@@ -73,7 +78,7 @@ def override_tiles(module, name, tiles):
         setattr(module, name, original)
 
 
-def build(name, width, rows, arch, tiles=None):
+def build(name: str, width: int, rows: int, arch: int, tiles: Tiles | None = None) -> tuple[Build | None, Tiles]:
     """(testing.Build or None if the compiler refuses, the shipped tiles)."""
     work, kernel, module, chooser = KERNELS[name]
     FAKE_CAPABILITY["capability"] = arch
@@ -89,7 +94,7 @@ def build(name, width, rows, arch, tiles=None):
         return None, shipped[-1]
 
 
-def timed(name, width, rows, tiles):
+def timed(name: str, width: int, rows: int, tiles: Tiles | None) -> tuple[float, Tensor]:
     """Median microseconds of the whole op, and its result."""
     work, _, module, chooser = KERNELS[name]
     torch.manual_seed(0)
@@ -100,7 +105,7 @@ def timed(name, width, rows, tiles):
         return microseconds(captured(f)[0], False)["median"], result
 
 
-def measure(name, width, rows, arch, only_shipped):
+def measure(name: str, width: int, rows: int, arch: int, only_shipped: bool) -> tuple[Tiles, list[Found]]:
     """The shipped tiles, and of each candidate (microseconds or inf, instructions per entry, tiles, testing.Build)."""
     cuda = torch.cuda.is_available()
     _, shipped = build(name, width, rows, arch)
@@ -130,7 +135,7 @@ def measure(name, width, rows, arch, only_shipped):
     return shipped, found
 
 
-def show(shipped, found):
+def show(shipped: Tiles, found: list[Found]) -> None:
     for us, per_entry, tiles, b in sorted(found, key=lambda line: (line[0], line[3].spills, line[1])):
         limit = f" (of {tiles.maxnreg})" if tiles.maxnreg else ""
         print(

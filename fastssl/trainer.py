@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastssl import backbones, dist, graph, zero
 from fastssl.amp import LossScale
 from fastssl.config import Run
+from fastssl.kernels import Impl
 from fastssl.loader import Batch, Loader
 from fastssl.meters import Meter
 from fastssl.optim import Schedule
@@ -33,7 +34,7 @@ class Context:
     batch: int  # images of a global batch, over all ranks and micro-batches
     classes: list[str] | None = None  # their names; None: data.train has no labels
     seed: int = 0  # of the run; all random numbers of the method must depend on it
-    kernels: str = "auto"  # speed.kernels, the `impl` of every kernel that the method calls
+    kernels: Impl = "auto"  # speed.kernels, the `impl` of every kernel that the method calls
 
 
 class Method(Protocol):

@@ -5,6 +5,7 @@ plain PyTorch elsewhere; for views on a CPU it uses loops compiled by numba.
 """
 
 from .bank import update_bank_, update_centroids_
+from .common import Impl
 from .gathered import gathered_nce
 from .infonce import infonce, infonce_symmetric
 from .multi_tensor import lars_, lerp_, square_sums
@@ -14,6 +15,7 @@ from .sinkhorn import sinkhorn, sinkhorn_center
 from .soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
+    "Impl",
     "enqueue_",
     "gathered_nce",
     "infonce",

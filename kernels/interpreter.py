@@ -3,6 +3,7 @@ matrices as integers, and casts to bfloat16 by truncation instead of rounding to
 """
 
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ def patch_bfloat16() -> None:
 
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
-    def cast_impl(self, src, dst_type):
+    def cast_impl(self: InterpreterBuilder, src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
         kinds = (src.dtype.scalar, dst_type.scalar)
         if kinds == (tl.float32, tl.bfloat16):
             return TensorHandle(to_bfloat16(src.data), tl.bfloat16)
@@ -33,7 +34,9 @@ def patch_bfloat16() -> None:
             return TensorHandle(from_bfloat16(src.data), tl.float32)
         return cast(self, src, dst_type)
 
-    def create_dot(self, a, b, d, *rest):
+    def create_dot(
+        self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *rest: Any
+    ) -> TensorHandle:
         a, b = (TensorHandle(from_bfloat16(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return dot(self, a, b, d, *rest)
 

@@ -10,7 +10,9 @@ from torch import Tensor
 MASK = 0xFFFFFFFF
 
 
-def philox4x32(c0: Tensor, c1, c2, c3, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(
+    c0: Tensor, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four words in [0, 2**32) as int64 tensors for each counter (c0, c1, c2, c3; they broadcast, and only their low
     32 bits count) under the 64-bit key `seed`: the same words as `tl.philox(seed, c0, c1, c2, c3)`."""
     device = next(c.device for c in (c0, c1, c2, c3) if isinstance(c, Tensor))
@@ -35,6 +37,6 @@ def uniform(word: Tensor) -> Tensor:
     return word.double() * 2.0**-32
 
 
-def below(word: Tensor, n) -> Tensor:
+def below(word: Tensor, n: Tensor | int) -> Tensor:
     """An integer in [0, n), by multiplication (bias below n / 2**32)."""
     return (word * n) >> 32

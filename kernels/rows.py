@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .collectives import Group
 from .precision import tile_dtype
 from .tiling import ROW_PADDING, cdiv, next_power_of_2, padded_width
 
@@ -107,7 +108,7 @@ def normalize_rows_backward_kernel(
 
 
 def normalize_rows(
-    x: Tensor, normalize: bool, group, y: Tensor | None = None, normalize_y: bool = False
+    x: Tensor, normalize: bool, group: Group, y: Tensor | None = None, normalize_y: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of x (M, D), at unit length if `normalize`, cast to the tiles' dtype and padded with zeros.
 

@@ -16,8 +16,11 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from .common import Impl
 
 os.environ.setdefault(
     "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
@@ -26,7 +29,13 @@ MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory for one 
 
 
 def assert_as_good_as(
-    name: str, ours, plain, truth, factor: float = 2.0, atol: float = 1e-6, scale: float | None = None
+    name: str,
+    ours: Tensor | float,
+    plain: Tensor | float,
+    truth: Tensor | float,
+    factor: float = 2.0,
+    atol: float = 1e-6,
+    scale: float | None = None,
 ) -> None:
     """AssertionError unless the error of `ours` against `truth` (float64) is at most `factor` times that of `plain`
     PyTorch in the same dtype, plus atol * scale.
@@ -34,18 +43,18 @@ def assert_as_good_as(
     Applies to both the largest and the root-mean-square error.  scale: the largest |truth| by default.  Stack scalars
     over several seeds: one of them can be exact by chance.
     """
-    ours, plain, truth = (torch.as_tensor(t).detach().double().cpu() for t in (ours, plain, truth))
-    assert ours.shape == plain.shape == truth.shape, f"{name}: {ours.shape}, {plain.shape}, {truth.shape}"
-    assert truth.isfinite().all(), f"{name}: the truth is not finite"
-    assert ours.isfinite().all(), f"{name}: {int((~ours.isfinite()).sum())} of {ours.numel()} values are not finite"
-    if truth.numel() == 0:
+    x, p, t = (torch.as_tensor(value).detach().double().cpu() for value in (ours, plain, truth))
+    assert x.shape == p.shape == t.shape, f"{name}: {x.shape}, {p.shape}, {t.shape}"
+    assert t.isfinite().all(), f"{name}: the truth is not finite"
+    assert x.isfinite().all(), f"{name}: {int((~x.isfinite()).sum())} of {x.numel()} values are not finite"
+    if t.numel() == 0:
         return
-    scale = float(truth.abs().max()) if scale is None else scale
+    scale = float(t.abs().max()) if scale is None else scale
     for kind, measure in (("largest", lambda e: e.abs().max()), ("rms", lambda e: e.square().mean().sqrt())):
-        error, allowed = float(measure(ours - truth)), factor * float(measure(plain - truth)) + atol * scale
+        error, allowed = float(measure(x - t)), factor * float(measure(p - t)) + atol * scale
         assert error <= allowed, (
             f"{name}: {kind} error {error:.3g}, allowed {allowed:.3g} = {factor:g} x plain's "
-            f"{float(measure(plain - truth)):.3g} + {atol:g} x {scale:.3g}"
+            f"{float(measure(p - t)):.3g} + {atol:g} x {scale:.3g}"
         )
 
 
@@ -63,14 +72,14 @@ def nan_memory() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def check(op: ModuleType, case: Any, device: str = "cpu", impl: str = "triton") -> dict[str, float]:
+def check(op: ModuleType, case: Any, device: str = "cpu", impl: Impl = "triton") -> dict[str, float]:
     """assert_as_good_as for every output and gradient of one case; returns their largest errors.
 
     op: an op's cases.py.  Plain PyTorch is the reference in the case's dtype: under autocast for half precision, as
     users run it.  A CPU has no TF32 for cases with precision "high": float16 operands, with as many bits, replace it.
     """
     before = torch.get_float32_matmul_precision()
-    results = {"ours": [], "plain": [], "truth": []}
+    results: dict[str, list[dict[str, Tensor]]] = {"ours": [], "plain": [], "truth": []}
     try:
         for seed in range(case.seeds):
             x = op.make(case, device, seed)
@@ -94,7 +103,7 @@ def check(op: ModuleType, case: Any, device: str = "cpu", impl: str = "triton") 
     return errors
 
 
-def leaf(x: torch.Tensor) -> torch.Tensor:
+def leaf(x: Tensor) -> Tensor:
     """x as a leaf that requires a gradient, without a copy."""
     return x.detach().requires_grad_()
 
@@ -108,12 +117,12 @@ class Allocations(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0
-        self._seen = weakref.WeakKeyDictionary()
+        self._seen: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in tree_iter(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage() not in self._seen:
+            if isinstance(x, Tensor) and x.untyped_storage() not in self._seen:
                 storage = x.untyped_storage()
                 self._seen[storage] = True
                 self.now += storage.nbytes()
@@ -121,7 +130,7 @@ class Allocations(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         return out
 
-    def _free(self, nbytes):
+    def _free(self, nbytes: int) -> None:
         self.now -= nbytes
 
 
@@ -143,8 +152,8 @@ def record_launches() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     seen = set()
 
-    def run(kernel, *args, grid, warmup, **kwargs):
-        types = tuple(x.dtype if isinstance(x, torch.Tensor) else type(x) for x in args)
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        types = tuple(x.dtype if isinstance(x, Tensor) else type(x) for x in args)
         key = (kernel.__name__, types, tuple(sorted(kwargs.items())))
         if key not in seen:
             seen.add(key)
@@ -190,7 +199,8 @@ def compile_launch(launch: Launch, arch: int) -> Build:
     options, signature, constants, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
     built = triton.compile(ASTSource(kernel, signature, constants, attrs), target=target, options=options.__dict__)
     usage, sass = _cuobjdump(built.asm["cubin"])
-    registers, stack, local = (int(re.search(rf"{k}:(\d+)", usage)[1]) for k in ("REG", "STACK", "LOCAL"))
+    used = dict(re.findall(r"(\w+):(\d+)", usage))
+    registers, stack, local = (int(used[k]) for k in ("REG", "STACK", "LOCAL"))
     core = next((name for name in ("HGMMA", "HMMA") if name in sass), "")
     shared, threads = built.metadata.shared, 32 * built.metadata.num_warps
     programs_per_sm = min(
@@ -213,15 +223,15 @@ def _loop_length(sass: str) -> int:
     ]
     back = [(to, at) for at, _, name, to in code if name.startswith("BRA") and to < at]
     first, last = max(back, key=lambda ends: ends[1] - ends[0], default=(0, -1))
-    shortest = {first: 0}  # address: instructions before it on the shortest path
+    shortest: dict[int, float] = {first: 0}  # address: instructions before it on the shortest path
     body = [c for c in code if first <= c[0] <= last]
-    for (at, predicated, name, to), (after, *_) in zip(body, [*body[1:], (last + 1,)]):
+    for (at, predicated, name, to), after in zip(body, [*(c[0] for c in body[1:]), last + 1]):
         if at not in shortest:
             continue
         jumps = name.startswith("BRA") and at < to <= last
         for successor in [to] * jumps + [after] * (not jumps or predicated):
             shortest[successor] = min(shortest.get(successor, math.inf), shortest[at] + 1)
-    return shortest.get(last + 1, 0)
+    return int(shortest.get(last + 1, 0))
 
 
 def _cuobjdump(cubin: bytes) -> tuple[str, str]:
@@ -231,7 +241,8 @@ def _cuobjdump(cubin: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        return tuple(
+        usage, sass = (
             subprocess.run([tool, flag, f.name], check=True, capture_output=True, text=True).stdout
             for flag in ("--dump-resource-usage", "-sass")
         )
+        return usage, sass

@@ -66,7 +66,7 @@ def _split_tiles(programs: int, tiles: int, slots: int) -> tuple[int, int]:
     """`slots` programs run at a time.  The fewest splits within 5 % of the shortest time, of those that fill the slots
     at most twice."""
 
-    def steps(num_splits):  # of the slot that is busy longest
+    def steps(num_splits: int) -> int:  # of the slot that is busy longest
         return cdiv(programs * num_splits, slots) * cdiv(tiles, num_splits)
 
     candidates = range(1, max(1, min(2 * slots // programs, tiles)) + 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastssl import dist
 from fastssl.clustering.rows import blocks, find_rows
-from fastssl.kernels import philox, update_centroids_
+from fastssl.kernels import Impl, philox, update_centroids_
 
 STREAM = 0x434C5553  # of the counter-based generator
 
@@ -46,7 +46,7 @@ def kmeans(
     init: Literal["random", "++"] = "random",
     empty: Literal["split", "keep"] = "split",
     backend: Literal["torch", "faiss"] = "torch",
-    kernels: str = "auto",
+    kernels: Impl = "auto",
 ) -> Clusters:
     """Lloyd's algorithm on the rows x (n_r, D) of all ranks, whose sample numbers are index (n_r,).
 
@@ -114,7 +114,7 @@ def describe(counts: Tensor, samples: int) -> str:
     )
 
 
-def means(x: Tensor, labels: Tensor, old: Tensor, kernels: str = "auto") -> tuple[Tensor, Tensor]:
+def means(x: Tensor, labels: Tensor, old: Tensor, kernels: Impl = "auto") -> tuple[Tensor, Tensor]:
     """(K, D) means of the rows of each label over all ranks, `old` for a label without rows, and (K,) counts."""
     counts = torch.bincount(labels, minlength=len(old))
     own = update_centroids_(old.clone(), x, labels, impl=kernels)
@@ -126,7 +126,7 @@ def means(x: Tensor, labels: Tensor, old: Tensor, kernels: str = "auto") -> tupl
 
 
 def _update(
-    x: Tensor, labels: Tensor, old: Tensor, spherical: bool, kernels: str = "auto", split: bool = True
+    x: Tensor, labels: Tensor, old: Tensor, spherical: bool, kernels: Impl = "auto", split: bool = True
 ) -> tuple[Tensor, Tensor]:
     """(K, D) new centroids and (K,) counts; an empty cluster takes half of a large one, or (not `split`) stays."""
     new, counts = means(x, labels, old, kernels)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.config import Fraction, PositiveInt
+from fastssl.kernels import Impl
 from fastssl.loader import Batch
 from fastssl.methods import parts
 from fastssl.trainer import Context, Outputs
@@ -52,7 +53,7 @@ class BYOL(nn.Module):
     views = 2
     mean_loss = True
 
-    def __init__(self, config: Config, backbone: nn.Module, kernels: str):
+    def __init__(self, config: Config, backbone: nn.Module, kernels: Impl):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.backbone = backbone

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastssl import dist
 from fastssl.config import Count, Fraction, Positive, PositiveInt
-from fastssl.kernels import enqueue_, infonce
+from fastssl.kernels import Impl, enqueue_, infonce
 from fastssl.loader import Batch
 from fastssl.methods import parts
 from fastssl.trainer import Context, Outputs
@@ -43,7 +43,7 @@ class DenseCL(nn.Module):
     views = 2
     mean_loss = True
 
-    def __init__(self, config: Config, backbone: nn.Module, kernels: str):
+    def __init__(self, config: Config, backbone: nn.Module, kernels: Impl):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.backbone = backbone

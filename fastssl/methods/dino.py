@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastssl import dist
 from fastssl.config import Count, Fraction, Positive, PositiveInt
+from fastssl.kernels import Impl
 from fastssl.kernels.soft_cross_entropy import soft_cross_entropy
 from fastssl.loader import Batch
 from fastssl.methods import parts
@@ -67,7 +68,7 @@ class DINO(nn.Module):
     mean_loss = True
     evaluated = "target.0"  # the teacher's backbone, as by the authors
 
-    def __init__(self, config: Config, backbone: nn.Module, kernels: str):
+    def __init__(self, config: Config, backbone: nn.Module, kernels: Impl):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.backbone = backbone

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastssl import dist
 from fastssl.config import Count, Fraction, Positive, PositiveInt
-from fastssl.kernels import enqueue_, infonce
+from fastssl.kernels import Impl, enqueue_, infonce
 from fastssl.loader import Batch
 from fastssl.methods import parts
 from fastssl.trainer import Context, Outputs
@@ -46,7 +46,7 @@ class MoCo(nn.Module):
     views = 2
     mean_loss = True
 
-    def __init__(self, config: Config, backbone: nn.Module, kernels: str):
+    def __init__(self, config: Config, backbone: nn.Module, kernels: Impl):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.backbone = backbone

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastssl import dist
 from fastssl.config import Fraction, Positive, PositiveInt
-from fastssl.kernels import infonce
+from fastssl.kernels import Impl, infonce
 from fastssl.loader import Batch
 from fastssl.methods import parts
 from fastssl.trainer import Context, Outputs
@@ -66,7 +66,7 @@ class MoCoV3(nn.Module):
     min_batch = 2
     total_steps = math.inf  # set to the run's number of steps
 
-    def __init__(self, config: Config, backbone: nn.Module, kernels: str):
+    def __init__(self, config: Config, backbone: nn.Module, kernels: Impl):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.backbone = backbone

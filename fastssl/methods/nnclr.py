@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastssl import dist
 from fastssl.config import Count, Positive, PositiveInt
-from fastssl.kernels import enqueue_, infonce_symmetric
+from fastssl.kernels import Impl, enqueue_, infonce_symmetric
 from fastssl.loader import Batch
 from fastssl.methods import parts
 from fastssl.trainer import Context, Outputs
@@ -39,7 +39,7 @@ class NNCLR(nn.Module):
     views = 2
     min_batch = 2
 
-    def __init__(self, config: Config, backbone: nn.Module, kernels: str):
+    def __init__(self, config: Config, backbone: nn.Module, kernels: Impl):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.backbone = backbone

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastssl import dist, zero
 from fastssl.backbones import positions
-from fastssl.kernels import multi_tensor
+from fastssl.kernels import Impl, multi_tensor
 
 RELU = partial(nn.ReLU, inplace=True)
 
@@ -84,7 +84,7 @@ def ema_(
     momentum: float | Tensor,
     *,
     found_inf: Tensor | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> None:
     """target <- momentum * target + (1 - momentum) * online, for parameters; the target has its own batch-norm buffers.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastssl import dist
 from fastssl.config import Positive, PositiveInt
-from fastssl.kernels import ntxent
+from fastssl.kernels import Impl, ntxent
 from fastssl.loader import Batch
 from fastssl.methods import parts
 from fastssl.trainer import Context, Outputs
@@ -36,7 +36,7 @@ class SimCLR(nn.Module):
     views = 2
     min_batch = 2
 
-    def __init__(self, config: Config, backbone: nn.Module, kernels: str):
+    def __init__(self, config: Config, backbone: nn.Module, kernels: Impl):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.backbone = backbone

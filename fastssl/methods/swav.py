@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastssl import dist, zero
 from fastssl.config import Count, Positive, PositiveInt
-from fastssl.kernels import enqueue_
+from fastssl.kernels import Impl, enqueue_
 from fastssl.kernels.sinkhorn import sinkhorn_center
 from fastssl.kernels.soft_cross_entropy import soft_cross_entropy
 from fastssl.loader import Batch
@@ -52,7 +52,7 @@ class Config:
 class SwAV(nn.Module):
     views = None  # any number of crops
 
-    def __init__(self, config: Config, backbone: nn.Module, kernels: str):
+    def __init__(self, config: Config, backbone: nn.Module, kernels: Impl):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.backbone = backbone

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastssl.config import Optim
+from fastssl.kernels import Impl
 from fastssl.optim.groups import NORM_AND_BIAS, frozen, group_parameters
 from fastssl.optim.optimizers import AdamW, Lars
 from fastssl.optim.schedule import Schedule, lr_multiplier
@@ -35,7 +36,7 @@ def build(
     *,
     steps_per_epoch: int,
     total_steps: int | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> tuple[torch.optim.Optimizer, Schedule]:
     """The optimizer over the trainable parameters, and the schedule that sets its rates (`schedule.table` to print).
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.kernels import multi_tensor
+from fastssl.kernels import Impl, multi_tensor
 from fastssl.kernels.multi_tensor import LarsOptions
 from fastssl.optim.zero_aware import ZeroAware
 
@@ -73,7 +73,7 @@ class Lars(ZeroAware, torch.optim.Optimizer):
         eps: float = 0.0,
         norm_of_sum: bool = False,
         clip_each: float = 0.0,
-        impl: str = "auto",
+        impl: Impl = "auto",
     ):
         self.impl = impl
         options = {

@@ -4,14 +4,16 @@ Takes uint8 images of any size, returns normalised channels_last views.  A sampl
 index, the view's stream) alone, not on the batch, the number of ranks or the step at which a run was resumed.
 """
 
+import functools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..common import TRITON_DTYPES, Impl, choose
 from . import extra, reference
-from .params import COL, COLUMNS, IMAGENET_MEAN, IMAGENET_STD, View, draw
+from .params import COL, COLUMNS, IMAGENET_MEAN, IMAGENET_STD, View, draw, streams
 
 __all__ = ["COL", "COLUMNS", "IMAGENET_MEAN", "IMAGENET_STD", "View", "draw", "make_views"]
 
@@ -60,21 +62,30 @@ def make_views(
     return triton.make_views(pixels, sizes, index, views, seed, epoch, dtype)
 
 
-def _compiled(*args) -> list[Tensor]:
+def _compiled(*args: Any) -> list[Tensor]:
     from . import cpu  # imports numba
 
     return cpu.make_views(*args)
 
 
-def _with_extra(pixels, sizes, index, views, seed, epoch, dtype, impl) -> list[Tensor]:
+def _with_extra(
+    pixels: Tensor,
+    sizes: Tensor,
+    index: Tensor,
+    views: tuple[View, ...],
+    seed: int,
+    epoch: int | Tensor,
+    dtype: torch.dtype,
+    impl: Impl,
+) -> list[Tensor]:
     """For views of which some have further operations (View.extra): these are cropped in float32 first."""
-    plain = extra.without_extra(views)
+    plain, stream_of = extra.without_extra(views), streams(views)
     with_extra = [i for i, view in enumerate(views) if view.extra]
     without = [i for i, view in enumerate(views) if not view.extra]
-    key, out = {"seed": seed, "epoch": epoch, "impl": impl}, [None] * len(views)
-    for i, x in zip(without, make_views(pixels, sizes, index, [plain[i] for i in without], dtype=dtype, **key)):
+    cut, out = functools.partial(make_views, pixels, sizes, index, seed=seed, epoch=epoch, impl=impl), {}
+    for i, x in zip(without, cut([plain[i] for i in without], dtype=dtype)):
         out[i] = x
-    for i, x in zip(with_extra, make_views(pixels, sizes, index, [plain[i] for i in with_extra], **key)):
-        random = extra.Random(index, seed, epoch, plain[i].stream)
+    for i, x in zip(with_extra, cut([plain[i] for i in with_extra])):
+        random = extra.Random(index, seed, epoch, stream_of[i])
         out[i] = extra.finish(x, views[i], random, dtype)
-    return out
+    return [out[i] for i in range(len(views))]

@@ -1,6 +1,7 @@
 """Images, views and batches for tests and benchmarks.  (Repeats the numbers of recipes, which it cannot import.)"""
 
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -8,10 +9,16 @@ from torch import Tensor
 
 from .params import View
 
-RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+RAW: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 SHAPES = [(48, 64), (64, 48), (40, 40), (33, 90), (57, 41), (32, 32), (120, 100), (47, 31)]
-STRONG = {"flip": 0.5, "jitter": (0.8, 0.8, 0.8, 0.2), "jitter_p": 0.8, "gray": 0.2, "blur": 0.5}
-WEAK = {"flip": 0.5, "jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray": 0.2, "interpolation": "bicubic"}
+STRONG: dict[str, Any] = {"flip": 0.5, "jitter": (0.8, 0.8, 0.8, 0.2), "jitter_p": 0.8, "gray": 0.2, "blur": 0.5}
+WEAK: dict[str, Any] = {
+    "flip": 0.5,
+    "jitter": (0.4, 0.4, 0.2, 0.1),
+    "jitter_p": 0.8,
+    "gray": 0.2,
+    "interpolation": "bicubic",
+}
 
 ONE_OP = {
     "crop_bilinear": View(32),
@@ -90,7 +97,7 @@ BENCH = {
 }
 
 
-def scenes(shapes, seed: int = 0) -> list[np.ndarray]:
+def scenes(shapes: Iterable[tuple[int, int]], seed: int = 0) -> list[np.ndarray]:
     """uint8 (h, w, 3) images with edges, gradients, saturated and gray areas."""
     rng = np.random.default_rng(seed)
     out = []
@@ -105,7 +112,7 @@ def scenes(shapes, seed: int = 0) -> list[np.ndarray]:
     return out
 
 
-def pack(images) -> tuple[Tensor, Tensor, Tensor]:
+def pack(images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
     """pixels, sizes and index of a list of images; images are followed by noise that no view may read."""
     max_pixels = max(im.shape[0] * im.shape[1] for im in images)
     pixels = torch.randint(0, 256, (len(images), max_pixels, 3), dtype=torch.uint8, generator=torch.manual_seed(1))

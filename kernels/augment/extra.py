@@ -7,15 +7,18 @@ Shapes: n samples, S side.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from ..philox import below, philox4x32, uniform
+
+if TYPE_CHECKING:
+    from .params import View
 
 FIRST_BLOCK, BLOCKS = 64, 64  # of Philox: the kernel uses blocks below 22; each operation of a view has 64 of its own
 TRIES = 10  # torchvision's RandomErasing
@@ -74,7 +77,7 @@ class Lighting:
     values: tuple[float, float, float] = (0.2175, 0.0188, 0.0045)
     vectors: tuple = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))  # R, G, B
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.std >= 0, self, "std", "must be at least 0")
 
     def apply(self, x: Tensor, random: Random, view: Any) -> Tensor:
@@ -97,7 +100,7 @@ class Erase:
     ratio: tuple[float, float] = (0.3, 3.3)
     fill: tuple[float, float, float] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(0 <= self.p <= 1, self, "p", "is a probability, in [0, 1]")
         require(0 < self.scale[0] <= self.scale[1] <= 1, self, "scale", "needs 0 < low <= high <= 1")
         require(0 < self.ratio[0] <= self.ratio[1], self, "ratio", "needs 0 < low <= high")
@@ -136,12 +139,12 @@ class Transform:
     views depend on the number of ranks and micro-batches.  The host waits for the device in both cases.
     """
 
-    fn: Callable[[Tensor], Tensor]
+    fn: Callable[[Tensor], Tensor] | str  # str: what config.json has of one, which cannot be applied
     p: float = 1.0
     per_sample: bool = True
     waits: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(0 <= self.p <= 1, self, "p", "is a probability, in [0, 1]")
 
     def apply(self, x: Tensor, random: Random, view: Any) -> Tensor:
@@ -155,18 +158,18 @@ class Transform:
         devices = [x.device] if x.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             if self.per_sample:
-                made = torch.stack([self._call(image, seed) for image, seed in zip(x[rows], seeds)])
+                made = torch.stack([self._call(self.fn, image, seed) for image, seed in zip(x[rows], seeds)])
             else:
-                made = self._call(x[rows], seeds[0])
+                made = self._call(self.fn, x[rows], seeds[0])
         return x.index_copy(0, rows, made.to(x.dtype))
 
-    def _call(self, x: Tensor, seed: int) -> Tensor:
+    def _call(self, fn: Callable[[Tensor], Tensor], x: Tensor, seed: int) -> Tensor:
         torch.manual_seed(seed)
-        y = self.fn(x)
+        y = fn(x)
         if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
             got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(
-                f"{self.fn!r} made {got} of a float tensor {tuple(x.shape)}: a view's transform must keep the "
+                f"{fn!r} made {got} of a float tensor {tuple(x.shape)}: a view's transform must keep the "
                 "shape and the range of 0 to 1"
             )
         return y
@@ -177,13 +180,13 @@ def operation(entry: Any) -> Operation:
     from .randaugment import RandAugment  # imports this module
 
     if isinstance(entry, dict):
-        kinds = {kind.__name__: kind for kind in (Lighting, Erase, Transform, RandAugment)}
+        kinds: dict[str, Any] = {kind.__name__: kind for kind in (Lighting, Erase, Transform, RandAugment)}
         name = str(entry.get("type", "")).rpartition(".")
         if name[2] not in kinds or kinds[name[2]].__module__ != name[0]:
             return Transform(str(entry.get("type", entry)))
         kind = kinds[name[2]]
         return kind(**{f.name: _tuple(entry[f.name]) for f in fields(kind) if f.name in entry})
-    if callable(getattr(entry, "apply", None)) and is_dataclass(entry) and not isinstance(entry, type):
+    if callable(getattr(entry, "apply", None)) and is_dataclass(type(entry)):
         return entry
     if callable(entry) and not isinstance(entry, type):
         return Transform(entry)
@@ -197,14 +200,13 @@ def _tuple(value: Any) -> Any:
     return tuple(_tuple(v) for v in value) if isinstance(value, list) else value
 
 
-def without_extra(views: tuple) -> list:
+def without_extra(views: "Sequence[View]") -> "list[View]":
     """The views for the kernel, with their streams; those with operations without turns and normalisation."""
     plain = []
     for i, view in enumerate(views):
-        changes = (
-            {"extra": (), "quarter_turns": 0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)} if view.extra else {}
-        )
-        plain.append(replace(view, stream=i if view.stream is None else view.stream, **changes))
+        if view.extra:
+            view = replace(view, extra=(), quarter_turns=0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+        plain.append(replace(view, stream=i if view.stream is None else view.stream))
     return plain
 
 

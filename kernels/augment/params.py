@@ -8,8 +8,9 @@ blocks 0 to 9 are the tries of the random-resized crop (area, ratio, top, left),
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -90,7 +91,12 @@ class View:
     std: tuple[float, float, float] = IMAGENET_STD
     extra: tuple = ()  # Lighting(...), Erase(...), RandAugment(...), Transform(fn), a callable, one of your own
 
-    def __post_init__(self):
+    if TYPE_CHECKING:  # set by __post_init__; an annotation would make it a field
+
+        @property
+        def json(self) -> str: ...
+
+    def __post_init__(self) -> None:
         for f in fields(self):  # lists, as read back from a dumped config, become tuples again
             if isinstance(getattr(self, f.name), list):
                 object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
@@ -101,7 +107,7 @@ class View:
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         object.__setattr__(self, "json", json.dumps(known))
 
-        def require(ok, field, what):
+        def require(ok: bool, field: str, what: str) -> None:
             if not ok:
                 raise ValueError(f"View({field}={getattr(self, field)!r}): {what}")
 
@@ -137,7 +143,8 @@ class View:
                 "window",
                 f"a patch crop needs a window of at least 3 x {self.size}",
             )
-            require(self.resize is None or self.resize >= self.window, "resize", f"is below window={self.window}")
+            fits = self.resize is None or (self.window is not None and self.resize >= self.window)
+            require(fits, "resize", f"is below window={self.window}")
         else:
             require(self.cell is None, "cell", "is for crop='patch'")
             require(self.window is None, "window", "is for crop='patch'")
@@ -149,7 +156,7 @@ class View:
         """The largest radius of a blur in pixels, 0 without blur."""
         return min(math.ceil(4 * self.blur_sigma[1]), self.size - 1) if self.blur else 0
 
-    def _complete_order(self):
+    def _complete_order(self) -> None:
         """Operations that `order` leaves out get probability 0 and a position: the kernels take orders of all four."""
         if len(set(self.order)) < len(self.order) or not set(self.order) <= set(OPS):
             raise ValueError(f"View(order={self.order!r}): may name each of {', '.join(OPS)} once")
@@ -160,10 +167,10 @@ class View:
         object.__setattr__(self, "order", (*before, *self.order, *(op for op in left_out if op != "jitter")))
 
 
-def _check_type(name: str, value, default) -> None:
+def _check_type(name: str, value: object, default: object) -> None:
     """ValueError if the value is not of the kind that the field takes: a number, a string or several numbers."""
 
-    def number(v):
+    def number(v: object) -> bool:
         return isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
 
     whole = name in ("size", "pad", "quarter_turns", "resize", "window", "cell", "stream")
@@ -185,11 +192,11 @@ def _check_type(name: str, value, default) -> None:
         raise ValueError(f"View({name}={value!r}): must be {what}")
 
 
-def streams(views) -> list[int]:
+def streams(views: Sequence[View]) -> list[int]:
     return [i if view.stream is None else view.stream for i, view in enumerate(views)]
 
 
-def draw(sizes: Tensor, index: Tensor, views, *, seed: int, epoch: int) -> Tensor:
+def draw(sizes: Tensor, index: Tensor, views: Sequence[View], *, seed: int, epoch: int) -> Tensor:
     """Parameters of every view and sample: float32 (V, B, len(COLUMNS)).
 
     Computed in float64, so that a rounding difference of exp or sqrt on another device does not move a crop by a pixel.
@@ -207,7 +214,7 @@ def draw(sizes: Tensor, index: Tensor, views, *, seed: int, epoch: int) -> Tenso
     return torch.stack(tables) if tables else torch.empty(0, len(index), len(COLUMNS), device=index.device)
 
 
-def _crop(view: View, H: Tensor, W: Tensor, w: Tensor):
+def _crop(view: View, H: Tensor, W: Tensor, w: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Box (y0, x0, h, w) and clip region (top, left, bottom, right) of each sample, float64 and int64 (B,)."""
     zero = torch.zeros_like(H)
     image = (zero, zero, H, W)
@@ -221,6 +228,7 @@ def _crop(view: View, H: Tensor, W: Tensor, w: Tensor):
         short = torch.minimum(H, W)
         nh, nw = H * view.resize // short, W * view.resize // short
     if view.crop == "patch":
+        assert view.window is not None and view.cell is not None
         cell, shift = view.window // 3, w[:, PATCH + view.cell]
         num_offsets = cell - view.size + 1
         top = _offset(nh, view.window, w[:, 0, 2]) + cell * (view.cell // 3) + below(shift[:, 0], num_offsets)
@@ -243,7 +251,7 @@ def _offset(n: Tensor, size: int, word: Tensor) -> Tensor:
     return torch.where(n < size, _centre(n, size), below(word, (n - size + 1).clamp_min(1)))
 
 
-def _random_resized(view: View, H: Tensor, W: Tensor, w: Tensor):
+def _random_resized(view: View, H: Tensor, W: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """torchvision's algorithm: the first of ten tries that fits, else the largest central crop of allowed ratio."""
     tries = w[:, :TRIES]
     area = (H * W)[:, None] * _between(tries[..., 0], *view.scale)
@@ -266,7 +274,7 @@ def _between(word: Tensor, low: float, high: float) -> Tensor:
     return low + (high - low) * uniform(word)
 
 
-def _colour(view: View, w: Tensor):
+def _colour(view: View, w: Tensor) -> tuple[Tensor, ...]:
     """The columns from `flip` on."""
     flags, jitter, other = w[:, FLAGS], w[:, JITTER], w[:, OTHER]
     order = torch.where(uniform(flags[:, 1]) < view.jitter_p, below(other[:, 0], 24), -1)

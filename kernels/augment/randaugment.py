@@ -29,7 +29,7 @@ class RandAugment:
     magnitude: float = 9
     waits: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(isinstance(self.ops, int) and 1 <= self.ops <= 16, self, "ops", "is a number from 1 to 16")
         require(0 <= self.magnitude <= MAX_MAGNITUDE, self, "magnitude", f"is 0 to {MAX_MAGNITUDE}")
 

@@ -7,6 +7,7 @@ Shapes: B samples, S output side, K taps, C channels.
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,9 @@ CHUNK = 8_000_000  # floats of the images processed at a time: of 1 to 40 millio
 JITTER_ORDERS = tuple(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue; code -> order
 
 
-def make_views(pixels: Tensor, sizes: Tensor, views, tables: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def make_views(
+    pixels: Tensor, sizes: Tensor, views: Sequence[View], tables: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
     B, device = len(sizes), pixels.device
     outs = [
         torch.empty((B, 3, v.size, v.size), dtype=dtype, device=device, memory_format=torch.channels_last)
@@ -82,7 +85,7 @@ def resample(canvas: Tensor, sample: Tensor, view: View, table: Tensor) -> Tenso
     return x.clamp_(0, 1) if view.interpolation == "bicubic" else x  # bicubic overshoots; a uint8 image saturates
 
 
-def _taps(step: Tensor, start: Tensor, length: Tensor, low: Tensor, high: Tensor, view: View):
+def _taps(step: Tensor, start: Tensor, length: Tensor, low: Tensor, high: Tensor, view: View) -> tuple[Tensor, Tensor]:
     """Source index and weight (B, S, K) of each output pixel, whose centre is `step` pixels into the view."""
     scale = (length / view.size)[:, None]
     centre = start[:, None] + scale * step

@@ -7,6 +7,7 @@ views.  Times: docs/kernels.md.
 import functools
 import json
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,7 +67,8 @@ def plan(views_json: str) -> tuple[tuple[Group, ...], list[list[float]]]:
     views = [params.View(**fields) for fields in json.loads(views_json)]
     offsets = [sum(padded_numel(u) for u in views[:i]) for i in range(len(views))]
     streams = params.streams(views)
-    keys, groups, specs = [_group_key(v) for v in views], [], []
+    keys, groups = [_group_key(v) for v in views], []
+    specs: list[list[float]] = []
     for key in dict.fromkeys(keys):
         members = [i for i, k in enumerate(keys) if k == key]
         groups.append(Group(tuple(views[i] for i in members), len(specs)))
@@ -113,7 +115,16 @@ def augment_op(
 
 
 @augment_op.register_fake
-def _(pixels, sizes, index, epoch_ptr, views_json, seed, epoch, dtype):
+def _(
+    pixels: Tensor,
+    sizes: Tensor,
+    index: Tensor,
+    epoch_ptr: Tensor | None,
+    views_json: str,
+    seed: int,
+    epoch: int,
+    dtype: torch.dtype,
+) -> Tensor:
     return _empty(pixels, views_json, dtype)
 
 
@@ -175,14 +186,14 @@ def _launch_tiles(group: Group, batch: Batch, specs: Tensor, out: Tensor) -> Non
             f"got {max(v.blur_sigma[1] for v in group.views)}; use impl='reference'"
         )
 
-    def memory(needed, *shape, dtype=torch.float32):
+    def memory(needed: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty((B * V, *shape) if needed else 0, dtype=dtype, device=device)
 
     table = memory(True, len(params.COLUMNS))
     sums = memory(group.jitters, side * side)
-    crops = memory(group.rotates or group.jitters or group.halo, 3, S, S, dtype=torch.int16)
+    crops = memory(group.rotates or group.jitters or group.halo > 0, 3, S, S, dtype=torch.int16)
     # a tile before its blur may overwrite its own crop, unless another tile still reads that to rotate it
-    unblurred = memory(group.halo, 3, S, S, dtype=torch.int16) if group.rotates else crops
+    unblurred = memory(group.halo > 0, 3, S, S, dtype=torch.int16) if group.rotates else crops
     epoch_flag = {"EPOCH_PTR": epoch_ptr is not None}
     draws.draw_kernel[(B, V)](
         sizes, index, specs, table, seed, epoch, epoch_ptr, **draw_flags(view), **epoch_flag, num_warps=1
@@ -233,11 +244,19 @@ def _launch_tiles(group: Group, batch: Batch, specs: Tensor, out: Tensor) -> Non
         )
 
 
-def to_json(views) -> str:
+def to_json(views: Sequence[params.View]) -> str:
     return "[" + ", ".join([view.json for view in views]) + "]"
 
 
-def make_views(pixels, sizes, index, views, seed, epoch, dtype) -> list[Tensor]:
+def make_views(
+    pixels: Tensor,
+    sizes: Tensor,
+    index: Tensor,
+    views: Sequence[params.View],
+    seed: int,
+    epoch: int | Tensor,
+    dtype: torch.dtype,
+) -> list[Tensor]:
     epoch_ptr, epoch = (epoch, 0) if isinstance(epoch, Tensor) else (None, epoch)
     batch = pixels.contiguous(), sizes.contiguous(), index.contiguous()
     flat = augment_op(*batch, epoch_ptr, to_json(views), seed, epoch, dtype)

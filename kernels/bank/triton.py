@@ -81,7 +81,7 @@ def update_centroids_kernel(
     tl.store(out_ptrs, mean.to(out_ptr.dtype.element_ty), mask=(offs_d < D) & (stop > start))
 
 
-def update_bank(bank, index, rows, momentum, found_inf=None) -> None:
+def update_bank(bank: Tensor, index: Tensor, rows: Tensor, momentum: float, found_inf: Tensor | None = None) -> None:
     n, d = rows.shape
     update_bank_kernel[(n,)](
         bank,
@@ -102,7 +102,7 @@ def update_bank(bank, index, rows, momentum, found_inf=None) -> None:
     )
 
 
-def update_centroids(out, bank, labels) -> None:
+def update_centroids(out: Tensor, bank: Tensor, labels: Tensor) -> None:
     ordered, order = torch.sort(labels, stable=True)
     start = torch.searchsorted(ordered, torch.arange(out.shape[0] + 1, device=labels.device))
     block_d = next_power_of_2(bank.shape[1])
@@ -130,10 +130,10 @@ def update_centroids_(out: Tensor, bank: Tensor, labels: Tensor) -> None:
 
 
 @update_bank_.register_fake
-def _(bank, index, rows, momentum, found_inf):
+def _(bank: Tensor, index: Tensor, rows: Tensor, momentum: float, found_inf: Tensor | None) -> None:
     return None
 
 
 @update_centroids_.register_fake
-def _(out, bank, labels):
+def _(out: Tensor, bank: Tensor, labels: Tensor) -> None:
     return None

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..common import Impl
 from ..testing import leaf
 from . import gathered_nce
 
@@ -23,7 +24,7 @@ class Case(NamedTuple):
     seeds: int = 3
 
 
-def make(case: Case, device, seed: int) -> dict:
+def make(case: Case, device: torch.device | str, seed: int) -> dict:
     g = torch.Generator().manual_seed(seed)
     q = torch.randn(case.rows, case.dim, generator=g)
     if not case.normalize:
@@ -38,7 +39,7 @@ def make(case: Case, device, seed: int) -> dict:
     }
 
 
-def call(case: Case, x: dict, impl: str) -> dict:
+def call(case: Case, x: dict, impl: Impl) -> dict:
     q = leaf(x["q"])
     loss = gathered_nce(
         q, x["bank"], x["positive"], x["negatives"], case.temperature, normalize=case.normalize, impl=impl

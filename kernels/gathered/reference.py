@@ -1,11 +1,14 @@
 """The definition of the loss over gathered rows in plain PyTorch: stores the gathered negatives."""
 
 import torch
+from torch import Tensor
 
 from ..common import at_least_float32, l2_normalize
 
 
-def gathered_nce(q, bank, positive, negatives, temperature, normalize):
+def gathered_nce(
+    q: Tensor, bank: Tensor, positive: Tensor, negatives: Tensor, temperature: float, normalize: bool
+) -> Tensor:
     q = l2_normalize(q) if normalize else at_least_float32(q)
     bank = bank.detach()
     y = (q * bank[positive].to(q.dtype)).sum(1, keepdim=True)

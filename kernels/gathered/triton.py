@@ -83,7 +83,9 @@ def gathered_kernel(
     tl.store(inv_norm_ptr + i + offs_one, inv_norm, mask=(pid_split == 0) & (offs_one == 0))
 
 
-def forward(q, bank, positive, negatives, temperature, normalize) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, bank: Tensor, positive: Tensor, negatives: Tensor, temperature: float, normalize: bool
+) -> tuple[Tensor, Tensor]:
     """The loss, and its gradient with respect to q in float32."""
     if negatives.ndim == 1:
         keys = bank[positive], bank[negatives]
@@ -132,12 +134,16 @@ def gathered_op(
 
 
 @gathered_op.register_fake
-def _(q, bank, positive, negatives, temperature, normalize):
+def _(
+    q: Tensor, bank: Tensor, positive: Tensor, negatives: Tensor, temperature: float, normalize: bool
+) -> tuple[Tensor, Tensor]:
     return q.new_empty((), dtype=torch.float32), torch.empty(q.shape, dtype=torch.float32, device=q.device)
 
 
 register_ready_gradient(gathered_op, num_inputs=6)
 
 
-def gathered_nce(q, bank, positive, negatives, temperature, normalize):
+def gathered_nce(
+    q: Tensor, bank: Tensor, positive: Tensor, negatives: Tensor, temperature: float, normalize: bool
+) -> Tensor:
     return gathered_op(q, bank.detach(), positive, negatives, float(temperature), normalize)[0]

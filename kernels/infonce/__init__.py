@@ -4,6 +4,7 @@ batch, https://arxiv.org/abs/2104.02057), and the symmetric two-sided form with 
 import torch
 from torch import Tensor
 
+from ..collectives import Group
 from ..common import Impl, check_rows, check_triton_dtype, choose
 from . import reference
 
@@ -15,7 +16,7 @@ def infonce(
     temperature: float,
     *,
     normalize: bool = True,
-    group=None,
+    group: Group = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Mean cross entropy of query i's positive k_i.  q and k are (N, D); k and the queue get no gradient.
@@ -42,7 +43,7 @@ def infonce(
 
 
 def infonce_symmetric(
-    a: Tensor, b: Tensor, temperature: float, *, normalize: bool = True, group=None, impl: Impl = "auto"
+    a: Tensor, b: Tensor, temperature: float, *, normalize: bool = True, group: Group = None, impl: Impl = "auto"
 ) -> Tensor:
     """Mean of two InfoNCE losses: a_i's positive b_i among all b, and b_i's positive a_i among all a.
 

@@ -3,7 +3,9 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from ..common import Impl
 from ..testing import leaf
 from . import infonce, infonce_symmetric
 
@@ -23,10 +25,10 @@ class Case(NamedTuple):
     seeds: int = 3
 
 
-def make(case: Case, device, seed: int) -> dict:
+def make(case: Case, device: torch.device | str, seed: int) -> dict:
     g = torch.Generator().manual_seed(seed)
 
-    def rows(n):
+    def rows(n: int) -> Tensor:
         x = torch.randn(n, case.dim, generator=g)
         if case.kind == "zeros":
             x[::3] = 0
@@ -34,7 +36,7 @@ def make(case: Case, device, seed: int) -> dict:
             x = x + 3
         return x
 
-    def unit(x):
+    def unit(x: Tensor) -> Tensor:
         return torch.nn.functional.normalize(x, dim=1)
 
     q = rows(case.rows)
@@ -51,7 +53,7 @@ def make(case: Case, device, seed: int) -> dict:
     return {"q": q.to(case.dtype).to(device), "k": k.to(case.dtype).to(device), "queue": queue}
 
 
-def call(case: Case, x: dict, impl: str) -> dict:
+def call(case: Case, x: dict, impl: Impl) -> dict:
     q, k = leaf(x["q"]), leaf(x["k"])
     if case.keys == "both":
         loss = infonce_symmetric(q, k, case.temperature, normalize=case.normalize, impl=impl)

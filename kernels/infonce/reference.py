@@ -1,12 +1,13 @@
 """The definition of InfoNCE in plain PyTorch: stores all logits."""
 
 import torch
+from torch import Tensor
 
-from ..collectives import gather, gather_with_grad, rank_world
+from ..collectives import Group, gather, gather_with_grad, rank_world
 from ..common import at_least_float32, l2_normalize
 
 
-def infonce(q, k, queue, temperature, normalize, group):
+def infonce(q: Tensor, k: Tensor, queue: Tensor | None, temperature: float, normalize: bool, group: Group) -> Tensor:
     rows = l2_normalize if normalize else at_least_float32
     q, k = rows(q), rows(k.detach())
     if queue is not None:
@@ -19,7 +20,7 @@ def infonce(q, k, queue, temperature, normalize, group):
     return (logits.logsumexp(1) - _positives(logits, group)).mean()
 
 
-def infonce_symmetric(a, b, temperature, normalize, group):
+def infonce_symmetric(a: Tensor, b: Tensor, temperature: float, normalize: bool, group: Group) -> Tensor:
     rows = l2_normalize if normalize else at_least_float32
     a, b = rows(a), rows(b)
     total = 0.0
@@ -29,6 +30,6 @@ def infonce_symmetric(a, b, temperature, normalize, group):
     return total
 
 
-def _positives(logits, group):
+def _positives(logits: Tensor, group: Group) -> Tensor:
     """The logit of each row's positive: the column of this rank with the same number."""
     return logits.diagonal(rank_world(group)[0] * logits.shape[0])

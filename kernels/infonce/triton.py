@@ -6,7 +6,7 @@ Times: docs/kernels.md.
 import torch
 from torch import Tensor
 
-from ..collectives import group_from_name, group_name
+from ..collectives import Group, group_from_name, group_name
 from ..one_pass import loss_and_gradient, register_ready_gradient
 
 
@@ -18,13 +18,15 @@ def infonce_op(
 
 
 @infonce_op.register_fake
-def _(q, k, queue, temperature, normalize, group):
+def _(
+    q: Tensor, k: Tensor, queue: Tensor | None, temperature: float, normalize: bool, group: str
+) -> tuple[Tensor, Tensor]:
     return q.new_empty((), dtype=torch.float32), torch.empty(q.shape, dtype=torch.float32, device=q.device)
 
 
 register_ready_gradient(infonce_op, num_inputs=6)
 
 
-def infonce(q, k, queue, temperature, normalize, group):
+def infonce(q: Tensor, k: Tensor, queue: Tensor | None, temperature: float, normalize: bool, group: Group) -> Tensor:
     queue = None if queue is None else queue.detach()
     return infonce_op(q, k.detach(), queue, float(temperature), normalize, group_name(group))[0]

@@ -5,6 +5,8 @@ CUDA graph reads their current values.
 The lists pair by position.  Tensors are dense, of one dtype and device; the Triton kernels take float32.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -65,14 +67,16 @@ def lars_(
     what is subtracted from w instead of d.  buffers: None without momentum.  found_inf: None, or a 0-dim float32 tensor
     on the device; where it is not zero, nothing changes.  grads may be overwritten.
     """
-    _check("lars_", params, grads, *([buffers] if options.momentum else []))
+    buffers = buffers if options.momentum else None
+    if options.momentum and buffers is None:
+        raise ValueError(f"lars_: momentum={options.momentum:g} needs `buffers`, one tensor for each parameter")
+    _check("lars_", params, grads, *([] if buffers is None else [buffers]))
     if params:
         with torch.no_grad():
-            buffers = buffers if options.momentum else None
             _module(impl, params).lars_(params, grads, buffers, squares, options, found_inf)
 
 
-def _module(impl: Impl, tensors: list[Tensor]):
+def _module(impl: Impl, tensors: list[Tensor]) -> ModuleType:
     """The reference or the Triton module."""
     if not tensors:
         return reference

@@ -22,7 +22,7 @@ class LarsOptions(NamedTuple):
     first: bool = False  # step of these tensors: there is no buffer yet
 
 
-def lerp_(targets, sources, weight, found_inf):
+def lerp_(targets: list[Tensor], sources: list[Tensor], weight: float | Tensor, found_inf: Tensor | None) -> None:
     sources = [s.view_as(t) for t, s in zip(targets, sources)]
     if not isinstance(weight, Tensor) and found_inf is None:
         torch._foreach_lerp_(targets, sources, weight)
@@ -32,7 +32,7 @@ def lerp_(targets, sources, weight, found_inf):
         t.copy_(_unless_inf(found_inf, t, new))
 
 
-def square_sums(params, grads, weight_decay):
+def square_sums(params: list[Tensor], grads: list[Tensor], weight_decay: float | Tensor) -> Tensor:
     if not params:
         return torch.zeros(3, 0)
     decayed = _decayed(params, grads, weight_decay)
@@ -40,7 +40,14 @@ def square_sums(params, grads, weight_decay):
     return torch.stack([n for row in norms for n in row]).view(3, -1).square()
 
 
-def lars_(params, grads, buffers, squares, options, found_inf):
+def lars_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor] | None,
+    squares: Tensor | None,
+    options: LarsOptions,
+    found_inf: Tensor | None,
+) -> None:
     d = _decayed(params, grads, options.weight_decay)
     scale = None if squares is None else ratios(squares, options)
     if options.lr_in_momentum:
@@ -73,7 +80,7 @@ def ratios(squares: Tensor, options: LarsOptions) -> Tensor:
     return torch.where((w > 0) & (gradient > 0), ratio, 1.0)
 
 
-def _decayed(params, grads, weight_decay) -> list[Tensor]:
+def _decayed(params: list[Tensor], grads: list[Tensor], weight_decay: float | Tensor) -> list[Tensor]:
     grads = [g.view_as(p) for p, g in zip(params, grads)]
     if isinstance(weight_decay, Tensor):
         return torch._foreach_add(grads, torch._foreach_mul(list(params), weight_decay))

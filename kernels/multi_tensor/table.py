@@ -56,5 +56,6 @@ def _table(device: torch.device, sizes: tuple, addresses: tuple) -> Table:
     chunks = [(i, c) for i, count in enumerate(counts) for c in range(count)]
     columns = (addresses, torch.int64), (sizes, torch.int64), (chunks, torch.int32), (begin, torch.int32)
     pinned = tuple(torch.tensor(x, dtype=dtype, pin_memory=device.type == "cuda") for x, dtype in columns)
-    on_device = (x.to(device, non_blocking=True) for x in pinned)
-    return Table(*on_device, all(a % 16 == 0 for row in addresses for a in row), pinned)
+    places, elements, numbers, starts = (x.to(device, non_blocking=True) for x in pinned)
+    aligned = all(a % 16 == 0 for row in addresses for a in row)
+    return Table(places, elements, numbers, starts, aligned, pinned)

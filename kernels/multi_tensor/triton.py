@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .reference import LarsOptions
 from .table import CHUNK, table
 
 BLOCK = 1024  # elements of one pass of a program's loop
@@ -189,7 +190,7 @@ def _scalar(x: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((), x, dtype=torch.float32, device=device)
 
 
-def lerp_(targets, sources, weight, found_inf):
+def lerp_(targets: list[Tensor], sources: list[Tensor], weight: float | Tensor, found_inf: Tensor | None) -> None:
     t = table(targets, sources)
     if len(t.chunks):
         lerp_kernel[(len(t.chunks),)](
@@ -206,7 +207,7 @@ def lerp_(targets, sources, weight, found_inf):
         )
 
 
-def square_sums(params, grads, weight_decay):
+def square_sums(params: list[Tensor], grads: list[Tensor], weight_decay: float | Tensor) -> Tensor:
     t, n, device = table(params, grads), len(params), params[0].device
     partial = torch.empty(max(len(t.chunks), 1), 3, device=device)
     out = torch.empty(3, n, device=device)
@@ -226,7 +227,14 @@ def square_sums(params, grads, weight_decay):
     return out
 
 
-def lars_(params, grads, buffers, squares, options, found_inf):
+def lars_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor] | None,
+    squares: Tensor | None,
+    options: LarsOptions,
+    found_inf: Tensor | None,
+) -> None:
     t, device = table(params, grads, *([buffers] if buffers is not None else [])), params[0].device
     if len(t.chunks):
         lars_kernel[(len(t.chunks),)](

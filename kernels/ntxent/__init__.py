@@ -7,7 +7,7 @@ With a process group the rows of all ranks are one batch, and each rank's gradie
 import torch
 from torch import Tensor
 
-from ..collectives import gather, rank_world
+from ..collectives import Group, gather, rank_world
 from ..common import Impl, check_rows, check_triton_dtype, choose
 from . import reference
 
@@ -19,7 +19,7 @@ def ntxent(
     labels: Tensor | None = None,
     decoupled: bool = False,
     normalize: bool = True,
-    group=None,
+    group: Group = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Mean over rows i of log sum_{j != i} exp(s_ij) - mean_{p in P(i)} s_ip, with s = z z^T / temperature.
@@ -49,7 +49,7 @@ def ntxent(
     return triton.ntxent(z, temperature, labels, decoupled, normalize, group)
 
 
-def _row_labels(labels: Tensor, z: Tensor, group) -> Tensor:
+def _row_labels(labels: Tensor, z: Tensor, group: Group) -> Tensor:
     """Labels of the rows of all ranks (int64); each sample without a class gets a unique one."""
     rows = z.shape[0]
     if labels.is_floating_point() or labels.shape not in ((rows,), (rows // 2,)) or labels.device != z.device:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..common import Impl
 from ..testing import leaf
 from . import ntxent
 
@@ -24,7 +25,7 @@ class Case(NamedTuple):
     seeds: int = 3
 
 
-def make(case: Case, device, seed: int) -> dict:
+def make(case: Case, device: torch.device | str, seed: int) -> dict:
     g = torch.Generator().manual_seed(seed)
     m, d = case.rows, case.dim
     z = torch.randn(m, d, generator=g)
@@ -51,7 +52,7 @@ def make(case: Case, device, seed: int) -> dict:
     return {"z": z.to(case.dtype).to(device), "labels": labels}
 
 
-def call(case: Case, x: dict, impl: str) -> dict:
+def call(case: Case, x: dict, impl: Impl) -> dict:
     z = leaf(x["z"])
     loss = ntxent(
         z, case.temperature, labels=x["labels"], decoupled=case.decoupled, normalize=case.normalize, impl=impl

@@ -4,12 +4,15 @@ Shapes: M rows of this rank, N rows of all ranks, D features.
 """
 
 import torch
+from torch import Tensor
 
-from ..collectives import gather_with_grad, rank_world
+from ..collectives import Group, gather_with_grad, rank_world
 from ..common import at_least_float32, l2_normalize
 
 
-def ntxent(z, temperature, labels, decoupled, normalize, group):
+def ntxent(
+    z: Tensor, temperature: float, labels: Tensor | None, decoupled: bool, normalize: bool, group: Group
+) -> Tensor:
     """labels: (N,) of the rows of all ranks; None: the positive is the other view."""
     u_MD = l2_normalize(z) if normalize else at_least_float32(z)
     u_ND = gather_with_grad(u_MD, group)

@@ -3,15 +3,20 @@
 The passes are in kernels/similarity.  Times: docs/kernels.md.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..collectives import group_from_name, group_name, rank_world
+from ..collectives import Group, group_from_name, group_name, rank_world
 from ..rows import fake_normalized_rows, normalize_rows
 from ..similarity import LossSpec, RankRows, Side, classes_of, loss_parts, row_gradients, row_losses
 
 
-def forward(z, labels, temperature, decoupled, normalize, group) -> tuple[Tensor, ...]:
+def forward(
+    z: Tensor, labels: Tensor | None, temperature: float, decoupled: bool, normalize: bool, group: Group
+) -> tuple[Tensor, ...]:
     """The loss, and what backward needs: v, inverse norms and w (see similarity.Side), 1 / number of positives of each
     of this rank's rows, and the classes of all rows (both empty without labels)."""
     rows = RankRows.of(z, group)
@@ -24,7 +29,9 @@ def forward(z, labels, temperature, decoupled, normalize, group) -> tuple[Tensor
     return loss.sum(), v, inv_norm, w, inv_positives, classes
 
 
-def backward(grad, z, saved, temperature, decoupled, normalize, group) -> Tensor:
+def backward(
+    grad: Tensor, z: Tensor, saved: Sequence[Tensor], temperature: float, decoupled: bool, normalize: bool, group: Group
+) -> Tensor:
     v, inv_norm, w, inv_positives, classes = saved
     rows, side = RankRows.of(z, group), Side(v, inv_norm, w)
     spec = LossSpec(temperature, normalize, exclude_self=True, decoupled=decoupled, partner_offset=rows.m // 2)
@@ -40,7 +47,9 @@ def ntxent_op(
 
 
 @ntxent_op.register_fake
-def _(z, labels, temperature, decoupled, normalize, group):
+def _(
+    z: Tensor, labels: Tensor | None, temperature: float, decoupled: bool, normalize: bool, group: str
+) -> tuple[Tensor, ...]:
     v, inv_norm = fake_normalized_rows(z, normalize, rank_world(group_from_name(group))[1])
     inv_positives, classes = (0, 0) if labels is None else (len(z), len(v))
     return (
@@ -61,17 +70,19 @@ def ntxent_backward_op(
 
 
 @ntxent_backward_op.register_fake
-def _(grad, z, saved, temperature, decoupled, normalize, group):
+def _(
+    grad: Tensor, z: Tensor, saved: list[Tensor], temperature: float, decoupled: bool, normalize: bool, group: str
+) -> Tensor:
     return torch.empty(z.shape, dtype=z.dtype, device=z.device)
 
 
-def _setup(ctx, inputs, output):
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)  # zeros for the outputs that are only saved would cost memory and time
     z, _, *ctx.options = inputs
     ctx.save_for_backward(z, *output[1:])
 
 
-def _backward(ctx, grad, *_):
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 6
     z, *saved = ctx.saved_tensors
@@ -81,5 +92,7 @@ def _backward(ctx, grad, *_):
 ntxent_op.register_autograd(_backward, setup_context=_setup)
 
 
-def ntxent(z, temperature, labels, decoupled, normalize, group):
+def ntxent(
+    z: Tensor, temperature: float, labels: Tensor | None, decoupled: bool, normalize: bool, group: Group
+) -> Tensor:
     return ntxent_op(z, labels, float(temperature), decoupled, normalize, group_name(group))[0]

@@ -1,17 +1,21 @@
 """Autograd of a custom op whose forward has computed the gradient already."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch.library import CustomOpDef
 
 
-def register_ready_gradient(op, num_inputs: int) -> None:
+def register_ready_gradient(op: CustomOpDef, num_inputs: int) -> None:
     """For an op that returns (loss, gradient with respect to its first input in float32)."""
 
-    def setup(ctx, inputs, output):
+    def setup(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.set_materialize_grads(False)  # zeros for the gradient of the second output would cost memory and time
         ctx.dtype = inputs[0].dtype
         ctx.save_for_backward(output[1])
 
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         others = (None,) * (num_inputs - 1)
         if grad is None:
             return None, *others

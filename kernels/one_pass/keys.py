@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..collectives import rank_world
+from ..collectives import Group, rank_world
 from ..common import l2_normalize
 from ..precision import input_precision, matmul_float32
 from ..rows import normalize_rows
@@ -90,7 +90,7 @@ def one_pass_tiles(width: int, same_dtype: bool, full_width: bool, device: torch
 
 
 def loss_and_gradient(
-    q: Tensor, k: Tensor, queue: Tensor | None, temperature: float, normalize: bool, group, normalize_k: bool
+    q: Tensor, k: Tensor, queue: Tensor | None, temperature: float, normalize: bool, group: Group, normalize_k: bool
 ) -> tuple[Tensor, Tensor]:
     """InfoNCE of q (M, D) with positives k (M, D), and its gradient with respect to q in float32.
 
@@ -147,7 +147,15 @@ def loss_and_gradient(
     return combine(partial, q, inv_norm if normalize else None, k, dot, temperature, normalize_k)
 
 
-def _by_matmuls(q, u, inv_norm, positives, keys, rank_offset, temperature) -> tuple[Tensor, Tensor]:
+def _by_matmuls(
+    q: Tensor,
+    u: Tensor,
+    inv_norm: Tensor | None,
+    positives: tuple[Tensor, Tensor],
+    keys: Tensor,
+    rank_offset: int | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
     """The same by matmuls over blocks of queries, for rows too wide for the tiles and for float32."""
     positive, dot = positives
     m, d = q.shape

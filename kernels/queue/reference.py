@@ -1,11 +1,12 @@
 """The definition of the circular write in plain PyTorch."""
 
 import torch
+from torch import Tensor
 
 from ..common import l2_normalize
 
 
-def enqueue_(queue, pointer, rows, normalize, found_inf):
+def enqueue_(queue: Tensor, pointer: Tensor, rows: Tensor, normalize: bool, found_inf: Tensor | None) -> None:
     size, n = queue.shape[0], rows.shape[0]
     kept = rows.detach()[-size:]
     if normalize:

@@ -48,7 +48,7 @@ def enqueue_kernel(
         tl.store(pointer_ptr, (pointer + N) % K)
 
 
-def enqueue(queue, pointer, rows, normalize, found_inf=None) -> None:
+def enqueue(queue: Tensor, pointer: Tensor, rows: Tensor, normalize: bool, found_inf: Tensor | None = None) -> None:
     n, d = rows.shape
     block_d = next_power_of_2(d)
     block_n = max(1, 1024 // block_d)
@@ -75,5 +75,5 @@ def enqueue_(queue: Tensor, pointer: Tensor, rows: Tensor, normalize: bool, foun
 
 
 @enqueue_.register_fake
-def _(queue, pointer, rows, normalize, found_inf):
+def _(queue: Tensor, pointer: Tensor, rows: Tensor, normalize: bool, found_inf: Tensor | None) -> None:
     return None

@@ -153,7 +153,13 @@ def loss_parts(num_sides: int, m: int, device: torch.device) -> Tensor:
 
 
 def row_losses(
-    u: Tensor, v: Tensor, rows: RankRows, labels: tuple[Tensor, Tensor] | None, spec: LossSpec, loss: Tensor, factor
+    u: Tensor,
+    v: Tensor,
+    rows: RankRows,
+    labels: tuple[Tensor, Tensor] | None,
+    spec: LossSpec,
+    loss: Tensor,
+    factor: float,
 ) -> tuple[Tensor, Tensor]:
     """The weights w of the rows of all ranks, and 1 / number of positives of this rank's rows (empty without labels).
 

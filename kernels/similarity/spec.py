@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..collectives import rank_world
+from ..collectives import Group, rank_world
 from ..tiling import MAX_D_IN_REGISTERS, Tiles, needs_small_tiles
 
 # |scale s| <= 96.2 there: neither e nor 1 / r leaves float32's [2^-126, 2^127], for 2^30 rows
@@ -37,10 +37,10 @@ class RankRows(NamedTuple):
     m: int  # rows of this rank
     n: int  # rows of all ranks
     offset: int  # number of this rank's first row
-    group: object  # torch.distributed group, None for a single process
+    group: Group
 
     @classmethod
-    def of(cls, x: Tensor, group) -> "RankRows":
+    def of(cls, x: Tensor, group: Group) -> "RankRows":
         rank, world = rank_world(group)
         return cls(len(x), len(x) * world, len(x) * rank, group)
 

@@ -3,11 +3,14 @@
 import torch
 from torch import Tensor
 
+from ..collectives import Group
 from ..common import Impl, check_rows, check_triton_dtype, choose
 from . import reference
 
 
-def sinkhorn_center(logits: Tensor, epsilon: float, *, iterations: int = 3, group=None, impl: Impl = "auto") -> Tensor:
+def sinkhorn_center(
+    logits: Tensor, epsilon: float, *, iterations: int = 3, group: Group = None, impl: Impl = "auto"
+) -> Tensor:
     """The (K,) float32 vector `center` for which softmax((logits - center) / epsilon) are the assignments.
 
     logits (B, K) of B samples on this rank and K prototypes; the columns are balanced over all ranks of `group`.
@@ -30,7 +33,9 @@ def sinkhorn_center(logits: Tensor, epsilon: float, *, iterations: int = 3, grou
         return triton.sinkhorn_center(logits, epsilon, iterations, group)
 
 
-def sinkhorn(logits: Tensor, epsilon: float, *, iterations: int = 3, group=None, impl: Impl = "auto") -> Tensor:
+def sinkhorn(
+    logits: Tensor, epsilon: float, *, iterations: int = 3, group: Group = None, impl: Impl = "auto"
+) -> Tensor:
     """The assignments themselves, (B, K) float32 with rows that sum to 1.  See sinkhorn_center.  No gradient."""
     center = sinkhorn_center(logits, epsilon, iterations=iterations, group=group, impl=impl)
     with torch.no_grad():

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..common import Impl
 from . import sinkhorn, sinkhorn_center
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -21,7 +22,7 @@ class Case(NamedTuple):
     seeds: int = 2
 
 
-def make(case: Case, device, seed: int) -> dict:
+def make(case: Case, device: torch.device | str, seed: int) -> dict:
     g = torch.Generator().manual_seed(seed)
     unit = torch.nn.functional.normalize
     z, c = unit(torch.randn(case.rows, 32, generator=g)), unit(torch.randn(case.prototypes, 32, generator=g))
@@ -29,11 +30,11 @@ def make(case: Case, device, seed: int) -> dict:
     return {"logits": logits.T.contiguous().T if case.strided else logits}
 
 
-def call(case: Case, x: dict, impl: str) -> dict:
-    kwargs = {"iterations": case.iterations, "impl": impl}
-    center = sinkhorn_center(x["logits"], case.epsilon, **kwargs)
+def call(case: Case, x: dict, impl: Impl) -> dict:
+    center = sinkhorn_center(x["logits"], case.epsilon, iterations=case.iterations, impl=impl)
     # a constant added to the center changes no assignment
-    return {"assignments": sinkhorn(x["logits"], case.epsilon, **kwargs), "center": center - center.mean()}
+    assignments = sinkhorn(x["logits"], case.epsilon, iterations=case.iterations, impl=impl)
+    return {"assignments": assignments, "center": center - center.mean()}
 
 
 def scale(case: Case, name: str) -> float:

@@ -2,12 +2,13 @@
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from ..collectives import all_reduce
+from ..collectives import Group, all_reduce
 from ..common import at_least_float32
 
 
-def sinkhorn_center(logits, epsilon, iterations, group):
+def sinkhorn_center(logits: Tensor, epsilon: float, iterations: int, group: Group) -> Tensor:
     x_BK = at_least_float32(logits.detach()) / epsilon
     row_B = torch.zeros(x_BK.shape[0], dtype=x_BK.dtype, device=x_BK.device)
     for _ in range(iterations):
@@ -16,11 +17,11 @@ def sinkhorn_center(logits, epsilon, iterations, group):
     return column_K * epsilon
 
 
-def assign(logits, center, epsilon):
+def assign(logits: Tensor, center: Tensor, epsilon: float) -> Tensor:
     return ((at_least_float32(logits.detach()) - center) / epsilon).softmax(1)
 
 
-def _logsumexp(x, group):
+def _logsumexp(x: Tensor, group: Group) -> Tensor:
     """Over the rows of all ranks."""
     if group is None:
         return x.logsumexp(0)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..collectives import all_reduce, group_from_name, group_name
+from ..collectives import Group, all_reduce, group_from_name, group_name
 from ..tiling import cdiv, split_tiles
 from ..wide_rows import GROUP, alignment, assume_multiple, grouped_columns, row_block, update_max
 
@@ -129,7 +129,7 @@ def row_kernel(
         tl.store(row_ptr + i, -lse)
 
 
-def center(logits: Tensor, epsilon: float, iterations: int, group) -> Tensor:
+def center(logits: Tensor, epsilon: float, iterations: int, group: Group) -> Tensor:
     b, k = logits.shape
     if logits.stride(1) != 1:  # a tile of scattered columns would not fit into registers
         logits = logits.contiguous()
@@ -202,7 +202,7 @@ def center_op(logits: Tensor, epsilon: float, iterations: int, group: str) -> Te
 
 
 @center_op.register_fake
-def _(logits, epsilon, iterations, group):
+def _(logits: Tensor, epsilon: float, iterations: int, group: str) -> Tensor:
     return logits.new_empty(logits.shape[1], dtype=torch.float32)
 
 
@@ -212,13 +212,13 @@ def assign_op(logits: Tensor, center: Tensor, epsilon: float) -> Tensor:
 
 
 @assign_op.register_fake
-def _(logits, center, epsilon):
+def _(logits: Tensor, center: Tensor, epsilon: float) -> Tensor:
     return torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
 
 
-def sinkhorn_center(logits, epsilon, iterations, group):
+def sinkhorn_center(logits: Tensor, epsilon: float, iterations: int, group: Group) -> Tensor:
     return center_op(logits.detach(), float(epsilon), iterations, group_name(group))
 
 
-def assign(logits, center, epsilon):
+def assign(logits: Tensor, center: Tensor, epsilon: float) -> Tensor:
     return assign_op(logits.detach(), center, float(epsilon))

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..common import Impl
 from ..testing import leaf
 from . import soft_cross_entropy
 
@@ -22,7 +23,7 @@ class Case(NamedTuple):
     seeds: int = 3
 
 
-def make(case: Case, device, seed: int) -> dict:
+def make(case: Case, device: torch.device | str, seed: int) -> dict:
     g = torch.Generator().manual_seed(seed)
     s, t = torch.randn(2, case.rows, case.prototypes, generator=g)
     if case.teacher is None:
@@ -33,7 +34,7 @@ def make(case: Case, device, seed: int) -> dict:
     return {"student": s.to(case.dtype).to(device), "teacher": t.to(case.dtype).to(device), "center": center}
 
 
-def call(case: Case, x: dict, impl: str) -> dict:
+def call(case: Case, x: dict, impl: Impl) -> dict:
     student = leaf(x["student"])
     loss = soft_cross_entropy(student, x["teacher"], case.student, case.teacher, center=x["center"], impl=impl)
     return {"loss": loss, "dstudent": torch.autograd.grad(loss, student)[0]}

@@ -3,6 +3,7 @@ gradient.  Bound by memory: student and teacher read twice, the gradient written
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -185,10 +186,16 @@ def gradient_kernel(
 
 
 def _scales(student_temperature: float, teacher_temperature: float | None) -> tuple[float, float]:
-    return tuple(1 / (math.log(2) * t) for t in (student_temperature, teacher_temperature or 1.0))
+    return 1 / (math.log(2) * student_temperature), 1 / (math.log(2) * (teacher_temperature or 1.0))
 
 
-def forward(student, teacher, student_temperature, teacher_temperature, center) -> tuple[Tensor, Tensor]:
+def forward(
+    student: Tensor,
+    teacher: Tensor,
+    student_temperature: float,
+    teacher_temperature: float | None,
+    center: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """The loss, and the (4, M) float32 numbers of the rows that the gradient needs (see rows_kernel)."""
     m, k = student.shape
     f32 = {"dtype": torch.float32, "device": student.device}
@@ -219,7 +226,15 @@ def forward(student, teacher, student_temperature, teacher_temperature, center) 
     return loss.sum(), softmax
 
 
-def backward(grad, student, teacher, center, softmax, student_temperature, teacher_temperature) -> Tensor:
+def backward(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
+    softmax: Tensor,
+    student_temperature: float,
+    teacher_temperature: float | None,
+) -> Tensor:
     m, k = student.shape
     out = torch.empty((m, k), dtype=student.dtype, device=student.device)
     block_k = row_block(k)
@@ -256,7 +271,13 @@ def soft_cross_entropy_op(
 
 
 @soft_cross_entropy_op.register_fake
-def _(student, teacher, center, student_temperature, teacher_temperature):
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
+    student_temperature: float,
+    teacher_temperature: float | None,
+) -> tuple[Tensor, Tensor]:
     f32 = {"dtype": torch.float32}
     return student.new_empty((), **f32), student.new_empty((4, student.shape[0]), **f32)
 
@@ -275,17 +296,25 @@ def soft_cross_entropy_backward_op(
 
 
 @soft_cross_entropy_backward_op.register_fake
-def _(grad, student, teacher, center, softmax, student_temperature, teacher_temperature):
+def _(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
+    softmax: Tensor,
+    student_temperature: float,
+    teacher_temperature: float | None,
+) -> Tensor:
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
-def _setup(ctx, inputs, output):
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)  # zeros for the outputs that are only saved would cost memory and time
     student, teacher, center, *ctx.temperatures = inputs
     ctx.save_for_backward(student, teacher, center, *output[1:])
 
 
-def _backward(ctx, grad, *_):
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 5
     return soft_cross_entropy_backward_op(grad, *ctx.saved_tensors, *ctx.temperatures), None, None, None, None
@@ -294,7 +323,13 @@ def _backward(ctx, grad, *_):
 soft_cross_entropy_op.register_autograd(_backward, setup_context=_setup)
 
 
-def soft_cross_entropy(student, teacher, student_temperature, teacher_temperature, center):
+def soft_cross_entropy(
+    student: Tensor,
+    teacher: Tensor,
+    student_temperature: float,
+    teacher_temperature: float | None,
+    center: Tensor | None,
+) -> Tensor:
     center = None if center is None else center.detach().contiguous()
     tt = None if teacher_temperature is None else float(teacher_temperature)
     return soft_cross_entropy_op(student, teacher.detach(), center, float(student_temperature), tt)[0]

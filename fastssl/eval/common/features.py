@@ -20,6 +20,7 @@ from fastssl import dist
 from fastssl.amp import autocast
 from fastssl.backbones import evaluating
 from fastssl.inference import forward_batches
+from fastssl.kernels import Impl
 from fastssl.kernels.augment import View, make_views
 from fastssl.loader import Batch, Loader, free_memory
 
@@ -87,7 +88,7 @@ class Extractor:
     view: View
     layers: tuple[str, ...] = ("last",)
     precision: str = "fp32"  # of amp.DTYPES
-    kernels: str = "auto"
+    kernels: Impl = "auto"
 
     def __call__(self, batch: Batch) -> list[Tensor]:
         """float32 (B, dim) of each layer; the backbone must be in evaluation mode."""
