@@ -4,6 +4,7 @@ The same operations as in reference.py, on (3, S, S) in [0, 1], and the same par
 shared among torch's number of threads.  Shapes: B samples, S output side.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from .params import COL, OPS, View
 from .reference import JITTER_ORDERS
+
+Array = np.ndarray
 
 ZERO, ONE = np.float32(0), np.float32(1)
 RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # luma, ITU-R 601-2
@@ -26,7 +29,9 @@ FLIP, ANGLE, ORDER, BRIGHTNESS, IS_GRAY, SIGMA, IS_SOLARIZED = (
 )
 
 
-def make_views(pixels: Tensor, sizes: Tensor, views, tables: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def make_views(
+    pixels: Tensor, sizes: Tensor, views: Sequence[View], tables: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
     """See reference.make_views."""
     outs = [torch.empty((len(sizes), view.size, view.size, 3), dtype=torch.float32) for view in views]
     images, shapes = pixels.contiguous().numpy(), sizes.contiguous().numpy()
@@ -66,8 +71,21 @@ def _numbers(view: View) -> tuple:
 
 @njit(nogil=True, cache=True)
 def make_rows(
-    images, sizes, table, start, out, bicubic, reflect, rotates, ops, jitters, radius, threshold, turns, mean_std
-):
+    images: Array,
+    sizes: Array,
+    table: Array,
+    start: int,
+    out: Array,
+    bicubic: bool,
+    reflect: bool,
+    rotates: bool,
+    ops: Array,
+    jitters: Array,
+    radius: int,
+    threshold: float,
+    turns: int,
+    mean_std: Array,
+) -> None:
     """The views out[start:] (S, S, 3) of as many samples as `table` has rows."""
     S = out.shape[1]
     x, y = np.empty((3, S, S), np.float32), np.empty((3, S, S), np.float32)
@@ -92,7 +110,19 @@ def make_rows(
 
 
 @njit(nogil=True, cache=True)
-def taps(S, start, length, low, high, mirrored, bicubic, reflect, first, count, weight):
+def taps(
+    S: int,
+    start: float,
+    length: float,
+    low: float,
+    high: float,
+    mirrored: bool,
+    bicubic: bool,
+    reflect: bool,
+    first: Array,
+    count: Array,
+    weight: Array,
+) -> None:
     """Number of the first source pixel, number of pixels and their weights (S, K) for each of S output pixels."""
     scale = length / S
     stretch = max(scale, 1.0)
@@ -126,7 +156,7 @@ def taps(S, start, length, low, high, mirrored, bicubic, reflect, first, count, 
 
 
 @njit(nogil=True, cache=True)
-def crop(image, width, row, bicubic, reflect, x):
+def crop(image: Array, width: int, row: Array, bicubic: bool, reflect: bool, x: Array) -> None:
     """The box of an image (P, 3) of rows of `width` pixels as (3, S, S) in [0, 1]: columns first, a row at a time."""
     S = x.shape[1]
     longest = int(2 * max(1.0, max(row[H], row[W]) / S) * (2 if bicubic else 1)) + 2
@@ -163,14 +193,14 @@ def crop(image, width, row, bicubic, reflect, x):
 
 
 @njit(nogil=True, cache=True)
-def clamp(x):
+def clamp(x: Array) -> None:
     flat = x.reshape(-1)
     for i in range(len(flat)):
         flat[i] = min(max(flat[i], ZERO), ONE)
 
 
 @njit(nogil=True, cache=True)
-def rotate(x, angle, out):
+def rotate(x: Array, angle: float, out: Array) -> None:
     """Counter-clockwise by `angle` degrees about the centre, bilinear, black outside."""
     S = x.shape[1]
     a = np.deg2rad(angle)
@@ -193,7 +223,7 @@ def rotate(x, angle, out):
 
 
 @njit(nogil=True, cache=True)
-def jitter(x, which, factor):
+def jitter(x: Array, which: int, factor: float) -> None:
     """Brightness, contrast, saturation or hue, by number."""
     flat = x.reshape(3, -1)
     r, g, b = flat[0], flat[1], flat[2]
@@ -208,19 +238,19 @@ def jitter(x, which, factor):
 
 
 @njit(nogil=True, cache=True)
-def brightness(x, factor):
+def brightness(x: Array, factor: float) -> None:
     for i in range(len(x)):
         x[i] = min(max(x[i] * factor, ZERO), ONE)
 
 
 @njit(nogil=True, cache=True)
-def blend(x, factor, add):
+def blend(x: Array, factor: float, add: float) -> None:
     for i in range(len(x)):
         x[i] = min(max(x[i] * factor + add, ZERO), ONE)
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc"})  # the sum in vector registers; its order depends on nothing else
-def mean_luma(r, g, b):
+def mean_luma(r: Array, g: Array, b: Array) -> float:
     total = 0.0
     for i in range(len(r)):
         total += r[i] * RED + g[i] * GREEN + b[i] * BLUE
@@ -228,7 +258,7 @@ def mean_luma(r, g, b):
 
 
 @njit(nogil=True, cache=True)
-def saturation(r, g, b, factor):
+def saturation(r: Array, g: Array, b: Array, factor: float) -> None:
     rest = ONE - factor
     for i in range(len(r)):
         add = rest * (r[i] * RED + g[i] * GREEN + b[i] * BLUE)
@@ -238,7 +268,7 @@ def saturation(r, g, b, factor):
 
 
 @njit(nogil=True, cache=True)
-def hue(r, g, b, shift):
+def hue(r: Array, g: Array, b: Array, shift: float) -> None:
     """Through HSV; back by rgb = min + (max - min) * ramp(hue)."""
     two, three, four, six = np.float32(2), np.float32(3), np.float32(4), np.float32(6)
     sixth, turn = ONE / six, six * shift
@@ -260,7 +290,7 @@ def hue(r, g, b, shift):
 
 
 @njit(nogil=True, cache=True)
-def gray(x):
+def gray(x: Array) -> None:
     flat = x.reshape(3, -1)
     r, g, b = flat[0], flat[1], flat[2]
     for i in range(len(r)):
@@ -271,7 +301,7 @@ def gray(x):
 
 
 @njit(nogil=True, cache=True)
-def blur(x, sigma, radius, rows):
+def blur(x: Array, sigma: float, radius: int, rows: Array) -> None:
     """Gaussian up to 4 sigma, at most `radius`, the border reflected without its edge; `rows`: (3, S, S) to use."""
     S = x.shape[1]
     R = min(int(np.ceil(4 * sigma)), radius)
@@ -293,32 +323,32 @@ def blur(x, sigma, radius, rows):
 
 
 @njit(nogil=True, cache=True)
-def reflected(i, S):
+def reflected(i: int, S: int) -> int:
     i = abs(i)
     return i if i < S else 2 * (S - 1) - i
 
 
 @njit(nogil=True, cache=True)
-def scale(out, w, row):
+def scale(out: Array, w: float, row: Array) -> None:
     for j in range(len(out)):
         out[j] = w * row[j]
 
 
 @njit(nogil=True, cache=True)
-def add_pair(out, w, a, b):
+def add_pair(out: Array, w: float, a: Array, b: Array) -> None:
     for j in range(len(out)):
         out[j] += w * (a[j] + b[j])
 
 
 @njit(nogil=True, cache=True)
-def solarize(x, threshold):
+def solarize(x: Array, threshold: float) -> None:
     flat = x.reshape(-1)
     for i in range(len(flat)):
         flat[i] = ONE - flat[i] if flat[i] >= threshold else flat[i]
 
 
 @njit(nogil=True, cache=True)
-def store(x, turns, mean_std, out):
+def store(x: Array, turns: int, mean_std: Array, out: Array) -> None:
     """x (3, S, S) normalised and turned counter-clockwise by quarters, as (S, S, 3)."""
     S = x.shape[1]
     for c in range(3):
