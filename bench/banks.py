@@ -15,7 +15,6 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from common import append, environment, spread
 
 from fastssl.kernels import update_centroids_
+from fastssl.loader import Batch
 from fastssl.methods import npid, odc
 from fastssl.trainer import Context
 
@@ -116,11 +116,17 @@ def centroids(args: argparse.Namespace, batch: int = 512) -> dict:
     return {"published": published, "ours": ours, "ours, from nothing": run}
 
 
+def batch_of(index: torch.Tensor) -> Batch:
+    """A batch of these samples, whose pixels are not read."""
+    nothing = index.new_empty(0)
+    return Batch(nothing, nothing, index, nothing, epoch=0, step=0)
+
+
 def odc_step(args: argparse.Namespace, batch: int = 512) -> dict:
     method = odc_method(args, batch)
     bank, labels, means = (t.cpu().clone() for t in (method.bank, method.labels, method.centroids))
     index, z = torch.randperm(args.rows)[:batch], torch.randn(batch, 256)
-    given = SimpleNamespace(index=index.to(args.device), epoch=0, step=0)  # step 0: no means of all clusters are due
+    given = batch_of(index.to(args.device))  # step 0: no means of all clusters are due
     out = {"z": z.to(args.device)}
 
     def published() -> None:
@@ -151,7 +157,7 @@ def npid_loss(args: argparse.Namespace, batch: int = 32, dim: int = 128, tempera
         method.to(args.device).bank.copy_(bank)
     z = torch.randn(batch, dim, requires_grad=True)
     index = torch.randperm(args.rows)[:batch]
-    given = SimpleNamespace(index=index.to(args.device), epoch=0, step=0)
+    given = batch_of(index.to(args.device))
     probability, alias = torch.ones(args.rows), torch.zeros(args.rows, dtype=torch.int64)  # of a uniform distribution
 
     def published(drawn: torch.Tensor | None = None) -> torch.Tensor:

@@ -39,8 +39,7 @@ def side(text: str) -> Side:
         commit, _, settings = text.partition(":") if ":" in text.partition("=")[0] else ("", "", text)
     else:
         commit, settings = text, ""
-    commit = None if commit in ("", ".") else _resolve(commit)
-    return Side(text, commit, tuple(s for s in settings.split(",") if s))
+    return Side(text, None if commit in ("", ".") else _resolve(commit), tuple(s for s in settings.split(",") if s))
 
 
 def _resolve(name: str) -> str:
@@ -79,16 +78,18 @@ class Worker:
                 text=True,
                 env={**os.environ, "PYTHONPATH": path},
             )
+        assert self.process.stdin and self.process.stdout, "both are pipes"
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
         self._answer("READY")
 
     def block(self, steps: int) -> tuple[float, float]:
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
+        self.stdin.write(f"{steps}\n")
+        self.stdin.flush()
         rate, loss = json.loads(self._answer("RATE"))
         return rate, loss
 
     def _answer(self, word: str) -> str:
-        for line in self.process.stdout:
+        for line in self.stdout:
             if line.startswith(word):
                 return line[len(word) :]
         self.process.wait()
@@ -96,7 +97,7 @@ class Worker:
         raise ValueError(f"its process ended with {self.process.returncode}: {' '.join(end)[:300]}")
 
     def close(self) -> None:
-        self.process.stdin.close()
+        self.stdin.close()
         try:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
@@ -134,7 +135,8 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     start, env = time.perf_counter(), environment("triton", "deepspeed")
     with tempfile.TemporaryDirectory() as folder:
-        workers, trees, losses = [], [], []
+        workers, trees = [], []
+        losses: dict[int, float] = {}
         try:
             sides = [side(args.a), side(args.b)]
             for name, s in zip("AB", sides):
@@ -155,8 +157,8 @@ def main() -> int:
                 if time.perf_counter() - start > args.seconds:
                     break
                 order = (0, 1) if i % 2 == 0 else (1, 0)  # ABBA: a machine that drifts favours neither
-                losses = dict(sorted((k, workers[k].block(args.steps)) for k in order))
-                for k, (rate, _) in losses.items():
+                for k in order:
+                    rate, losses[k] = workers[k].block(args.steps)
                     rates[k].append(rate)
             if not rates[0]:
                 raise ValueError(f"--seconds {args.seconds:g} were over before the first block")
@@ -170,17 +172,16 @@ def main() -> int:
                 _git("worktree", "remove", "--force", str(tree))
     found = {}
     for k, (name, s) in enumerate(zip("AB", sides)):
+        r = spread(rates[k])
         found[name] = {
             "side": s.text,
             "commit": s.commit or env["commit"],
             "settings": s.settings,
-            "images_per_s": spread(rates[k]),
-            "last_loss": losses[k][1],
+            "images_per_s": r,
+            "last_loss": losses[k],
         }
-        r = found[name]["images_per_s"]
         print(
-            f"{name} {s.text}: {r['median']} images/s ({r['min']} to {r['max']}, n={r['n']}), "
-            f"last loss {losses[k][1]:.6g}"
+            f"{name} {s.text}: {r['median']} images/s ({r['min']} to {r['max']}, n={r['n']}), last loss {losses[k]:.6g}"
         )
     said = verdict(*rates)
     print(said)

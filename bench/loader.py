@@ -89,9 +89,10 @@ def unpack(source: Path, target: Path) -> Path:
             shutil.copy(path, target / f"{i:06d}" / "image.jpg")
         return target
     with tarfile.open(source) as tar:
-        for i, member in enumerate(m for m in tar if m.isfile()):
+        members = (tar.extractfile(member) for member in tar if member.isfile())
+        for i, member in enumerate(filter(None, members)):
             (target / f"{i:06d}").mkdir()
-            (target / f"{i:06d}" / "image.jpg").write_bytes(tar.extractfile(member).read())
+            (target / f"{i:06d}" / "image.jpg").write_bytes(member.read())
     return target
 
 
@@ -197,7 +198,7 @@ def simclr() -> tuple:
 
 def measure(runs: dict, repeats: int) -> dict[str, list[float]]:
     """Images/s, after one repetition that compiles and fills caches; interleaved, so that a slow minute hits all."""
-    rates = {name: [] for name in runs}
+    rates: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
             start = time.perf_counter()

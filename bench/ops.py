@@ -60,7 +60,7 @@ def captured(f: Callable[[], Any]) -> tuple[Callable[[], Any], Any, bool]:
 
 
 def microseconds(run: Callable[[], Any], cold: bool) -> dict[str, float]:
-    scratch = torch.empty(256 << 20, dtype=torch.uint8, device="cuda") if cold else None
+    scratch = torch.empty(256 << 20 if cold else 0, dtype=torch.uint8, device="cuda")
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPETITIONS)]
     for start, stop in events:
         if cold:
@@ -81,7 +81,9 @@ def microseconds(run: Callable[[], Any], cold: bool) -> dict[str, float]:
 
 def measure(op: Op, case: Any) -> dict[str, Any]:
     """One result: errors, then the times of each implementation, or the message under "red" if the check fails."""
-    row = {"case": {k: str(v) for k, v in (case._asdict() if hasattr(case, "_asdict") else vars(case)).items()}}
+    row: dict[str, Any] = {
+        "case": {k: str(v) for k, v in (case._asdict() if hasattr(case, "_asdict") else vars(case)).items()}
+    }
     try:
         row["errors"] = op.check(case)
     except AssertionError as error:
@@ -95,7 +97,11 @@ def measure(op: Op, case: Any) -> dict[str, Any]:
         base = torch.cuda.memory_allocated()
         try:
             run, kept, graph = captured(f)
-            result = {"warm_us": microseconds(run, False), "cold_us": microseconds(run, True), "graph": graph}
+            result: dict[str, Any] = {
+                "warm_us": microseconds(run, False),
+                "cold_us": microseconds(run, True),
+                "graph": graph,
+            }
         except torch.cuda.OutOfMemoryError:
             row["ways"][name] = {"none": "does not fit in memory"}
             continue

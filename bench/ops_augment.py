@@ -70,7 +70,10 @@ def implementations(case: Case) -> dict[str, Callable[[], Any]]:
     image, x = inputs(case)
     views = views_of(case)
     step = partial(make_views, *x, views, seed=0, epoch=1, dtype=case.dtype)
-    result = {"ours": partial(step, impl="triton"), "eager": partial(step, impl="reference")}
+    result: dict[str, Callable[[], Any]] = {
+        "ours": partial(step, impl="triton"),
+        "eager": partial(step, impl="reference"),
+    }
     if case.recipe != "simclr":
         return result
     mean, std = views[0].mean, views[0].std

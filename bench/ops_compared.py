@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -31,18 +31,17 @@ from fastssl.kernels.testing import assert_as_good_as, check, leaf
 Case = Any  # of an op: each has its own class
 Inputs = dict[str, Any]
 Call = Callable[[], Any]
-State = tuple[Tensor, Tensor, Tensor, Tensor]  # table, pointer, rows, index
 
 TRUTH_ROWS = 16384  # above it, the float64 result is computed chunk by chunk
 
 
 @dataclass
 class Op:
-    cases: list
+    cases: Sequence[Case]
     check: Callable[[Case], dict[str, float]]  # largest absolute errors by name; raises AssertionError
     implementations: Callable[[Case], dict[str, Call]]  # "ours" first
     work: Callable[[Case], tuple[int | None, int]]  # operations, if they are counted, and bytes
-    targets: dict[Case, float]  # microseconds on an H200
+    targets: Mapping[Case, float]  # microseconds on an H200
 
 
 def under_autocast(case: Case, f: Call) -> Call:
@@ -59,7 +58,7 @@ def loss_implementations(
     torch.set_float32_matmul_precision(case.precision)
     x = module.make(case, "cuda", 0)
     eager = under_autocast(case, partial(module.call, case, x, "reference"))
-    implementations = {"ours": partial(module.call, case, x, "triton"), "eager": eager}
+    implementations: dict[str, Call] = {"ours": partial(module.call, case, x, "triton"), "eager": eager}
     implementations["compile"] = compiled(module, case, x)
     implementations.update((extra or (lambda *_: {}))(case, x))
     return implementations
@@ -67,6 +66,7 @@ def loss_implementations(
 
 def compiled(module: ModuleType, case: Case, x: Inputs) -> Call:
     """torch.compile of the definition; the gradient is computed outside, since Dynamo does not trace it."""
+    f: Callable[..., Tensor]
     if module is ntxent:
         inputs, f = (
             [leaf(x["z"])],
@@ -218,14 +218,14 @@ UPDATES = [
 ]
 
 
-def update_state(case: Update) -> State:
+def update_state(case: Update) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
     table = torch.nn.functional.normalize(torch.randn(case.size, case.dim, generator=g), dim=1).to(case.dtype).cuda()
     rows = torch.randn(case.rows, case.dim, generator=g).cuda()
     return table, torch.zeros(1, dtype=torch.int64, device="cuda"), rows, torch.randint(case.size, (case.rows,)).cuda()
 
 
-def update_step(case: Update, state: State, impl: Impl) -> None:
+def update_step(case: Update, state: Sequence[Tensor], impl: Impl) -> Tensor:
     table, pointer, rows, index = state
     if case.kind == "queue":
         return enqueue_(table, pointer, rows, impl=impl)
@@ -234,7 +234,8 @@ def update_step(case: Update, state: State, impl: Impl) -> None:
 
 def update_check(case: Update) -> dict[str, float]:
     state = update_state(case)
-    tables = {}
+    tables: dict[str, Tensor] = {}
+    kinds: tuple[tuple[str, Impl, torch.dtype | None], ...]
     kinds = ("ours", "triton", None), ("plain", "reference", None), ("truth", "reference", torch.float64)
     for name, impl, dtype in kinds:
         copy = tuple(x.clone().to(dtype) if dtype and x.is_floating_point() else x.clone() for x in state)
@@ -245,7 +246,7 @@ def update_check(case: Update) -> dict[str, float]:
 
 def update_implementations(case: Update) -> dict[str, Call]:
     state = update_state(case)
-    impls = {"ours": "triton", "eager": "reference"}
+    impls: dict[str, Impl] = {"ours": "triton", "eager": "reference"}
     return {name: partial(update_step, case, state, impl) for name, impl in impls.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class Ours:
 
         self.name, self.step, self.t = name, step, engine.build(run, loader=loader)
 
-    def load(self) -> Iterator:
+    def load(self) -> Generator:
         epoch = 0
         while True:
             yield from self.t.loader.epoch(epoch)
@@ -68,7 +68,7 @@ class Peer:
         self.optimizer = torch.optim.SGD(self.net.parameters(), o.lr, o.momentum, weight_decay=o.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=o.precision == "fp16")
 
-    def load(self) -> Iterator:
+    def load(self) -> Generator:
         while True:
             yield from self.loader()
 

@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None, loader: Loader | None = None) -> int:
         for name in found:
             with contextlib.suppress(PackageNotFoundError):
                 env["versions"][name] = version(name)
-        kinds = {"ours": []}
+        kinds: dict[str, list[str]] = {"ours": []}
         if torch.cuda.is_available():
             kinds = {"ours": ["speed.graph=on"], "ours, no graph": ["speed.graph=off"]}
         ours = [Ours(name, recipe(args, more), loader) for name, more in kinds.items()]

@@ -52,8 +52,7 @@ STEPS = 13  # of a profile, warm ones included (bench/step.py)
 def read(path: Path) -> tuple[float, dict[str, float]]:
     """Milliseconds of a step, and those of the device by kind."""
     text = path.read_text()
-    wall = float(re.search(r"([\d.]+) ms a step", text)[1])
-    busy = float(re.search(r"the device works ([\d.]+) ms", text)[1])
+    wall, busy = (float(re.findall(found, text)[0]) for found in (r"([\d.]+) ms a step", r"device works ([\d.]+) ms"))
     kinds = dict.fromkeys(COLOURS, 0.0)
     for line in text.partition("Self CUDA time total")[0].splitlines():
         row = re.match(r"\s*(.+?)\s\s+.*?(\S+)\s+[\d.]+%\s+\S+\s+\S+\s+\d+\s*$", line)
@@ -67,7 +66,7 @@ def read(path: Path) -> tuple[float, dict[str, float]]:
 
 
 def _ms(text: str) -> float:
-    number, unit = re.match(r"([\d.]+)(us|ms|s)$", text).groups()
+    ((number, unit),) = re.findall(r"^([\d.]+)(us|ms|s)$", text)
     return float(number) * {"us": 1e-3, "ms": 1.0, "s": 1e3}[unit]
 
 

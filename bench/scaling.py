@@ -229,7 +229,7 @@ def main() -> int:
         print(f"{max(ranks)} ranks share {env['cores']} cores: their steps say nothing about {max(ranks)} devices")
     latency, gb_s = args.link or (found[len(ranks) - 1].get("latency_us"), found[len(ranks) - 1].get("gb_s"))
     rows = []
-    if latency is None:
+    if latency is None or gb_s is None:
         print("no model: one rank has no link to measure; give --link US GB_S")
     else:
         source = "given by --link" if args.link else f"measured between {ranks[-1]} ranks here"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,7 +125,7 @@ def compare(data: list[torch.Tensor], budget: float, solver: str, kinds: dict, c
     x, labels, x_test, y_test = (part.numpy() for part in data)
     threads = cpu.threads()
     theirs, fast = solvers.Sklearn(x, x_test), svm.SOLVERS[solver](x, x_test)
-    seconds = {(kind, cost): [] for kind in kinds for cost in svm.COSTS}
+    seconds: dict[tuple[Any, float], list[float]] = {(kind, cost): [] for kind in kinds for cost in svm.COSTS}
     differences, order, timed = [], np.random.default_rng(3), 0.0
     while timed < budget:
         for i in order.permutation(len(seconds)):

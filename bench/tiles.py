@@ -110,7 +110,8 @@ def measure(name: str, width: int, rows: int, arch: int, only_shipped: bool) -> 
     cuda = torch.cuda.is_available()
     _, shipped = build(name, width, rows, arch)
     truth = timed(name, width, rows, None)[1] if cuda else None
-    found, todo = [], [shipped, *([] if only_shipped else candidates(width))]
+    found: list[Found] = []
+    todo = [shipped, *([] if only_shipped else candidates(width))]
     for tiles in todo:
         if tiles[:6] in (line[2][:6] for line in found):
             continue
@@ -122,7 +123,7 @@ def measure(name: str, width: int, rows: int, arch: int, only_shipped: bool) -> 
         if b.registers > 128 and tiles.num_warps == 8 and not only_shipped:
             todo.append(tiles._replace(maxnreg=128))
         us = math.inf
-        if cuda and not b.spills:
+        if truth is not None and not b.spills:
             try:
                 us, result = timed(name, width, rows, tiles)
             except OutOfResources:  # of GPUs with less shared memory than an A100

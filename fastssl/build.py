@@ -6,7 +6,9 @@ import contextlib
 import inspect
 import os
 import warnings
+from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
@@ -21,25 +23,28 @@ from fastssl.meters import Meter
 from fastssl.step import static_step
 from fastssl.trainer import Context, Trainer
 
+if TYPE_CHECKING:
+    from fastssl.hooks import Hook
 
-def build(run: Run, hooks: list = (), device: str | None = None, loader: Loader | None = None) -> Trainer:
+
+def build(run: Run, hooks: Sequence[Hook] = (), device: str | None = None, loader: Loader | None = None) -> Trainer:
     """The trainer of `run` at step 0; ValueError for what cannot be trained.  `loader`: None opens data.train."""
     config.validate(run)
     contract.check_config(run.method)
     hooks = [contract.check_hook(hook) for hook in (*hooks, *run.hooks)]
     backbones.check_sizes(run.backbone, [v.size for v in (*run.data.views, run.data.eval_view) if v is not None])
-    device = dist.init(device)
+    place = dist.init(device)
     set_deterministic(run.deterministic)
-    if device.type == "cuda":  # losses are in fp32: beside a 16-bit network their products may use tensor cores
+    if place.type == "cuda":  # losses are in fp32: beside a 16-bit network their products may use tensor cores
         torch.set_float32_matmul_precision("highest" if run.optim.precision == "fp32" else "high")
-    loader = open_loader(run, device) if loader is None else loader
+    loader = open_loader(run, place) if loader is None else loader
     if run.backbone.in_channels != 3:
         raise ValueError(
             f"backbone.in_channels={run.backbone.in_channels}: views have 3 channels, those of grey images too; leave "
             "it at 3"
         )
     torch.manual_seed(run.seed)  # the same weights, queue and bank on every rank
-    method = prepare(build_method(run, loader), run, device)
+    method = prepare(build_method(run, loader), run, place)
     settings = optim.frozen(run.optim, getattr(method, "freeze_epochs", {}))
     optimizer, schedule = optim.build(
         method.named_parameters(), settings, steps_per_epoch=loader.steps, impl=run.speed.kernels
@@ -52,14 +57,14 @@ def build(run: Run, hooks: list = (), device: str | None = None, loader: Loader 
     t = Trainer(
         run,
         run_folder.path(run),
-        device,
+        place,
         method,
         ds,
         schedule,
         loader,
-        Meter(device, batch=run.optim.batch, precision=run.optim.precision),
-        LossScale(run.optim.precision, "cpu" if run.speed.zero else device),
-        graph.Values(len(ds.optimizer.param_groups), device),
+        Meter(place, batch=run.optim.batch, precision=run.optim.precision),
+        LossScale(run.optim.precision, "cpu" if run.speed.zero else place),
+        graph.Values(len(ds.optimizer.param_groups), place),
         hooks,
     )
     choose_step(t)
@@ -198,7 +203,7 @@ def start_deepspeed(method: nn.Module, optimizer: torch.optim.Optimizer, run: Ru
     deepspeed.utils.logger.setLevel("WARNING")
     # Its shared-memory all-reduce for CPUs is compiled for half a minute at the first start; gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    settings = {
+    settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch(run),
         "gradient_accumulation_steps": 1,  # step.py accumulates, with the loss of the whole batch
         # without this DeepSpeed 0.19 clips at 1.0

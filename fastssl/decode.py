@@ -138,7 +138,8 @@ class BetonReader:
         try:
             if field["mode"] == IMAGE_MODES["raw"]:
                 raise OSError("raw image of a wrong length")
-            image = np.asarray(Image.open(io.BytesIO(self.stored(field["data_ptr"])), formats=("JPEG",)).convert("RGB"))
+            stored = io.BytesIO(self.stored(field["data_ptr"]).data)
+            image = np.asarray(Image.open(stored, formats=("JPEG",)).convert("RGB"))
             if image.shape[:2] != (field["height"], field["width"]):
                 raise OSError(f"its size is {image.shape[:2]}, the file says {field['height'], field['width']}")
         except (OSError, SyntaxError) as error:

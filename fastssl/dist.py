@@ -88,8 +88,10 @@ def from_slurm() -> None:
 
 def _first_node(nodes: str) -> str:
     """The first of a Slurm node list: "gpu[07-09,12],x" -> "gpu07"; "r[1-2]n[03,04]" -> "r1n03"."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)[0]
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    if first is None:
+        raise ValueError(f"SLURM_STEP_NODELIST={nodes!r} names no node; start with srun, or set MASTER_ADDR")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
 def _free_port() -> int:
@@ -179,7 +181,7 @@ def barrier() -> None:
 
 def on_main(function: Callable, *args) -> Any:
     """Call `function(*args)` on rank 0; returns its result, or raises its ValueError or OSError, on every rank."""
-    outcome = [None, None]
+    outcome: list[Any] = [None, None]
     if is_main():
         try:
             outcome[0] = function(*args)

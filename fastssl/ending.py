@@ -14,6 +14,7 @@ import time
 from collections import deque
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as td
@@ -32,6 +33,8 @@ FAILED = "fastssl/failed"  # key in the process group's store: "code rank reason
 class Stopped(SystemExit):
     """A signal has ended the run and a checkpoint is written; `code` is the exit code."""
 
+    code: int
+
     def __init__(self, number: int):
         super().__init__(INTERRUPTED if number == signal.SIGINT else REQUEUE)
 
@@ -43,7 +46,7 @@ class Signals:
     def __init__(self, device: torch.device):
         self.device = device
         self._number, self._time = 0, 0.0
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}  # handlers, as signal.signal returns them
         self._sent: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
 
     def __enter__(self) -> Signals:

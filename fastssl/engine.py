@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -127,7 +127,7 @@ def begin_epoch(t: Trainer, start: int = 0, text: Callable[[str], None] = print)
 
 def batches(
     t: Trainer, begin: Callable[[Trainer, int], np.ndarray | None] = begin_epoch
-) -> Iterator[tuple[int, list[Batch]]]:
+) -> Generator[tuple[int, list[Batch]]]:
     """(epoch, this rank's micro-batches) of one step after another, from `t.step` to the last of the run.
 
     Where an epoch begins, or goes on after a resume, `t.epoch` is set and `begin(t, step in the epoch)` is called,

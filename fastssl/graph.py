@@ -113,6 +113,7 @@ class Graphed:
         return self._captured is not None
 
     def replay(self, batch: Batch) -> tuple[dict[str, Tensor], dict]:
+        assert self._captured is not None, "replay follows ready"
         return self._captured.replay(batch)
 
     def _capture(self, key: Hashable, batch: Batch) -> Captured | None:
@@ -129,9 +130,10 @@ class Graphed:
         except Exception as error:  # anything in a method or a library that is not allowed during a capture
             torch.cuda.set_stream(stream)  # torch.cuda.graph does not restore it where the end of the capture fails
             _recover(device, pool, state)
-            while error.__context__ is not None:  # the first of them is the reason
-                error = error.__context__
-            self.reason = f"the capture failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            first: BaseException = error  # of the errors in its handling: that is the reason
+            while first.__context__ is not None:
+                first = first.__context__
+            self.reason = f"the capture failed: {type(first).__name__}: {' '.join(str(first).split())[:300]}"
             if dist.is_main():
                 print(f"speed.graph: the step is not a CUDA graph: {self.reason}")
             return None

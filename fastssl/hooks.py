@@ -86,7 +86,7 @@ class FeatureCache:
             self._loaders[path] = loader
         return self._loaders[path]
 
-    def match_classes(self, t: Trainer, train: Loader, test: str, labelled: str) -> None:
+    def match_classes(self, t: Trainer, train: Loader, test: str, labelled: classes.Labelled) -> None:
         """Number the classes of the file `test` as in `train`; ValueError where their names do not match."""
         if (test, train.path) not in self._numbers:
             loader = copy.copy(self.loader(t, test))

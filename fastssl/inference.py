@@ -43,5 +43,6 @@ def forward_batches(
 def _one_image(loader: Loader, epoch: int, step: int, count: int) -> Batch:
     """A batch of `count` (0 or 1) black images of one pixel."""
     index, labels = torch.zeros(1, dtype=torch.int64), torch.from_numpy(loader.labels()[:1])
-    parts = torch.zeros(1, 1, 3, dtype=torch.uint8), torch.ones(1, 2, dtype=torch.int32), index, labels
-    return Batch(*[part[:count].to(loader.device) for part in parts], epoch, step)
+    parts = (torch.zeros(1, 1, 3, dtype=torch.uint8), torch.ones(1, 2, dtype=torch.int32), index, labels)
+    pixels, sizes, index, label = (part[:count].to(loader.device) for part in parts)
+    return Batch(pixels, sizes, index, label, epoch, step)

@@ -136,7 +136,7 @@ class Meter:
         for name, start, end in phases:
             spent[name] += self._ms(start, end)
         total = self._ms(begin, stop)
-        record = {f"{name}_ms": ms for name, ms in spent.items()}
+        record: dict[str, float | None] = {f"{name}_ms": ms for name, ms in spent.items()}
         record |= {
             "step": step,
             "other_ms": total - sum(spent.values()),
@@ -144,7 +144,7 @@ class Meter:
             "images_per_s": self.batch / total * 1e3 if total else None,
             "memory_gib": memory_gib(self.device),
         }
-        record["mfu"] = self.flops / (total / 1e3) / self.peak if self.flops and total else None
+        record["mfu"] = self.flops / (total / 1e3) / self.peak if self.flops and self.peak and total else None
         return record
 
     def _ms(self, start: Mark, stop: Mark) -> float:

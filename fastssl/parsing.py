@@ -34,8 +34,12 @@ class Parser(argparse.ArgumentParser):
         if misspelt:
             return message + hint(misspelt[0], names)
         choice = re.match(r"argument ([^ ]+): invalid choice: '(.*?)' \(choose from", message)
-        for action in self._actions if choice else ():
-            if action.choices and choice[1] in ("/".join(action.option_strings), action.metavar, action.dest):
+        for action in self._actions:
+            if (
+                choice
+                and action.choices
+                and choice[1] in ("/".join(action.option_strings), action.metavar, action.dest)
+            ):
                 return message + hint(choice[2], map(str, action.choices))
         return message
 

@@ -77,7 +77,7 @@ def sheet(path: Path, panels: list[tuple[str, Tensor]]) -> None:
         figsize=(0.6 * sum(widths) + len(panels), 0.6 * panels[0][1].shape[0] + 0.6),
     )
     for axis, (title, grid) in zip(axes[0], panels):
-        rows, columns, step, apart = *grid.shape[:2], SIDE + SIDE // 16, SIDE // 8
+        (rows, columns), step, apart = grid.shape[:2], SIDE + SIDE // 16, SIDE // 8
         canvas = torch.ones(rows * step, columns * step + apart, 3)
         for r in range(rows):
             for c in range(columns):

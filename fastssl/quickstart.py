@@ -47,8 +47,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def files(run: config.Run) -> tuple[str, str]:
+    """data.train and data.test, both of which are needed here."""
+    if not run.data.train or not run.data.test:
+        raise ValueError(f"data.train={run.data.train!r}, data.test={run.data.test!r}: quickstart needs both")
+    return run.data.train, run.data.test
+
+
 def convert(run: config.Run) -> None:
-    for split, out in (("train", run.data.train), ("test", run.data.test)):
+    for split, out in zip(("train", "test"), files(run)):
         if not Path(out).exists():
             print(f"\n$ fastssl convert digits {split} {out}", flush=True)
             if data_prep.main(["digits", split, out]):
@@ -60,7 +67,7 @@ def pretrain(run: config.Run, overrides: list[str]) -> None:
     if store.directory(folder).exists():
         print(f"\n{folder} is already trained; delete it to train again")
         return
-    limit = torch.cuda.device_count() or min(2, os.cpu_count())
+    limit = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
     count = max(n for n in range(1, limit + 1) if run.optim.batch % n == 0)
     command = ["--num_gpus", str(count), str(Path(train.__file__)), str(config.quickstart()), *overrides]
     print(f"\n$ deepspeed {' '.join(command)}", flush=True)
@@ -74,9 +81,7 @@ def pretrain(run: config.Run, overrides: list[str]) -> None:
 def report(run: config.Run) -> None:
     """Print the comparison and draw the picture."""
     device = dist.init()
-    loaders = [
-        Loader(path, 256, device=device, shuffle=False, drop_last=False) for path in (run.data.train, run.data.test)
-    ]
+    loaders = [Loader(path, 256, device=device, shuffle=False, drop_last=False) for path in files(run)]
     torch.manual_seed(run.seed)
     untrained, trained = backbones.build(run.backbone), backbones.build(run.backbone)
     folder = run_folder.path(run)
@@ -91,7 +96,8 @@ def report(run: config.Run) -> None:
         f"{'linear, all labels':>20}"
     )
     for name, network in networks.items():
-        sets = [part for loader in loaders for part in extract(network.to(device), loader, run)]
+        bank, bank_labels, x, y = (part for loader in loaders for part in extract(network.to(device), loader, run))
+        sets = bank, bank_labels, x, y
         few = [sum(few_labels(*sets, count, seed) for seed in range(DRAWS)) / DRAWS for count in (1, 5)]
         knn_top1 = knn.knn(*sets, k=(10,))["results"][0]["top1"]
         probe = linear_probe(*sets)["results"][0]["top1"]

@@ -68,6 +68,7 @@ def deepspeed_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tupl
 def direct_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Outputs, dict[str, Any]]:
     """A step at ZeRO 0, in which the host does not wait for the device; with one micro-batch it is a replay of a CUDA
     graph where there is one.  DeepSpeed's own step reads numbers from the device, and here it only counts."""
+    assert t.graphed is not None, "without it DeepSpeed makes the step"
     t.values.write(batch, t.ds.optimizer.param_groups, t.step / t.total_steps)
     phase = t.method.phase(batch.epoch) if hasattr(t.method, "phase") else None
     frozen = tuple(group["frozen"] for group in t.ds.optimizer.param_groups)  # by optim.Schedule
@@ -166,7 +167,8 @@ def accumulate(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Ou
 def accumulate_mean(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Outputs, dict[str, Tensor]]:
     """For a loss that is a mean over samples: one forward and backward for each micro-batch.  All results are
     detached."""
-    statistics, outs, scalars = norm.RunningStatistics(t.method), [], {}
+    statistics, outs = norm.RunningStatistics(t.method), []
+    scalars: dict[str, Tensor] = {}
     forward, total_weight = _forward(t), getattr(t.method, "total_weight", None)
     weight = len(micro_batches[0].index) / len(batch.index)
     for i, micro in enumerate(micro_batches):

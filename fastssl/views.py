@@ -6,6 +6,7 @@ simclr(224, extra=(Lighting(0.1), Erase(p=0.25))).  A recipe of one's own is a t
 """
 
 from dataclasses import replace
+from typing import TypedDict
 
 from fastssl.files.datacard import DataCard
 from fastssl.kernels.augment import View
@@ -38,8 +39,16 @@ __all__ = [
     "swav",
 ]
 
-CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
-CIFAR100 = {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)}
+
+class Normalization(TypedDict):
+    """Of pixels in [0, 1]: (x - mean) / std."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+CIFAR10: Normalization = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+CIFAR100: Normalization = {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)}
 
 
 def _views(*views: View, **changes) -> tuple[View, ...]:
@@ -165,8 +174,6 @@ def default_view(training: View, card: DataCard | None = None) -> View:
     """
     sides = {card.min_side, card.max_height, card.max_width} if card else {None}
     same = len(sides) == 1 and None not in sides
-    resize = training.size if same else round(training.size * 8 / 7)
-    if sides == {training.size}:
-        resize = None
+    resize = None if sides == {training.size} else training.size if same else round(training.size * 8 / 7)
     (view,) = center(training.size, resize)
     return replace(view, mean=training.mean, std=training.std)

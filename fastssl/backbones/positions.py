@@ -64,7 +64,7 @@ def uses_dino_resampling(body: nn.Module | None) -> bool:
 
 
 @functools.cache
-def _resampling() -> type:
+def _resampling() -> type[nn.Module]:
     from timm.models.vision_transformer import VisionTransformer  # takes seconds
 
     class Resampling(VisionTransformer):

@@ -71,8 +71,9 @@ class ResNet(nn.Module):
         channels = spec.width
         for i, count in enumerate(blocks):
             planes = spec.width << i
-            setattr(self, f"layer{i + 1}", _stage(make, channels, planes, count, 2 if i else 1, norm))
-            channels = planes * block.expansion
+            out = planes * block.expansion
+            setattr(self, f"layer{i + 1}", _stage(make, channels, planes, out, count, 2 if i else 1, norm))
+            channels = out
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.dim = channels
         self.stages = (spec.width, *(channels >> i for i in (3, 2, 1, 0)))
@@ -129,9 +130,14 @@ def _stem(spec: Backbone) -> nn.Conv2d:
 
 
 def _stage(
-    make: partial[nn.Module], channels: int, planes: int, count: int, stride: int, norm: Callable[[int], nn.Module]
+    make: partial[nn.Module],
+    channels: int,
+    planes: int,
+    out: int,
+    count: int,
+    stride: int,
+    norm: Callable[[int], nn.Module],
 ) -> nn.Sequential:
-    out = planes * make.func.expansion
     shortcut = None
     if stride != 1 or channels != out:
         shortcut = nn.Sequential(conv1x1(channels, out, stride), norm(out))

@@ -52,7 +52,7 @@ def newest(run_dir: str | Path) -> Path | None:
 
 def find_newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
     """The newest complete checkpoint, and a line for every damaged one that is newer."""
-    damaged = []
+    damaged: list[str] = []
     for path in list_checkpoints(run_dir):
         problem = damage(path)
         if problem is None:

@@ -165,8 +165,8 @@ def _start_plus_plus(x: Tensor, clusters: int, index: Tensor, samples: int, seed
     for draw in range(clusters):
         exponential = -torch.log1p(-philox.uniform(philox.philox4x32(index, STREAM, draw, 0, seed)[0]))
         time = torch.where(nearest > 0, exponential / nearest, math.inf)
-        best = time.argmin()[None] if len(x) else None
-        mine = torch.stack([time[best[0]], index[best[0]].double()]) if len(x) else time.new_tensor([math.inf, 0])
+        best = time.argmin() if len(x) else None
+        mine = time.new_tensor([math.inf, 0]) if best is None else torch.stack([time[best], index[best].double()])
         all_ranks = dist.gather(mine[None])
         winner = all_ranks[all_ranks[:, 0].argmin(), 1].long()
         starts.append(find_rows(x, index, winner[None], samples))

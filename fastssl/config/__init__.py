@@ -3,7 +3,7 @@
 from fastssl.config.bounds import Count, Fraction, NonNegative, Positive, PositiveInt
 from fastssl.config.checks import validate
 from fastssl.config.loading import check, load, quickstart, set_override
-from fastssl.config.sections import STEMS, Backbone, Data, Log, Optim, Run, Speed
+from fastssl.config.sections import STEMS, Backbone, Data, Log, Optim, Precision, Run, Speed
 from fastssl.config.serialize import dump, with_defaults
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Optim",
     "Positive",
     "PositiveInt",
+    "Precision",
     "Run",
     "Speed",
     "check",

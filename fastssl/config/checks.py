@@ -43,7 +43,7 @@ def validate(run: Run) -> None:
     run.name = run.name or _default_name(run)
 
 
-def check_section(name: str, section: Any, kind: type) -> None:
+def check_section(name: str, section: Any, kind: type[Any]) -> None:
     """Check the types and choices of all fields and convert the values, such as lists to tuples."""
     if not isinstance(section, kind):
         raise ValueError(f"{name} must be {kind.__name__}(...), got {section!r}")
@@ -78,13 +78,13 @@ def check_ranges(run: Run) -> None:
     ):
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{key}={value!r} must be positive")
-    for key, value in (
+    for key, count in (
         ("optim.steps", optim.steps),
         ("speed.micro_batch", run.speed.micro_batch),
         ("log.checkpoint_steps", log.checkpoint_steps),
     ):
-        if value is not None and value < 1:
-            raise ValueError(f"{key}={value!r} must be at least 1, or None")
+        if count is not None and count < 1:
+            raise ValueError(f"{key}={count!r} must be at least 1, or None")
     if log.keep != -1 and log.keep < 1:
         raise ValueError(f"log.keep={log.keep} must be at least 1, or -1 to keep every checkpoint")
     if not optim.weight_decay >= 0:

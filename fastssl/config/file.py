@@ -129,7 +129,7 @@ def _parameters(
     recipes do to View), the fields of the dataclass that refused one."""
     known: list[str] = []
     user = next((f for f in reversed(_frames(tb)) if frame and f.f_code.co_filename == frame.filename), None)
-    callee = user and _callee(frame, user, argument)
+    callee = _callee(frame, user, argument) if frame and user else None
     if callee:
         parameters = inspect.signature(callee).parameters.values()
         known = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
@@ -146,21 +146,23 @@ def _parameters(
 
 def _call(frame: traceback.FrameSummary, argument: str) -> ast.Call | None:
     """The shortest call with `argument=` that spans the frame's line."""
+    line = frame.lineno or 0
     calls = [
         node
         for node in ast.walk(ast.parse(Path(frame.filename).read_text()))
         if isinstance(node, ast.Call)
-        and node.lineno <= frame.lineno <= node.end_lineno
+        and node.lineno <= line <= (node.end_lineno or 0)
         and argument in [k.arg for k in node.keywords]
     ]
-    return min(calls, key=lambda c: c.end_lineno - c.lineno, default=None)
+    return min(calls, key=lambda c: (c.end_lineno or 0) - c.lineno, default=None)
 
 
-def _line_number(error: BaseException, frame: traceback.FrameSummary) -> int:
+def _line_number(error: BaseException, frame: traceback.FrameSummary) -> int | None:
     """The frame's line; of a call over several lines that of the keyword which was refused."""
     argument = UNEXPECTED.search(str(error))
-    call = argument and _call(frame, argument[2])
-    return next(k.lineno for k in call.keywords if k.arg == argument[2]) if call else frame.lineno
+    name = argument[2] if argument else ""
+    call = _call(frame, name) if name else None
+    return next(k.lineno for k in call.keywords if k.arg == name) if call else frame.lineno
 
 
 def _callee(frame: traceback.FrameSummary, user: FrameType, argument: str) -> Any:

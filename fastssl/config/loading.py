@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.resources
 from pathlib import Path
 
 from fastssl.config import file as config_file
@@ -13,7 +13,7 @@ from fastssl.config.sections import Run
 
 def quickstart() -> Path:
     """The config that is trained where none is given."""
-    return Path(importlib.util.find_spec("fastssl.configs").origin).parent / "quickstart.py"
+    return Path(str(importlib.resources.files("fastssl.configs"))) / "quickstart.py"
 
 
 def check(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> None:
@@ -22,7 +22,7 @@ def check(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> None
     path = Path(path)
     if not path.is_file():
         near = [*path.parent.glob("*.py"), *path.parent.parent.glob("*/*.py")]  # not deeper, where data may be
-        raise ValueError(f"no config file {path}{settings.hint(path, near)}")
+        raise ValueError(f"no config file {path}{settings.hint(str(path), map(str, near))}")
     typos.check(path, overrides)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Precision = Literal["fp32", "bf16", "fp16"]
+
 # Kernel, stride and padding of a ResNet's first convolution; only "imagenet" has a max-pool after it.  "cifar_pad2" is
 # solo-learn's; "cifar_norelu" has no ReLU after its norm, as lightly's nn.Sequential(*ResNetGenerator().children()).
 STEMS = {"imagenet": (7, 2, 3), "cifar": (3, 1, 1), "cifar_pad2": (3, 1, 2), "cifar_norelu": (3, 1, 1)}
@@ -66,7 +68,7 @@ class Optim:
     # Barlow Twins, VICReg of their authors)
     lars_denominator: Literal["openselfsup", "larc", "sum"] = "openselfsup"
     lr_in_momentum: bool = True  # LARS: lr inside the momentum buffer (OpenSelfSup), or outside (solo-learn)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network; normalisation and statistics are in fp32
+    precision: Precision = "fp32"  # of the network; normalisation and statistics are in fp32
     clip: float = 0.0  # largest gradient norm; 0: not clipped
     clip_each: bool = False  # clip the gradient of every tensor separately (DINO)
     # regular expression -> options; see optim.group_parameters

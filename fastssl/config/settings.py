@@ -52,7 +52,7 @@ def _set(target: Any, path: list[str], value: Any, key: str) -> Any:
             for i, item in enumerate(target)
         ]
         return type(target)(new)
-    if not dataclasses.is_dataclass(target):
+    if not dataclasses.is_dataclass(target) or isinstance(target, type):
         raise ValueError(f"{key}: {type(target).__name__} has no settings below it")
     if name not in names(target):
         below = next((group for group in names(target) if name in _names_below(target, group)), None)  # lr -> optim.lr
@@ -61,7 +61,7 @@ def _set(target: Any, path: list[str], value: Any, key: str) -> Any:
             f"{key}: unknown setting {name!r}{meant} ({type(target).__name__} has {', '.join(names(target))})"
         )
     new = _set(getattr(target, name), rest, value, key) if rest else parse(value, hints(type(target))[name], key)
-    if type(target).__dataclass_params__.frozen:
+    if type(target).__dataclass_params__.frozen:  # type: ignore[attr-defined]  # typeshed does not declare it
         try:
             return dataclasses.replace(target, **{name: new})
         except (TypeError, AttributeError) as error:  # from a __post_init__ that does not expect the value

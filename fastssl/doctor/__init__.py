@@ -37,9 +37,12 @@ REMEDIES = (  # (pattern in the error of an import, remedy); see "When FFCV does
 )
 
 
+Level = Literal["ok", "note", "FAIL"]
+
+
 @dataclass
 class Finding:
-    level: Literal["ok", "note", "FAIL"]  # "note": fastssl works without it
+    level: Level  # "note": fastssl works without it
     what: str
     detail: str
     fix: str = ""
@@ -105,8 +108,12 @@ def check_packages(args: argparse.Namespace) -> list[Finding]:
     return out
 
 
-def _check_package(requirement: str, level: Literal["note", "FAIL"]) -> Finding:
-    name, fix = re.match(r"[\w.-]+", requirement)[0], f'pip install "{requirement}"'
+def _name(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+
+
+def _check_package(requirement: str, level: Level) -> Finding:
+    name, fix = _name(requirement), f'pip install "{requirement}"'
     try:
         found = metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -121,7 +128,7 @@ def _fits(found: str | None, specifier: str) -> bool:
         from packaging.specifiers import SpecifierSet
     except ImportError:
         return True  # a requirement of DeepSpeed, where its absence is found
-    return bool(found) and SpecifierSet(specifier).contains(found, prereleases=True)
+    return found is not None and SpecifierSet(specifier).contains(found, prereleases=True)
 
 
 IMPORTER = """
@@ -143,7 +150,7 @@ def check_imports(args: argparse.Namespace) -> list[Finding]:
         lines = [line for line in metadata.requires("fastssl") or [] if "extra" not in line]
     except metadata.PackageNotFoundError:
         lines = ["torch", "torchvision", "ffcv", "deepspeed"]
-    names = [re.match(r"[\w.-]+", line)[0] for line in lines]
+    names = [_name(line) for line in lines]
     left = list(dict.fromkeys(MODULES.get(name, name) for name in [*names, "triton", "cv2"]))
     out, seconds = [], 0.0
     while left:
@@ -194,7 +201,7 @@ def check_compiler(args: argparse.Namespace) -> list[Finding]:
     import sysconfig
 
     cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
-    level = "FAIL" if shutil.which("nvidia-smi") else "note"
+    level: Level = "FAIL" if shutil.which("nvidia-smi") else "note"
     otherwise = "or train with speed.kernels=reference"
     if not cc:
         detail = "no C compiler: Triton's kernels cannot be built"
@@ -222,7 +229,7 @@ def check_disk(args: argparse.Namespace) -> list[Finding]:
         written, read = _disk_speed(folder)
     except OSError as error:
         return [Finding("FAIL", "disk", f"{folder}: {error}", "give --folder, where you can write")]
-    level = "note" if free < 10 * 2**30 else "ok"
+    level: Level = "note" if free < 10 * 2**30 else "ok"
     return [Finding(level, "disk", f"{free / 2**30:.0f} GiB free, writes {written:.0f} MB/s, reads {read:.0f} MB/s")]
 
 

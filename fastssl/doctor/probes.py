@@ -11,6 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastssl.kernels import Impl
 
 
 def gpu(args: argparse.Namespace) -> dict:
@@ -38,7 +42,8 @@ def kernel(args: argparse.Namespace) -> dict:
     cuda = torch.cuda.is_available()
     z = torch.randn(64, 32, device="cuda" if cuda else "cpu")
     grads, seconds = {}, 0.0
-    for impl in ("reference", "triton")[: 1 + cuda]:
+    implementations: tuple[Impl, ...] = ("reference", "triton") if cuda else ("reference",)
+    for impl in implementations:
         leaf = z.clone().requires_grad_()
         start = time.perf_counter()
         ntxent(leaf, 0.5, impl=impl).backward()

@@ -13,6 +13,7 @@ import argparse
 import difflib
 import importlib
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -103,7 +104,7 @@ def default_out(target: EvalTarget, name: str, args: argparse.Namespace) -> str 
     """eval/PROTOCOL.json in the run's folder, with options that differ from their defaults in the file name, so that
     only an evaluation of the same kind replaces it; None for a weight file."""
     folder = target.run_folder()
-    if folder is None:
+    if folder is None or target.run is None:
         return None
     recipe = getattr(args, "recipe", None)
     path, data = Path(args.target), target.run["data"]
@@ -140,5 +141,5 @@ def table(results: list[dict]) -> str:
         )
         rows.append([result["protocol"], setting, *(f"{row[key]:.2f}" if key in row else "" for key in used)])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    align = [str.ljust, str.ljust, *[str.rjust] * len(used)]
-    return "\n".join("  ".join(f(*pair) for f, *pair in zip(align, row, widths)).rstrip() for row in rows)
+    align: list[Callable[[str, int], str]] = [str.ljust, str.ljust, *[str.rjust] * len(used)]
+    return "\n".join("  ".join(f(cell, n) for f, cell, n in zip(align, row, widths)).rstrip() for row in rows)

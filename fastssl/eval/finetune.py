@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import argparse
 import copy
+from typing import Any
 
 from torch import nn
 
 from fastssl import dist
-from fastssl.config import Optim
+from fastssl.config import Optim, Precision
 from fastssl.eval.common import finetuning
 from fastssl.eval.common.target import EvalTarget
 
 NEEDS = ("train", "test")
-TRANSFORMER = {
+TRANSFORMER: dict[str, Any] = {
     "optimizer": "adamw",
     "lr": 5e-4,
     "train_batch": 1024,
@@ -30,7 +31,7 @@ TRANSFORMER = {
     "drop_path": 0.1,
     "smoothing": 0.1,
 }
-OTHER = {
+OTHER: dict[str, Any] = {
     "optimizer": "sgd",
     "lr": 0.05,
     "train_batch": 256,
@@ -89,14 +90,14 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     }
 
 
-def settings(backbone: nn.Module, chosen: dict, clip: float, precision: str) -> Optim:
+def settings(backbone: nn.Module, chosen: dict, clip: float, precision: Precision) -> Optim:
     """config.Optim of these options; for transformers with a rate for each layer and no decay of norms and biases."""
     lr, batch = chosen["lr"], chosen["train_batch"]
-    paramwise = {}
+    paramwise: dict[str, dict[str, Any]] = {}
     if chosen["layer_decay"] != 1:
         paramwise |= finetuning.layer_decay(backbone, chosen["layer_decay"])
     if hasattr(backbone, "body") and chosen["weight_decay"]:
-        exempt = getattr(backbone.body, "no_weight_decay", set)()
+        exempt: set[str] = getattr(backbone.body, "no_weight_decay", set)()
         names = {name for name, _ in backbone.body.named_parameters()}
         paramwise |= {"ndim<=1": {"weight_decay": 0.0}}
         paramwise |= {rf"^backbone\.body\.{name}$": {"weight_decay": 0.0} for name in sorted(exempt & names)}

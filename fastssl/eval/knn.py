@@ -54,8 +54,10 @@ def knn(
     """
     leave_one_out = queries is None
     check_features("bank", bank, bank_labels)
-    if leave_one_out:
+    if queries is None:
         queries, labels = bank, bank_labels
+    if labels is None:
+        raise ValueError("the queries have no labels: give `labels`, or no queries")
     check_features("queries", queries, labels)
     k = tuple(sorted(set(k)))
     _check(k, temperature)

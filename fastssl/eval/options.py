@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib.util
 from pathlib import Path
 
 from fastssl.config import Optim, settings
@@ -24,9 +23,12 @@ WITHOUT = {  # shared options that would have no effect, by their names in `args
 }
 
 
+FOLDER = Path(__file__).parent
+
+
 def parser(protocol: str) -> Parser:
     """The parser of `fastssl eval PROTOCOL`; its description is the docstring of the protocol's module."""
-    source = Path(importlib.util.find_spec(f"fastssl.eval.{protocol}").origin).read_text()
+    source = next(p for p in (FOLDER / f"{protocol}.py", FOLDER / protocol / "__init__.py") if p.exists()).read_text()
     out = Parser(f"fastssl eval {protocol}", ast.get_docstring(ast.parse(source)))
     add_target_options(out, WITHOUT.get(protocol, ()))
     add_protocol_options(out, protocol)

@@ -23,7 +23,7 @@ from fastssl.loader import Loader, permutation
 
 NEEDS = ("train", "test")
 RATES, HEAD_MULTS = (0.001, 0.01, 0.1), (1.0, 10.0, 100.0)
-WEIGHT_DECAY = {1: 5e-4, 10: 1e-4}  # by percent of the labels
+WEIGHT_DECAY: dict[float, float] = {1: 5e-4, 10: 1e-4}  # by percent of the labels
 
 
 def run(target: EvalTarget, args: argparse.Namespace) -> dict:
@@ -114,8 +114,8 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
         "test": test.samples,
         "classes": classes,
     }
-    rows = [{"percent": percent, **row} for row in results(cells)]
-    return {"protocol": "semisup", "options": options, "results": rows, "selection": cells}
+    found = [{"percent": percent, **row} for row in results(cells)]
+    return {"protocol": "semisup", "options": options, "results": found, "selection": cells}
 
 
 def results(cells: list[dict]) -> list[dict]:
@@ -209,10 +209,11 @@ def _names(path: str, loader: Loader) -> dict[str, int]:
             f"{path} has {len(lines)} names and {loader.path} {loader.samples} images: is it the list "
             "that the file was converted from?"
         )
+    names = loader.classes or []
     for row, (words, label) in enumerate(zip(lines, labels.tolist())):
         folder = Path(words[0]).parent.name
         given = int(words[1]) if len(words) > 1 and words[1].isdecimal() else None
-        given = loader.classes.index(folder) if given is None and folder in (loader.classes or ()) else given
+        given = names.index(folder) if given is None and folder in names else given
         if given not in (None, label):
             raise ValueError(
                 f"{path}, line {row + 1}: {words[0]} is of class {given}, and row {row} of {loader.path} "

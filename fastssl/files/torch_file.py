@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickletools
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any
 
 MAX_DEPTH = 100  # tuples inside each other; torch.save writes about four
 LEGACY_PICKLES = 5  # of a file without a zip: magic number, version, system, object, keys of the storages
@@ -40,19 +40,19 @@ def check(path: str | Path, size: int) -> None:
         for member in archive.infolist():
             if member.filename.endswith("data.pkl"):
                 try:
-                    file = archive.open(member)
+                    pickled = archive.open(member)
                 except Exception as error:
                     raise ValueError(f"{path} is not a complete PyTorch file ({type(error).__name__})") from None
-                with file:
-                    _check_nesting(file, path)
+                with pickled:
+                    _check_nesting(pickled, path)
 
 
-def _check_nesting(file: BinaryIO, path: str | Path) -> bool:
+def _check_nesting(file: IO[bytes], path: str | Path) -> bool:
     """Whether a pickle was read to its end.  `stack` has, for each item of the unpickler's stack, how many tuples are
     inside each other in it."""
     stack: list[int] = []
     marks: list[list[int]] = []
-    memo: dict[int, int] = {}
+    memo: dict[Any, int] = {}
     try:
         for op, arg, _ in pickletools.genops(file):
             name = op.name

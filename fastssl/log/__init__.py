@@ -6,12 +6,13 @@ when the copy has arrived, so that logging never stalls the device.  Lines are t
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from torch import Tensor
 from fastssl import dist, files
 from fastssl.log.records import read
 from fastssl.log.terminal import Terminal
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 COPY_INTERVAL = 10  # steps between two copies of scalars to the host; a killed run loses the lines of as many steps
 
@@ -58,7 +62,8 @@ class Log:
         self.folder, self.every, self.total_steps, self.tensorboard = Path(folder), every, total_steps, tensorboard
         self._terminal = Terminal(self.folder, total_steps) if dist.is_main() else None
         self._resumed = 0  # the step that a resumed run continues from
-        self._file = self._writer = None
+        self._file: io.FileIO | None = None
+        self._writer: SummaryWriter | None = None
         self._buffer: list[Row] = []  # tensors on the device
         self._copies: deque[Copy] = deque()  # on their way to the host
         self._rows: deque[tuple[Row, dict]] = deque()  # on the host, not yet written
@@ -162,11 +167,11 @@ class Log:
             row, record = self._rows.popleft()
             done.append((row, record | (self._timings.pop(row.step, {}) if row.timed else {})))
         if done and self._terminal:
-            self._write(done)
+            self._write(done, self._terminal)
 
-    def _write(self, done: list[tuple[Row, dict]]) -> None:
+    def _write(self, done: list[tuple[Row, dict]], terminal: Terminal) -> None:
         if self._file is None:
-            self._open()
+            self._file = self._open()
         lines = [files.to_json(record) for _, record in done]
         self._file.write(("\n".join(lines) + "\n").encode())  # unbuffered, so a kill leaves whole lines
         for row, record in done:
@@ -175,18 +180,18 @@ class Log:
                 for name, value in record.items():
                     if isinstance(value, int | float) and name != "step":
                         self._writer.add_scalar(name, value, row.step)
-            self._terminal.step(record, row.timed, shown or row.step == self._resumed + 1)  # the first: it runs
+            terminal.step(record, row.timed, shown or row.step == self._resumed + 1)  # the first: it runs
 
-    def _open(self) -> None:
+    def _open(self) -> io.FileIO:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._resumed:  # a new run in a folder without checkpoints
             for old in self.folder.glob("events.out.tfevents.*"):
                 old.unlink()
-        self._file = open(self.folder / "log.jsonl", "ab" if self._resumed else "wb", buffering=0)  # noqa: SIM115
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # 2 s
 
             self._writer = SummaryWriter(str(self.folder), purge_step=self._resumed + 1 if self._resumed else None)
+        return open(self.folder / "log.jsonl", "ab" if self._resumed else "wb", buffering=0)
 
 
 def _scalar(name: str, value: Tensor) -> Tensor:
@@ -206,7 +211,7 @@ def _copy_to_host(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
-def _number(value: Any, values: Iterable) -> Any:
+def _number(value: Any, values: Iterator[float]) -> Any:
     """What is logged for `value`; a tensor's number is the next one of `values`."""
     if isinstance(value, Tensor):
         number = next(values)

@@ -46,13 +46,14 @@ def describe(name: str) -> str:
     from fastssl.trainer import Context
 
     module = importlib.import_module(f"{__name__}.{name}")
+    about = module.__doc__ or ""
     folder = config.quickstart().parent
     run = config.load(folder / "smoke" / f"{name}.py")
     backbone = backbones.build(run.backbone, run.method)
     built = run.method.build(backbone, Context(50_000, run.optim.batch, ["a", "b"], kernels="reference"))
     lines = {
-        "": re.sub(r"\s*https?://\S+", "", module.__doc__.split("\n\n")[0]).replace("\n", " ").strip(),
-        "paper": " ".join(re.findall(r"https?://\S+", module.__doc__)),
+        "": re.sub(r"\s*https?://\S+", "", about.split("\n\n")[0]).replace("\n", " ").strip(),
+        "paper": " ".join(re.findall(r"https?://\S+", about)),
         "views": "any number" if built.views is None else str(built.views),
         "state": ", ".join(state(built)) or "none",
         "settings": ", ".join(f"{key}={value!r}" for key, value in vars(module.Config()).items()),

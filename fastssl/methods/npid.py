@@ -78,7 +78,8 @@ class NPID(nn.Module):
 
     def draw_negatives(self, batch: Batch) -> Tensor:
         """(n, K) indices of rows of the bank, uniform with replacement, other ones for each sample."""
-        return self.to_rows(self.random_words(batch.index[:, None], batch.epoch, self.seed), batch.index[:, None])
+        words = self.random_words(batch.index[:, None], batch.epoch, self.seed)
+        return self.to_rows(words, batch.index[:, None] if self.config.ensure_neg else None)
 
     def draw_shared_negatives(self, batch: Batch) -> Tensor:
         """(K,) indices of rows of the bank, uniform with replacement, equal on all ranks."""
@@ -92,9 +93,9 @@ class NPID(nn.Module):
         return torch.cat(philox.philox4x32(block, STREAM, counter, epoch, seed), 1)[:, : self.config.negatives]
 
     def to_rows(self, words: Tensor, positives: Tensor | None) -> Tensor:
-        """Random integers to indices of the bank's S rows.  With ensure_neg, the indices `positives`, (n, P) or (P,),
-        are excluded: a number below S - P, plus the number of excluded rows up to the row that it stands for."""
-        if not self.config.ensure_neg:
+        """Random integers to indices of the bank's S rows.  The indices `positives`, (n, P) or (P,), are excluded: a
+        number below S - P, plus the number of excluded rows up to the row that it stands for."""
+        if positives is None:
             return philox.below(words, len(self.bank))
         skip = positives.sort(-1).values - torch.arange(positives.shape[-1], device=words.device)
         row = philox.below(words, len(self.bank) - positives.shape[-1])

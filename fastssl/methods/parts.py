@@ -132,8 +132,8 @@ def multi_crop(module: nn.Module, views: list[Tensor], large_crops: int) -> Tens
             "method.large_crops"
         )
     out = []
-    for _, group in itertools.groupby(views, key=lambda x: x.shape[-1]):
-        group = list(group)
+    for _, same_size in itertools.groupby(views, key=lambda x: x.shape[-1]):
+        group = list(same_size)
         out.append(module(torch.cat(group)).unflatten(0, (len(group), -1)))
     return torch.cat(out).transpose(0, 1)
 

@@ -8,6 +8,7 @@ normalised after each step; the original does it before each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,7 +85,7 @@ class SwAV(nn.Module):
         return epoch < self.config.freeze_epochs, bool(self.config.queue) and epoch >= self.config.queue_epoch
 
     @torch.no_grad()
-    def centers(self, scores: tuple[Tensor, ...], epoch: int) -> list[Tensor]:
+    def centers(self, scores: Sequence[Tensor], epoch: int) -> list[Tensor]:
         """(K,) for each large crop; its balanced assignments are softmax((scores - center) / epsilon)."""
         c = self.config
         if c.queue and epoch >= c.queue_epoch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 # Optim.lars_denominator: LARS's options in kernels.multi_tensor
-DENOMINATORS = {"openselfsup": {}, "larc": {"eps": 1e-8}, "sum": {"norm_of_sum": True}}
+DENOMINATORS: dict[str, dict[str, Any]] = {"openselfsup": {}, "larc": {"eps": 1e-8}, "sum": {"norm_of_sum": True}}
 
 
 def build(
@@ -46,7 +47,7 @@ def build(
     schedule = Schedule(named_parameters, optim, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     groups = [{"params": g.params, **g.options} for g in schedule.groups]
     clip_each = optim.clip if optim.clip_each else 0.0
-    shared = {
+    shared: dict[str, Any] = {
         "lr": schedule.lr,
         "momentum": optim.momentum,
         "dampening": optim.dampening,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as td
@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-class ZeroAware:
+class ZeroAware(torch.optim.Optimizer):
     """Base of our optimizers: sums over whole tensors at every ZeRO stage, and the options that they share.  A group
     that is `frozen` keeps its parameters and state, as if it had no gradient; `clip_each` clips the gradient of every
     tensor to that norm (0: no clipping)."""
 
+    param_groups: list[dict[str, Any]]
     needs_whole_tensors = False  # its update takes norms of whole tensors
 
     def __init__(self, *args, clip_each: float = 0.0, **options):
@@ -42,7 +43,7 @@ class ZeroAware:
             grads = self._views(params, [p.grad for p in params])
             squares = torch.stack(torch._foreach_norm(grads)).square()[None] if grads else None
             norms = self._add_fragments(params, squares, 1)
-            if grads:
+            if norms is not None and grads:
                 torch._foreach_mul_(grads, list((self.clip_each / (norms[0].sqrt() + 1e-6)).clamp(max=1.0).unbind()))
         return moving
 

@@ -13,19 +13,17 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from fastssl import dist, files
 from fastssl.parsing import Parser, run_command
 from fastssl.report import cards, run_data, tables
 from fastssl.report.charts import Line, label, legend, line_chart, stacked_chart
 from fastssl.report.run_data import CURVES, HINTS, MAIN, PHASES, RunData
-
-if TYPE_CHECKING:
-    from fastssl.report import samples
 
 T = TypeVar("T")
 
@@ -170,7 +168,7 @@ def training(runs: list[RunData]) -> str:
                     note(f"{CURVES[key][0]}: no run has logged it" + (f"; {HINTS[key]}." if key in HINTS else "."))
                 )
             continue
-        values = {float(v) for line in lines for v in (line.low.min(), line.high.max())}
+        values = {v for line in lines for v in line.range}
         if len(values) == 1 and key not in CURVES:
             constant.append(f"{key} = {label(values.pop())}")
             continue
@@ -238,28 +236,35 @@ def _legend(runs: list[RunData]) -> str:
 
 def pictures(runs: list[RunData], args: argparse.Namespace) -> tuple[list[tuple[str, str]], list[str]]:
     """Views, neighbours and maps of each run, or the reason for their absence; and the baselines of each run."""
-    from fastssl.report import samples
-
     parts: dict[str, list[str]] = {"Views": [], "Nearest neighbours": [], "Embedding map": []}
     baselines = []
     for i, run in enumerate(runs):
-        features, reason = _try(lambda run=run: samples.Features(run, args) if run_data.has_checkpoint(run) else None)
-        reason = reason or note("there is no complete checkpoint: features need one")
-
-        def of(part: Callable[[], str], features: samples.Features | None = features, reason: str = reason) -> str:
-            html, failed = _try(part) if features else (None, reason)
-            return html or failed
-
-        maps = f'<div class="charts">{of(lambda f=features: f.map("pca"))}{of(lambda f=features: f.map("tsne"))}</div>'
-        groups = features.groups() if features else []
-        key = legend([(colour, name) for name, colour, _ in groups]) if groups else ""
-        views, failed = _try(lambda run=run: samples.views(run, args))
-        near = of(lambda f=features: f.neighbours())
-        baselines.append(of(lambda f=features: f.baselines()) if features else "")
-        for name, html in zip(parts, (views or failed, near, key + maps if features else reason)):
+        *figures, compared = _pictures_of(run, args)
+        baselines.append(compared)
+        for name, html in zip(parts, figures):
             title = f'<h3><i class="swatch"></i>{escape(run.label)}</h3>'
             parts[name].append(f'<div class="run s{i} r{i}">{title}{html}</div>')
     return [(name, f'<div class="runs">{"".join(text)}</div>') for name, text in parts.items()], baselines
+
+
+def _pictures_of(run: RunData, args: argparse.Namespace) -> tuple[str, str, str, str]:
+    """Views, neighbours, maps and baselines of a run; where one cannot be made, the reason in its place."""
+    from fastssl.report import samples
+
+    features, reason = _try(lambda: samples.Features(run, args) if run_data.has_checkpoint(run) else None)
+    views, failed = _try(lambda: samples.views(run, args))
+    if features is None:
+        reason = reason or note("there is no complete checkpoint: features need one")
+        return views or failed, reason, reason, ""
+
+    def of(part: Callable[[], str]) -> str:
+        html, failed = _try(part)
+        return html or failed
+
+    maps = f'<div class="charts">{of(partial(features.map, "pca"))}{of(partial(features.map, "tsne"))}</div>'
+    groups = features.groups()
+    key = legend([(colour, name) for name, colour, _ in groups]) if groups else ""
+    return views or failed, of(features.neighbours), key + maps, of(features.baselines)
 
 
 def _try(part: Callable[[], T]) -> tuple[T, str] | tuple[None, str]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
+import numpy as np
+
 from fastssl.files.datacard import DataCard
 from fastssl.report import run_data
 from fastssl.report.charts import duration
@@ -116,7 +118,7 @@ def key_figures(run: RunData) -> list[tuple[str, str, str]]:
         value = f"{y[-1]:.1f} {unit}" if unit else f"{y[-max(1, min(len(y) // 20, 50)) :].mean():.4g}"
         out.append((CURVES[key][0], value, better))
     if "total_ms" in run.scalars:
-        rate = run_data.binned(run, "images_per_s", 1, "total_ms")[1] if "images_per_s" in run.scalars else []
+        rate = run_data.binned(run, "images_per_s", 1, "total_ms")[1] if "images_per_s" in run.scalars else np.empty(0)
         out += [("Images/s", f"{rate.mean():,.0f}", "")] if len(rate) else []
     for key, name, factor, unit in (("mfu", "MFU", 100, "%"), ("memory_gib", "Peak memory", 1, "GiB")):
         if key in run.scalars:

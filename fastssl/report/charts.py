@@ -28,6 +28,11 @@ class Line:
     low: np.ndarray | None = None
     high: np.ndarray | None = None
 
+    @property
+    def range(self) -> tuple[float, float]:
+        low, high = (self.y if part is None else part for part in (self.low, self.high))
+        return float(low.min()), float(high.max())
+
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round values (1, 2 or 5 times a power of ten apart) inside [low, high]."""
@@ -152,7 +157,7 @@ def _curve(frame: Frame, line: Line) -> str:
 
 
 def _band(frame: Frame, line: Line) -> str:
-    if line.low is None or not (line.high > line.low).any():
+    if line.low is None or line.high is None or not (line.high > line.low).any():
         return ""
     x = np.r_[line.x, line.x[::-1]]
     y = np.r_[line.high, line.low[::-1]]

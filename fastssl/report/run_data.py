@@ -10,7 +10,7 @@ import time
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -59,7 +59,7 @@ class RunData:
 
     def setting(self, key: str, default: Any = None) -> Any:
         """A setting of the config by its dotted key."""
-        value = self.config
+        value: Any = self.config
         for name in key.split("."):
             value = value.get(name) if isinstance(value, dict) else None
         return default if value is None else value
@@ -127,14 +127,14 @@ def collapsed(run: RunData) -> list[tuple[str, float, float, int]]:
     three measures."""
     out = []
     for key, limit in COLLAPSE_LIMITS.items():
-        y = run.scalars[key][1] if key in run.scalars else ()
+        y = run.scalars[key][1] if key in run.scalars else np.empty(0)
         count = max(3, len(y) // 10)
         if len(y) >= 3 and (value := float(y[-count:].mean())) < limit:
             out.append((key, value, limit, min(count, len(y))))
     return out
 
 
-def is_evaluation(value: Any) -> bool:
+def is_evaluation(value: Any) -> TypeGuard[dict]:
     rows = value.get("results") if isinstance(value, dict) and isinstance(value.get("protocol"), str) else None
     return isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
 

@@ -113,9 +113,11 @@ class Features:
         counts = np.unique(known, return_counts=True)[1]
         if len(counts) < 2:
             return ""
-        found = [("this network", self.accuracy())]
-        for kind, name in (("untrained", "the same network, untrained"), ("pixels", "pixels")):
-            found.append((name, Features(self.run, self.args, kind).accuracy()))
+        found: list[tuple[str, float | None]] = [
+            ("this network", self.accuracy()),
+            ("the same network, untrained", Features(self.run, self.args, "untrained").accuracy()),
+            ("pixels", Features(self.run, self.args, "pixels").accuracy()),
+        ]
         found.append(("chance (the largest class)", 100 * counts.max() / counts.sum()))
         return cards.baselines(
             found,
@@ -214,15 +216,15 @@ def _sheet(lines: list[list[str]], about: str) -> str:
 def _tile(pixels: Tensor, text: str, mark: str = "", caption: str = "") -> str:
     """An image of pixels (SIDE, SIDE, 3) in [0, 1], as JPEG or PNG, whichever is smaller; `text`: what it shows."""
     image = Image.fromarray((pixels.numpy() * 255).round().astype(np.uint8))
-    best = None
+    encoded = {}
     for kind, options in (("jpeg", {"quality": 88}), ("png", {"optimize": True})):
         out = io.BytesIO()
         image.save(out, kind, **options)
-        if best is None or out.tell() < len(best[1]):
-            best = kind, out.getvalue()
-    data = base64.b64encode(best[1]).decode()
+        encoded[kind] = out.getvalue()
+    kind = min(encoded, key=lambda kind: len(encoded[kind]))
+    data = base64.b64encode(encoded[kind]).decode()
     side, below = pictures.SIDE, f"<small>{escape(caption)}</small>" if caption else ""
     return (
-        f'<span class="tile{mark}"><img src="data:image/{best[0]};base64,{data}" width="{side}" height="{side}" '
+        f'<span class="tile{mark}"><img src="data:image/{kind};base64,{data}" width="{side}" height="{side}" '
         f'alt="{escape(text)}" title="{escape(text)}">{below}</span>'
     )

@@ -84,7 +84,8 @@ def evaluations(runs: list[RunData]) -> str:
     found: dict[tuple, dict[int, list[dict]]] = {}  # (protocol, features, test file) -> run -> rows
     for i, run in enumerate(runs):
         for file, result in run.evaluations:
-            of = result.get("of") if isinstance(result.get("of"), dict) else {}
+            of = result.get("of")
+            of = of if isinstance(of, dict) else {}
             key = result["protocol"], str(of.get("features", "weights")), str(of.get("test") or "")
             rows = found.setdefault(key, {}).setdefault(i, [])
             rows += [{**row, "": f"{file}: {json.dumps(result.get('options', {}))}"} for row in result["results"]]
@@ -95,7 +96,7 @@ def evaluations(runs: list[RunData]) -> str:
         position = order.index(protocol) if protocol in order else len(order)
         return position, protocol, test, features != "weights", features
 
-    rows = []
+    lines: list[tuple[list[str], list[str], bool]] = []
     for key in sorted(found, key=rank):
         protocol, features, test = key
         by_run = found[key]
@@ -108,9 +109,9 @@ def evaluations(runs: list[RunData]) -> str:
             values = [row[metric] for row in all_rows if is_number(row.get(metric))]
             best = max(values) if len(values) > 1 and metric not in SPREAD else None
             cells = [_cell(by_run.get(i, []), metric, best) for i in range(len(runs))]
-            rows.append(([first, escape(METRICS.get(metric, ""))], cells, False))
+            lines.append(([first, escape(METRICS.get(metric, ""))], cells, False))
     marked = '<p class="about">The <b class="best">best</b> of a row is marked; the setting is above each figure.</p>'
-    return marked + table(["protocol, test file", "metric"], runs, rows)
+    return marked + table(["protocol, test file", "metric"], runs, lines)
 
 
 def _cell(rows: list[dict], metric: str, best: float | None) -> str:

@@ -44,7 +44,10 @@ def priority(prefix: str) -> int:
     return 2 if names & STUDENT else 1 if names & TEACHER else 0
 
 
-def select_copies(prefixes: list[str], which: Literal["student", "teacher"]) -> list[str]:
+Which = Literal["student", "teacher"]
+
+
+def select_copies(prefixes: list[str], which: Which) -> list[str]:
     """The copies that are the "student" or the "teacher", by the names in their prefixes.  Where only the other one has
     such a name, the rest are meant (MoCo's `encoder_q` beside `encoder_k`)."""
     mine, other = (STUDENT, TEACHER) if which == "student" else (TEACHER, STUDENT)

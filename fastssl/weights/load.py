@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,11 +71,7 @@ class LoadReport:
 
 
 def load_backbone(
-    path: str | Path,
-    backbone: nn.Module,
-    *,
-    prefix: str | None = None,
-    which: Literal["student", "teacher"] | None = None,
+    path: str | Path, backbone: nn.Module, *, prefix: str | None = None, which: foreign.Which | None = None
 ) -> LoadReport:
     """Load every parameter and buffer of `backbone` from a run folder, a checkpoint folder, .safetensors, .pt or .pth;
     "torchvision" and "timm" download their default weights.
@@ -152,6 +147,7 @@ def _resample(found: dict[str, Tensor], net: nn.Module) -> str | None:
 
 def _rename_keys(state: dict[str, Tensor], needed: list[str]) -> tuple[str | None, dict[str, Tensor]]:
     """The layout of the keys and `state` under our keys, where some layout fits better than the keys as they are."""
+    best: tuple[int, str | None, dict[str, Tensor]]
     best = (max(_count_matches(state, needed).values(), default=0), None, state)
     if best[0] < len(needed):
         for layout, names in foreign.matching_layouts(list(state)):
@@ -172,7 +168,9 @@ def _count_matches(state: dict[str, Tensor], needed: list[str]) -> dict[str, int
     return {p: sum(p + name in state for name in needed) for p in starts if p == "" or p.endswith(".")}
 
 
-def _prefix(file: str, state: dict[str, Tensor], needed: list[str], prefix: str | None, which: str | None) -> str:
+def _prefix(
+    file: str, state: dict[str, Tensor], needed: list[str], prefix: str | None, which: foreign.Which | None
+) -> str:
     """The prefix of the copy to load: the given one, or the one found."""
     if prefix is None:
         if which is None and DINO_KEY in state:
@@ -183,7 +181,7 @@ def _prefix(file: str, state: dict[str, Tensor], needed: list[str], prefix: str 
     return prefix if prefix == "" or prefix.endswith(".") else prefix + "."
 
 
-def _find_prefix(file: str, state: dict[str, Tensor], needed: list[str], which: str | None) -> str:
+def _find_prefix(file: str, state: dict[str, Tensor], needed: list[str], which: foreign.Which | None) -> str:
     """The prefix with most of the backbone's keys.  Among equals: the copy that is evaluated, then the shortest."""
     count = _count_matches(state, needed)
     if not count:

@@ -244,13 +244,13 @@ def brightness(x: Array, factor: float) -> None:
 
 
 @njit(nogil=True, cache=True)
-def blend(x: Array, factor: float, add: float) -> None:
+def blend(x: Array, factor: float, add: float | np.float32) -> None:
     for i in range(len(x)):
         x[i] = min(max(x[i] * factor + add, ZERO), ONE)
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc"})  # the sum in vector registers; its order depends on nothing else
-def mean_luma(r: Array, g: Array, b: Array) -> float:
+def mean_luma(r: Array, g: Array, b: Array) -> np.float32:
     total = 0.0
     for i in range(len(r)):
         total += r[i] * RED + g[i] * GREEN + b[i] * BLUE

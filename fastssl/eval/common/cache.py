@@ -131,7 +131,7 @@ class FeatureStore:
         try:
             for name, part in zip(self.layers, parts):
                 np.save(temporary / f"{name}.npy", part)
-            sums = {name: zlib.crc32(part) for name, part in zip(self.layers, parts)}
+            sums = {name: zlib.crc32(part.data) for name, part in zip(self.layers, parts)}
             (temporary / "crc32.json").write_text(json.dumps(sums))
             temporary.chmod(0o755)  # mkdtemp's are for the owner alone
             shutil.rmtree(self.shard(k), ignore_errors=True)  # damaged, or the same from another process

@@ -27,8 +27,8 @@ def match(train: Loader, test: Loader, labelled: Labelled = "all") -> None:
     y, test_y = train.labels(), test.labels()
     if labelled == "none" and any(part.ndim == 1 and (part < 0).all() for part in (y, test_y)):
         return
-    for loader, found, strict in ((train, y, labelled == "all"), (test, test_y, labelled != "none")):
-        _check_labels(loader, found, strict)
+    for loader, numbers, strict in ((train, y, labelled == "all"), (test, test_y, labelled != "none")):
+        _check_labels(loader, numbers, strict)
     if y.ndim != test_y.ndim:
         first, second = ("one class", "several labels") if y.ndim == 1 else ("several labels", "one class")
         raise ValueError(f"{train.path} has {first} an image and {test.path} {second}: they cannot be compared")
@@ -42,7 +42,7 @@ def match(train: Loader, test: Loader, labelled: Labelled = "all") -> None:
     if names and names == test_names:
         return
     if names and test_names and set(test_names) <= set(names) and _unique(names) and _unique(test_names):
-        return _by_name(train, test, y.ndim == 2)
+        return _by_name(train, names, test, test_names, y.ndim == 2)
     if names and test_names and not _are_numbers(names) and not _are_numbers(test_names):
         unknown = [name for name in test_names if name not in names]
         why = (
@@ -83,8 +83,7 @@ def _check_labels(loader: Loader, labels: np.ndarray, strict: bool) -> None:
         )
 
 
-def _by_name(train: Loader, test: Loader, multi: bool) -> None:
-    names, test_names = train.classes, test.classes
+def _by_name(train: Loader, names: list[str], test: Loader, test_names: list[str], multi: bool) -> None:
     missing = [name for name in names if name not in test_names]
     if multi and missing:
         raise ValueError(

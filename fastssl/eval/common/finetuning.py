@@ -174,7 +174,7 @@ def layer_decay(backbone: nn.Module, decay: float) -> dict[str, dict]:
 def transformer_blocks(backbone: nn.Module, what: str) -> nn.Module:
     """The list of blocks of a timm transformer; `what` needs it, for the error."""
     body = getattr(backbone, "body", None)
-    if not hasattr(body, "blocks") or not hasattr(body, "patch_embed"):
+    if body is None or not hasattr(body, "blocks") or not hasattr(body, "patch_embed"):
         raise ValueError(f"{what} needs a timm transformer with patch_embed and blocks, such as vit_base_patch16_224")
     return body.blocks
 

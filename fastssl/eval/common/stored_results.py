@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,38 +25,38 @@ class StoredResults:
     def __init__(self, out: str | None, facts: dict) -> None:
         self.path = Path(out).with_suffix(".part.jsonl") if out else None
         self.key = files.sha256_json(facts)
-        self.done: dict[str, Any] = on_main(self._begin, REMEDY) if self.path else {}
+        self.done: dict[str, Any] = on_main(partial(self._begin, self.path), REMEDY) if self.path else {}
 
     def get(self, name: str, compute: Callable[[], Any]) -> Any:
         """The stored result of that name, or else what `compute()` returns, which JSON must be able to hold."""
         if name not in self.done:
             self.done[name] = compute()
             if self.path:
-                on_main(lambda: self._append({"name": name, "result": self.done[name]}), REMEDY)
+                on_main(partial(self._append, self.path, {"name": name, "result": self.done[name]}), REMEDY)
         return self.done[name]
 
     def remove(self) -> None:
         """Delete the file, when all results are in one."""
         if self.path:
-            on_main(lambda: self.path.unlink(missing_ok=True), REMEDY)
+            on_main(partial(self.path.unlink, missing_ok=True), REMEDY)
 
-    def _begin(self) -> dict[str, Any]:
+    def _begin(self, path: Path) -> dict[str, Any]:
         lines = []
-        if self.path.exists():
-            for line in self.path.read_text(errors="replace").splitlines():
+        if path.exists():
+            for line in path.read_text(errors="replace").splitlines():
                 try:
                     lines.append(json.loads(line))
                 except ValueError:  # the line that was being written
                     break
         if lines and lines[0] != {"key": self.key}:
-            print(f"{self.path} is of other settings, data or weights: starting over", flush=True)
+            print(f"{path} is of other settings, data or weights: starting over", flush=True)
             lines = []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in [{"key": self.key}, *lines[1:]]))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(line) + "\n" for line in [{"key": self.key}, *lines[1:]]))
         return {line["name"]: line["result"] for line in lines[1:]}
 
-    def _append(self, line: dict) -> None:
-        with open(self.path, "a") as f:
+    def _append(self, path: Path, line: dict) -> None:
+        with open(path, "a") as f:
             f.write(json.dumps(line) + "\n")
             f.flush()
             os.fsync(f.fileno())

@@ -32,8 +32,8 @@ class EvalTarget:
     view: View
     weights: str
     run: dict | None
-    train: str | None
-    test: str | None
+    train: str  # "": the protocol reads none, and none is given
+    test: str
     args: argparse.Namespace
     numbers: np.ndarray | None = None  # class in `train` of each class of `test`, where they differ
     classes: list[str] | None = None  # of `train`
@@ -41,7 +41,7 @@ class EvalTarget:
     def loader(self, path: str) -> Loader:
         """In file order; the labels of the test file are class numbers of the training file once they are matched."""
         loader = _loader(path, self.args)
-        if self.numbers is not None and path == self.test:
+        if self.numbers is not None and self.classes is not None and path == self.test:
             loader.relabel(self.numbers, self.classes)
         return loader
 
@@ -85,8 +85,8 @@ class EvalTarget:
             "backbone": dataclasses.asdict(self.spec),
             "features": self.args.features,
             "weights": self.weights,
-            "train": self.train,
-            "test": self.test,
+            "train": self.train or None,
+            "test": self.test or None,
             "view": dataclasses.asdict(self.view),
             "precision": self.args.precision,
         }
@@ -101,7 +101,10 @@ def load_target(args: argparse.Namespace, needs: tuple[str, ...] | None, labelle
         raise ValueError(f"no run folder or weight file {args.target}")
     run = weights.run_config(args.target) if args.target else None
     data = run["data"] if run else {}
-    files = {"train": args.train or data.get("bank") or data.get("train"), "test": args.test or data.get("test")}
+    files: dict[str, str] = {
+        "train": args.train or data.get("bank") or data.get("train") or "",
+        "test": args.test or data.get("test") or "",
+    }
     missing = next((name for name in needs or () if not files[name]), None)
     if missing:
         raise ValueError(f"give --{missing} NAME.beton: {args.target or 'the command'} names none")
@@ -109,7 +112,7 @@ def load_target(args: argparse.Namespace, needs: tuple[str, ...] | None, labelle
     if spec is None and args.features != "pixels":
         raise ValueError("a weight file does not name its backbone: give --backbone NAME (and --stem, --norm, --width)")
     spec = spec or Backbone("resnet50")
-    some = next((files[name] for name in (*(needs or ()), *files) if files[name]), None)
+    some = next((files[name] for name in (*(needs or ()), *files) if files[name]), "")
     if needs is not None and not some:
         raise ValueError(f"give --train or --test NAME.beton: {args.target or 'the command'} names none")
     view = _view(args, data, spec, None if needs is None else _loader(some, args).card)

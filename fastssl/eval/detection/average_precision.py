@@ -21,6 +21,8 @@ def average_precision(
     count.  `eleven`: precision at 11 recalls instead of 101, VOC2007's measure.  Difficult objects are not counted;
     detections of them are neither right nor wrong.
     """
+    COCOeval: Any
+    COCO: Any
     COCOeval, COCO = import_pycocotools()
 
     class Evaluation(COCOeval):
@@ -92,7 +94,7 @@ def _xywh(box: Sequence[float]) -> list[float]:
     return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
 
 
-def import_pycocotools() -> tuple[type, type]:
+def import_pycocotools() -> tuple[Any, Any]:
     """COCOeval and COCO."""
     try:
         from pycocotools.coco import COCO

@@ -39,7 +39,7 @@ class Picture:
     def add(
         self,
         where: str,
-        box: tuple[float, ...],
+        box: tuple[float, float, float, float],
         label: int,
         *,
         area: float | None = None,
@@ -144,8 +144,8 @@ def _voc(base: Path, name: str, classes: tuple[str, ...], drop_empty: bool) -> P
 def _number(file: Path, node: ElementTree.Element, path: str) -> float:
     text = node.findtext(path)
     try:
-        return float(text)
-    except (TypeError, ValueError):
+        return float(text or "")
+    except ValueError:
         what = "has no" if text is None else f"has {text.strip()!r} for"
         raise ValueError(f"{file} {what} {node.tag}/{path}") from None
 

@@ -71,7 +71,8 @@ def linear_probe(
 
     mean, scale = _standard(train)
     x = _scaled(train, mean, scale)
-    fit, settings = {"sgd": _sgd, "lbfgs": _lbfgs}[solver], (classes, options.epochs, options.batch, options.seed)
+    fit = _sgd if solver == "sgd" else _lbfgs
+    settings = (classes, options.epochs, options.batch, options.seed)
     w_DGC = fit(x[rest], train_labels[rest], grid, *settings)
     top1 = [accuracy(x[held_out] @ w, train_labels[held_out])["top1"] for w in w_DGC.unbind(1)]
     best = grid[top1.index(max(top1))]  # the smallest of equals

@@ -15,7 +15,7 @@ class Recipe:
     epochs: int
     batch: int = 256
     layers: tuple[str, ...] | None = ("last",)  # None: all maps
-    milestones: tuple[int, ...] = ()  # epochs where the rate falls to a tenth; none: a cosine, constant within an epoch
+    milestones: tuple[float, ...] = ()  # epochs where the rate falls to a tenth; none: a cosine by epochs
     weight_decay: float = 0.0
     nesterov: bool = False
     lars: bool = False

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from sklearn.model_selection import StratifiedKFold
@@ -21,17 +23,17 @@ from fastssl.eval.common.features import check_finite
 from fastssl.eval.common.target import EvalTarget
 from fastssl.eval.options import SVM_COSTS
 from fastssl.eval.svm.cuda import Cuda
-from fastssl.eval.svm.solvers import POSITIVE_WEIGHT, Fast, Sklearn, average_precision
+from fastssl.eval.svm.solvers import POSITIVE_WEIGHT, Fast, Sklearn, Solver, average_precision
 
 NEEDS = ("train", "test")
 COSTS = SVM_COSTS
-SOLVERS = {"fast": Fast, "cuda": Cuda, "sklearn": Sklearn}
+SOLVERS: dict[str, type[Solver]] = {"fast": Fast, "cuda": Cuda, "sklearn": Sklearn}
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
 
 
 def run(target: EvalTarget, args: argparse.Namespace) -> dict:
-    unused = ("folds",) if args.low_shot else ("shots", "samples")
-    unused = [name for name in unused if getattr(args, name) is not None]
+    names = ("folds",) if args.low_shot else ("shots", "samples")
+    unused = [name for name in names if getattr(args, name) is not None]
     if unused:
         raise ValueError(f"--{unused[0]} is for the protocol {'without' if args.low_shot else 'with'} --low-shot")
     if args.crop == "squash":
@@ -49,12 +51,13 @@ def _layers(
     features: dict[str, tuple[Tensor, Tensor]], labels: Tensor, test_labels: Tensor, args: argparse.Namespace
 ) -> dict:
     few = len(labels) <= 2 * max(part.shape[1] for part, _ in features.values())  # else see newton.Rows
-    options = {"costs": args.costs, "solver": args.solver or ("cuda" if args.device.type == "cuda" and few else "fast")}
+    options: dict[str, Any] = {
+        "costs": args.costs,
+        "solver": args.solver or ("cuda" if args.device.type == "cuda" and few else "fast"),
+    }
     given = {key: getattr(args, key) for key in ("shots", "samples", "folds") if getattr(args, key) is not None}
-    if args.low_shot:
-        call, options["draws"] = low_shot, Draws(seed=args.seed, **given)
-    else:
-        call, options = svm, options | given
+    call: Callable[..., dict] = low_shot if args.low_shot else svm
+    options |= {"draws": Draws(seed=args.seed, **given)} if args.low_shot else given
     results = {name: call(train, labels, test, test_labels, **options) for name, (train, test) in features.items()}
     rows = [{"layer": name, **row} for name, result in results.items() for row in result["results"]]
     if len(results) > 1 and not args.low_shot:  # the published number is that of the best layer
@@ -154,7 +157,7 @@ def low_shot(
         ap[True][at] = 100 * average_precision(on_test, np.broadcast_to(y_test[:, c], on_test.shape))
         if (rest > 0).any():  # else all images of the class are drawn
             ap[False][at] = 100 * average_precision(on_train, np.broadcast_to(rest, on_train.shape))
-    rows = [row for i, k in enumerate(shots) for row in _choose(k, ap[True][i], ap[False][i], costs)]
+    results = [row for i, k in enumerate(shots) for row in _choose(k, ap[True][i], ap[False][i], costs)]
     options = {
         "shots": list(shots),
         "samples": samples,
@@ -167,7 +170,7 @@ def low_shot(
         "seed": draws.seed,
         "fits": len(problems) * len(costs),
     }
-    return {"protocol": "svm", "options": options, "results": rows, "classes": []}
+    return {"protocol": "svm", "options": options, "results": results, "classes": []}
 
 
 def draw(labels: np.ndarray, k: int, classes: int, rng: np.random.Generator) -> np.ndarray:

@@ -238,7 +238,7 @@ class Cuda:
         return np.reshape(ap, (C, folds, len(costs))).mean(1).T
 
     def refit(self, positive_NC: np.ndarray, cost_C: np.ndarray) -> np.ndarray:
-        out = []
+        out: list[tuple[Any, Any]] = []
         for c, cost in enumerate(cost_C):
             out += self.scores([(np.arange(len(positive_NC)), positive_NC[:, c])], (cost,))
         return np.stack([on_test[0].get() for on_test, _ in out])

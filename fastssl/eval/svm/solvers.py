@@ -75,7 +75,7 @@ class Fast:
     def __init__(self, x: np.ndarray, x_test: np.ndarray) -> None:
         self.rows = cpu.Rows(x)
         self.x_test = np.concatenate([x_test, np.ones((len(x_test), 1), np.float32)], 1)
-        self._test = None
+        self._test: np.ndarray | None = None
 
     def cross_validate(self, positive_NC: np.ndarray, held_out_CFN: np.ndarray, costs: Costs) -> np.ndarray:
         C, folds, N = held_out_CFN.shape
@@ -98,16 +98,17 @@ class Fast:
         A, At = self.rows.operator
         if not len(At) and self._test is None:
             self._test = self.rows.x_NE @ self.x_test.T
+        test = self._test
 
         def work(problem: Problem) -> Scores:
             rows, positive = problem
             y, weight = np.where(positive, 1, -1), np.where(positive, POSITIVE_WEIGHT, 1)
             own_rows = self.rows.x_NE[rows] if len(At) else A[rows]
             b = cpu.solve_few(own_rows @ own_rows.T if len(At) else own_rows.take(rows, 1), y, weight, costs)
-            if len(At):
+            if test is None:
                 w = b @ own_rows
                 return w @ self.x_test.T, w @ self.rows.x_NE.T
-            return b @ self._test[rows], b @ own_rows
+            return b @ test[rows], b @ own_rows
 
         return cpu.parallel_map(work, problems)
 
@@ -143,7 +144,8 @@ class Sklearn:
     def few(self, problems: list[Problem], costs: Costs) -> Iterator[Scores]:
         def work(x: np.ndarray, x_test: np.ndarray, rows: np.ndarray, positive: np.ndarray) -> Scores:
             fits = [fit(x[rows], positive, cost) for cost in costs]
-            return tuple(np.stack([f.decision_function(part) for f in fits]) for part in (x_test, x))
+            on_test, on_train = (np.stack([f.decision_function(part) for f in fits]) for part in (x_test, x))
+            return on_test, on_train
 
         return parallel(work, [(self.x, self.x_test, *problem) for problem in problems])
 

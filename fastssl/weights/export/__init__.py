@@ -11,7 +11,6 @@ import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +21,8 @@ from fastssl.config import Backbone
 from fastssl.config.backbone_options import add_backbone_options
 from fastssl.parsing import Parser, run_command
 from fastssl.weights.export import to_detectron2, to_huggingface, to_timm, to_torchvision
-from fastssl.weights.export.common import default_target, image_size, normalization
+from fastssl.weights.export.common import Target, default_target, image_size, normalization
 from fastssl.weights.options import backbone_from
-
-Target = Literal["torchvision", "timm", "safetensors", "detectron2", "huggingface"]
 
 
 def write(
@@ -77,7 +74,7 @@ def _at_size(
     """A vision transformer at the size that it was trained at: position embeddings of that size, and timm's option for
     it.  Other networks are returned as they are."""
     body = getattr(backbone, "body", None)
-    if not isinstance(size, int) or not positions.uses_dino_resampling(body):
+    if body is None or not isinstance(size, int) or not positions.uses_dino_resampling(body):
         return spec, state
     old, patch = tuple(body.patch_embed.grid_size), body.patch_embed.patch_size
     new = (size // patch[0], size // patch[1])
@@ -128,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
                 "fastssl; give --backbone NAME"
             )
         folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
-        to = args.to or default_target(spec)
+        to: Target = args.to or default_target(spec)
         out = args.out or folder / TARGETS[to][0]
         backbone = backbones.build(spec)
         report = weights.load_backbone(args.run, backbone, prefix=args.prefix, which=args.which)

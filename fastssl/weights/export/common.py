@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from fastssl import backbones
 from fastssl.config import Backbone
@@ -10,7 +10,10 @@ from fastssl.config import Backbone
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, where no run names others
 
 
-def default_target(spec: Backbone) -> str:
+Target = Literal["torchvision", "timm", "safetensors", "detectron2", "huggingface"]
+
+
+def default_target(spec: Backbone) -> Target:
     """A target that has the network: torchvision, timm, or safetensors where no other tool has it."""
     return "safetensors" if spec.sobel else "torchvision" if spec.name in backbones.RESNETS else "timm"
 
