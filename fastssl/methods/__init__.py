@@ -9,10 +9,12 @@ import re
 import sys
 import textwrap
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from fastssl.parsing import Parser
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FAMILIES = {
     "pretext task": "relative_loc rotation",
