@@ -87,7 +87,7 @@ def _check_names(function: str, options: dict, known: Sequence[str]) -> None:
     unknown = next((name for name in options if name not in known), None)
     if unknown:
         raise ValueError(
-            f"{function}: unknown option {unknown!r}{settings.hint(unknown, known)} (it takes {', '.join(known)})"
+            f"{function}: unknown option {unknown!r}{settings.hint(unknown, known)} (arguments: {', '.join(known)})"
         )
 
 

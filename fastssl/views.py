@@ -1,8 +1,8 @@
-"""Recipes: what each method shows its network, as tuples of `View` (pure data; kernels/augment applies them).
+"""Augmentation recipes: tuples of `View`, one for each view of an image.  A View is data; kernels/augment applies it.
 
-Figures are those of OpenSelfSup's configs (224 pixels); solo-learn's CIFAR-10 recipes are the same operations with
-bicubic crops, e.g. simclr(32, interpolation="bicubic", **CIFAR10).  Keywords are fields of View and go to every view:
-simclr(224, extra=(Lighting(0.1), Erase(p=0.25))).  A recipe of one's own is a tuple of View(...).
+The numbers are those of OpenSelfSup's configs for 224 pixels.  solo-learn's recipes for CIFAR-10 are the same
+operations with bicubic crops: simclr(32, interpolation="bicubic", **CIFAR10).  Keyword arguments of a recipe are fields
+of View and change all its views: simclr(224, extra=(Lighting(0.1), Erase(p=0.25))).
 """
 
 from dataclasses import replace
@@ -56,18 +56,18 @@ def _views(*views: View, **changes) -> tuple[View, ...]:
 
 
 def simclr(size: int = 224, **changes) -> tuple[View, ...]:
-    """Two strongly jittered views (solo-learn's "symmetric")."""
+    """Two views with strong colour jitter (solo-learn's "symmetric")."""
     view = View(size, flip=0.5, jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8, gray=0.2, blur=0.5)
     return _views(view, view, **changes)
 
 
 def moco_v1(size: int = 224, **changes) -> tuple[View, ...]:
-    """Two views, grayscale before a jitter that always acts."""
+    """Two views: random grayscale, then colour jitter with probability 1."""
     return npid(size, **changes) * 2
 
 
 def moco_v2(size: int = 224, **changes) -> tuple[View, ...]:
-    """Two views of moderate jitter, also SimSiam's (solo-learn's "symmetric_weak" has scale=(0.08, 1))."""
+    """Two views with moderate colour jitter, also for SimSiam (solo-learn's "symmetric_weak" has scale=(0.08, 1))."""
     view = View(size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray=0.2, blur=0.5)
     return _views(view, view, **changes)
 
@@ -75,8 +75,8 @@ def moco_v2(size: int = 224, **changes) -> tuple[View, ...]:
 def byol(
     size: int = 224, *, blur: tuple[float, float] = (1.0, 0.1), solarize: tuple[float, float] = (0.0, 0.2), **changes
 ) -> tuple[View, ...]:
-    """Two views of different blur and solarize probability, also Barlow Twins' and VICReg's, and MoCo v3's with
-    bilinear crops (solo-learn's "asymmetric"; at 32 pixels it has blur=(0, 0))."""
+    """Two views with different probabilities of blur and solarization; also for Barlow Twins, VICReg, and (with
+    bilinear crops) MoCo v3.  solo-learn's "asymmetric", which has blur=(0, 0) at 32 pixels."""
     view = View(size, interpolation="bicubic", flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2)
     return _views(*(replace(view, blur=b, solarize=s) for b, s in zip(blur, solarize)), **changes)
 
@@ -91,7 +91,7 @@ def swav(
     small_scale: tuple[float, float] = (0.05, 0.14),
     **changes,
 ) -> tuple[View, ...]:
-    """Multi-crop: `crops` large views, then `small_crops` small ones."""
+    """Multi-crop: `crops` large views, then `small_crops` views of `small` pixels."""
     view = simclr(size)[0]
     large, local = replace(view, scale=scale), replace(view, size=small, scale=small_scale)
     return _views(*[large] * crops, *[local] * small_crops, **changes)
@@ -106,19 +106,19 @@ def dino(
     small_scale: tuple[float, float] = (0.05, 0.4),
     **changes,
 ) -> tuple[View, ...]:
-    """Multi-crop: BYOL's two views large, then `small_crops` small ones (blur 0.5, no solarization)."""
+    """Multi-crop: BYOL's two views, then `small_crops` views of `small` pixels (blur 0.5, no solarization)."""
     large = byol(size, scale=scale)
     local = replace(large[0], size=small, scale=small_scale, blur=0.5)
     return _views(*large, *[local] * small_crops, **changes)
 
 
 def mae(size: int = 224, **changes) -> tuple[View, ...]:
-    """One crop and flip, no colours changed."""
+    """One view: crop and flip."""
     return _views(View(size, scale=(0.2, 1.0), interpolation="bicubic", flip=0.5), **changes)
 
 
 def npid(size: int = 224, **changes) -> tuple[View, ...]:
-    """One view, that of MoCo v1."""
+    """One view, as in MoCo v1."""
     return _views(
         View(
             size,
@@ -134,12 +134,13 @@ def npid(size: int = 224, **changes) -> tuple[View, ...]:
 
 
 def rotation(size: int = 224, **changes) -> tuple[View, ...]:
-    """ONE crop of each image at 0, 90, 180 and 270 degrees; the view's place is the label."""
+    """Four views: the same crop rotated by 0, 90, 180 and 270 degrees; the label is the index of the view."""
     return _views(*(View(size, flip=0.5, quarter_turns=k, stream=0) for k in range(4)), **changes)
 
 
 def patches(size: int = 64, *, resize: int = 292, window: int = 255, **changes) -> tuple[View, ...]:
-    """The 3x3 cells of one random crop, row by row, each cropped with jitter: relative location; 4 is the centre."""
+    """Nine views for relative location: patches of `size` pixels at random positions in the cells of a 3x3 grid over
+    one crop of `window` pixels, row by row; view 4 is the centre."""
     return _views(
         *(View(size, crop="patch", resize=resize, window=window, cell=cell, gray=0.66, stream=0) for cell in range(9)),
         **changes,
@@ -147,23 +148,25 @@ def patches(size: int = 64, *, resize: int = 292, window: int = 255, **changes) 
 
 
 def deepcluster(size: int = 224, **changes) -> tuple[View, ...]:
-    """One view, also ODC's: rotation by up to 2 degrees and any hue."""
+    """One view, also for ODC, with rotations of up to 2 degrees and any change of hue."""
     return _views(View(size, flip=0.5, rotate=2.0, jitter=(0.4, 0.4, 1.0, 0.5), jitter_p=1.0, gray=0.2), **changes)
 
 
 def supervised(size: int = 224, **changes) -> tuple[View, ...]:
-    """One random-resized crop and flip: supervised training and linear probes."""
+    """One view for supervised training and linear probes: random resized crop and flip."""
     return _views(View(size, flip=0.5), **changes)
 
 
 def padded(size: int = 32, *, pad: int = 4, **changes) -> tuple[View, ...]:
-    """One crop of the padded image and flip: supervised CIFAR."""
+    """One view for supervised training on CIFAR: crop of the padded image, and flip."""
     return _views(View(size, crop="random", pad=pad, flip=0.5), **changes)
 
 
 def center(size: int = 224, resize: int | None = None, **changes) -> tuple[View, ...]:
-    """One deterministic view for evaluation: Resize(resize) on the short side, then CenterCrop(size).  Without
-    `resize` the pixels are cut as they are, e.g. center(32) of CIFAR-10; ImageNet's protocol is center(224, 256)."""
+    """One deterministic view for evaluation: Resize(resize) of the short side, then CenterCrop(size).
+
+    Without `resize` there is only the crop.  ImageNet's protocol is center(224, 256), CIFAR-10's center(32).
+    """
     return _views(View(size, crop="center", resize=resize), **changes)
 
 

@@ -119,7 +119,7 @@ def test_frozen_batch_norm_is_that_of_the_checkpoint(tmp_path):
         ({"name": "vit_smal_patch16_224"}, "did you mean 'vit_small_patch16_224'"),
         ({"stem": "cifra"}, "backbone.stem='cifra'"),
         ({"norm": "ln"}, "backbone.norm='ln'"),
-        ({"frozen": 5}, "backbone.frozen=5: a resnet18 has five stages"),
+        ({"frozen": 5}, "backbone.frozen=5 must be 0 to 4, the number of stages to freeze"),
         ({"name": "vit_tiny_patch16_224", "frozen": 1}, "backbone.frozen=1 does not apply"),
         ({"width": 0}, "backbone.width=0"),
         ({"name": "wide_resnet50_2", "width": 32}, "backbone.width=32"),
@@ -253,12 +253,12 @@ def test_options_reach_timm():
         ("convnext_atto", {"num_heads": 12}, "convnext_atto has no argument 'num_heads'"),
         ("mobilenetv3_small_050", {"drop_rat": 0.1}, "did you mean 'drop_rate'"),
         ("regnetz_b16", {"drop_rat": 0.1}, "did you mean 'drop_rate'"),
-        (VIT, {"num_heads": 5}, "does not build .* with backbone.options={'num_heads': 5}"),
+        (VIT, {"num_heads": 5}, "timm failed to build .* with backbone.options={'num_heads': 5}"),
         (VIT, {"num_heads": "many"}, "'num_heads': 'many'"),
         (VIT, {"in_chans": 1}, "use backbone.in_channels"),
         (VIT, {"pretrained": True}, "use backbone.pretrained"),
         (VIT, {"norm_layer": nn.BatchNorm1d}, "cannot be written to config.json"),
-        ("resnet18", {"drop_path_rate": 0.1}, "name 'timm/resnet18'"),
+        ("resnet18", {"drop_path_rate": 0.1}, "set backbone.name='timm/resnet18'"),
     ],
 )
 def test_bad_options_say_so(name, options, text):

@@ -31,9 +31,12 @@ def refusal(folder, text, name="mine.py"):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (("warmup_epochs=10", "warmup_epOchs=10"), "did you mean 'warmup_epochs'? (it takes name, lr, batch"),
+        (("warmup_epochs=10", "warmup_epOchs=10"), "did you mean 'warmup_epochs'? (arguments: name, lr, batch"),
         (("views.simclr(32, ", "views.simclr(32, scalE=(0.2, 1), "), "argument 'scalE'; did you mean 'scale'"),
-        (("simclr.Config(temperature", "simclr.Config(temprature"), "'temperature'? (it takes temperature, dims, norm"),
+        (
+            ("simclr.Config(temperature", "simclr.Config(temprature"),
+            "'temperature'? (arguments: temperature, dims, norm",
+        ),
         (("views.simclr(32", "views.simlcr(32"), "has no attribute 'simlcr'; did you mean 'simclr'?"),
         (("=Optim(", "=Optm("), "NameError: name 'Optm' is not defined; did you mean 'Optim'?"),
         (("import simclr", "import simclrr"), "cannot import name 'simclrr' from 'fastssl.methods'"),

@@ -243,11 +243,11 @@ def test_views_that_a_network_cannot_take_are_refused_before_data_is_read():
     backbones.check_sizes(Backbone("resnet10"), [1, 33])
     fixed = Backbone("mixer_s16_224")
     backbones.check_sizes(fixed, [224])
-    with pytest.raises(ValueError, match="views of 96 pixels: mixer_s16_224 does not take them"):
+    with pytest.raises(ValueError, match="views of 96 pixels: mixer_s16_224 does not accept this size"):
         backbones.check_sizes(fixed, [96])
     levit = Backbone("levit_128s")  # which has no check of its own
     backbones.check_sizes(levit, [224])
-    with pytest.raises(ValueError, match="views of 96 pixels: levit_128s does not take them"):
+    with pytest.raises(ValueError, match="views of 96 pixels: levit_128s does not accept this size"):
         backbones.check_sizes(levit, [96])
     r.data.views = views.simclr(32)
     r.data.eval_view = views.center(40)[0]

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl import optim
 from fastssl.config import Optim
+from fastssl.kernels.multi_tensor import LarsOptions
 
 
 def openselfsup(w, g, buf, lr, wd, eta, momentum, dampening, nesterov, exclude):
@@ -36,14 +37,17 @@ def test_lars_is_its_source(source, dampening, nesterov, exclude):
         ours[2].zero_()  # OpenSelfSup never moved such a tensor
     lars = optim.Lars(
         ours,
-        lr=0.7,
-        weight_decay=wd,
-        dampening=dampening,
-        nesterov=nesterov,
+        LarsOptions(
+            lr=0.7,
+            weight_decay=wd,
+            momentum=0.9,
+            dampening=dampening,
+            nesterov=nesterov,
+            eta=0.02 if solo else 1e-3,
+            clip_lr=solo,
+            lr_in_momentum=not solo,
+        ),
         lars_exclude=exclude,
-        eta=0.02 if solo else 1e-3,
-        clip_lr=solo,
-        lr_in_momentum=not solo,
     )
     plain, buffers = [p.detach().clone() for p in ours], [None] * 3
     for step in range(4):
@@ -145,7 +149,7 @@ def test_lars_never_waits_for_the_device():
 
 def test_unused_parameters_stay_where_they_are():
     used, unused = torch.ones(3, 3, requires_grad=True), torch.ones(3, 3, requires_grad=True)
-    lars = optim.Lars([used, unused], lr=1.0, weight_decay=0.1)
+    lars = optim.Lars([used, unused], LarsOptions(lr=1.0, weight_decay=0.1, momentum=0.9))
     used.grad = torch.ones_like(used)
     lars.step()
     assert torch.equal(unused, torch.ones(3, 3))

@@ -1,6 +1,9 @@
-"""config.Backbone -> a module with .spec, .dim, .stages, forward(x) -> (B, dim) pooled and forward_stages(x) -> maps.
+"""Backbone networks, built from a `config.Backbone`.  A backbone is a module with these attributes:
 
-ResNets are in resnet.py, timm's models in timm_models.py.  Nothing here knows about self-supervision.
+- spec: its `config.Backbone`; dim: its number of features; stages: the number of channels of each stage
+- forward(x): pooled features (B, dim); forward_stages(x): list of the feature maps of all stages
+
+ResNets are in resnet.py, timm's models in timm_models.py.
 """
 
 from __future__ import annotations
@@ -33,10 +36,10 @@ __all__ = [
 
 
 def build(spec: Backbone, method: object = None) -> nn.Module:
-    """The backbone that `spec` describes, freshly initialised; weights.load_backbone loads `spec.pretrained` into it.
+    """The backbone that `spec` describes, with initial weights; weights.load_backbone loads `spec.pretrained`.
 
-    A name in RESNETS is torchvision's network, any other is timm's, as is "timm/resnet50".  `method`: a method's
-    Config; its init_backbone(backbone), where it has one, gives the initial values that it wants and freezes parts.
+    A name in RESNETS is torchvision's network; any other name, also "timm/resnet50", is timm's.  `method`: a method's
+    Config, whose optional init_backbone(backbone) may set initial weights and freeze parts.
     """
     backbone = _build(spec)
     if hasattr(method, "init_backbone"):
@@ -58,8 +61,11 @@ def _build(spec: Backbone) -> nn.Module:
 
 
 def check_sizes(spec: Backbone, sizes: Iterable[int]) -> None:
-    """ValueError where timm's network does not take square images of a size (no multiple of the patch, another size
-    than a fixed one): tried on the meta device, without memory.  ResNets take any; unknown names are left to build."""
+    """ValueError if timm's network does not accept square images of one of `sizes`, found by a forward on the meta
+    device.
+
+    Nothing is checked for ResNets, which accept all sizes, and for unknown names, for which `build` raises.
+    """
     import timm
 
     name = spec.name.removeprefix("timm/")
@@ -71,18 +77,19 @@ def check_sizes(spec: Backbone, sizes: Iterable[int]) -> None:
             try:
                 with torch.no_grad():
                     model(torch.zeros(1, spec.in_channels, size, size))
-            except NotImplementedError:  # an operation without a meta kernel: it is not checked
+            except NotImplementedError:  # an operation has no meta kernel: not checked
                 return
             except (AssertionError, RuntimeError) as error:
                 patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
                 dynamic = "dynamic_img_size" in timm_signature(name)
-                wants = f"needs multiples of {patch[0]}" if patch and dynamic else "does not take them"
-                raise ValueError(f"views of {size} pixels: {name} {wants} ({str(error)[:200]})") from None
+                reason = f"needs multiples of {patch[0]}" if patch and dynamic else "does not accept this size"
+                raise ValueError(f"views of {size} pixels: {name} {reason} ({str(error)[:200]})") from None
 
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every submodule's own mode again afterwards (a frozen batch norm stays frozen)."""
+    """Context manager: evaluation mode; afterwards every submodule has its previous mode (a frozen batch norm stays
+    in evaluation mode)."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d that stores its weight as a contiguous (O, H, W, I) Parameter and convolves with a channels_last view.
+    """nn.Conv2d whose weight is a contiguous (O, H, W, I) Parameter, used through a channels_last (O, I, H, W) view.
 
-    DeepSpeed 0.19.8 crashes on parameters whose memory is not contiguous; cuDNN and oneDNN want this layout.  Its
-    state dict holds the ordinary (O, I, H, W).
+    This is the layout that cuDNN and oneDNN prefer, while DeepSpeed 0.19.8 fails for parameters that are not
+    contiguous.  The state dict has the usual (O, I, H, W).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ class Conv2d(nn.Conv2d):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = destination[prefix + "weight"]
-        if weight.ndim == 4:  # ZeRO-3 leaves an empty placeholder outside its gathering context
+        if weight.ndim == 4:  # under ZeRO-3, an ungathered parameter is an empty tensor
             destination[prefix + "weight"] = weight.permute(0, 3, 1, 2)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -31,10 +31,10 @@ class Conv2d(nn.Conv2d):
 
 
 def channels_last_(module: nn.Module) -> nn.Module:
-    """Turn every plain nn.Conv2d of `module` into `Conv2d` above, in place; Parameters keep name and identity.
+    """Convert every nn.Conv2d of `module` to `Conv2d`, in place; the Parameter objects and their names stay.
 
-    Call it after initialisation and before wrapping.  Subclasses of nn.Conv2d (timm's weight standardisation) keep
-    their own layout, which is slower and equally right.
+    Call it after initialisation and before wrapping.  Subclasses of nn.Conv2d (such as timm's weight standardisation)
+    are not converted; they are slower.
     """
     for m in module.modules():
         if type(m) is nn.Conv2d:

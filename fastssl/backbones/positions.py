@@ -1,6 +1,6 @@
 """Position embeddings of vision transformers: fixed sine-cosine tables, and resampling to another image size.
 
-timm resamples a table with antialiasing; the authors of DINO, iBOT and MAE do without, and so does this file.
+timm resamples with antialiasing; the authors of DINO, iBOT and MAE without, as here.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 
 def sincos(rows: int, columns: int, dim: int, *, columns_first: bool, device: torch.device | None = None) -> Tensor:
-    """(rows columns, dim): sines and cosines of one coordinate of each patch, then of the other, `dim` / 4 of each.
+    """(rows columns, dim): for each patch, dim/4 sines and dim/4 cosines of one coordinate, then of the other.
 
-    MAE (get_2d_sincos_pos_embed) has the columns first, MoCo v3 (build_2d_sincos_position_embedding) the rows.
+    The first coordinate is the column in MAE (get_2d_sincos_pos_embed), the row in MoCo v3
+    (build_2d_sincos_position_embedding).
     """
     if dim % 4:
-        raise ValueError(f"2-d sine-cosine positions need a width that is a multiple of 4, not {dim}")
+        raise ValueError(f"2-d sine-cosine position embeddings need a width that is a multiple of 4, got {dim}")
     scale = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
     angles = [coordinate.reshape(-1, 1) * scale for coordinate in ((column, row) if columns_first else (row, column))]
@@ -26,7 +27,7 @@ def sincos(rows: int, columns: int, dim: int, *, columns_first: bool, device: to
 
 
 def is_sincos(table: Tensor) -> bool:
-    """Whether (1, 1 + side side, dim) is a fixed table, of either order."""
+    """Whether a table (1, 1 + side side, dim) of position embeddings is that of `sincos`, in either order."""
     n, dim = table.shape[1] - 1, table.shape[2]
     side = round(n**0.5)
     if side * side != n or dim % 4:
@@ -38,9 +39,11 @@ def is_sincos(table: Tensor) -> bool:
 
 
 def resample(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A table (1, prefix + patches, dim) of a grid `old` of patches, for a grid `new`, as DINO's
-    interpolate_pos_encoding: bicubic without antialiasing, by the factor (new + 0.1) / old.  The prefix (class token,
-    registers) stays as it is."""
+    """Resample a table (1, prefix + patches, dim) from the grid `old` of patches (rows, columns) to the grid `new`.
+
+    As DINO's interpolate_pos_encoding: bicubic without antialiasing, by the factor (new + 0.1) / old.  The prefix
+    (class token, registers) is not changed.
+    """
     if old == new:
         return table
     prefix = table.shape[1] - old[0] * old[1]
@@ -51,7 +54,7 @@ def resample(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tenso
 
 
 def use_dino_resampling_(body: nn.Module) -> None:
-    """Make timm's VisionTransformer use `resample` for images whose size differs from that of its table."""
+    """Make timm's VisionTransformer use `resample` for images of another size than that of its table."""
     from timm.models.vision_transformer import VisionTransformer
 
     if type(body) is VisionTransformer and body.pos_embed is not None:
@@ -59,7 +62,7 @@ def use_dino_resampling_(body: nn.Module) -> None:
 
 
 def uses_dino_resampling(body: nn.Module | None) -> bool:
-    """Whether `body` uses `resample` for images whose size differs from that of its table."""
+    """Whether `body` uses `resample` for images of another size than that of its table."""
     return body is not None and isinstance(body, _resampling()) and body.dynamic_img_size
 
 

@@ -1,6 +1,6 @@
-"""The torchvision ResNet family by its names and state-dict keys, thin and shallow ones too (resnet10, width=16).
+"""The ResNet family of torchvision, with its names and state-dict keys, and smaller networks (resnet10, width=16).
 
-Source: https://arxiv.org/abs/1512.03385
+https://arxiv.org/abs/1512.03385
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from fastssl.config import STEMS, Backbone
 
-# name: block, blocks per stage, groups, width of a group at 64 channels
+# name: block, blocks per stage, groups, width per group
 RESNETS = {
     "resnet10": (BasicBlock, (1, 1, 1, 1), 1, 64),  # not in torchvision: for smoke runs on a CPU
     "resnet18": (BasicBlock, (2, 2, 2, 2), 1, 64),
@@ -34,12 +34,12 @@ RESNETS = {
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups of at least two channels (one-channel groups would erase the channel's mean everywhere)."""
+    """At most 32 groups of at least two channels each; a group of one channel would remove its mean in each image."""
     return nn.GroupNorm(math.gcd(32, max(channels // 2, 1)), channels)
 
 
 class ResNet(nn.Module):
-    """torchvision's ResNet without fc: the same keys, initialisation and outputs; `width` scales all channels."""
+    """torchvision's ResNet without fc, with equal keys, initialisation and outputs; `width` scales all channels."""
 
     def __init__(self, spec: Backbone) -> None:
         super().__init__()
@@ -47,20 +47,20 @@ class ResNet(nn.Module):
         block, blocks, groups, group_width = RESNETS[spec.name]
         if spec.options:
             raise ValueError(
-                f"backbone.options={spec.options} are arguments of timm's models, and {spec.name} is "
-                f"built as in torchvision: name 'timm/{spec.name}', or use width, stem, norm, ..."
+                f"backbone.options={spec.options} are arguments of timm's models, but {spec.name!r} is torchvision's: "
+                f"set backbone.name='timm/{spec.name}', or use backbone.width, stem, norm, ... instead"
             )
         if spec.width < 1:
             raise ValueError(f"backbone.width={spec.width} must be positive")
         if spec.width != 64 and (groups, group_width) != (1, 64):
-            raise ValueError(f"backbone.width={spec.width}: {spec.name} has its width in its name; leave 64")
+            raise ValueError(f"backbone.width={spec.width}: the width of {spec.name} is fixed; leave backbone.width=64")
         norm = {"bn": nn.BatchNorm2d, "gn": group_norm, "frozen": FrozenBatchNorm2d}.get(spec.norm)
         if norm is None:
             raise ValueError(f"backbone.norm={spec.norm!r} is none of 'bn', 'gn' and 'frozen'")
         if not 0 <= spec.frozen < 5:
             raise ValueError(
-                f"backbone.frozen={spec.frozen}: a {spec.name} has five stages with its stem, of which 0 "
-                "to 4 can stay as they are"
+                f"backbone.frozen={spec.frozen} must be 0 to 4, the number of stages to freeze; the stem is "
+                "the first stage"
             )
         self.sobel = Sobel() if spec.sobel else nn.Identity()
         self.conv1 = _stem(spec)
@@ -99,7 +99,8 @@ class ResNet(nn.Module):
         return self
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:
-        """Maps of the stem (after ReLU, before the max-pool) and of stages 1 to 4; their channels are .stages."""
+        """Feature maps of the stem (after ReLU, before the max-pool) and of layer1 to layer4, with `stages`
+        channels."""
         maps = [self.relu(self.bn1(self.conv1(self.sobel(x))))]
         maps.append(self.layer1(self.maxpool(maps[0])))
         for layer in (self.layer2, self.layer3, self.layer4):

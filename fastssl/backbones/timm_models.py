@@ -1,4 +1,4 @@
-"""Any timm model as a backbone, and the options that its constructor takes."""
+"""timm's models as backbones, and the options of their constructors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastssl.config import Backbone
 
 
 class Timm(nn.Module):
-    """A timm model without its classifier, as `body`: timm's own modules may be called `stages`."""
+    """A timm model without its classifier, in the attribute `body`."""
 
     def __init__(self, name: str, spec: Backbone) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class Timm(nn.Module):
         plain = Backbone()
         for key in ("stem", "norm", "width", "zero_init_residual", "init", "sobel", "frozen"):
             if getattr(spec, key) != getattr(plain, key):
-                raise ValueError(f"backbone.{key}={getattr(spec, key)!r} does not apply to timm's {name}; leave it out")
+                raise ValueError(f"backbone.{key}={getattr(spec, key)!r} does not apply to timm's {name}: remove it")
         self.body = timm_model(name, spec, **timm_defaults(name))
         positions.use_dino_resampling_(self.body)
         self.dim = getattr(self.body, "head_hidden_size", self.body.num_features)
@@ -35,13 +35,13 @@ class Timm(nn.Module):
         return self.body(x)
 
 
-# Arguments of timm.create_model that Backbone has under other names, or that do not describe the network.
+# Arguments of timm.create_model that are not backbone.options, with the reason
 NOT_OPTIONS = {
     "num_classes": "a backbone has no classifier",
     "in_chans": "use backbone.in_channels",
-    "device": "the network is moved later",
+    "device": "the network is moved to the device later",
     "dtype": "use optim.precision",
-    "features_only": "a backbone gives all its stages",
+    "features_only": "forward_stages gives the features of all stages",
     **dict.fromkeys(
         ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"),
         "use backbone.pretrained",
@@ -51,7 +51,7 @@ NOT_OPTIONS = {
 
 
 def timm_signature(name: str) -> list[str]:
-    """What the class of timm's model `name` takes."""
+    """Names of the constructor arguments of timm's model `name` that can be backbone.options."""
     import timm
 
     with torch.device("meta"):
@@ -60,13 +60,13 @@ def timm_signature(name: str) -> list[str]:
 
 
 def timm_defaults(name: str) -> dict:
-    """Options that we choose where the user does not: transformers take crops of any size (multi-crop, 32 px)."""
+    """Our defaults of options: transformers accept crops of any size (for multi-crop or 32 pixels)."""
     return {"dynamic_img_size": True} if "dynamic_img_size" in timm_signature(name) else {}
 
 
 def timm_model(name: str, spec: Backbone, **defaults) -> nn.Module:
-    """timm's model without a classifier, with `spec.options` over `defaults`; an option that it does not know, or a
-    value that it does not accept, is a ValueError."""
+    """timm's model without a classifier, with `spec.options`, and `defaults` for other options.  ValueError for an
+    unknown option or a value that timm does not accept."""
     import timm
 
     for key, value in spec.options.items():
@@ -74,8 +74,8 @@ def timm_model(name: str, spec: Backbone, **defaults) -> nn.Module:
             raise ValueError(f"backbone.options.{key}: {NOT_OPTIONS[key]}")
         if not _is_data(value):
             raise ValueError(
-                f"backbone.options.{key}={value!r} cannot be written to config.json: give a number, a "
-                "string, a bool or a list of them"
+                f"backbone.options.{key}={value!r} cannot be written to config.json: it must be a number, a string, a "
+                "bool, None or a list of these"
             )
     arguments = {"num_classes": 0, "in_chans": spec.in_channels, **defaults, **spec.options}
     try:
@@ -89,10 +89,10 @@ def timm_model(name: str, spec: Backbone, **defaults) -> nn.Module:
             near = difflib.get_close_matches(unknown[1], known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"backbone.options: timm's {name} has no argument {unknown[1]!r}{hint} (it has {', '.join(known)})"
+                f"backbone.options: timm's {name} has no argument {unknown[1]!r}{hint} (arguments: {', '.join(known)})"
             ) from None
         raise ValueError(
-            f"timm does not build {name} with backbone.options={spec.options}: {type(error).__name__}: {error}"
+            f"timm failed to build {name} with backbone.options={spec.options}: {type(error).__name__}: {error}"
         ) from None
 
 

@@ -1,6 +1,5 @@
-"""Running a user's Python file.  An error in it becomes one line: the file, the line, the error and the nearest name.
-
-Frames of ours and of the libraries below are not shown; FASTSSL_TRACEBACK=1 shows everything (see train.py).
+"""Run a user's Python file, and turn an exception in it into a message of one line: file, line number, error, and for a
+misspelt name the nearest known one.  FASTSSL_TRACEBACK=1 shows the whole traceback (see train.py).
 """
 
 from __future__ import annotations
@@ -23,90 +22,92 @@ from fastssl.config import settings
 
 
 def call(path: Path, function: str) -> Any:
-    """The result of `function()` of the Python file `path`, which is imported as a module of its own.
+    """Execute the Python file `path` as a module and return the result of its function `function()`.
 
-    ValueError for whatever the file raises, SystemExit and endless recursion included."""
+    ValueError for any exception in the file, including SystemExit and RecursionError."""
     name = "fastssl_config_" + path.stem
     module, before = ModuleType(name), sys.modules.get(name)
     module.__file__ = str(path)
-    sys.modules[name] = module  # dataclasses look up their module by its name
+    sys.modules[name] = module  # dataclasses look their module up there
     try:
-        with _folder(path.resolve().parent):
-            # compiled here: a cached .pyc is taken for up to date when the file changes within its second
+        with _first_on_sys_path(path.resolve().parent):
+            # not by import: the modification time of a cached .pyc has a resolution of one second
             exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), vars(module))
             if not callable(getattr(module, function, None)):
                 raise ValueError(f"{path} has no {function}() -> Run")
             return getattr(module, function)()
     except (Exception, SystemExit) as error:
         sys.modules.pop(name) if before is None else sys.modules.update({name: before})
-        if isinstance(error, ValueError) and _line(error.__traceback__, path) is None and not _decoding(error):
-            raise  # ours, about the file as a whole
+        in_file = _user_frame(error.__traceback__, path) is not None or _is_decoding_error(error)
+        if isinstance(error, ValueError) and not in_file:
+            raise  # raised above
         raise ValueError(explain(error, path)) from error
 
 
 @contextlib.contextmanager
-def _folder(folder: Path) -> Iterator[None]:
-    """First on sys.path inside, so that own modules win; last afterwards, so that they cannot hide a library's."""
-    at, there = str(folder), str(folder) in sys.path
-    sys.path.insert(0, at)
+def _first_on_sys_path(folder: Path) -> Iterator[None]:
+    """Put `folder` first on sys.path, so that its modules are found first; afterwards it is last, so that they do not
+    hide modules of libraries."""
+    entry, was_present = str(folder), str(folder) in sys.path
+    sys.path.insert(0, entry)
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):  # the file took it out itself
-            sys.path.remove(at)
-        if not there:
-            sys.path.append(at)
+        with contextlib.suppress(ValueError):  # if the file has removed it
+            sys.path.remove(entry)
+        if not was_present:
+            sys.path.append(entry)
 
 
 UNEXPECTED = re.compile(r"([\w.<>]+)\(\) got an unexpected keyword argument '(\w+)'")
 
 
-def _decoding(error: BaseException) -> bool:
+def _is_decoding_error(error: BaseException) -> bool:
     return isinstance(error, UnicodeError) or "null bytes" in str(error)
 
 
-def _line(tb: TracebackType | None, path: Path) -> traceback.FrameSummary | None:
-    """The innermost frame in the file or in another module of the user's beside or below it."""
+def _user_frame(tb: TracebackType | None, path: Path) -> traceback.FrameSummary | None:
+    """The innermost frame in the file `path` or in another module of the user in or below its folder."""
     folder = path.resolve().parent
 
-    def own(frame: FrameType, summary: traceback.FrameSummary) -> bool:
+    def is_users(frame: FrameType, summary: traceback.FrameSummary) -> bool:
         file = Path(summary.filename)
-        ours = frame.f_globals.get("__name__", "").split(".")[0] == "fastssl" or "site-packages" in file.parts
-        return file == path or (file.is_file() and folder in file.resolve().parents and not ours)
+        library = frame.f_globals.get("__name__", "").split(".")[0] == "fastssl" or "site-packages" in file.parts
+        return file == path or (file.is_file() and folder in file.resolve().parents and not library)
 
-    frames = [s for (f, _), s in zip(traceback.walk_tb(tb), traceback.extract_tb(tb)) if own(f, s)]
+    frames = [s for (f, _), s in zip(traceback.walk_tb(tb), traceback.extract_tb(tb)) if is_users(f, s)]
     return frames[-1] if frames else None
 
 
 def explain(error: BaseException, path: Path) -> str:
-    """An error of the file in one line."""
+    """The message of an error in the file, one line."""
     if isinstance(error, SyntaxError):
         where = f"{error.filename or path}" + (f", line {error.lineno}" if error.lineno else "")
         code = f" ({error.text.strip()})" if error.text and error.text.strip() else ""
         return f"{where}: {type(error).__name__}: {error.msg}{code}"
-    frame = _line(error.__traceback__, path)
+    frame = _user_frame(error.__traceback__, path)
     where = f"{frame.filename}, line {_line_number(error, frame)}" if frame else str(path)
     text = " ".join(str(error).split()) or "no message"
-    text = re.sub(r"\.? Did you mean:? '\w+'\?", "", text)  # newer Pythons guess for some errors
-    kind = "" if isinstance(error, ValueError) and not _decoding(error) else f"{type(error).__name__}: "
-    return f"{where}: {kind}{text[:500]}{_guess(error, frame)}"
+    text = re.sub(r"\.? Did you mean:? '\w+'\?", "", text)  # Python 3.12 adds its own suggestion to some errors
+    is_plain = isinstance(error, ValueError) and not _is_decoding_error(error)
+    return f"{where}: {'' if is_plain else type(error).__name__ + ': '}{text[:500]}{_suggestion(error, frame)}"
 
 
-def _guess(error: BaseException, frame: traceback.FrameSummary | None) -> str:
-    """The nearest name to a misspelt one, with all that are known where they are the fields of a dataclass."""
+def _suggestion(error: BaseException, frame: traceback.FrameSummary | None) -> str:
+    """The known name nearest to a misspelt one, and for arguments all known names; else ""."""
     argument = UNEXPECTED.search(str(error))
     if argument:
         known = _parameters(error.__traceback__, frame, *argument.groups())
-        listed = f" (it takes {', '.join(known)})" if known else ""
+        listed = f" (arguments: {', '.join(known)})" if known else ""
         return settings.hint(argument[2], known) + listed
     if isinstance(error, AttributeError) and error.name is not None:
         return settings.hint(error.name, [n for n in dir(error.obj) if n[0] != "_"])
     if isinstance(error, NameError) and error.name is not None:
         last = _frames(error.__traceback__)[-1]
         return settings.hint(error.name, {*last.f_locals, *last.f_globals, *vars(builtins)})
-    wanted = re.search(r"cannot import name '(\w+)' from '([\w.]+)'", str(error))
-    if wanted and wanted[2] in sys.modules:
-        return settings.hint(wanted[1], _members(sys.modules[wanted[2]]))
+    missing = re.search(r"cannot import name '(\w+)' from '([\w.]+)'", str(error))
+    if missing and missing[2] in sys.modules:
+        return settings.hint(missing[1], _members(sys.modules[missing[2]]))
     if isinstance(error, ModuleNotFoundError) and error.name and "." in error.name:
         package = sys.modules.get(error.name.rpartition(".")[0])
         return settings.hint(error.name.rpartition(".")[2], _members(package) if package else ())
@@ -125,8 +126,8 @@ def _frames(tb: TracebackType | None) -> list[FrameType]:
 def _parameters(
     tb: TracebackType | None, frame: traceback.FrameSummary | None, function: str, argument: str
 ) -> list[str]:
-    """What may be given by name in the user's call that raised: its own parameters, and where it hands on others (as
-    recipes do to View), the fields of the dataclass that refused one."""
+    """Keyword arguments of the user's call that raised, without an unknown one: the function's parameters and, if it
+    passes **keywords on to a dataclass (as recipes do to View), the fields of that dataclass."""
     known: list[str] = []
     user = next((f for f in reversed(_frames(tb)) if frame and f.f_code.co_filename == frame.filename), None)
     callee = _callee(frame, user, argument) if frame and user else None
@@ -145,7 +146,7 @@ def _parameters(
 
 
 def _call(frame: traceback.FrameSummary, argument: str) -> ast.Call | None:
-    """The shortest call with `argument=` that spans the frame's line."""
+    """The innermost call with `argument=` on the frame's line."""
     line = frame.lineno or 0
     calls = [
         node
@@ -158,7 +159,7 @@ def _call(frame: traceback.FrameSummary, argument: str) -> ast.Call | None:
 
 
 def _line_number(error: BaseException, frame: traceback.FrameSummary) -> int | None:
-    """The frame's line; of a call over several lines that of the keyword which was refused."""
+    """The frame's line number or, for an unexpected keyword argument, that of the keyword."""
     argument = UNEXPECTED.search(str(error))
     name = argument[2] if argument else ""
     call = _call(frame, name) if name else None
@@ -166,7 +167,7 @@ def _line_number(error: BaseException, frame: traceback.FrameSummary) -> int | N
 
 
 def _callee(frame: traceback.FrameSummary, user: FrameType, argument: str) -> Any:
-    """The function or class that the file calls with `argument=` on that line; None where it is not found."""
+    """The function or class that the file calls with `argument=` on the frame's line; None if it is not found."""
     call = _call(frame, argument)
     if call is None:
         return None

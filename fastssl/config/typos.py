@@ -76,7 +76,7 @@ class _File:
                 for keyword in node.keywords:
                     if keyword.arg and keyword.arg not in callee.parameters:
                         text = f"TypeError: {callee.name}() got an unexpected keyword argument {keyword.arg!r}"
-                        listed = f" (it takes {', '.join(callee.parameters)})"
+                        listed = f" (arguments: {', '.join(callee.parameters)})"
                         self._fail(keyword, text, keyword.arg, callee.parameters, listed)
 
     def _check_import(self, node: ast.ImportFrom) -> None:

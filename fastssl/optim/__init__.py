@@ -1,4 +1,4 @@
-"""Optimizers, parameter groups by regular expression, and schedules."""
+"""Optimizers (SGD, LARS, AdamW), parameter groups by regular expressions, and schedules."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastssl.config import Optim
 from fastssl.kernels import Impl
+from fastssl.kernels.multi_tensor import LarsOptions
 from fastssl.optim.groups import NORM_AND_BIAS, frozen, group_parameters
 from fastssl.optim.optimizers import AdamW, Lars
 from fastssl.optim.schedule import Schedule, lr_multiplier
@@ -27,7 +28,7 @@ __all__ = [
     "lr_multiplier",
 ]
 
-# Optim.lars_denominator: LARS's options in kernels.multi_tensor
+# Optim.lars_denominator -> fields of LarsOptions
 DENOMINATORS: dict[str, dict[str, Any]] = {"openselfsup": {}, "larc": {"eps": 1e-8}, "sum": {"norm_of_sum": True}}
 
 
@@ -39,41 +40,40 @@ def build(
     total_steps: int | None = None,
     impl: Impl = "auto",
 ) -> tuple[torch.optim.Optimizer, Schedule]:
-    """The optimizer over the trainable parameters, and the schedule that sets its rates (`schedule.table` to print).
+    """The optimizer of the trainable parameters and its schedule; `schedule.table` lists the parameter groups.
 
-    `impl`: which kernels update the parameters ("auto", "reference", "triton"; adamw's are torch's).
-    After `deepspeed.initialize` call `attach(engine)`, and before every step `schedule.set_lr(optimizer, step)`.
+    `impl`: implementation of the update, "auto", "reference" or "triton"; AdamW is always torch's.
+    Call `attach(engine)` after `deepspeed.initialize`, and `schedule.set_lr(optimizer, step)` before every step.
     """
     schedule = Schedule(named_parameters, optim, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     groups = [{"params": g.params, **g.options} for g in schedule.groups]
     clip_each = optim.clip if optim.clip_each else 0.0
-    shared: dict[str, Any] = {
-        "lr": schedule.lr,
-        "momentum": optim.momentum,
-        "dampening": optim.dampening,
-        "weight_decay": optim.weight_decay,
-        "nesterov": optim.nesterov,
-        "clip_each": clip_each,
-        "impl": impl,
-    }
+    sgd = LarsOptions(
+        lr=schedule.lr,
+        weight_decay=optim.weight_decay,
+        momentum=optim.momentum,
+        dampening=optim.dampening,
+        nesterov=optim.nesterov,
+        lr_in_momentum=False,
+    )
+    optimizer: Lars | AdamW
     if optim.name == "lars":
-        made = Lars(
-            groups,
-            **shared,
+        lars = sgd._replace(
             eta=optim.eta,
             clip_lr=optim.clip_lr,
             lr_in_momentum=optim.lr_in_momentum,
             **DENOMINATORS[optim.lars_denominator],
         )
+        optimizer = Lars(groups, lars, clip_each=clip_each, impl=impl)
     elif optim.name == "sgd":
         if optim.nesterov and (optim.dampening or not optim.momentum):
             raise ValueError(
                 f"optim.nesterov=True needs optim.momentum above 0 (now {optim.momentum:g}) and "
                 f"optim.dampening=0 (now {optim.dampening:g})"
             )
-        made = Lars(groups, **shared, lr_in_momentum=False, lars_exclude=True)
+        optimizer = Lars(groups, sgd, lars_exclude=True, clip_each=clip_each, impl=impl)
     elif optim.name == "adamw":
-        made = AdamW(
+        optimizer = AdamW(
             groups,
             lr=schedule.lr,
             betas=optim.betas,
@@ -83,5 +83,5 @@ def build(
         )
     else:
         raise ValueError(f"optim.name={optim.name!r} is none of sgd, adamw, lars")
-    schedule.set_lr(made, 0)
-    return made, schedule
+    schedule.set_lr(optimizer, 0)
+    return optimizer, schedule

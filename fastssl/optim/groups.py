@@ -11,9 +11,8 @@ from torch import Tensor
 
 from fastssl.config import Optim
 
-NORM_AND_BIAS = "ndim<=1"  # a pattern beside the regexes: names miss norms such as `downsample.1`, shapes do not
-
-
+# Pattern for all norms and biases, instead of a regular expression: names such as `downsample.1` do not show a norm
+NORM_AND_BIAS = "ndim<=1"
 KEYS = (
     "lr",
     "lr_mult",
@@ -28,19 +27,20 @@ KEYS = (
 
 
 def frozen(optim: Optim, epochs: dict[str, float]) -> Optim:
-    """`optim` in which the parameters of each pattern are frozen for so many epochs."""
-    own = {pattern: {"freeze_epochs": n} for pattern, n in epochs.items() if n}
-    merged = {key: {**own.get(key, {}), **optim.paramwise.get(key, {})} for key in {**own, **optim.paramwise}}
+    """A copy of `optim` that freezes the parameters of each pattern in `epochs` for that number of first epochs, unless
+    its `paramwise` says otherwise."""
+    frozen = {pattern: {"freeze_epochs": n} for pattern, n in epochs.items() if n}
+    merged = {key: {**frozen.get(key, {}), **optim.paramwise.get(key, {})} for key in {**frozen, **optim.paramwise}}
     return replace(optim, paramwise=merged)
 
 
 @dataclass
 class Group:
     params: list[Tensor]
-    patterns: tuple[str, ...]  # that matched, in the order in which they apply
-    options: dict  # what the optimizer's group holds before the schedule acts
-    schedule: str | None  # "constant" exempts the group from the lr schedule (SimSiam's predictor)
-    freeze_epochs: float  # the group and its optimizer state stay as they are for so long (DINO's prototypes)
+    patterns: tuple[str, ...]  # that match the parameters, in the order in which they apply
+    options: dict  # of the optimizer's group, before the schedule
+    schedule: str | None  # "constant": no lr schedule (SimSiam's predictor)
+    freeze_epochs: float  # first epochs without updates of parameters and optimizer state (DINO's prototypes)
 
 
 def matches(pattern: str, name: str, parameter: Tensor) -> bool:
@@ -50,10 +50,10 @@ def matches(pattern: str, name: str, parameter: Tensor) -> bool:
 
 
 def group_parameters(named: Iterable[tuple[str, Tensor]], optim: Optim, lr: float) -> list[Group]:
-    """Trainable parameters that share their options, in order of appearance.
+    """The trainable parameters in groups of equal options, in order of appearance.
 
-    Every matching pattern applies and the later one wins, key by key; a `_mult` multiplies the value of `optim`.
-    A pattern that matches nothing is an error: it is a typo, or a layer that went away.
+    All matching patterns apply; for each option the last one counts.  Options with `_mult` multiply the value of
+    `optim`.  ValueError for a pattern that matches no parameter, which is a typo or a layer that no longer exists.
     """
     for pattern, options in optim.paramwise.items():
         _check(pattern, options, optim)
@@ -72,7 +72,7 @@ def group_parameters(named: Iterable[tuple[str, Tensor]], optim: Optim, lr: floa
         names = [name for name, _ in named]
         raise ValueError(
             f"optim.paramwise pattern {sorted(unused)[0]!r} matches no parameter; "
-            f"their names are like {', '.join(names[:2] + names[-2:])}"
+            f"names of parameters are, for example, {', '.join(names[:2] + names[-2:])}"
         )
     return list(groups.values())
 
@@ -87,7 +87,7 @@ def _check(pattern: str, options: dict, optim: Optim) -> None:
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, 1)
             raise ValueError(
-                f"{where}: unknown option{f'; did you mean {near[0]!r}?' if near else ''} (there are {', '.join(KEYS)})"
+                f"{where}: unknown option{f'; did you mean {near[0]!r}?' if near else ''} (options: {', '.join(KEYS)})"
             )
         if key == "schedule":
             valid = value == "constant"
@@ -96,10 +96,10 @@ def _check(pattern: str, options: dict, optim: Optim) -> None:
         else:
             valid = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
         if not valid:
-            wanted = {"schedule": "'constant'", "lars_exclude": "True or False"}.get(key, "a number >= 0")
-            raise ValueError(f"{where}={value!r} must be {wanted}")
+            valid_values = {"schedule": "'constant'", "lars_exclude": "True or False"}.get(key, "a number >= 0")
+            raise ValueError(f"{where}={value!r} must be {valid_values}")
         if key.startswith("momentum") and optim.name == "adamw":
-            raise ValueError(f"{where}: adamw has no momentum (optim.betas is for all parameters)")
+            raise ValueError(f"{where}: adamw has no momentum; optim.betas applies to all parameters")
 
 
 def _resolve(patterns: tuple[str, ...], optim: Optim, lr: float) -> tuple[dict, str | None, float]:
@@ -118,11 +118,12 @@ def _resolve(patterns: tuple[str, ...], optim: Optim, lr: float) -> tuple[dict, 
             elif key.endswith("_mult"):
                 options[key[:-5]] = base[key[:-5]] * value
             elif key in base:
-                options[key] = value  # lars_exclude without LARS: there is nothing to be excluded from
+                options[key] = value  # lars_exclude has no effect without LARS and is dropped
     return options, schedule, freeze_epochs
 
 
 def describe_groups(groups: list[Group]) -> str:
+    """A table of the groups for the terminal: patterns, numbers of tensors and parameters, options."""
     rows = [("patterns", "tensors", "parameters", "options")]
     for g in groups:
         options = ", ".join(f"{k} {v:g}" for k, v in g.options.items() if k != "lars_exclude")

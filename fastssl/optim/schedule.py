@@ -13,10 +13,10 @@ from fastssl.optim.groups import describe_groups, group_parameters
 
 
 def lr_multiplier(optim: Optim, step: int, steps_per_epoch: int, total_steps: int) -> float:
-    """lr at `step` (from 0) over the base lr.
+    """The lr at `step` (from 0), divided by the base lr.
 
     "cosine": linear warm-up, then a cosine over the remaining steps (SimCLR, BYOL, MoCo v3).  "cosine_epoch": constant
-    inside an epoch and counted from epoch 0, multiplied by the warm-up (mmcv, hence OpenSelfSup).
+    within an epoch, a cosine from epoch 0 on, multiplied by the warm-up (mmcv and OpenSelfSup).
     """
     warm = optim.warmup_epochs * steps_per_epoch
     ramp = 1 - (1 - step / warm) * (1 - optim.warmup_ratio) if step < warm else 1.0
@@ -37,7 +37,7 @@ def _cosine(done: float, start: float, end: float) -> float:
 
 
 class Schedule:
-    """What every group's lr and weight decay are at a step.  Holds no state that a checkpoint would need."""
+    """The lr and weight decay of every group as functions of the step; it has no state to save in checkpoints."""
 
     def __init__(
         self, named: Iterable[tuple[str, Tensor]], optim: Optim, *, steps_per_epoch: int, total_steps: int | None = None
@@ -53,10 +53,10 @@ class Schedule:
             )
         if optim.weight_decay_end is not None and not optim.weight_decay:
             raise ValueError("optim.weight_decay_end needs optim.weight_decay > 0 to start from")
-        lr_multiplier(optim, 0, steps_per_epoch, self.total_steps)  # an unknown name fails here, not at step 0
+        lr_multiplier(optim, 0, steps_per_epoch, self.total_steps)  # raises for an unknown name
         self.lr = optim.lr * optim.batch / optim.base_batch if optim.base_batch else optim.lr
         self.groups = group_parameters(named, optim, self.lr)
-        self.table = describe_groups(self.groups)  # now: ZeRO-3 takes the shapes away
+        self.table = describe_groups(self.groups)  # now, because ZeRO-3 removes the shapes
         if self.lr != optim.lr:
             self.table = (
                 f"linear scaling: lr {optim.lr:g} x batch {optim.batch} / {optim.base_batch} = {self.lr:g}\n"
@@ -67,9 +67,10 @@ class Schedule:
         return lr_multiplier(self.optim, step, self.steps_per_epoch, self.total_steps)
 
     def set_lr(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Write the options of every group (also of DeepSpeed's wrapper) for `step`; returns the lr without patterns.
+        """Set the options of every group of `optimizer` (ours or DeepSpeed's wrapper) for `step`.
 
-        All options, not only lr: DeepSpeed's universal checkpoints restore every group with the first one's options.
+        Returns the lr of a group without patterns.  All options are set, not only lr, because DeepSpeed's universal
+        checkpoints restore every group with the options of the first.
         """
         groups = optimizer.param_groups
         assert len(groups) == len(self.groups), (len(groups), len(self.groups))

@@ -1,4 +1,4 @@
-"""What an optimizer needs to know of whole tensors when ZeRO hands it one flat partition at a time."""
+"""Norms of whole tensors in an optimizer to which ZeRO passes one flat partition of the parameters at a time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 
 class ZeroAware(torch.optim.Optimizer):
-    """Base of our optimizers: sums over whole tensors at every ZeRO stage, and the options that they share.  A group
-    that is `frozen` keeps its parameters and state, as if it had no gradient; `clip_each` clips the gradient of every
-    tensor to that norm (0: no clipping)."""
+    """Base of the optimizers: sums over whole tensors at every ZeRO stage, and common options.
+
+    `clip_each`: clip the gradient of each tensor to this norm (0: no clipping).  A group with `frozen` set keeps its
+    parameters and state.
+    """
 
     param_groups: list[dict[str, Any]]
-    needs_whole_tensors = False  # its update takes norms of whole tensors
+    needs_whole_tensors = False  # whether the update uses norms of whole tensors
 
     def __init__(self, *args, clip_each: float = 0.0, **options):
         self._whole: set[Tensor] = set()
@@ -32,20 +34,20 @@ class ZeroAware(torch.optim.Optimizer):
         super().add_param_group(group)
         self._whole.update(self.param_groups[-1]["params"])
 
-    def _moving(self) -> list[tuple[dict, list[Tensor]]]:
+    def _trained_groups(self) -> list[tuple[dict, list[Tensor]]]:
         """The groups that are not frozen, with their parameters that have a gradient, clipped."""
-        moving = [
+        groups = [
             (group, [p for p in group["params"] if p.grad is not None])
             for group in self.param_groups
             if not group.get("frozen")
         ]
-        for _, params in moving if self.clip_each else ():
+        for _, params in groups if self.clip_each else ():
             grads = self._views(params, [p.grad for p in params])
             squares = torch.stack(torch._foreach_norm(grads)).square()[None] if grads else None
             norms = self._add_fragments(params, squares, 1)
             if norms is not None and grads:
                 torch._foreach_mul_(grads, list((self.clip_each / (norms[0].sqrt() + 1e-6)).clamp(max=1.0).unbind()))
-        return moving
+        return groups
 
     def _views(self, params: list[Tensor], values: list[Tensor]) -> list[Tensor]:
         """`values` (one per parameter) cut into the fragments of whole tensors, without ZeRO's padding."""
@@ -58,14 +60,14 @@ class ZeroAware(torch.optim.Optimizer):
                 out.append(value)
             else:
                 raise RuntimeError(
-                    f"{type(self).__name__} was handed a flat partition that it does not know: call "
-                    "optim.attach(engine) after deepspeed.initialize"
+                    f"{type(self).__name__} was given an unknown flat partition: call optim.attach(engine) after "
+                    "deepspeed.initialize"
                 )
         return out
 
     def _add_fragments(self, params: list[Tensor], squares: Tensor | None, rows: int) -> Tensor | None:
-        """(rows, n) sums over each of n fragments -> those of the whole tensor that it is a part of: under ZeRO one
-        all-reduce adds the fragments'.  `squares` is None on a rank that holds nothing but padding."""
+        """(rows, n) sums over each of n fragments -> (rows, n) sums over the whole tensor of each fragment, by an
+        all-reduce under ZeRO.  `squares` is None on a rank that has only padding."""
         cuts = [self._fragments[p] for p in params if p in self._fragments]
         if cuts:
             assert len(params) == 1, "ZeRO steps one flat partition at a time"
@@ -81,19 +83,19 @@ class ZeroAware(torch.optim.Optimizer):
 
 @dataclass
 class Fragments:
-    """What one rank's flat partition consists of, in order."""
+    """The pieces of one rank's flat partition, in order: fragments of tensors, and padding."""
 
-    sizes: list[int]  # all stretches, padding included
+    sizes: list[int]  # of all pieces
     keep: list[bool]  # False: padding (ZeRO-3 leaves it uninitialised)
-    owner: Tensor  # (n kept,) int64: which whole tensor of the partition's group a stretch belongs to
-    tensors: int  # whole tensors, the same number on every rank
+    owner: Tensor  # (fragments,) int64: the index of the whole tensor of each fragment
+    tensors: int  # number of whole tensors, equal on all ranks
     group: td.ProcessGroup
 
     @classmethod
-    def of(cls, stretches: list[tuple[int, int]], flat: Tensor, group: td.ProcessGroup) -> Fragments:
-        """`stretches`: (start, stop) in the flat partition of each whole tensor, in order; none where stop <= start."""
+    def of(cls, ranges: list[tuple[int, int]], flat: Tensor, group: td.ProcessGroup) -> Fragments:
+        """`ranges`: (start, stop) of each whole tensor in the flat partition, in order; empty where stop <= start."""
         sizes, keep, owner, at = [], [], [], 0
-        for i, (start, stop) in enumerate(stretches):
+        for i, (start, stop) in enumerate(ranges):
             if stop > start:
                 sizes += [start - at, stop - start]
                 keep += [False, True]
@@ -103,13 +105,13 @@ class Fragments:
             [*sizes, flat.numel() - at],
             [*keep, False],
             torch.tensor(owner, dtype=torch.int64).to(flat.device),
-            len(stretches),
+            len(ranges),
             group,
         )
 
 
 def attach(engine: DeepSpeedEngine) -> None:
-    """Give our optimizer the partition of the parameters by `engine` (of deepspeed.initialize)."""
+    """Tell the optimizer of `engine` (from deepspeed.initialize) how ZeRO partitions the parameters."""
     ours, zero = engine.basic_optimizer, engine.optimizer
     if zero is ours or not (getattr(ours, "needs_whole_tensors", False) or getattr(ours, "clip_each", 0)):
         return
@@ -117,22 +119,22 @@ def attach(engine: DeepSpeedEngine) -> None:
     rank = td.get_rank(group)
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3: every tensor is cut into equal parts, the last padded
         for params, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat):
-            stretches, at = [], 0
+            ranges, at = [], 0
             for p in params:
                 size = p.partition_numel()
-                stretches.append((at, at + min(size, p.ds_numel - rank * size)))
+                ranges.append((at, at + min(size, p.ds_numel - rank * size)))
                 at += size
-            ours._fragments[flat] = Fragments.of(stretches, flat, group)
+            ours._fragments[flat] = Fragments.of(ranges, flat, group)
     elif hasattr(zero, "single_partition_of_fp32_groups"):  # ZeRO-1 and 2: the concatenation is cut into equal parts
         for i, flat in enumerate(zero.single_partition_of_fp32_groups):
             begin, size = rank * zero.partition_size[i], zero.partition_size[i]
-            stretches = []
+            ranges = []
             for meta, offset in zip(zero.round_robin_bit16_meta[i], zero.round_robin_bit16_offsets[i]):
                 start, stop = offset - begin, offset + meta.numel() - begin
-                stretches.append((max(start, 0), min(stop, size)))
-            ours._fragments[flat] = Fragments.of(stretches, flat, group)
+                ranges.append((max(start, 0), min(stop, size)))
+            ours._fragments[flat] = Fragments.of(ranges, flat, group)
     else:
         raise ValueError(
-            f"{type(ours).__name__} does not know how {type(zero).__name__} cuts parameters; "
-            "use speed.zero 0 to 3 without other DeepSpeed optimizers"
+            f"{type(ours).__name__} does not support DeepSpeed's {type(zero).__name__}: use speed.zero 0 to 3 without "
+            "DeepSpeed settings of other optimizers"
         )
