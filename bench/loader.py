@@ -33,6 +33,7 @@ from torchvision import datasets, transforms
 from fastssl.data_prep import main as convert
 from fastssl.files.datacard import DataCard
 from fastssl.loader import Loader
+from fastssl.sampler import Sampler
 
 if TYPE_CHECKING:
     from ffcv.pipeline import PipelineSpec
@@ -124,7 +125,7 @@ def contestants(beton: str, jpegs: Path, batch: int) -> dict:
 
 
 def ours(beton: str, batch: int) -> Callable[[], int]:
-    loader = Loader(beton, batch, device="cpu", rank=0, world=1, workers=WORKERS)
+    loader = Loader(beton, batch, Sampler(rank=0, world=1), device="cpu", workers=WORKERS)
     return lambda: sum(len(b.index) for epoch in range(PASSES) for b in loader.epoch(epoch))
 
 

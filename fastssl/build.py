@@ -20,6 +20,7 @@ from fastssl.checkpoint import run_folder
 from fastssl.config import Run
 from fastssl.loader import Batch, Loader
 from fastssl.meters import Meter
+from fastssl.sampler import Sampler
 from fastssl.step import static_step
 from fastssl.trainer import Context, Trainer
 
@@ -101,7 +102,7 @@ def not_captured(t: Trainer) -> str | None:
     run = t.run
     if run.speed.graph == "off":
         return "speed.graph=off"
-    if t.loader.micro > 1:
+    if t.loader.sampler.micro > 1:
         return "it has several micro-batches (speed.micro_batch)"
     if t.device.type != "cuda":
         return "it needs a CUDA device"
@@ -144,15 +145,9 @@ def build_method(run: Run, loader: Loader) -> nn.Module:
 
 def open_loader(run: Run, device: torch.device) -> Loader:
     """data.train, with the micro-batches of this rank."""
-    return Loader(
-        run.data.train,
-        run.optim.batch,
-        seed=run.seed,
-        device=device,
-        workers=run.speed.workers,
-        micro=run.optim.batch // dist.world() // micro_batch(run),
-        resident=run.speed.resident,
-    )
+    batch, speed = run.optim.batch, run.speed
+    sampler = Sampler(run.seed, micro=batch // dist.world() // micro_batch(run))
+    return Loader(run.data.train, batch, sampler, device=device, workers=speed.workers, resident=speed.resident)
 
 
 def micro_batch(run: Run) -> int:

@@ -146,7 +146,7 @@ def batches(
 
 def _next(t: Trainer, source: Iterator[Batch]) -> list[Batch]:
     with t.meter.phase("data"):
-        return list(itertools.islice(source, t.loader.micro))
+        return list(itertools.islice(source, t.loader.sampler.micro))
 
 
 def end_epoch(t: Trainer, log: Log) -> None:

@@ -26,7 +26,7 @@ class Values:
 
     def __init__(self, groups: int, device: torch.device):
         self._packed = torch.zeros(4 + 2 * groups, dtype=torch.int64, device=device)
-        self.epoch, self.step, self.place = self._packed[:3].unbind()
+        self.epoch, self.step, self.position = self._packed[:3].unbind()
         self.progress = self._packed[3].view(torch.float64)  # fraction of the run's steps before this one
         self._rates = self._packed[4:].view(torch.float64)  # lr and weight decay of each group
 
@@ -34,7 +34,7 @@ class Values:
         """Set all of them by one asynchronous copy.  `groups`: the optimizer's param_groups."""
         host = torch.empty(self._packed.shape, dtype=torch.int64, pin_memory=self._packed.is_cuda)
         words = host.numpy()
-        words[:3] = batch.epoch, batch.step, batch.place or 0
+        words[:3] = batch.epoch, batch.step, batch.position or 0
         words[3:4].view(np.float64)[0] = progress
         words[4:].view(np.float64)[:] = [g[key] for g in groups for key in ("lr", "weight_decay")]
         self._packed.copy_(host, non_blocking=True)  # torch's allocator keeps pinned memory until the copy is done
@@ -101,7 +101,7 @@ class Graphed:
         """Whether the next step can be a replay; captures it after the warm-up."""
         if self.reason is not None:
             return False
-        key = (phase, batch.place is None, *(getattr(batch, name).shape for name in TENSORS), batch.label.dtype)
+        key = (phase, batch.position is None, *(getattr(batch, name).shape for name in TENSORS), batch.label.dtype)
         if self._captured is not None and self._captured.key == key:
             return True
         self._captured = None

@@ -21,6 +21,7 @@ from fastssl.eval.common import classes, features, softmax
 from fastssl.eval.common.metrics import in_top_k
 from fastssl.loader import Batch, Loader
 from fastssl.log import HostScalar
+from fastssl.sampler import Sampler
 from fastssl.trainer import Outputs, Trainer
 
 DISABLE = "or set log.knn_epochs=0 log.probe=False"
@@ -68,14 +69,9 @@ class FeatureCache:
             if path == run.data.train:  # no second copy of a resident set
                 loader = t.loader.in_file_order(batch)
             else:
+                speed = run.speed
                 loader = Loader(
-                    path,
-                    batch,
-                    device=t.device,
-                    workers=run.speed.workers,
-                    shuffle=False,
-                    drop_last=False,
-                    resident=run.speed.resident,
+                    path, batch, Sampler.sequential(), device=t.device, workers=speed.workers, resident=speed.resident
                 )
             if not loader.classes:
                 raise ValueError(
@@ -94,7 +90,7 @@ class FeatureCache:
                 classes.match(train, loader, labelled)
             except ValueError as error:
                 raise ValueError(f"{error} (data.bank, data.test); {DISABLE}") from None
-            self._numbers[test, train.path] = loader.numbers
+            self._numbers[test, train.path] = loader.class_numbers
 
     def __call__(self, t: Trainer, path: str, train: Loader | None = None) -> tuple[Tensor, Tensor]:
         """Features (N, dim) and labels (N,); in the class numbers of `train`, after `match_classes`."""

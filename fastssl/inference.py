@@ -31,7 +31,7 @@ def forward_batches(
     """
     with contextlib.closing(loader.epoch(epoch, start, order)) as batches:
         for step in range(start, loader.steps if stop is None else stop):
-            for _ in range(loader.micro):
+            for _ in range(loader.sampler.micro):
                 batch = next(batches, None)
                 if batch is not None:
                     yield batch, forward(batch)

@@ -1,8 +1,7 @@
-"""A .beton file -> uint8 batches on the device, each image decoded once; views are cut from them there.
+"""Batches of uint8 images on the device from a .beton file, each image decoded once; views are cut from them there.
 
-The order is a permutation keyed by (seed, epoch) and rank r takes its slice of each global batch, so any number of
-ranks and micro-batches sees the batches that one rank sees.  Decoding runs on threads of this process, two
-micro-batches ahead; on CUDA it writes into pinned memory, from which a side stream copies.
+Decoding runs on threads of this process, two micro-batches ahead.  On CUDA it writes into pinned memory, which is
+copied to the device on a stream of its own.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 
@@ -26,9 +25,11 @@ from torch import Tensor
 
 from fastssl import dist
 from fastssl.files.datacard import DataCard
+from fastssl.sampler import MicroBatch, Sampler
 
 AHEAD = 2  # micro-batches decoded before they are asked for; more only costs memory once the decoder keeps up
 RESIDENT_SHARE = 0.5  # of the free memory: the rest is for the model, its activations and the optimizer
+Tensors = list[Tensor]  # of a batch: pixels, sizes, index, label
 
 
 @dataclass
@@ -38,93 +39,63 @@ class Batch:
     index: Tensor  # int64 (B,), row in the file
     label: Tensor  # int64 (B,), -1 = none; or float32 (B, C)
     epoch: int
-    step: int  # optimizer step inside the epoch
-    place: int | None = None  # of its first sample in the order given for the epoch, which may name a sample twice
-
-
-def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """int64 (n,), the same on every platform: NumPy keeps Philox's raw bits stable, not its `permutation`."""
-    if seed < 0 or epoch < 0:
-        raise ValueError(f"seed={seed}, epoch={epoch}: both must be 0 or more")
-    return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(n), kind="stable")
+    step: int  # of the epoch
+    position: int | None = None  # of its first sample in the `order` given for the epoch, which may repeat samples
 
 
 class Loader:
-    """`batch` is global: each of `world` ranks gets batch / world samples a step, in `micro` equal micro-batches.
+    """Batches of a file.  `batch` counts the images of all ranks; `sampler` divides it and sets the order.
 
-    Training (default): shuffled, the last incomplete batch dropped.  Evaluation (shuffle=False, drop_last=False):
-    file order, every sample exactly once over the ranks, the last batch ragged; a rank may then get nothing for it.
-    `wait_ms` is how long the consumer waited for the last micro-batch.  On CPU a canvas is used again once no tensor
-    refers to it.
+    `resident`: decode all images once and keep them on the device, if they fit.  `workers`: threads that decode;
+    default: this rank's cores.  `wait_ms`: how long the caller of `epoch` waited for the last micro-batch.  On CPU the
+    memory of a batch is used again once no tensor refers to it.  ValueError for a file or a batch that cannot be used.
     """
 
     def __init__(
         self,
-        path,
+        path: str | os.PathLike,
         batch: int,
+        sampler: Sampler | None = None,
         *,
-        seed: int = 0,
-        device=None,
-        rank: int | None = None,
-        world: int | None = None,
-        micro: int = 1,
+        device: torch.device | str | None = None,
         workers: int | None = None,
-        shuffle: bool = True,
-        drop_last: bool = True,
         resident: bool = False,
     ):
         _check_file(path)
         from fastssl.decode import BetonReader  # 4 s: ffcv brings OpenCV and numba
 
         self._beton = BetonReader(path)
-        self.path, self.samples = str(path), self._beton.samples
-        self.batch, self.seed, self.micro = batch, seed, micro
-        self.rank = dist.rank() if rank is None else rank
-        self.world = dist.world() if world is None else world
+        self.path, self.samples, self.batch = str(path), self._beton.samples, batch
+        self.sampler = sampler or Sampler()
         self.device = torch.device(dist.device() if device is None else device)
         self.workers = cores() if workers is None else workers
-        self.shuffle, self.drop_last, self.wait_ms = shuffle, drop_last, 0.0
-        self._check_batch()
-        self.steps = self.samples // batch if drop_last else -(-self.samples // batch)
+        if self.workers < 1:
+            raise ValueError(f"workers={workers}: must be 1 or more")
+        self.sampler.check_batch(batch, self.samples, self.path)
+        self.wait_ms = 0.0
         self.card = self._read_card()
         self.classes = self.card.classes
-        self.numbers: np.ndarray | None = None  # class in `classes` of each class of the file; see relabel
-        self._pool = ThreadPoolExecutor(self.workers, "decode")
-        self._feeder = ThreadPoolExecutor(1, "feed")
-        self._canvas_shape = (batch // self.world // micro, self._beton.max_pixels, 3)
-        self._free: list[np.ndarray] = []
+        self.class_numbers: np.ndarray | None = None  # position in `classes` of each class of the file; see relabel
+        self._decoders = ThreadPoolExecutor(self.workers, "decode")
+        self._prefetcher = ThreadPoolExecutor(1, "prefetch")
+        self._buffer_shape = (batch // self.sampler.world // self.sampler.micro, self._beton.max_pixels, 3)
+        self._free: list[np.ndarray] = []  # buffers that no tensor refers to
         self._check_memory()
         if self.device.type == "cuda":
-            self._side = torch.cuda.Stream(self.device)
-            self._slots = cycle(
-                [_Slot(torch.empty(self._canvas_shape, dtype=torch.uint8, pin_memory=True)) for _ in range(2)]
-            )
-        self._held = self._hold() if resident else None
+            self._copy_stream = torch.cuda.Stream(self.device)
+            self._pinned = cycle([_PinnedBuffer(self._buffer_shape) for _ in range(2)])
+        self._resident = self._decode_all() if resident else None
 
-    def _check_batch(self) -> None:
-        for name in ("world", "micro", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
-        parts = self.world * self.micro
-        if not 0 <= self.rank < self.world:
-            raise ValueError(f"rank={self.rank}: must be below world={self.world}")
-        if self.batch < 1 or self.batch % parts:
-            near = max(1, round(self.batch / parts)) * parts
-            raise ValueError(
-                f"batch={self.batch} is not divisible by world * micro = {self.world} * {self.micro}; "
-                f"the nearest batch that is: {near}"
-            )
-        if self.drop_last and self.batch > self.samples:
-            raise ValueError(
-                f"batch={self.batch} is larger than {self.path} ({self.samples} samples); "
-                f"use at most {self.samples // parts * parts}"
-            )
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return self.sampler.steps(self.batch, self.samples)
 
     def _check_memory(self) -> None:
-        """One canvas a micro-batch, as large for each image as for the largest; pinned, there are two."""
-        pixels, images = self._beton.max_pixels, self._canvas_shape[0]
-        need = images * pixels * 3
-        free = free_memory(torch.device("cpu"))
+        """ValueError if the buffers of the micro-batches do not fit: one on CPU, two pinned ones on CUDA, with room for
+        the largest image in place of each."""
+        images, pixels, _ = self._buffer_shape
+        need, free = images * pixels * 3, free_memory(torch.device("cpu"))
         if need * (2 if self.device.type == "cuda" else 1) > free:
             raise ValueError(
                 f"{self.path}: the largest image ({pixels / 1e6:.0f} megapixels) needs {need / 2**30:.1f} "
@@ -133,7 +104,7 @@ class Loader:
             )
 
     def _read_card(self) -> DataCard:
-        """The data card beside the file, or one with what the file's own table says where there is none."""
+        """The data card beside the file; without one, what the file itself says."""
         found = {"samples": self.samples, "max_pixels": self._beton.max_pixels, "bytes": self._beton.bytes.size}
         if not Path(self.path).with_suffix(".json").exists():
             return DataCard(**found)
@@ -150,111 +121,110 @@ class Loader:
 
     def relabel(self, numbers: np.ndarray, classes: list[str]) -> None:
         """From now on class i of the file is `numbers[i]` of `classes` (its column, for several labels an image)."""
-        self.numbers, self.classes = numbers, classes
-        if self._held is not None:
+        self.class_numbers, self.classes = numbers, classes
+        if self._resident is not None:
             label = torch.from_numpy(self.labels()).to(self.device)
-            self._held = [*self._held[:3], label]  # not in place: copies of this loader share the list
+            self._resident = [*self._resident[:3], label]  # a new list: copies of this loader have the old one
 
     def _labels(self, rows: np.ndarray) -> np.ndarray:
-        found, numbers = self._beton.labels(rows), self.numbers
+        found, numbers = self._beton.labels(rows), self.class_numbers
         if numbers is None:
             return found
         return found[:, np.argsort(numbers)] if found.ndim == 2 else np.where(found < 0, found, numbers[found])
 
     def epoch(self, epoch: int, start: int = 0, order: np.ndarray | None = None) -> Iterator[Batch]:
-        """`micro` Batches per step for the steps from `start`; nothing before it is decoded.  `order`: rows to go
-        through instead of the epoch's permutation, as many as there are samples; rows may repeat."""
+        """This rank's micro-batches of the steps from `start`; nothing before it is decoded.  `order` (samples,): rows
+        to take instead of the epoch's permutation; they may repeat."""
         if not 0 <= start <= self.steps:
             raise ValueError(f"start={start}: this epoch has steps 0 to {self.steps}")
         if order is not None and (order.shape != (self.samples,) or order.min() < 0 or order.max() >= self.samples):
             raise ValueError(f"order of shape {order.shape}: expected {self.samples} rows in 0 to {self.samples - 1}")
-        return self._run(epoch, self._plan(epoch, start, order), order is not None)
+        micro_batches = self.sampler.micro_batches(self.batch, self.samples, epoch, start, order)
+        return self._batches(epoch, micro_batches, repeats=order is not None)
 
     def in_file_order(self, batch: int | None = None) -> Loader:
-        """Every sample once, by the same threads and from the same resident set; not while an epoch of this loader is
-        under way.  `batch`: global; by default and at most one micro-batch a rank where samples are decoded."""
-        largest = self._canvas_shape[0] * self.world
-        batch = largest if batch is None else batch if self._held is not None else min(batch, largest)
+        """A loader of every sample once, which shares this one's threads and resident images; not to be used during an
+        epoch of this one.  `batch`: of all ranks; by default one micro-batch of each, and at most that where images are
+        decoded."""
+        largest = self._buffer_shape[0] * self.sampler.world
         other = copy.copy(self)
-        other.batch, other.micro, other.shuffle, other.drop_last = batch, 1, False, False
-        other.steps = -(-self.samples // other.batch)
+        other.batch = largest if batch is None else batch if self._resident is not None else min(batch, largest)
+        other.sampler = replace(self.sampler, micro=1, shuffle=False, drop_last=False)
         return other
 
-    def _plan(self, epoch: int, start: int, order: np.ndarray | None) -> list[tuple[int, int, np.ndarray]]:
-        """(step, place in the order, rows) of each micro-batch of this rank."""
-        if order is None:
-            order = permutation(self.samples, self.seed, epoch) if self.shuffle else np.arange(self.samples)
-        plan, places = [], np.arange(len(order))
-        for step in range(start, self.steps):
-            share = _slice(places[step * self.batch : (step + 1) * self.batch], self.rank, self.world)
-            plan += [(step, _slice(share, k, self.micro)) for k in range(self.micro)]
-        return [(step, int(part[0]), order[part]) for step, part in plan if len(part)]
-
-    def _run(self, epoch: int, plan: list, ordered: bool) -> Iterator[Batch]:
-        parts = [rows for *_, rows in plan]
-        source = self._stream(parts) if self._held is None else self._pick(parts)
-        with closing(source):  # also when the consumer leaves in mid-epoch
-            for step, place, _ in plan:
+    def _batches(self, epoch: int, micro_batches: list[MicroBatch], repeats: bool) -> Iterator[Batch]:
+        rows = [micro_batch.rows for micro_batch in micro_batches]
+        source = self._decode_ahead(rows) if self._resident is None else self._select(rows)
+        with closing(source):  # also if the caller stops early
+            for step, position, _ in micro_batches:
                 before = time.perf_counter()
                 tensors = next(source)
                 self.wait_ms = 1e3 * (time.perf_counter() - before)
-                yield Batch(*tensors, epoch, step, place if ordered else None)
+                yield Batch(*tensors, epoch, step, position if repeats else None)
 
-    def _stream(self, plan: list[np.ndarray]) -> Iterator[tuple[Tensor, ...]]:
-        """Decoded and on the device, in order, AHEAD micro-batches beyond the one handed out in the making."""
-        coming: deque = deque()
+    def _select(self, rows: list[np.ndarray]) -> Iterator[Tensors]:
+        """From the resident images."""
+        for part in rows:
+            index = torch.from_numpy(part).to(self.device, non_blocking=True)
+            yield [t.index_select(0, index) for t in self._resident]
+
+    def _decode_ahead(self, rows: list[np.ndarray]) -> Iterator[Tensors]:
+        """On the device, in order; AHEAD micro-batches are decoded while the caller works on the one before."""
+        pending: deque[Future] = deque()
         try:
-            for i in range(len(plan)):
-                while len(coming) <= AHEAD and i + len(coming) < len(plan):
-                    coming.append(self._feeder.submit(self._feed, plan[i + len(coming)]))
-                tensors, ready = coming.popleft().result()  # raises what the decoder raised
-                if ready is not None:
+            for i in range(len(rows)):
+                while len(pending) <= AHEAD and i + len(pending) < len(rows):
+                    pending.append(self._prefetcher.submit(self._load, rows[i + len(pending)]))
+                tensors, copied = pending.popleft().result()  # raises what the decoder raised
+                if copied is not None:
                     stream = torch.cuda.current_stream(self.device)
-                    stream.wait_event(ready)
-                    for t in tensors:  # the side stream owns their memory: not to be reused before this stream is done
+                    stream.wait_event(copied)
+                    for t in tensors:  # allocated on the copy stream: not to be reused before this stream is done
                         t.record_stream(stream)
                 yield tensors
         finally:
-            for future in coming:
+            for future in pending:
                 future.cancel()
 
-    def _feed(self, rows: np.ndarray) -> tuple[list[Tensor], torch.cuda.Event | None]:
-        """One micro-batch; runs on the feeder thread, one at a time."""
+    def _load(self, rows: np.ndarray) -> tuple[Tensors, torch.cuda.Event | None]:
+        """One micro-batch, and on CUDA the event after its copy; runs on the prefetcher's thread, one at a time."""
         n = len(rows)
         sizes, index = torch.empty(n, 2, dtype=torch.int32), torch.from_numpy(rows)
         label = torch.from_numpy(self._labels(rows))
         if self.device.type != "cuda":
-            pixels = self._canvas()[:n]
+            pixels = self._buffer()[:n]
             self._decode(rows, pixels.numpy(), sizes.numpy())
             return [pixels, sizes, index, label], None
 
-        slot = next(self._slots)
-        if slot.copied is not None:
-            slot.copied.synchronize()  # the copy out of this slot, two micro-batches ago
-        self._decode(rows, slot.pixels[:n].numpy(), sizes.numpy())
-        with torch.cuda.device(self.device), torch.cuda.stream(self._side):
-            small = [t.to(self.device, non_blocking=True) for t in (sizes, index, label)]
-            pixels = slot.pixels[:n].to(self.device, non_blocking=True)
-            slot.copied = torch.cuda.Event()
-            slot.copied.record()
-        return [pixels, *small], slot.copied
+        pinned = next(self._pinned)
+        if pinned.copied is not None:
+            pinned.copied.synchronize()  # the copy out of this buffer, two micro-batches ago
+        self._decode(rows, pinned.pixels[:n].numpy(), sizes.numpy())
+        with torch.cuda.device(self.device), torch.cuda.stream(self._copy_stream):
+            others = [t.to(self.device, non_blocking=True) for t in (sizes, index, label)]
+            pixels = pinned.pixels[:n].to(self.device, non_blocking=True)
+            pinned.copied = torch.cuda.Event()
+            pinned.copied.record()
+        return [pixels, *others], pinned.copied
 
     def _decode(self, rows: np.ndarray, pixels: np.ndarray, sizes: np.ndarray) -> None:
-        """On all workers, in small pieces, because images differ in cost."""
-        step = max(4, len(rows) // (8 * self.workers))
-        parts = [slice(i, i + step) for i in range(0, len(rows), step)]
-        for future in [self._pool.submit(self._beton.decode, rows[p], pixels[p], sizes[p]) for p in parts]:
+        """On all workers, in small parts, because some images take longer than others."""
+        size = max(4, len(rows) // (8 * self.workers))
+        parts = [slice(i, i + size) for i in range(0, len(rows), size)]
+        for future in [self._decoders.submit(self._beton.decode, rows[p], pixels[p], sizes[p]) for p in parts]:
             future.result()
 
-    def _canvas(self) -> Tensor:
-        """Host memory for one micro-batch, used again when the last tensor on it dies: fresh pages cost a third."""
-        base = self._free.pop() if self._free else np.empty(self._canvas_shape, np.uint8)
-        view = base.view()
-        weakref.finalize(view, self._free.append, base).atexit = False
+    def _buffer(self) -> Tensor:
+        """Host memory for one micro-batch, used again when the last tensor on it is deleted: the page faults of new
+        memory cost a third of the time."""
+        memory = self._free.pop() if self._free else np.empty(self._buffer_shape, np.uint8)
+        view = memory.view()
+        weakref.finalize(view, self._free.append, memory).atexit = False
         return torch.from_numpy(view)
 
-    def _hold(self) -> list[Tensor] | None:
-        """The decoded set on the device: pixels (N, P, 3), sizes, index, label; None when it does not fit."""
+    def _decode_all(self) -> Tensors | None:
+        """All samples on the device: pixels (N, P, 3), sizes, index, label.  None, with a warning, if they do not
+        fit."""
         need, free = self.samples * self._beton.max_pixels * 3, free_memory(self.device)
         if need > RESIDENT_SHARE * free:
             warnings.warn(
@@ -263,32 +233,26 @@ class Loader:
                 stacklevel=3,
             )
             return None
-        rows = np.arange(self.samples)
-        held = None
-        for part in self._stream([rows[i : i + self._canvas_shape[0]] for i in rows[:: self._canvas_shape[0]]]):
-            if held is None:
-                held, at = [torch.empty(self.samples, *t.shape[1:], dtype=t.dtype, device=t.device) for t in part], 0
-            for whole, t in zip(held, part):
-                whole[at : at + len(t)] = t
-            at += len(t)
-        return held
-
-    def _pick(self, parts: list[np.ndarray]) -> Iterator[list[Tensor]]:
-        for rows in parts:
-            rows = torch.from_numpy(rows).to(self.device, non_blocking=True)
-            yield [t.index_select(0, rows) for t in self._held]
+        rows, size = np.arange(self.samples), self._buffer_shape[0]
+        tensors: Tensors = []
+        for part, start in zip(self._decode_ahead([rows[i : i + size] for i in rows[::size]]), rows[::size]):
+            if not tensors:
+                tensors = [torch.empty(self.samples, *t.shape[1:], dtype=t.dtype, device=t.device) for t in part]
+            for of_all, t in zip(tensors, part):
+                of_all[start : start + len(t)] = t
+        return tensors
 
 
-@dataclass
-class _Slot:
+class _PinnedBuffer:
     """Pinned memory for one micro-batch, and the event after the last copy out of it."""
 
-    pixels: Tensor
-    copied: torch.cuda.Event | None = None
+    def __init__(self, shape: tuple[int, int, int]):
+        self.pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        self.copied: torch.cuda.Event | None = None
 
 
-def _check_file(path) -> None:
-    """ValueError for what is not a .beton but can become one, with the command."""
+def _check_file(path: str | os.PathLike) -> None:
+    """ValueError for a file or folder that must be converted first, with the command."""
     name = str(path).rstrip("/")
     kinds = {".zip": "zip", ".tar": "tar", ".gz": "tar", ".tgz": "tar", ".xz": "tar", ".txt": "list", ".csv": "list"}
     kind = "imagefolder" if Path(path).is_dir() else kinds.get(Path(name).suffix.lower())
@@ -300,20 +264,15 @@ def _check_file(path) -> None:
         )
 
 
-def _slice(rows: np.ndarray, k: int, parts: int) -> np.ndarray:
-    """The k-th of `parts` contiguous slices, equal where they can be."""
-    return rows[k * len(rows) // parts : (k + 1) * len(rows) // parts]
-
-
 def cores() -> int:
-    """The cores of this node that are this rank's share."""
+    """CPU cores for this rank: those of the node, divided by its ranks."""
     return max(1, len(os.sched_getaffinity(0)) // dist.local_world())
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes; host memory is shared by the ranks of this node."""
+    """In bytes.  Host memory is divided by the ranks of this node."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch's allocator, unused
-        return torch.cuda.mem_get_info(device)[0] + kept
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch's allocator
+        return torch.cuda.mem_get_info(device)[0] + cached
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024 // dist.local_world()

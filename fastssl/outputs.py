@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def extract_outputs(t: Trainer, name: str, augmented: bool = False, training: bo
     """
     dist.sync_buffers(t.method)
     loader, data, statistics = t.loader.in_file_order(), t.run.data, norm.RunningStatistics(t.method)
-    loader.shuffle = training
+    loader.sampler = replace(loader.sampler, shuffle=training)
     views = data.views if augmented else (data.eval_view or recipes.default_view(data.views[0], loader.card),)
 
     def forward(batch: Batch) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 from fastssl.inference import forward_batches
 from fastssl.kernels.augment import View, make_views
 from fastssl.loader import Batch, Loader
+from fastssl.sampler import Sampler
 
 SIDE = 64  # pixels of one tile
 
@@ -57,7 +58,7 @@ def images(
 
 
 def _loader(path: str, batch: int, device: torch.device | None, workers: int | None) -> Loader:
-    return Loader(path, batch, device=device, workers=workers, shuffle=False, drop_last=False, rank=0, world=1)
+    return Loader(path, batch, Sampler.sequential(rank=0, world=1), device=device, workers=workers)
 
 
 def sheet(path: Path, panels: list[tuple[str, Tensor]]) -> None:

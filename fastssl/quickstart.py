@@ -24,6 +24,7 @@ from fastssl.eval.common.search import nearest
 from fastssl.eval.linear.probe import linear_probe
 from fastssl.loader import Loader
 from fastssl.parsing import Parser
+from fastssl.sampler import Sampler
 
 DRAWS = 20  # of few labelled images; their accuracies are averaged
 
@@ -81,7 +82,7 @@ def pretrain(run: config.Run, overrides: list[str]) -> None:
 def report(run: config.Run) -> None:
     """Print the comparison and draw the picture."""
     device = dist.init()
-    loaders = [Loader(path, 256, device=device, shuffle=False, drop_last=False) for path in files(run)]
+    loaders = [Loader(path, 256, Sampler.sequential(), device=device) for path in files(run)]
     torch.manual_seed(run.seed)
     untrained, trained = backbones.build(run.backbone), backbones.build(run.backbone)
     folder = run_folder.path(run)

@@ -90,7 +90,7 @@ def static_step(t: Trainer, batch: Batch, phase: Phase) -> tuple[Outputs, dict[s
     the host, so that it can be captured.  Returns detached outputs and the scalars to log."""
     values = t.values
     on_device = replace(
-        batch, epoch=values.epoch, step=values.step, place=None if batch.place is None else values.place
+        batch, epoch=values.epoch, step=values.step, position=None if batch.position is None else values.position
     )
     given = on_device
     if hasattr(t.method, "phase"):  # it decides on the host by the epoch's number; a graph holds for one phase
@@ -260,8 +260,8 @@ def count_flops(t: Trainer, micro_batches: list[Batch]) -> None:
 def batch_views(t: Trainer, batch: Batch, views: tuple | None = None) -> list[Tensor]:
     """The views of a batch, of `data.views` or the recipe given: (B, 3, S, S) each."""
     key = batch.index
-    if batch.place is not None:  # a sample that comes twice in an epoch looks different each time
-        key = torch.arange(len(key), device=key.device) + batch.place
+    if batch.position is not None:  # a sample that comes twice in an epoch looks different each time
+        key = torch.arange(len(key), device=key.device) + batch.position
     dtype = torch.float32 if getattr(t.method, "exact_views", False) else DTYPES[t.run.optim.precision]
     return make_views(
         batch.pixels,

@@ -12,6 +12,7 @@ import method_cases as cases
 
 from fastssl import bottleneck, dist, engine
 from fastssl.files.datacard import DataCard
+from fastssl.sampler import Sampler
 
 RECORD = {
     "data_ms": 0.0,
@@ -40,7 +41,7 @@ def trainer(device="cuda", *, pixels=1024, workers=64, **speed):
         "micro_batch": None,
     } | speed
     loader = SimpleNamespace(
-        card=DataCard(samples=1000, bytes=0, max_pixels=pixels), samples=1000, workers=workers, micro=1
+        card=DataCard(samples=1000, bytes=0, max_pixels=pixels), samples=1000, workers=workers, sampler=Sampler()
     )
     run = SimpleNamespace(speed=SimpleNamespace(**speed), optim=SimpleNamespace(batch=64, precision="fp16"))
     return SimpleNamespace(run=run, loader=loader, device=torch.device(device), graphed=SimpleNamespace(reason=None))

@@ -18,6 +18,7 @@ from step_modes import Counts, NoCopies
 
 from fastssl import dist, engine, step
 from fastssl.loader import Loader
+from fastssl.sampler import Sampler
 
 BATCH = 16
 NAMES = [n for n in cases.CASES if n != "deepcluster pic"]
@@ -116,7 +117,7 @@ def test_what_is_counted():
 @pytest.mark.parametrize("micro", [1, 2])
 def test_an_image_is_decoded_once(beton, micro):
     """In an epoch, whatever the number of its views (the loader knows none); ahead of time, and not again."""
-    loader = Loader(beton, 16, workers=2, device="cpu", micro=micro)
+    loader = Loader(beton, 16, Sampler(micro=micro), workers=2, device="cpu")
     decode, rows = loader._beton.decode, []
     loader._beton.decode = lambda which, *where: (rows.extend(which.tolist()), decode(which, *where))
     for epoch in range(2):

@@ -14,7 +14,7 @@ LAYERS = """
     kernels data_prep
     config
     dist
-    decode sharded_table
+    decode sampler sharded_table
     amp norm zero loader backbones optim log meters clustering ending
     graph inference
     trainer

@@ -7,10 +7,11 @@ from conftest import photo, write_beton
 
 from fastssl.inference import forward_batches
 from fastssl.loader import Batch, Loader
+from fastssl.sampler import Sampler
 
 
 def load(path, batch, rank=0, world=1, **options):
-    return Loader(path, batch, rank=rank, world=world, device="cpu", workers=1, **options)
+    return Loader(path, batch, Sampler(rank=rank, world=world, **options), device="cpu", workers=1)
 
 
 def in_file_order(path, batch, rank=0, world=1):

@@ -14,6 +14,7 @@ from PIL import Image
 import fastssl
 from fastssl import config, dist
 from fastssl.loader import Loader
+from fastssl.sampler import Sampler
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,7 +80,7 @@ def test_the_package_imports_quickly_and_exports_its_names():
 
 def stored(path):
     """Images (H, W, 3) and labels of a .beton."""
-    loader = Loader(path, 4, device="cpu", workers=1, shuffle=False, drop_last=False)
+    loader = Loader(path, 4, Sampler.sequential(), device="cpu", workers=1)
     batches = list(loader.epoch(0))
     images = [p[: h * w].view(h, w, 3).numpy().copy() for b in batches for p, (h, w) in zip(b.pixels, b.sizes.tolist())]
     return images, torch.cat([b.label for b in batches]).tolist(), loader.classes

@@ -56,6 +56,7 @@ def kernel(args: argparse.Namespace) -> dict:
 
 def loader(args: argparse.Namespace) -> dict:
     from fastssl.loader import Loader
+    from fastssl.sampler import Sampler
 
     with tempfile.TemporaryDirectory() as folder:
         path, what = args.data, args.data
@@ -65,7 +66,7 @@ def loader(args: argparse.Namespace) -> dict:
             done = subprocess.run(command, capture_output=True, text=True, timeout=200)
             if done.returncode:
                 raise RuntimeError(f"fastssl convert failed: {done.stderr.strip()[-200:]}")
-        batches = Loader(path, 64, device="cpu", shuffle=False, drop_last=False)
+        batches = Loader(path, 64, Sampler.sequential(), device="cpu")
         next(iter(batches.epoch(0)))  # compiles the pipeline
         count, start = 0, time.perf_counter()
         for batch in batches.epoch(1):

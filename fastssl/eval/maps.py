@@ -18,7 +18,7 @@ from torch import Tensor
 from fastssl import dist, files
 from fastssl.eval.common.target import EvalTarget
 from fastssl.eval.options import MAPS
-from fastssl.loader import permutation
+from fastssl.sampler import permutation
 
 NEEDS = ("test",)
 DIMS = 50  # principal components that t-SNE and UMAP start from: distances hardly change, and they are faster

@@ -19,7 +19,8 @@ from fastssl.config import Optim
 from fastssl.eval.common import cache, finetuning
 from fastssl.eval.common.stored_results import StoredResults
 from fastssl.eval.common.target import EvalTarget
-from fastssl.loader import Loader, permutation
+from fastssl.loader import Loader
+from fastssl.sampler import permutation
 
 NEEDS = ("train", "test")
 RATES, HEAD_MULTS = (0.001, 0.01, 0.1), (1.0, 10.0, 100.0)

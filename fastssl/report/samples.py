@@ -29,6 +29,7 @@ from fastssl.kernels.augment import View
 from fastssl.loader import Loader
 from fastssl.report import cards, charts
 from fastssl.report.run_data import RunData
+from fastssl.sampler import Sampler
 
 ROWS = 6  # images on a sheet
 COLUMNS = 12  # views on a sheet, at most
@@ -201,7 +202,7 @@ def _file(path: str | None, option: str) -> str:
 
 
 def _samples(path: str, args: argparse.Namespace) -> int:
-    return Loader(path, 1, device=args.device, workers=1, shuffle=False, drop_last=False, rank=0, world=1).samples
+    return Loader(path, 1, Sampler.sequential(rank=0, world=1), device=args.device, workers=1).samples
 
 
 def _sheet(lines: list[list[str]], about: str) -> str:

@@ -17,11 +17,12 @@ from PIL import Image
 import fastssl.loader
 from fastssl.decode import BetonReader
 from fastssl.files.datacard import DataCard
-from fastssl.loader import AHEAD, Loader, permutation
+from fastssl.loader import AHEAD, Loader
+from fastssl.sampler import Sampler, permutation
 
 
-def open_loader(path, batch=16, **options):
-    return Loader(path, batch, **{"device": "cpu", "rank": 0, "world": 1, "workers": 2, **options})
+def open_loader(path, batch=16, *, device="cpu", workers=2, resident=False, **sampling):
+    return Loader(path, batch, Sampler(**sampling), device=device, workers=workers, resident=resident)
 
 
 def image(batch, i):
@@ -154,13 +155,13 @@ def test_a_given_order_is_followed_on_any_number_of_ranks(beton, resident):
     order = np.random.default_rng(0).integers(0, 103, 103)
     whole = list(open_loader(beton).epoch(5, 2, order))
     assert torch.cat([b.index for b in whole]).tolist() == order[32:96].tolist()
-    assert [(b.step, b.place) for b in whole] == [(2, 32), (3, 48), (4, 64), (5, 80)]
+    assert [(b.step, b.position) for b in whole] == [(2, 32), (3, 48), (4, 64), (5, 80)]
     ranks = [open_loader(beton, rank=r, world=2, micro=2, resident=resident).epoch(5, 2, order) for r in range(2)]
     for parts in zip(whole, *[zip(r, r) for r in ranks]):
         assert parts[0].index.tolist() == [i for rank in parts[1:] for b in rank for i in b.index.tolist()]
-        assert [b.place - parts[0].place for rank in parts[1:] for b in rank] == [0, 4, 8, 12]
+        assert [b.position - parts[0].position for rank in parts[1:] for b in rank] == [0, 4, 8, 12]
         assert torch.equal(image(parts[0], 13), image(parts[2][1], 1))
-    assert next(iter(open_loader(beton).epoch(0))).place is None
+    assert next(iter(open_loader(beton).epoch(0))).position is None
     for wrong in (order[:50], order + 1, order - 103):
         with pytest.raises(ValueError, match="expected 103 rows in 0 to 102"):
             open_loader(beton).epoch(0, 0, wrong)
@@ -207,7 +208,7 @@ def test_leaving_in_mid_epoch_stops_the_decoding(beton, decoded):
     loader = open_loader(beton, 4)
     for _ in loader.epoch(0):
         break
-    loader._feeder.submit(lambda: None).result(10)  # what was under way is done
+    loader._prefetcher.submit(lambda: None).result(10)  # what was under way is done
     assert len(decoded) <= 4 * (AHEAD + 2)
     assert len(list(loader.epoch(0))) == 25
 

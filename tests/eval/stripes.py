@@ -9,6 +9,7 @@ import fastssl.eval
 from fastssl.config import Backbone
 from fastssl.kernels.augment import View
 from fastssl.loader import Loader
+from fastssl.sampler import Sampler
 
 SPEC = Backbone("resnet10", stem="cifar", width=8)
 
@@ -39,7 +40,7 @@ def files_fixture(tmp_path_factory):
 
 
 def training(path, batch, **options):
-    return Loader(path, batch, device="cpu", workers=1, **options)
+    return Loader(path, batch, Sampler(**options), device="cpu", workers=1)
 
 
 def evaluation(path):

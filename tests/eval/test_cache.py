@@ -16,6 +16,7 @@ from fastssl.config import Backbone
 from fastssl.eval.common import cache, features
 from fastssl.eval.common.features import Extractor
 from fastssl.loader import Loader
+from fastssl.sampler import Sampler
 
 (VIEW,) = views.center(16, 18)
 LAYERS = ("stem", "layer4", "last")
@@ -34,13 +35,13 @@ def net(seed=0, **options):
 class RecordingLoader(Loader):
     """Records the rows that are decoded."""
 
-    def _feed(self, rows):
+    def _load(self, rows):
         self.__dict__.setdefault("rows", []).extend(rows.tolist())
-        return super()._feed(rows)
+        return super()._load(rows)
 
 
 def load(path, batch=16):
-    return RecordingLoader(path, batch, device="cpu", workers=1, shuffle=False, drop_last=False)
+    return RecordingLoader(path, batch, Sampler.sequential(), device="cpu", workers=1)
 
 
 def cached(folder, loader, backbone=None, layers=LAYERS, view=VIEW, precision="fp32"):

@@ -15,6 +15,7 @@ from fastssl.config import Data, Optim, Run
 from fastssl.eval.common.classes import match
 from fastssl.kernels.augment import View
 from fastssl.loader import Loader
+from fastssl.sampler import Sampler
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220), "gray": (128, 128, 128)}
 
@@ -70,7 +71,7 @@ def files(tmp_path_factory):
 
 
 def load(path):
-    return Loader(path, 8, device="cpu", workers=1, shuffle=False, drop_last=False)
+    return Loader(path, 8, Sampler.sequential(), device="cpu", workers=1)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +325,7 @@ def test_monitors_match_too(files, bank, resident):
 
 
 def test_a_resident_file_is_relabelled(files):
-    whole = Loader(files["turned"], 8, device="cpu", workers=1, shuffle=False, drop_last=False, resident=True)
+    whole = Loader(files["turned"], 8, Sampler.sequential(), device="cpu", workers=1, resident=True)
     other = whole.in_file_order(4)
     match(load(files["train"]), other)
     assert torch.cat([b.label for b in other.epoch(0)]).tolist() == [2] * 3 + [0] * 3 + [1] * 3

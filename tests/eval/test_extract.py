@@ -16,6 +16,7 @@ from fastssl.eval.common.features import Extractor
 from fastssl.files import write_json
 from fastssl.kernels.augment import View
 from fastssl.loader import Loader
+from fastssl.sampler import Sampler
 from fastssl.weights import export
 
 
@@ -94,7 +95,7 @@ def test_one_file_is_enough_for_extract(files, tmp_path, capsys):
     assert call(*bare, "--test", files[1], "--folder", tmp_path / "whole", "--squash", "--size", 12) == 0
     net, sheet = backbones.build(SPEC), View(12, crop="squash")
     weights.load_backbone(tmp_path / "a.pth", net)
-    loader = Loader(files[1], 33, device="cpu", workers=1, shuffle=False, drop_last=False)
+    loader = Loader(files[1], 33, Sampler.sequential(), device="cpu", workers=1)
     want = features.extract(Extractor(net, sheet), loader)[0]
     got = torch.from_numpy(np.load(tmp_path / "whole" / "test_last.npy"))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

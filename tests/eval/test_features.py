@@ -16,6 +16,7 @@ from fastssl.eval.linear import probe
 from fastssl.files.datacard import DataCard
 from fastssl.kernels.augment import View, make_views
 from fastssl.loader import Loader
+from fastssl.sampler import Sampler
 
 (VIEW,) = views.center(16, 18)
 
@@ -26,7 +27,7 @@ def net(**options):
 
 
 def load(path, batch=32, **options):
-    return Loader(path, batch, **{"device": "cpu", "workers": 1, "shuffle": False, "drop_last": False, **options})
+    return Loader(path, batch, Sampler(**{"shuffle": False, "drop_last": False, **options}), device="cpu", workers=1)
 
 
 def one_by_one(backbone, path, view=VIEW):

@@ -27,7 +27,7 @@ from fastssl.config import Backbone, Optim
 from fastssl.eval import finetune
 from fastssl.eval.common import finetuning
 from fastssl.kernels.augment import View
-from fastssl.loader import permutation
+from fastssl.sampler import permutation
 
 
 def test_training_is_sgd_written_out(files):

@@ -15,7 +15,8 @@ import torch
 from fastssl import dist, views
 from fastssl.config import Backbone, Data, Log, Optim, Run, Speed
 from fastssl.files.datacard import DataCard
-from fastssl.loader import Batch, permutation
+from fastssl.loader import Batch
+from fastssl.sampler import Sampler
 
 if TYPE_CHECKING:
     from fastssl.trainer import Trainer
@@ -136,7 +137,7 @@ def loader(run: Run, device: str = "cpu") -> Memory:
     from fastssl.build import micro_batch
 
     micro = run.optim.batch // dist.world() // micro_batch(run)
-    return Memory(run.data.train, run.optim.batch, seed=run.seed, device=device, micro=micro)
+    return Memory(run.data.train, run.optim.batch, Sampler(run.seed, micro), device=device)
 
 
 def build(run: Run, device: str = "cpu") -> Trainer:
@@ -149,9 +150,7 @@ def build(run: Run, device: str = "cpu") -> Trainer:
 class Memory:
     """fastssl.loader.Loader for images in memory, without FFCV: the same order, shards and micro-batches."""
 
-    def __init__(
-        self, path, batch, *, seed=0, device=None, workers=None, micro=1, resident=False, shuffle=True, drop_last=True
-    ):
+    def __init__(self, path, batch, sampler=None, *, device=None):
         g = torch.Generator().manual_seed(7)
         small = torch.randint(0, 256, (SAMPLES, 3, 4, 4), generator=g).float()
         images = torch.nn.functional.interpolate(small, size=SIDE, mode="bicubic").clamp(0, 255)
@@ -159,24 +158,17 @@ class Memory:
         self.labels = torch.randint(-1, CLASSES, (SAMPLES,), generator=g)
         self.samples, self.classes = SAMPLES, [str(i) for i in range(CLASSES)]
         self.card = DataCard(samples=SAMPLES, bytes=0, max_pixels=SIDE**2, label="int")
-        self.batch, self.seed, self.micro, self.shuffle, self.device = batch, seed, micro, shuffle, device
-        self.steps = SAMPLES // batch if drop_last else -(-SAMPLES // batch)
+        self.batch, self.sampler, self.device = batch, sampler or Sampler(), device
+        self.steps = self.sampler.steps(batch, SAMPLES)
 
     def in_file_order(self):
-        local = self.batch // dist.world() // self.micro
-        return Memory(None, local * dist.world(), seed=self.seed, device=self.device, shuffle=False, drop_last=False)
+        world, micro = self.sampler.world, self.sampler.micro
+        sampler = Sampler.sequential(seed=self.sampler.seed)
+        return Memory(None, self.batch // world // micro * world, sampler, device=self.device)
 
     def epoch(self, epoch, start=0, order=None):
-        ordered, positions = order is not None, torch.arange(SAMPLES)
-        if not ordered:
-            order = permutation(SAMPLES, self.seed, epoch) if self.shuffle else positions.numpy()
-        order = torch.from_numpy(order)
-        for step in range(start, self.steps):
-            shard = positions[step * self.batch : (step + 1) * self.batch].tensor_split(dist.world())[dist.rank()]
-            for part in shard.tensor_split(self.micro):
-                if len(part):
-                    index, sizes = order[part], torch.full((len(part), 2), SIDE, dtype=torch.int32)
-                    tensors = self.pixels[index], sizes, index, self.labels[index]
-                    yield Batch(
-                        *(x.to(self.device or "cpu") for x in tensors), epoch, step, int(part[0]) if ordered else None
-                    )
+        for step, position, rows in self.sampler.micro_batches(self.batch, SAMPLES, epoch, start, order):
+            index, sizes = torch.from_numpy(rows), torch.full((len(rows), 2), SIDE, dtype=torch.int32)
+            tensors = self.pixels[index], sizes, index, self.labels[index]
+            tensors = [x.to(self.device or "cpu") for x in tensors]
+            yield Batch(*tensors, epoch, step, None if order is None else position)

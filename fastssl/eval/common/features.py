@@ -125,8 +125,8 @@ def extract(extractor: Extractor, loader: Loader) -> tuple[Tensor, ...]:
     """float32 features (N, dim) of each layer, then labels (N,) or (N, C), of all samples of `loader`; row i is sample
     i's.
 
-    `loader` has shuffle=False, drop_last=False; each rank computes its shard and every rank gets all.  Not normalised.
-    On the loader's device, where N * dim * 4 bytes must fit twice.
+    `loader` has the sampler Sampler.sequential(); each rank computes its shard and every rank gets all.  The features
+    are not normalised, and on the loader's device, where N * dim * 4 bytes must fit twice.
     """
     check_loader(loader)
     *parts, index = _all_ranks(extractor.batches(loader))
@@ -157,7 +157,7 @@ def _all_ranks(batches: Iterator[tuple[Batch, list[Tensor]]]) -> list[Tensor]:
 
 
 def check_loader(loader: Loader) -> None:
-    if loader.shuffle or loader.drop_last:
+    if loader.sampler.shuffle or loader.sampler.drop_last:
         raise ValueError("features need a Loader with shuffle=False, drop_last=False: every sample exactly once")
 
 

@@ -26,7 +26,8 @@ from fastssl.eval.common.features import Extractor
 from fastssl.eval.common.metrics import count_correct, percentages, top_ks
 from fastssl.eval.common.target import EvalTarget
 from fastssl.kernels.augment import View, make_views
-from fastssl.loader import Batch, Loader, permutation
+from fastssl.loader import Batch, Loader
+from fastssl.sampler import Sampler, permutation
 
 BEFORE_BLOCKS = "cls_token|reg_token|dist_token|pos_embed|patch_embed|norm_pre"  # of timm's transformers
 
@@ -93,7 +94,7 @@ def train(
         sync = contextlib.nullcontext() if last or parallel is model else parallel.no_sync()
         with sync, autocast(device, optim.precision):
             loss = F.cross_entropy(parallel(x).float(), labels, label_smoothing=smoothing)
-            scaler.scale(loss / loader.micro).backward()
+            scaler.scale(loss / loader.sampler.micro).backward()
         return loss.detach().double()
 
     def update() -> None:
@@ -111,8 +112,8 @@ def train(
         with contextlib.closing(loader.epoch(epoch, order=order)) as batches:
             for step in range(steps):
                 schedule.set_lr(optimizer, epoch * steps + step)
-                for i, batch in enumerate(islice(batches, loader.micro), 1):
-                    total += add_gradient(batch, last=i == loader.micro) / (steps * loader.micro)
+                for i, batch in enumerate(islice(batches, loader.sampler.micro), 1):
+                    total += add_gradient(batch, last=i == loader.sampler.micro) / (steps * loader.sampler.micro)
                 update()
         mean = dist.mean(total).item()
         dist.print_main(f"{options.name}epoch {epoch + 1}/{optim.epochs}: loss {mean:.4f}")
@@ -153,7 +154,7 @@ def accuracy(
     correct = torch.zeros(len(top_ks(classes)), dtype=torch.int64, device=loader.device)
     logits_of = Extractor(model, view, precision=precision)  # a classifier's output are logits
     for batch, (logits,) in logits_of.batches(loader, stop=-(-count // loader.batch), order=order):
-        valid = slice(max(0, count - (batch.place or 0)))  # repetitions of `rows` follow
+        valid = slice(max(0, count - (batch.position or 0)))  # repetitions of `rows` follow
         correct += count_correct(logits[valid], batch.label[valid])
     return percentages(dist.sum_(correct.to(dist.device())).tolist(), count)
 
@@ -206,9 +207,8 @@ def training_loader(target: EvalTarget, batch: int) -> Loader:
             f"--train-batch {batch} must be a positive multiple of the {dist.world()} ranks"
             + (f" times --micro-batch {size}" if args.micro_batch else "")
         )
-    return Loader(
-        target.train, batch, seed=args.seed, device=args.device, workers=args.workers, micro=batch_local // size
-    )
+    sampler = Sampler(args.seed, micro=batch_local // size)
+    return Loader(target.train, batch, sampler, device=args.device, workers=args.workers)
 
 
 def class_labels(loader: Loader) -> np.ndarray:

@@ -19,6 +19,7 @@ from fastssl.eval.common.features import Extractor
 from fastssl.files.datacard import DataCard
 from fastssl.kernels.augment import View
 from fastssl.loader import Loader
+from fastssl.sampler import Sampler
 from fastssl.weights.options import backbone_from
 
 
@@ -35,21 +36,21 @@ class EvalTarget:
     train: str  # "": the protocol reads none, and none is given
     test: str
     args: argparse.Namespace
-    numbers: np.ndarray | None = None  # class in `train` of each class of `test`, where they differ
+    class_numbers: np.ndarray | None = None  # class in `train` of each class of `test`, where they differ
     classes: list[str] | None = None  # of `train`
 
     def loader(self, path: str) -> Loader:
         """In file order; the labels of the test file are class numbers of the training file once they are matched."""
         loader = _loader(path, self.args)
-        if self.numbers is not None and self.classes is not None and path == self.test:
-            loader.relabel(self.numbers, self.classes)
+        if self.class_numbers is not None and self.classes is not None and path == self.test:
+            loader.relabel(self.class_numbers, self.classes)
         return loader
 
     def match_classes(self, labelled: Labelled) -> None:
         """Number the classes of the test file as in the training file (classes.match)."""
         train, test = self.loader(self.train), self.loader(self.test)
         match(train, test, labelled)
-        self.numbers, self.classes = test.numbers, train.classes
+        self.class_numbers, self.classes = test.class_numbers, train.classes
 
     def features(self, path: str, layers: tuple[str, ...] = ("last",)) -> tuple[Tensor, ...]:
         """float32 features (N, dim) of each layer, then labels (N,) or (N, C), of a file, the same on all ranks:
@@ -126,9 +127,8 @@ def load_target(args: argparse.Namespace, needs: tuple[str, ...] | None, labelle
 
 
 def _loader(path: str, args: argparse.Namespace) -> Loader:
-    return Loader(
-        path, args.batch * dist.world(), device=args.device, workers=args.workers, shuffle=False, drop_last=False
-    )
+    batch = args.batch * dist.world()
+    return Loader(path, batch, Sampler.sequential(), device=args.device, workers=args.workers)
 
 
 def _view(args: argparse.Namespace, data: dict, spec: Backbone, card: DataCard | None) -> View:

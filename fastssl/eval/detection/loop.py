@@ -17,7 +17,7 @@ from fastssl.amp import autocast
 from fastssl.config import Optim
 from fastssl.eval.common.finetuning import Diverged
 from fastssl.eval.detection.data import Picture
-from fastssl.loader import permutation
+from fastssl.sampler import permutation
 
 LOSS_INTERVAL = 20  # steps between two looks at the loss, each of which waits for the device
 AHEAD = 2  # batches that are decoded in advance

@@ -17,7 +17,7 @@ from fastssl import dist
 from fastssl.eval.common.features import check_features
 from fastssl.eval.common.metrics import accuracy
 from fastssl.eval.common.softmax import loss_and_gradient
-from fastssl.loader import permutation
+from fastssl.sampler import permutation
 
 LEARNING_RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # solver "sgd"
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # solver "lbfgs": l2 of the weights, loss = mean + l2 / 2 |W|^2

@@ -25,7 +25,8 @@ from fastssl.eval.linear.classifiers import LinearClassifiers
 from fastssl.eval.linear.recipes import RECIPES, Recipe, rate_factor
 from fastssl.inference import forward_batches
 from fastssl.kernels.augment import make_views
-from fastssl.loader import Batch, Loader, permutation
+from fastssl.loader import Batch, Loader
+from fastssl.sampler import Sampler, permutation
 
 
 def train_and_test(
@@ -161,7 +162,8 @@ def training_loader(target: EvalTarget, recipe: Recipe) -> Loader:
     if recipe.batch % dist.world():
         raise ValueError(f"batch={recipe.batch} is not divisible by the {dist.world()} ranks")
     micro = next(m for m in range(1, batch_local + 1) if batch_local % m == 0 and batch_local // m <= args.batch)
-    return Loader(target.train, recipe.batch, seed=args.seed, device=args.device, micro=micro, workers=args.workers)
+    sampler = Sampler(args.seed, micro)
+    return Loader(target.train, recipe.batch, sampler, device=args.device, workers=args.workers)
 
 
 # batches(epoch, steps): features (B, dim) of each layer and labels (B,), this rank's shard of each batch
@@ -171,7 +173,7 @@ Batches = Callable[[int, int], Iterator[tuple[list[Tensor], Tensor]]]
 def augmented_batches(extractor: Extractor, recipe: Recipe, loader: Loader, rows: np.ndarray) -> Batches:
     """Of the training images `rows`, with new augmentations in each epoch."""
     view, finish = AUGMENT[recipe.augment](extractor.view)
-    seed = loader.seed
+    seed = loader.sampler.seed
 
     def forward(batch: Batch) -> list[Tensor]:
         (x,) = make_views(batch.pixels, batch.sizes, batch.index, (view,), seed=seed, epoch=batch.epoch)
@@ -182,7 +184,7 @@ def augmented_batches(extractor: Extractor, recipe: Recipe, loader: Loader, rows
         with evaluating(extractor.backbone):
             micro_batches = forward_batches(forward, loader, epoch=epoch, stop=steps, order=order)
             for _ in range(steps):
-                parts = [(*xs, batch.label) for batch, xs in islice(micro_batches, loader.micro)]
+                parts = [(*xs, batch.label) for batch, xs in islice(micro_batches, loader.sampler.micro)]
                 *xs, y = (torch.cat(part) for part in zip(*parts))
                 yield xs, y
 
