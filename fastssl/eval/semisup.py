@@ -1,15 +1,17 @@
 """Semi-supervised classification: the network fine-tuned on 1 % or 10 % of the labels (OpenSelfSup's protocol).
 
-Nine trainings: three rates of the backbone x three multiples of it for the head.  The published figure is the best of
-the nine on the TEST SET ("selected_on=test").  The second row ("selected_on=held-out") is the setting that is best on
-held-out labelled images; for it the nine are trained again on the other labelled images.  A call that was stopped
-continues with the trainings that are not finished.
+Nine trainings: three rates of the backbone times three multiples of it for the head.  The published figure is the best
+of the nine on the TEST SET ("selected_on=test").  The second row ("selected_on=held-out") is the setting that is best
+on held-out labelled images, for which the nine trainings are repeated on the other labelled images.  With --out, a
+command that was stopped continues with the trainings that are not finished.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,16 +33,113 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     rates = args.lr or ((0.01,) if target.spec.sobel else RATES)
     mults = args.head_mult or ((1.0,) if target.spec.sobel else HEAD_MULTS)
     _check(args, rates, mults)
-    loader, test = finetuning.training_loader(target, args.train_batch), target.loader(target.test)
-    classes, rows, percent = finetuning.count_classes(loader), *labelled(loader, args)
+    grid = list(itertools.product(rates, mults))
+    trainings = Trainings(target, args, len(grid))
+    cells = []
+    for lr, mult in grid:
+        cell = {"lr": lr, "head_mult": mult, **trainings.test_accuracy(lr, mult)}
+        if len(trainings.held_out):
+            cell["held_out_top1"] = trainings.held_out_accuracy(lr, mult)["top1"]
+        cells.append(cell)
+        dist.print_main(" ".join(f"{key}={value:g}" for key, value in cell.items()))
+    trainings.stored.remove()
+    rows = [{"percent": trainings.percent, **row} for row in results(cells)]
+    return {"protocol": "semisup", "options": trainings.options(), "results": rows, "selection": cells}
+
+
+class Trainings:
+    """Trainings of one network on the same labelled images with several rates.  Finished ones are stored on disk."""
+
+    def __init__(self, target: EvalTarget, args: argparse.Namespace, settings: int):
+        """`settings`: number of pairs of rates, for the progress in the printed lines."""
+        self.target, self.args = target, args
+        self.loader = finetuning.training_loader(target, args.train_batch)
+        self.evaluation_loader, self.test = target.loader(target.train), target.loader(target.test)
+        self.classes = finetuning.count_classes(self.loader)
+        self.rows, self.percent = labelled(self.loader, args)
+        self.optim = base_optim(args, self.percent)
+        labels = finetuning.class_labels(self.loader)
+        self.held_out, self.not_held_out = split(self.rows, labels, args.held_out, args.seed)
+        self.total = settings * (2 if len(self.held_out) else 1)
+        self.stored = StoredResults(args.out, self._facts())
+        if self.stored.done:
+            dist.print_main(f"{len(self.stored.done)} of {self.total} trainings are read from {self.stored.path}")
+
+    def test_accuracy(self, lr: float, mult: float) -> dict:
+        """Accuracy on the test set after training on all labelled images; see finetuning.accuracy."""
+        name = f"lr={lr:g} head_mult={mult:g} tested on the test set"
+        return self.stored.get(name, partial(self._train_and_test, name, lr, mult, self.rows, self.test, None))
+
+    def held_out_accuracy(self, lr: float, mult: float) -> dict:
+        """Accuracy on the held-out images after training on the other labelled ones."""
+        name = f"lr={lr:g} head_mult={mult:g} tested on held-out images"
+        train_and_test = partial(
+            self._train_and_test, name, lr, mult, self.not_held_out, self.evaluation_loader, self.held_out
+        )
+        return self.stored.get(name, train_and_test)
+
+    def _train_and_test(
+        self, name: str, lr: float, mult: float, train_rows: np.ndarray, test: Loader, test_rows: np.ndarray | None
+    ) -> dict:
+        progress = f"training {len(self.stored.done) + 1} of {self.total}, {name}, "
+        view = self.target.view
+        try:
+            model = finetuning.train(
+                self.target.backbone,
+                self.loader,
+                finetuning.training_view(view),
+                finetuning.with_head_rate(self.optim, lr, mult),
+                classes=self.classes,
+                rows=train_rows,
+                options=finetuning.TrainingOptions(seed=self.args.seed, name=progress),
+            )
+        except finetuning.Diverged:
+            return {"top1": 0.0, "diverged": True}
+        precision = self.args.precision
+        return finetuning.accuracy(model, test, view, classes=self.classes, rows=test_rows, precision=precision)
+
+    def _facts(self) -> dict:
+        """What the results depend on, beside the rates."""
+        return {
+            "weights": cache.hash_weights(self.target.backbone),
+            "data": [cache.hash_data(self.loader), cache.hash_data(self.test)],
+            "backbone": dataclasses.asdict(self.target.spec),
+            "view": dataclasses.asdict(self.target.view),
+            "seed": self.args.seed,
+            "optim": dataclasses.asdict(self.optim),
+            "rows": self.rows.tolist(),
+            "held_out": self.held_out.tolist(),
+            "classes": self.classes,
+        }
+
+    def options(self) -> dict:
+        """The settings, for the result file."""
+        return {
+            "percent": self.percent,
+            "labelled": len(self.rows),
+            "subset": self.args.subset or "drawn",
+            "epochs": self.args.epochs,
+            "batch": self.args.train_batch,
+            "milestones": list(self.args.milestones),
+            "gamma": self.args.gamma,
+            "weight_decay": self.optim.weight_decay,
+            "held_out": len(self.held_out),
+            "seed": self.args.seed,
+            "train": self.loader.samples,
+            "test": self.test.samples,
+            "classes": self.classes,
+        }
+
+
+def base_optim(args: argparse.Namespace, percent: float) -> Optim:
+    """The optimizer's settings without the rates, for `percent` of the labels."""
     decay = args.weight_decay if args.weight_decay is not None else WEIGHT_DECAY.get(round(percent, 1))
     if decay is None:
         raise ValueError(
-            f"{percent:g} % of the images are labelled, and a weight decay is published for 1 % and 10 % "
-            "alone: give --weight-decay"
+            f"{percent:g} % of the images are labelled, and a weight decay is published only for 1 % and 10 %: "
+            "give --weight-decay"
         )
-    held_out, rest = split(rows, finetuning.class_labels(loader), args.held_out, args.seed)
-    base = Optim(
+    return Optim(
         name="sgd",
         batch=args.train_batch,
         epochs=args.epochs,
@@ -51,77 +150,10 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
         gamma=args.gamma,
         precision=args.precision,
     )
-    view = finetuning.training_view(target.view)
-    evaluation_loader = target.loader(target.train)
-    stored = StoredResults(
-        args.out,
-        {
-            "weights": cache.hash_weights(target.backbone),
-            "data": [cache.hash_data(loader), cache.hash_data(test)],
-            "backbone": dataclasses.asdict(target.spec),
-            "view": dataclasses.asdict(target.view),
-            "seed": args.seed,
-            "optim": dataclasses.asdict(base),
-            "rows": rows.tolist(),
-            "held_out": held_out.tolist(),
-            "classes": classes,
-        },
-    )
-    total = len(rates) * len(mults) * (2 if len(held_out) else 1)
-    if stored.done:
-        dist.print_main(f"{len(stored.done)} of {total} trainings are read from {stored.path}")
-
-    def accuracy(lr: float, mult: float, fit: np.ndarray, on: Loader, rows: np.ndarray | None = None) -> dict:
-        name = f"lr={lr:g} head_mult={mult:g} tested on {'the test set' if rows is None else 'held-out images'}"
-        progress = f"training {len(stored.done) + 1} of {total}, {name}, "
-
-        def train_and_test() -> dict:
-            try:
-                model = finetuning.train(
-                    target.backbone,
-                    loader,
-                    view,
-                    finetuning.with_head_rate(base, lr, mult),
-                    classes=classes,
-                    rows=fit,
-                    options=finetuning.TrainingOptions(seed=args.seed, name=progress),
-                )
-            except finetuning.Diverged:
-                return {"top1": 0.0, "diverged": True}
-            return finetuning.accuracy(model, on, target.view, classes=classes, rows=rows, precision=args.precision)
-
-        return stored.get(name, train_and_test)
-
-    cells = []
-    for lr, mult in ((lr, mult) for lr in rates for mult in mults):
-        cell = {"lr": lr, "head_mult": mult, **accuracy(lr, mult, rows, test)}
-        if len(held_out):
-            cell["held_out_top1"] = accuracy(lr, mult, rest, evaluation_loader, held_out)["top1"]
-        cells.append(cell)
-        dist.print_main(" ".join(f"{key}={value:g}" for key, value in cell.items()))
-    stored.remove()
-    options = {
-        "percent": percent,
-        "labelled": len(rows),
-        "subset": args.subset or "drawn",
-        "epochs": args.epochs,
-        "batch": args.train_batch,
-        "milestones": list(args.milestones),
-        "gamma": args.gamma,
-        "weight_decay": decay,
-        "held_out": len(held_out),
-        "seed": args.seed,
-        "train": loader.samples,
-        "test": test.samples,
-        "classes": classes,
-    }
-    found = [{"percent": percent, **row} for row in results(cells)]
-    return {"protocol": "semisup", "options": options, "results": found, "selection": cells}
 
 
 def results(cells: list[dict]) -> list[dict]:
-    """The cell that is best on the test set and, where cells have "held_out_top1", the one that is best on held-out
-    images; the first of equals."""
+    """The best cell on the test set and, if cells have "held_out_top1", on held-out images; the first of equal ones."""
     keys = ("lr", "head_mult", "top1", "top5")
     keys_by = {"test": "top1"} | ({"held-out": "held_out_top1"} if "held_out_top1" in cells[0] else {})
     best = {on: max(cells, key=lambda cell: cell[key]) for on, key in keys_by.items()}
@@ -134,15 +166,15 @@ def _check(args: argparse.Namespace, rates: tuple[float, ...], mults: tuple[floa
     if args.epochs < 1 or not 0 <= args.held_out < 1:
         raise ValueError(f"--epochs {args.epochs} must be positive, --held-out {args.held_out} at least 0 and below 1")
     if args.subset not in (None, "all") and args.percent is not None:
-        raise ValueError("--percent and --subset both say which images are labelled: give one of them")
+        raise ValueError("--percent and --subset both choose the labelled images: give one of them")
     if args.names and args.subset in (None, "all"):
-        raise ValueError("--names is for the names in a --subset FILE: give that, too")
+        raise ValueError("--names needs a --subset FILE that holds names: give both")
     if args.percent is not None and not 0 < args.percent <= 100:
         raise ValueError(f"--percent {args.percent} must be above 0 and at most 100")
 
 
 def labelled(loader: Loader, args: argparse.Namespace) -> tuple[np.ndarray, float]:
-    """int64 rows of the labelled images, sorted, and their percentage of all images."""
+    """Sorted int64 rows of the labelled images in the file, and their percentage of all images."""
     if args.subset == "all":
         return np.arange(loader.samples), 100.0 if args.percent is None else args.percent
     if args.subset is None:
@@ -160,8 +192,8 @@ def balanced(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
 
 
 def split(rows: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(held-out rows, other rows): `fraction` of the rows of each class, rounded, and the rest, at least one of each
-    class."""
+    """(held-out rows, other rows): `fraction` of the rows of each class, rounded, but at least one of each class is not
+    held out."""
     if not fraction:
         return rows[:0], rows
     order = rows[permutation(len(rows), seed, 1)]
@@ -172,14 +204,14 @@ def split(rows: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -> t
     held_out = np.sort(np.concatenate(parts))
     if not len(held_out):
         raise ValueError(
-            f"{len(rows)} labelled images of {len(parts)} classes leave none to hold out of {fraction:g}: "
-            "give --held-out 0 (no held-out row) or a larger fraction"
+            f"--held-out {fraction:g} of {len(rows)} labelled images of {len(parts)} classes is less than one image "
+            "per class: give --held-out 0 (no held-out row) or a larger fraction"
         )
     return held_out, np.setdiff1d(rows, held_out)
 
 
 def read_subset(path: str, loader: Loader, names: str | None) -> np.ndarray:
-    """Sorted rows of a list of rows or names."""
+    """Sorted rows of the file `path`, a list of rows or, with the list `names` of all images, of image names."""
     lines = _lines(path)
     if all(line.isdecimal() for line in lines):
         rows = np.array([int(line) for line in lines])
@@ -188,9 +220,8 @@ def read_subset(path: str, loader: Loader, names: str | None) -> np.ndarray:
     else:
         if not names:
             raise ValueError(
-                f"{path} holds names ({lines[0]!r}) and a .beton has none: give --names, the list of "
-                "all its images in its order, or convert the subset to a .beton of its own (--subset "
-                "all)"
+                f"{path} has names ({lines[0]!r}), which a .beton does not: give --names, the list of all its images "
+                "in its order, or convert the subset to another .beton (--subset all)"
             )
         known = _names(names, loader)
         wanted = [Path(line.split()[0]).name for line in lines]
@@ -198,12 +229,12 @@ def read_subset(path: str, loader: Loader, names: str | None) -> np.ndarray:
             raise ValueError(f"{len(missing)} names of {path} are not in {names}, such as {missing[0]!r}")
         rows = np.array([known[name] for name in wanted])
     if len(np.unique(rows)) < len(rows):
-        raise ValueError(f"{path} has {len(rows) - len(np.unique(rows))} images twice")
+        raise ValueError(f"{path} has {len(rows) - len(np.unique(rows))} images twice: remove the repetitions")
     return np.sort(rows)
 
 
 def _names(path: str, loader: Loader) -> dict[str, int]:
-    """File name without folders -> row; labels and folders in the list are checked against the .beton."""
+    """{file name without folders: row}; labels and folders in the list are checked against the .beton."""
     lines, labels = [line.split() for line in _lines(path)], loader.labels()
     if len(lines) != loader.samples:
         raise ValueError(
@@ -217,13 +248,13 @@ def _names(path: str, loader: Loader) -> dict[str, int]:
         given = names.index(folder) if given is None and folder in names else given
         if given not in (None, label):
             raise ValueError(
-                f"{path}, line {row + 1}: {words[0]} is of class {given}, and row {row} of {loader.path} "
-                f"of class {label}: the list is in another order"
+                f"{path}, line {row + 1}: {words[0]} has class {given}, but row {row} of {loader.path} has class "
+                f"{label}: the list is in another order"
             )
     known = {Path(words[0]).name: row for row, words in enumerate(lines)}
     if len(known) < len(lines):
         raise ValueError(
-            f"{path} has {len(lines) - len(known)} file names twice, in several folders: give --subset as rows"
+            f"{path} has {len(lines) - len(known)} file names in several folders: give --subset as a list of rows"
         )
     return known
 

@@ -252,10 +252,13 @@ def test_finetune_a_transformer(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     "argv, text",
     [
-        (["semisup", "--percent", 3, "--train-batch", 32], "published for 1 % and 10 % alone: give --weight-decay"),
+        (
+            ["semisup", "--percent", 3, "--train-batch", 32],
+            "a weight decay is published only for 1 % and 10 %: give --weight-decay",
+        ),
         (["semisup", "--percent", 0], "--percent 0.0 must be above 0"),
         (["semisup", "--percent", 1, "--subset", "x"], "give one of them"),
-        (["semisup", "--names", "x"], "in a --subset FILE"),
+        (["semisup", "--names", "x"], "--names needs a --subset FILE that holds names: give both"),
         (["semisup", "--subset", "missing.txt", "--train-batch", 32], "missing.txt"),
         (["semisup", "--train-batch", 0], "--train-batch 0 must be a positive multiple"),
         (["semisup", "--train-batch", 32, "--micro-batch", 5], "times --micro-batch 5"),

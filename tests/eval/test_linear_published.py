@@ -18,6 +18,7 @@ from fastssl.eval.linear.classifiers import LinearClassifiers
 from fastssl.eval.linear.recipes import RECIPES
 from fastssl.eval.options import add_protocol_options, add_target_options
 from fastssl.kernels.augment import View
+from fastssl.kernels.multi_tensor import LarsOptions
 
 
 def batches(shape, classes, steps=4, n=24):
@@ -35,9 +36,11 @@ def by_torch(recipe, rate, shape, data, classes, factors, seed=7):
         head.weight.copy_(start.T)
         head.bias.zero_()
     norm = nn.BatchNorm2d(shape[0], affine=False, momentum=0.1) if recipe.norm else nn.Identity()
-    options = {"lr": rate, "momentum": 0.9, "weight_decay": recipe.weight_decay}
-    make = optim.Lars if recipe.lars else torch.optim.SGD
-    optimizer = make(head.parameters(), nesterov=recipe.nesterov, **options)
+    options = {"lr": rate, "momentum": 0.9, "weight_decay": recipe.weight_decay, "nesterov": recipe.nesterov}
+    if recipe.lars:
+        optimizer = optim.Lars(head.parameters(), LarsOptions(**options))
+    else:
+        optimizer = torch.optim.SGD(head.parameters(), **options)
     losses = []
     for (x, y), factor in zip(data, factors):
         optimizer.param_groups[0]["lr"] = rate * factor

@@ -1,8 +1,8 @@
-"""Linear classifiers on a frozen backbone as published: MoCo's "Last", OpenSelfSup's "Multi" on five pooled layers,
-Places205, and SimSiam's with LARS.
+"""Linear classifiers on a frozen backbone by published protocols: MoCo's "Last", OpenSelfSup's "Multi" on five pooled
+layers, Places205, and SimSiam's with LARS.
 
-In each epoch every image is augmented and goes through the frozen network, in evaluation mode, once.  All layers and
-all learning rates train on that pass, each exactly as it would alone.
+In each epoch every image is augmented and passes the frozen network, in evaluation mode, once.  The classifiers of all
+layers and learning rates train on these features, each exactly as it would alone.
 """
 
 from __future__ import annotations
@@ -40,22 +40,16 @@ def train_and_test(
     held_out: float = 0.0,
     augment: bool = True,
 ) -> dict:
-    """The protocol `name` of RECIPES.  Rows: each layer and rate at the last epoch ("selected_on": "none"), the best
-    rate and epoch on the test set ("test"), with `held_out` > 0 also on that fraction of the training set
-    ("held-out", then left out of training).
+    """Train and test linear classifiers by the protocol `name` of RECIPES.
 
-    With other `epochs` the milestones move in proportion; another `batch` scales the recipe's rate.
-    `augment=False` trains on the test crop's cached features.
+    Rows of the result: each layer and rate at the last epoch ("selected_on": "none"), and for each layer the best rate
+    and epoch on the test set ("test") and, with `held_out` > 0, on that fraction of the training set, which is then not
+    trained on ("held-out").
+
+    `epochs` other than the recipe's scale the milestones, another `batch` scales the rate.  `augment=False` trains on
+    cached features of the test crop.
     """
-    recipe = RECIPES[name]
-    batch, epochs = recipe.batch if batch is None else batch, recipe.epochs if epochs is None else epochs
-    recipe = replace(
-        recipe,
-        lr=recipe.lr * batch / recipe.batch,
-        batch=batch,
-        epochs=epochs,
-        milestones=tuple(m * epochs / recipe.epochs for m in recipe.milestones),
-    )
+    recipe = _with_length(RECIPES[name], batch, epochs)
     rates = (recipe.lr,) if rates is None else tuple(sorted(set(rates)))
     known = features.layers_of(target.backbone)
     names = features.check_layers(target.backbone, layers or recipe.layers or known[:-1])
@@ -65,14 +59,9 @@ def train_and_test(
     order = permutation(loader.samples, target.args.seed, 0)
     held_out_rows, rows = np.split(order, [round(held_out * len(order))])
     if recipe.batch > len(rows):
-        raise ValueError(f"batch={recipe.batch}: there are {len(rows)} training images; use at most that many")
+        raise ValueError(f"batch={recipe.batch} is more than the {len(rows)} training images: use at most that many")
     extractor = target.extractor(names)
-    sets = {"test": target.features(target.test, names)}
-    if len(held_out_rows):
-        sets["held-out"] = features.extract_rows(extractor, target.loader(target.train), held_out_rows)
-    for label, (*parts, y) in sets.items():
-        for part in parts:
-            check_features(label, part, y)
+    sets = _test_sets(target, extractor, names, held_out_rows)
     classifiers = [
         LinearClassifiers(shape, rates, classes, recipe, target.args.seed + i, loader.device)
         for i, shape in enumerate(extractor.shapes)
@@ -80,12 +69,10 @@ def train_and_test(
     batches = (
         augmented_batches(extractor, recipe, loader, rows) if augment else cached_batches(target, recipe, names, rows)
     )
-    steps, curve = len(rows) // recipe.batch, []
+    curve = []
     for epoch in range(recipe.epochs):
-        factor, losses = rate_factor(recipe, epoch), torch.zeros(len(names), len(rates), device=loader.device)
-        for xs, y in batches(epoch, steps):
-            losses += torch.stack([c.step(x, y, factor) for c, x in zip(classifiers, xs)]) / steps
-        curve += _curve_rows(epoch, names, rates, losses.tolist(), classifiers, sets)
+        losses = _train_epoch(classifiers, batches(epoch, len(rows) // recipe.batch), rate_factor(recipe, epoch))
+        curve += _curve_rows(epoch, names, rates, losses, classifiers, sets)
     options = {
         "recipe": name,
         "published": recipe.published,
@@ -102,6 +89,34 @@ def train_and_test(
         "classes": classes,
     }
     return {"protocol": "linear", "options": options, "results": results(curve, names), "curve": curve}
+
+
+def _with_length(recipe: Recipe, batch: int | None, epochs: int | None) -> Recipe:
+    """The recipe with another batch, which scales its rate, and other epochs, which scale its milestones."""
+    batch, epochs = recipe.batch if batch is None else batch, recipe.epochs if epochs is None else epochs
+    milestones = tuple(m * epochs / recipe.epochs for m in recipe.milestones)
+    return replace(recipe, lr=recipe.lr * batch / recipe.batch, batch=batch, epochs=epochs, milestones=milestones)
+
+
+def _test_sets(
+    target: EvalTarget, extractor: Extractor, layers: tuple[str, ...], held_out_rows: np.ndarray
+) -> dict[str, tuple[Tensor, ...]]:
+    """Features of each layer and labels of the test set ("test") and of the held-out images ("held-out"), if any."""
+    sets = {"test": target.features(target.test, layers)}
+    if len(held_out_rows):
+        sets["held-out"] = features.extract_rows(extractor, target.loader(target.train), held_out_rows)
+    for name, (*xs, y) in sets.items():
+        for x in xs:
+            check_features(name, x, y)
+    return sets
+
+
+def _train_epoch(
+    classifiers: list[LinearClassifiers], batches: Iterator[tuple[list[Tensor], Tensor]], factor: float
+) -> list[list[float]]:
+    """One step of every classifier for each batch; returns the mean losses by layer and rate."""
+    losses = [torch.stack([c.step(x, y, factor) for c, x in zip(classifiers, xs)]) for xs, y in batches]
+    return torch.stack(losses).mean(0).tolist()
 
 
 def _curve_rows(
@@ -126,7 +141,8 @@ def _curve_rows(
 
 
 def results(curve: list[dict], layers: tuple[str, ...]) -> list[dict]:
-    """The rows that `train_and_test` describes, from those of all layers, rates and epochs; of equals the first."""
+    """The rows that `train_and_test` returns, chosen from those of all layers, rates and epochs; the first of
+    equals."""
     rows, last = [], max(row["epoch"] for row in curve)
     for layer in layers:
         layer_rows = [row for row in curve if row["layer"] == layer]
