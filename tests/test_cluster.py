@@ -24,7 +24,7 @@ def test_kmeans_ends_where_sklearn_ends_from_the_same_start(init):
     x = normal(1500, 6).double()
     start = {"random": k_means._start_random, "++": k_means._start_plus_plus}[init]
     start = start(x, 20, torch.arange(1500), 1500, 5)
-    found = clustering.kmeans(x, 20, iterations=300, seed=5, init=init)
+    found = clustering.KMeans(20, iterations=300, seed=5, init=init).fit(x)
     theirs = KMeans(20, init=start.numpy(), n_init=1, max_iter=300, tol=0, algorithm="lloyd").fit(x.numpy())
     np.testing.assert_allclose(found.objective, theirs.inertia_, rtol=1e-9)
     assert (found.labels.numpy() == theirs.labels_).all()
@@ -37,7 +37,7 @@ def test_a_row_on_the_centroid_of_a_split_cluster_is_nearer_to_one_half(spherica
     """By far more than a matrix product rounds, which differs with the number of rows that a rank holds."""
     x = torch.nn.functional.normalize(torch.randn(1, 6, dtype=torch.float64), dim=1).repeat(7, 1)
     labels = torch.zeros(7, dtype=torch.int64)
-    halves, _ = k_means._update(x, labels, torch.zeros(2, 6, dtype=torch.float64), spherical)
+    halves = clustering.KMeans(2, spherical=spherical).update(x, labels, torch.zeros(2, 6, dtype=torch.float64))
     stays, goes = (halves - x[0]).square().sum(1)
     assert stays < 1e-30 and goes > 1e-7
 
@@ -47,14 +47,14 @@ def test_kmeans_is_as_good_as_faiss(spherical):
     faiss = pytest.importorskip("faiss")
     x = normal(6000, 16)
     x = torch.nn.functional.normalize(x, dim=1) if spherical else x
-    ours = clustering.kmeans(x, 60, seed=1, spherical=spherical)
+    ours = clustering.KMeans(60, seed=1, spherical=spherical).fit(x)
     theirs = faiss.Kmeans(16, 60, niter=20, seed=1, spherical=spherical, max_points_per_centroid=10**7)
     theirs.train(x.numpy())
     centroids = torch.from_numpy(theirs.centroids)
     labels, _ = k_means.assign(x, centroids, spherical)
     reference = float((x - centroids[labels]).double().square().sum())
     assert ours.objective < 1.01 * reference, (ours.objective, reference)
-    option = clustering.kmeans(x, 60, seed=1, spherical=spherical, backend="faiss")
+    option = clustering.KMeans(60, seed=1, spherical=spherical, backend="faiss").fit(x)
     np.testing.assert_allclose(option.objective, reference, rtol=1e-4)
     if spherical:
         torch.testing.assert_close(ours.centroids.norm(dim=1), torch.ones(60))
@@ -64,27 +64,27 @@ def test_plus_plus_starts_far_apart():
     """Ten groups far from each other: k-means++ starts in each of them, a random start hardly ever does."""
     x = torch.cat([normal(50, 4, seed=i) * 0.1 + 20 * normal(1, 4, seed=100 + i) for i in range(10)])
     for seed in range(5):
-        found = clustering.kmeans(x, 10, seed=seed, init="++")
+        found = clustering.KMeans(10, seed=seed, init="++").fit(x)
         assert found.counts.tolist() == [50] * 10
 
 
 def test_no_cluster_stays_empty():
     far = torch.cat([normal(500, 4) * 0.01, normal(1, 4) + 50])
     start = far[:1].expand(8, -1).contiguous()  # all starts in one place: seven would stay empty
-    found = k_means._update(far, k_means.assign(far, start)[0], start, False)[0]
+    found = clustering.KMeans(8).update(far, k_means.assign(far, start)[0], start)
     assert len(found.unique(dim=0)) > 1
     duplicates = torch.cat([torch.zeros(300, 2), normal(20, 2)])  # most random starts are one point
-    found = clustering.kmeans(duplicates, 12, seed=0, iterations=10)
+    found = clustering.KMeans(12, seed=0, iterations=10).fit(duplicates)
     assert (found.counts > 0).all() and found.counts.sum() == 320
 
 
 def test_more_clusters_than_samples():
     with pytest.raises(ValueError, match="method.clusters=9 of 1 or more .* 8 samples .* at most 8"):
-        clustering.kmeans(normal(8, 2), 9)
+        clustering.KMeans(9).fit(normal(8, 2))
     with pytest.raises(ValueError, match="method.clusters=5 of 2 or more .* set method.clusters to at most 4"):
         clustering.check_clusters(5, 8, 2)
     with pytest.raises(ValueError, match="backend='fais' is neither"):
-        clustering.kmeans(normal(8, 2), 2, backend="fais")
+        clustering.KMeans(2, backend="fais").fit(normal(8, 2))
 
 
 def test_whitening_is_sklearns():

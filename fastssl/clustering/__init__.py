@@ -5,7 +5,7 @@ on every rank, and sums are all-reduced.
 https://arxiv.org/abs/1807.05520 (DeepCluster), https://arxiv.org/abs/1702.08734 (faiss)
 """
 
-from fastssl.clustering.k_means import check_clusters, describe, kmeans, two_means
+from fastssl.clustering.k_means import KMeans, check_clusters, describe, two_means
 from fastssl.clustering.power_iteration import pic
 from fastssl.clustering.rows import scatter
 from fastssl.clustering.sampling import (
@@ -19,10 +19,10 @@ from fastssl.clustering.sampling import (
 from fastssl.clustering.whitening import pca_whiten
 
 __all__ = [
+    "KMeans",
     "check_clusters",
     "class_weights",
     "describe",
-    "kmeans",
     "pca_whiten",
     "pic",
     "replacement_order",

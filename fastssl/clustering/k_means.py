@@ -6,6 +6,7 @@ Starting centroids are drawn by (seed, sample): any number of ranks gives the cl
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -35,53 +36,64 @@ def check_clusters(clusters: int, samples: int, min_size: int = 1) -> None:
         )
 
 
-def kmeans(
-    x: Tensor,
-    clusters: int,
-    index: Tensor | None = None,
-    *,
-    iterations: int = 20,
-    seed: int = 0,
-    spherical: bool = False,
-    init: Literal["random", "++"] = "random",
-    empty: Literal["split", "keep"] = "split",
-    backend: Literal["torch", "faiss"] = "torch",
-    kernels: Impl = "auto",
-) -> Clusters:
-    """Lloyd's algorithm on the rows x (n_r, D) of all ranks, whose sample numbers are index (n_r,).
+@dataclass(frozen=True)
+class KMeans:
+    """Lloyd's algorithm: `KMeans(clusters=100).fit(x, index)`."""
 
-    `init`: the first centroids are rows drawn uniformly, or by k-means++ ("++"), which reads the data once per cluster.
-    `empty`: an empty cluster takes half of a large one, as in faiss, and after the last iteration the farthest row
-    ("split"), or keeps its centroid and stays empty ("keep").  `spherical`: centroids of unit length, compared by dot
-    product; rows should have unit length.  `backend`: "faiss" runs on the CPU of rank 0.  `kernels`: "auto",
-    "reference", "triton".
-    """
-    samples = int(dist.sum_(torch.tensor(len(x), device=x.device)))
-    check_clusters(clusters, samples)
-    index = torch.arange(samples, device=x.device) if index is None else index
-    if backend == "faiss":
-        centroids = _faiss(x, clusters, index, iterations, seed, spherical)
-    elif backend != "torch":
-        raise ValueError(f"backend={backend!r} is neither 'torch' nor 'faiss'")
-    elif init in ("random", "++"):
-        start = _start_random if init == "random" else _start_plus_plus
-        centroids = start(x, clusters, index, samples, seed)
-        for _ in range(iterations):
-            labels = assign(x, centroids, spherical)[0]
-            centroids, _ = _update(x, labels, centroids, spherical, kernels, split=empty == "split")
-    else:
-        raise ValueError(f"init={init!r} is neither 'random' nor '++'")
-    labels, distances = assign(x, centroids, spherical)
-    counts = count(labels, clusters)
-    rounds = 10 if empty == "split" else 0
-    for _ in range(rounds):  # equal rows fill one cluster: with too few distinct rows some stay empty
-        unused = (counts == 0).nonzero()[:, 0]
-        if not len(unused):
-            break
-        centroids = centroids.index_copy(0, unused, _farthest(x, distances, index, len(unused), samples))
-        labels, distances = assign(x, centroids, spherical)
-        counts = count(labels, clusters)
-    return Clusters(centroids, labels, counts, float(dist.sum_(distances.double().sum())))
+    clusters: int
+    iterations: int = 20
+    seed: int = 0
+    spherical: bool = False  # centroids of unit length, compared by dot product; rows should have unit length
+    # The first centroids: rows drawn uniformly, or by k-means++ ("++"), which reads the data once per cluster.
+    init: Literal["random", "++"] = "random"
+    # An empty cluster takes half of a large one, as in faiss, and after the last iteration the farthest row ("split"),
+    # or keeps its centroid and stays empty ("keep").
+    empty: Literal["split", "keep"] = "split"
+    backend: Literal["torch", "faiss"] = "torch"  # faiss runs on the CPU of rank 0
+    kernels: str = "auto"  # or "reference", "triton"
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("torch", "faiss"):
+            raise ValueError(f"backend={self.backend!r} is neither 'torch' nor 'faiss'")
+        if self.init not in ("random", "++"):
+            raise ValueError(f"init={self.init!r} is neither 'random' nor '++'")
+
+    def fit(self, x: Tensor, index: Tensor | None = None) -> Clusters:
+        """Of the rows x (n_r, D) of all ranks, whose sample numbers are index (n_r,)."""
+        samples = int(dist.sum_(torch.tensor(len(x), device=x.device)))
+        check_clusters(self.clusters, samples)
+        index = torch.arange(samples, device=x.device) if index is None else index
+        if self.backend == "faiss":
+            centroids = _faiss(x, index, self)
+        else:
+            start = _start_random if self.init == "random" else _start_plus_plus
+            centroids = start(x, self.clusters, index, samples, self.seed)
+            for _ in range(self.iterations):
+                labels = assign(x, centroids, self.spherical)[0]
+                centroids = self.update(x, labels, centroids)
+        labels, distances = assign(x, centroids, self.spherical)
+        counts = count(labels, self.clusters)
+        rounds = 10 if self.empty == "split" else 0
+        for _ in range(rounds):  # equal rows fill one cluster: with too few distinct rows some stay empty
+            unused = (counts == 0).nonzero()[:, 0]
+            if not len(unused):
+                break
+            centroids = centroids.index_copy(0, unused, _farthest(x, distances, index, len(unused), samples))
+            labels, distances = assign(x, centroids, self.spherical)
+            counts = count(labels, self.clusters)
+        return Clusters(centroids, labels, counts, float(dist.sum_(distances.double().sum())))
+
+    def update(self, x: Tensor, labels: Tensor, old: Tensor) -> Tensor:
+        """(K, D) new centroids of the rows x with `labels`, from the centroids `old`."""
+        new, counts = means(x, labels, old, self.kernels)
+        empty = (counts == 0).nonzero()[:, 0]
+        if len(empty) and self.empty == "split":
+            large = counts.argsort(descending=True, stable=True)[: len(old) - len(empty)][: len(empty)]
+            # As in faiss, but one of the halves keeps the centroid: a row on the centroid would be equally far from
+            # both, and rounding, which depends on the number of rows of a rank, would choose its label.
+            nudge = 1 + torch.where(torch.arange(x.shape[1], device=x.device) % 2 == 0, 1, -1) / 512
+            new[empty[: len(large)]] = new[large] * nudge
+        return F.normalize(new, dim=1) if self.spherical else new
 
 
 def assign(x: Tensor, centroids: Tensor, spherical: bool = False) -> tuple[Tensor, Tensor]:
@@ -125,21 +137,6 @@ def means(x: Tensor, labels: Tensor, old: Tensor, kernels: Impl = "auto") -> tup
     return torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], old), counts
 
 
-def _update(
-    x: Tensor, labels: Tensor, old: Tensor, spherical: bool, kernels: Impl = "auto", split: bool = True
-) -> tuple[Tensor, Tensor]:
-    """(K, D) new centroids and (K,) counts; an empty cluster takes half of a large one, or (not `split`) stays."""
-    new, counts = means(x, labels, old, kernels)
-    empty = (counts == 0).nonzero()[:, 0]
-    if len(empty) and split:
-        large = counts.argsort(descending=True, stable=True)[: len(old) - len(empty)][: len(empty)]
-        # As in faiss, but one of the halves keeps the centroid: a row on the centroid would be equally far from both,
-        # and rounding, which depends on the number of rows of a rank, would choose its label.
-        nudge = 1 + torch.where(torch.arange(x.shape[1], device=x.device) % 2 == 0, 1, -1) / 512
-        new[empty[: len(large)]] = new[large] * nudge
-    return (F.normalize(new, dim=1) if spherical else new), counts
-
-
 def _farthest(x: Tensor, distances: Tensor, index: Tensor, wanted: int, samples: int) -> Tensor:
     """The `wanted` rows of all ranks farthest from their centroids; of equally far ones those of the first samples."""
     far, numbers = _by_distance(distances, index, wanted)
@@ -175,20 +172,20 @@ def _start_plus_plus(x: Tensor, clusters: int, index: Tensor, samples: int, seed
     return torch.cat(starts)
 
 
-def _faiss(x: Tensor, clusters: int, index: Tensor, iterations: int, seed: int, spherical: bool) -> Tensor:
+def _faiss(x: Tensor, index: Tensor, options: KMeans) -> Tensor:
     try:
         import faiss
     except ImportError:
         raise ValueError("backend='faiss' needs faiss: pip install faiss-cpu, or use backend='torch'") from None
     all_rows = dist.gather_ragged(x)[dist.gather_ragged(index).argsort()]
-    centroids = x.new_zeros(clusters, x.shape[1])
+    centroids = x.new_zeros(options.clusters, x.shape[1])
     if dist.is_main():
         found = faiss.Kmeans(
             x.shape[1],
-            clusters,
-            niter=iterations,
-            seed=seed,
-            spherical=spherical,
+            options.clusters,
+            niter=options.iterations,
+            seed=options.seed,
+            spherical=options.spherical,
             max_points_per_centroid=10**7,
             min_points_per_centroid=1,
         )

@@ -60,15 +60,14 @@ class DeepCluster(nn.Module):
         if c.algorithm == "pic":
             labels = clustering.pic(x, c.clusters, index)
         else:
-            labels = clustering.kmeans(
-                x,
+            k_means = clustering.KMeans(
                 c.clusters,
-                index,
-                iterations=c.iterations,
+                c.iterations,
                 seed=self.seed + epoch,
                 backend="faiss" if c.algorithm == "faiss" else "torch",
                 kernels=self.kernels,
-            ).labels
+            )
+            labels = k_means.fit(x, index).labels
         self.labels.copy_(clustering.scatter(labels, index, len(self.labels)))
         counts = torch.bincount(self.labels[self.labels >= 0], minlength=c.clusters)
         self.weights.copy_(clustering.class_weights(counts, c.reweight, 1e-10))

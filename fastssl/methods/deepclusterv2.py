@@ -59,16 +59,15 @@ class DeepClusterV2(nn.Module):
         samples, shard, notes = self.memory.samples, self.memory.shard, []
         index = torch.arange(shard.start, shard.stop, device=self.labels.device)
         for i, clusters in enumerate(self.config.clusters):
-            result = clustering.kmeans(
-                self.memory.block[:, i % self.config.large_crops],
+            k_means = clustering.KMeans(
                 clusters,
-                index,
+                self.config.iterations,
+                seed=self.seed + epoch * len(self.labels) + i,
                 spherical=True,
-                iterations=self.config.iterations,
                 empty="keep",
                 kernels=self.kernels,
-                seed=self.seed + epoch * len(self.labels) + i,
             )
+            result = k_means.fit(self.memory.block[:, i % self.config.large_crops], index)
             self.get_buffer(f"prototypes_{i}").copy_(result.centroids)
             self.labels[i] = clustering.scatter(result.labels, index, samples)
             notes.append(clustering.describe(result.counts, samples))

@@ -86,9 +86,8 @@ class ODC(nn.Module):
             return None
         x, index = extract_outputs("z")
         x = F.normalize(x, dim=1)
-        result = clustering.kmeans(
-            x, self.config.clusters, index, iterations=self.config.iterations, seed=self.seed, kernels=self.kernels
-        )
+        k_means = clustering.KMeans(self.config.clusters, self.config.iterations, seed=self.seed, kernels=self.kernels)
+        result = k_means.fit(x, index)
         self.bank.fill_(x, index)
         self.labels.copy_(clustering.scatter(result.labels, index, len(self.labels)))
         self.recount()

@@ -393,7 +393,7 @@ def test_kmeans_with_empty_keep_keeps_the_centroids_of_empty_clusters():
     """main_deepclusterv2.py: means where there are members, and the old centroid where there are none."""
     x = F.normalize(torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), dim=1)
     x[20:] = x[20]
-    found = clustering.kmeans(x, 12, iterations=4, spherical=True, empty="keep", seed=1)
+    found = clustering.KMeans(12, iterations=4, spherical=True, empty="keep", seed=1).fit(x)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:12]
     want = x[order].clone()
     for _ in range(4):
@@ -404,7 +404,7 @@ def test_kmeans_with_empty_keep_keeps_the_centroids_of_empty_clusters():
         want = F.normalize(want, dim=1)
     assert (found.counts == 0).any()
     assert_close(found.centroids, want)
-    split = clustering.kmeans(x, 12, iterations=4, spherical=True, seed=1)
+    split = clustering.KMeans(12, iterations=4, spherical=True, seed=1).fit(x)
     assert (split.counts == 0).sum() < (found.counts == 0).sum()
 
 

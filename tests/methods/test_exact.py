@@ -81,7 +81,7 @@ def clustering() -> dict:
         variants["faiss"] = {"backend": "faiss"}
     found = {}
     for name, options in variants.items():
-        result = clustering.kmeans(x[index], options.pop("clusters", 30), index, seed=4, **options)
+        result = clustering.KMeans(**{"clusters": 30, "seed": 4, **options}).fit(x[index], index)
         found |= {
             f"{name} centroids": result.centroids,
             f"{name} counts": result.counts,
