@@ -91,7 +91,7 @@ def _config_and_overrides(words: list[str]) -> tuple[str | None, list[str]]:
         name, wrong = sorted(others[:2], key=lambda word: not word.endswith(".py"))
         what = "a second config file" if wrong.endswith(".py") else "not of the form a.b=value"
         raise ValueError(f"override {wrong!r} is {what}: give one config file ({name}) and settings as a.b=value")
-    return (others or [None])[0], overrides
+    return others[0] if others else None, overrides
 
 
 def _is_one_of_several() -> bool:

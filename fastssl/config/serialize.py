@@ -62,7 +62,7 @@ def with_defaults(dumped: Any, now: Any) -> Any:
     """The dump of an older version in the form of this one: fields that the class of `now` did not have get their
     defaults, and moved classes and renamed fields their present names."""
     if dataclasses.is_dataclass(now) and isinstance(dumped, dict):
-        renamed = RENAMED.get(dumped.get("type"), {})
+        renamed = RENAMED.get(str(dumped.get("type")), {})
         dumped = {renamed.get(key, key): value for key, value in dumped.items()}
         filled = dict(dumped)
         for old, new in MOVED.items():

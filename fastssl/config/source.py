@@ -28,28 +28,27 @@ def file_of(module: str) -> Path | None:
     """The source of a module of ours; None for any other name."""
     first, *rest = module.split(".")[1:] or [""]
     spec = importlib.util.find_spec(f"fastssl.{first}" if first else "fastssl")
-    if spec is None or not spec.has_location:
+    if spec is None or spec.origin is None or not spec.has_location:
         return None
     path = Path(spec.origin)
-    if rest:
-        below = path.parent.joinpath(*rest) if spec.submodule_search_locations else None
-        found = below and [p for p in (below.with_suffix(".py"), below / "__init__.py") if p.is_file()]
-        path = found[0] if found else None
-    return path
+    if not rest:
+        return path
+    below = path.parent.joinpath(*rest)
+    files = (below.with_suffix(".py"), below / "__init__.py") if spec.submodule_search_locations else ()
+    return next((file for file in files if file.is_file()), None)
 
 
 @lru_cache
 def tree_of(module: str) -> ast.Module | None:
     path = file_of(module) if module.split(".")[0] == "fastssl" else None
-    return path and ast.parse(path.read_bytes())
+    return ast.parse(path.read_bytes()) if path else None
 
 
 def members(module: str) -> list[str] | None:
     """The public names of a module of ours, its sub-modules included; None where it is not a module."""
-    tree = tree_of(module)
-    if tree is None:
+    tree, path = tree_of(module), file_of(module)
+    if tree is None or path is None:
         return None
-    path = file_of(module)
     files = path.parent.iterdir() if path.name == "__init__.py" else ()
     inside = [p.stem for p in files if p.suffix == ".py" or (p / "__init__.py").exists()]
     exported = importlib.import_module("fastssl").__all__ if module == "fastssl" else ()
@@ -106,7 +105,7 @@ def method_config(name: str) -> type | None:
     found = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config"), None) if tree else None
     if found is None:
         return None
-    fields = [statement for statement in found.body if isinstance(statement, ast.AnnAssign)]
+    fields: list[ast.stmt] = [statement for statement in found.body if isinstance(statement, ast.AnnAssign)]
     dataclass = ast.ImportFrom("dataclasses", [ast.alias("dataclass"), ast.alias("field")], 0)
     future = ast.ImportFrom("__future__", [ast.alias("annotations")], 0)
     light = copy.copy(found)
@@ -124,10 +123,12 @@ def method_config(name: str) -> type | None:
 @lru_cache
 def recipes() -> dict[str, list[str]]:
     """The recipes of fastssl.views with the keywords that each takes: its own and the fields of View."""
-    view = next(n for n in tree_of(VIEW).body if isinstance(n, ast.ClassDef) and n.name == "View")
-    fields = [s.target.id for s in view.body if isinstance(s, ast.AnnAssign)]
+    kernels, views = tree_of(VIEW), tree_of("fastssl.views")
+    assert kernels and views, "both are modules of ours"
+    view = next(n for n in kernels.body if isinstance(n, ast.ClassDef) and n.name == "View")
+    fields = [s.target.id for s in view.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)]
     found = {}
-    for function in tree_of("fastssl.views").body:
+    for function in views.body:
         if isinstance(function, ast.FunctionDef) and function.name[0] != "_":
             own = [a.arg for a in (*function.args.args, *function.args.kwonlyargs)]
             if "size" in own and function.args.kwarg:

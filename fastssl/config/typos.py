@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,12 @@ class _File:
                         self._fail(keyword, text, keyword.arg, callee.parameters, listed)
 
     def _check_import(self, node: ast.ImportFrom) -> None:
-        members = source.members(node.module)
+        module = node.module or ""  # a relative import is not one of ours
+        members = source.members(module)
         for alias in node.names:
             if members is not None and alias.name not in (*members, "*") and alias.name[0] != "_":
-                text = f"ImportError: cannot import name {alias.name!r} from {node.module!r}"
-                self._fail(node, f"{text} ({source.file_of(node.module)})", alias.name, members)
+                text = f"ImportError: cannot import name {alias.name!r} from {module!r}"
+                self._fail(node, f"{text} ({source.file_of(module)})", alias.name, members)
 
     def run(self) -> Run:
         """A Run with the plain values that the file's `return Run(...)` gives, and a stand-in for a method's Config."""
@@ -94,29 +95,32 @@ class _File:
         if call is None or self.target(call.func) not in ("fastssl.config.Run", "fastssl.Run"):
             return run
         for keyword in call.keywords:
-            inner = keyword.value
+            section, inner = keyword.arg or "", keyword.value
             if not isinstance(inner, ast.Call) or not (target := self.target(inner.func)):
                 continue
-            if keyword.arg == "method" and target.startswith("fastssl.methods."):
+            if section == "method" and target.startswith("fastssl.methods."):
                 kind = source.method_config(target.split(".")[2]) if target.endswith(".Config") else None
                 run.method = kind and kind(**_plain(inner, kind))
-            elif target.rpartition(".")[2] == getattr(checks.SECTIONS.get(keyword.arg), "__name__", None):
-                for name, value in _plain(inner, checks.SECTIONS[keyword.arg]).items():
-                    setattr(getattr(run, keyword.arg), name, value)
+            elif target.rpartition(".")[2] == getattr(checks.SECTIONS.get(section), "__name__", None):
+                for name, value in _plain(inner, checks.SECTIONS[section]).items():
+                    setattr(getattr(run, section), name, value)
         return run
 
     def target(self, node: ast.AST) -> str | None:
         """The dotted name of ours that an expression means: `simclr.Config`, fastssl.methods.simclr.Config."""
         if isinstance(node, ast.Name):
             return self.imported.get(node.id)
-        owner = self.target(node.value) if isinstance(node, ast.Attribute) else None
-        return owner and f"{owner}.{node.attr}"
+        if isinstance(node, ast.Attribute) and (owner := self.target(node.value)):
+            return f"{owner}.{node.attr}"
+        return None
 
     def _callee(self, call: ast.Call) -> source.Callee | None:
         target = self.target(call.func)
         return source.callee(target) if target else None
 
-    def _fail(self, node: ast.AST, text: str, name: str, known, listed: str = "") -> None:
+    def _fail(
+        self, node: ast.stmt | ast.expr | ast.keyword, text: str, name: str, known: Iterable[str], listed: str = ""
+    ) -> None:
         raise ValueError(f"{self.path}, line {node.lineno}: {text}{hint(name, known)}{listed}")
 
 
