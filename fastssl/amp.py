@@ -47,11 +47,15 @@ class LossScale:
 
     INTERVAL = 2000
 
-    def __init__(self, precision: str, device: torch.device | str = "cpu"):
-        self.dynamic = precision == "fp16"
+    def __init__(self, precision: str, device: torch.device | str = "cpu", skip: int = 0):
+        """`skip`: optim.skip_nonfinite.  Other precisions than fp16 are then checked for overflow, too, and after more
+        than `skip` steps in a row that a lower scale cannot mend, no further step is applied."""
+        self.dynamic, self.skip = precision == "fp16", skip
+        self.checked = self.dynamic or skip > 0  # whether gradients are looked at
         self.scale = torch.full((), 2.0**16 if self.dynamic else 1.0, device=device)
         self.good = torch.zeros((), dtype=torch.int32, device=device)
         self.found_inf = torch.zeros((), device=device)  # not zero: the last gradients overflowed
+        self.bad = torch.zeros((), dtype=torch.int32, device=device)  # such steps in a row at scale 1
 
     @property
     def value(self) -> float:
@@ -66,11 +70,15 @@ class LossScale:
 
     def unscale_(self, grads: list[Tensor]) -> Tensor | None:
         """Divide gradients by the scale, in one pass.  Returns a flag (0-dim float32 on the device) that is not zero if
-        one of them is not finite; None if the precision is not fp16."""
-        if not self.dynamic:
+        one of them is not finite; None if they are not looked at."""
+        if not self.checked:
             return None
         self.found_inf.zero_()
         torch._amp_foreach_non_finite_check_and_unscale_(grads, self.found_inf, self.scale.reciprocal())
+        if self.skip:
+            final = (self.found_inf != 0) & (self.scale <= 1)
+            self.bad.copy_(torch.where((self.bad > self.skip) | final, self.bad + 1, 0))
+            self.found_inf.copy_(torch.maximum(self.found_inf, (self.bad > self.skip).float()))
         return self.found_inf
 
     def update_(self) -> None:
@@ -90,7 +98,7 @@ class LossScale:
     def step(self, ds: DeepSpeedEngine) -> bool:
         """DeepSpeed's step, skipped where gradients overflowed.  Returns whether it was applied (fp16: waits
         for the device)."""
-        if self.dynamic and not hasattr(ds.optimizer, "override_loss_scale"):  # ZeRO 0: DeepSpeed does not unscale
+        if self.checked and not hasattr(ds.optimizer, "override_loss_scale"):  # ZeRO 0: DeepSpeed does not unscale
             applied = not self.unscale_([p.grad for p in ds.module.parameters() if p.grad is not None])
             if applied:
                 ds.step()

@@ -64,7 +64,7 @@ def build(run: Run, hooks: Sequence[Hook] = (), device: str | None = None, loade
         schedule,
         loader,
         Meter(place, batch=run.optim.batch, precision=run.optim.precision),
-        LossScale(run.optim.precision, "cpu" if run.speed.zero else place),
+        LossScale(run.optim.precision, "cpu" if run.speed.zero else place, run.optim.skip_nonfinite),
         graph.Values(len(ds.optimizer.param_groups), place),
         hooks,
     )
@@ -92,7 +92,7 @@ def needs_deepspeed(t: Trainer) -> str | None:
         return f"the optimizer is DeepSpeed's {type(t.ds.optimizer).__name__}"
     if more:
         return f"deepspeed={{{more[0]!r}: ...}} acts in DeepSpeed's own step"
-    if run.optim.precision == "fp16" and "found_inf" not in inspect.signature(t.method.after_step).parameters:
+    if t.scale.checked and "found_inf" not in inspect.signature(t.method.after_step).parameters:
         return f"{type(t.method).__name__}.after_step has no found_inf: the host must know of an overflow"
     return None
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import signal
+import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastssl import bottleneck, config, dist, ending, zero
+from fastssl import bottleneck, config, dist, ending, nonfinite
 from fastssl import hooks as monitors
 from fastssl.amp import emulated
 from fastssl.build import build
@@ -23,12 +23,10 @@ from fastssl.checkpoint.resume import find_checkpoint
 from fastssl.config import Run
 from fastssl.loader import Batch, Loader
 from fastssl.log import Log
+from fastssl.nonfinite import FiniteLoss, NotFinite
 from fastssl.outputs import extract_outputs
 from fastssl.step import count_flops, step
 from fastssl.trainer import Trainer
-
-BAD_STEPS = 3  # steps in a row without a finite loss that end a run
-REMEDY = "lower optim.lr, lengthen optim.warmup_epochs, set optim.clip, or use bf16 or fp32 instead of fp16"
 
 
 def fit(
@@ -43,7 +41,8 @@ def fit(
     """Train `run` to its end, or to a signal: SystemExit then, after a checkpoint (docs/runs.md).
 
     `hooks`: None for those that `run.log` asks for (kNN, probe, collapse); a list takes their place.  `resume`: True
-    continues from the newest complete checkpoint of the run's folder, a path from that one.  `force`: start anew over
+    continues from the newest complete checkpoint of the run's folder, "auto" too where there is one, a path from that
+    one.  `force`: start anew over
     the folder's checkpoints.  `loader`: None opens `data.train`."""
     config.validate(run)
     if emulated(run.optim.precision, dist.init(device)):
@@ -61,7 +60,7 @@ def fit(
         at_exit.callback(log.close_files)
         if path:
             notes = state.load(t, path)
-            run_folder.prepare(t, path, clear=resume is not True)
+            run_folder.prepare(t, path, clear=resume not in (True, "auto"))
             log.truncate(t.step)
             for note in notes:
                 log.text(note)
@@ -73,30 +72,65 @@ def fit(
         log.text(opening(t))
         if choice := bottleneck.automatic_settings(t):
             log.text(choice)
-        with ending.Signals(t.device) as signals:
-            train(t, log, signals)
-        log.text(closing(t))
-    return t
+        problem, began, first = None, time.monotonic(), t.step
+        with ending.Signals(t.device) as signals, ending.progress.watched(run.timeout_s):
+            try:
+                train(t, log, signals)
+            except NotFinite as error:
+                problem = str(error), error.step
+        if problem is None:
+            log.text(closing(t))
+            return t
+        seconds, loader, folder = (time.monotonic() - began) / max(t.step - first, 1), t.loader, t.folder
+        del t  # its memory is needed for another one
+        message, last = problem
+        raise ValueError(f"{message}; {find_nonfinite(run, device, loader, folder, path, last, seconds)}")
+
+
+def find_nonfinite(
+    run: Run, device: str | None, loader: Loader, folder: Path, start: Path | None, last: int, seconds: float
+) -> str:
+    """Which tensor made step `last` of the run in `folder` fail, as a part of the message.
+
+    `start`: the checkpoint that the run has continued from, used where the folder has none before that step.
+    `seconds` a step takes: where it would take too long, the command that does it."""
+    first = max(last - 2, 0)  # the step before may have given the weights that make this one fail
+    before = dist.on_main(nonfinite.checkpoint_before, folder, first) or start
+    steps = first - (state.read(before)["step"] if before else 0)
+    if dist.on_main(nonfinite.postpone, folder, before, last, steps * seconds):
+        return f"`fastssl replay` with the same arguments repeats {steps} steps and finds where it arises"
+    return nonfinite.rerun(build_plain(run, device, loader), before, last, batches)
+
+
+def build_plain(run: Run, device: str | None, loader: Loader | None = None) -> Trainer:
+    """A trainer of the same steps without monitors, compilation and CUDA graphs, to look at single steps."""
+    return build(replace(run, hooks=(), speed=replace(run.speed, compile=False, graph="off")), (), device, loader)
 
 
 def train(t: Trainer, log: Log, signals: ending.Signals) -> None:
     """The training loop, from step `t.step` to the last."""
-    first, times, losses = t.step, bottleneck.Bottleneck(), FiniteLoss()
+    first, times, losses = t.step, bottleneck.Bottleneck(), FiniteLoss(t.run.optim.skip_nonfinite)
     with contextlib.closing(batches(t, partial(begin_epoch, text=log.text))) as source:
         for epoch, micro_batches in source:
             if t.step == first:
                 count_flops(t, micro_batches)
             step(t, micro_batches)
+            ending.progress.made(t.step)
             timings = t.meter.end_step(t.step)
-            losses.check(log.step(t.step, epoch, t.scalars, timings))
+            try:
+                losses.check(log.step(t.step, epoch, t.scalars, timings))
+            except NotFinite:
+                signals.request(ending.FAIL)  # records arrive on some ranks earlier than on others
             if warning := times.add(t, timings):
                 log.text(warning)
             number = signals.received()
+            if number == ending.FAIL:
+                losses.check(log.flush(t.meter.flush()))  # raises, on every rank
             if number or checkpoint_due(t):
                 timings = t.meter.flush()
                 losses.check(log.flush(timings))
                 times.add(t, timings)
-                saved = save(t, log, losses.problem(), needed=bool(number))
+                saved = save(t, log, losses, needed=bool(number))
             if number and t.step < t.total_steps:
                 log.text(
                     f"stopped by {signal.Signals(number).name} at step {t.step} of {t.total_steps}; "
@@ -157,31 +191,6 @@ def end_epoch(t: Trainer, log: Log) -> None:
     log.epoch(t.step, t.epoch, t.scalars)
 
 
-class FiniteLoss:
-    """Whether the loss is still finite, by the records that have arrived from the device."""
-
-    def __init__(self) -> None:
-        self.bad: list[dict] = []  # records of the last steps, whose loss is NaN or infinite
-
-    def check(self, records: list[dict]) -> None:
-        """ValueError where the loss is not finite in BAD_STEPS steps in a row.  Steps that fp16 skipped because its
-        scale was too high do not count."""
-        for record in records:
-            skipped = record.get("applied") is False and record.get("loss_scale", 1.0) > 1.0
-            if "loss" not in record or skipped:
-                continue
-            self.bad = [] if math.isfinite(record["loss"]) else [*self.bad, record]
-            if len(self.bad) >= BAD_STEPS:
-                raise ValueError(self.problem())
-
-    def problem(self) -> str | None:
-        """What is wrong with the last losses; None: nothing."""
-        if not self.bad:
-            return None
-        first = self.bad[0]
-        return f"the loss is {first['loss']} since step {first['step']} (epoch {first['epoch']}): {REMEDY}"
-
-
 def checkpoint_due(t: Trainer) -> bool:
     """Whether a checkpoint is written after this step: the last one, or one of the intervals of `run.log`."""
     log = t.run.log
@@ -190,15 +199,15 @@ def checkpoint_due(t: Trainer) -> bool:
     return t.step == t.total_steps or any(n and t.step % n == 0 for n in (interval, kept))
 
 
-def save(t: Trainer, log: Log, problem: str | None, needed: bool) -> Path | None:
-    """Write a checkpoint, unless the loss (`problem`) or a weight is not finite: it would take the place of a good one.
-    Then ValueError where the run ends here (`needed`, the last step), else a line in the log."""
-    if problem is None and not zero.all_finite(t.method):
-        problem = f"weights are not finite after step {t.step} (epoch {t.epoch}): {REMEDY}"
+def save(t: Trainer, log: Log, losses: FiniteLoss, needed: bool) -> Path | None:
+    """Write a checkpoint, unless the loss or a weight is not finite: it would take the place of a good one.  Then
+    NotFinite where the run ends here (`needed`, the last step), else a line in the log."""
+    problem = losses.problem() or nonfinite.all_finite(t)
     if problem is None:
         return state.save(t)
     if needed or t.step == t.total_steps:
-        raise ValueError(f"{problem}; no checkpoint of step {t.step} is written")
+        bad = losses.bad[0]["step"] if losses.bad else t.step + 1
+        raise NotFinite(f"{problem}; no checkpoint of step {t.step} is written", bad)
     log.text(f"step {t.step}: no checkpoint is written: {problem}")
     return None
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastssl.ending import progress
 from fastssl.loader import Batch, Loader
 
 
@@ -33,6 +34,7 @@ def forward_batches(
         for step in range(start, loader.steps if stop is None else stop):
             for _ in range(loader.sampler.micro):
                 batch = next(batches, None)
+                progress.made()
                 if batch is not None:
                     yield batch, forward(batch)
                 else:

@@ -87,6 +87,11 @@ class RunningStatistics:
         for buffers, start in zip(self.buffers, self.start):
             torch._foreach_copy_(buffers, start)
 
+    def restore_where(self, condition: Tensor) -> None:
+        """`restore` where the 0-dim `condition` holds, without waiting for the device."""
+        for buffers, start in zip(self.buffers, self.start):
+            torch._foreach_copy_(buffers, [torch.where(condition, s, b) for s, b in zip(start, buffers)])
+
     def add(self) -> None:
         """Record the change that a micro-batch has made, and undo it."""
         for change, buffers, start in zip(self.change, self.buffers, self.start):

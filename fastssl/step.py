@@ -35,7 +35,10 @@ def step(t: Trainer, micro_batches: list[Batch]) -> Outputs:
     """
     t.scalars = {"lr": t.schedule.set_lr(t.ds.optimizer, t.step)}
     batch = micro_batches[0] if len(micro_batches) == 1 else merge(micro_batches)
+    statistics = norm.RunningStatistics(t.method) if t.scale.skip else None
     out, scalars = (deepspeed_step if t.graphed is None else direct_step)(t, micro_batches, batch)
+    if statistics is not None:  # of a step that is left out
+        statistics.restore_where(t.scale.found_inf != 0)
     t.log(scalars)
     t.step += 1
     for hook in t.hooks:

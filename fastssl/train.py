@@ -17,6 +17,7 @@ import os
 import re
 import socket
 import traceback
+from collections.abc import Callable
 
 from fastssl import config
 from fastssl.parsing import Parser
@@ -27,8 +28,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("config", nargs="?", help="a config file (default: configs/quickstart.py)")
     p.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the file")
     p.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint of the run")
+    p.add_argument("--continue", action="store_true", help="--resume where the run has a checkpoint, else start it")
     p.add_argument("--resume-from", metavar="CHECKPOINT", help="continue from this checkpoint's folder")
     p.add_argument("--force", action="store_true", help="start anew, deleting the checkpoints of the folder")
+    p.add_argument("--restarts", type=int, default=0, metavar="N", help="start again up to N times after a crash")
     p.add_argument("--deterministic", action="store_true", help="the same bits every time, slower")
     p.add_argument("--pretrained", help="backbone weights to start from")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: CUDA if there is one")
@@ -49,20 +52,39 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from fastssl import dist, ending  # torch: 2 s
 
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # CUDA reads it when it starts; --deterministic needs it
     dist.from_slurm()
-    watch, code = ending.Watchdog(), 0
-    try:
+    if args.restarts:
+        return ending.supervise([sys.executable, __file__, *_without_restarts(argv)], args.restarts)
+
+    def work() -> None:
         run = config.load(args.config or config.quickstart(), args.overrides)
         run.deterministic |= args.deterministic
         run.backbone.pretrained = args.pretrained or run.backbone.pretrained
-        if not _uses_cuda(args.device):
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        choose_accelerator(args.device)
         from fastssl import engine  # DeepSpeed picks its accelerator when it is imported
 
-        engine.fit(run, resume=args.resume_from or args.resume, force=args.force, device=args.device)
+        engine.fit(run, resume=_resume(args), force=args.force, device=args.device)
+
+    return guarded(work)
+
+
+def choose_accelerator(device: str | None) -> None:
+    """Before DeepSpeed is imported."""
+    if not _uses_cuda(device):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Call `work` on this rank of a launcher and return the exit code: an error is one line of the first rank that
+    fails, and no rank waits for one that has ended."""
+    from fastssl import dist, ending
+
+    # CUDA reads it when it starts; --deterministic needs it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    dist.from_slurm()
+    watch, code = ending.Watchdog(), 0
+    try:
+        work()
     except ending.Stopped as stopped:
         code = stopped.code
     except KeyboardInterrupt:
@@ -74,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if dist.world() == 1:
             raise
-        code = _fail(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
+        lost = watch.lost(error)
+        code = _fail(lost, 1) if lost else _fail(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
     finally:
         watch.stop()
         if code in (0, ending.REQUEUE, ending.INTERRUPTED):
@@ -112,6 +135,20 @@ def _fail(reason: str, code: int, details: str = "") -> int:
         sys.stdout.flush()
         os._exit(code)
     return code
+
+
+def _resume(args: argparse.Namespace) -> bool | str:
+    """`resume` of engine.fit."""
+    given = [name for name in ("resume", "continue", "resume_from") if getattr(args, name)]
+    if len(given) > 1:
+        raise ValueError(f"--{' and --'.join(given)}: give one of them".replace("_", "-"))
+    return args.resume_from or ("auto" if vars(args)["continue"] else args.resume)
+
+
+def _without_restarts(argv: list[str] | None) -> list[str]:
+    argv = sys.argv[1:] if argv is None else argv
+    values = {i + 1 for i, word in enumerate(argv) if word == "--restarts"}
+    return [w for i, w in enumerate(argv) if i not in values and w != "--restarts" and not w.startswith("--restarts=")]
 
 
 def _message(error: ValueError | OSError) -> str:

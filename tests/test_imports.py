@@ -29,10 +29,11 @@ LAYERS = """
     hooks report
     step
     build outputs
+    nonfinite
     engine
     api
     train
-    quickstart
+    quickstart replay
     __main__
 """.splitlines()
 CONFIGS_MAY_USE = {"config", "methods.*", "views", "hooks"}

@@ -18,28 +18,29 @@ def find_checkpoint(run: Run, resume: bool | str | Path, force: bool = False) ->
     """The checkpoint to continue from, None for a new run.  ValueError, on every rank and before anything is built,
     where `run` can neither start nor continue.
 
-    `resume`: True takes the newest complete checkpoint, a path that one.  `force`: newer checkpoints in the folder may
-    be deleted."""
+    `resume`: True takes the newest complete checkpoint, "auto" too if there is any, a path that one.  `force`: newer
+    checkpoints in the folder may be deleted."""
     return dist.on_main(_find, run, resume, force)
 
 
 def _find(run: Run, resume: bool | str | Path, force: bool) -> Path | None:
     folder = run_folder.path(run)
     existing = store.list_checkpoints(folder)
-    if not resume:
+    if not resume or (resume == "auto" and not existing):
         if existing and not force:
             raise ValueError(_not_empty(folder))
         return None
-    if resume is True and force:
-        raise ValueError("--force starts anew and --resume continues: give one of them")
-    path = store.newest(folder) if resume is True else _complete(Path(resume))
+    newest = resume in (True, "auto")
+    if newest and force:
+        raise ValueError("--force starts anew and --resume and --continue continue: give one of them")
+    path = store.newest(folder) if newest else _complete(Path(resume))
     if path is None:
         raise ValueError(
             f"--resume: no complete checkpoint in {store.directory(folder)}; start without --resume"
             + ", but with --force, which deletes the damaged ones" * bool(existing)
         )
     newer = [p for p in existing if not store.precedes(p, path)]
-    if newer and resume is not True and not force:
+    if newer and not newest and not force:
         raise ValueError(
             f"{folder} holds {newer[0].name}, which does not lead to {path}: give another name=..., or "
             "delete it with --force"

@@ -29,15 +29,21 @@ def validate(run: Run) -> None:
     _check_method(run.method)
     for name, kind in {**SECTIONS, "method": type(run.method)}.items():
         check_section(name, getattr(run, name), kind)
-    for key in ("hooks", "seed", "deterministic", "sync_bn", "deepspeed", "name"):
+    for key in ("hooks", "seed", "deterministic", "sync_bn", "timeout_s", "deepspeed", "name"):
         setattr(run, key, settings.coerce(getattr(run, key), settings.hints(Run)[key], key))
     _check_views(run.data)
     check_ranges(run)
     _check_effect(run.optim)
+    if run.optim.skip_nonfinite and run.speed.zero:
+        raise ValueError(
+            f"optim.skip_nonfinite={run.optim.skip_nonfinite} is not possible with speed.zero={run.speed.zero}, whose "
+            "gradients are in parts: use speed.zero=0"
+        )
     if run.optim.clip_each and not run.optim.clip:
         raise ValueError("optim.clip_each=True clips every tensor's gradient to optim.clip, which is 0: set optim.clip")
     if not run.data.views:
         raise ValueError("data.views is empty: give a recipe, for example views.simclr(224)")
+    _check_finite("timeout_s", run.timeout_s, 0)
     if run.seed < 0:
         raise ValueError(f"seed={run.seed} must be 0 or more")
     run.name = run.name or _default_name(run)

@@ -71,6 +71,8 @@ class Optim:
     precision: Precision = "fp32"  # of the network; normalisation and statistics are in fp32
     clip: float = 0.0  # largest gradient norm; 0: not clipped
     clip_each: bool = False  # clip the gradient of every tensor separately (DINO)
+    # steps in a row with NaN or infinite gradients that are left out before the run stops; 0: it stops (docs/runs.md)
+    skip_nonfinite: int = 0
     # regular expression -> options; see optim.group_parameters
     paramwise: dict[str, dict] = field(default_factory=dict)
 
@@ -113,5 +115,6 @@ class Run:
     seed: int = 0
     deterministic: bool = False
     sync_bn: bool = False
+    timeout_s: float = 1800.0  # seconds without a step after which a run counts as hanging and ends; 0: never
     deepspeed: dict = field(default_factory=dict)  # settings of DeepSpeed, which override ours
     name: str = ""  # set by load(): the run folder below log.root

@@ -1,5 +1,7 @@
-"""How a run on two ranks ends early: a signal or an error on one rank, or a launcher that was killed."""
+"""How a run on two ranks ends early: a signal or an error on one rank, a rank that is killed or hangs, a launcher that
+was killed; and restarts in place."""
 
+import json
 import os
 import signal
 import socket
@@ -10,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = """
-import os, signal
+import os, signal, time
 from pathlib import Path
-from fastssl import views
+from fastssl import ending, views
 from fastssl.config import Backbone, Data, Log, Optim, Run, Speed
 from fastssl.hooks import Hook
 from fastssl.methods import simclr
@@ -26,6 +28,13 @@ class Act(Hook):
             os.kill(os.getpid(), signal.SIGUSR1)
         if mode == "error" and rank == 1 and t.step == 5:
             raise ValueError("image 100 is damaged")
+        life = mode + os.environ.get("FASTSSL_RESTARTS", "")
+        if life == "restarts0" and rank == 1 and t.step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if life == "restarts1" and t.step == 7:
+            ending.progress.limit = 3.0
+            if rank == 1:
+                time.sleep(1000)
         if mode == "gone" and t.step == 2:
             Path(f"pid{{rank}}.new").write_text(f"{{os.getpid()}} {{os.getppid()}}")
             Path(f"pid{{rank}}.new").rename(f"pid{{rank}}")
@@ -103,6 +112,62 @@ def test_an_error_on_one_rank_is_the_last_line_and_ends_the_other(folder, stoppe
     assert any(line.startswith("step 4/") for line in lines)
     assert lines[-1] == f"fastssl: image 100 is damaged (rank 1 on {socket.gethostname()})"
     assert not [line for line in lines if "Traceback" in line]
+
+
+@pytest.fixture(scope="module")
+def restarted(folder):
+    """In the first life rank 1 is killed after step 4, in the second it hangs after step 7, the third ends the run."""
+    args = ("optim.epochs=2", "log.checkpoint_steps=2")
+    return srun(folder, "restarts", "name=restarts", "--restarts", "2", *args), srun(folder, "none", "name=none", *args)
+
+
+def test_a_killed_rank_is_named_and_the_run_is_restarted_in_place(folder, restarted):
+    (codes, lines), _ = restarted
+    assert codes == [0, 0], lines
+    host = socket.gethostname()
+    killed = [line for line in lines if line.startswith(f"fastssl: rank 1 is lost on {host} after step ")]
+    assert len(killed) == 1 and "it was killed" in killed[0] and killed[0].endswith("; continue with --resume")
+    assert "fastssl: rank 1 was ended by SIGKILL; restart 1 of 2" in lines
+    assert "continuing work_dirs/restarts/checkpoints/step_00000004" in lines
+    assert not [line for line in lines if "Traceback" in line]
+
+
+def test_a_rank_that_hangs_is_named_with_the_place_where_it_waits(restarted):
+    (_, lines), _ = restarted
+    (late,) = [line for line in lines if "timeout_s" in line]
+    assert late.startswith(
+        f"fastssl: no step in 3 s (timeout_s): rank 1 on {socket.gethostname()} hangs after step 6 in c.py:"
+    )
+    assert "(after_step); rank 0 waits for it in " in late
+    assert "fastssl: rank 0 ended with exit code 1; restart 2 of 2" in lines
+    assert "continuing work_dirs/restarts/checkpoints/step_00000006" in lines
+
+
+def test_restarts_change_no_bit(folder, restarted):
+    _, (codes, lines) = restarted
+    assert codes == [0, 0], lines
+    found = []
+    for name in ("restarts", "none"):
+        records = map(json.loads, (folder / f"work_dirs/{name}/log.jsonl").read_text().splitlines())
+        found.append([(r["step"], r["loss"]) for r in records if "loss" in r])
+    assert found[0] == found[1] and len(found[0]) == 12
+
+
+def test_ranks_agree_on_a_loss_that_is_not_finite(folder, monkeypatch, capsys):
+    """Both end after the same step and find the first tensor together; one rank replays the batch of both."""
+    from fastssl import dist, replay
+
+    settings = ("name=nan", "optim.lr=1e30")
+    codes, lines = srun(folder, "nan", *settings)
+    assert codes == [2, 2], lines
+    assert "the first tensor that is not finite, in step " in lines[-1] and "(rank " in lines[-1]
+    saved = folder / "work_dirs/nan/nonfinite"
+    assert sorted(p.name for p in saved.iterdir()) == ["batch_rank_0.pt", "batch_rank_1.pt", "checkpoints"]
+    dist.shutdown()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MODE", "replay")
+    assert replay.main(["c.py", *settings, "--device", "cpu"]) == 0
+    assert "the first tensor that is not finite, in step " in capsys.readouterr().out
 
 
 def test_ranks_end_with_their_launcher(folder):

@@ -1,0 +1,20 @@
+"""How a run ends early, and starts again: signals, errors, ranks that are lost or hang, restarts (docs/runs.md)."""
+
+from fastssl.ending.failure import report_failure
+from fastssl.ending.restarts import supervise
+from fastssl.ending.signals import DELAY, FAIL, HANDLED, INTERRUPTED, REQUEUE, Signals, Stopped
+from fastssl.ending.watchdog import Watchdog, progress
+
+__all__ = [
+    "DELAY",
+    "FAIL",
+    "HANDLED",
+    "INTERRUPTED",
+    "REQUEUE",
+    "Signals",
+    "Stopped",
+    "Watchdog",
+    "progress",
+    "report_failure",
+    "supervise",
+]

@@ -1,0 +1,51 @@
+"""Errors: the first rank that fails prints the reason, the others end without output."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+
+import torch.distributed as td
+
+from fastssl import dist
+
+FAILED = "fastssl/failed"  # key in the process group's store: "code rank reason" of the first rank that failed
+_noticed = False  # whether this rank has seen that another one has failed
+
+
+def report_failure(reason: str, code: int) -> tuple[bool, int]:
+    """Tell the other ranks that this one ends with exit code `code`.  Returns whether it is the first to fail, which is
+    the one to print its reason, and the first one's exit code.
+
+    Before the process group exists, it is the first rank of each node; where rank 0 has taken the store with it, rank 1
+    unless it has seen the reason of another rank."""
+    if not td.is_initialized():
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0, code
+    if dist.world() == 1:
+        return True, code
+    store, mine = td.distributed_c10d._get_default_store(), f"{code} {dist.rank()} {reason}"
+    try:
+        store.set_timeout(timedelta(seconds=5))
+        recorded = store.compare_set(FAILED, "", mine).decode()
+        first = recorded == mine
+        seen = store.add(FAILED + "/seen", 1)
+        deadline = time.monotonic() + 3
+        while first and seen < dist.world() and time.monotonic() < deadline:  # rank 0 may host the store
+            time.sleep(0.1)
+            seen = store.add(FAILED + "/seen", 0)
+        return first, int(recorded.split()[0])
+    except RuntimeError:
+        return dist.rank() == 1 and not _noticed, code
+
+
+def failed_code(store: td.Store) -> int:
+    """The exit code of a rank that has failed, else 0."""
+    global _noticed
+    if not store.check([FAILED]):
+        return 0
+    code = int(store.get(FAILED).split()[0])
+    if not _noticed:
+        _noticed = True
+        store.add(FAILED + "/seen", 1)
+    return code

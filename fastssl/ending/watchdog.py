@@ -1,0 +1,189 @@
+"""A thread on every rank that ends it when training cannot go on: another rank has failed, was killed or hangs, or the
+launcher has gone.  Collectives on GPUs would wait for a lost rank without end.
+
+Every rank writes into the process group's store, every two seconds, how far it is and where its main thread is.  Rank 0
+looks at all others, the others look at rank 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as td
+
+from fastssl import dist
+from fastssl.ending.failure import failed_code, report_failure
+
+CHECKPOINT_S = 120.0  # for a last checkpoint of ranks whose launcher has gone
+BEAT_S = 2.0  # between two signs of life of a rank
+SILENT_S = 120.0  # without one after which a rank counts as lost; the thread needs Python's lock for each
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out")  # in their errors
+
+
+class Progress:
+    """How far training is; the watchdog looks at it.  Outside `watched` nothing is late."""
+
+    def __init__(self) -> None:
+        self.step, self.limit = 0, 0.0
+        self._time: float | None = None
+
+    @contextlib.contextmanager
+    def watched(self, seconds: float) -> Iterator[None]:
+        """Inside, `made` must be called at least every `seconds` (0: without limit)."""
+        self.limit, self._time = seconds, time.monotonic()
+        try:
+            yield
+        finally:
+            self._time = None
+
+    def made(self, step: int | None = None) -> None:
+        """Training has come further: a step (its number), or a batch of something else."""
+        self.step = self.step if step is None else step
+        if self._time is not None:
+            self._time = time.monotonic()
+
+    def idle(self) -> float:
+        """Seconds since the last call of `made`."""
+        return 0.0 if self._time is None else time.monotonic() - self._time
+
+
+progress = Progress()
+
+
+class Watchdog:
+    """See the module.  `stop` it when the run has ended."""
+
+    def __init__(self) -> None:
+        self._end = threading.Event()
+        self._parent = os.getppid()
+        self._store: td.Store | None = None  # a connection of its own: the main thread may wait in the other one
+        self._beats, self._written = 0, 0.0
+        self._seen: dict[int, tuple[bytes, float]] = {}  # by rank: the last sign of life and when it arrived
+        threading.Thread(target=self._run, name="fastssl-watchdog", daemon=True).start()
+
+    def stop(self) -> None:
+        self._end.set()
+
+    def lost(self, error: BaseException) -> str | None:
+        """Which rank has gone, if `error` came from a collective that has lost one; takes a few seconds."""
+        if dist.world() == 1 or not any(word in str(error) for word in LOST):
+            return None
+        try:
+            store = self._connect()
+            before = self._read(store, range(dist.world()))
+            time.sleep(5 * BEAT_S)
+            after = self._read(store, range(dist.world()))
+        except RuntimeError:  # the store has gone, with rank 0
+            return _ended(0, None)
+        gone = [r for r, beat in before.items() if after[r] == beat and r != dist.rank()]
+        return _ended(gone[0], before[gone[0]]) if gone else None
+
+    def _run(self) -> None:
+        launchers = ("CROSS_RANK", "TORCHELASTIC_RUN_ID", "FASTSSL_RESTARTS")  # deepspeed, torchrun, restarts.py
+        launched = any(name in os.environ for name in launchers)
+        while not self._end.wait(1.0):
+            if launched and os.getppid() != self._parent:
+                print("fastssl: the launcher has gone", file=sys.stderr, flush=True)
+                os.kill(os.getpid(), signal.SIGTERM)
+                self._exit(CHECKPOINT_S, 1)
+            try:
+                reason = self._look() if dist.world() > 1 else self._late({})
+            except (RuntimeError, ValueError):  # there is no process group yet, or no longer
+                continue
+            if reason is not None and not self._end.is_set():
+                first, code = report_failure(reason, 1)
+                if first:
+                    print(f"fastssl: {reason}", file=sys.stderr, flush=True)
+                self._exit(0.0, code)
+
+    def _look(self) -> str | None:
+        """Exchange signs of life; returns why the run cannot go on, or None."""
+        store, now = self._connect(), time.monotonic()
+        code = failed_code(store)
+        if code:
+            self._exit(2.0, code)
+        if now - self._written < BEAT_S:
+            return None
+        self._beats, self._written = self._beats + 1, now
+        place, waits = _place()
+        host = socket.gethostname()
+        beat = {"beat": self._beats, "step": progress.step, "place": place, "waits": waits, "host": host}
+        store.set(_key(dist.rank()), json.dumps(beat))
+        others = range(1, dist.world()) if dist.is_main() else (0,)
+        found = self._read(store, others)
+        for r, value in found.items():
+            before, arrived = self._seen.setdefault(r, (value, now))
+            if value != before:
+                self._seen[r] = (value, now)
+            elif now - arrived > SILENT_S:
+                return _ended(r, value, f"no sign of life for {SILENT_S:.0f} s")
+        return self._late({dist.rank(): beat, **{r: json.loads(value) for r, value in found.items() if value}})
+
+    def _late(self, beats: dict[int, dict]) -> str | None:
+        """Which rank keeps the others waiting, where no step was made for too long; rank 0 decides."""
+        if not progress.limit or progress.idle() < progress.limit or not dist.is_main():
+            return None
+        ranks = beats or {0: dict(zip(("place", "waits"), _place())) | {"step": progress.step}}
+        rank, late = min(ranks.items(), key=lambda item: (item[1]["waits"], item[1]["step"], item[0]))
+        where = f" on {late['host']}" if "host" in late else ""
+        waiting = [f"; rank {r} waits for it in {b['place']}" for r, b in ranks.items() if b["waits"] and r != rank]
+        return (
+            f"no step in {progress.limit:.0f} s (timeout_s): rank {rank}{where} hangs after step {late['step']} in "
+            f"{late['place']}{waiting[0] if waiting else ''}; continue with --resume"
+        )
+
+    def _connect(self) -> td.Store:
+        if self._store is None:
+            self._store = td.distributed_c10d._get_default_store().clone()
+            self._store.set_timeout(timedelta(seconds=SILENT_S))
+        return self._store
+
+    @staticmethod
+    def _read(store: td.Store, ranks: Any) -> dict[int, bytes]:
+        """The last sign of life of each rank; empty: none yet."""
+        return {r: store.get(_key(r)) if store.check([_key(r)]) else b"" for r in ranks}
+
+    def _exit(self, seconds: float, code: int) -> None:
+        if not self._end.wait(seconds):
+            sys.stdout.flush()
+            os._exit(code)
+
+
+def _key(rank: int) -> str:
+    return f"fastssl/beat/{rank}"
+
+
+def _ended(rank: int, beat: bytes | None, how: str = "it has ended without an error") -> str:
+    known: dict = json.loads(beat) if beat else {}
+    where = f" on {known['host']} after step {known['step']}" if known else ""
+    return (
+        f"rank {rank} is lost{where}: {how}; it was killed (for lack of memory: see dmesg), or its node or network "
+        "failed; continue with --resume"
+    )
+
+
+def _place() -> tuple[str, bool]:
+    """Where the main thread is in our code or the user's, and whether it waits there for other ranks or the device."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    library, waits = sysconfig.get_paths()["stdlib"], False
+    while frame is not None:
+        code = frame.f_code
+        waits |= code.co_filename.endswith("torch/distributed/distributed_c10d.py")
+        ours = f"{os.sep}fastssl{os.sep}" in code.co_filename or "site-packages" not in code.co_filename
+        if ours and not code.co_filename.startswith((library, "<")):
+            name = Path(code.co_filename).name
+            return f"{name}:{frame.f_lineno} ({code.co_name})", waits or code.co_name == "received"
+        frame = frame.f_back
+    return "an unknown place", waits

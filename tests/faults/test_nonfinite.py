@@ -1,0 +1,202 @@
+"""A loss, gradient or weight that is not finite: the run ends with the step, the samples and the first tensor, and
+`fastssl replay` makes the step again; or steps are left out."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "methods"))
+import method_cases as cases
+
+from fastssl import dist, engine, nonfinite
+
+STEPS, BAD = 12, 6  # 4 steps an epoch
+
+
+class Poisoned(torch.nn.Module):
+    """Takes the place of a block: its output, or the gradient of it, is not finite for one image (`where`)."""
+
+    def __init__(self, block: torch.nn.Module, where: str):
+        super().__init__()
+        self.block, self.where, self.row = block, where, None
+
+    def forward(self, x):
+        y = self.block(x)
+        if self.row is None:
+            return y
+        weight = torch.ones(len(y), *(1 for _ in y.shape[1:]))
+        weight[self.row] = math.nan
+        if self.where == "output":
+            return y * weight
+        return _GradientTimes.apply(y, weight)
+
+
+class _GradientTimes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0], None
+
+
+def make_run(root: Path, name: str, **changes):
+    run = cases.run("simclr", steps=STEPS, norm=False)
+    run.name, run.log.root, run.log.every = name, str(root), 1
+    run.log.checkpoint_steps, run.log.keep, run.log.collapse_every = 4, 1, 0
+    for key, value in changes.items():
+        section, _, field = key.partition("_")
+        setattr(getattr(run, section), field, value)
+    return run
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """poison(where, sample, epochs): in these epochs the image of that number is not finite."""
+    from fastssl import build as building
+
+    prepare = building.prepare
+
+    def apply(where: str, sample: int, epochs: tuple):
+        def poisoned(method, run, device):
+            block = Poisoned(method.backbone.layer2, where)
+            method.backbone.layer2 = block
+            method = prepare(method, run, device)
+            forward = method.forward
+
+            def looking(views, batch):
+                rows = (batch.index == sample).nonzero().flatten().tolist()
+                block.row = rows[0] if rows and batch.epoch in epochs else None
+                return forward(views, batch)
+
+            method.forward = looking
+            return method
+
+        monkeypatch.setattr(building, "prepare", poisoned)
+
+    yield apply
+    dist.shutdown()
+
+
+def fit(run, **options):
+    dist.init("cpu")
+    return engine.fit(run, hooks=[], device="cpu", loader=cases.loader(run), **options)
+
+
+def step_of(sample: int, epoch: int) -> int:
+    """The number of the step (from 1) that trains on a sample."""
+    loader = cases.loader(make_run(Path(), "any"))
+    return next(epoch * loader.steps + b.step + 1 for b in loader.epoch(epoch) if sample in b.index.tolist())
+
+
+def seen_in(epoch: int) -> int:
+    """A sample that this epoch trains on in its second step."""
+    return next(b for b in cases.loader(make_run(Path(), "any")).epoch(epoch) if b.step == 1).index[3].item()
+
+
+@pytest.mark.parametrize("where, what", [("output", "output of backbone.layer2"), ("gradient", "gradient of ")])
+def test_the_run_ends_and_names_the_step_the_sample_and_the_first_tensor(tmp_path, poison, where, what):
+    sample = seen_in(1)
+    assert step_of(sample, 1) == BAD
+    poison(where, sample, (1,))
+    run = make_run(tmp_path, where)
+    with pytest.raises(ValueError) as error:
+        fit(run)
+    message = str(error.value)
+    assert f"the loss is nan since step {BAD if where == 'output' else BAD + 1} (epoch 1): lower optim.lr" in message
+    assert f"the first tensor that is not finite, in step {BAD}: {what}" in message
+    folder = tmp_path / where / "nonfinite"
+    assert message.endswith(f"; the state before the step and its batch are in {folder}")
+    if where == "output":
+        assert f", of the samples {sample}; " in message
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{BAD - 1:08d}"]
+    assert [p.name for p in (tmp_path / where / "checkpoints").iterdir()] == ["step_00000004"]
+
+    dist.init("cpu")
+    t = engine.build_plain(run, "cpu", cases.loader(run))
+    assert f"in step {BAD}: {what}" in nonfinite.replay(t, engine.batches)
+
+
+def test_a_rerun_that_takes_too_long_is_left_to_replay(tmp_path, poison, monkeypatch):
+    monkeypatch.setattr(nonfinite, "RERUN_S", 0.0)
+    poison("output", seen_in(1), (1,))
+    run = make_run(tmp_path, "late")
+    run.log.checkpoint_steps = None
+    with pytest.raises(ValueError, match="`fastssl replay` with the same arguments repeats 4 steps"):
+        fit(run)
+    dist.init("cpu")
+    t = engine.build_plain(run, "cpu", cases.loader(run))
+    assert f"in step {BAD}: output of backbone.layer2" in nonfinite.replay(t, engine.batches)
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_steps_are_left_out_and_change_nothing(tmp_path, poison):
+    """Weights, optimizer and running statistics stay as they are; more steps in a row than allowed end the run."""
+    sample = seen_in(1)
+    poison("output", sample, (1,))
+    run = make_run(tmp_path, "skip", optim_skip_nonfinite=1)
+    seen = {}
+
+    class Look:
+        def before_epoch(self, t):
+            pass
+
+        after_epoch = before_epoch
+
+        def after_step(self, t, out, batch):
+            seen[t.step] = {k: v.clone() for k, v in t.method.state_dict().items()}
+
+    dist.init("cpu")
+    engine.fit(run, hooks=[Look()], device="cpu", loader=cases.loader(run))
+    applied = {r["step"]: r["applied"] for r in records(tmp_path / "skip") if "loss" in r}
+    assert [step for step, done in applied.items() if not done] == [BAD] and len(applied) == STEPS
+    assert all(torch.equal(v, seen[BAD - 1][k]) for k, v in seen[BAD].items())
+    assert not torch.equal(seen[BAD + 1]["backbone.conv1.weight"], seen[BAD]["backbone.conv1.weight"])
+    assert all(v.isfinite().all() for v in seen[STEPS].values())
+
+
+def test_more_steps_in_a_row_than_may_be_left_out_end_the_run(tmp_path, poison):
+    poison("gradient", seen_in(1), (1,))
+    run = make_run(tmp_path, "all", optim_skip_nonfinite=2, optim_lr=1e30)
+    with pytest.raises(ValueError, match=r"since step \d+ .*; the first tensor that is not finite, in step \d+: "):
+        fit(run)
+    assert not (tmp_path / "all/checkpoints/step_00000012").exists()
+
+
+def test_zero_refuses_to_leave_steps_out(tmp_path):
+    run = make_run(tmp_path, "zero", optim_skip_nonfinite=1, speed_zero=1)
+    with pytest.raises(ValueError, match="optim.skip_nonfinite=1 is not possible with speed.zero=1"):
+        fit(run)
+
+
+def test_a_loss_scale_of_1_that_still_overflows_ends_the_run():
+    losses = nonfinite.FiniteLoss()
+    losses.check([{"step": s, "epoch": 0, "loss": 2.0, "applied": False, "loss_scale": 4.0} for s in range(1, 20)])
+    last = [{"step": s, "epoch": 1, "loss": 2.0, "applied": False, "loss_scale": 1.0} for s in range(20, 22)]
+    losses.check(last)
+    with pytest.raises(
+        ValueError, match="gradients are not finite, with a loss scale of 1, since step 20 .*bf16"
+    ) as error:
+        losses.check([{**last[0], "step": 22}])
+    assert error.value.step == 20
+
+
+def test_the_command_replays_and_says_where_there_is_nothing(tmp_path, monkeypatch, capsys):
+    from fastssl import config, replay
+
+    (tmp_path / "c.py").write_text("")
+    run = make_run(tmp_path, "none")
+    monkeypatch.setattr(config, "load", lambda *_: run)
+    monkeypatch.setattr(engine, "build_plain", lambda run, device: engine.build(run, (), device, cases.loader(run)))
+    assert replay.main([str(tmp_path / "c.py"), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "holds no step: it is saved when a run ends because of a loss" in error
