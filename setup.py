@@ -44,6 +44,7 @@ setup(
             "pytest>=8",
             "pytest-timeout",
             "pytest-xdist",
+            "hypothesis",
             "pycocotools>=2.0.8",
             "pyyaml",
             "ruff>=0.8",

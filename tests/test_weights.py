@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import shlex
 import zipfile
 
 import pytest
@@ -291,15 +292,18 @@ def test_run_folder_and_checkpoint(tmp_path, small):
         weights.load_backbone(tmp_path / "checkpoints", small)
 
 
-def test_the_conversion_proposed_in_the_error_works(tmp_path, small, monkeypatch):
-    """The command in the error is run like a user would."""
+@pytest.mark.parametrize("name", ["a.pth", "a $(touch x) `touch x` 'b\" $HOME.pth"])
+def test_the_conversion_proposed_in_the_error_works(tmp_path, small, monkeypatch, name):
+    """A shell splits the command in the error as it is meant, whatever the file is called."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BOMB", str(tmp_path / "ran"))
-    torch.save({"state_dict": small.state_dict(), "args": Bomb()}, "a.pth")
+    torch.save({"state_dict": small.state_dict(), "args": Bomb()}, name)
     net = other(small)
     with pytest.raises(ValueError) as error:
-        weights.load_backbone("a.pth", net)
-    exec(str(error.value).split('-c "')[1].removesuffix('"'), {})
+        weights.load_backbone(name, net)
+    words = shlex.split(str(error.value).splitlines()[1])
+    assert words[:2] == ["python", "-c"] and len(words) == 3
+    exec(words[2], {})
     weights.load_backbone("weights.pth", net)
     assert same(small, net)
 

@@ -58,8 +58,10 @@ def read_pt(path: str | Path, allow: Sequence[type] = ()) -> Any:
         with torch.serialization.safe_globals(list(allow)):
             value = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        culprit = re.search(r"GLOBAL ([\w.]+)|Unsupported \w+ \d+", str(error))
-        what = (culprit[1] or culprit[0]) if culprit else one_line(error)
+        text = " ".join(str(error).split())
+        patterns = r"GLOBAL ([\w.]+)", r"(Unsupported \w+ \d+)", r"WeightsUnpickler error: ([^.]{,100})"
+        found = next(filter(None, (re.search(pattern, text) for pattern in patterns)), None)
+        what = found[1] if found else one_line(error)
         raise CodeRefused(
             f"{path} is refused: it is not a pickle of tensors alone ({what}), and reading any other can run code"
         ) from None

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +160,14 @@ def _read_pickle(path: Path) -> Any:
     try:  # DINO's, MAE's and timm's checkpoints hold an argparse.Namespace, which is created without calling anything
         return untrusted.read_pt(path, allow=(argparse.Namespace,))
     except untrusted.CodeRefused as error:
+        program = (
+            "import torch; keep = lambda v: {k: keep(x) for k, x in v.items() if isinstance(x, (dict, torch.Tensor))} "
+            f'if isinstance(v, dict) else v; c = torch.load({json.dumps(str(path))}, "cpu", weights_only=False); '
+            'torch.save(keep(getattr(c, "state_dict", lambda: c)()), "weights.pth")'
+        )
         raise ValueError(
             f"{error}. If you trust its author, keep its tensors alone, once, and give the new file:\n"
-            '  python -c "import torch; keep = lambda v: {k: keep(x) for k, x in v.items() if isinstance(x, (dict, '
-            f"torch.Tensor))}} if isinstance(v, dict) else v; c = torch.load({str(path)!r}, 'cpu', "
-            "weights_only=False); torch.save(keep(getattr(c, 'state_dict', lambda: c)()), 'weights.pth')\""
+            f"  python -c {shlex.quote(program)}"
         ) from None
 
 
