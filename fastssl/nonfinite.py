@@ -227,14 +227,14 @@ def _saved_batches(folder: Path, t: Trainer) -> list[Batch]:
     if not parts or any(not isinstance(part, dict) or part.keys() != names for part in parts):
         raise ValueError(f"{folder}: its batches are damaged or incomplete; train again to save them")
     whole = {k: torch.cat([p[k] for p in parts]) for k in ("pixels", "sizes", "index", "label")}
-    rows = dist.shard(len(whole["index"]))
-    mine = {k: v[rows].to(t.device).chunk(t.loader.micro) for k, v in whole.items()}
-    first = parts[0]["place"]
-    out = []
-    for i in range(t.loader.micro):
-        place = None if first is None else first + rows.start + sum(len(x) for x in mine["index"][:i])
+    rows, count = dist.shard(len(whole["index"])), t.loader.sampler.micro
+    mine = {k: v[rows].to(t.device).chunk(count) for k, v in whole.items()}
+    first, out = parts[0], []
+    for i in range(count):
+        before = rows.start + sum(len(x) for x in mine["index"][:i])
+        position = None if first["position"] is None else first["position"] + before
         part = {k: v[i] for k, v in mine.items()}
-        out.append(Batch(**part, epoch=parts[0]["epoch"], step=parts[0]["step"], place=place))
+        out.append(Batch(**part, epoch=first["epoch"], step=first["step"], position=position))
     return out
 
 

@@ -54,8 +54,29 @@ def atomic_write(path: str | Path, unique: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a write does not know its file
+    except ValueError:
+        raise
+    except Exception as error:
+        raise disk_error(temporary) or error from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def disk_error(path: Path) -> OSError | None:
+    """The error of writing 1 MiB to `path`; None: it succeeds.  For writers whose errors hide that the disk is full or
+    read-only, as those of torch.save and safetensors do."""
+    try:
+        with open(path, "wb") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+        return None
+    except OSError as error:
+        return OSError(error.errno, error.strerror, str(path))
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
