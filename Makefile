@@ -18,9 +18,9 @@ export PYTHON EXTRAS WHEELHOUSE
 help:
 	@echo "make setup        install into .venv (quickstart and test do it, too)"
 	@echo "make quickstart   convert, pretrain and evaluate a small run on handwritten digits, draw pictures"
-	@echo "make test         check the style and run the tests that need no GPU (about 10 minutes on two cores)"
+	@echo "make test         check style and types, and run the tests that need no GPU (about 10 minutes on two cores)"
 	@echo "make test-full    check the style and run every test, the long ones and those for a GPU, too"
-	@echo "make lint         check the style"
+	@echo "make lint         check the style by ruff and the types by mypy"
 	@echo "make wheelhouse   collect wheels for machines without compiler, root or network"
 	@echo "make clean        remove what was built and installed here (not your data or runs)"
 
@@ -42,6 +42,7 @@ test test-full: lint
 lint: setup
 	@$(PY) -m ruff check -q .
 	@$(PY) -m ruff format -q --check . || { echo "run: $(PY) -m ruff format ."; exit 1; }
+	@bash tools/types.sh $(VENV)
 
 wheelhouse: setup
 	@bash tools/wheelhouse.sh $(VENV) wheelhouse

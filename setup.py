@@ -46,6 +46,7 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "pycocotools>=2.0.8",
+            "mypy>=2.4,<2.5",  # a newer one may find more
             "pyyaml",
             "ruff>=0.8",
             "scipy",

@@ -12,7 +12,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -132,7 +132,7 @@ class Loader:
             return found
         return found[:, np.argsort(numbers)] if found.ndim == 2 else np.where(found < 0, found, numbers[found])
 
-    def epoch(self, epoch: int, start: int = 0, order: np.ndarray | None = None) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0, order: np.ndarray | None = None) -> Generator[Batch]:
         """This rank's micro-batches of the steps from `start`; nothing before it is decoded.  `order` (samples,): rows
         to take instead of the epoch's permutation; they may repeat."""
         if not 0 <= start <= self.steps:
@@ -152,7 +152,7 @@ class Loader:
         other.sampler = replace(self.sampler, micro=1, shuffle=False, drop_last=False)
         return other
 
-    def _batches(self, epoch: int, micro_batches: list[MicroBatch], repeats: bool) -> Iterator[Batch]:
+    def _batches(self, epoch: int, micro_batches: list[MicroBatch], repeats: bool) -> Generator[Batch]:
         rows = [micro_batch.rows for micro_batch in micro_batches]
         source = self._decode_ahead(rows) if self._resident is None else self._select(rows)
         with closing(source):  # also if the caller stops early
@@ -162,13 +162,13 @@ class Loader:
                 self.wait_ms = 1e3 * (time.perf_counter() - before)
                 yield Batch(*tensors, epoch, step, position if repeats else None)
 
-    def _select(self, rows: list[np.ndarray]) -> Iterator[Tensors]:
+    def _select(self, rows: list[np.ndarray]) -> Generator[Tensors]:
         """From the resident images."""
         for part in rows:
             index = torch.from_numpy(part).to(self.device, non_blocking=True)
             yield [t.index_select(0, index) for t in self._resident]
 
-    def _decode_ahead(self, rows: list[np.ndarray]) -> Iterator[Tensors]:
+    def _decode_ahead(self, rows: list[np.ndarray]) -> Generator[Tensors]:
         """On the device, in order; AHEAD micro-batches are decoded while the caller works on the one before."""
         pending: deque[Future] = deque()
         try:

@@ -50,7 +50,7 @@ class KMeans:
     # or keeps its centroid and stays empty ("keep").
     empty: Literal["split", "keep"] = "split"
     backend: Literal["torch", "faiss"] = "torch"  # faiss runs on the CPU of rank 0
-    kernels: str = "auto"  # or "reference", "triton"
+    kernels: Impl = "auto"
 
     def __post_init__(self) -> None:
         if self.backend not in ("torch", "faiss"):
