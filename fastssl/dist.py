@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import socket
 import sys
 import time
@@ -23,12 +22,14 @@ import torch
 import torch.distributed as td
 from torch import Tensor, nn
 
+from fastssl import launcher
+
 # What one rank does while the others wait (scikit-learn's SVMs, faiss, t-SNE) may take more than NCCL's ten minutes.
 TIMEOUT = timedelta(hours=2)
 
 
 def init(device: str | None = None) -> torch.device:
-    """Join the process group of the launcher (deepspeed, torchrun, srun; none: one rank) and choose the device.
+    """Join the process group of the launcher (deepspeed, torchrun, srun, mpirun; none: one rank) and choose the device.
 
     `device`: "cpu" or "cuda"; None: CUDA if there is a GPU.  The backend is NCCL on CUDA, gloo on CPU.  ValueError for
     "cuda" without a GPU, and where the ranks cannot connect.
@@ -42,7 +43,7 @@ def init(device: str | None = None) -> torch.device:
             f"device={device}: torch {torch.__version__} (built {built}) finds no GPU on this machine; "
             "use cpu, or run `fastssl doctor`"
         )
-    from_slurm()
+    launcher.set_variables()
     local = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
         if local and torch.cuda.device_count() == 1:  # srun --gpus-per-task=1: each rank sees its own
@@ -66,32 +67,6 @@ def init(device: str | None = None) -> torch.device:
                 ) from None
             raise ValueError(f"rank {os.environ['RANK']} does not reach rank 0 at {where}: {error}") from None
     return torch.device("cuda", local) if cuda else torch.device("cpu")
-
-
-def from_slurm() -> None:
-    """Set torchrun's environment variables from those of `srun`, where it is the launcher of several tasks."""
-    env = os.environ
-    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", 1)) < 2 or "SLURM_PROCID" not in env:
-        return
-    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", env["SLURM_STEP_TASKS_PER_NODE"])  # "4(x2),3": nodes with 4, 4 and 3
-    tasks = [count for count, nodes in parts for _ in range(int(nodes or 1))]
-    env.update(
-        RANK=env["SLURM_PROCID"],
-        WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"],
-        LOCAL_RANK=env["SLURM_LOCALID"],
-        LOCAL_WORLD_SIZE=tasks[int(env.get("SLURM_NODEID", 0))],
-    )
-    env.setdefault("MASTER_ADDR", _first_node(env["SLURM_STEP_NODELIST"]))
-    step = int(env["SLURM_STEP_ID"]) if env.get("SLURM_STEP_ID", "").isdecimal() else 0
-    env.setdefault("MASTER_PORT", str(15000 + (int(env["SLURM_JOB_ID"]) * 7 + step) % 15000))
-
-
-def _first_node(nodes: str) -> str:
-    """The first of a Slurm node list: "gpu[07-09,12],x" -> "gpu07"; "r[1-2]n[03,04]" -> "r1n03"."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
-    if first is None:
-        raise ValueError(f"SLURM_STEP_NODELIST={nodes!r} names no node; start with srun, or set MASTER_ADDR")
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
 def _free_port() -> int:

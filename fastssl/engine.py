@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastssl import bottleneck, config, dist, ending, nonfinite
+from fastssl import agreement, bottleneck, config, dist, ending, nonfinite
 from fastssl import hooks as monitors
 from fastssl.amp import emulated
 from fastssl.build import build
@@ -52,8 +52,10 @@ def fit(
                 "many times slower; training in fp32"
             )
         run = replace(run, optim=replace(run.optim, precision="fp32"))
+    agreement.compare(run)
     hooks = monitors.from_config(run) if hooks is None else hooks
     with run_folder.locked(run), contextlib.ExitStack() as at_exit:
+        agreement.check_folder(run_folder.path(run), run_folder.LOCK)
         path = find_checkpoint(run, resume, force)
         t = build(run, hooks, device, loader)
         log = Log(t.folder, every=run.log.every, total_steps=t.total_steps, tensorboard=run.log.tensorboard)

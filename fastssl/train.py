@@ -1,6 +1,6 @@
 """The script that launchers start:  deepspeed --num_gpus 8 fastssl/train.py CONFIG [a.b=value ...] [--resume]
 
-`python`, `torchrun` and `srun` work, too; `fastssl train` is the same in one process.  The default config is
+`python`, `torchrun`, `srun` and `mpirun` work, too; `fastssl train` is the same in one process.  The default config is
 configs/quickstart.py.
 """
 
@@ -19,7 +19,7 @@ import socket
 import traceback
 from collections.abc import Callable
 
-from fastssl import config
+from fastssl import config, launcher
 from fastssl.parsing import Parser
 
 
@@ -42,21 +42,24 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
     try:
+        launcher.set_variables()
         args.config, args.overrides = _config_and_overrides([*filter(None, [args.config]), *args.overrides])
-        if not _is_one_of_several():
+        if launcher.ranks() == 1:  # of several one reports a mistake (ending.report_failure)
             config.check(args.config or config.quickstart(), args.overrides)
     except ValueError as error:
         if os.environ.get("FASTSSL_TRACEBACK"):
             raise
-        print(f"fastssl: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"fastssl: {error}", file=sys.stderr)
         return 2
     from fastssl import dist, ending  # torch: 2 s
 
-    dist.from_slurm()
     if args.restarts:
         return ending.supervise([sys.executable, __file__, *_without_restarts(argv)], args.restarts)
 
     def work() -> None:
+        if launcher.ranks() > 1:
+            dist.init(args.device)  # at first, so that an error on one rank reaches the others
         run = config.load(args.config or config.quickstart(), args.overrides)
         run.deterministic |= args.deterministic
         run.backbone.pretrained = args.pretrained or run.backbone.pretrained
@@ -81,7 +84,7 @@ def guarded(work: Callable[[], None]) -> int:
 
     # CUDA reads it when it starts; --deterministic needs it
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    dist.from_slurm()
+    launcher.set_variables()
     watch, code = ending.Watchdog(), 0
     try:
         work()
@@ -115,11 +118,6 @@ def _config_and_overrides(words: list[str]) -> tuple[str | None, list[str]]:
         what = "a second config file" if wrong.endswith(".py") else "not of the form a.b=value"
         raise ValueError(f"override {wrong!r} is {what}: give one config file ({name}) and settings as a.b=value")
     return others[0] if others else None, overrides
-
-
-def _is_one_of_several() -> bool:
-    """Whether a launcher has started several ranks.  Of these one reports a mistake (ending.report_failure)."""
-    return any(os.environ.get(name, "1") != "1" for name in ("WORLD_SIZE", "SLURM_NTASKS"))
 
 
 def _fail(reason: str, code: int, details: str = "") -> int:

@@ -10,12 +10,12 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("kernels", "data_prep", "configs")  # imported as fastssl.kernels, ...
 # A package (kernels, data_prep, eval) is one word; inside it modules may import each other.
 LAYERS = """
-    parsing files
+    parsing files launcher
     kernels data_prep
     config
     dist
     decode sampler sharded_table
-    amp norm zero loader backbones optim log meters clustering ending
+    amp norm zero loader backbones optim log meters clustering ending agreement
     graph inference
     trainer
     bottleneck checkpoint

@@ -210,7 +210,7 @@ def test_the_error_names_a_port_in_use(monkeypatch):
     [("gpu[07-09,12],x", "gpu07"), ("a1", "a1"), ("a1,a2", "a1"), ("r[1-2]n[03,04]", "r1n03"), ("n[5]-ib,m", "n5-ib")],
 )
 def test_srun_is_a_launcher(monkeypatch, nodes, first):
-    from fastssl import dist
+    from fastssl import launcher
 
     step = {
         "SLURM_PROCID": "5",
@@ -223,10 +223,10 @@ def test_srun_is_a_launcher(monkeypatch, nodes, first):
         "SLURM_STEP_ID": "2",
     }
     monkeypatch.setattr(os, "environ", dict(step))
-    dist.from_slurm()
+    launcher.set_variables()
     wanted = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": first}
     assert {name: os.environ[name] for name in wanted} == wanted and 15000 <= int(os.environ["MASTER_PORT"]) < 30000
     for other in ({"RANK": "0"}, {"SLURM_STEP_NUM_TASKS": "1"}):  # torchrun in a job step; one task
         monkeypatch.setattr(os, "environ", step | other)
-        dist.from_slurm()
+        launcher.set_variables()
         assert "WORLD_SIZE" not in os.environ

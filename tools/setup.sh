@@ -52,27 +52,45 @@ install_packages() { # names...
         { tail -n 15 "$log" >&2; fail "apt-get did not succeed: $advice. $offline"; }
 }
 
+install_for_tests() { # names...; where it returns 1, $why has the reason
+    local root=()
+    why="this machine has no apt"
+    command -v apt-get >/dev/null || return 1
+    if [ "$(id -u)" -ne 0 ]; then
+        why="it needs root"
+        sudo -n true 2>/dev/null || return 1
+        root=(sudo -n)
+    fi
+    root+=(env DEBIAN_FRONTEND=noninteractive)
+    "${root[@]}" apt-get update >"$log" 2>&1 || true
+    why="this machine's apt does not know all of: $*"
+    apt-get install -s "$@" >/dev/null 2>&1 || return 1
+    info "installing for the tests: $*"
+    why="apt-get did not succeed"
+    "${root[@]}" apt-get install -y --no-install-recommends "$@" >"$log" 2>&1 || { why+=": $(tail -n 1 "$log")"; return 1; }
+}
+
 install_browser() { # for tests/test_report.py: about 100 MB; everything else works without it
-    local name root=() why="this machine's apt knows no chromium-headless-shell"
+    local name
     for name in chromium-headless-shell chromium google-chrome; do
         if command -v "$name" >/dev/null; then return; fi
     done
-    if ! command -v apt-get >/dev/null; then
-        why="this machine has no apt"
-    elif [ "$(id -u)" -ne 0 ] && ! sudo -n true 2>/dev/null; then
-        why="it needs root"
-    else
-        [ "$(id -u)" -eq 0 ] || root=(sudo -n)
-        root+=(env DEBIAN_FRONTEND=noninteractive)
-        "${root[@]}" apt-get update >"$log" 2>&1 || true
-        if apt-cache show chromium-headless-shell >/dev/null 2>&1; then
-            info "installing chromium-headless-shell for the tests: about 100 MB"
-            if "${root[@]}" apt-get install -y --no-install-recommends chromium-headless-shell >"$log" 2>&1; then return; fi
-            why="apt-get did not succeed: $(tail -n 1 "$log")"
-        fi
-    fi
-    info "no Chromium is installed ($why): the test that opens the report's page is skipped here, and fails with CI set." \
-        "Debian: apt-get install chromium-headless-shell; elsewhere FASTSSL_BROWSER=/path/to/chrome names one"
+    install_for_tests chromium-headless-shell ||
+        info "no Chromium is installed ($why): the test that opens the report's page is skipped here, and fails with CI" \
+            "set. Debian: apt-get install chromium-headless-shell; elsewhere FASTSSL_BROWSER=/path/to/chrome names one"
+}
+
+install_cluster() { # for tests/scale, which starts two hosts with sshd and Slurm: about 20 MB
+    local packages=(openssh-server pdsh openmpi-bin slurm-wlm munge iproute2) name missing=() PATH=$PATH:/usr/sbin:/sbin
+    for name in sshd pdsh mpirun slurmctld slurmd sbatch munged ip; do
+        command -v "$name" >/dev/null || missing+=("$name")
+    done
+    [ "${#missing[@]}" -gt 0 ] || return 0
+    # With systemd, installing them would start an SSH server and Slurm's daemons on this machine.
+    why="systemd would start their services"
+    [ ! -d /run/systemd/system ] && install_for_tests "${packages[@]}" ||
+        info "${missing[*]}: not installed ($why): the tests of launches on several hosts are skipped here, and fail with" \
+            "CI set. Debian: apt-get install ${packages[*]}"
 }
 
 exec 9<"${BASH_SOURCE[0]}"
@@ -84,7 +102,7 @@ if [ -z "${WHEELHOUSE:-}" ]; then
     missing=$(missing_packages)
     # shellcheck disable=SC2086
     [ -z "$missing" ] || install_packages $missing
-    if [[ ",${EXTRAS:-test}," == *,test,* ]]; then install_browser; fi
+    if [[ ",${EXTRAS:-test}," == *,test,* ]]; then install_browser; install_cluster; fi
     source=()
 else
     ls "$WHEELHOUSE"/ffcv-*.whl >/dev/null 2>&1 || fail "WHEELHOUSE=$WHEELHOUSE holds no wheel of ffcv: make wheelhouse"

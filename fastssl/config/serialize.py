@@ -49,6 +49,8 @@ def dump(run: Any) -> Any:
             return {str(k): plain(v) for k, v in value.items()}
         if isinstance(value, list | tuple):
             return [plain(v) for v in value]
+        if isinstance(value, set | frozenset):  # their order differs in every process
+            return sorted((plain(v) for v in value), key=str)
         if isinstance(value, str | int | float | bool | None):
             return value
         if inspect.isroutine(value) or isinstance(value, type):
