@@ -1,12 +1,12 @@
-"""ODC's and NPID's memory banks against the algorithms of OpenSelfSup, in one run:  python bench/banks.py
+"""ODC's and NPID's memory banks compared with OpenSelfSup's algorithms, in one run:  python bench/banks.py
 
-centroids   ODC's means of all clusters, due every ten steps; published: sort the labels, then a Python loop that
-            gathers each cluster's rows.  Ours: what ten steps add to keep the clusters' sums, and the means; also the
-            means from nothing, as k-means takes them
-odc step    what ODC does to its bank after a step; published: the same on the CPU, counting all labels twice
-npid loss   forward and backward; published: an alias table's draws, and all negatives gathered into one tensor.  Ours
-            with each sample's own negatives, and with one set for all
-Both sides get the same data and threads; the published algorithms are written anew here, as they ran: on the CPU.
+centroids   ODC's update of all centroids, every ten steps.  Published: sort the labels, then a Python loop that gathers
+            each cluster's rows.  Ours: update the clusters' sums in ten steps, then divide; also the means computed
+            from scratch, as in k-means
+odc step    ODC's update of its bank after a step.  Published: the same on the CPU, with two counts of all labels
+npid loss   forward and backward.  Published: draws from an alias table, and all negatives gathered into one tensor.
+            Ours: with separate negatives for each sample, and with one set for all
+Both sides have the same data and threads.  The published algorithms are implemented again here, on the CPU as there.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def timed(run: Callable[[], object], args: argparse.Namespace) -> list[float]:
-    """Milliseconds of each repetition after one that warms up."""
+    """Milliseconds of each repetition, after one for warm-up."""
     out = []
     for _ in range(args.repeats + 1):
         start = clock(args.device)
@@ -73,17 +73,17 @@ def directions(rows: int, dim: int) -> torch.Tensor:
     return F.normalize(torch.randn(rows, dim), dim=1)
 
 
-def equal(name: str, ours: torch.Tensor, theirs: torch.Tensor, bound: float) -> None:
+def check_equal(name: str, ours: torch.Tensor, theirs: torch.Tensor, bound: float) -> None:
     error = float((ours.cpu() - theirs).abs().max())
     if not error < bound:
-        raise SystemExit(f"bench/banks.py: the two sides of {name} differ by {error:.1e}; no times")
+        raise SystemExit(f"bench/banks.py: the results of {name} differ by {error:.1e}, so nothing is timed")
 
 
 def odc_method(args: argparse.Namespace, batch: int) -> odc.ODC:
     backbone = torch.nn.Identity()
     backbone.dim = 2048
     method = odc.Config(clusters=CLUSTERS).build(backbone, Context(args.rows, batch))
-    method.bank.copy_(directions(args.rows, 256))
+    method.bank.load_(directions(args.rows, 256))
     method.labels.copy_(torch.randperm(args.rows) % CLUSTERS)
     method.to(args.device).recount()
     method.update_centroids()
@@ -92,7 +92,7 @@ def odc_method(args: argparse.Namespace, batch: int) -> odc.ODC:
 
 def centroids(args: argparse.Namespace, batch: int = 512) -> dict:
     method = odc_method(args, batch)
-    bank, labels, theirs = method.bank.cpu(), method.labels.cpu(), torch.zeros(CLUSTERS, 256)
+    bank, labels, theirs = method.bank.block.cpu(), method.labels.cpu(), torch.zeros(CLUSTERS, 256)
     steps = torch.randperm(args.rows)[: 10 * batch].view(10, batch).to(args.device)
 
     def published() -> None:
@@ -104,16 +104,20 @@ def centroids(args: argparse.Namespace, batch: int = 512) -> dict:
 
     def ours() -> None:
         for index in steps:
-            x = method.rows(index)
+            x = method.bank.rows(index)
             method.move(index, method.labels[index], x, x)
         method.update_centroids()
 
     published()
-    for run in (ours, lambda: update_centroids_(method.centroids, method.bank, method.labels)):
+
+    def from_scratch() -> None:
+        update_centroids_(method.centroids, method.bank.block, method.labels)
+
+    for run in (ours, from_scratch):
         method.centroids.zero_()
         run()
-        equal("centroids", method.centroids, theirs, 1e-6)
-    return {"published": published, "ours": ours, "ours, from nothing": run}
+        check_equal("centroids", method.centroids, theirs, 1e-6)
+    return {"published": published, "ours": ours, "ours, from scratch": from_scratch}
 
 
 def batch_of(index: torch.Tensor) -> Batch:
@@ -124,23 +128,23 @@ def batch_of(index: torch.Tensor) -> Batch:
 
 def odc_step(args: argparse.Namespace, batch: int = 512) -> dict:
     method = odc_method(args, batch)
-    bank, labels, means = (t.cpu().clone() for t in (method.bank, method.labels, method.centroids))
+    bank, labels, means = (t.cpu().clone() for t in (method.bank.block, method.labels, method.centroids))
     index, z = torch.randperm(args.rows)[:batch], torch.randn(batch, 256)
-    given = batch_of(index.to(args.device))  # step 0: no means of all clusters are due
+    given = batch_of(index.to(args.device))  # of step 0, in which the centroids are not updated
     out = {"z": z.to(args.device)}
 
     def published() -> None:
         mixed = 0.5 * bank[index] + 0.5 * z / (z.norm(dim=1, keepdim=True) + 1e-10)
         bank[index] = mixed / (mixed.norm(dim=1, keepdim=True) + 1e-10)
         labels[index] = torch.mm(means, bank[index].T).argmax(0)
-        assert not (np.bincount(labels.numpy(), minlength=CLUSTERS) < 20).any(), "no cluster is to be repaired here"
+        assert not (np.bincount(labels.numpy(), minlength=CLUSTERS) < 20).any(), "no cluster is too small"
         counts = np.bincount(labels.numpy(), minlength=CLUSTERS) + 1e-5
         weights = 1 / np.sqrt(counts)
         torch.from_numpy(weights / weights.sum())
 
     published()
     method.after_step(out, given, 0.0)
-    equal("odc step", method.bank, bank, 1e-5)
+    check_equal("odc step", method.bank.block, bank, 1e-5)
     return {"published": published, "ours": lambda: method.after_step(out, given, 0.0)}
 
 
@@ -179,7 +183,7 @@ def npid_loss(args: argparse.Namespace, batch: int = 32, dim: int = 128, tempera
         loss.backward()
         return loss.detach()
 
-    equal("npid loss", ours(methods["ours"]), published(methods["ours"].draw_negatives(given).cpu()), 1e-4)
+    check_equal("npid loss", ours(methods["ours"]), published(methods["ours"].draw_negatives(given).cpu()), 1e-4)
     return {"published": published, **{name: lambda m=method: ours(m) for name, method in methods.items()}}
 
 

@@ -1,4 +1,4 @@
-"""What every benchmark shares: where the data is, what the machine is, and one JSON line per run in bench/results."""
+"""Shared by the benchmarks: the data folder, a description of the machine, and result lines in bench/results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DATA = Path(os.environ.get("FASTSSL_DATA", ROOT.parent / "shared" / "data"))
 
 
 def device_name() -> str:
-    """The GPU, or the CPU with the number of cores this process may use; fit for a file name."""
+    """The GPU, or the CPU and the number of cores that this process may use, as part of a file name."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:
@@ -28,7 +28,7 @@ def device_name() -> str:
 
 
 def environment(*packages: str) -> dict:
-    """Commit (marked when the checkout differs from it), versions and device, for a result line."""
+    """Date, commit ("+changes" if the checkout differs from it), device and versions, for a result line."""
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
@@ -37,13 +37,15 @@ def environment(*packages: str) -> dict:
         "commit": (commit or "unknown") + ("+changes" if changed else ""),
         "device": device_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "load": round(os.getloadavg()[0], 1),  # of the machine before the run: above 0.5 the figures are doubtful
+        "load": round(
+            os.getloadavg()[0], 1
+        ),  # load of the machine before the run; above 0.5 the times are not reliable
         "versions": {name: version(name) for name in ("torch", *packages)},
     }
 
 
 def spread(values: list[float], digits: int = 1) -> dict:
-    """Median, extremes and count: what a figure is quoted with."""
+    """Median, minimum, maximum and number of the values."""
     return {
         "median": round(statistics.median(values), digits),
         "min": round(min(values), digits),

@@ -1,10 +1,11 @@
-"""Is A or B faster?  Two commits or two settings, in blocks that alternate:
+"""Compare the speed of two commits or settings, measured in alternating blocks of steps:
 python bench/compare.py A B [--config configs/simclr/r18_cifar10_200ep.py] [a.b=value ...]
 
-A and B are each a commit (any name that git knows), a list of settings (speed.graph=on,speed.compile=True), or both
-(main:speed.graph=on); "." is this checkout as it is. Both get the config file of this checkout and run bench/step.py's
-loop on its data, each in a process of its own that waits while the other one works. One side is called faster only if
-its slowest block beats the fastest block of the other side; anything else is "no difference beyond the spread".
+A and B are each a commit (any name that git resolves), a list of settings (speed.graph=on,speed.compile=True), or both
+(main:speed.graph=on); "." is this checkout with its changes. Both use the config file of this checkout and run the loop
+of bench/step.py on its data, each in a separate process that waits while the other one measures. A side is faster if
+its slowest block is faster than the fastest block of the other side; otherwise there is "no difference beyond the
+spread".
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ WORKER = "import sys, step; step.serve(sys.argv[1], sys.argv[2:])"  # bench/step
 @dataclass(frozen=True)
 class Side:
     text: str
-    commit: str | None  # None: this checkout as it is
+    commit: str | None  # None: this checkout with its changes
     settings: tuple[str, ...]
 
 
@@ -47,12 +48,12 @@ def _resolve(name: str) -> str:
         ["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet", name + "^{commit}"], capture_output=True, text=True
     )
     if done.returncode:
-        raise ValueError(f"{name!r} is not a commit that git knows here, and has no a.b=value")
+        raise ValueError(f"{name!r} is neither a commit of this repository nor a list of settings a.b=value")
     return done.stdout.strip()
 
 
 def packages(tree: Path, folder: Path) -> Path:
-    """A folder for PYTHONPATH in which `fastssl` is that of the checkout `tree`, with its kernels and the rest."""
+    """Make `folder`, for PYTHONPATH, with a package `fastssl` of links into the checkout `tree`."""
     inside = folder / "fastssl"
     inside.mkdir(parents=True)
     for path in (tree / "fastssl").iterdir():
@@ -64,7 +65,7 @@ def packages(tree: Path, folder: Path) -> Path:
 
 
 class Worker:
-    """The step of one side in a process of its own; `block` lets it work and returns (images/s, last loss)."""
+    """A process that runs the steps of one side; `block` makes it run some and returns (images/s, last loss)."""
 
     def __init__(self, s: Side, tree: Path, config: str, overrides: list[str], folder: Path):
         self.log = folder / "log.txt"
@@ -94,7 +95,7 @@ class Worker:
                 return line[len(word) :]
         self.process.wait()
         end = [line for line in self.log.read_text().splitlines() if line.strip()][-1:]
-        raise ValueError(f"its process ended with {self.process.returncode}: {' '.join(end)[:300]}")
+        raise ValueError(f"the process ended with exit status {self.process.returncode}: {' '.join(end)[:300]}")
 
     def close(self) -> None:
         self.stdin.close()
@@ -106,20 +107,23 @@ class Worker:
 
 
 def verdict(a: list[float], b: list[float]) -> str:
-    """Of the rates of both sides' blocks.  If nothing differed, all of one side would lie above all of the other with
-    probability 2 / C(2n, n): 10 % for three blocks a side, 3 % for four, 0.2 % for six."""
+    """A sentence that compares the rates of the blocks of both sides.
+
+    If both were equally fast, all blocks of one side would be faster than all of the other with probability 2 / C(2n,
+    n): 10 % for three blocks a side, 3 % for four, 0.2 % for six.
+    """
     ratio = statistics.median(b) / statistics.median(a)
     chance = 2 / math.comb(len(a) + len(b), len(a))
-    seen = f"B / A = {ratio:.3f} (medians of {len(a)} and {len(b)} blocks)"
+    measured = f"B / A = {ratio:.3f} (medians of {len(a)} and {len(b)} blocks)"
     if min(len(a), len(b)) < 4:
-        return f"{seen}; no verdict from fewer than four blocks a side"
+        return f"{measured}; no verdict from fewer than four blocks a side"
     for name, low, high in (("B", a, b), ("A", b, a)):
         if min(high) > max(low):
             return (
-                f"{seen}; {name} is faster: its slowest block beats the other's fastest "
+                f"{measured}; {name} is faster: its slowest block is faster than the other's fastest "
                 f"(by chance with a probability of {100 * chance:.2g} %)"
             )
-    return f"{seen}; no difference beyond the spread"
+    return f"{measured}; no difference beyond the spread"
 
 
 def main() -> int:
@@ -140,28 +144,30 @@ def main() -> int:
         try:
             sides = [side(args.a), side(args.b)]
             for name, s in zip("AB", sides):
-                place, tree = Path(folder, name), ROOT
-                place.mkdir()
+                side_folder, tree = Path(folder, name), ROOT
+                side_folder.mkdir()
                 if s.commit:
-                    tree = place / "tree"
+                    tree = side_folder / "tree"
                     trees.append(tree)
                     _git("worktree", "add", "--detach", "--force", str(tree), s.commit)
                 try:
-                    workers.append(Worker(s, tree, args.config, args.overrides, place))
+                    workers.append(Worker(s, tree, args.config, args.overrides, side_folder))
                 except ValueError as error:
                     raise ValueError(f"{name} ({s.text}): {error}") from None
             rates: list[list[float]] = [[], []]
             for worker in workers:
-                worker.block(5)  # compiles, tunes, captures, fills caches
+                worker.block(5)  # warm-up: compilation, tuning, capture, caches
             for i in range(args.blocks):
                 if time.perf_counter() - start > args.seconds:
                     break
-                order = (0, 1) if i % 2 == 0 else (1, 0)  # ABBA: a machine that drifts favours neither
+                order = (
+                    (0, 1) if i % 2 == 0 else (1, 0)
+                )  # ABBA order, so that a drift of the machine affects both sides alike
                 for k in order:
                     rate, losses[k] = workers[k].block(args.steps)
                     rates[k].append(rate)
             if not rates[0]:
-                raise ValueError(f"--seconds {args.seconds:g} were over before the first block")
+                raise ValueError(f"--seconds {args.seconds:g} ended before the first block: give more")
         except ValueError as error:
             print(f"bench/compare.py: {error}", file=sys.stderr)
             return 2
@@ -170,10 +176,10 @@ def main() -> int:
                 worker.close()
             for tree in trees:
                 _git("worktree", "remove", "--force", str(tree))
-    found = {}
+    results = {}
     for k, (name, s) in enumerate(zip("AB", sides)):
         r = spread(rates[k])
-        found[name] = {
+        results[name] = {
             "side": s.text,
             "commit": s.commit or env["commit"],
             "settings": s.settings,
@@ -183,10 +189,10 @@ def main() -> int:
         print(
             f"{name} {s.text}: {r['median']} images/s ({r['min']} to {r['max']}, n={r['n']}), last loss {losses[k]:.6g}"
         )
-    said = verdict(*rates)
-    print(said)
+    conclusion = verdict(*rates)
+    print(conclusion)
     if not args.dry:
-        where = append("compare", env, config=args.config, overrides=args.overrides, **found, verdict=said)
+        where = append("compare", env, config=args.config, overrides=args.overrides, **results, verdict=conclusion)
         print(f"appended to {where}")
     return 0
 

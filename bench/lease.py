@@ -1,8 +1,8 @@
-"""All measurements on a GPU, in order of value, for as many minutes as there are:  python bench/lease.py --minutes 12
+"""Run all measurements on a GPU, the most important first, within a time limit:  python bench/lease.py --minutes 12
 
-Tests come before times. A result is appended to bench/results/<device>.jsonl as soon as it is there. What is finished
-is not repeated by a later call at the same commit (--again repeats it); --list shows what is done and what is left,
---only NAME chooses. It ends with a table of steps for docs/performance.md.
+Tests run before measurements. Each result is appended to bench/results/<device>.jsonl at once. Finished items are not
+repeated at the same commit (--again repeats them); --list shows finished and remaining items, --only NAME chooses some.
+At the end a table of the measured steps is printed, for docs/performance.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from common import ROOT, device_name, environment
 
 PHOTOS = ["data.train=data/photos.beton", "data.test=none", "log.knn_epochs=0", "log.probe=False"]
 CIFAR = ["speed.resident=True"]
-STEPS = {  # name: config and what replaces its settings; batches that one card holds
+STEPS = {  # name: config and overrides, with batches that fit on one GPU
     "simclr_r18": ("simclr/r18_cifar10_200ep.py", CIFAR),
     "barlow_vits16": ("barlow/vits16_in1k_100ep_bf16.py", PHOTOS),
     "simclr_r50": ("simclr/r50_in1k_200ep.py", [*PHOTOS, "optim.precision=fp16"]),
@@ -46,9 +46,9 @@ KERNELS = ("infonce", "ntxent", "augment", "soft_cross_entropy", "sinkhorn", "ga
 class Item:
     name: str
     command: list[str]
-    seconds: int  # after which it is stopped
-    files: tuple[str, ...] = ()  # that it reads
-    check: bool = False  # a test: one that fails marks the figures that follow
+    seconds: int  # time limit
+    files: tuple[str, ...] = ()  # input files
+    check: bool = False  # a test, whose failures are printed
 
 
 def items() -> list[Item]:
@@ -109,9 +109,11 @@ def _step(name: str, variant: str, cifar: tuple, photos: tuple) -> Item:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=12, help="after which nothing more is started (default 12)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="items whose names begin so")
-    parser.add_argument("--again", action="store_true", help="repeat what is finished")
+    parser.add_argument(
+        "--minutes", type=float, default=12, help="time limit after which no item is started; default 12"
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only items whose names begin with NAME")
+    parser.add_argument("--again", action="store_true", help="repeat finished items")
     parser.add_argument("--list", action="store_true", help="show the items and stop")
     parser.add_argument("--dry", action="store_true", help="print the commands and stop")
     args = parser.parse_args()
@@ -131,10 +133,10 @@ def main() -> int:
         left = deadline - time.monotonic()
         missing = [f for f in item.files if not (ROOT / f).exists()]
         if missing:
-            print(f"{item.name}: needs {missing[0]}: see docs/measure.md", flush=True)
+            print(f"{item.name}: skipped, {missing[0]} does not exist; see docs/measure.md", flush=True)
         elif args.again or record.state(item.name) != "done":
             if left < 20:
-                print("the time is used up; the next call goes on here", flush=True)
+                print("time limit reached; the next call continues here", flush=True)
                 break
             if not run(item, min(item.seconds, left), record):
                 failed.append(item.name)
@@ -152,7 +154,7 @@ class Record:
         self.items = json.loads(path.read_text()) if path.exists() else {}
 
     def state(self, name: str) -> str:
-        """ "done", "failed", or "" for what has not run at this commit."""
+        """ "done", "failed", or "" for an item that has not run at this commit."""
         entry = self.items.get(name)
         if entry is None or entry["commit"] != self.env["commit"]:
             return ""

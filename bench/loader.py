@@ -1,12 +1,12 @@
-"""Images per second into host memory, two views an image: python bench/loader.py [--data TAR_OR_FOLDER]
+"""Measure images per second into host memory, two views per image: python bench/loader.py [--data TAR_OR_FOLDER]
 
-ours            fastssl.loader: one decode; delivers the decoded uint8 image, views are then cut on the device
+ours            fastssl.loader: one decode; returns the decoded uint8 image, and the views are computed on the device
 ffcv            FFCV's loader with a decoder per view: two decodes, two RandomResizedCrop(224) + flip, uint8
 torchvision     ImageFolder and DataLoader: one decode (Pillow), two RandomResizedCrop(224) + flip, then ToTensor and
-                Normalize as its users write them; ours and FFCV's users normalise on the device
-torchvision, SimCLR's views: the same with SimCLR's jitter, grayscale and blur, as its users have them there
-Two more rows separate the decoding from the cropping, which ours leaves to the device: `ffcv, one decoder` and
-`torchvision, decode only`.  All read the same bytes, with one worker a core, in interleaved repetitions.
+                Normalize, as is usual; with ours and FFCV images are usually normalised on the device
+torchvision, SimCLR's views: the same with SimCLR's jitter, grayscale and blur
+`ffcv, one decoder` and `torchvision, decode only` show the decoding without the crops, which ours leaves to the device.
+All read the same bytes, with one worker per core, in interleaved repetitions.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA / "imagenet_sample_1000.tar")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--original", action="store_true", help="the images as they are, and not at short side 256 too")
+    parser.add_argument("--original", action="store_true", help="only the original images, not those of short side 256")
     args = parser.parse_args()
     if not args.data.exists():
-        raise SystemExit(f"{args.data}: no such tar or folder of images; give --data, or set FASTSSL_DATA")
+        raise SystemExit(f"bench/loader.py: {args.data} does not exist; give --data, or set FASTSSL_DATA")
     env = environment("torchvision", "ffcv", "numba", "pillow")
     with tempfile.TemporaryDirectory() as folder:
         files = unpack(args.data, Path(folder, "files"))
@@ -60,7 +60,7 @@ def main() -> None:
             with contextlib.redirect_stdout(io.StringIO()):
                 if convert(["imagefolder", str(files), beton, *options]):
                     raise SystemExit("the conversion failed")
-            jpegs = files_of(beton, Path(folder, name))
+            jpegs = write_files(beton, Path(folder, name))
             card = Loader(beton, args.batch, device="cpu").card
             rates = measure(contestants(beton, jpegs, args.batch), args.repeats)
             report(name, card, rates)
@@ -77,11 +77,11 @@ def main() -> None:
                 images_per_s={k: spread(v) for k, v in rates.items()},
             )
     if env["load"] > 1:
-        print(f"\nThe machine was busy before this run (load {env['load']}): repeat it when it is calm.")
+        print(f"\nThe machine was busy before this run (load {env['load']}): repeat it when it is idle.")
 
 
 def unpack(source: Path, target: Path) -> Path:
-    """Every image in a class folder of its own, as ImageFolder wants it."""
+    """Write every image to a separate class folder, as ImageFolder needs them."""
     target.mkdir()
     if source.is_dir():
         images = [p for p in sorted(source.rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg")]
@@ -97,15 +97,15 @@ def unpack(source: Path, target: Path) -> Path:
     return target
 
 
-def files_of(beton: str, target: Path) -> Path:
-    """The images of a .beton as files, so that torchvision reads the same bytes."""
+def write_files(beton: str, target: Path) -> Path:
+    """Write the images of a .beton as files, so that torchvision reads the same bytes."""
     from fastssl.decode import BetonReader
 
     opened = BetonReader(beton)
     for i, field in enumerate(opened.image):
         (target / f"{i:06d}").mkdir(parents=True)
         name, data = target / f"{i:06d}" / "image.jpg", opened.stored(field["data_ptr"])
-        if field["mode"]:  # a source that FFCV cannot decode was stored raw
+        if field["mode"]:  # stored as pixels, because FFCV cannot decode the file
             Image.fromarray(data.reshape(field["height"], field["width"], 3)).save(name, quality=95)
         else:
             name.write_bytes(data.tobytes())
@@ -113,7 +113,7 @@ def files_of(beton: str, target: Path) -> Path:
 
 
 def contestants(beton: str, jpegs: Path, batch: int) -> dict:
-    """name -> function that goes PASSES times over the data and returns the number of images."""
+    """{name: function that loads the data PASSES times and returns the number of images}."""
     return {
         "ours": ours(beton, batch),
         "ffcv": ffcv(beton, batch, 2),
@@ -142,7 +142,7 @@ def ffcv(beton: str, batch: int, views: int) -> Callable[[], int]:
         return PipelineSpec("image", RandomResizedCropRGBImageDecoder((SIZE, SIZE)), transforms)
 
     names = ["image", *(f"view{v}" for v in range(1, views))]
-    rows = np.arange(Reader(beton).num_samples, dtype=np.uint64)  # any other type, and FFCV's thread dies silently
+    rows = np.arange(Reader(beton).num_samples, dtype=np.uint64)  # with other types FFCV's thread ends without an error
     loader = Loader(
         beton,
         batch,
@@ -172,7 +172,7 @@ def torchvision(jpegs: Path, batch: int, views: Views) -> Callable[[], int]:
 
 
 class Views:
-    """A list of `views` normalised crops; none: the image is only decoded."""
+    """A transform that returns a list of `views` normalised crops; 0: the image is only decoded."""
 
     def __init__(self, views: int, colours: tuple = ()):
         self.views = views
@@ -191,14 +191,15 @@ class Views:
 
 
 def simclr() -> tuple:
-    """What SimCLR does to a crop: https://arxiv.org/abs/2002.05709, appendix A."""
+    """SimCLR's augmentations after the crop: https://arxiv.org/abs/2002.05709, appendix A."""
     jitter = transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)
     blur = transforms.GaussianBlur(SIZE // 20 * 2 + 1, (0.1, 2.0))
     return (transforms.RandomApply([jitter], 0.8), transforms.RandomGrayscale(0.2), transforms.RandomApply([blur], 0.5))
 
 
 def measure(runs: dict, repeats: int) -> dict[str, list[float]]:
-    """Images/s, after one repetition that compiles and fills caches; interleaved, so that a slow minute hits all."""
+    """Images/s of each repetition, after one for warm-up; interleaved, so that changes of the machine affect all
+    alike."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():

@@ -1,8 +1,8 @@
-"""Every method on CIFAR-10, trained and evaluated as a user would, in one table:  python bench/methods.py [METHOD ...]
+"""Train and evaluate every method on CIFAR-10 and write the results to a table:  python bench/methods.py [METHOD ...]
 
 Each run is `fastssl train configs/smoke/METHOD.py` (or configs/METHOD/*_SET.py), then `fastssl eval knn` of the trained
-and of the untrained network, the test set among the whole training set.  Finished runs are not repeated; `--table`
-writes all that are there.
+and of the untrained network on the whole training and test sets.  Finished runs are not repeated; `--table` writes the
+results of all finished runs.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ K = 20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", metavar="METHOD", default=methods.names())
-    parser.add_argument("--set", default="smoke", help="smoke, or how a config of each method ends: cifar10_200ep")
+    parser.add_argument("--set", default="smoke", help="smoke, or the ending of a config of each method: cifar10_200ep")
     parser.add_argument("--train", default="data/cifar10_train.beton")
     parser.add_argument("--test", default="data/cifar10_test.beton")
     parser.add_argument("--override", action="append", default=[], metavar="a.b=value", help="for every run")
     parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
-    parser.add_argument("--table", type=Path, help="write the table between the marks of this file")
+    parser.add_argument("--table", type=Path, help="write the table between the marks in this file")
     args = parser.parse_args()
     env = environment("deepspeed", "ffcv")
     unknown = [name for name in args.methods if name not in methods.names()]
     if unknown:
-        raise SystemExit(f"bench/methods.py: no method {unknown[0]!r}; known are {', '.join(methods.names())}")
+        raise SystemExit(f"bench/methods.py: unknown method {unknown[0]!r}; choose from {', '.join(methods.names())}")
     results = []
     for name in methods.names():
         pattern = f"smoke/{name}.py" if args.set == "smoke" else f"{name}/*_{args.set}.py"
         file = next(iter(sorted((ROOT / "configs").glob(pattern))), None)
         if file is None:
-            raise SystemExit(f"bench/methods.py: no configs/{pattern}; --set is smoke or, say, cifar10_200ep")
+            raise SystemExit(f"bench/methods.py: no configs/{pattern}; give --set smoke or, for example, cifar10_200ep")
         run = config.load(file, args.override)
         folder = Path(run.log.root) / run.name
         if name in args.methods and not (folder / "result.json").exists():
@@ -108,7 +108,7 @@ def knn(folder: Path, args: argparse.Namespace, features: str) -> float:
 
 
 def write_table(path: Path, name: str, results: list[dict]) -> None:
-    """Replace what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`."""
+    """Replace the text between `<!-- NAME: begin -->` and `<!-- NAME: end -->`."""
     rows = [
         "| method | backbone | steps x batch | loss, first to last tenth | kNN untrained | kNN trained | seconds |",
         "|---|---|---|---|---|---|---|",

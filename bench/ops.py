@@ -1,9 +1,9 @@
-"""The fused kernels against eager PyTorch, torch.compile, chunked matmuls and whatever else is installed:
+"""Time the fused kernels, eager PyTorch, torch.compile, chunked matmuls, and other libraries if installed:
 python bench/ops.py [OP ...] [--json] [--resume]
 
-Each case is first compared with float64 (at most twice plain PyTorch's error); a case that fails gets no time, and the
-exit status is 1.  Times are of the GPU: 50 replays of a captured CUDA graph of loss and gradient, with a warm and
-a cold L2 cache.  Appends one result line per op to bench/results; --resume skips ops that this commit has measured.
+Each case is first compared with float64 (error at most twice plain PyTorch's).  A case that fails is not timed, and the
+exit status is 1.  Times are those of the GPU in 50 replays of a CUDA graph of loss and gradient, with warm and cold L2
+cache.  Appends one result line per op to bench/results; --resume skips ops with a result of this commit.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ from common import ROOT, append, device_name, environment
 from ops_compared import OPS, Op
 
 REPETITIONS = 50
-SECONDS = 500  # after which the remaining ops are left for --resume
+SECONDS = 500  # time limit; --resume measures the remaining ops
 PEAKS = {"h200": (790e12, 4.3e12), "h100": (790e12, 2.9e12)}  # attainable dense half-precision operations/s and bytes/s
 
 
 def captured(f: Callable[[], Any]) -> tuple[Callable[[], Any], Any, bool]:
-    """f as a CUDA graph, so that Python is not timed: (replay, tensors to keep alive, True).
+    """Capture f in a CUDA graph, so that Python is not timed: (replay, tensors to keep alive, True).
 
-    (f, None, False) if f cannot be captured.
-
-    A function that waits for the device is detected before the capture: one that fails spoils the allocator.
+    (f, None, False) if f cannot be captured.  A function that waits for the device is detected before, because a failed
+    capture leaves the allocator in a bad state.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -80,7 +79,7 @@ def microseconds(run: Callable[[], Any], cold: bool) -> dict[str, float]:
 
 
 def measure(op: Op, case: Any) -> dict[str, Any]:
-    """One result: errors, then the times of each implementation, or the message under "red" if the check fails."""
+    """Errors and times of each implementation, or the message as "red" if the check fails."""
     row: dict[str, Any] = {
         "case": {k: str(v) for k, v in (case._asdict() if hasattr(case, "_asdict") else vars(case)).items()}
     }
@@ -105,7 +104,7 @@ def measure(op: Op, case: Any) -> dict[str, Any]:
         except torch.cuda.OutOfMemoryError:
             row["ways"][name] = {"none": "does not fit in memory"}
             continue
-        except Exception as error:  # an op of another project may refuse a case
+        except Exception as error:  # other projects may not support a case
             if name == "ours":
                 raise
             row["ways"][name] = {"none": f"{type(error).__name__}: {str(error)[:200]}"}
@@ -128,7 +127,7 @@ def measure(op: Op, case: Any) -> dict[str, Any]:
 def show(name: str, row: dict[str, Any]) -> None:
     print(f"\n{name} {' '.join(f'{k}={v}' for k, v in row['case'].items())}")
     if "red" in row:
-        print(f"  wrong, so no time: {row['red']}")
+        print(f"  not timed, the result is wrong: {row['red']}")
         return
     print("  errors against fp64: " + ", ".join(f"{k} {v:.2g}" for k, v in row["errors"].items()))
     for name, r in row["ways"].items():
@@ -156,14 +155,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; default: all")
     parser.add_argument("--json", action="store_true", help="print result lines instead of a table")
-    parser.add_argument("--resume", action="store_true", help="skip ops that this commit has measured here")
+    parser.add_argument("--resume", action="store_true", help="skip ops with a result of this commit on this device")
     parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
     args = parser.parse_args()
     unknown = set(args.ops) - set(OPS)
     if unknown:
-        parser.error(f"no op {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")
+        parser.error(f"unknown op {', '.join(sorted(unknown))}; choose from {', '.join(OPS)}")
     if not torch.cuda.is_available():
-        print("bench/ops.py times kernels on a CUDA device, and this machine has none: nothing was measured.")
+        print("bench/ops.py needs a CUDA device: nothing was measured.")
         return 2
     start = time.perf_counter()
     env = environment("triton")
@@ -181,7 +180,7 @@ def main() -> int:
             print(json.dumps({"op": name, **rows[-1]})) if args.json else show(name, rows[-1])
             torch._dynamo.reset()
         if len(rows) < len(OPS[name].cases):
-            print(f"{SECONDS} s are over: {name} and what follows are left for --resume", file=sys.stderr)
+            print(f"time limit of {SECONDS} s reached at {name}: continue with --resume", file=sys.stderr)
             break
         if not args.dry:
             append("kernels", env, op=name, rows=rows)

@@ -1,6 +1,6 @@
-"""Augmentation for bench/ops.py: against its definition, torchvision v2 and, if installed, kornia.
+"""Augmentation for bench/ops.py: our kernel, its definition, torchvision v2 and, if installed, kornia.
 
-torchvision draws one set of parameters for the whole batch, which is less work and a different result.
+torchvision v2 draws one set of parameters for the whole batch, which is less work and another result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from fastssl import views as recipes
 from fastssl.kernels.augment import View, make_views
 
-MEAN_AREA = 0.434  # of random-resized crops of scale (0.08, 1) in a photograph of 500 x 375
+MEAN_AREA = 0.434  # mean area of random resized crops of scale (0.08, 1), relative to an image of 500 x 375
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def inputs(case: Case, batch: int | None = None) -> tuple[Tensor, tuple[Tensor, 
 
 
 def check(case: Case) -> dict[str, float]:
-    """Within 1/255 before normalisation, of the definition with the same random numbers."""
+    """Before normalisation, pixels differ by at most 1/255 from the definition with the same random numbers."""
     _, x = inputs(case, min(case.batch, 32))
     views = views_of(case)
     ours, truth = (make_views(*x, views, seed=0, epoch=1, impl=impl) for impl in ("triton", "reference"))

@@ -1,4 +1,4 @@
-"""What bench/ops.py compares: the cases of each op, their check, the implementations and the work."""
+"""The ops of bench/ops.py: cases, checks, implementations to compare, numbers of operations and bytes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Op:
     cases: Sequence[Case]
     check: Callable[[Case], dict[str, float]]  # largest absolute errors by name; raises AssertionError
     implementations: Callable[[Case], dict[str, Call]]  # "ours" first
-    work: Callable[[Case], tuple[int | None, int]]  # operations, if they are counted, and bytes
+    work: Callable[[Case], tuple[int | None, int]]  # numbers of operations (None: not counted) and bytes
     targets: Mapping[Case, float]  # microseconds on an H200
 
 
@@ -65,7 +65,7 @@ def loss_implementations(
 
 
 def compiled(module: ModuleType, case: Case, x: Inputs) -> Call:
-    """torch.compile of the definition; the gradient is computed outside, since Dynamo does not trace it."""
+    """torch.compile of the definition; the gradient is outside, because Dynamo does not trace torch.autograd.grad."""
     f: Callable[..., Tensor]
     if module is ntxent:
         inputs, f = (
@@ -103,7 +103,7 @@ def compiled(module: ModuleType, case: Case, x: Inputs) -> Call:
 
 
 def chunked_ntxent(z: Tensor, temperature: float, dtype: torch.dtype, rows: int = 2048) -> dict[str, Tensor]:
-    """Loss and dz by matmuls over blocks of rows, as one would write it without a kernel.  Exact in float64."""
+    """Loss and dz by matrix products over blocks of rows, without a kernel of our own; exact in float64."""
     z = z.to(torch.promote_types(dtype, torch.float32))
     m = z.shape[0]
     v = l2_normalize(z).to(dtype)
@@ -140,10 +140,11 @@ def ntxent_extra(case: Case, x: Inputs) -> dict[str, Call]:
 
 
 def ntxent_check(case: Case, device: str = "cuda") -> dict[str, float]:
-    """Above TRUTH_ROWS both gradients are compared under the same loss scale, in the type of z.
+    """Errors of a case.  Above TRUTH_ROWS, gradients are compared in the type of z with a loss scale.
 
-    An entry of dz is about 2 / (temperature rows dim): at 65,536 rows 2.4e-6, where float16 has steps of 2^-24 = 6e-8.
-    Rounding alone makes an error of 3e-8, four times that of plain PyTorch's sums before they are rounded.
+    Without it, an entry of dz is about 2 / (temperature rows dim), 2.4e-6 for 65,536 rows, where float16 has a
+    resolution of 2^-24 = 6e-8.  Rounding would add an error of 3e-8, four times that of plain PyTorch's sums before
+    rounding.
     """
     if case.rows <= TRUTH_ROWS:
         return check(ntxent, case, device)

@@ -1,4 +1,4 @@
-"""The loops that bench/peers.py compares: this project's engine, and plain PyTorch around other libraries' parts."""
+"""The training loops that bench/peers.py compares: our engine, and plain PyTorch with parts of other libraries."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fastssl.meters import Meter
 
 
 class Ours:
-    """fastssl's engine. `load` gives raw batches, `make` their views, `train` makes a step of a raw batch."""
+    """Our engine.  `load` yields batches, `make` computes their views, `train` makes a step of a batch."""
 
     def __init__(self, name: str, run: Run, loader: Loader | None = None):
-        from fastssl import engine, step  # DeepSpeed picks its accelerator when it is imported
+        from fastssl import engine, step  # after DS_ACCELERATOR is set: DeepSpeed reads it when it is imported
 
         self.name, self.step, self.t = name, step, engine.build(run, loader=loader)
 
@@ -47,23 +47,25 @@ class Ours:
 
 
 class Peer:
-    """A plain PyTorch loop around a library's loader, views and loss.  `pick`: the tensors of a batch that its
-    DataLoader gives; `augment`: views of them on the device, where they are not views yet."""
+    """A plain PyTorch loop with a library's DataLoader, views and loss.
+
+    `loader`: function that returns a new DataLoader; `pick`: selects the tensors of its batches; `augment`: computes
+    their views on the device, if the DataLoader does not.
+    """
 
     def __init__(
         self,
         name: str,
         run: Run,
         device: torch.device,
-        data: Dataset,
-        workers: int,
+        loader: Callable[[], DataLoader],
         loss: Callable,
         pick: Callable = list,
         augment: Callable = list,
     ):
         self.name, self.device, self.pick, self.augment, self.loss = name, device, pick, augment, loss
         self.precision, o = run.optim.precision, run.optim
-        self.loader = fresh_loader(data, o.batch, workers, device)
+        self.loader = loader
         self.net = plain_network(run).to(device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.SGD(self.net.parameters(), o.lr, o.momentum, weight_decay=o.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=o.precision == "fp16")
@@ -92,15 +94,15 @@ class Peer:
         return loss.detach()
 
 
-def fresh_loader(data: Dataset, batch: int, workers: int, device: torch.device) -> Callable[[], DataLoader]:
-    """A new DataLoader each time: its processes end with the block, and take no core from the next side's."""
+def loader_factory(data: Dataset, run: Run, workers: int, device: torch.device) -> Callable[[], DataLoader]:
+    """A function that returns a new DataLoader: its processes end with a block, so that they use no core afterwards."""
     return lambda: DataLoader(
-        data, batch, shuffle=True, drop_last=True, num_workers=workers, pin_memory=device.type == "cuda"
+        data, run.optim.batch, shuffle=True, drop_last=True, num_workers=workers, pin_memory=device.type == "cuda"
     )
 
 
 def plain_network(run: Run) -> nn.Module:
-    """torchvision's ResNet with a CIFAR stem and SimCLR's projector, with torch's modules alone."""
+    """torchvision's ResNet with a CIFAR stem and SimCLR's projector, of torch's own modules."""
     net = getattr(torchvision.models, run.backbone.name)()
     dim, (hidden, out) = net.fc.in_features, run.method.dims
     if run.backbone.stem == "cifar":
@@ -110,7 +112,7 @@ def plain_network(run: Run) -> nn.Module:
 
 
 def ntxent(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """SimCLR's loss as its PyTorch versions write it."""
+    """SimCLR's loss as PyTorch implementations compute it."""
 
     def loss(a: Tensor, b: Tensor) -> Tensor:
         z = F.normalize(torch.cat([a, b]), dim=1)
@@ -165,7 +167,8 @@ def torchvision_peer(run: Run, device: torch.device, images: Tensor, workers: in
         ]
     )
     data = Images(images, lambda image: (one(image), one(image)))
-    return Peer("torchvision", run, device, data, workers, ntxent(run.method.temperature))
+    loader = loader_factory(data, run, workers, device)
+    return Peer("torchvision", run, device, loader, ntxent(run.method.temperature))
 
 
 def kornia_peer(run: Run, device: torch.device, images: Tensor, workers: int) -> Peer:
@@ -189,9 +192,8 @@ def kornia_peer(run: Run, device: torch.device, images: Tensor, workers: int) ->
         x = raw[0].float() / 255
         return [one(x), one(x)]
 
-    return Peer(
-        "kornia", run, device, Images(images, None), workers, ntxent(run.method.temperature), lambda raw: [raw], augment
-    )
+    loader = loader_factory(Images(images, None), run, workers, device)
+    return Peer("kornia", run, device, loader, ntxent(run.method.temperature), lambda raw: [raw], augment)
 
 
 def lightly_peer(run: Run, device: torch.device, images: Tensor, workers: int) -> Peer:
@@ -216,11 +218,12 @@ def lightly_peer(run: Run, device: torch.device, images: Tensor, workers: int) -
         normalize={"mean": list(v.mean), "std": list(v.std)},
     )
     data = LightlyDataset.from_torch_dataset(Labelled(images), transform=transform)
-    return Peer("lightly", run, device, data, workers, NTXentLoss(run.method.temperature), lambda raw: raw[0])
+    loader = loader_factory(data, run, workers, device)
+    return Peer("lightly", run, device, loader, NTXentLoss(run.method.temperature), pick=lambda raw: raw[0])
 
 
 class Labelled(Images):
-    """(image, 0), with the transform that LightlyDataset sets."""
+    """Images with label 0; LightlyDataset sets the transform."""
 
     def __init__(self, images: Tensor):
         super().__init__(images, lambda image: image)

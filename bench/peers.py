@@ -1,18 +1,18 @@
-"""SimCLR's step here and in other libraries: python bench/peers.py data/cifar10_train.beton [--batch 64]
+"""Compare SimCLR's step with other libraries': python bench/peers.py data/cifar10_train.beton [--batch 64]
 
 lightly      its SimCLRTransform on PIL images, its NTXentLoss and LightlyDataset, torch's DataLoader
-kornia       torch's DataLoader of uint8 images, the views by kornia on the device, plain PyTorch's loss
-torchvision  torchvision's transforms on PIL images, torch's DataLoader, plain PyTorch's loss
+kornia       torch's DataLoader of uint8 images, views by kornia on the device, loss in plain PyTorch
+torchvision  torchvision's transforms on PIL images, torch's DataLoader, loss in plain PyTorch
 
-All train torchvision's ResNet-18 with a CIFAR stem and SimCLR's projector (configs/simclr/r18_cifar10_200ep.py with
-SGD and bilinear crops), in one batch, precision, memory format and process, with one loading thread or process a core,
-in blocks that take turns. Before that, all of them make three steps from the same weights on the same views, and where
-their losses differ no time is printed. The others hold the images decoded in memory, as torchvision's CIFAR10 class
-does; ours decodes JPEGs in every epoch, or holds the decoded set on the device with speed.resident=True.
+All train torchvision's ResNet-18 with a CIFAR stem and SimCLR's projector (configs/simclr/r18_cifar10_200ep.py with SGD
+and bilinear crops), with equal batch, precision, memory format and process, and one loading thread or process per core,
+in alternating blocks. Before, all make three steps from the same weights on the same views; if their losses differ,
+nothing is timed. The others hold the decoded images in memory, as torchvision's CIFAR10 class does; ours decodes JPEGs
+in every epoch, or holds the decoded set on the device with speed.resident=True.
 
-Columns, median ms of a step: load (wait for the next batch), views (where they are made in the step), network (forward,
-loss, backward; a captured step with its views and its optimizer), rest (optimizer, logging). The last columns are the
-input side alone: load and views, with nothing trained. A library that is not installed is named and left out.
+Columns, median ms of a step: load (waiting for the next batch), views (if they are computed in the step), network
+(forward, loss, backward; for a captured step also its views and its optimizer), rest (optimizer, logging). The last
+columns are for loading and views without training. Libraries that are not installed are named and left out.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ PEERS = {"lightly": lightly_peer, "kornia": kornia_peer, "torchvision": torchvis
 
 
 def recipe(args: argparse.Namespace, more: list[str]) -> config.Run:
-    """Our side's: with what the other libraries have, too."""
+    """The Run of our side, with settings that the other libraries also have."""
     run = config.load(
         CONFIG,
         [
@@ -72,7 +72,7 @@ def recipe(args: argparse.Namespace, more: list[str]) -> config.Run:
 
 
 def installed(names: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Names of PEERS that can be imported, and why the others cannot."""
+    """Names of PEERS that can be imported, and {name: reason} of the others."""
     found, absent = [], {}
     for name in names:
         try:
@@ -83,8 +83,8 @@ def installed(names: list[str]) -> tuple[list[str], dict[str, str]]:
     return found, absent
 
 
-def same_start(ours: Ours, peers: list[Peer]) -> None:
-    """The peers' weights become ours."""
+def copy_weights(ours: Ours, peers: list[Peer]) -> None:
+    """Copy our weights to the peers."""
     state = ours.t.method.state_dict()
     for peer in peers:
         for i, part in enumerate(("backbone.", "projector.")):
@@ -92,7 +92,7 @@ def same_start(ours: Ours, peers: list[Peer]) -> None:
 
 
 def check(sides: list, source: Iterator, precision: str) -> dict[str, list[float]]:
-    """Losses of the first steps on the same views; ValueError where they differ."""
+    """Losses of the first steps on the same views; ValueError if they differ."""
     losses: dict[str, list[float]] = {side.name: [] for side in sides}
     for _ in range(CHECKED):
         raw = next(source)
@@ -101,18 +101,18 @@ def check(sides: list, source: Iterator, precision: str) -> dict[str, list[float
             losses[side.name].append(float(side.train(raw, Meter(sides[0].t.device, batch=1), views)))
     first = losses[sides[0].name]
     for name, values in losses.items():
-        off = [abs(a - b) / abs(b) for a, b in zip(values, first)]
-        allowed = [TOLERANCE[precision][i > 0] for i in range(CHECKED)]  # what rounding differs grows with each step
-        if not all(a <= b for a, b in zip(off, allowed)):
+        errors = [abs(a - b) / abs(b) for a, b in zip(values, first)]
+        allowed = [TOLERANCE[precision][i > 0] for i in range(CHECKED)]  # rounding differences grow with each step
+        if not all(a <= b for a, b in zip(errors, allowed)):
             raise ValueError(
-                f"{name} does other work: its losses are {values}, ours {first}, off by {max(off):.1g} "
-                f"where {allowed} are allowed; no time is printed"
+                f"{name} has losses of {values}, ours are {first}: relative errors of up to {max(errors):.1g}, where "
+                f"{allowed} are allowed, so nothing is timed"
             )
     return losses
 
 
 def block(side: Ours | Peer, meter: Meter, steps: int, warm: int, train: bool) -> list[dict]:
-    """Records of `steps` steps after `warm` ones; without `train` of loading and making views alone."""
+    """Records of `steps` steps after `warm` others; without `train`, only of loading and views."""
     records = []
     with contextlib.closing(side.load()) as source:
         for i in range(warm + steps):
@@ -132,8 +132,8 @@ def measure(sides: list, args: argparse.Namespace, deadline: float, device: torc
     kept: dict[str, dict] = {side.name: {True: [], False: []} for side in sides}
     for k in range(args.blocks):
         if k and time.perf_counter() > deadline:
-            break  # between rounds, so that every side has as many blocks
-        for side in sides[k % len(sides) :] + sides[: k % len(sides)]:  # another one is first each time
+            break  # after a whole round, so that all sides have the same number of blocks
+        for side in sides[k % len(sides) :] + sides[: k % len(sides)]:  # each round starts with another side
             for train in (True, False):
                 meter = Meter(device, batch=args.batch)
                 warm = args.warm if train else max(2 * args.workers, args.warm)
@@ -174,11 +174,11 @@ def report(results: dict[str, dict], losses: dict[str, list[float]]) -> None:
     for name, r in results.items():
         if not name.startswith("ours"):
             step, side = (ours[k]["median"] / r[k]["median"] for k in ("images_per_s", "input_images_per_s"))
-            print(f"ours / {name}: whole step {step:.2f}, input side alone {side:.2f}")
+            print(f"ours / {name}: whole step {step:.2f}, loading and views {side:.2f}")
 
 
 def main(argv: list[str] | None = None, loader: Loader | None = None) -> int:
-    """`loader`: gives our side its images in place of the file."""
+    """`loader`: the loader of our side, instead of one of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="a .beton file of images of one size")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="for our side: speed.resident=True")
@@ -187,10 +187,12 @@ def main(argv: list[str] | None = None, loader: Loader | None = None) -> int:
     parser.add_argument("--precision", default="fp16" if torch.cuda.is_available() else "fp32", choices=list(DTYPES))
     parser.add_argument("--backbone", default="resnet18", help="resnet18, resnet34 or resnet50")
     parser.add_argument("--steps", type=int, default=30, help="counted steps of a block")
-    parser.add_argument("--input-steps", type=int, default=30, help="the same, of the input side alone")
-    parser.add_argument("--warm", type=int, default=6, help="steps of a block that do not count")
+    parser.add_argument("--input-steps", type=int, default=30, help="the same, for loading and views")
+    parser.add_argument("--warm", type=int, default=6, help="first steps of a block, not counted")
     parser.add_argument("--blocks", type=int, default=4, help="of each side")
-    parser.add_argument("--seconds", type=float, default=400, help="after which no further round of blocks is started")
+    parser.add_argument(
+        "--seconds", type=float, default=400, help="time limit after which no round of blocks is started"
+    )
     parser.add_argument(
         "--workers",
         type=int,
@@ -218,7 +220,7 @@ def main(argv: list[str] | None = None, loader: Loader | None = None) -> int:
         t = ours[0].t
         images = decoded(t.loader)
         peers = [PEERS[name](t.run, t.device, images, args.workers) for name in found]
-        same_start(ours[0], peers)
+        copy_weights(ours[0], peers)
         losses = check([*ours, *peers], ours[0].load(), args.precision)
         results = measure([*ours, *peers], args, deadline, t.device)
     except ValueError as error:

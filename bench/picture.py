@@ -1,8 +1,8 @@
-"""The device's share of one step as a picture, from profiles: python bench/picture.py OUT.svg "TITLE=FILE" ...
+"""Draw the times of one step's kernels by kind, from profiles: python bench/picture.py OUT.svg "TITLE=FILE" ...
 
-FILE is the step.txt that `bench/step.py CONFIG --profile FOLDER` writes. A bar is one step, to scale: its kernels by
-kind (not in the order in which they ran), and the time in which the device waits for the host. The table in step.txt
-has the 40 largest entries; what is below them is "not in the table". --table prints the sums as Markdown.
+FILE is the step.txt that `bench/step.py CONFIG --profile FOLDER` writes. A bar is one step, to scale: the times of its
+kernels, summed by kind (not in the order in which they ran), and the time in which the device waits for the host. The
+table in step.txt has the 40 largest entries; the others are "not in the table". --table prints the sums as Markdown.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-KINDS = {  # the first pattern that fits a kernel's name
+KINDS = {  # kind: pattern of kernel names; the first one that matches counts
     "views": r"^(whole|colour|blur|draw)_kernel",
     "optimizer": r"lars_kernel|square_sums_kernel|multi_tensor_apply",
     "attention": r"sdpa|compute_dot_do_o|convert_dq",
@@ -46,17 +46,17 @@ COLOURS = dict(
         ],
     )
 )
-STEPS = 13  # of a profile, warm ones included (bench/step.py)
+STEPS = 13  # of a profile, including the warm-up (bench/step.py)
 
 
 def read(path: Path) -> tuple[float, dict[str, float]]:
-    """Milliseconds of a step, and those of the device by kind."""
+    """Milliseconds of a step, and of the device by kind of kernel."""
     text = path.read_text()
-    wall, busy = (float(re.findall(found, text)[0]) for found in (r"([\d.]+) ms a step", r"device works ([\d.]+) ms"))
+    wall, busy = (float(re.findall(p, text)[0]) for p in (r"([\d.]+) ms a step", r"device (?:works|busy) ([\d.]+) ms"))
     kinds = dict.fromkeys(COLOURS, 0.0)
     for line in text.partition("Self CUDA time total")[0].splitlines():
         row = re.match(r"\s*(.+?)\s\s+.*?(\S+)\s+[\d.]+%\s+\S+\s+\S+\s+\d+\s*$", line)
-        # ops are the sums of their kernels; ranges and the runtime's calls are not kernels
+        # operators are sums of their kernels; ranges and calls of the runtime are not kernels
         if row and not row[1].startswith(("aten::", "fastssl::", "Optimizer.", "cuda")):
             kind = next((k for k, pattern in KINDS.items() if re.search(pattern, row[1])), "other kernels")
             kinds[kind] += _ms(row[2]) / STEPS
@@ -89,7 +89,7 @@ def draw(found: dict[str, tuple[float, dict[str, float]]], out: Path) -> None:
                 axis.text(left + ms / 2, 0, f"{ms:.1f}", ha="center", va="center", fontsize=9)
             left += ms
         axis.set_title(f"{title}: {wall:.2f} ms a step", loc="left", fontsize=10)
-        axis.set_xlim(0, scales[ends[title] <= 20])  # steps below 20 ms have a scale of their own
+        axis.set_xlim(0, scales[ends[title] <= 20])  # steps below 20 ms have another scale
         axis.set_yticks([])
         axis.spines[["top", "right", "left"]].set_visible(False)
     axis.set_xlabel("ms")
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         title, _, file = text.rpartition("=")
         try:
             found[title] = read(Path(file))
-        except (OSError, TypeError) as error:  # no such file, or none of the lines of a step.txt
+        except (OSError, IndexError) as error:  # no such file, or none of the lines of a step.txt
             print(
                 f"bench/picture.py: {text!r} is not TITLE=FILE with a step.txt of bench/step.py --profile ({error})",
                 file=sys.stderr,

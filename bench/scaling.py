@@ -1,11 +1,11 @@
-"""What more ranks bring, and what communication costs: python bench/scaling.py CONFIG [a.b=value ...] [--ranks 1 2 4]
+"""Measure scaling over ranks and the cost of communication: python bench/scaling.py CONFIG [a.b=value ...] [--ranks 1 2
+4]
 
-weak    the config's batch on every rank: the global batch grows with the ranks
-strong  the config's batch shared by the ranks
-Steps are the engine's, on random pixels that lie on the device, over gloo on CPUs and NCCL on GPUs (as many ranks as
-GPUs at most). The time of every collective and its bytes are measured in separate steps, in which each waits until the
-one before it is done. From the bytes of one step, and from the latency and the bandwidth of all-reduces between these
-ranks, a model gives the step on up to 512 ranks; its assumptions are printed with it.
+weak    the config's batch on every rank: the global batch grows with the number of ranks strong  the config's batch
+divided over the ranks The engine's step runs on random pixels on the device, over gloo on CPUs and NCCL on GPUs (at
+most one rank per GPU). The time and the bytes of every collective are measured in separate steps, in which each starts
+after the one before it has ended. A model extrapolates the step to 512 ranks, from the bytes of one step and the
+latency and bandwidth of all-reduces between these ranks; its assumptions are printed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ASSUMPTIONS = """assumptions of the model:
 
 @contextlib.contextmanager
 def recorded(device: torch.device) -> Iterator[list[tuple[str, int, float]]]:
-    """Inside, a list of (collective, bytes that the rank gives, milliseconds), one after the other."""
+    """Context manager: yields a list that receives (collective, bytes sent by this rank, milliseconds) of each call."""
     found, real = [], {name: getattr(td, name) for name in KINDS}
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
@@ -68,7 +68,7 @@ def recorded(device: torch.device) -> Iterator[list[tuple[str, int, float]]]:
 
 
 def worker(out: Path, kind: str, args: argparse.Namespace) -> None:
-    """One rank of one measurement; rank 0 writes the result."""
+    """Run one rank of a measurement; rank 0 writes the result to `out`."""
     import step as bench_step
 
     from fastssl import config, dist, engine
@@ -80,18 +80,18 @@ def worker(out: Path, kind: str, args: argparse.Namespace) -> None:
     source = bench_step.synthetic_batches(next(bench_step.real_batches(t)))
     records = bench_step.run_block(t, source, args.steps)
     if t.graphed is not None:
-        t.graphed.reason = "bench/scaling.py times its collectives"  # a replay would hide them
-    made: list[tuple] = []
+        t.graphed.reason = "bench/scaling.py times its collectives"  # a replay would not call them
+    calls: list[tuple] = []
     with recorded(device) as found:
         bench_step.run_block(t, source, args.steps)
-        made = found[len(found) * bench_step.WARM // (bench_step.WARM + args.steps) :]
+        calls = found[len(found) * bench_step.WARM // (bench_step.WARM + args.steps) :]
     result = {
         "ranks": dist.world(),
         "kind": kind,
         "batch": run.optim.batch,
         "ms": statistics.median(r["total_ms"] for r in records),
-        "communication_ms": sum(ms for *_, ms in made) / args.steps,
-        "collectives": summed(made, args.steps),
+        "communication_ms": sum(ms for *_, ms in calls) / args.steps,
+        "collectives": per_step(calls, args.steps),
         **(link(device) if dist.world() > 1 else {}),
     }
     if dist.is_main():
@@ -99,18 +99,18 @@ def worker(out: Path, kind: str, args: argparse.Namespace) -> None:
     dist.shutdown()
 
 
-def summed(made: list[tuple], steps: int) -> dict[str, dict]:
-    """Calls and bytes that a rank gives in one step, by collective."""
+def per_step(calls: list[tuple], steps: int) -> dict[str, dict]:
+    """Number of calls and bytes sent by a rank in one step, by collective."""
     out = {}
     for name in KINDS:
-        sizes = [size for kind, size, _ in made if kind == name]
+        sizes = [size for kind, size, _ in calls if kind == name]
         if sizes:
             out[name] = {"calls": round(len(sizes) / steps, 2), "bytes": round(sum(sizes) / steps)}
     return out
 
 
 def link(device: torch.device, large: int = 16 << 20) -> dict:
-    """Latency of a hop and bandwidth of a rank, from all-reduces of 4 bytes and of `large` bytes."""
+    """Latency per hop and bandwidth per rank, from all-reduces of 4 bytes and of `large` bytes."""
     world, times = td.get_world_size(), []
     for size in (4, large):
         x, took = torch.zeros(size // 4, device=device), []
@@ -124,7 +124,7 @@ def link(device: torch.device, large: int = 16 << 20) -> dict:
 
 
 def communication_ms(collectives: dict[str, dict], ranks: int, latency_us: float, gb_s: float) -> float:
-    """The model's, of one step; see ASSUMPTIONS."""
+    """Communication time of one step by the model; see ASSUMPTIONS."""
     total, hops = 0.0, ranks - 1
     for name, c in collectives.items():
         moved = {"all_reduce": 2 * hops / ranks, "broadcast": 1.0 if hops else 0.0}.get(name, hops) * c["bytes"]
@@ -132,12 +132,12 @@ def communication_ms(collectives: dict[str, dict], ranks: int, latency_us: float
     return total * 1e3
 
 
-def model(found: list[dict], latency_us: float, gb_s: float, most: int = 512) -> list[dict]:
-    """Weak scaling on 1 to `most` ranks from the step of one rank and the bytes of the most ranks measured."""
+def model(found: list[dict], latency_us: float, gb_s: float, max_ranks: int = 512) -> list[dict]:
+    """Weak scaling on 1 to `max_ranks` ranks, from the step of the fewest ranks measured and the bytes of the most."""
     weak = [r for r in found if r["kind"] == "weak"]
     one, many = min(weak, key=lambda r: r["ranks"]), max(weak, key=lambda r: r["ranks"])
     rows, ranks = [], 1
-    while ranks <= most:
+    while ranks <= max_ranks:
         sent = communication_ms(many["collectives"], ranks, latency_us, gb_s)
         total = one["ms"] + sent
         rows.append({"ranks": ranks, "ms": total, "communication": sent / total, "efficiency": one["ms"] / total})
@@ -167,7 +167,7 @@ def measure(kind: str, ranks: int, args: argparse.Namespace, seconds: float) -> 
         try:
             done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=max(seconds, 1))
         except subprocess.TimeoutExpired:
-            raise ValueError(f"{kind}, {ranks} ranks: not done when --seconds were over") from None
+            raise ValueError(f"{kind}, {ranks} ranks: not finished within --seconds; give more") from None
         if done.returncode or not out.exists():
             errors = [line for line in done.stderr.splitlines() if "rror" in line and "ChildFailed" not in line]
             last = (errors or done.stderr.splitlines() or ["no output"])[-1]
@@ -178,7 +178,7 @@ def measure(kind: str, ranks: int, args: argparse.Namespace, seconds: float) -> 
 def report(found: list[dict]) -> None:
     print(
         f"{'':8}{'ranks':>6}{'batch':>8}{'ms a step':>11}{'images/s':>10}{'of ideal':>10}{'communication ms':>18}"
-        f"{'of the step':>13}{'calls':>7}{'MB given':>10}"
+        f"{'of the step':>13}{'calls':>7}{'MB sent':>10}"
     )
     for r in found:
         one = next(x for x in found if x["kind"] == r["kind"])
@@ -215,22 +215,22 @@ def main() -> int:
         worker(Path(args.worker[1]), args.worker[0], args)
         return 0
     deadline, env = time.perf_counter() + args.seconds, environment("deepspeed")
-    here = torch.cuda.device_count() if torch.cuda.is_available() else max(args.ranks)
+    max_ranks = torch.cuda.device_count() if torch.cuda.is_available() else max(args.ranks)
     try:
-        ranks = sorted({r for r in args.ranks if r <= here})
+        ranks = sorted({r for r in args.ranks if r <= max_ranks})
         if not ranks:
-            raise ValueError(f"--ranks {' '.join(map(str, args.ranks))}: this machine has {here} GPUs")
+            raise ValueError(f"--ranks {' '.join(map(str, args.ranks))}: this machine has {max_ranks} GPUs")
         found = [measure(kind, r, args, deadline - time.perf_counter()) for kind in ("weak", "strong") for r in ranks]
     except ValueError as error:
         print(f"bench/scaling.py: {error}", file=sys.stderr)
         return 2
     report(found)
     if not torch.cuda.is_available() and max(ranks) > env["cores"]:
-        print(f"{max(ranks)} ranks share {env['cores']} cores: their steps say nothing about {max(ranks)} devices")
+        print(f"{max(ranks)} ranks share {env['cores']} cores: their times do not show those of {max(ranks)} devices")
     latency, gb_s = args.link or (found[len(ranks) - 1].get("latency_us"), found[len(ranks) - 1].get("gb_s"))
     rows = []
     if latency is None or gb_s is None:
-        print("no model: one rank has no link to measure; give --link US GB_S")
+        print("no model: with one rank there is no communication to measure; give --link US GB_S")
     else:
         source = "given by --link" if args.link else f"measured between {ranks[-1]} ranks here"
         rows = model(found, latency, gb_s)

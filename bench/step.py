@@ -1,8 +1,9 @@
-"""Where the time of a training step goes, with real and with synthetic data:
+"""Measure the phases of a training step, with real and with synthetic data:
 python bench/step.py configs/simclr/r50_in1k_200ep.py [a.b=value ...] [--profile FOLDER]
 
-It is the engine's own step on the config's own data, in blocks that alternate with blocks on random pixels of the same
-sizes that already lie on the device.  real / synthetic is what loading costs.  torchrun and deepspeed start it too.
+Runs the engine's step on the config's data, in blocks that alternate with blocks on random pixels of equal sizes that
+are already on the device.  The ratio of real to synthetic speed shows the cost of loading.  It can be started by
+torchrun and deepspeed, too.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from fastssl.trainer import Trainer
 
 COLUMNS = (*PHASES, "other", "total")
-WARM = 3  # steps of a block that do not count: the loader has batches in store from before it
+WARM = 3  # first steps of a block, not counted: their batches were loaded before the block
 
 
 def main() -> int:
@@ -52,7 +53,7 @@ def main() -> int:
     start = time.perf_counter()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from fastssl import engine  # DeepSpeed picks its accelerator when it is imported
+    from fastssl import engine  # after the variable is set: DeepSpeed reads it when it is imported
 
     try:
         env = environment("torchvision", "triton", "ffcv", "deepspeed")
@@ -76,7 +77,7 @@ def main() -> int:
 
 
 def serve(file: str, overrides: list[str]) -> None:
-    """Make a block of steps for each number of steps read from stdin; prints [images/s, last loss].  For compare.py."""
+    """For compare.py: run a block for each number of steps read from stdin, and print [images/s, last loss]."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from fastssl import engine
@@ -116,7 +117,7 @@ def measure(t: Trainer, args: argparse.Namespace, deadline: float) -> dict[str, 
 
 
 def profile(t: Trainer, folder: Path, steps: int = 10) -> str:
-    """Where the device and the host spend a step on real data; the table goes to `folder` with a trace."""
+    """Profile a step on real data; writes tables and a trace to `folder` and returns a summary."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -126,23 +127,23 @@ def profile(t: Trainer, folder: Path, steps: int = 10) -> str:
     wait()
     begin = time.perf_counter()
     run_block(t, source, steps, flush=False)
-    host = (time.perf_counter() - begin) / (WARM + steps) * 1e3  # until all steps are asked for
+    host = (time.perf_counter() - begin) / (WARM + steps) * 1e3  # until the host has issued all steps
     wait()
     wall = (time.perf_counter() - begin) / (WARM + steps) * 1e3
     with profiler(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as found:
         run_block(t, source, steps)
         wait()
     on_device = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    on_device = [e for e in on_device if not e.name.startswith("Optimizer.")]  # marks of a range, not kernels
+    on_device = [e for e in on_device if not e.name.startswith("Optimizer.")]  # ranges, not kernels
     busy = sum(e.time_range.elapsed_us() for e in on_device) / (WARM + steps) / 1e3
     calls = sum(e.name.startswith(("cudaLaunch", "cuLaunch", "cudaGraphLaunch")) for e in found.events())
     kernels = len(on_device) / (WARM + steps)
     lines = [
         f"{t.run.name}: batch {t.run.optim.batch}, {t.run.optim.precision}, {describe(t)}",
         f"{wall:.2f} ms a step ({t.run.optim.batch / wall * 1e3:.0f} images/s); "
-        f"the host has asked for a step in {host:.2f} ms",
+        f"the host needs {host:.2f} ms to issue it",
         f"{kernels:.0f} kernels and copies a step by {calls / (WARM + steps):.0f} launches",
-        f"the device works {busy:.2f} ms of it, {100 * busy / wall:.0f} %",
+        f"device busy {busy:.2f} ms, {100 * busy / wall:.0f} %",
     ]
     tables = [
         found.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=90)
@@ -156,20 +157,21 @@ def profile(t: Trainer, folder: Path, steps: int = 10) -> str:
 
 
 def real_batches(t: Trainer) -> Iterator[list]:
-    """The micro-batches of one step after the other, epoch after epoch; methods that cluster do not."""
+    """The micro-batches of each step, without end; methods that cluster do not cluster."""
     from fastssl import engine
 
     return (micro_batches for _, micro_batches in engine.batches(t, begin=lambda t, start: None))
 
 
 def synthetic_batches(like: list) -> Iterator[list]:
-    """Random pixels with the sizes and labels of a real step, always the same."""
+    """The same step again and again: random pixels with the sizes and labels of a real step."""
     noise = [replace(batch, pixels=torch.randint_like(batch.pixels, 256)) for batch in like]
     return itertools.repeat(noise)
 
 
 def run_block(t: Trainer, source: Iterator[list], steps: int, flush: bool = True) -> list[dict]:
-    """The loop of engine.train without hooks, log and checkpoints; the records of the last `steps` steps."""
+    """Run `WARM` + `steps` steps as engine.train, without hooks, log and checkpoints; returns the records of the last
+    `steps`."""
     from fastssl.step import step
 
     records = []

@@ -1,11 +1,11 @@
-"""VOC07's linear SVMs, full and low-shot, by our solver and by scikit-learn's in one run:  python bench/svm.py
+"""Compare our solver with scikit-learn's for VOC07's linear SVMs, full and low-shot, in one run:  python bench/svm.py
 
 Features are synthetic, with the sizes of VOC07: 5,011 + 4,952 rows of 8,192 dimensions, rectified, correlated, of unit
 norm, and 20 classes with its frequencies.  Our solver runs the whole protocol, low-shot with the held-out selection,
-which scores the training images, too.  scikit-learn does single fits (joblib, the same cores) and scores the test set:
-random classes, each cost and number of shots in turn, until --budget seconds have passed.  Its time is the sum over the
-fits of the protocol of the mean at their cost, "extrapolated from n fits".  Our solver repeats those fits: the mean
-difference of average precision is that of mAP.
+which also scores the training images.  scikit-learn does single fits (joblib, the same cores) and scores the test set,
+for random classes, each cost and number of shots in turn, until --budget seconds have passed.  Its time for the
+protocol is extrapolated: the sum over all fits of the mean time at their cost.  Our solver repeats those fits; the mean
+difference of average precision is the difference of mAP.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VOC07 = (240, 255, 333, 188, 262, 197, 761, 344, 572, 146, 263, 430, 294, 249, 2
 
 
 def features(rows: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Unit rows (N, D) whose entries are not negative and correlated, and labels (N, 20) of 1 and 0."""
+    """Unit rows (N, D) with correlated entries of at least 0, and labels (N, 20) of 1 and 0."""
     rng = np.random.default_rng(seed)
     labels = (rng.random((rows, len(VOC07))) < np.array(VOC07) / 5011).astype(np.int8)
     concepts, shared = rng.standard_normal((len(VOC07), dim)), rng.standard_normal((256, dim))
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def full_sample(data: list[torch.Tensor], budget: float, solver: str) -> dict:
-    """scikit-learn on two of three folds; the 20 final fits, on all rows, are counted as such fits, too."""
+    """scikit-learn on two of three folds; the 20 final fits, on all rows, are counted with the same time."""
     labels, classes = data[1].numpy(), data[1].shape[1]
     rng = np.random.default_rng(1)
 
@@ -131,7 +131,7 @@ def compare(data: list[torch.Tensor], budget: float, solver: str, kinds: dict, c
         for i in order.permutation(len(seconds)):
             kind, cost = list(seconds)[i]
             if timed > budget and seconds[kind, cost]:
-                continue  # every cost has at least one turn
+                continue  # every cost is measured at least once
             drawn = [kinds[kind](kind) for _ in range(threads)]
             work = [(rows, labels[rows, c] > 0) for c, rows in drawn]
             start = time.perf_counter()

@@ -1,9 +1,10 @@
-"""Which tiles suit the kernels that are bound by the tensor cores: python bench/tiles.py [sums gradients one_pass]
+"""Compare tile sizes of the kernels that are limited by the tensor cores: python bench/tiles.py [sums gradients
+one_pass]
 
-Compiles every candidate for each width ahead of time (no GPU needed) and prints registers, spills, shared memory,
-programs per multiprocessor and instructions per entry of the tile in one pass of the main loop.  On a GPU it also
-prints the time, after comparing the result with that of the shipped tiles.  `*` marks the shipped tiles, which
-kernels/similarity/spec.py and kernels/one_pass/keys.py choose; they must not spill.
+Compiles every candidate for each width (no GPU needed) and prints registers, spills, shared memory, programs per
+multiprocessor, and instructions per entry of the tile in one pass of the main loop.  On a GPU it also prints the time,
+after comparing the result with that of the tiles in use.  `*` marks the tiles in use, which kernels/similarity/spec.py
+and kernels/one_pass/keys.py choose; they must not spill.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def one_pass(z: Tensor) -> Callable[[], Tensor]:
     return lambda: loss_and_gradient(z, z, queue, 0.1, True, None, True)[1]
 
 
-KERNELS = {  # function that makes the work, name of its kernel, module and name of the function that chooses its tiles
+KERNELS = {  # function that returns the call to time, kernel, module and name of the function that chooses its tiles
     "sums": (sums, "row_sums_kernel", sums_pass, "row_sums_tiles"),
     "gradients": (gradients, "row_gradients_kernel", gradient_pass, "gradient_tiles"),
     "one_pass": (one_pass, "one_pass_kernel", keys, "one_pass_tiles"),
@@ -106,7 +107,7 @@ def timed(name: str, width: int, rows: int, tiles: Tiles | None) -> tuple[float,
 
 
 def measure(name: str, width: int, rows: int, arch: int, only_shipped: bool) -> tuple[Tiles, list[Found]]:
-    """The shipped tiles, and of each candidate (microseconds or inf, instructions per entry, tiles, testing.Build)."""
+    """The tiles in use, and for each candidate (microseconds or inf, instructions per entry, tiles, testing.Build)."""
     cuda = torch.cuda.is_available()
     _, shipped = build(name, width, rows, arch)
     truth = timed(name, width, rows, None)[1] if cuda else None
@@ -118,7 +119,7 @@ def measure(name: str, width: int, rows: int, arch: int, only_shipped: bool) -> 
         b, _ = build(name, width, rows, arch, tiles)
         if b is None or not b.fits:
             continue
-        if tiles != shipped:  # columns are split for as many programs as really fit
+        if tiles != shipped:  # columns are split for the number of programs that fit
             tiles = tiles._replace(programs_per_sm=min(b.programs_per_sm, 2))
         if b.registers > 128 and tiles.num_warps == 8 and not only_shipped:
             todo.append(tiles._replace(maxnreg=128))
@@ -130,7 +131,7 @@ def measure(name: str, width: int, rows: int, arch: int, only_shipped: bool) -> 
                 continue
             error = float((result.double() - truth.double()).abs().max() / truth.double().abs().max())
             if not error < 1e-3:
-                print(f"  wrong, so no time: {tiles} is off by {error:.2g}")
+                print(f"  not timed, the result is wrong: {tiles} has an error of {error:.2g}")
                 continue
         found.append((us, b.loop * 32 * tiles.num_warps / (tiles.block_m * tiles.block_n), tiles, b))
     return shipped, found
@@ -153,14 +154,14 @@ def main() -> int:
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--arch", type=int, default=90, choices=(80, 90), help="compute capability, without a GPU")
-    parser.add_argument("--shipped", action="store_true", help="the shipped tiles alone")
+    parser.add_argument("--shipped", action="store_true", help="only the tiles in use")
     args = parser.parse_args()
     unknown = set(args.kernels) - set(KERNELS)
     if unknown:
-        parser.error(f"no kernel {', '.join(sorted(unknown))}; there are {', '.join(KERNELS)}")
+        parser.error(f"unknown kernel {', '.join(sorted(unknown))}; choose from {', '.join(KERNELS)}")
     cuda, arch = torch.cuda.is_available(), args.arch
     if cuda:
-        arch = 80 if needs_small_tiles(torch.device("cuda")) else 90  # whose tiles this GPU takes
+        arch = 80 if needs_small_tiles(torch.device("cuda")) else 90  # the architecture whose tiles this GPU uses
     torch.set_float32_matmul_precision("high")
     env = environment("triton")
     for name, width in itertools.product(args.kernels or KERNELS, args.dims):

@@ -1,4 +1,4 @@
-"""bench/: what its figures mean, at sizes that take seconds."""
+"""The benchmarks in bench/, at small sizes."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ def bench(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "bench")
 
 
-def test_a_verdict_needs_more_than_the_spread(bench):
+def test_verdict_needs_blocks_that_do_not_overlap(bench):
     from compare import verdict
 
     assert "B is faster" in verdict([10, 11, 12, 11], [12.1, 13, 14, 13])
@@ -39,11 +39,11 @@ def test_sides_of_a_comparison(bench):
     both = side("HEAD:speed.graph=on,optim.paramwise.x=a:b")
     assert (both.commit, both.settings) == (head, ("speed.graph=on", "optim.paramwise.x=a:b"))
     assert (side(".").commit, side("speed.graph=on").commit, side("HEAD").settings) == (None, None, ())
-    with pytest.raises(ValueError, match="'nowhere' is not a commit"):
+    with pytest.raises(ValueError, match="'nowhere' is neither a commit of this repository nor a list of settings"):
         side("nowhere")
 
 
-def test_a_side_imports_its_own_checkout(bench, tmp_path):
+def test_packages_are_those_of_the_checkout(bench, tmp_path):
     """Kernels and configs included, which an editable installation maps to the checkout that is installed."""
     from compare import packages
 
@@ -93,7 +93,7 @@ TINY = [
 ]
 
 
-def test_peers_do_the_same_work(peers, monkeypatch, capsys):
+def test_peers_have_the_same_losses(peers, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "kornia", None)  # not installed
     done, (out, err) = (
         peers.main([*TINY, "--peers", "kornia", "torchvision"], cases.Memory("memory", 4)),
@@ -110,7 +110,7 @@ def test_peers_do_the_same_work(peers, monkeypatch, capsys):
     assert "ours / torchvision: whole step" in out
 
 
-def test_other_work_has_no_time(bench):
+def test_peers_with_other_losses_raise(bench):
     from types import SimpleNamespace
 
     from peers import check
@@ -127,7 +127,9 @@ def test_other_work_has_no_time(bench):
     source = iter(range(9))
     made = check([side("ours", 2.0, 1.9, 1.8), side("x", 2.0001, 1.91, 1.81)], source, "fp32")
     assert made["x"] == [2.0001, 1.91, 1.81]
-    with pytest.raises(ValueError, match="x does other work"):  # the first loss sees equal weights and views
+    with pytest.raises(
+        ValueError, match="x has losses of .*, ours are .* so nothing is timed"
+    ):  # the first loss sees equal weights and views
         check([side("ours", 2.0, 1.9, 1.8), side("x", 2.001, 1.9, 1.8)], source, "fp32")
 
 
@@ -148,6 +150,20 @@ def test_a_profile_becomes_a_picture(bench, tmp_path, capsys):
     assert "is not TITLE=FILE with a step.txt" in capsys.readouterr().err
 
 
+def test_banks_compares_equal_results(bench, monkeypatch, capsys):
+    """Each benchmark checks that its algorithms agree before it times them."""
+    import banks
+
+    monkeypatch.setattr(banks, "CLUSTERS", 20)
+    monkeypatch.setattr(banks, "append", None)
+    argv = ["banks.py", "--rows", "6000", "--negatives", "16", "--repeats", "1", "--device", "cpu", "--dry"]
+    monkeypatch.setattr(sys, "argv", argv)
+    banks.main()
+    out = capsys.readouterr().out
+    for row in ("ours, from scratch", "ours, shared negatives"):
+        assert row in out
+
+
 def test_the_model_of_communication(bench):
     from scaling import communication_ms, model
 
@@ -166,7 +182,7 @@ def test_the_model_of_communication(bench):
 
 def test_collectives_are_recorded(bench, monkeypatch):
     import torch.distributed as td
-    from scaling import recorded, summed
+    from scaling import per_step, recorded
 
     dist.init()
     real = td.all_reduce
@@ -174,7 +190,7 @@ def test_collectives_are_recorded(bench, monkeypatch):
         td.all_reduce(torch.ones(6))
         td.all_gather_into_tensor(torch.empty(4), torch.ones(4))
     assert td.all_reduce is real and all(ms > 0 for *_, ms in found)
-    assert summed(found, 1) == {
+    assert per_step(found, 1) == {
         "all_reduce": {"calls": 1, "bytes": 24},
         "all_gather_into_tensor": {"calls": 1, "bytes": 16},
     }

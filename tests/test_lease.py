@@ -47,7 +47,7 @@ def test_a_later_call_goes_on(lease, monkeypatch, capsys):
     assert ran.read_text() == "abb"  # a is finished, b is tried again, c lacks its file
     out = capsys.readouterr().out
     assert "b: exit status 3" in out
-    assert "c: needs absent.beton" in out
+    assert "c: skipped, absent.beton does not exist" in out
     (state,) = (lease.ROOT / "bench" / "results").glob("*-lease.json")
     assert {name: entry["rc"] for name, entry in json.loads(state.read_text()).items()} == {"a": 0, "b": 3}
 
