@@ -43,7 +43,7 @@ class BetonInspector:
         self.data = np.memmap(self.target.beton, np.uint8, "r")
         header = self.data[: HEADER.itemsize].view(HEADER)[0]
         if header["version"] != VERSION or header["num_fields"] != 3:
-            raise ValueError(f"{path} is no FFCV file with the fields image, index, label")
+            raise ValueError(f"{path} is not an FFCV file with the fields image, index, label")
         self.require("samples", int(header["num_samples"]))
         dtype = sample_table(0, multi).dtype
         start = HEADER.itemsize + 3 * FIELD.itemsize

@@ -243,7 +243,7 @@ class Tar(FileSource):
                     elif member.isreg() and not member.issparse():
                         yield name, member, self._bytes(tar, member) if name in wanted else b""
                     elif not member.isdir():
-                        raise RefusedArchive(f"{self.path}: member {name!r} is no ordinary file")
+                        raise RefusedArchive(f"{self.path}: member {name!r} is not an ordinary file")
         except RefusedArchive:
             raise
         except ARCHIVE_ERRORS as error:

@@ -101,7 +101,7 @@ def _lines(path: str) -> list[str]:
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
-        raise ValueError(f"{path} is no text file: a list has a path, or a path and a label, on each line")
+        raise ValueError(f"{path} is not a text file: a list has a path, or a path and a label, on each line")
     return text.splitlines()
 
 
@@ -196,7 +196,7 @@ def _names(path: str, labels: list[tuple[int, str]], images: int) -> list[str]:
     if not all(whole):
         number, label = labels[whole.index(not whole[0])]
         raise ValueError(
-            f"{path}, line {number}: the label {label!r} is {'a' if not whole[0] else 'no'} number, "
+            f"{path}, line {number}: the label {label!r} is {'a' if not whole[0] else 'not a'} number, "
             "unlike those before; with --classes FILE numbers are names, too"
         )
     top = max(int(label) for _, label in labels)
@@ -219,7 +219,7 @@ def _numbers(path: str, rows: list, names: list[str], given: str | None) -> list
                 raise ValueError(f"{path}, line {number}: the label {label!r} is below 0 (-1: no label)")
             if value is None:
                 raise ValueError(
-                    f"{path}, line {number}: the label {label!r} is none of the {len(names)} classes of "
+                    f"{path}, line {number}: the label {label!r} is not one of the {len(names)} classes of "
                     f"--classes {given}"
                 )
             out[-1].append(value)

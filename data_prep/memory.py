@@ -77,7 +77,7 @@ def _labels(labels: Any, count: int, classes: Sequence[str] | None) -> tuple[str
         number = {name: i for i, name in enumerate(names)}
         unknown = next((str(v) for v in values if str(v) not in number), None)
         if unknown is not None:
-            raise ValueError(f"the label {unknown!r} is none of the classes {', '.join(names[:8])}")
+            raise ValueError(f"the label {unknown!r} is not one of the classes {', '.join(names[:8])}")
         return "int", np.array([number[str(v)] for v in values]), names
     if values.dtype.kind not in "iu" or values.min() < -1:
         raise ValueError(

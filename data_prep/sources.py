@@ -141,7 +141,7 @@ def open_cifar(kind: str, path: str, split: str | None = None) -> Source:
         splits = any("train" in name.split("/")[:-1] for name in files.names)
         source = open_images(kind, path, files, split or ("train" if splits else None))
         if len(source.classes or []) != int(kind[5:]):
-            raise ValueError(f"{path} is no {kind}: it holds {len(source.classes or [])} class folders")
+            raise ValueError(f"{path} is not {kind}: it holds {len(source.classes or [])} class folders")
         return source
     split = split or "train"
     if split not in batches:
@@ -241,7 +241,7 @@ def open_voc2007(path: str, split: str | None = None) -> Source:
         for words in lines:
             value = {"1": 1, "-1": 0, "0": -1}.get(words[1] if len(words) == 2 else "")
             if value is None:
-                raise ValueError(f"{path}: {name} has a line that is no 'image 1|0|-1': {' '.join(words)!r}")
+                raise ValueError(f"{path}: {name} has a line that is not 'image 1|0|-1': {' '.join(words)!r}")
             table[rows[words[0]], column] = value
     images = {f"{base}JPEGImages/{name}.jpg": table[row] for name, row in rows.items()}
     names = set(files.names)

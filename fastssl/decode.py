@@ -177,7 +177,7 @@ def _open(path: str) -> Reader:
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file; `fastssl convert SOURCE PATH {path}` makes it")
     size = untrusted.regular_file_size(path)
-    broken = ValueError(f"{path} ({size} bytes) is truncated or no .beton file; convert the data again")
+    broken = ValueError(f"{path} ({size} bytes) is truncated or not a .beton file; convert the data again")
     header = np.fromfile(path, HeaderType, count=1)
     if not len(header):
         raise broken

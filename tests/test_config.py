@@ -71,7 +71,7 @@ def test_overrides_reach_every_section_with_the_right_type(file):
         ("optim.batch=True", "optim.batch: wants int, got True"),
         ("log.tensorboard=1", "log.tensorboard: wants bool, got 1"),
         ("optim.name=larz", "did you mean 'lars'"),
-        ("speed.zero=4", "speed.zero=4 is none of 0, 1, 2, 3"),
+        ("speed.zero=4", "speed.zero=4 is not one of 0, 1, 2, 3"),
         ("speed.micro_batch=0", "speed.micro_batch=0 must be at least 1, or None"),
         ("optim.steps=0", "optim.steps=0 must be at least 1, or None"),
         ("optim.momentum=2", "optim.momentum=2.0 must be at least 0, below 1"),
@@ -105,8 +105,8 @@ def test_overrides_reach_every_section_with_the_right_type(file):
         ("method=byol(momentm=1)", "did you mean 'momentum'"),
         ("method=simclr.Config()", "give a name"),
         ("log.root.x=1", "str has no settings below it"),
-        ("speed.zero=True", "speed.zero=True is none of 0, 1, 2, 3"),
-        ("method.init=kaiming", "method.init='kaiming' is none of torch, openselfsup"),
+        ("speed.zero=True", "speed.zero=True is not one of 0, 1, 2, 3"),
+        ("method.init=kaiming", "method.init='kaiming' is not one of torch, openselfsup"),
     ],
 )
 def test_mistakes_are_answered(file, override, message):

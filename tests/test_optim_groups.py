@@ -68,7 +68,7 @@ def test_the_table_names_patterns_counts_and_options():
         ({"paramwise": {"(head": {"lr": 1.0}}}, "is not a regular expression"),
         ({"name": "adamw", "paramwise": {"head": {"momentum": 0.0}}}, "adamw has no momentum"),
         ({"schedule": "step"}, "needs optim.milestones"),
-        ({"schedule": "cosin"}, "'cosin' is none of"),
+        ({"schedule": "cosin"}, "'cosin' is not one of"),
         ({"epochs": 2, "warmup_epochs": 2.0}, "not shorter than the run"),
         ({"weight_decay": 0.0, "weight_decay_end": 0.4}, "weight_decay > 0"),
     ],

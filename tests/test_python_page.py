@@ -145,7 +145,7 @@ def test_gray_arrays_and_options(tmp_path):
         (COLOUR, [0.5] * 6, {}, "labels of type float64"),
         (COLOUR, [-2] * 6, {}, "from -2"),
         (COLOUR, [[0, 2]] * 6, {}, "must be 0 and 1"),
-        (COLOUR, list("aaabbc"), {"classes": ["a", "b"]}, "'c' is none of the classes a, b"),
+        (COLOUR, list("aaabbc"), {"classes": ["a", "b"]}, "'c' is not one of the classes a, b"),
         (COLOUR, [3] * 6, {"classes": ["a"]}, "label 3 is beyond the 1 classes"),
         ([(COLOUR[0], "a")], None, {}, "item 0: the label 'a' is not a whole number"),
         (COLOUR, None, {"short_sid": 3}, "did you mean 'short_side'"),

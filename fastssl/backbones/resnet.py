@@ -56,7 +56,7 @@ class ResNet(nn.Module):
             raise ValueError(f"backbone.width={spec.width}: the width of {spec.name} is fixed; leave backbone.width=64")
         norm = {"bn": nn.BatchNorm2d, "gn": group_norm, "frozen": FrozenBatchNorm2d}.get(spec.norm)
         if norm is None:
-            raise ValueError(f"backbone.norm={spec.norm!r} is none of 'bn', 'gn' and 'frozen'")
+            raise ValueError(f"backbone.norm={spec.norm!r} is not one of 'bn', 'gn' and 'frozen'")
         if not 0 <= spec.frozen < 5:
             raise ValueError(
                 f"backbone.frozen={spec.frozen} must be 0 to 4, the number of stages to freeze; the stem is "
@@ -125,7 +125,7 @@ class Sobel(nn.Module):
 
 def _stem(spec: Backbone) -> nn.Conv2d:
     if spec.stem not in STEMS:
-        raise ValueError(f"backbone.stem={spec.stem!r} is none of {', '.join(STEMS)}")
+        raise ValueError(f"backbone.stem={spec.stem!r} is not one of {', '.join(STEMS)}")
     kernel, stride, padding = STEMS[spec.stem]
     return nn.Conv2d(2 if spec.sobel else spec.in_channels, spec.width, kernel, stride, padding, bias=False)
 

@@ -28,7 +28,7 @@ def method(text: str, config_of: Callable[[str], type | None] = config_of) -> An
     name, args, options = _call(text, "method")
     known = importlib.import_module("fastssl.methods").names()
     if name not in known:
-        raise ValueError(f"method={name!r} is none of {', '.join(known)}{settings.hint(name, known)}")
+        raise ValueError(f"method={name!r} is not one of {', '.join(known)}{settings.hint(name, known)}")
     kind = config_of(name)
     return kind and _construct(kind, name, args, options, "method")
 
@@ -51,7 +51,7 @@ def recipe(text: str, like: tuple, key: str) -> tuple:
 def check_recipe(text: str, known: Iterable[str], key: str) -> None:
     name, _, _ = _call(text, key)
     if name not in known:
-        raise ValueError(f"{key}={name!r} is none of {', '.join(known)}{settings.hint(name, known)}")
+        raise ValueError(f"{key}={name!r} is not one of {', '.join(known)}{settings.hint(name, known)}")
 
 
 def _call(text: str, key: str) -> tuple[str, tuple, dict]:

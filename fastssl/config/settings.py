@@ -163,6 +163,6 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
         return value
     elif origin is typing.Literal:
         if not any(value == choice and type(value) is type(choice) for choice in args):
-            raise ValueError(f"{key}={value!r} is none of {', '.join(map(str, args))}{hint(value, args)}")
+            raise ValueError(f"{key}={value!r} is not one of {', '.join(map(str, args))}{hint(value, args)}")
         return value
     raise ValueError(f"{key}: wants {getattr(kind, '__name__', kind)}, got {value!r}")

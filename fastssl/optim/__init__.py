@@ -82,6 +82,6 @@ def build(
             clip_each=clip_each,
         )
     else:
-        raise ValueError(f"optim.name={optim.name!r} is none of sgd, adamw, lars")
+        raise ValueError(f"optim.name={optim.name!r} is not one of sgd, adamw, lars")
     schedule.set_lr(optimizer, 0)
     return optimizer, schedule

@@ -29,7 +29,7 @@ def lr_multiplier(optim: Optim, step: int, steps_per_epoch: int, total_steps: in
         return ramp * _cosine(done, 1.0, optim.lr_end)
     if optim.schedule == "cosine":
         return ramp if step < warm else _cosine((step - warm) / max(1, total_steps - warm), 1.0, optim.lr_end)
-    raise ValueError(f"optim.schedule={optim.schedule!r} is none of cosine, cosine_epoch, step, constant")
+    raise ValueError(f"optim.schedule={optim.schedule!r} is not one of cosine, cosine_epoch, step, constant")
 
 
 def _cosine(done: float, start: float, end: float) -> float:

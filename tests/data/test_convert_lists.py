@@ -22,14 +22,14 @@ def test_list_files(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("a.jpg 0\na.jpg cat\n", "line 2: the label 'cat' is no number, unlike"),
+        ("a.jpg 0\na.jpg cat\n", "line 2: the label 'cat' is not a number, unlike"),
         ("a.jpg -2\na.jpg 0", "'-2' is below 0"),
         ("a.jpg 1.5\n", "'1.5' is neither"),
         ("a.jpg 0\na.jpg\n", "line 2: some lines have a label"),
         ("a.jpg cat dog\n", "3 columns: name those with labels, --label-columns 2"),
         ("a.jpg\tx\t1\n", "3 columns"),
         ('a.jpg,"x\n', "line 1"),
-        ("a.jpg\0 1\n", "no text file"),
+        ("a.jpg\0 1\n", "not a text file"),
         (",1\n,2\n", "the path is empty"),
         ("\n\n", "lists no image"),
         ("a.jpg 20000000\n", "far beyond"),
@@ -112,7 +112,7 @@ def test_tiny_imagenet_s_validation_list_gets_the_numbers_of_its_training_set(tm
         "--classes",
         tmp_path / "wnids.txt",
     )
-    assert "line 1: the label 'n02' is none of the 2 classes" in line
+    assert "line 1: the label 'n02' is not one of the 2 classes" in line
 
 
 @pytest.mark.parametrize(

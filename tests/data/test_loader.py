@@ -335,7 +335,7 @@ def test_missing_and_damaged_files_are_named(beton, tmp_path):
         with pytest.raises(ValueError, match=r"part.beton.*(truncated|damaged)"):
             open_loader(path)
     path.write_bytes(np.random.default_rng(0).bytes(10_000))
-    with pytest.raises(ValueError, match=r"no \.beton"):
+    with pytest.raises(ValueError, match=r"not a \.beton file"):
         open_loader(path)
 
 

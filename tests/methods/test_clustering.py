@@ -125,8 +125,8 @@ def test_more_clusters_than_samples_raises(name, settings, most):
 
 def test_deepcluster_invalid_settings_raise():
     for settings, match in (
-        ({"algorithm": "dbscan"}, "method.algorithm='dbscan' is none of kmeans, pic, faiss"),
-        ({"sampling": "some"}, "method.sampling='some' is none of uniform, all"),
+        ({"algorithm": "dbscan"}, "method.algorithm='dbscan' is not one of kmeans, pic, faiss"),
+        ({"sampling": "some"}, "method.sampling='some' is not one of uniform, all"),
         ({"pca_dim": 9}, "method.pca_dim=9 is more than the backbone's 8 features: set at most that, or 0"),
     ):
         with pytest.raises(ValueError, match=match):
