@@ -18,6 +18,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +106,11 @@ class Loader:
 
     def _read_card(self) -> DataCard:
         """The data card beside the file; without one, what the file itself says."""
-        found = {"samples": self.samples, "max_pixels": self._beton.max_pixels, "bytes": self._beton.bytes.size}
+        found: dict[str, Any] = {
+            "samples": self.samples,
+            "max_pixels": self._beton.max_pixels,
+            "bytes": self._beton.bytes.size,
+        }
         if not Path(self.path).with_suffix(".json").exists():
             return DataCard(**found)
         card = DataCard.read(self.path)
@@ -154,19 +159,19 @@ class Loader:
 
     def _batches(self, epoch: int, micro_batches: list[MicroBatch], repeats: bool) -> Generator[Batch]:
         rows = [micro_batch.rows for micro_batch in micro_batches]
-        source = self._decode_ahead(rows) if self._resident is None else self._select(rows)
+        source = self._decode_ahead(rows) if self._resident is None else self._select(self._resident, rows)
         with closing(source):  # also if the caller stops early
             for step, position, _ in micro_batches:
                 before = time.perf_counter()
-                tensors = next(source)
+                pixels, sizes, index, label = next(source)
                 self.wait_ms = 1e3 * (time.perf_counter() - before)
-                yield Batch(*tensors, epoch, step, position if repeats else None)
+                yield Batch(pixels, sizes, index, label, epoch, step, position if repeats else None)
 
-    def _select(self, rows: list[np.ndarray]) -> Generator[Tensors]:
+    def _select(self, resident: Tensors, rows: list[np.ndarray]) -> Generator[Tensors]:
         """From the resident images."""
         for part in rows:
             index = torch.from_numpy(part).to(self.device, non_blocking=True)
-            yield [t.index_select(0, index) for t in self._resident]
+            yield [t.index_select(0, index) for t in resident]
 
     def _decode_ahead(self, rows: list[np.ndarray]) -> Generator[Tensors]:
         """On the device, in order; AHEAD micro-batches are decoded while the caller works on the one before."""

@@ -58,8 +58,8 @@ class FiniteLoss:
             if "loss" not in record or (overflow and record.get("loss_scale", 1.0) > 1.0):
                 continue
             self.bad = [] if math.isfinite(record["loss"]) and not overflow else [*self.bad, record]
-            if len(self.bad) >= self.limit:
-                self.error = NotFinite(self.problem(), self.bad[0]["step"])
+            if (problem := self.problem()) and len(self.bad) >= self.limit:
+                self.error = NotFinite(problem, self.bad[0]["step"])
                 break
         if self.error is not None:
             raise self.error
@@ -87,8 +87,9 @@ class Trace:
     every module, losses, gradients.  Then call `look_at_weights`.  `found`: the first that is not finite."""
 
     def __init__(self, t: Trainer):
-        self.t, self.found = t, None
-        self._count, self._batch = 0, None
+        self.t, self._count = t, 0
+        self.found: Finding | None = None
+        self._batch: Batch | None = None
         self._handles: list[Any] = []
 
     def __enter__(self) -> Trace:
@@ -147,7 +148,7 @@ def describe(value: Tensor, batch: Batch | None) -> str:
     nan, inf = int(value.isnan().sum()), int(value.isinf().sum())
     text = f"shape {tuple(value.shape)}: {nan} NaN and {inf} infinite of {value.numel()} values"
     samples = 0 if batch is None else len(batch.index)
-    if not samples or not value.ndim or len(value) % samples:
+    if batch is None or not samples or not value.ndim or len(value) % samples:
         return text
     rows = (~value.isfinite()).flatten(1).any(1) if value.ndim > 1 else ~value.isfinite()
     wrong = batch.index[rows.nonzero().flatten() % samples].unique().tolist()
@@ -193,7 +194,7 @@ def traced(t: Trainer, micro_batches: list[Batch]) -> str | None:
     with Trace(t) as trace:
         step(t, micro_batches)
     trace.look_at_weights()
-    findings = [trace.found]
+    findings: list[Finding | None] = [trace.found]
     if dist.world() > 1:
         findings = [None] * dist.world()
         td.all_gather_object(findings, trace.found)

@@ -30,10 +30,10 @@ def _find(run: Run, resume: bool | str | Path, force: bool) -> Path | None:
         if existing and not force:
             raise ValueError(_not_empty(folder))
         return None
-    newest = resume in (True, "auto")
+    newest = resume is True or resume == "auto"
     if newest and force:
         raise ValueError("--force starts anew and --resume and --continue continue: give one of them")
-    path = store.newest(folder) if newest else _complete(Path(resume))
+    path = store.newest(folder) if resume is True or resume == "auto" else _complete(Path(resume))
     if path is None:
         raise ValueError(
             f"--resume: no complete checkpoint in {store.directory(folder)}; start without --resume"
