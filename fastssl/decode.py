@@ -6,12 +6,13 @@ behind it is left as it was.  FFCV ignores what its `imdecode` returns; here a d
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -81,6 +82,7 @@ class BetonReader:
     def __init__(self, path: str | os.PathLike):
         self.path = str(path)
         reader = _open(self.path)
+        self._identity = _identity(self.path)
         fields = {"image": RGBImageField, "index": IntField, "label": (IntField, NDArrayField)}
         wrong = [name for name, kind in fields.items() if not isinstance(reader.handlers.get(name), kind)]
         if wrong:
@@ -115,6 +117,31 @@ class BetonReader:
         if dtype.kind not in "fiu" or math.prod(map(int, shape)) * dtype.itemsize != lengths[0] or np.ptp(lengths):
             raise ValueError(
                 f"{self.path} is damaged: its label vectors are not of {dtype} and shape {shape}; convert again"
+            )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this file from another one of the same name: a hash of sizes, places and lengths of all images."""
+        digest = hashlib.sha256()
+        for part in (self.image, self.pointers, self.lengths):
+            digest.update(part.tobytes())
+        return f"{self.samples} images, {self.bytes.size} bytes, index {digest.hexdigest()[:12]}"
+
+    def check_unchanged(self) -> None:
+        """ValueError if the path no longer leads to the file that was opened, as it was then.  A file that is cut short
+        kills the process with SIGBUS as soon as it reads what is gone, and another one's bytes are not what the index
+        says."""
+        try:
+            now = _identity(self.path)
+        except OSError as error:
+            raise ValueError(
+                f"{self.path} cannot be read any more ({error.strerror}): it was moved, or its file system has gone; "
+                "bring it back and continue with --resume"
+            ) from None
+        if now != self._identity:
+            raise ValueError(
+                f"{self.path} was changed or replaced while it was read: bring the file of before back and continue "
+                "with --resume, or start a new run (name=...)"
             )
 
     def _check_pointers(self, pointers: np.ndarray) -> None:
@@ -170,6 +197,11 @@ def _compiled() -> Callable:
     operation = DecodeOnce()
     operation.accept_globals(None, Compiler.compile(_read))
     return Compiler.compile(operation.generate_code())
+
+
+def _identity(path: str) -> tuple[int, ...]:
+    info = os.stat(path)
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
 
 
 def _open(path: str) -> Reader:

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastssl import agreement, bottleneck, config, dist, ending, nonfinite
+from fastssl import agreement, bottleneck, config, dist, ending, memory, nonfinite
 from fastssl import hooks as monitors
 from fastssl.amp import emulated
 from fastssl.build import build
 from fastssl.checkpoint import run_folder, state
 from fastssl.checkpoint.resume import find_checkpoint
 from fastssl.config import Run
+from fastssl.files import untrusted
 from fastssl.loader import Batch, Loader
 from fastssl.log import Log
 from fastssl.nonfinite import FiniteLoss, NotFinite
@@ -61,6 +62,7 @@ def fit(
         log = Log(t.folder, every=run.log.every, total_steps=t.total_steps, tensorboard=run.log.tensorboard)
         at_exit.callback(log.close_files)
         if path:
+            run_folder.check_data(t, path)
             notes = state.load(t, path)
             run_folder.prepare(t, path, clear=resume not in (True, "auto"))
             log.truncate(t.step)
@@ -74,12 +76,16 @@ def fit(
         log.text(opening(t))
         if choice := bottleneck.automatic_settings(t):
             log.text(choice)
-        problem, began, first = None, time.monotonic(), t.step
+        problem, full, began, first = None, None, time.monotonic(), t.step
         with ending.Signals(t.device) as signals, ending.progress.watched(run.timeout_s):
             try:
                 train(t, log, signals)
             except NotFinite as error:
                 problem = str(error), error.step
+            except torch.OutOfMemoryError as error:
+                full = untrusted.one_line(error)
+        if full is not None:
+            raise ValueError(f"out of memory in step {t.step + 1}: {memory.advice(t)} ({full})")
         if problem is None:
             log.text(closing(t))
             return t

@@ -120,6 +120,11 @@ class Loader:
             )
         return card
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells this file from another one of the same name."""
+        return self._beton.fingerprint
+
     def labels(self) -> np.ndarray:
         """int64 (N,) or float32 (N, C) of all samples in file order; no image is decoded."""
         return self._labels(np.arange(self.samples))
@@ -193,6 +198,7 @@ class Loader:
 
     def _load(self, rows: np.ndarray) -> tuple[Tensors, torch.cuda.Event | None]:
         """One micro-batch, and on CUDA the event after its copy; runs on the prefetcher's thread, one at a time."""
+        self._beton.check_unchanged()
         n = len(rows)
         sizes, index = torch.empty(n, 2, dtype=torch.int32), torch.from_numpy(rows)
         label = torch.from_numpy(self._labels(rows))

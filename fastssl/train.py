@@ -13,6 +13,7 @@ if __name__ == "__main__" and sys.path[0] == str(Path(__file__).resolve().parent
     del sys.path[0]  # started as a script: our own `config`, `views`, ... must not shadow other packages' modules
 
 import argparse
+import faulthandler
 import os
 import re
 import socket
@@ -84,6 +85,8 @@ def guarded(work: Callable[[], None]) -> int:
 
     # CUDA reads it when it starts; --deterministic needs it
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if not faulthandler.is_enabled():  # a memory error of a library, or SIGBUS from a file that was cut short
+        faulthandler.enable()
     launcher.set_variables()
     watch, code = ending.Watchdog(), 0
     try:

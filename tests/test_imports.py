@@ -29,7 +29,7 @@ LAYERS = """
     hooks report
     step
     build outputs
-    nonfinite
+    memory nonfinite
     engine
     api
     train

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import platform
 import shutil
@@ -23,7 +24,7 @@ from fastssl.config import Run, dump
 from fastssl.files import untrusted
 from fastssl.trainer import Trainer
 
-LOCK = "lock"
+LOCK, ENVIRONMENT = "lock", "environment.json"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from file systems that are mounted without locks
 
 
@@ -79,6 +80,8 @@ def prepare(t: Trainer, checkpoint: Path | None = None, clear: bool = True) -> N
     which `find_checkpoint` has allowed."""
     if dist.is_main():
         t.folder.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None:
+            _keep_log(t.folder, delete=clear and bool(store.list_checkpoints(t.folder)))
         for old in store.list_checkpoints(t.folder) if clear else ():
             if checkpoint is None or not store.precedes(old, checkpoint):
                 shutil.rmtree(old)
@@ -86,17 +89,26 @@ def prepare(t: Trainer, checkpoint: Path | None = None, clear: bool = True) -> N
     dist.barrier()
 
 
+def _keep_log(folder: Path, delete: bool) -> None:
+    """Give the log of an earlier run, which has ended before its first checkpoint, another name.  `delete`: with
+    --force it goes, together with the checkpoints."""
+    log, texts = folder / "log.jsonl", folder / "log.txt"
+    if delete or not log.exists():
+        return
+    number = next(n for n in itertools.count(1) if not (folder / f"log-{n}.jsonl").exists())
+    for file in (log, texts):
+        if file.exists():
+            file.rename(file.with_stem(f"log-{number}"))
+    print(f"{folder}: the log of a run that has left no checkpoint is kept as log-{number}.jsonl", flush=True)
+
+
 def record_environment(t: Trainer) -> None:
     """Add an entry to environment.json: the machine and the versions with which the run starts or continues, and the
     step."""
     if not dist.is_main():
         return
-    file, device = t.folder / "environment.json", t.device
-    try:
-        before = untrusted.read_json(file) if t.step else []
-    except ValueError:  # absent in older runs
-        before = []
-    before = [entry for entry in before if isinstance(entry, dict)] if isinstance(before, list) else []
+    device = t.device
+    before = _environments(t.folder) if t.step else []
     cuda = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     entry = {
         "step": t.step,
@@ -108,9 +120,33 @@ def record_environment(t: Trainer) -> None:
         "system": platform.platform(),
         "python": platform.python_version(),
         "cuda": torch.version.cuda or "none",
+        **({"data": t.loader.fingerprint} if hasattr(t.loader, "fingerprint") else {}),
         **{name: metadata.version(name) for name in ("fastssl", "torch", "torchvision", "ffcv", "deepspeed")},
     }
-    files.write_json(file, [*before, entry])
+    files.write_json(t.folder / ENVIRONMENT, [*before, entry])
+
+
+def check_data(t: Trainer, checkpoint: Path) -> None:
+    """ValueError, on every rank, if the training file is not the one that the run of `checkpoint` has read last."""
+
+    def check() -> None:
+        known = [entry["data"] for entry in _environments(checkpoint.parent.parent) if "data" in entry]
+        if known and hasattr(t.loader, "fingerprint") and known[-1] != t.loader.fingerprint:
+            raise ValueError(
+                f"--resume: data.train={t.loader.path} is another file than before ({t.loader.fingerprint} now, "
+                f"{known[-1]} when the run was last started): bring it back, or start a new run (name=...)"
+            )
+
+    dist.on_main(check)
+
+
+def _environments(folder: Path) -> list[dict]:
+    """The entries of environment.json; none in older runs."""
+    try:
+        found = untrusted.read_json(folder / ENVIRONMENT)
+    except ValueError:
+        return []
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
 
 def _processor() -> str:

@@ -54,7 +54,7 @@ def folder(tmp_path_factory, beton):
     return folder
 
 
-def srun(folder: Path, mode: str, *args: str) -> tuple[list[int], list[str]]:
+def srun(folder: Path, mode: str, *args: str, seconds: int = 300) -> tuple[list[int], list[str]]:
     """Start two ranks like Slurm's srun; returns their exit codes and the lines of both."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
@@ -86,7 +86,7 @@ def srun(folder: Path, mode: str, *args: str) -> tuple[list[int], list[str]]:
             for rank in (0, 1)
         ]
         try:
-            codes = [process.wait(300) for process in both]
+            codes = [process.wait(seconds) for process in both]
         finally:
             for process in both:
                 process.kill()
@@ -118,7 +118,8 @@ def test_an_error_on_one_rank_is_the_last_line_and_ends_the_other(folder, stoppe
 def restarted(folder):
     """In the first life rank 1 is killed after step 4, in the second it hangs after step 7, the third ends the run."""
     args = ("optim.epochs=2", "log.checkpoint_steps=2")
-    return srun(folder, "restarts", "name=restarts", "--restarts", "2", *args), srun(folder, "none", "name=none", *args)
+    lives = srun(folder, "restarts", "name=restarts", "--restarts", "2", *args, seconds=550)
+    return lives, srun(folder, "none", "name=none", *args)
 
 
 def test_a_killed_rank_is_named_and_the_run_is_restarted_in_place(folder, restarted):
