@@ -13,6 +13,7 @@ from fastssl.eval import PROTOCOLS
 
 COMMANDS = {
     "train": ("fastssl.train", "pretrain a backbone in one process (in several: deepspeed --module fastssl.train)"),
+    "slurm": ("fastssl.slurm", "pretrain on the nodes of a Slurm cluster: write an sbatch script and submit it"),
     "replay": ("fastssl.replay", "make the step again in which a run's loss was not finite, and find the first tensor"),
     "convert": ("fastssl.data_prep", "convert a dataset to a .beton file, or check one"),
     "eval": ("fastssl.eval", f"evaluate a run or weights: {', '.join(PROTOCOLS)}"),

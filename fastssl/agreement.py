@@ -6,7 +6,7 @@ Ranks that differ would train without an error and give a result that no config 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib
 import platform
 import socket
 import sys
@@ -100,13 +100,13 @@ def _code(run: Run) -> dict[str, str]:
     """Hashes of fastssl's files, and of those that define the run's method, hooks and other objects."""
     found = {}
     for package in ("fastssl", "fastssl.kernels"):
-        for folder in map(Path, importlib.util.find_spec(package).submodule_search_locations):
+        for folder in map(Path, importlib.import_module(package).__path__):
             for file in sorted(folder.rglob("*.py")):
                 found[f"{package}/{file.relative_to(folder)}"] = file
     for module in {str(value).rpartition(".")[0] for key, value in _settings(dump(run)) if key.endswith("type")}:
-        file = getattr(sys.modules.get(module), "__file__", None)
-        if file and not module.startswith("fastssl."):
-            found[Path(file).name] = Path(file)
+        defined_in = getattr(sys.modules.get(module), "__file__", None)
+        if defined_in and not module.startswith("fastssl."):
+            found[Path(defined_in).name] = Path(defined_in)
     return {name: hashlib.sha256(file.read_bytes()).hexdigest()[:12] for name, file in found.items()}
 
 

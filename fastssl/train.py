@@ -24,8 +24,8 @@ from fastssl import config, launcher
 from fastssl.parsing import Parser
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser("fastssl train", description="Pretrain a backbone without labels.")
+def parser(prog: str = "fastssl train") -> argparse.ArgumentParser:
+    p = Parser(prog, description="Pretrain a backbone without labels.")
     p.add_argument("config", nargs="?", help="a config file (default: configs/quickstart.py)")
     p.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the file")
     p.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint of the run")
@@ -40,11 +40,17 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def parse(argv: list[str] | None, prog: str = "fastssl train") -> argparse.Namespace:
+    """The arguments; ValueError where CONFIG or a setting is wrong."""
+    args = parser(prog).parse_intermixed_args(argv)
+    args.config, args.overrides = _config_and_overrides([*filter(None, [args.config]), *args.overrides])
+    return args
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_intermixed_args(argv)
     try:
         launcher.set_variables()
-        args.config, args.overrides = _config_and_overrides([*filter(None, [args.config]), *args.overrides])
+        args = parse(argv)
         if launcher.ranks() == 1:  # of several one reports a mistake (ending.report_failure)
             config.check(args.config or config.quickstart(), args.overrides)
     except ValueError as error:

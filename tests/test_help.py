@@ -99,6 +99,7 @@ def parsers():
 
             patch.setattr(argparse.ArgumentParser, "parse_args", stop)
             patch.setattr(argparse.ArgumentParser, "parse_intermixed_args", stop)
+            patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
             with contextlib.suppress(SystemExit):
                 command.main([name, "x", "y"])
         yield name, made[0]

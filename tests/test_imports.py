@@ -33,7 +33,7 @@ LAYERS = """
     engine
     api
     train
-    quickstart replay
+    quickstart replay slurm
     __main__
 """.splitlines()
 CONFIGS_MAY_USE = {"config", "methods.*", "views", "hooks"}

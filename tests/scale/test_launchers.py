@@ -8,6 +8,7 @@ from pathlib import Path
 import hosts as network
 import pytest
 import safetensors.torch
+import slurm_cluster
 import torch
 
 TRAIN = str(Path(__file__).parents[2] / "fastssl" / "train.py")
@@ -15,28 +16,51 @@ DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 STEPS = 12
 CONFIG = """
+import os, time
+from pathlib import Path
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run, Speed
+from fastssl.hooks import Hook
 from fastssl.methods import moco
+
+class Hold(Hook):
+    '''The first start of a job with HOLD in its environment waits after step 5 until it gets a signal.'''
+
+    def after_step(self, t, out, batch):
+        if "HOLD" in os.environ and "SLURM_RESTART_COUNT" not in os.environ and t.step >= 5:
+            Path(os.environ["HOLD"]).touch()
+            time.sleep(5)
 
 def get_config():
     return Run(method=moco.Config(dims=(16,), queue=40, momentum=0.9), seed=1, deterministic=True,
                backbone=Backbone("resnet10", stem="cifar", width=8),
-               data=Data(train={beton!r}, views=views.moco_v2(16)),
+               data=Data(train={beton!r}, views=views.moco_v2(16)), hooks=(Hold(),),
                optim=Optim(lr=0.1, batch=16, epochs=2), speed=Speed(workers=1),
-               log=Log(every=1, checkpoint_epochs=0, checkpoint_steps=4, probe=False, tensorboard=False))
+               log=Log(every=1, checkpoint_epochs=0, checkpoint_steps=1, probe=False, tensorboard=False))
 """
 
 
 @pytest.fixture(scope="module")
-def hosts(tmp_path_factory):
-    """node1 and node2, which reach each other by ssh."""
+def network_of_two(tmp_path_factory):
     network.need_namespaces()
-    network.need_programs("sshd", "ssh", "pdsh")
     made = network.Hosts(tmp_path_factory.mktemp("hosts"))
     with made:
-        made.start_sshd()
-        yield made.hosts
+        yield made
+
+
+@pytest.fixture(scope="module")
+def hosts(network_of_two):
+    """node1 and node2, which reach each other by ssh."""
+    network.need_programs("sshd", "ssh", "pdsh")
+    network_of_two.start_sshd()
+    return network_of_two.hosts
+
+
+@pytest.fixture(scope="module")
+def slurm(network_of_two, tmp_path_factory):
+    """Slurm on node1 and node2."""
+    network.need_programs(*slurm_cluster.PROGRAMS)
+    return slurm_cluster.Slurm(network_of_two.hosts, tmp_path_factory.mktemp("slurm"))
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +161,59 @@ def test_a_port_in_use_ends_the_job_on_both_hosts(hosts, folder):
     assert done.returncode != 0
     assert f"port {first.address}:29503 is in use by another job on this machine" in done.stdout + done.stderr
     assert not (folder / "work_dirs/taken").exists()
+
+
+def submit(slurm: slurm_cluster.Slurm, folder: Path, name: str, *options: str, hold: bool = True) -> str:
+    """The number of a job of two nodes with one rank each, submitted by `fastssl slurm`."""
+    command = ["--nodes", "2", "--ranks-per-node", "1", "--cpus-per-rank", "1", "--device", "cpu", *options]
+    variables = [f"HOLD={folder}/{name}.held"] if hold else []
+    fastssl = ["env", *variables, sys.executable, "-m", "fastssl", "slurm", "c.py", f"name={name}"]
+    return slurm.run(*fastssl, *command, cwd=folder).split()[1]
+
+
+def printed(folder: Path, name: str, job: str) -> str:
+    return (folder / f"work_dirs/{name}/slurm-{job}.out").read_text()
+
+
+def test_a_preempted_slurm_job_is_queued_again_and_resumes_to_the_same_bits(slurm, folder, one_node):
+    job = submit(slurm, folder, "preempted")
+    slurm.wait((folder / "preempted.held").exists, 200)
+    urgent = "--partition=urgent --nodes=2 --exclusive --output=/dev/null --wrap=true"
+    slurm.run("sbatch", *urgent.split())
+    end = slurm.finish(job)
+    out = printed(folder, "preempted", job)
+    assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("COMPLETED", "1", "0:0"), out
+    assert (
+        "; 2 ranks on CPU" in out and "stopped by SIGTERM at step " in out and "continuing work_dirs/preempted" in out
+    )
+    assert_equal(result(folder, "preempted"), one_node)
+
+
+@pytest.mark.full
+def test_a_slurm_job_saves_before_its_time_limit_and_queues_itself_again(slurm, folder, one_node):
+    job = submit(slurm, folder, "limited", "--time", "2", "--grace", "60")
+    end = slurm.finish(job)
+    out = printed(folder, "limited", job)
+    assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("COMPLETED", "1", "0:0"), out
+    assert "stopped by SIGUSR1 at step " in out and "continuing work_dirs/limited" in out
+    assert_equal(result(folder, "limited"), one_node)
+
+
+@pytest.mark.full
+def test_a_cancelled_slurm_job_saves_and_stays_cancelled(slurm, folder):
+    job = submit(slurm, folder, "cancelled")
+    slurm.wait((folder / "cancelled.held").exists, 200)
+    slurm.run("scancel", job)
+    end = slurm.finish(job)
+    assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0")
+    slurm.wait(lambda: "stopped by SIGTERM at step " in printed(folder, "cancelled", job), 60)
+    assert list((folder / "work_dirs/cancelled/checkpoints").glob("step_*/manifest.json"))
+
+
+@pytest.mark.full
+def test_two_slurm_jobs_at_once_on_the_same_nodes(slurm, folder, one_node):
+    jobs = {name: submit(slurm, folder, name, hold=False) for name in ("first", "second")}
+    slurm.wait(lambda: slurm.run("squeue", "--noheader", "--format=%T").split() == ["RUNNING"] * 2, 30)
+    for name, job in jobs.items():
+        assert slurm.finish(job)["JobState"] == "COMPLETED", printed(folder, name, job)
+        assert_equal(result(folder, name), one_node)
