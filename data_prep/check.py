@@ -1,6 +1,6 @@
-"""`fastssl convert check NAME.beton`: is the file what its data card says, does every image decode, how fast?
+"""`fastssl convert check NAME.beton`: compares the file with its data card and decodes all images.
 
-Draws NAME.png, a contact sheet of images spread over the file with their labels, for the eye.
+It also measures the speed of decoding, and draws NAME.png, a contact sheet of images and their labels, to look at.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from fastssl.files.datacard import DataCard
 from .ffcv_format import ALLOCATION, FIELD, HEADER, RAW, VERSION, decode_jpeg, sample_table
 from .write import Progress, Target, geometry, hash_progress
 
-CHUNK = 256
-COLUMNS, ROWS, CELL, CAPTION = 10, 8, 112, 16
+CHUNK = 256  # images that a thread decodes at once
+COLUMNS, ROWS, CELL, CAPTION = 10, 8, 112, 16  # of the contact sheet; the sizes of a cell and its text in pixels
 
 
 class BetonInspector:
-    """A converted file mapped into memory: the tables, and `image(row)` decoded by FFCV's decoder."""
+    """A converted file mapped into memory: its tables, and its images decoded by FFCV's decoder.  ValueError for a file
+    that is damaged or does not match its data card."""
 
     def __init__(self, path: str | Path):
         self.target = Target.of(path)
@@ -54,16 +55,17 @@ class BetonInspector:
         self.images, self.index, self.labels = (table[name] for name in dtype.names)
         allocations = self.data[allocations:].view(ALLOCATION).reshape(self.samples, -1)
         self.sizes = allocations["size"][:, 0]
-        self._inside(self.images["data_ptr"], self.sizes)
+        self._check_pointers(self.images["data_ptr"], self.sizes)
         if multi:
-            self._inside(self.labels, np.full(self.samples, 4 * len(classes), np.uint64))
+            self._check_pointers(self.labels, np.full(self.samples, 4 * len(classes), np.uint64))
             self.labels = np.stack([self.data[p : p + 4 * len(classes)].view("<f4") for p in self.labels.tolist()])
 
-    def _inside(self, pointers: np.ndarray, sizes: np.ndarray) -> None:
+    def _check_pointers(self, pointers: np.ndarray, sizes: np.ndarray) -> None:
         if (sizes > self.data.size).any() or (pointers > self.data.size - sizes).any():
             raise ValueError(f"{self.target.beton} is damaged: its table points outside the file")
 
     def require(self, name: str, found: object) -> None:
+        """ValueError unless the field `name` of the card is `found`."""
         if (said := getattr(self.card, name)) != found:
             raise ValueError(
                 f"{self.target.beton} does not match its data card: {name} is {found}, the card says {said}: "
@@ -71,7 +73,7 @@ class BetonInspector:
             )
 
     def image(self, row: int) -> np.ndarray | None:
-        """RGB pixels (height, width, 3), or None where they cannot be decoded."""
+        """RGB pixels (height, width, 3), or None if they cannot be decoded."""
         mode, width, height, pointer = self.images[row].item()
         if not width * height:
             return None
@@ -81,6 +83,7 @@ class BetonInspector:
         return decode_jpeg(data, height, width)
 
     def caption(self, row: int) -> str:
+        """The names of its classes; without labels, the row."""
         classes, label = self.card.classes, self.labels[row]
         if self.card.label == "multi":
             return " ".join(name for name, value in zip(classes, label) if value == 1)
@@ -88,7 +91,7 @@ class BetonInspector:
 
 
 def check(path: str | Path, *, workers: int = 1, progress: Progress = lambda *_: None) -> str:
-    """Verify everything and return a report of a few lines.  ValueError with one line for a file that is damaged."""
+    """The report that `fastssl convert check` prints.  ValueError, with a message of one line, for a damaged file."""
     beton = BetonInspector(path)
     beton.require("sha256", files.sha256(beton.target.beton, hash_progress(progress)))
     for key, value in geometry(beton.images["mode"], beton.images["height"], beton.images["width"]).items():
@@ -102,7 +105,7 @@ def check(path: str | Path, *, workers: int = 1, progress: Progress = lambda *_:
     card = beton.card
     return "\n".join(
         [
-            f"{path}: sound. {card.samples} images ({card.jpeg} JPEG, {card.raw} raw), sizes up to "
+            f"{path}: no errors. {card.samples} images ({card.jpeg} JPEG, {card.raw} raw), sizes up to "
             f"{card.max_height}x{card.max_width}, {card.bytes / 1e6:.1f} MB, hash and every image verified",
             f"decoded {rate:.0f} images/s, "
             f"{rate * card.bytes / card.samples / 1e6:.1f} MB/s on {workers} threads, "
@@ -114,31 +117,30 @@ def check(path: str | Path, *, workers: int = 1, progress: Progress = lambda *_:
 
 def _check_labels(beton: BetonInspector) -> None:
     kind, classes = beton.card.label, beton.card.classes
-    allowed = {"none": (-1, -1), "multi": (-1, 1)}.get(kind) or (-1, len(classes or []) - 1)
+    largest = {"none": -1, "multi": 1}.get(kind, len(classes or []) - 1)
     low, high = beton.labels.min(), beton.labels.max()
-    if not (low >= allowed[0] and high <= allowed[1]):  # not: also for NaN
+    if not (low >= -1 and high <= largest):  # with `not`, so that NaN is an error, too
         raise ValueError(
-            f"{beton.target.beton} is damaged: labels from {low} to {high}, the data card allows "
-            f"{allowed[0]} to {allowed[1]}"
+            f"{beton.target.beton} is damaged: labels from {low} to {high}, the data card allows -1 to {largest}"
         )
 
 
 def _decode_all(beton: BetonInspector, workers: int, progress: Progress) -> float:
-    """Images per second; ValueError names the first that does not decode.  The decoder releases the GIL."""
+    """Images per second; ValueError if some cannot be decoded.  Threads suffice, since the decoder releases the GIL."""
 
     def decode(start: int) -> list[int]:
         return [row for row in range(start, min(start + CHUNK, beton.samples)) if beton.image(row) is None]
 
-    broken: list[int] = []
+    damaged: list[int] = []
     begin = time.perf_counter()
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque(pool.submit(decode, start) for start in range(0, beton.samples, CHUNK))
         for chunk in range(len(waiting)):
-            broken += waiting.popleft().result()
+            damaged += waiting.popleft().result()
             progress("images", min((chunk + 1) * CHUNK, beton.samples), beton.samples)
-    if broken:
+    if damaged:
         raise ValueError(
-            f"{beton.target.beton} is damaged: {len(broken)} images do not decode, the first is row {broken[0]}"
+            f"{beton.target.beton} is damaged: {len(damaged)} images do not decode, the first is row {damaged[0]}"
         )
     return beton.samples / (time.perf_counter() - begin)
 
@@ -154,7 +156,7 @@ def contact_sheet(beton: BetonInspector) -> Image.Image:
         image = Image.fromarray(np.ascontiguousarray(beton.image(row)))
         scale = (CELL - 4) / max(image.size)
         size = tuple(max(1, round(side * scale)) for side in image.size)
-        # enlarged pixels stay visible as such: a blurred 8x8 digit would look like a bad conversion
+        # NEAREST shows the pixels of a small image: a blurred 8x8 digit would look like a mistake of the conversion
         image = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
         x, y = cell % columns * CELL, cell // columns * (CELL + CAPTION)
         sheet.paste(image, (x + (CELL - size[0]) // 2, y + 2 + (CELL - 4 - size[1]) // 2))

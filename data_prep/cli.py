@@ -11,15 +11,19 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from fastssl.files.datacard import DataCard
 from fastssl.parsing import Parser
 
 from .image import Options
-from .sources import KINDS, open_source
+from .kinds import KINDS, open_source
 from .write import Progress, Target, check_target, convert
 
-GIVEN = ("split", "root", "labels", "label_columns", "classes")  # options of sources, recorded in the data card
+if TYPE_CHECKING:
+    import rich.progress
+
+SOURCE_OPTIONS = ("split", "root", "labels", "label_columns", "classes")  # recorded in the data card
 
 
 class _Parser(Parser):
@@ -40,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         print("fastssl convert: not enough memory: try fewer --workers", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fastssl convert: interrupted, nothing was written", file=sys.stderr)
+        print("fastssl convert: interrupted; nothing was written", file=sys.stderr)
         return 130
 
 
@@ -49,73 +53,73 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         "fastssl convert",
         description=f"Convert images to one FFCV file OUT (NAME.beton) with a data card NAME.json.\n\nSOURCE\n{kinds}",
-        epilog="fastssl convert check NAME.beton   decodes everything, verifies counts and hash, measures read speed, "
-        "draws NAME.png",
+        epilog="fastssl convert check NAME.beton   decodes all images, compares the file with its data card, measures "
+        "the decoding speed, draws NAME.png",
     )
     parser.add_argument("source", metavar="SOURCE", choices=list(KINDS))
     parser.add_argument("path", metavar="PATH")
     parser.add_argument("out", metavar="OUT")
     add = parser.add_argument
     add("--split", help="sub-folder of PATH, or split of the dataset, to convert")
-    add("--root", help="list: folder that the paths are relative to (default: that of the list)")
+    add("--root", help="list: folder that the paths are relative to (default: the folder of the list)")
     add(
         "--label-columns",
         metavar="N",
         help="list: the column with the label, counted from 1 (the path is column 1); "
-        "2-4 or 2-: several labels an image (default: 2, where a line has no more columns)",
+        "2-4 or 2-: several labels per image (default: 2, if the lines have at most two columns)",
     )
     add(
         "--classes",
         metavar="FILE",
-        help="list: the class names in their order, one a line, or the .beton (or its "
-        "data card) whose classes these are, so that train and test have the same numbers (default: the sorted names)",
+        help="list: a file with one class name per line, in order, or the .beton or data card of another split, so "
+        "that both have the same class numbers (default: the sorted names)",
     )
     add("--labels", choices=("auto", "none"), default="auto", help="none: ignore the class folders (default auto)")
-    add("--short-side", type=_positive, metavar="S", help="shrink images whose short side is longer to S pixels")
-    add("--upscale", action="store_true", help="with --short-side: enlarge the smaller ones too")
+    add("--short-side", type=_positive, metavar="S", help="shrink images whose short side is longer than S to S pixels")
+    add("--upscale", action="store_true", help="with --short-side: also enlarge images whose short side is shorter")
     add("--max-pixels", type=_positive, metavar="N", help="shrink images of more than N pixels (height x width)")
     add(
         "--max-aspect",
         type=float,
         metavar="R",
-        help="with --short-side S: shrink long images further, to the area of R*S by S, because the largest image "
-        "sets the canvas of every batch (default 4)",
+        help="with --short-side S: shrink long images further, to at most R*S*S pixels, because in a batch every "
+        "image takes the memory of the largest one in the file (default 4)",
     )
     add(
         "--mode",
         choices=("jpg", "raw"),
-        help="how to store what cannot be stored as it is, raw also decodes JPEGs (default: jpg for JPEG sources, raw "
-        "for lossless ones)",
+        help="format of images that cannot be stored unchanged; with raw, JPEGs are decoded, too (default: jpg for "
+        "JPEGs, raw for images in lossless formats)",
     )
-    add("--quality", type=_positive, default=95, help="of JPEGs that are written here (default 95)")
+    add("--quality", type=_positive, default=95, help="of JPEGs that are encoded anew (default 95)")
     add(
         "--max-bad",
         type=_count,
         default=0,
         metavar="N",
-        help="skip up to N unreadable images (default 0); they are listed in NAME.bad.txt",
+        help="leave out up to N images that cannot be read (default 0); NAME.bad.txt lists them",
     )
     add(
         "--workers",
         type=_workers,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="processes (default: one for each CPU)",
+        help="processes (default: one per CPU)",
     )
     add("--force", action="store_true", help="replace an existing OUT")
     return parser
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or len(text) > 18 or int(text) < 1:  # 18: NumPy's and C's whole numbers have 19 digits
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:  # integers of 64 bits have 19 digits
         raise argparse.ArgumentTypeError(f"{text[:30]!r} is not a positive whole number of at most 18 digits")
     return int(text)
 
 
 def _workers(text: str) -> int:
-    count, most = _positive(text), max(64, 4 * (os.cpu_count() or 1))
-    if count > most:
-        raise argparse.ArgumentTypeError(f"{text} is more than {most}: a worker keeps one CPU busy")
+    count, limit = _positive(text), max(64, 4 * (os.cpu_count() or 1))
+    if count > limit:
+        raise argparse.ArgumentTypeError(f"{text} is more than {limit}: a worker keeps one CPU busy")
     return count
 
 
@@ -131,16 +135,16 @@ def _convert(argv: list[str]) -> int:
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     if args.quality > 100:
-        raise ValueError(f"--quality {args.quality}: 1 to 100")
+        raise ValueError(f"--quality {args.quality}: must be 1 to 100")
     if not args.short_side and (args.upscale or args.max_aspect is not None):
         raise ValueError(
             f"{'--upscale' if args.upscale else '--max-aspect'} needs --short-side; "
-            "--max-pixels bounds images without it"
+            "--max-pixels limits the size without it"
         )
     if args.max_aspect is not None and not args.max_aspect >= 1:
-        raise ValueError(f"--max-aspect {args.max_aspect}: 1 or more")
+        raise ValueError(f"--max-aspect {args.max_aspect}: must be 1 or more")
     target = Target.of(args.out)
-    check_target(target, args.force)  # before an archive is read for minutes
+    check_target(target, args.force)  # now, because reading an archive can take minutes
     options = Options(args.short_side, args.upscale, args.max_pixels, args.max_aspect or 4.0, args.quality, args.mode)
     start = time.perf_counter()
     source = open_source(
@@ -162,7 +166,7 @@ def _convert(argv: list[str]) -> int:
             workers=args.workers,
             max_bad=args.max_bad,
             force=args.force,
-            given={key: getattr(args, key) for key in GIVEN},
+            given={key: getattr(args, key) for key in SOURCE_OPTIONS},
             progress=progress,
         )
     for line in summary(card, target, time.perf_counter() - start):
@@ -174,20 +178,20 @@ def summary(card: DataCard, target: Target, seconds: float) -> Iterator[str]:
     classes = {
         "int": f"{len(card.classes or [])} classes",
         "none": "no labels",
-        "multi": f"{len(card.classes or [])} labels an image",
+        "multi": f"{len(card.classes or [])} labels per image",
     }[card.label]
     yield (
         f"{target.beton}: {card.samples} images, {classes}, {card.bytes / 1e6:.1f} MB in {seconds:.1f} s "
-        f"({card.copied} JPEGs bit for bit, {card.jpeg - card.copied} written as JPEG, {card.raw} raw)"
+        f"({card.copied} JPEGs unchanged, {card.jpeg - card.copied} encoded as JPEG, {card.raw} raw)"
     )
     options = card.options
     if card.label == "int" and len(card.classes or []) == 1:
         yield (
-            f"all images are of one class ({card.classes[0]!r}): fit for training without labels, and no "
-            "evaluation will take it as a training set; each class needs a folder of its own"
+            f"all images are of one class ({card.classes[0]!r}): the file can be used for training without labels, but "
+            "not as the training set of an evaluation; each class needs a folder of its own"
         )
     if card.bad:
-        yield f"skipped {card.bad} unreadable images, listed in {target.bad}"
+        yield f"left out {card.bad} images that cannot be read, listed in {target.bad}"
     if card.bounded:
         yield (
             f"--max-aspect {options['max_aspect']:g}: {card.bounded} long images were shrunk to the area of "
@@ -195,17 +199,18 @@ def summary(card: DataCard, target: Target, seconds: float) -> Iterator[str]:
         )
     if card.distrusted:
         yield (
-            f"{card.distrusted} JPEGs make FFCV's decoder complain (damaged, or of a rare kind) and were decoded "
-            "by Pillow"
+            f"{card.distrusted} JPEGs, for which FFCV's decoder reports errors (damaged, or of a rare kind), were "
+            "decoded by Pillow and encoded anew"
         )
     if options["short_side"] and not card.resized:
-        yield f"no image was changed by --short-side {options['short_side']}" + (
-            "" if options["upscale"] else ": none is larger (--upscale enlarges the smaller ones)"
+        yield f"--short-side {options['short_side']} changed no image" + (
+            "" if options["upscale"] else ": none is larger (--upscale enlarges smaller ones)"
         )
     if card.max_pixels > 8 * card.mean_pixels:
         yield (
-            f"the largest image sets the canvas of every batch in the loader: {card.max_pixels} pixels, "
-            f"{card.max_pixels / card.mean_pixels:.0f} times the mean; --max-pixels or --short-side bounds it"
+            "in a batch every image takes the memory of the largest one in the file, which has "
+            f"{card.max_pixels} pixels, {card.max_pixels / card.mean_pixels:.0f} times the mean; --max-pixels or "
+            "--short-side limits it"
         )
 
 
@@ -214,10 +219,11 @@ def _check(argv: list[str]) -> int:
 
     parser = _Parser(
         "fastssl convert check",
-        description="Decode everything, verify counts and hash, measure read speed, draw the contact sheet NAME.png.",
+        description="Decode all images, compare the file with its data card, measure the decoding speed and draw "
+        "NAME.png, a contact sheet.",
     )
     parser.add_argument("path", metavar="NAME.beton")
-    parser.add_argument("--workers", type=_workers, default=len(os.sched_getaffinity(0)), help="decoding threads")
+    parser.add_argument("--workers", type=_workers, default=len(os.sched_getaffinity(0)), help="threads that decode")
     try:
         args = parser.parse_args(argv)
     except SystemExit as stop:
@@ -229,20 +235,20 @@ def _check(argv: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def progress_bar(every_s: float = 10.0) -> Iterator[Progress]:
-    """A bar on a terminal; elsewhere a plain line every ten seconds, hence none in a short run."""
+def progress_bar(interval_s: float = 10.0) -> Iterator[Progress]:
+    """A bar on a terminal; otherwise a line of text every `interval_s` seconds."""
     bar, tasks, begin = None, {}, time.monotonic()
     last = begin
 
     def lines(what: str, done: int, total: int) -> None:
         nonlocal last
-        if (now := time.monotonic()) - last >= every_s:
+        if (now := time.monotonic()) - last >= interval_s:
             last = now
             print(f"{what}: {done} of {total}, {now - begin:.0f} s", file=sys.stderr, flush=True)
 
     def draw(what: str, done: int, total: int) -> None:
         nonlocal bar, last
-        if bar is None:  # only now: the thread that it starts must not exist when the workers are forked
+        if bar is None:  # created here because it starts a thread, which must not exist when the workers are forked
             bar = _bar()
         if what not in tasks:
             tasks[what] = bar.add_task(what, total=total)
@@ -259,7 +265,7 @@ def progress_bar(every_s: float = 10.0) -> Iterator[Progress]:
             bar.stop()
 
 
-def _bar():
+def _bar() -> rich.progress.Progress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar

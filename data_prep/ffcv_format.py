@@ -1,7 +1,7 @@
 """FFCV's file layout (version 2) and its JPEG decoder, without importing ffcv.
 
-`import ffcv` compiles numba code and imports torch, 8 s of CPU time, which a conversion does not need.  A test
-compares every definition here with ffcv's own.
+`import ffcv` compiles numba code and imports torch, which takes 8 s of CPU time.  A test compares every definition
+here with ffcv's own.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ INT, RGB_IMAGE, NDARRAY = 1, 2, 4  # field types
 
 
 def sample_table(samples: int, label_vector: bool) -> np.ndarray:
-    """The table of the fields image, index, label; the label is a pointer if it is a vector."""
+    """The table of samples, with the fields image, index and label; a label vector is stored as a pointer."""
     return np.zeros(samples, np.dtype([("", IMAGE), ("", "<i8"), ("", "<u8" if label_vector else "<i8")], align=True))
 
 
 def field_descriptions(classes: int | None) -> np.ndarray:
-    """Image, index and label (a float32 vector of `classes` numbers, or one integer for None)."""
+    """Of the fields image, index and label, which is a float32 vector of `classes` numbers, or one integer for None."""
     fields = np.zeros(3, FIELD)
     types = (RGB_IMAGE, INT, INT if classes is None else NDARRAY)
     for field, name, type_id in zip(fields, ("image", "index", "label"), types):
@@ -56,7 +56,7 @@ def field_descriptions(classes: int | None) -> np.ndarray:
 
 @cache
 def _imdecode():
-    spec = importlib.util.find_spec("ffcv")  # finds the package and does not import it
+    spec = importlib.util.find_spec("ffcv")  # does not import it
     if spec is None:
         raise ValueError("ffcv is not installed: pip install ffcv==1.0.2")
     (library,) = Path(spec.submodule_search_locations[0]).glob("_libffcv*.so")
@@ -67,7 +67,7 @@ def _imdecode():
 
 
 def decode_jpeg(data: bytes | np.ndarray, height: int, width: int) -> np.ndarray | None:
-    """RGB pixels (height, width, 3) as FFCV decodes them; None where its decoder reports an error or a warning."""
+    """RGB pixels (height, width, 3) as FFCV decodes them; None if its decoder reports an error or a warning."""
     source = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
     pixels = np.empty((height, width, 3), np.uint8)
     code = _imdecode()(

@@ -1,6 +1,6 @@
-"""List files: a path on each line, and its label or labels.  `open_list` is what `fastssl convert list` reads.
+"""List files: each line has the path of an image and its label or labels.
 
-Columns are separated by tabs, commas (CSV, with quotes) or blanks, whichever the first line has.  Labels are whole
+Columns are separated by tabs, commas (CSV, with quotes) or spaces, depending on the first line.  Labels are whole
 numbers from 0, with -1 for none, or names.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,14 +21,14 @@ from .file_sources import FileRef
 from .sources import SUFFIXES, Source
 
 MAX_LIST = 1 << 30  # bytes; ImageNet's lists have 50 MB
-WHOLE = re.compile(r"[+-]?\d{1,18}", re.ASCII)
+WHOLE_NUMBER = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 
 
 def open_list(
     path: str, root: str | None = None, label_columns: str | None = None, classes: str | None = None
 ) -> Source:
-    """Paths are relative to `root` (default: the folder of the list).  `label_columns`: "2" (one label), "2-4" or "2-"
-    (several an image).  `classes`: a file of names in their order, or a .beton or data card whose classes these are."""
+    """The Source of a list.  Paths are relative to `root` (default: the folder of the list).  `label_columns`: "2" (one
+    label per image), "2-4" or "2-" (several).  `classes`: as in `read_classes`."""
     base = Path(root) if root else Path(path).parent
     if not base.is_dir():
         raise ValueError(f"--root {base} is not a folder")
@@ -39,9 +40,9 @@ def open_list(
         raise ValueError(f"{path} lists no image")
     names = [name for _, name, _ in rows]
     if not any((base / name).exists() for name in names):
-        hint = "--root is another folder" if root else "name the folder of the images by --root"
+        hint = "give another --root" if root else "give the folder of the images by --root"
         raise ValueError(f"{path}: none of its {len(rows)} images exists, the first is {base / names[0]}: {hint}")
-    several = columns is not None and columns[1] != columns[0] + 1
+    multi = columns is not None and columns[1] != columns[0] + 1
     if all(labels is None for *_, labels in rows):
         if known:
             raise ValueError(f"--classes {classes}: {path} has no labels")
@@ -49,7 +50,7 @@ def open_list(
     else:
         found = known or _names(path, [(number, label) for number, _, labels in rows for label in labels], len(rows))
         numbers = _numbers(path, rows, found, classes)
-        kind, values = ("multi", numbers) if several else ("int", [row[0] for row in numbers])
+        kind, values = ("multi", numbers) if multi else ("int", [row[0] for row in numbers])
         if kind == "int" and max(values) < 0:
             kind, found = "none", None
 
@@ -68,28 +69,30 @@ def open_list(
 
 
 def read_classes(path: str) -> list[str]:
-    """The names in a text file, one a line, or the classes of a converted file."""
+    """Class names in order, from a text file with one per line, or from the data card of a .beton."""
     if Path(path).suffix in (".beton", ".json"):
         names = DataCard.read(path).classes
         if not names:
-            raise ValueError(f"--classes {path}: that file has no classes")
+            raise ValueError(f"--classes {path}: the file has no classes")
         return names
     names = [line.strip() for line in _lines(path) if line.strip()]
-    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
-    if twice or not names:
-        raise ValueError(f"--classes {path}: " + (f"{min(twice)!r} stands there twice" if twice else "it is empty"))
+    if not names:
+        raise ValueError(f"--classes {path}: the file is empty")
+    if len(set(names)) < len(names):
+        repeated = min(name for name, count in Counter(names).items() if count > 1)
+        raise ValueError(f"--classes {path}: the name {repeated!r} occurs more than once")
     return names
 
 
 def _columns(text: str | None) -> tuple[int, int | None] | None:
-    """(first, end) of the label columns, counted from 0; end None: all the rest."""
+    """(first, end) of the label columns, counted from 0; end None: to the last column."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d{1,4})(-(\d{0,4}))?", text, re.ASCII)
     first = int(match[1]) if match else 0
     last = first if match and match[2] is None else int(match[3]) if match and match[3] else None
     if first < 2 or (last is not None and last < first):
-        raise ValueError(f"--label-columns {text}: give a column from 2 on, as 2, or several as 2-4 or 2-")
+        raise ValueError(f"--label-columns {text}: give a column from 2 on, such as 2, or several, such as 2-4 or 2-")
     return first - 1, last
 
 
@@ -115,7 +118,7 @@ def _rows(
     separator = _separator(lines[0][1], base)
     cells = list(_cells(path, lines, separator, columns, base))
     if separator and len(cells) > 1 and not _is_image(cells[0][0], base):
-        notes.append(f"line {lines[0][0]} of {path} was taken for the names of the columns: {lines[0][1].strip()!r}")
+        notes.append(f"line {lines[0][0]} of {path} was read as the names of the columns: {lines[0][1].strip()!r}")
         lines, cells = lines[1:], cells[1:]
     labelled = len(cells[0]) > 1
     for (number, line), row in zip(lines, cells):
@@ -126,15 +129,13 @@ def _rows(
             raise ValueError(f"{path}, line {number}: some lines have a label and some have none: {line.strip()!r}")
         if columns is None and len(rest) > 1:
             raise ValueError(
-                f"{path}, line {number} has {len(row)} columns: name those with labels, --label-columns 2 "
-                "for one label an image, 2- for several"
+                f"{path}, line {number} has {len(row)} columns: give those with labels, --label-columns 2 "
+                "for one label per image, 2- for several"
             )
         if columns is not None:
             first, end = columns
             if len(row) <= first and end == first + 1:
-                raise ValueError(
-                    f"{path}, line {number} has {len(row)} columns: --label-columns {first + 1} is beyond them"
-                )
+                raise ValueError(f"{path}, line {number} has {len(row)} columns, and --label-columns is {first + 1}")
             rest = row[first:end]
             if end != first + 1:
                 rest = [label.strip() for cell in rest for label in re.split("[;|]", cell) if label.strip()]
@@ -142,12 +143,12 @@ def _rows(
 
 
 def _separator(line: str, base: Path) -> str | None:
-    """Tab or comma; None for blanks, where a path may hold commas."""
+    """Tab or comma; None for spaces.  A path may contain commas."""
     if "\t" in line:
         return "\t"
     text = line.strip()
-    whole = _is_file(base / text) or _is_file(base / text.rpartition(" ")[0])
-    return "," if "," in text and not whole else None
+    in_path = _is_file(base / text) or _is_file(base / text.rpartition(" ")[0])
+    return "," if "," in text and not in_path else None
 
 
 def _cells(path: str, lines: list, separator: str | None, columns, base: Path) -> Iterator[list[str]]:
@@ -164,14 +165,15 @@ def _cells(path: str, lines: list, separator: str | None, columns, base: Path) -
         return
     first = lines[0][1].split()
     if len(first) > 2 and _is_file(base / first[0]):
-        yield from ([first[0], *first[1:]] for _ in lines[:1])  # refused by _rows, which names --label-columns
+        yield first  # several columns: _rows raises an error that explains --label-columns
         return
     for _, line in lines:
         words = line.strip().rsplit(maxsplit=1)
-        alone = len(words) == 1 or (
-            not WHOLE.fullmatch(words[1]) and (words[1].lower().endswith(SUFFIXES) or _is_file(base / line.strip()))
+        no_label = len(words) == 1 or (
+            not WHOLE_NUMBER.fullmatch(words[1])
+            and (words[1].lower().endswith(SUFFIXES) or _is_file(base / line.strip()))
         )
-        yield [line.strip()] if alone else words  # a path alone may contain spaces
+        yield [line.strip()] if no_label else words  # the path may contain spaces
 
 
 def _is_file(path: Path) -> bool:
@@ -186,36 +188,36 @@ def _is_image(name: str, base: Path) -> bool:
 
 
 def _names(path: str, labels: list[tuple[int, str]], images: int) -> list[str]:
-    """The classes that the labels themselves say: 0 to the largest number, or the sorted names."""
-    whole = [bool(WHOLE.fullmatch(label)) for _, label in labels]
-    if not any(whole):
+    """The classes according to the labels: 0 to the largest number, or the sorted names."""
+    is_number = [bool(WHOLE_NUMBER.fullmatch(label)) for _, label in labels]
+    if not any(is_number):
         for number, label in labels:
             if not label or re.fullmatch(r"[+-]?\d*\.\d+", label):
                 raise ValueError(f"{path}, line {number}: the label {label!r} is neither a whole number nor a name")
         return sorted({label for _, label in labels})
-    if not all(whole):
-        number, label = labels[whole.index(not whole[0])]
+    if not all(is_number):
+        number, label = labels[is_number.index(not is_number[0])]
         raise ValueError(
-            f"{path}, line {number}: the label {label!r} is {'a' if not whole[0] else 'not a'} number, "
-            "unlike those before; with --classes FILE numbers are names, too"
+            f"{path}, line {number}: the label {label!r} is {'not a' if is_number[0] else 'a'} number, "
+            "unlike those before; with --classes FILE a number can be a name"
         )
-    top = max(int(label) for _, label in labels)
-    if top >= max(1000, 10 * images):
-        raise ValueError(f"{path}: the label {top} is far beyond the {images} lines: labels count from 0")
-    return [str(i) for i in range(top + 1)]
+    largest = max(int(label) for _, label in labels)
+    if largest >= max(1000, 10 * images):
+        raise ValueError(f"{path}: the label {largest} is too large for {images} lines: labels count from 0")
+    return [str(i) for i in range(largest + 1)]
 
 
 def _numbers(path: str, rows: list, names: list[str], given: str | None) -> list[list[int]]:
-    """The labels of each row as numbers in `names`: a name that stands there, or else its number."""
-    place = {name: i for i, name in enumerate(names)}
+    """The labels of each row as numbers of `names`: a label is one of the names, or otherwise a number."""
+    number_of = {name: i for i, name in enumerate(names)}
     out = []
     for number, _, labels in rows:
         out.append([])
         for label in labels:
-            value = place.get(label)
-            if value is None and WHOLE.fullmatch(label) and -1 <= int(label) < len(names):
+            value = number_of.get(label)
+            if value is None and WHOLE_NUMBER.fullmatch(label) and -1 <= int(label) < len(names):
                 value = int(label)
-            if value is None and WHOLE.fullmatch(label) and not given:
+            if value is None and WHOLE_NUMBER.fullmatch(label) and not given:
                 raise ValueError(f"{path}, line {number}: the label {label!r} is below 0 (-1: no label)")
             if value is None:
                 raise ValueError(

@@ -1,7 +1,7 @@
-"""Images that are in memory, or come from a Dataset, as a Source: NumPy arrays, tensors, PIL images.
+"""Images in memory or from a Dataset as a Source: NumPy arrays, tensors, PIL images.
 
-They are stored as their pixels (lossless), or with mode="jpg" as JPEG.  Where the images are files, `fastssl convert`
-on the files is better: JPEG bytes then go in as they are.
+They are stored as raw pixels, without loss, or as JPEG with mode="jpg".  For images in files, `fastssl convert` is
+better: it stores JPEGs unchanged.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from PIL import Image, ImageOps
 from .image import to_rgb
 from .sources import Source
 
-WANTED = "a PIL image, a uint8 array of shape (H, W), (H, W, 3) or (H, W, 4), or a uint8 tensor of shape (C, H, W)"
+IMAGE_TYPES = "a PIL image, a uint8 array of shape (H, W), (H, W, 3) or (H, W, 4), or a uint8 tensor of shape (C, H, W)"
 
 
 def open_memory(images: Any, labels: Any = None, classes: Sequence[str] | None = None) -> Source:
-    """`images`: anything with len() and [i]: a list, an array (N, H, W, 3), a torch Dataset, whose items may be pairs
-    (image, label).  `labels`: (N,) whole numbers from 0, -1 for none, or names; (N, C) of 0 and 1 for several each;
-    None for those of the pairs, or none.  `classes`: names by number; default: the Dataset's own, or the numbers.
-    ValueError for anything else, with the number of the item."""
+    """A Source of `images`: anything with len() and [i], such as a list, an array (N, H, W, 3) or a torch Dataset,
+    whose items may be pairs (image, label).  `labels`: (N,) whole numbers from 0, -1 for none, or names; (N, C) of 0
+    and 1 for several labels per image; None: those of the pairs, if any.  `classes`: their names; default: those of the
+    Dataset, or the numbers.  ValueError, with the number of the item, for anything else."""
     count = _length(images)
     if not count:
         raise ValueError("images is empty")
@@ -36,18 +36,18 @@ def open_memory(images: Any, labels: Any = None, classes: Sequence[str] | None =
     source = Source("memory", type(images).__name__, kind, classes and list(map(str, classes)), count, lambda: iter(()))
 
     def items() -> Iterator[tuple[str, np.ndarray, Any]]:
-        most = -1
+        largest = -1
         for i in range(count):
             item = images[i]
             image, label = item if paired else (item, -1)
-            label = _whole(label, i) if values is None else values[i]
+            label = _whole_number(label, i) if values is None else values[i]
             if kind == "int":
-                most = max(most, int(label))
+                largest = max(largest, int(label))
                 if source.classes is not None and label >= len(source.classes):
-                    raise ValueError(f"item {i}: the label {label} is beyond the {len(source.classes)} classes")
+                    raise ValueError(f"item {i}: the label {label} is too large for {len(source.classes)} classes")
             yield f"item {i}", pixels(image, i), label
         if kind == "int" and source.classes is None:
-            source.classes = [str(c) for c in range(most + 1)]
+            source.classes = [str(c) for c in range(largest + 1)]
 
     source.items = items
     return source
@@ -56,7 +56,7 @@ def open_memory(images: Any, labels: Any = None, classes: Sequence[str] | None =
 def _length(images: Any) -> int:
     if not hasattr(images, "__len__") or not hasattr(images, "__getitem__") or isinstance(images, str | bytes | dict):
         raise ValueError(
-            f"images of type {type(images).__name__}: give something with len() and [i], a list, an array or a Dataset"
+            f"images of type {type(images).__name__}: give a list, an array or a Dataset, with len() and [i]"
         )
     return len(images)
 
@@ -64,10 +64,12 @@ def _length(images: Any) -> int:
 def _labels(labels: Any, count: int, classes: Sequence[str] | None) -> tuple[str, np.ndarray, Sequence[str]]:
     values = np.asarray(labels)
     if len(values) != count or values.ndim not in (1, 2):
-        raise ValueError(f"labels of shape {values.shape} for {count} images: give one for each, or a row of 0 and 1")
+        raise ValueError(
+            f"labels of shape {values.shape} for {count} images: give one per image, or a row of 0 and 1 per image"
+        )
     if values.ndim == 2:
         if not np.isin(values, (0, 1)).all():
-            raise ValueError("labels with several columns must be 0 and 1: which classes each image has")
+            raise ValueError("labels with several columns must be 0 or 1 for each class")
         names = classes or [str(c) for c in range(values.shape[1])]
         if len(names) != values.shape[1]:
             raise ValueError(f"{len(names)} classes for labels with {values.shape[1]} columns")
@@ -80,13 +82,11 @@ def _labels(labels: Any, count: int, classes: Sequence[str] | None) -> tuple[str
             raise ValueError(f"the label {unknown!r} is not one of the classes {', '.join(names[:8])}")
         return "int", np.array([number[str(v)] for v in values]), names
     if values.dtype.kind not in "iu" or values.min() < -1:
-        raise ValueError(
-            f"labels of type {values.dtype} from {values.min()}: whole numbers from 0 are needed, -1 for none"
-        )
+        raise ValueError(f"labels of type {values.dtype} from {values.min()}: give whole numbers from 0 (-1: none)")
     return "int", values, classes or [str(c) for c in range(values.max() + 1)]
 
 
-def _whole(label: Any, i: int) -> int:
+def _whole_number(label: Any, i: int) -> int:
     try:
         value = int(label)
     except (TypeError, ValueError):
@@ -104,12 +104,12 @@ def pixels(image: Any, i: int) -> np.ndarray:
     array = image.numpy() if tensor else image
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
         got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(image).__name__
-        hint = "; of a Dataset leave out ToTensor and the like: the views are cut later, on the device"
-        raise ValueError(f"item {i} is {got}: wanted is {WANTED}{hint}")
+        hint = "; use a Dataset without ToTensor and other transforms: the views are computed later, on the device"
+        raise ValueError(f"item {i} is {got}: give {IMAGE_TYPES}{hint}")
     if tensor and array.ndim == 3:
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
-        raise ValueError(f"item {i} has shape {array.shape}: wanted is {WANTED}")
+        raise ValueError(f"item {i} has shape {array.shape}: give {IMAGE_TYPES}")
     return np.asarray(to_rgb(Image.fromarray(np.ascontiguousarray(array))))

@@ -1,8 +1,8 @@
-"""The pickles of CIFAR without Python's unpickler: dictionaries, lists, numbers, bytes and arrays of integers.
+"""A reader for the pickles of CIFAR that executes no code: dictionaries, lists, numbers, bytes, arrays of integers.
 
-`pickletools` splits the file into operations, and the few that such a file needs are carried out here on a stack of
-plain values.  No class is looked up and nothing is called; NumPy's arrays are made from their bytes, for integer
-types alone (an array of objects holds addresses, which would be read as such).
+`pickletools` splits the file into operations, and this module carries out the few that such a file needs, on a stack
+of plain values.  It looks up no class and calls no function.  NumPy arrays are made from their bytes, and only of
+integers: the bytes of an array of objects are addresses.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Array:
 
 
 def read_pickle(data: bytes, name: str) -> dict:
-    """The dictionary in a CIFAR batch; ValueError for a pickle that is damaged, holds anything else or runs code."""
+    """The dictionary in a CIFAR batch.  ValueError if it is damaged, has other content or would run code."""
     try:
         value = _run(data)
     except Exception as error:  # pickletools on a damaged file: five types
@@ -95,14 +95,14 @@ def _run(data: bytes):
         elif code == "STOP":
             return stack.pop()
         elif code not in ("PROTO", "FRAME", "POP"):
-            raise ValueError(f"it has the operation {code}, which no CIFAR file needs")
+            raise ValueError(f"it has the operation {code}, which CIFAR files do not have")
         elif code == "POP":
             stack.pop()
 
 
 def _last(stack: list, count: int) -> list:
     if len(stack) < count:
-        raise ValueError("it takes more values than it has")
+        raise ValueError("an operation takes more values than there are")
     return stack[-count:]
 
 
@@ -128,7 +128,7 @@ def _call(what, args):
             raise ValueError(f"it uses the codec {args[1]!r:.40}")
         return args[0].encode("latin1")
     if text == "numpy dtype":
-        raise ValueError(f"it has an array of the type {args!r:.40}, and only whole numbers are read")
+        raise ValueError(f"it has an array of type {args!r:.40}; only arrays of whole numbers are read")
     raise ValueError(f"it would run {text.replace(' ', '.')}")
 
 
@@ -147,7 +147,7 @@ def _build(target, state) -> None:
         or not all(type(n) is int and 0 <= n < 1 << 40 for n in shape)
         or len(shape) > 8
     ):
-        raise ValueError("it has an array that is not one of whole numbers")
+        raise ValueError("it has an array that is not of whole numbers")
     target.value = np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
 
 

@@ -89,7 +89,7 @@ class Loader:
 
     @property
     def steps(self) -> int:
-        """Of an epoch."""
+        """The number of steps in an epoch."""
         return self.sampler.steps(self.batch, self.samples)
 
     def _check_memory(self) -> None:
@@ -173,13 +173,13 @@ class Loader:
                 yield Batch(pixels, sizes, index, label, epoch, step, position if repeats else None)
 
     def _select(self, resident: Tensors, rows: list[np.ndarray]) -> Generator[Tensors]:
-        """From the resident images."""
+        """Micro-batches of the resident images."""
         for part in rows:
             index = torch.from_numpy(part).to(self.device, non_blocking=True)
             yield [t.index_select(0, index) for t in resident]
 
     def _decode_ahead(self, rows: list[np.ndarray]) -> Generator[Tensors]:
-        """On the device, in order; AHEAD micro-batches are decoded while the caller works on the one before."""
+        """Micro-batches on the device, in order.  While the caller works on one, the next AHEAD are decoded."""
         pending: deque[Future] = deque()
         try:
             for i in range(len(rows)):
@@ -197,7 +197,7 @@ class Loader:
                 future.cancel()
 
     def _load(self, rows: np.ndarray) -> tuple[Tensors, torch.cuda.Event | None]:
-        """One micro-batch, and on CUDA the event after its copy; runs on the prefetcher's thread, one at a time."""
+        """One micro-batch, and on CUDA the event after its copy.  Called on the prefetcher's thread alone."""
         self._beton.check_unchanged()
         n = len(rows)
         sizes, index = torch.empty(n, 2, dtype=torch.int32), torch.from_numpy(rows)
@@ -219,7 +219,7 @@ class Loader:
         return [pixels, *others], pinned.copied
 
     def _decode(self, rows: np.ndarray, pixels: np.ndarray, sizes: np.ndarray) -> None:
-        """On all workers, in small parts, because some images take longer than others."""
+        """Decode these rows on all workers, in small parts, because some images take longer than others."""
         size = max(4, len(rows) // (8 * self.workers))
         parts = [slice(i, i + size) for i in range(0, len(rows), size)]
         for future in [self._decoders.submit(self._beton.decode, rows[p], pixels[p], sizes[p]) for p in parts]:
@@ -234,8 +234,7 @@ class Loader:
         return torch.from_numpy(view)
 
     def _decode_all(self) -> Tensors | None:
-        """All samples on the device: pixels (N, P, 3), sizes, index, label.  None, with a warning, if they do not
-        fit."""
+        """All samples on the device: pixels (N, P, 3), sizes, index, label.  If they do not fit: a warning and None."""
         need, free = self.samples * self._beton.max_pixels * 3, free_memory(self.device)
         if need > RESIDENT_SHARE * free:
             warnings.warn(
@@ -281,7 +280,7 @@ def cores() -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """In bytes.  Host memory is divided by the ranks of this node."""
+    """Bytes that are free; the memory of a host is divided by the ranks on it."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch's allocator
         return torch.cuda.mem_get_info(device)[0] + cached

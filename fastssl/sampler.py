@@ -22,9 +22,11 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampler:
-    """Training (default): shuffled, and the last batch dropped if it is incomplete.  Evaluation (shuffle=False,
-    drop_last=False): in the order of the file, every sample once over all ranks; the last batch may be incomplete, and
-    some ranks then get nothing of it.  ValueError for numbers that are out of range."""
+    """How the samples of an epoch are ordered and divided.
+
+    Training (default): shuffled, and the last batch is dropped if it is incomplete.  Evaluation (`sequential`): in the
+    order of the file, every sample once over all ranks; of an incomplete last batch some ranks may get nothing.
+    ValueError for numbers that are out of range."""
 
     seed: int = 0
     micro: int = 1  # equal micro-batches of each rank in a step
@@ -60,14 +62,14 @@ class Sampler:
             )
 
     def steps(self, batch: int, samples: int) -> int:
-        """Of an epoch."""
+        """The number of steps in an epoch."""
         return samples // batch if self.drop_last else -(-samples // batch)
 
     def micro_batches(
         self, batch: int, samples: int, epoch: int, start: int = 0, order: np.ndarray | None = None
     ) -> list[MicroBatch]:
-        """Those of this rank from step `start` to the end of the epoch; without those that are empty.  `order`
-        (samples,): rows to take instead of the epoch's permutation."""
+        """This rank's micro-batches from step `start` to the end of the epoch, without empty ones.  `order` (samples,):
+        rows to take instead of the epoch's permutation."""
         if order is None:
             order = permutation(samples, self.seed, epoch) if self.shuffle else np.arange(samples)
         positions, found = np.arange(samples), []

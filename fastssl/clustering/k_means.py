@@ -59,7 +59,7 @@ class KMeans:
             raise ValueError(f"init={self.init!r} is neither 'random' nor '++'")
 
     def fit(self, x: Tensor, index: Tensor | None = None) -> Clusters:
-        """Of the rows x (n_r, D) of all ranks, whose sample numbers are index (n_r,)."""
+        """The clusters of the rows x (n_r, D) of all ranks, whose sample numbers are index (n_r,)."""
         samples = int(dist.sum_(torch.tensor(len(x), device=x.device)))
         check_clusters(self.clusters, samples)
         index = torch.arange(samples, device=x.device) if index is None else index

@@ -16,7 +16,7 @@ DATA = Path(os.environ.get("FASTSSL_DATA") or Path(__file__).parents[2] / ".." /
 
 
 def shared(name: str) -> Path:
-    """A file of the shared data folder; skips the test where it is absent."""
+    """A file of the shared data folder; skips the test if it is missing."""
     if not (DATA / name).exists():
         pytest.skip(f"{name} is not in {DATA} (set FASTSSL_DATA)")
     return DATA / name
@@ -27,7 +27,7 @@ def convert(*argv, workers=1) -> int:
 
 
 class Stock:
-    """The tables and the stored bytes of a file as stock FFCV sees them, and its card."""
+    """The tables and the stored bytes of a file as stock FFCV reads them, and its data card."""
 
     def __init__(self, path):
         from ffcv.memory_managers import OSCacheManager
@@ -55,7 +55,7 @@ class Stock:
 
 
 def photo(seed=0, height=48, width=64) -> np.ndarray:
-    """A smooth colour image whose corners differ, so that a rotation or a swap of channels shows."""
+    """A smooth colour image whose corners differ, so that a rotation or an exchange of channels is detected."""
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     red, green, blue = 255 * x, 255 * y, 255 * (0.5 + 0.5 * np.sin(seed + 3 * x + 2 * y))
     return np.stack([red, green, blue], -1).astype(np.uint8)
@@ -78,7 +78,7 @@ def folder(root, count=6, classes=("cat", "dog")) -> Path:
 
 
 def refused(capsys, *argv) -> str:
-    """The single line on stderr of a conversion that fails, having left nothing behind."""
+    """The single line on stderr of a conversion that fails and leaves no file."""
     out = argv[2]
     before = {p for p in out.parent.parent.rglob("*") if not p.name.endswith(".bad.txt")}
     assert convert(*argv) == 2

@@ -16,12 +16,12 @@ from fastssl import data_prep
 from fastssl.data_prep import ffcv_format
 
 
-def test_check_finds_a_sound_file_sound(mixed, tmp_path, capsys):
+def test_check_of_an_undamaged_file(mixed, tmp_path, capsys):
     out = tmp_path / "o.beton"
     assert convert("imagefolder", mixed, out) == 0
     assert data_prep.main(["check", str(out)]) == 0
     report = capsys.readouterr().out
-    assert "sound. 300 images (257 JPEG, 43 raw)" in report and "images/s" in report
+    assert "no errors. 300 images (257 JPEG, 43 raw)" in report and "images/s" in report
     sheet = np.asarray(read_image(tmp_path / "o.png"))
     first = np.asarray(read_image(mixed / "c0" / "000.png")).mean((0, 1))
     cell = sheet[2:110, 2:110].reshape(-1, 3)
@@ -30,7 +30,7 @@ def test_check_finds_a_sound_file_sound(mixed, tmp_path, capsys):
 
 
 def damage(out: Path, how: str, stock: Stock) -> None:
-    """Change one thing, and the hash in the card with it except where the hash is what has to find it."""
+    """Change one thing, and the hash in the card, too, unless the hash must find the damage."""
     data, card = bytearray(out.read_bytes()), json.loads(out.with_suffix(".json").read_text())
     table = ffcv_format.HEADER.itemsize + 3 * ffcv_format.FIELD.itemsize
     width = stock.reader.metadata.dtype.itemsize

@@ -70,14 +70,14 @@ def pickled_array(dtype: bytes, raw: bytes, shape=(1,)) -> bytes:
 @pytest.mark.parametrize(
     "dtype, raw, message",
     [
-        (b"O8", b"AAAAAAAA", "only whole numbers"),
-        (b"f4", b"abcd", "only whole numbers"),
+        (b"O8", b"AAAAAAAA", "only arrays of whole numbers"),
+        (b"f4", b"abcd", "only arrays of whole numbers"),
         (b"i8", b"1234", "is refused"),
-        (b"V8", bytes(8), "only whole numbers"),
+        (b"V8", bytes(8), "only arrays of whole numbers"),
     ],
 )
-def test_arrays_of_pointers_in_a_cifar_pickle_are_refused(dtype, raw, message):
-    """NumPy would follow the pointer and end the process."""
+def test_arrays_of_objects_in_a_cifar_pickle_are_refused(dtype, raw, message):
+    """NumPy would read the bytes as addresses and crash the process."""
     assert read_pickle(pickled_array(b"u1", b"\x07"), "x")[b"labels"].tolist() == [7]
     with pytest.raises(ValueError, match=message):
         read_pickle(pickled_array(dtype, raw), "x")
@@ -97,7 +97,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "evil_was_here").exists()
 
 
-def test_damaged_cifar(tmp_path, capsys):
+def test_incomplete_cifar(tmp_path, capsys):
     cifar(tmp_path / "py")
     (tmp_path / "py" / "data_batch_2").write_bytes(b"no pickle")
     assert "data_batch_2" in refused(capsys, "cifar10", tmp_path / "py", tmp_path / "new" / "o.beton")
@@ -185,7 +185,7 @@ def test_voc2007(tmp_path, packed):
     stock = Stock(tmp_path / "o.beton")
     assert stock.card["label"] == "multi" and stock.card["classes"] == ["cat", "dog"]
     names = {p.read_bytes(): i for i, p in enumerate(sorted((tmp_path / "VOCdevkit").rglob("*.jpg")))}
-    for row in range(5):  # a tar keeps its own order, the label has to follow
+    for row in range(5):  # a compressed tar has an order of its own
         assert stock.vector(row).tolist() == truth[names[stock.payload(row)]]
 
 

@@ -40,7 +40,7 @@ def test_bad_images_stop_the_conversion_with_a_complete_list(tmp_path, capsys):
     ]
     assert convert("imagefolder", root, out, "--max-bad", 2) == 2 and not out.exists()
     assert convert("imagefolder", root, out, "--max-bad", 3) == 0
-    assert "skipped 3 unreadable images" in capsys.readouterr().out
+    assert "left out 3 images that cannot be read" in capsys.readouterr().out
     stock = Stock(out)
     assert stock.card["samples"] == 5 and stock.card["bad"] == 3 and len((tmp_path / "o.bad.txt").read_text()) > 0
     assert stock.table["label"].tolist() == [0, 0, 0, 1, 1] and stock.table["index"].tolist() == [0, 1, 2, 3, 4]
@@ -51,7 +51,7 @@ def test_bad_images_stop_the_conversion_with_a_complete_list(tmp_path, capsys):
     assert not (tmp_path / "o.bad.txt").exists()
 
 
-def test_nothing_but_bad_images(tmp_path, capsys):
+def test_a_source_without_a_readable_image(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"x")
     assert convert("imagefolder", tmp_path / "in", tmp_path / "o.beton", "--max-bad", 5) == 2
@@ -79,7 +79,7 @@ def child(*argv, **options) -> subprocess.Popen:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk(mixed, tmp_path, workers):
-    """A limit on the size of files stands for the disk: a write fails in the middle, and so does the flush after it."""
+    """Simulated by a limit on the size of files: a write fails, and so does the flush after it."""
     out = tmp_path / "new" / "o.beton"
     process = child(
         "imagefolder",
@@ -93,11 +93,11 @@ def test_a_full_disk(mixed, tmp_path, workers):
     )
     _, error = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert error == f"fastssl convert: {out}: File too large; nothing was kept\n"
+    assert error == f"fastssl convert: {out}: File too large; nothing was written\n"
     assert not out.parent.exists()
 
 
-def test_a_full_disk_keeps_the_old_file(mixed, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_leaves_the_old_file_unchanged(mixed, tmp_path, monkeypatch, capsys):
     out = tmp_path / "o.beton"
     assert convert("imagefolder", folder(tmp_path / "in", 1), out) == 0
     before = {p.name: p.read_bytes() for p in tmp_path.glob("o.*")}
@@ -115,13 +115,13 @@ WAITING = """
 import sys, time
 from pathlib import Path
 from fastssl import data_prep
-from fastssl.data_prep import write
+from fastssl.data_prep import encoding
 
 def wait(refs, options):  # in place of store_many
     Path(sys.argv[1]).touch()
     time.sleep(600)
 
-write.store_many = wait
+encoding.store_many = wait
 data_prep.main(sys.argv[2:])
 """
 
@@ -131,8 +131,8 @@ def children(pid: int) -> set[str]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_killed_in_the_middle(mixed, tmp_path, workers):
-    """kill -9: no target appears, the workers end, and the next conversion takes over what was left."""
+def test_a_killed_conversion_leaves_no_target(mixed, tmp_path, workers):
+    """By SIGKILL: the workers end, too, and the next conversion overwrites the temporary file."""
     out, begun = tmp_path / "o.beton", tmp_path / "begun"
     process = subprocess.Popen(
         [sys.executable, "-c", WAITING, str(begun), "imagefolder", str(mixed), str(out), "--workers", str(workers)]
@@ -140,7 +140,7 @@ def test_killed_in_the_middle(mixed, tmp_path, workers):
     while not begun.exists():
         assert process.poll() is None
         time.sleep(0.02)
-    assert data_prep.main(["imagefolder", str(mixed), str(out)]) == 2  # the name is taken while the process lives
+    assert data_prep.main(["imagefolder", str(mixed), str(out)]) == 2  # the name is locked while the process runs
     forked = children(process.pid)
     assert len(forked) == (2 if workers == 2 else 0)
     process.send_signal(signal.SIGKILL)
@@ -184,19 +184,19 @@ def test_help_names_every_source(capsys):
         assert word in text
 
 
-def test_progress_is_quiet_in_a_short_run_and_plain_without_a_terminal(capsys):
+def test_progress_without_a_terminal_is_a_line_per_interval(capsys):
     from fastssl.data_prep.cli import progress_bar
 
     with progress_bar() as progress:
         progress("images", 1, 2)
     assert capsys.readouterr().err == ""
-    with progress_bar(every_s=0) as progress:
+    with progress_bar(interval_s=0) as progress:
         progress("images", 1, 2)
     assert capsys.readouterr().err == "images: 1 of 2, 0 s\n"
 
 
 def test_progress_on_a_terminal(mixed, tmp_path):
-    """A pseudo-terminal shows a bar, and the workers were forked before its thread started."""
+    """A pseudo-terminal shows a bar, whose thread starts after the workers were forked."""
     import pty
 
     ours, theirs = pty.openpty()
@@ -216,7 +216,7 @@ def test_progress_on_a_terminal(mixed, tmp_path):
     with subprocess.Popen(command, stderr=theirs, stdout=subprocess.PIPE, text=True, env=env) as process:
         os.close(theirs)
         shown = b""
-        with contextlib.suppress(OSError):  # how a closed terminal reads on Linux
+        with contextlib.suppress(OSError):  # Linux raises it at the end of a closed terminal
             while block := os.read(ours, 1 << 16):
                 shown += block
         out, _ = process.communicate(timeout=60)

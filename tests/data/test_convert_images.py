@@ -27,7 +27,7 @@ def one(tmp_path, *options) -> Stock:
     ],
     ids=str,
 )
-def test_jpeg_bytes_pass_through(tmp_path, options):
+def test_jpegs_are_stored_unchanged(tmp_path, options):
     path = save(tmp_path / "in" / "a.jpg", photo(height=37, width=51), **options)
     stock = one(tmp_path)
     assert stock.payload(0) == path.read_bytes()
@@ -35,7 +35,7 @@ def test_jpeg_bytes_pass_through(tmp_path, options):
     assert stock.card["copied"] == stock.card["jpeg"] == 1
 
 
-def test_grey_jpeg_passes_through_and_ffcv_decodes_it_to_rgb(tmp_path):
+def test_a_grey_jpeg_is_stored_unchanged_and_ffcv_decodes_it_to_rgb(tmp_path):
     from fastssl.data_prep.ffcv_format import decode_jpeg
 
     path = save(tmp_path / "in" / "a.jpg", photo()[..., 0], quality=90)
@@ -44,10 +44,10 @@ def test_grey_jpeg_passes_through_and_ffcv_decodes_it_to_rgb(tmp_path):
     decoded = decode_jpeg(stock.payload(0), 48, 64)
     grey = np.asarray(read_image(path)).astype(int)
     assert np.ptp(decoded, axis=2).max() == 0
-    assert abs(decoded[..., 0] - grey).max() <= 2  # two implementations of the inverse cosine transform
+    assert abs(decoded[..., 0] - grey).max() <= 2  # the decoders differ in the inverse cosine transform
 
 
-def test_the_sample_photographs_pass_through():
+def test_the_sample_photographs_are_stored_unchanged():
     import tarfile
 
     with tarfile.open(shared("imagenet_sample_1000.tar")) as tar:
@@ -58,11 +58,11 @@ def test_the_sample_photographs_pass_through():
         if stored.payload != data:
             changed.append((name, Image.open(io.BytesIO(data)).getexif().get(0x0112)))
     assert len(members) == 1000
-    assert [turn for _, turn in changed] == [6], changed  # the one photograph whose EXIF says that it lies on its side
+    assert [turn for _, turn in changed] == [6], changed  # the only photograph with a rotation in its EXIF
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
-def test_exif_rotation_comes_out_upright(tmp_path, turn):
+def test_images_with_exif_rotation_are_stored_upright(tmp_path, turn):
     upright = photo(height=40, width=64)
     inverse = {
         1: lambda a: a,
@@ -83,7 +83,7 @@ def test_exif_rotation_comes_out_upright(tmp_path, turn):
     assert (stock.payload(0) == path.read_bytes()) == (turn == 1)
 
 
-def test_an_orientation_that_makes_no_sense_changes_nothing(tmp_path):
+def test_an_invalid_orientation_is_ignored(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 0
     path = save(tmp_path / "in" / "a.jpg", quality=90, exif=exif)
@@ -116,7 +116,7 @@ def test_transparency_is_white(tmp_path, name):
     out = one(tmp_path).pixels(0)
     assert (out[:, 10:20] == 255).all()
     assert tuple(out[5, 5]) == ((60, 60, 60) if name == "la.png" else (200, 0, 0))
-    if name != "palette.gif":  # GIF knows no half transparency
+    if name != "palette.gif":  # GIF has no partial transparency
         assert (abs(out[:, 20:].astype(int) - 127) <= 1).all()
 
 
@@ -168,7 +168,7 @@ def test_modes(tmp_path):
     stock = one(tmp_path, "--mode", "jpg", "--quality", "97", "--force")
     assert (stock.table["image"]["mode"] == 0).all() and stock.payload(0) == path.read_bytes()
     assert abs(stock.pixels(1).astype(int) - photo()).mean() < 1.5
-    for quality in (97, 40):  # the tables in the stream are those of the quality asked for, and the chroma is full
+    for quality in (97, 40):  # quantisation tables of that quality, no chroma subsampling
         stored = one(tmp_path, "--mode", "jpg", "--quality", quality, "--force").payload(1)
         save(tmp_path / "expected.jpg", quality=quality)
         image = Image.open(io.BytesIO(stored))
@@ -176,7 +176,7 @@ def test_modes(tmp_path):
         assert [layer[1:3] for layer in image.layer] == [(1, 1)] * 3
 
 
-def test_short_side_shrinks_and_leaves_the_rest_alone(tmp_path):
+def test_short_side_shrinks_only_larger_images(tmp_path):
     big = save(tmp_path / "in" / "a.jpg", photo(height=100, width=150), quality=95)
     small = save(tmp_path / "in" / "b.jpg", photo(height=30, width=40), quality=95)
     stock = one(tmp_path, "--short-side", 40)
@@ -187,13 +187,13 @@ def test_short_side_shrinks_and_leaves_the_rest_alone(tmp_path):
     assert one(tmp_path, "--short-side", 40, "--upscale", "--force").pixels(1).shape == (40, 53, 3)
 
 
-def test_short_side_that_changes_nothing_says_so(tmp_path, capsys):
+def test_a_note_if_short_side_changes_no_image(tmp_path, capsys):
     save(tmp_path / "in" / "a.png")
     one(tmp_path, "--short-side", 500)
     assert "none is larger (--upscale" in capsys.readouterr().out
 
 
-def test_long_images_are_bounded_and_announced(tmp_path, capsys):
+def test_long_images_are_shrunk_with_a_note(tmp_path, capsys):
     save(tmp_path / "in" / "a.png", photo(height=50, width=1000))
     stock = one(tmp_path, "--short-side", 40)
     height, width, _ = stock.pixels(0).shape
@@ -203,7 +203,7 @@ def test_long_images_are_bounded_and_announced(tmp_path, capsys):
     assert one(tmp_path, "--force").pixels(0).shape == (50, 1000, 3)
 
 
-def test_target_size_never_exceeds_its_bounds():
+def test_target_size_is_within_its_limits():
     rng = np.random.default_rng(0)
     for _ in range(5000):
         width, height = (int(v) for v in np.exp(rng.uniform(0, 9, 2)).astype(int))
@@ -217,7 +217,7 @@ def test_target_size_never_exceeds_its_bounds():
             assert target_size(width, height, Options(max_pixels=limit)) == (width, height, False)
 
 
-def test_a_side_beyond_16_bits_is_bad(tmp_path, capsys):
+def test_a_side_of_more_than_16_bits_is_refused(tmp_path, capsys):
     save(tmp_path / "in" / "a.png", np.zeros((1, 70000, 3), np.uint8))
     assert convert("imagefolder", tmp_path / "in", tmp_path / "out.beton") == 2
     assert "--max-pixels" in capsys.readouterr().err
@@ -225,8 +225,8 @@ def test_a_side_beyond_16_bits_is_bad(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["slide.png", "slide.jpg"])
-def test_an_image_beyond_pillow_s_limit_is_read_to_be_made_smaller(tmp_path, capsys, monkeypatch, name):
-    """The limit is lowered for the test: Pillow's own and ours."""
+def test_an_image_over_pillows_limit_is_read_only_if_it_is_made_smaller(tmp_path, capsys, monkeypatch, name):
+    """Pillow's limit and ours are lowered for the test."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     monkeypatch.setattr("fastssl.data_prep.image.LARGE", 20_000)
     save(tmp_path / "in" / name, photo(1, 300, 400))

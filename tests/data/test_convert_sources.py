@@ -21,7 +21,7 @@ def test_class_folders(tmp_path):
     assert [stock.payload(i) for i in range(6)] == list(files(root).values())
 
 
-def test_one_class_is_said(tmp_path, capsys):
+def test_a_note_for_one_class(tmp_path, capsys):
     for count, said in ((1, True), (2, False)):
         for name in "ab"[:count]:
             save(tmp_path / f"in{count}" / name / "0.jpg")
@@ -37,7 +37,7 @@ def test_nested_class_folders_and_a_linked_one(tmp_path):
     assert Stock(tmp_path / "o.beton").card["classes"] == ["a", "b"]
 
 
-def test_flat_folder_has_no_labels_and_other_files_are_announced(tmp_path, capsys):
+def test_a_flat_folder_has_no_labels_and_other_files_are_noted(tmp_path, capsys):
     save(tmp_path / "in" / "b.jpg")
     save(tmp_path / "in" / "A.PNG")
     (tmp_path / "in" / "README.txt").write_text("hello")
@@ -60,7 +60,7 @@ def test_labels_none_and_split(tmp_path):
     assert Stock(tmp_path / "p.beton").table["label"].tolist() == [0, 0, 1, 1]
 
 
-def test_folders_that_make_no_sense(tmp_path, capsys):
+def test_invalid_folders(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     out = tmp_path / "new" / "deep" / "o.beton"
     assert "holds no image" in refused(capsys, "imagefolder", tmp_path / "in", out)
@@ -135,7 +135,7 @@ def test_broken_archives(tmp_path, capsys):
             z.writestr(member, data)
     for name in ("a.tar", "a.tar.xz", "a.zip"):
         whole = (tmp_path / name).read_bytes()
-        between = 10240  # of the tar: it ends between two members
+        between = 10240  # bytes: the tar then ends between two members
         for size in (len(whole) // 3, len(whole) // 2, between if name == "a.tar" else len(whole) * 2 // 3):
             (tmp_path / name).write_bytes(whole[:size])
             line = refused(capsys, name.split(".")[1], tmp_path / name, tmp_path / "new" / "o.beton")
@@ -145,10 +145,10 @@ def test_broken_archives(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
-def test_links_in_an_archive_are_read_as_the_files_they_name(tmp_path, name):
+def test_links_in_an_archive_are_read_as_the_files_they_point_to(tmp_path, name):
     root = folder(tmp_path / "in", 2)
     os.link(root / "cat" / "0.jpg", root / "cat" / "5.jpg")
-    os.symlink("1.jpg", root / "dog" / "0a.jpg")  # stands in the archive before the file that it names
+    os.symlink("1.jpg", root / "dog" / "0a.jpg")  # comes before the file that it points to
     with tarfile.open(tmp_path / name, "w:" + name[6:]) as tar:
         tar.add(root, "in")
     assert convert("imagefolder", root, tmp_path / "o.beton") == 0
@@ -158,9 +158,9 @@ def test_links_in_an_archive_are_read_as_the_files_they_name(tmp_path, name):
     assert ours.card["samples"] == 6 and pairs[0] == pairs[1]
 
 
-def test_what_is_read_is_bounded(tmp_path, capsys, monkeypatch):
-    """Declared sizes, pipes and devices; the bound is lowered for the test."""
-    monkeypatch.setattr("fastssl.data_prep.file_sources.MAX_BYTES", 1 << 20)
+def test_files_that_are_too_large_or_not_regular_are_refused(tmp_path, capsys, monkeypatch):
+    """Declared sizes, pipes and devices; the limit is lowered for the test."""
+    monkeypatch.setattr("fastssl.data_prep.file_sources.base.MAX_BYTES", 1 << 20)
     zeros = {"a.jpg": save(tmp_path / "a.jpg").read_bytes(), "z.jpg": bytes(2 << 20)}
     archive(tmp_path / "a.tar.gz", zeros, "w:gz")
     archive(tmp_path / "a.tar", zeros)
@@ -181,7 +181,7 @@ def test_what_is_read_is_bounded(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("count", ["0", "5000", "99999999999", "9" * 5000])
-def test_workers_are_bounded(tmp_path, capsys, count):
+def test_too_many_workers_are_refused(tmp_path, capsys, count):
     assert data_prep.main(["digits", "test", str(tmp_path / "o.beton"), "--workers", count]) == 2
     assert "--workers" in capsys.readouterr().err
 
@@ -201,7 +201,7 @@ def test_workers_are_bounded(tmp_path, capsys, count):
         (["imagefolder", "IN", "--nonsense"], "--nonsense"),
     ],
 )
-def test_options_that_make_no_sense(tmp_path, capsys, argv, message):
+def test_invalid_options(tmp_path, capsys, argv, message):
     save(tmp_path / "in" / "a.jpg")
     words = [str(tmp_path / "in") if word == "IN" else word for word in argv]
     assert message in refused(capsys, words[0], words[1], tmp_path / "new" / "o.beton", *words[2:])

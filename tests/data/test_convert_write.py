@@ -14,8 +14,8 @@ from convert_tools import (
     save,
 )
 
-from fastssl.data_prep import ffcv_format, sources, write
-from fastssl.data_prep.image import Options
+from fastssl.data_prep import beton_writer, encoding, ffcv_format, sources
+from fastssl.data_prep.image import Options, Stored
 from fastssl.files.datacard import DataCard
 
 
@@ -37,14 +37,14 @@ def test_layout_is_that_of_ffcv():
 
 
 @pytest.mark.parametrize("options", [[], ["--short-side", "16"], ["--mode", "jpg"], ["--mode", "raw"]], ids=str)
-def test_workers_do_not_change_a_byte(mixed, tmp_path, options):
+def test_the_file_is_the_same_for_any_number_of_workers(mixed, tmp_path, options):
     for workers in (1, 4):
         assert convert("imagefolder", mixed, tmp_path / f"{workers}.beton", *options, workers=workers) == 0
     assert (tmp_path / "1.beton").read_bytes() == (tmp_path / "4.beton").read_bytes()
     assert (tmp_path / "1.json").read_bytes() == (tmp_path / "4.json").read_bytes()
 
 
-def test_workers_do_not_change_what_is_skipped(mixed, tmp_path):
+def test_the_skipped_images_are_the_same_for_any_number_of_workers(mixed, tmp_path):
     root = folder(tmp_path / "in", 80)
     for i in range(0, 80, 9):
         (root / "cat" / f"{i}.jpg").write_bytes(b"broken")
@@ -63,11 +63,11 @@ def test_stock_ffcv_loads_every_image(tmp_path, monkeypatch, os_cache):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (97, 64, 48, 3), dtype=np.uint8)
     vectors = rng.integers(-1, 2, (97, 5)).astype(np.float32)
-    monkeypatch.setattr(write, "MIN_PAGE", 1 << 17)  # 14 images a page, so that there are several
+    monkeypatch.setattr(beton_writer, "MIN_PAGE", 1 << 17)  # 14 images per page, so that there are several pages
     with open(tmp_path / "o.beton", "wb") as file:
-        beton = write.BetonWriter(file, 97, 5)
+        beton = beton_writer.BetonWriter(file, 97, 5)
         for image, vector in zip(pixels, vectors):
-            beton.add(write.Stored(image.tobytes(), ffcv_format.RAW, 64, 48), vector)
+            beton.add(Stored(image.tobytes(), ffcv_format.RAW, 64, 48), vector)
         beton.finish()
     loader = Loader(
         str(tmp_path / "o.beton"),
@@ -85,7 +85,7 @@ def test_stock_ffcv_loads_every_image(tmp_path, monkeypatch, os_cache):
     assert np.array_equal(labels, vectors)
 
 
-def test_stock_ffcv_decodes_passed_through_jpegs(tmp_path):
+def test_stock_ffcv_decodes_jpegs_that_are_stored_unchanged(tmp_path):
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
 
@@ -107,8 +107,8 @@ def test_stock_ffcv_decodes_passed_through_jpegs(tmp_path):
     assert labels.ravel().tolist() == [0] * 10 + [1] * 11
 
 
-def test_pages_grow_for_a_large_image(tmp_path):
-    """What was laid out for small pages has to respect the larger ones."""
+def test_the_page_size_grows_for_a_large_image(tmp_path):
+    """Samples before it, placed for small pages, do not cross a large page either."""
     small, large = np.zeros((900, 1000, 3), np.uint8), np.arange(27_000_000, dtype=np.uint8).reshape(3000, 3000, 3)
     for i, pixels in enumerate([small, small, small, small, large, small, small]):
         save(tmp_path / "in" / f"{i}.png", pixels, compress_level=0)
@@ -148,10 +148,10 @@ def test_data_card(mixed, tmp_path):
 
 
 @pytest.mark.parametrize("bound, most", [(1 << 20, 6), (0, 1)])
-def test_what_waits_for_a_worker_is_bounded_in_bytes(tmp_path, monkeypatch, bound, most):
-    """Of a streamed archive, whose members are in memory: here the chunks that were read and are not yet written."""
-    monkeypatch.setattr(write, "WAITING_BYTES", bound)
-    monkeypatch.setattr(write, "CHUNK_SAMPLES", 1)
+def test_images_that_wait_for_a_worker_are_limited_in_bytes(tmp_path, monkeypatch, bound, most):
+    """For a compressed tar, whose images are in memory: chunks that were read and are not yet written."""
+    monkeypatch.setattr(encoding, "WAITING_BYTES", bound)
+    monkeypatch.setattr(encoding, "CHUNK_SAMPLES", 1)
     data, ahead, written = save(tmp_path / "a.jpg").read_bytes(), [], 0
 
     def items():
@@ -160,6 +160,6 @@ def test_what_waits_for_a_worker_is_bounded_in_bytes(tmp_path, monkeypatch, boun
             yield f"{i}", data, -1
 
     source = sources.Source("tar", "x", "none", None, 20, items)
-    for _ in write._encode(source, Options(), 2):
+    for _ in encoding.encode(source, Options(), 2):
         written += 1
     assert written == 20 and max(ahead) == most - 1

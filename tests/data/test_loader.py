@@ -1,4 +1,4 @@
-"""The loader: every image once, the same global batch on any number of ranks, resume without decoding, clear errors."""
+"""The loader: pixels, order on any number of ranks, memory and threads, resident images, errors, data cards."""
 
 import io
 import json
@@ -67,11 +67,11 @@ def test_pixels_are_those_of_the_files(beton, photos):
         else:
             pillow = np.asarray(Image.open(io.BytesIO(source)).convert("RGB")).astype(int)
             off = np.abs(got[i].numpy().astype(int) - pillow)
-            # FFCV's fast DCT is 5 levels from Pillow's accurate one at worst and 1.08 on average
+            # FFCV's fast DCT differs from Pillow's accurate one by at most 5 levels, 1.08 on average
             assert got[i].shape == pillow.shape and off.max() <= 6 and off.mean() < 1.2, f"JPEG {i}: {off.max()}"
 
 
-def test_the_operation_in_ffcv_s_own_loader_equals_ffcv_s_decoder(tmp_path):
+def test_the_operation_in_ffcvs_own_loader_equals_ffcvs_decoder(tmp_path):
     import ffcv
     from ffcv.fields.decoders import SimpleRGBImageDecoder
     from ffcv.pipeline import PipelineSpec
@@ -94,7 +94,7 @@ def test_the_operation_in_ffcv_s_own_loader_equals_ffcv_s_decoder(tmp_path):
     assert np.array_equal(ours.pixels, pixels)
 
 
-def test_canvas_is_as_large_as_the_largest_image(beton):
+def test_pixels_have_the_size_of_the_largest_image(beton):
     metadata = BetonReader(beton).image
     batch = next(open_loader(beton).epoch(0))
     assert batch.pixels.shape == (16, int((metadata["height"].astype(int) * metadata["width"]).max()), 3)
@@ -115,7 +115,7 @@ def test_labels(beton, tmp_path):
 # Order
 
 
-def test_permutation_is_fixed_for_ever():
+def test_permutation_is_the_same_in_all_versions():
     assert permutation(10, 0, 0).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
     assert permutation(10, 3, 7).tolist() == [5, 0, 6, 9, 8, 7, 4, 2, 3, 1]
     for n in (1, 2, 1000):
@@ -192,23 +192,23 @@ def test_evaluation_sees_every_sample_once(beton, world, batch):
 # Memory and threads
 
 
-def test_batches_that_are_kept_stay_as_they_are(beton):
+def test_batches_that_are_kept_do_not_change(beton):
     loader = open_loader(beton, 8)
     kept, again = list(loader.epoch(0)), loader.epoch(0)
     assert len(kept) == 12 and all(equal(one, two) for one, two in zip(kept, again))
 
 
-def test_canvases_are_used_again(beton):
+def test_buffers_are_used_again(beton):
     loader = open_loader(beton, 4)
     places = {b.pixels.data_ptr() for e in range(3) for b in loader.epoch(e)}
     assert len(places) <= AHEAD + 3  # of 75 batches
 
 
-def test_leaving_in_mid_epoch_stops_the_decoding(beton, decoded):
+def test_stopping_within_an_epoch_stops_the_decoding(beton, decoded):
     loader = open_loader(beton, 4)
     for _ in loader.epoch(0):
         break
-    loader._prefetcher.submit(lambda: None).result(10)  # what was under way is done
+    loader._prefetcher.submit(lambda: None).result(10)  # waits for the micro-batches that were started
     assert len(decoded) <= 4 * (AHEAD + 2)
     assert len(list(loader.epoch(0))) == 25
 
@@ -223,7 +223,7 @@ def test_two_epochs_at_a_time(beton):
     assert got == expected
 
 
-def test_an_error_of_the_decoder_reaches_the_consumer(beton, monkeypatch):
+def test_an_error_of_the_decoder_is_raised_in_the_caller(beton, monkeypatch):
     loader = open_loader(beton)
     monkeypatch.setattr(loader._beton, "labels", lambda rows: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -248,7 +248,7 @@ def test_waiting_is_measured(beton, monkeypatch):
     assert loader.wait_ms < 100
 
 
-def test_importing_is_cheap_and_leaves_torch_s_threads_alone():
+def test_importing_is_fast_and_does_not_change_torchs_threads():
     code = """if 1:
         import sys, torch, fastssl.loader
         assert "ffcv" not in sys.modules and "numba" not in sys.modules
@@ -262,7 +262,7 @@ def test_importing_is_cheap_and_leaves_torch_s_threads_alone():
 # Resident
 
 
-def test_resident_gives_the_same_batches_and_decodes_once(beton, decoded):
+def test_resident_images_give_the_same_batches_and_are_decoded_once(beton, decoded):
     streamed = list(open_loader(beton, micro=2).epoch(1))
     decoded.clear()
     loader = open_loader(beton, micro=2, resident=True)
@@ -277,7 +277,7 @@ def test_resident_gives_the_same_batches_and_decodes_once(beton, decoded):
 @pytest.mark.parametrize("resident", [False, True])
 def test_in_file_order_every_sample_comes_once_from_the_same_source(beton, decoded, resident):
     plain = list(open_loader(beton, 4, shuffle=False, drop_last=False).epoch(2))
-    loaders = [open_loader(beton, rank=r, world=2, micro=4, resident=resident) for r in range(2)]  # 2 images a pass
+    loaders = [open_loader(beton, rank=r, world=2, micro=4, resident=resident) for r in range(2)]  # 2 images each
     decoded.clear()
     ranks = [list(loader.in_file_order().epoch(2)) for loader in loaders]
     assert torch.cat([b.index for b in plain]).tolist() == list(range(103))
@@ -286,19 +286,19 @@ def test_in_file_order_every_sample_comes_once_from_the_same_source(beton, decod
         joined = {k: torch.cat([getattr(p, k) for p in parts]) for k in ("pixels", "sizes", "index")}
         assert equal(want, replace(want, **joined))
     assert len(decoded) == (0 if resident else 103)
-    assert loaders[0].steps == 6 and len(next(loaders[0].epoch(0)).index) == 2  # what it came from is as it was
+    assert loaders[0].steps == 6 and len(next(loaders[0].epoch(0)).index) == 2  # the original loader is unchanged
 
 
 @pytest.mark.parametrize("resident, passes", [(False, 26), (True, 3)])
 def test_in_file_order_in_batches_of_another_size(beton, resident, passes):
-    """A resident set is picked from in any number; where images are decoded, one micro-batch has room."""
+    """Of resident images, a batch can have any size; if images are decoded, one micro-batch at most."""
     loader = open_loader(beton, batch=4, resident=resident).in_file_order(40)
     batches = list(loader.epoch(0))
     assert len(batches) == passes
     assert torch.cat([b.index for b in batches]).tolist() == list(range(103))
 
 
-def test_resident_says_when_the_set_does_not_fit(beton, monkeypatch):
+def test_resident_warns_if_the_images_do_not_fit(beton, monkeypatch):
     monkeypatch.setattr(fastssl.loader, "free_memory", lambda device: 500_000)
     with pytest.warns(UserWarning, match=r"resident: .*photos.beton needs 0.00 GiB .*streaming it instead"):
         loader = open_loader(beton, resident=True)
@@ -308,7 +308,7 @@ def test_resident_says_when_the_set_does_not_fit(beton, monkeypatch):
 # Errors and the data card
 
 
-def test_wrong_batches_are_answered_with_the_fix(beton):
+def test_errors_of_wrong_batches_suggest_a_fix(beton):
     for options, message in [
         ({"batch": 20, "world": 2, "micro": 4}, r"batch=20 .*2 \* 4; the nearest batch that is: 16"),
         ({"batch": 0}, "batch=0 "),
@@ -353,7 +353,7 @@ def test_a_damaged_image_is_named(beton, photos, tmp_path):
     whole, victim = beton.read_bytes(), photos[5]
     at = whole.index(victim)
     for i, hurt in enumerate((b"\0" * len(victim), victim[:200] + b"\0" * (len(victim) - 200))):
-        path = tmp_path / f"hurt{i}.beton"  # its own: threads of the loader before may still read theirs
+        path = tmp_path / f"hurt{i}.beton"  # a new file, since threads of the loader before may still read the old one
         path.write_bytes(whole[:at] + hurt + whole[at + len(victim) :])
         reason = ("not a JPEG", "cannot load this image")[i]
         with pytest.raises(ValueError, match=rf"hurt.\.beton: image 5 is damaged \({reason}\); convert"):
@@ -400,7 +400,7 @@ def test_card(beton, tmp_path):
 
 @pytest.mark.gpu
 def test_on_cuda_the_batches_are_those_of_the_cpu(beton):
-    """The consumer's stream is kept busy, so that a missing wait or a memory reused too early would show."""
+    """The caller's stream is kept busy, so that the test fails if a wait is missing or memory is reused too early."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     expected = list(open_loader(beton, 8, micro=2).epoch(0))

@@ -23,7 +23,8 @@ from fastssl.data_prep import check
 from fastssl.data_prep.file_sources import open_files
 from fastssl.data_prep.image import Options, store_many
 from fastssl.data_prep.lists import open_list
-from fastssl.data_prep.sources import open_images, read_pickle
+from fastssl.data_prep.plainpickle import read_pickle
+from fastssl.data_prep.sources import open_images
 from fastssl.weights import source
 
 
