@@ -37,7 +37,8 @@ quickstart: setup
 # One thread per process: the threads of two ranks on two cores would slow each other down.
 test: SELECT = -m "not gpu and not full"
 test test-full: lint
-	@$(CPU) OMP_NUM_THREADS=1 MPLBACKEND=Agg $(PY) -m pytest $(SELECT) -n $(WORKERS) --dist loadfile $(PYTEST)
+	@$(CPU) OMP_NUM_THREADS=1 MPLBACKEND=Agg $(PY) -m pytest $(SELECT) -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		$(PYTEST)
 
 lint: setup
 	@$(PY) -m ruff check -q .

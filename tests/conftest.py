@@ -13,7 +13,10 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without a CUDA device the tests marked gpu are skipped, and asking for them alone is an error."""
+    """Files that start processes come first: they have few tests and take long, and at the end of a run with several
+    workers (`make test`) all but one would wait.  Without a CUDA device the tests marked gpu are skipped, and asking for
+    them alone is an error."""
+    items.sort(key=lambda item: not {"ranks", "subprocess"} & vars(item.module).keys())  # keeps the order otherwise
     if torch.cuda.is_available():
         return
     if config.option.markexpr == "gpu":

@@ -1,10 +1,7 @@
 """Every optimizer on two ranks under every ZeRO stage."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+import ranks
 import torch
 from optim_cases import SETTINGS, Net, batches, train
 
@@ -73,12 +70,7 @@ def worker(out: str) -> None:
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    out = tmp_path_factory.mktemp("optim") / "results.pt"
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(out)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return torch.load(out)
+    return ranks.launch(__file__, 2, tmp_path_factory.mktemp("optim") / "results.pt")
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -102,4 +94,4 @@ def test_lars_with_an_unknown_partition_raises():
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1])
+    ranks.main(worker)
