@@ -221,5 +221,7 @@ def set_deterministic(on: bool) -> None:
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(on)
+    # By default it fills all empty memory: at ZeRO 1 and 2 DeepSpeed's bucket of 2 GB in every step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic = on
     torch.backends.cudnn.benchmark = not on
