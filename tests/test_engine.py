@@ -55,7 +55,7 @@ def make_run(beton: str, method: str, micro: int, optimizer: str, speed: dict, p
         ),
         speed=Speed(**{"workers": 1, "micro_batch": micro, **speed}),
         log=Log(tensorboard=False),
-        seed=3,
+        seed=5,  # with 3 an activation is so near 0 that rounding decides whether ReLU passes its gradient
     )
 
 
