@@ -1,5 +1,5 @@
-"""Rows at unit length inside kernels: the pass that normalises, casts and pads a matrix of rows before the tiled passes
-read it, and the pass that applies the gradient of the normalisation after them."""
+"""Normalisation of rows in kernels: a pass that normalises, casts and pads a matrix of rows for the tiled passes, and a
+pass that applies the gradient of the normalisation to their result."""
 
 import torch
 import torch.distributed as dist
@@ -151,7 +151,7 @@ def normalize_rows(
 
 
 def fake_normalized_rows(x: Tensor, normalize: bool, world: int) -> tuple[Tensor, Tensor]:
-    """normalize_rows' v and inverse norms for torch.library's fake implementations: shapes and dtypes alone."""
+    """normalize_rows' v and inverse norms for torch.library's fake implementations: only shapes and dtypes."""
     dtype = tile_dtype(x.dtype, normalize)
     rows = cdiv(x.shape[0] * world, ROW_PADDING) * ROW_PADDING
     v = x.new_empty((rows, padded_width(x.shape[1], dtype)), dtype=dtype)

@@ -1,5 +1,5 @@
-"""Checks for kernels: errors against float64, NaN in uninitialised memory, allocations counted without a GPU, and
-launches recorded and compiled ahead of time for a given architecture (neither a GPU nor the interpreter is needed).
+"""Checks for kernels: compare errors with float64, fill new memory with NaN, count allocations, and record and compile
+launches ahead of time for an architecture (the last two need neither a GPU nor the interpreter).
 """
 
 import math
@@ -60,7 +60,8 @@ def assert_as_good_as(
 
 @contextmanager
 def nan_memory() -> Iterator[None]:
-    """Inside, torch.empty is filled with NaN (integers: their largest value), so that reading it shows."""
+    """Context manager: torch.empty is filled with NaN (integers: their largest value), so that a read of uninitialised
+    memory changes results."""
     mode, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -143,9 +144,9 @@ class Launch(NamedTuple):
 
 @contextmanager
 def record_launches() -> Iterator[list[Launch]]:
-    """Inside, kernels do not run; yields a list that receives every launch which needs a build of its own.
+    """Context manager: kernels are not run; yields a list that receives every launch that needs another compilation.
 
-    Meta tensors suffice as arguments.  A launch that repeats an earlier one is not kept, nor are its arguments.
+    Arguments may be meta tensors.  Launches that need no new compilation are not recorded.
     """
     from triton.runtime.jit import JITFunction
 

@@ -1,5 +1,5 @@
-"""Reading rows of thousands of columns (prototypes) 16 bytes at a time, with a running maximum for each group of
-neighbours.  Shared by Sinkhorn and the soft cross entropy."""
+"""Reads of rows with thousands of columns (prototypes), 16 bytes at a time, with a running maximum for each group of
+neighbouring columns.  Shared by Sinkhorn and the soft cross entropy."""
 
 import math
 
@@ -14,10 +14,10 @@ GROUP = tl.constexpr(8)  # neighbours with one running maximum: of bfloat16, wha
 
 
 def alignment(num_columns: int, *tensors: Tensor) -> int:
-    """What the number of columns and the row strides are a multiple of, up to 16.
+    """The greatest common divisor of 16, the number of columns and the row strides.
 
-    Without it the mask of the last columns would prevent loads of 16 bytes; Triton's own specialisation knows multiples
-    of 16 alone, and SwAV has 3,000 prototypes.
+    Without it the mask of the last columns prevents loads of 16 bytes: Triton's specialisation recognises only
+    multiples of 16, and SwAV has 3,000 prototypes.
     """
     return math.gcd(16, num_columns, *(x.stride(0) for x in tensors))
 
@@ -40,7 +40,7 @@ def grouped_columns(first, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def update_max(running_max, x, scale):
-    """Of groups x: the new running maxima, finite values of them to subtract, and the factors for earlier sums."""
+    """For groups x: the new running maxima, finite values to subtract, and the factors of the earlier sums."""
     new_max = tl.maximum(running_max, tl.max(x, 1))
     finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
     return new_max, finite_max[:, None], tl.exp2((running_max - finite_max) * scale)

@@ -1,7 +1,7 @@
-"""Augmentation: all views of a batch, made on the device from images that were decoded once.
+"""Augmentation: computes all views of a batch on the device, from images that were decoded once.
 
-Takes uint8 images of any size, returns normalised channels_last views.  A sample's views depend on (seed, epoch, its
-index, the view's stream) alone, not on the batch, the number of ranks or the step at which a run was resumed.
+Takes uint8 images of any size and returns normalised channels_last views.  The random numbers of a view depend only on
+seed, epoch, sample index and the view's stream, not on the batch, the number of ranks or the step of a resumed run.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Images, views and batches for tests and benchmarks.  (Repeats the numbers of recipes, which it cannot import.)"""
+"""Images, views and batches for tests and benchmarks.  Views repeat recipes, which kernels cannot import."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -106,7 +106,7 @@ def scenes(shapes: Iterable[tuple[int, int]], seed: int = 0) -> list[np.ndarray]
         ramp = np.stack([y * 255 / h, x * 255 / w, (y + x) * 255 / (h + w)], -1)
         blocks = rng.integers(0, 256, (8, 8, 3))[y * 8 // h, x * 8 // w]
         im = np.where(((y // 7 + x // 5) % 3 == 0)[..., None], blocks, ramp)
-        im[: h // 8] = im[: h // 8, :, :1]  # gray: no hue
+        im[: h // 8] = im[: h // 8, :, :1]  # gray pixels have no hue
         im[:, -max(1, w // 10) :] = rng.choice([0, 255], (h, max(1, w // 10), 3))
         out.append(im.astype(np.uint8))
     return out

@@ -1,7 +1,7 @@
-"""The parameters of one view of one sample, drawn inside a kernel: the same random words and the same numbers as
-`draw` of params.py.
+"""Draws the parameters of a view of a sample in a kernel, with the same random words and results as `draw` of
+params.py.
 
-Boxes are computed in float64 as there, so that both choose the same pixels.
+Boxes are computed in float64 as there, so that both select the same pixels.
 """
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from . import params
 
-# what may differ between the views of one launch: a row of float64 of the table of specs
+# fields in which the views of one launch may differ: a float64 row of the table of specs
 FIELDS = (
     "offset",
     "stream",

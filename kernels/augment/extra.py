@@ -1,4 +1,4 @@
-"""Further operations of a view (`View.extra`), which the fused kernel does not have, in PyTorch on the device.
+"""Further operations of a view (`View.extra`), in PyTorch on the device; the fused kernel does not have them.
 
 They run after the kernel, on float32 crops (n, 3, S, S) in [0, 1], before `quarter_turns` and normalisation; views
 without them use the fused kernel alone.  Random numbers are Philox words as in the kernel, keyed by (seed, epoch,
@@ -20,7 +20,7 @@ from ..philox import below, philox4x32, uniform
 if TYPE_CHECKING:
     from .params import View
 
-FIRST_BLOCK, BLOCKS = 64, 64  # of Philox: the kernel uses blocks below 22; each operation of a view has 64 of its own
+FIRST_BLOCK, BLOCKS = 64, 64  # of Philox: the kernel uses blocks below 22, then each operation of a view has 64
 TRIES = 10  # torchvision's RandomErasing
 
 
@@ -48,7 +48,7 @@ class Random:
 
 
 class Operation(Protocol):
-    """An entry of View.extra: a frozen dataclass, so that config.json records what a run did.
+    """An entry of View.extra: a frozen dataclass, which config.json records with all its fields.
 
     `waits = True` marks an operation that makes the host wait for the device: a step with it cannot be captured in a
     CUDA graph.

@@ -1,4 +1,4 @@
-"""Specification of a view (`View`, pure data) and the random parameters of each sample (`draw`).
+"""Specification of a view (`View`), and its random parameters for each sample (`draw`).
 
 Every kind of crop is the same operation: a source box (float y0, x0, h, w) is resampled to size x size; taps outside a
 clip region (torchvision: the area that is cropped before the resize) are left out and the others renormalised.
@@ -53,16 +53,16 @@ OPS = ("jitter", "gray", "blur", "solarize")
 
 @dataclass(frozen=True)
 class View:
-    """One view of an image.  Probabilities are 0 by default, so View(224) is a plain random-resized crop.
+    """One view of an image.  All probabilities are 0 by default, so View(224) is only a random resized crop.
 
     crop: "resized" (torchvision's RandomResizedCrop), "center" (Resize(resize) and CenterCrop(size) in one resample;
-    resize=None cuts pixels as they are), "random" (RandomCrop(size), after Resize(resize) if given and after padding
-    by `pad` pixels of `pad_mode`), "patch" (cell 0..8 of the 3x3 split of a random crop of side `window`, itself
-    randomly cropped to size), "squash" (the whole image, aspect ratio ignored).
+    resize=None: only the crop), "random" (RandomCrop(size), after Resize(resize) if given and after padding
+    by `pad` pixels of `pad_mode`), "patch" (cell 0..8 of the 3x3 grid over a random crop of side `window`, randomly
+    cropped to size), "squash" (the whole image, aspect ratio ignored).
     A pixel whose centre is outside the image is black, or mirrored with pad_mode="reflect".
-    Operations apply as crop, flip, rotate, then `order` (jitter must precede blur; an operation left out of it gets
-    probability 0), then `extra` (see extra.py), then `quarter_turns` (counter-clockwise), then normalisation.
-    Views with the same `stream` draw the same random numbers; None is the view's position in the list.
+    The operations are applied in this order: crop, flip, rotation, those of `order` (jitter must precede blur; an
+    operation that is not in it gets probability 0), `extra` (see extra.py), `quarter_turns` (counter-clockwise),
+    normalisation.  Views with equal `stream` draw the same random numbers; None is the view's position in the recipe.
     """
 
     size: int
@@ -89,7 +89,7 @@ class View:
     stream: int | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    extra: tuple = ()  # Lighting(...), Erase(...), RandAugment(...), Transform(fn), a callable, one of your own
+    extra: tuple = ()  # Lighting(...), Erase(...), RandAugment(...), Transform(fn), a callable, your own operation
 
     if TYPE_CHECKING:  # set by __post_init__; an annotation would make it a field
 

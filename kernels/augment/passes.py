@@ -1,5 +1,5 @@
-"""The kernels that make views.  Up to 64 pixels `whole_kernel` does it all, one program a view.  Above, and where views
-rotate, the passes hand over parameters, crops, contrast means and unblurred tiles through memory:
+"""The kernels that compute views.  Up to 64 pixels, one program of `whole_kernel` computes a view.  Larger or rotated
+views need several passes, which store parameters, crops, contrast means and unblurred tiles in memory:
 draws.draw_kernel, crop_kernel (for rotations), colour_kernel (once or twice), blur_kernel.
 
 Operations on a tile are in crop.py, colour.py and blur.py, its layout in planes.py, the random numbers in draws.py.
@@ -20,7 +20,7 @@ ANGLE, GRAY, SIGMA, SOLARIZE = (tl.constexpr(params.COL[n]) for n in ("angle", "
 
 @triton.jit
 def view_ptr_of(out_ptr, spec_ptr, batch, i_sample, SIZE: tl.constexpr):
-    """Where the output of one view of one sample begins."""
+    """The pointer to the output of one view of one sample."""
     return out_ptr + tl.load(spec_ptr + OFFSET).to(tl.int64) * batch + i_sample.to(tl.int64) * (SIZE * SIZE * 3)
 
 
@@ -135,7 +135,7 @@ def crop_kernel(
     TILE: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    """The crop of views that rotate, so that the rotation has pixels to interpolate."""
+    """Stores the crop of rotated views, whose pixels the rotation interpolates."""
     i_sample, _, i_pair, _, first_y, first_x = program_tile(batch, SIDE, TILE)
     iy, ix = planes.tile_coordinates(first_y, first_x, TILE)
     row_ptr = table_ptr + i_pair * NUM_COLUMNS

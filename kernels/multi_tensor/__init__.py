@@ -1,8 +1,8 @@
-"""Optimizer arithmetic over lists of tensors in one launch each, whatever their number: LARS, its norms, and the moving
-average of a momentum encoder.  Learning rates, weights and the overflow flag may be on the device, so that a captured
-CUDA graph reads their current values.
+"""Optimizer arithmetic on lists of any number of tensors, in one launch each: LARS, its norms, and the moving average
+of a momentum encoder.  Learning rates, weights and the overflow flag may be on the device, so that a captured CUDA
+graph reads their current values.
 
-The lists pair by position.  Tensors are dense, of one dtype and device; the Triton kernels take float32.
+Tensors correspond by position in the lists.  They are dense, of one dtype and device; the Triton kernels take float32.
 """
 
 from types import ModuleType
@@ -27,8 +27,8 @@ def lerp_(
 ) -> None:
     """target <- target + weight (source - target) for every pair, in place.
 
-    weight: a number or a 0-dim tensor.  found_inf: None, or a 0-dim float32 tensor on the device; where it is
-    not zero, nothing changes.
+    weight: a number or a 0-dim tensor.  found_inf: None, or a 0-dim float32 tensor on the device; if it is nonzero,
+    nothing changes.
     """
     _check("lerp_", targets, sources)
     if targets:
@@ -77,7 +77,7 @@ def lars_(
 
 
 def _module(impl: Impl, tensors: list[Tensor]) -> ModuleType:
-    """The reference or the Triton module."""
+    """The module of the implementation: reference or triton."""
     if not tensors:
         return reference
     x = tensors[0]
@@ -95,7 +95,7 @@ def _module(impl: Impl, tensors: list[Tensor]) -> ModuleType:
 def _check(op: str, first: list[Tensor], *others: list[Tensor]) -> None:
     for other in others:
         if len(other) != len(first):
-            raise ValueError(f"{op}: lists of {len(first)} and {len(other)} tensors: they pair by position")
+            raise ValueError(f"{op}: the lists have {len(first)} and {len(other)} tensors, but must have equal length")
         for a, b in zip(first, other):
             if a.numel() != b.numel() or a.dtype != b.dtype or a.device != b.device:
                 raise ValueError(

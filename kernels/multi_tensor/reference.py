@@ -1,4 +1,4 @@
-"""The definitions in PyTorch's own operations over lists."""
+"""The definitions, by PyTorch's operations on lists of tensors."""
 
 from typing import NamedTuple
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 class LarsOptions(NamedTuple):
-    """The numbers of a step; see lars_."""
+    """Options of a step; see lars_."""
 
-    lr: float | Tensor  # or a 0-dim tensor, as is weight_decay
+    lr: float | Tensor  # a number or a 0-dim tensor, as weight_decay
     weight_decay: float | Tensor
     momentum: float = 0.0
     dampening: float = 0.0
@@ -19,7 +19,7 @@ class LarsOptions(NamedTuple):
     norm_of_sum: bool = False
     clip_lr: bool = False
     lr_in_momentum: bool = True
-    first: bool = False  # step of these tensors: there is no buffer yet
+    first: bool = False  # whether this is the tensors' first step, without momentum buffers yet
 
 
 def lerp_(targets: list[Tensor], sources: list[Tensor], weight: float | Tensor, found_inf: Tensor | None) -> None:

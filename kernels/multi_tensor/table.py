@@ -1,4 +1,4 @@
-"""The table of addresses by which one launch reaches every tensor of a list."""
+"""Tables of the addresses of tensors, so that one launch processes all tensors of a list."""
 
 import functools
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..tiling import cdiv
 
-CHUNK = 8192  # elements of a tensor that one program takes
+CHUNK = 8192  # elements of a tensor that one program processes
 
 
 class Table(NamedTuple):
@@ -30,8 +30,8 @@ def table(*lists: list[Tensor]) -> Table:
         for a, b in zip(lists[0], tensors):
             if not _same_layout(a, b):
                 raise ValueError(
-                    f"multi_tensor: tensors of strides {a.stride()} and {b.stride()} do not lie in memory "
-                    "in the same order: make both contiguous"
+                    f"multi_tensor: the elements of tensors with strides {a.stride()} and {b.stride()} are in "
+                    "different orders in memory: make both contiguous"
                 )
     addresses = tuple(tuple(t.data_ptr() if device.type != "meta" else 0 for t in tensors) for tensors in lists)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -41,7 +41,7 @@ def table(*lists: list[Tensor]) -> Table:
 
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:
-    """Both are dense and have their elements in the same order."""
+    """Whether both tensors are dense, with their elements in the same order in memory."""
     if a.is_contiguous() and b.is_contiguous():
         return True
     return a.stride() == b.stride() and a.is_contiguous(memory_format=torch.channels_last)
@@ -56,6 +56,6 @@ def _table(device: torch.device, sizes: tuple, addresses: tuple) -> Table:
     chunks = [(i, c) for i, count in enumerate(counts) for c in range(count)]
     columns = (addresses, torch.int64), (sizes, torch.int64), (chunks, torch.int32), (begin, torch.int32)
     pinned = tuple(torch.tensor(x, dtype=dtype, pin_memory=device.type == "cuda") for x, dtype in columns)
-    places, elements, numbers, starts = (x.to(device, non_blocking=True) for x in pinned)
+    pointers, elements, numbers, starts = (x.to(device, non_blocking=True) for x in pinned)
     aligned = all(a % 16 == 0 for row in addresses for a in row)
-    return Table(places, elements, numbers, starts, aligned, pinned)
+    return Table(pointers, elements, numbers, starts, aligned, pinned)

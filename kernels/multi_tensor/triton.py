@@ -1,5 +1,5 @@
-"""Lists of tensors by a table of their addresses: one program takes one chunk of one tensor.  LARS reads every weight
-and gradient twice and writes each once: at most 3 launches a parameter group, whatever the number of tensors.
+"""Kernels on lists of tensors, by a table of their addresses; one program processes one chunk of one tensor.  LARS
+reads every weight and gradient twice and writes every weight once, in at most 3 launches per parameter group.
 
 On one H200 (2026-11-27) LARS takes 0.10 ms for ResNet-18's 11 million weights, and torch's operations over lists
 1.6 ms.
@@ -18,7 +18,7 @@ BLOCK = 1024  # elements of one pass of a program's loop
 
 @triton.jit
 def tensor_ptr(addresses_ptr, row, N, i):
-    """Where tensor i of list `row` begins."""
+    """The pointer to tensor i of list `row`."""
     return tl.load(addresses_ptr + row * N + i).to(tl.pointer_type(tl.float32))
 
 

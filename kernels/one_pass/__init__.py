@@ -1,10 +1,9 @@
-"""Loss and gradient with respect to the queries in one pass over keys that get no gradient: an online softmax, like
-attention whose values are its keys.  Shared by InfoNCE and the loss over gathered negatives; docs/kernels.md has the
-algebra.
+"""Loss and gradient with respect to the queries in one pass over keys without gradient: an online softmax, as attention
+whose values are the keys.  Shared by InfoNCE and the loss over gathered negatives; docs/kernels.md has the derivation.
 
 loss = mean_i (log sum_j exp(x_ij) - x_i,positive), dq_i = (sum_j p_ij k_j - k_positive) / (M temperature), with logits
-x = <q, k> / temperature.  The sums are split over programs, and combine.py joins the splits and adds the positive.
-Backward only multiplies the saved gradient by the incoming one.
+x = <q, k> / temperature.  The sums are split over programs; combine.py adds the splits and the positive.  Backward
+only multiplies the saved gradient by the incoming one.
 
 In the kernels: M queries, N keys, D features; sums and acc are relative to 2^(maximum - P_SCALE_LOG2), so that the
 small p of a large queue stay normal numbers in float16.

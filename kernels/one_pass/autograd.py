@@ -1,4 +1,4 @@
-"""Autograd of a custom op whose forward has computed the gradient already."""
+"""Autograd of a custom op whose forward computes the gradient, too."""
 
 from typing import Any
 

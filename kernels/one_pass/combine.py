@@ -1,4 +1,4 @@
-"""Joins the splits of a pass over the keys, and adds the positive, which is not among their keys."""
+"""Combines the splits of a pass over the keys, and adds the positive, which is not among the keys."""
 
 import math
 

@@ -77,8 +77,8 @@ def one_pass_kernel(
 
 
 def one_pass_tiles(width: int, same_dtype: bool, full_width: bool, device: torch.device) -> Tiles:
-    """Two programs on a multiprocessor where their registers suffice, so that one's exponentials overlap with the
-    other's products.  Casting keys takes more registers, and so does masking their width (not `full_width`)."""
+    """Tiles for two programs on a multiprocessor if the registers suffice, so that exponentials of one overlap with
+    products of the other.  Casts of keys, and masks of their width (not `full_width`), need more registers."""
     if needs_small_tiles(device):
         if width <= 128:
             return Tiles(128, 32, width, 8, 3)
@@ -95,7 +95,7 @@ def loss_and_gradient(
     """InfoNCE of q (M, D) with positives k (M, D), and its gradient with respect to q in float32.
 
     The negatives are the rows of the queue (K, D), or without one all other rows of k on the ranks of `group`.
-    (In q's dtype the gradient would lose what a loss scale is there to keep.)
+    (In half precision the gradient could underflow before the loss scale is applied.)
     """
     m, d = q.shape
     rank, world = rank_world(group)
@@ -156,7 +156,7 @@ def _by_matmuls(
     rank_offset: int | None,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """The same by matmuls over blocks of queries, for rows too wide for the tiles and for float32."""
+    """loss_and_gradient by matmuls over blocks of queries, for rows too wide for the tiles and for float32."""
     positive, dot = positives
     m, d = q.shape
     total = torch.zeros((), device=q.device)

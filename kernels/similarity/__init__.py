@@ -1,5 +1,5 @@
-"""Two passes over the tiles of a similarity matrix that is never stored: row sums, then gradients.  Shared by NT-Xent
-and the symmetric InfoNCE; docs/kernels.md has the algebra.
+"""Two passes over the tiles of a similarity matrix that is not stored: row sums, then gradients.  Shared by NT-Xent and
+the symmetric InfoNCE; docs/kernels.md has the derivation.
 
 Row i of u (this rank's rows) against all columns j of v (the rows of all ranks), s_ij = <u_i, v_j>:
   row_sums.py   r_i = sum_j e_ij, with e_ij = exp(s_ij / temperature) = 2^(scale s_ij) and scale = log2(e) / temperature

@@ -1,4 +1,4 @@
-"""The second pass: the gradient of each row, complete in the program that has its block of rows."""
+"""The second pass: the gradient of each row, which the program of its block of rows computes completely."""
 
 import torch
 import triton
@@ -110,7 +110,7 @@ def logit_gradients_kernel(
     GRAD_SCALE_LOG2: tl.constexpr,
     POSITIVE_GRAD: tl.constexpr,
 ):
-    """For rows too wide for the registers: the logits' gradients of the rows from first_row on, for a matmul."""
+    """For rows too wide for registers: gradients of the logits of the rows from first_row on, as input of a matmul."""
     pid_chunk, t = tl.program_id(0), tl.program_id(1)
     pid_m = first_row // BLOCK_M + pid_chunk
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)

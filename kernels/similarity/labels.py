@@ -1,4 +1,4 @@
-"""Labels of 64 bits as classes of 32 bits, which tiles compare in half as many registers."""
+"""Mapping of 64-bit labels to 32-bit classes, which need half as many registers in the tiles."""
 
 import torch
 import triton
@@ -18,7 +18,8 @@ def classes_kernel(
     num_slots,
     BLOCK_M: tl.constexpr,
 ):
-    """Which slot a label gets can change from run to run; equality of classes and their counts do not."""
+    """The class of a label, a slot of the hash table, can differ between runs; which classes are equal, and counts, do
+    not."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < N
     label = tl.load(label_ptr + tl.where(mask_m, offs_m, 0))

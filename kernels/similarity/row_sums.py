@@ -1,4 +1,4 @@
-"""The first pass: each row's sum of exponentials, from it the row's loss and its weight w in the gradient."""
+"""The first pass: the sum of exponentials of each row, its loss, and its weight w in the gradient."""
 
 import math
 
@@ -40,8 +40,8 @@ def row_sums_kernel(
 ):
     """One program: a block of rows against one split of the columns.
 
-    The positives come from the same product as the sum: tensor cores cut off bits, and what cancels in the loss has to
-    be cut off in both (docs/kernels.md).
+    The logits of the positives come from the same product as the sum, so that the truncation errors of tensor cores
+    cancel in the loss (docs/kernels.md).
     """
     pid_m, pid_split = tl.program_id(0), tl.program_id(1)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -129,7 +129,7 @@ def row_losses_kernel(
         row_sum += split_sum
         positive += tl.load(split_ptr + plane, mask=mask_m, other=0.0)
 
-    active = (row_sum > 0) | (row_sum != row_sum)  # NaN must show in the loss
+    active = (row_sum > 0) | (row_sum != row_sum)  # NaN must propagate to the loss
     if LABELS:
         row_class = tl.load(class_ptr + rank_offset + offs_m, mask=mask_m, other=0)
         num_positives = tl.load(count_ptr + row_class, mask=mask_m, other=0).to(tl.float32) - 1.0  # without itself

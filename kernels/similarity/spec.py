@@ -1,4 +1,4 @@
-"""What the two passes compute, for which rows, and with which tiles."""
+"""Parameters of the two passes: the entries of the matrix, the rows, and the tiles."""
 
 import math
 from typing import NamedTuple
@@ -50,7 +50,7 @@ class RankRows(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Rows of all ranks and what the gradient needs of them."""
+    """The rows of all ranks on one side of the loss, and their values for the gradient."""
 
     v: Tensor  # (N_PADDED, D_PADDED) normalised, cast and padded
     inv_norm: Tensor  # (M,) float32, 1 / |x_i| of this rank's rows

@@ -16,7 +16,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = BF16
     epsilon: float = 0.05
     iterations: int = 3
-    spread: float = 1.0  # 1: cosines, as SwAV has them
+    spread: float = 1.0  # 1: cosines, as in SwAV
     strided: bool = False
     precision: str = "highest"
     seeds: int = 2

@@ -1,4 +1,4 @@
-"""Sinkhorn by scaling vectors: each half iteration reads the logits once, as they are, and nothing else is (B, K).
+"""Sinkhorn by scaling vectors: each half iteration reads the logits once, and no other (B, K) matrix is stored.
 
 Sums are kept as a running maximum and a sum relative to it, so logits of any range are exact.  Not measured yet.
 """
@@ -69,7 +69,7 @@ def column_end_kernel(
     BLOCK_K: tl.constexpr,
     LOG: tl.constexpr,
 ):
-    """Joins the splits."""
+    """Combines the splits."""
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     column_max = tl.full([BLOCK_K], float("-inf"), tl.float32)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..tiling import cdiv, split_tiles
 from ..wide_rows import GROUP, alignment, assume_multiple, grouped_columns, row_block, update_max
 
-BLOCK_ROWS = 128  # rows that one program of row_kernel joins
+BLOCK_ROWS = 128  # rows of one program of rows_kernel
 SIZES = ("M", "K", "stride_sm", "stride_tm", "columns_per_split", "num_splits")  # one build for sizes of one alignment
 
 
@@ -49,9 +49,8 @@ def stats_kernel(
 ):
     """One program: one row, one split of the columns.
 
-    The maximum is subtracted before the temperature is applied, 2^((x - maximum) scale): in scale x - maximum the
-    compiler fuses product and difference, which keeps more bits of scale x than the maximum has, and the largest logit
-    would not cancel.
+    The maximum is subtracted before the multiplication, 2^((x - maximum) scale).  In scale x - maximum, a fused
+    multiply-add would keep more bits of scale x than the maximum has, so that the largest logit does not give 0.
     """
     stride_sm, stride_tm = assume_multiple(stride_sm, ALIGN), assume_multiple(stride_tm, ALIGN)
     K, columns_per_split = assume_multiple(K, ALIGN), assume_multiple(columns_per_split, ALIGN)
@@ -109,9 +108,9 @@ def rows_kernel(
     BLOCK_M: tl.constexpr,
     LOGITS: tl.constexpr,
 ):
-    """Joins the splits of each row.
+    """Combines the splits of each row.
 
-    1 / sum and not log sum is kept: 2^(x - maximum) / sum keeps bits that 2^(x - log sum) rounds away.
+    1 / sum is stored instead of log sum, because 2^(x - maximum) / sum is more precise than 2^(x - log sum).
     """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M

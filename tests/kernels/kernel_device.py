@@ -1,4 +1,4 @@
-"""Where the kernel tests run: on a GPU if there is one, else in the interpreter that tests/conftest.py turns on."""
+"""The device of the kernel tests: a GPU if there is one, else the CPU with Triton's interpreter (tests/conftest.py)."""
 
 import numpy as np
 import pytest
@@ -12,10 +12,10 @@ needs_triton = pytest.mark.skipif(
 
 
 @pytest.fixture
-def cut_off_sums(monkeypatch):
-    """The interpreter's half-precision products in the manner of tensor cores: 16 terms at a time, and the bits of a
-    partial sum below float32's are cut off, not rounded.  Of d terms that is a relative error of up to d / 16 x 2^-23,
-    always downwards.  (An H200 lost two to three times as much.)
+def truncated_sums(monkeypatch):
+    """Make half-precision products in the interpreter like those of tensor cores: 16 terms at a time, with partial sums
+    truncated to float32 instead of rounded.  For d terms the relative error is up to d / 16 x 2^-23, always towards
+    zero.  (On an H200 it was two to three times as large.)
     """
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

@@ -1,4 +1,4 @@
-"""The views against torchvision v2, image by image, given the same parameters: within 1/255 before normalising."""
+"""Views compared with torchvision v2 for equal parameters, image by image: within 1/255 before normalisation."""
 
 import io
 import os
@@ -32,7 +32,7 @@ def photographs():
 
 
 def torchvision_view(image, view, row):
-    """The same view by torchvision v2 functionals on a float image, unnormalised."""
+    """The same view by torchvision v2's functionals on a float image, without normalisation."""
     p = {name: float(row[i]) for name, i in COL.items()}
     x = tv.to_dtype(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1), torch.float32, scale=True)
     H, W = x.shape[1:]
@@ -88,7 +88,7 @@ def check(images, views, impl, epoch=0, bound=1 / 255):
     for view, table, ours in zip(views, tables, made):
         for image, row, x in zip(images, table, ours):
             error = (x - torchvision_view(image, view, row)).abs()
-            if view.solarize:  # a pixel within rounding of the threshold may go either way
+            if view.solarize:  # rounding decides for pixels at the threshold
                 error = torch.where((x - view.solarize_threshold).abs() < 1e-4, 0, error)
                 error = torch.where((1 - x - view.solarize_threshold).abs() < 1e-4, 0, error)
             worst = max(worst, float(error.max()))
@@ -97,7 +97,7 @@ def check(images, views, impl, epoch=0, bound=1 / 255):
 
 
 @pytest.mark.parametrize("name", ONE_OP)
-def test_each_operation_is_torchvisions(name, impl):
+def test_each_operation_equals_torchvision(name, impl):
     images = scenes([s for s in SHAPES if ONE_OP[name].crop != "random" or min(s) >= ONE_OP[name].size] * 3)
     check(images, [ONE_OP[name]], impl, bound=0.02 / 255 if name != "jitter_strong" else 0.1 / 255)
 
@@ -116,11 +116,11 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_are_torchvisions(name, impl):
+def test_recipes_equal_torchvision(name, impl):
     check(scenes(SHAPES * 2), RECIPES[name], impl, bound=0.1 / 255)
 
 
-def test_photographs_are_torchvisions(photographs, impl):
+def test_photographs_equal_torchvision(photographs, impl):
     views = [
         *recipes.simclr(),
         *recipes.byol(),
@@ -133,7 +133,7 @@ def test_photographs_are_torchvisions(photographs, impl):
 
 
 @pytest.mark.parametrize("shapes", [[(32, 32)] * 3, [(8, 8)] * 3, [(32, 32), (32, 40), (50, 32)]])
-def test_a_centre_crop_without_resize_is_exact(shapes, impl):
+def test_centre_crop_without_resize_is_exact(shapes, impl):
     images, size = scenes(shapes), min(min(s) for s in shapes)
     out = make_views(*pack(images), recipes.center(size, **RAW), seed=0, epoch=0, impl=impl)[0]
     for image, x in zip(images, out):
@@ -154,8 +154,8 @@ def test_normalisation_layout_and_dtype(impl):
         torch.testing.assert_close(out, ((raw - mean) / std).to(dtype), rtol=0, atol=atol)
 
 
-def test_a_sample_does_not_depend_on_the_batch(impl):
-    """Bitwise, in any company and at any place: so views cannot depend on the number of ranks."""
+def test_views_of_a_sample_do_not_depend_on_the_batch(impl):
+    """Bit for bit, with other samples and at other positions, so that views do not depend on the number of ranks."""
     for shapes in (SHAPES * 3, [(32, 32)] * 24):
         pixels, sizes, index = pack(scenes(shapes))
         views = [
@@ -171,7 +171,7 @@ def test_a_sample_does_not_depend_on_the_batch(impl):
                 assert torch.equal(w[rows], p)
 
 
-def test_a_view_does_not_depend_on_the_other_views():
+def test_views_do_not_depend_on_the_other_views():
     batch = pack(scenes(SHAPES))
     a = make_views(*batch, recipes.simclr(24), seed=5, epoch=2)
     b = make_views(*batch, [replace(recipes.simclr(24)[1], stream=1), View(9, stream=17)], seed=5, epoch=2)
@@ -179,7 +179,7 @@ def test_a_view_does_not_depend_on_the_other_views():
 
 
 @pytest.mark.parametrize("change", ["seed", "epoch", "index"])
-def test_seed_epoch_and_index_all_count(change):
+def test_views_depend_on_seed_epoch_and_index(change):
     pixels, sizes, index = pack(scenes(SHAPES))
     key = {"seed": 5, "epoch": 2}
     before = make_views(pixels, sizes, index, recipes.simclr(24), **key)
@@ -189,15 +189,15 @@ def test_seed_epoch_and_index_all_count(change):
         assert not torch.equal(*x)
 
 
-def test_rotation_shows_one_crop_four_times():
+def test_rotation_recipe_rotates_one_crop():
     views = make_views(*pack(scenes(SHAPES)), recipes.rotation(24), seed=0, epoch=0)
     for k in range(4):
         assert torch.equal(views[k], views[0].rot90(k, (2, 3)))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_the_compiled_views_are_the_references(threads):
-    """In any number of threads, and the same bits with each."""
+def test_compiled_views_equal_the_reference(threads):
+    """With any number of threads, and bit for bit equal for all of them."""
     pixels, sizes, index = pack(scenes(SHAPES * 3))
     views, before = [*recipes.simclr(24), *recipes.byol(32), *recipes.deepcluster(16)], torch.get_num_threads()
     key = {"seed": 5, "epoch": 2}
@@ -210,10 +210,10 @@ def test_the_compiled_views_are_the_references(threads):
     for x, y, z in zip(compiled, make_views(pixels, sizes, index, views, **key, impl="reference"), one):
         assert torch.equal(x, z)
         close = (x - y).abs() < 2e-4
-        assert close.float().mean() > 0.999  # a pixel within rounding of BYOL's threshold is solarized or not
+        assert close.float().mean() > 0.999  # rounding decides for pixels at BYOL's threshold
 
 
-def test_empty_batch_and_no_views(impl):
+def test_empty_batch_and_empty_recipe(impl):
     pixels, sizes, index = pack(scenes(SHAPES))
     out = make_views(pixels[:0], sizes[:0], index[:0], recipes.simclr(24), seed=0, epoch=0, impl=impl)
     assert [x.shape for x in out] == [(0, 3, 24, 24)] * 2
@@ -248,13 +248,13 @@ def test_empty_batch_and_no_views(impl):
         ({"std": (1.0, 0.0, 1.0)}, "std"),
     ],
 )
-def test_a_wrong_view_is_named(bad, named):
+def test_invalid_view_raises(bad, named):
     with pytest.raises(ValueError, match="View") as error:
         View(**{"size": 24, **bad})
     assert named in str(error.value)
 
 
-def test_wrong_input_is_named():
+def test_invalid_input_raises():
     pixels, sizes, index = pack(scenes(SHAPES))
     for args, named in [
         ((pixels.float(), sizes, index), "float32"),

@@ -1,4 +1,4 @@
-"""Operations beyond the fused kernel: torchvision's results from the same parameters, the same views in any batch."""
+"""Operations of View.extra: equal to torchvision's for equal parameters, and independent of the batch."""
 
 import json
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ KEY = {"seed": 5, "epoch": 2}
 
 @dataclass(frozen=True)
 class Fade:
-    """One of one's own: towards black by a factor of each sample."""
+    """A user's operation: darkens each sample by a random factor."""
 
     low: float = 0.5
 
@@ -33,7 +33,7 @@ def numbers(n, place=0, stream=0):
     return Random(torch.arange(n), 5, 2, stream, place)
 
 
-def test_an_operation_that_order_leaves_out_does_not_act():
+def test_operations_not_in_order_are_not_applied():
     some = views.simclr(24, order=("gray", "jitter"))
     assert some[0].order == ("gray", "jitter", "blur", "solarize") and some[0].blur == 0 and some[0].gray == 0.2
     full = views.simclr(24, order=("gray", "jitter", "blur", "solarize"), blur=0.0)
@@ -43,13 +43,13 @@ def test_an_operation_that_order_leaves_out_does_not_act():
     assert View(24, gray=0.3, order=()).gray == 0
 
 
-def test_views_without_operations_stay_as_they_are():
-    """Alone, and beside views that have some: the same bits as ever, turned and normalised views included."""
+def test_views_without_extra_are_unchanged():
+    """Bit for bit, alone and beside views with `extra`, also rotated by quarter turns and normalised."""
     plain = [*views.byol(24), *views.rotation(16)]
     mixed = [replace(plain[0], extra=(Lighting(),)), *plain[1:], replace(plain[1], extra=(Erase(),))]
     alone, beside = make_views(*BATCH, plain, **KEY), make_views(*BATCH, mixed, **KEY)
     assert all(torch.equal(a, b) for a, b in zip(alone[1:], beside[1:-1]))
-    nothing = replace(plain[5], extra=(Lighting(0.0),), stream=0)  # turned: operations act before that
+    nothing = replace(plain[5], extra=(Lighting(0.0),), stream=0)  # with quarter turns, which follow `extra`
     for a, b in zip(make_views(*BATCH, [plain[5]], **KEY), make_views(*BATCH, [nothing], **KEY)):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
     for dtype in (torch.bfloat16, torch.float16):
@@ -67,7 +67,7 @@ EVERY = (
 )
 
 
-def test_a_sample_with_operations_does_not_depend_on_the_batch():
+def test_extra_operations_do_not_depend_on_the_batch():
     pixels, sizes, index = BATCH
     recipe = views.simclr(24, extra=EVERY)
     whole = make_views(pixels, sizes, index, recipe, **KEY)
@@ -82,7 +82,7 @@ def test_a_sample_with_operations_does_not_depend_on_the_batch():
     assert [x.shape for x in make_views(pixels[:0], sizes[:0], index[:0], recipe, **KEY)] == [(0, 3, 24, 24)] * 2
 
 
-def test_operations_follow_the_kernel_of_triton_too():
+def test_extra_operations_after_the_triton_kernel():
     recipe = views.simclr(16, extra=(Lighting(0.1), Erase(0.8)))
     a, b = (make_views(*BATCH, recipe, impl=impl, **KEY) for impl in ("reference", "triton"))
     for x, y in zip(a, b):
@@ -90,7 +90,7 @@ def test_operations_follow_the_kernel_of_triton_too():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_device_gives_the_cpus_views_in_deterministic_mode_too(device):
+def test_device_and_cpu_give_equal_views_in_deterministic_mode(device):
     recipe = views.simclr(24, extra=(Lighting(0.1), Fade(), RandAugment(2, 9), Erase(0.8)), **RAW)
     expect = make_views(*BATCH, recipe, impl="reference", **KEY)
     there = [part.to(device) for part in BATCH]
@@ -101,7 +101,7 @@ def test_a_device_gives_the_cpus_views_in_deterministic_mode_too(device):
         torch.use_deterministic_algorithms(False)
     for x, y in zip(out, expect):
         assert x.device.type == device
-        assert (x.cpu() - y).abs().mean() < 5e-3  # a rounding moves a pixel of a nearest-neighbour rotation
+        assert (x.cpu() - y).abs().mean() < 5e-3  # rounding can move a pixel of a nearest-neighbour rotation
 
 
 @pytest.mark.gpu
@@ -140,7 +140,7 @@ def test_lighting_adds_normal_multiples_of_the_components():
     )
 
 
-def test_erase_is_torchvisions():
+def test_erase_equals_torchvision():
     n, size, op = 4000, 20, Erase(p=0.7, scale=(0.05, 0.2), ratio=(0.5, 2.0))
     box = op.box(numbers(n), size)
     erased = box[box[:, 2] > 0]
@@ -161,7 +161,7 @@ def test_erase_is_torchvisions():
     assert (fills == torch.tensor([1.0, 0.0, 0.5]).view(3, 1, 1)).all(1).any()
 
 
-def test_a_transform_draws_for_each_sample_and_leaves_other_random_numbers_alone():
+def test_transform_seeds_each_sample_and_restores_the_generators():
     x = torch.rand(64, 3, 8, 8)
     before = torch.get_rng_state()
     for per_sample, different in ((True, 64), (False, 1)):
@@ -177,7 +177,7 @@ def test_a_transform_draws_for_each_sample_and_leaves_other_random_numbers_alone
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_randaugments_operations_are_torchvisions(name):
+def test_randaugment_operations_equal_torchvision(name):
     size, theirs = 40, v2.RandAugment()
     assert list(theirs._AUGMENTATION_SPACE) == list(OPERATIONS)
     x = torch.stack([torch.from_numpy(im.copy()).permute(2, 0, 1) / 255 for im in scenes([(size, size)] * 4)])
@@ -194,7 +194,7 @@ def test_randaugments_operations_are_torchvisions(name):
             torch.testing.assert_close(out, expect, rtol=0, atol=1e-6)
 
 
-def test_randaugment_draws_every_operation_and_sign_for_each_sample():
+def test_randaugment_draws_all_operations_and_signs():
     n = 2800
     x = (0.2 + 0.6 * torch.rand(1, 3, 16, 16, generator=torch.manual_seed(0))).expand(n, -1, -1, -1)
     out = RandAugment(1, 15).apply(x, numbers(n), None)
@@ -231,12 +231,12 @@ def test_randaugment_draws_every_operation_and_sign_for_each_sample():
     ],
     ids=lambda fn: type(fn).__name__,
 )
-def test_torchvisions_transforms_work(fn):
+def test_torchvision_transforms_in_extra(fn):
     a, b = (make_views(*BATCH, [View(24, extra=(fn,), **RAW)], **KEY)[0] for _ in range(2))
     assert torch.equal(a, b) and a.isfinite().all() and a.min() >= -0.01 and a.max() <= 1.01
 
 
-def test_a_recipe_with_operations_is_written_and_read_back():
+def test_recipe_with_extra_survives_dump_and_load():
     run = config.Run(
         method=simclr.Config(),
         data=config.Data(
@@ -281,7 +281,7 @@ def test_a_recipe_with_operations_is_written_and_read_back():
         (lambda: numbers(2).words(300), "300 random words"),
     ],
 )
-def test_a_wrong_operation_is_named(make, named):
+def test_invalid_operation_raises(make, named):
     with pytest.raises(ValueError) as error:
         make()
     assert named in str(error.value)

@@ -1,4 +1,4 @@
-"""The generator against its published vectors, and the distribution of every parameter against torchvision's."""
+"""The random generator compared with its published vectors, the parameters' distributions with torchvision's."""
 
 import inspect
 import math
@@ -66,7 +66,7 @@ def assert_same_distribution(ours, theirs, name):
         (View(24, ratio=(0.5, 3.0), scale=(0.6, 1.0)), 40, 90),  # mostly rejected tries
     ],
 )
-def test_random_resized_crop_is_torchvisions(view, h, w):
+def test_random_resized_crop_distribution_equals_torchvision(view, h, w):
     ours, theirs = columns(view, h, w), torchvision_boxes(view, h, w)
     for mine, name in (("y0", "top"), ("x0", "left"), ("h", "height"), ("w", "width")):
         assert_same_distribution(ours[mine], theirs[name], name)
@@ -77,15 +77,15 @@ def test_random_resized_crop_is_torchvisions(view, h, w):
 
 
 @pytest.mark.parametrize("h, w", [(20, 300), (300, 20), (1, 1), (1, 9), (3, 2)])
-def test_the_fallback_is_torchvisions(h, w):
-    """So narrow that no try fits, or nearly none: a central crop of the nearest allowed ratio."""
+def test_random_resized_crop_fallback_equals_torchvision(h, w):
+    """Images so narrow that no or nearly no try fits get a central crop of the nearest allowed ratio."""
     view = View(24, scale=(0.9, 1.0))
     ours, theirs = columns(view, h, w, n=400), torchvision_boxes(view, h, w, n=400)
     for mine, name in (("y0", "top"), ("x0", "left"), ("h", "height"), ("w", "width")):
         assert set(ours[mine]) == set(theirs[name]), name
 
 
-def test_colour_jitter_is_torchvisions():
+def test_colour_jitter_distribution_equals_torchvision():
     view = View(24, **STRONG)
     ours = columns(view)
     torch.manual_seed(0)
@@ -112,7 +112,7 @@ def test_colour_jitter_is_torchvisions():
         ("order", "jitter_p", 0.8),
     ],
 )
-def test_probabilities(column, field, p):
+def test_operations_have_their_probabilities(column, field, p):
     def drew(probability):
         values = columns(View(24, **{field: probability}))[column]
         return int((values >= 0).sum() if column == "order" else (values != 0).sum())
@@ -131,20 +131,20 @@ def test_sigma_angle_and_random_crop_are_uniform():
         assert stats.chisquare([(crop[name] == o).sum() for o in range(-4, 5)]).pvalue > 1e-3
 
 
-def test_patches_wander_by_21_pixels_in_their_cells():
+def test_patches_move_by_up_to_21_pixels_in_their_cells():
     views = recipes.patches()
     table = draw(torch.tensor([[292, 292]]).expand(N, 2), torch.arange(N), views, seed=1, epoch=0)
     y, x = table[..., COL["y0"]], table[..., COL["x0"]]
     for cell in range(9):
         dy, dx = (y[cell] - y[0] - 85 * (cell // 3)), (x[cell] - x[0] - 85 * (cell % 3))
         assert (dy.abs() <= 21).all() and (dx.abs() <= 21).all()
-        if cell:  # each its own wobble: the difference of two uniforms on 0..21
+        if cell:  # separate offsets in each cell: the difference of two uniform numbers in 0..21
             assert dy.abs().max() > 15 and abs(float(dy.std()) - math.sqrt(2 * (22**2 - 1) / 12)) < 0.2
     assert y.min() == 0 and y.max() == 292 - 64 and (table[..., COL["gray"]] == table[:1, :, COL["gray"]]).all()
 
 
-def test_draws_are_independent_of_each_other():
-    """Between parameters of a view, between views, between neighbouring samples and between epochs."""
+def test_draws_are_independent():
+    """Between the parameters of a view, views, neighbouring samples and epochs."""
     views = recipes.simclr(224)
     sizes, index = torch.tensor([[375, 500]]).expand(N, 2), torch.arange(N)
     a, b = draw(sizes, index, views, seed=0, epoch=0)
@@ -157,7 +157,7 @@ def test_draws_are_independent_of_each_other():
     assert correlation.abs().max() < 5 / math.sqrt(N), correlation.abs().max()
 
 
-def test_equal_streams_draw_the_same_and_places_are_streams():
+def test_equal_streams_draw_equal_numbers():
     sizes, index = torch.tensor([[375, 500]]).expand(8, 2), torch.arange(8)
     view = View(24, flip=0.5, **STRONG)
     a, b = draw(sizes, index, [view, view], seed=0, epoch=0)
@@ -184,7 +184,7 @@ PAIR_WEAK, PAIR_STRONG = (0.4, 0.4, 0.4, 0.1), (0.8, 0.8, 0.8, 0.2)
         ("supervised", [224], [(0.08, 1)], (0,) * 4, 0, 0, [0], [0]),
     ],
 )
-def test_recipe_figures(name, sizes, scales, jitter, jitter_p, gray, blur, solarize):
+def test_recipe_numbers(name, sizes, scales, jitter, jitter_p, gray, blur, solarize):
     views = getattr(recipes, name)()
     assert [v.size for v in views] == sizes and [v.scale for v in views] == scales
     assert [v.blur for v in views] == blur and [v.solarize for v in views] == solarize
@@ -205,7 +205,7 @@ def test_rotation_and_patches_share_one_crop():
     ]
 
 
-def test_recipes_take_fields_of_view():
+def test_recipes_accept_fields_of_view():
     views = recipes.simclr(32, interpolation="bicubic", **recipes.CIFAR10)
     assert views == (View(32, interpolation="bicubic", flip=0.5, gray=0.2, blur=0.5, **STRONG, **recipes.CIFAR10),) * 2
     assert [v.blur for v in recipes.byol(32, blur=(0, 0))] == [0, 0]

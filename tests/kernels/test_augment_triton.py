@@ -1,5 +1,5 @@
-"""The fused kernels against the reference, by Triton's interpreter on a CPU, natively with `pytest -m gpu`, and
-compiled ahead of time for two architectures without a GPU."""
+"""The fused kernels compared with the reference: in Triton's interpreter on a CPU, or on a GPU with `pytest -m gpu`;
+and their code, compiled for two architectures without a GPU."""
 
 import json
 import os
@@ -22,7 +22,9 @@ from fastssl.kernels.augment.reference import JITTER_ORDERS
 from fastssl.kernels.philox import philox4x32
 from fastssl.kernels.testing import nan_memory
 
-SMALL = {k: v for k, v in ONE_OP.items() if v.size > 1}  # one pixel of a whole image is 4,800 taps: slow interpreted
+SMALL = {
+    k: v for k, v in ONE_OP.items() if v.size > 1
+}  # a view of one pixel has 4,800 taps, which is slow in the interpreter
 
 
 def on_device(batch):
@@ -38,7 +40,7 @@ def assert_same_views(batch, views, seed=5, epoch=3, bound=0.1 / 255, dtype=torc
     for view, a, b in zip(views, ours, theirs):
         assert a.is_contiguous(memory_format=torch.channels_last) and a.dtype == dtype and a.shape == b.shape
         error = (a.float() - b).abs()
-        if view.solarize:  # at the threshold the result itself jumps by 1/255
+        if view.solarize:  # at the threshold, rounding changes the result by 1/255
             at = torch.minimum((b - view.solarize_threshold).abs(), (1 - b - view.solarize_threshold).abs())
             assert error[at < 0.2 / 255].le(1.2 / 255).all()
             error = error[at >= 0.2 / 255]
@@ -57,7 +59,7 @@ def philox_kernel(out, seed, c1, c2, c3):
 @pytest.mark.parametrize(
     "seed, counter", [(3, (1, 2, 3)), (2**40 + 7, (0, 2**31 + 5, 99)), (2**63 - 1, (4, 5, 2**32 - 1))]
 )
-def test_philox_words_are_tritons(seed, counter):
+def test_philox_words_equal_tritons(seed, counter):
     out = torch.empty(4, 8, dtype=torch.int64, device=DEVICE)
     philox_kernel[(1,)](out, seed, *counter)
     ours = philox4x32(torch.arange(8), *counter, seed)
@@ -83,7 +85,7 @@ def test_philox_words_are_tritons(seed, counter):
         "order",
     ],
 )
-def test_parameters_are_the_references(name):
+def test_parameters_equal_the_reference(name):
     view, n = ONE_OP[name], 40
     narrow = [(20, 300), (300, 20)]  # no try of the random-resized crop fits
     shapes = [SHAPES[i % 8] if i % 5 else narrow[i // 5 % 2] for i in range(n)]
@@ -96,7 +98,7 @@ def test_parameters_are_the_references(name):
         sizes, index, specs, table, 2**33 + 1, 7, None, **fused.draw_flags(view), EPOCH_PTR=False
     )
     torch.testing.assert_close(table.cpu(), expect, rtol=2e-7, atol=1e-7)
-    if view.crop == "resized":  # whole pixels: not one may move
+    if view.crop == "resized":  # in whole pixels: none may differ
         assert torch.equal(table.cpu()[:, :8], expect[:, :8])
 
 
@@ -108,7 +110,7 @@ def permutation_kernel(out):
 
 
 @needs_triton
-def test_jitter_orders_are_the_references():
+def test_jitter_orders_equal_the_reference():
     out = torch.empty(24, 2, dtype=torch.int32, device=DEVICE)
     permutation_kernel[(24,)](out)
     expect = [[sum(op << (2 * i) for i, op in enumerate(order)), order.index(1)] for order in JITTER_ORDERS]
@@ -117,7 +119,7 @@ def test_jitter_orders_are_the_references():
 
 @needs_triton
 @pytest.mark.parametrize("name", SMALL)
-def test_each_operation(name):
+def test_each_operation_equals_the_reference(name):
     shapes = [s for s in SHAPES[:4] if SMALL[name].crop != "random" or min(s) >= SMALL[name].size]
     assert_same_views(pack(scenes(shapes)), [SMALL[name]])
 
@@ -139,14 +141,14 @@ TILED = {
 @needs_triton
 @pytest.mark.parametrize("name", TILED)
 def test_views_of_several_tiles(name, monkeypatch):
-    """What sizes above 64 pixels do, at 40: a second row and column of tiles that are mostly outside."""
+    """As for views above 64 pixels, but at 40: a second row and column of tiles, mostly outside the view."""
     monkeypatch.setattr(fused, "MAX_WHOLE_SIZE", 16)
     assert_same_views(pack(scenes(SHAPES[:3])), [TILED[name]])
 
 
 @needs_triton
 def test_views_of_mixed_size_and_kind(monkeypatch):
-    """Groups of one launch and of several, views of another group in between, shared and own streams."""
+    """Groups of one and of several launches, alternating in the recipe, with equal and different streams."""
     monkeypatch.setattr(fused, "MAX_WHOLE_SIZE", 16)
     views = [
         *recipes.byol(34)[::-1],
@@ -165,7 +167,7 @@ def test_output_dtypes(dtype, bound):
 
 
 @needs_triton
-def test_normalisation_and_views_own_means():
+def test_views_have_separate_normalisation():
     batch = on_device(pack(scenes(SHAPES[:2])))
     views = [View(16), View(16, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), stream=0)]
     ours = make_views(*batch, views, seed=0, epoch=0, impl="triton")
@@ -174,7 +176,7 @@ def test_normalisation_and_views_own_means():
 
 
 @needs_triton
-def test_a_sample_does_not_depend_on_the_batch(monkeypatch):
+def test_views_of_a_sample_do_not_depend_on_the_batch(monkeypatch):
     monkeypatch.setattr(fused, "MAX_WHOLE_SIZE", 16)
     pixels, sizes, index = on_device(pack(scenes([(24, 20), (20, 20), (18, 25)])))
     views = [*recipes.simclr(16), recipes.byol(18)[0]]
@@ -192,7 +194,7 @@ def test_empty_batch():
 
 
 @needs_triton
-def test_compiles_into_a_full_graph_and_takes_the_epoch_from_the_device():
+def test_compile_fullgraph_with_epoch_on_the_device():
     batch, views = on_device(pack(scenes([(20, 24)] * 2))), recipes.simclr(16)
 
     def step(pixels, sizes, index, epoch):
@@ -211,8 +213,8 @@ def test_compiles_into_a_full_graph_and_takes_the_epoch_from_the_device():
 
 @needs_triton
 @pytest.mark.parametrize("height, width, size", [(9, 405, 3), pytest.param(1854, 2472, 32, marks=pytest.mark.full)])
-def test_white_stays_white_however_many_pixels_are_averaged(height, width, size):
-    """Thousands of taps round to a little above 1, which kept crops of 16 bits must not take for 0."""
+def test_white_stays_white_in_large_reductions(height, width, size):
+    """The sum of thousands of taps rounds to slightly above 1, which must not overflow in 16-bit crops."""
     batch = (
         torch.full((1, height * width, 3), 255, dtype=torch.uint8),
         torch.tensor([(height, width)], dtype=torch.int32),
@@ -222,13 +224,13 @@ def test_white_stays_white_however_many_pixels_are_averaged(height, width, size)
 
 
 @needs_triton
-def test_a_blur_too_wide_for_the_kernel_is_named():
+def test_too_wide_blur_raises():
     batch, view = on_device(pack(scenes(SHAPES[:2]))), View(96, blur=1.0, blur_sigma=(0.1, 7.0))
     with pytest.raises(ValueError, match=r"sigma up to 6, got 7\.0; use impl='reference'"):
         make_views(*batch, [view], seed=0, epoch=0, impl="triton")
 
 
-def test_triton_without_a_gpu_is_refused(monkeypatch):
+def test_triton_without_a_gpu_raises(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match="needs a CUDA tensor, got one on cpu"):
         make_views(*pack(scenes(SHAPES[:2])), recipes.simclr(24), seed=0, epoch=0, impl="triton")
@@ -255,8 +257,8 @@ print(json.dumps([count, builds]))
 """
 
 
-def test_builds_without_a_gpu_and_spills_nothing():
-    """Every kernel in every form that recipes use, for sm_80 and sm_90; and how many launches a recipe takes."""
+def test_builds_for_two_architectures_without_spills():
+    """All kernels in the forms that recipes use, for sm_80 and sm_90, and the number of launches of a recipe."""
     compiled = ["simclr_32", "simclr_64", "patches_64", "byol_224", "deepcluster_224"]
     run = subprocess.run(
         [sys.executable, "-c", BUILD, *compiled],
@@ -283,7 +285,7 @@ def test_builds_without_a_gpu_and_spills_nothing():
     for b in builds:
         known = 8 if (b["case"], b["arch"]) == ("simclr_64", 80) else 0  # bytes
         assert b["spills"] <= known and b["fits"], b
-        if b["kernel"] == "blur_kernel":  # its two products belong on the tensor cores
+        if b["kernel"] == "blur_kernel":  # its two products must use the tensor cores
             assert b["tensor_core"] == ("HGMMA" if b["arch"] == 90 else "HMMA"), b
 
 
@@ -297,7 +299,7 @@ def test_recipes_on_a_gpu(name):
 
 @pytest.mark.gpu
 @on_gpu
-def test_a_captured_graph_replays_in_another_epoch():
+def test_captured_graph_replays_in_another_epoch():
     batch, views = on_device(pack(scenes(SHAPES))), [*recipes.simclr(32), *recipes.byol(96)]
     epoch = torch.zeros((), dtype=torch.int64, device="cuda")
     make_views(*batch, views, seed=1, epoch=epoch)

@@ -1,4 +1,5 @@
-"""The kernel benchmark where it can be held to account without a GPU: its baseline is its truth at large sizes."""
+"""Parts of bench/ops.py and bench/tiles.py that need no GPU; chunked matmuls are bench/ops.py's truth at large
+sizes."""
 
 import os
 import subprocess
@@ -15,7 +16,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
 
 
-def test_chunked_matmuls_are_the_definition():
+def test_chunked_matmuls_equal_the_definition():
     from ops_compared import chunked_ntxent
 
     case = cases.Case(90, 24)
@@ -26,8 +27,8 @@ def test_chunked_matmuls_are_the_definition():
 
 
 @needs_triton
-def test_large_cases_are_checked_where_float16_has_bits_for_their_gradients(monkeypatch):
-    """At temperature 100 the gradients of 256 rows are as small as those of 65,536 rows usually are."""
+def test_large_ntxent_cases_are_checked_with_a_loss_scale(monkeypatch):
+    """At temperature 100 the gradients of 256 rows are as small as those of 65,536 rows at usual temperatures."""
     import ops_compared
 
     monkeypatch.setattr(ops_compared, "TRUTH_ROWS", 0)
@@ -35,7 +36,7 @@ def test_large_cases_are_checked_where_float16_has_bits_for_their_gradients(monk
     assert errors["dz"] < 2**-26  # half a step of float16 is 2^-25
 
 
-def test_every_case_counts_its_work_and_every_target_has_a_case():
+def test_cases_have_work_and_targets_have_cases():
     from ops_compared import OPS
 
     for op in OPS.values():
@@ -46,12 +47,12 @@ def test_every_case_counts_its_work_and_every_target_has_a_case():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time on")
-def test_without_a_gpu_it_says_so():
+def test_without_a_gpu_ops_exits_with_a_message():
     run = subprocess.run([sys.executable, BENCH / "ops.py"], capture_output=True, text=True)
     assert run.returncode == 2 and "nothing was measured" in run.stdout
 
 
-def test_tiles_are_described_without_a_gpu():
+def test_tiles_prints_builds_without_a_gpu():
     run = subprocess.run(
         [sys.executable, BENCH / "tiles.py", "one_pass", "--dims", "128", "--shipped"],
         env={**os.environ, "TRITON_INTERPRET": "0"},

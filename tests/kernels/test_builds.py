@@ -1,5 +1,5 @@
-"""Every kernel as it is shipped compiles for Ampere and Hopper without a GPU: nothing spills, shared memory suffices,
-tensor cores are used; and NT-Xent's memory, by counting what it allocates."""
+"""Every kernel, compiled for Ampere and Hopper without a GPU: no spills, enough shared memory, use of tensor cores; and
+the memory that NT-Xent allocates."""
 
 import json
 import os
@@ -123,7 +123,7 @@ FORMS = {  # the other tile sizes, types and forms
 }
 
 
-PER_PASS = {  # instructions of a warp in one pass of the main loop, on Hopper: docs/kernels.md's, and 10 % more
+PER_PASS = {  # limits of instructions of a warp in one pass of the main loop on Hopper: docs/kernels.md plus 10 %
     "row_sums_kernel": 326,
     "row_gradients_kernel": 338,
     "one_pass_kernel": 705,
@@ -147,7 +147,7 @@ def builds(name):
 
 
 def peaks():
-    """Bytes that one forward and backward of ntxent at 2N = 65,536 allocates at most, by dtype."""
+    """Peak of the bytes that one forward and backward of ntxent allocates for 2N = 65,536, by dtype."""
     from fastssl.kernels.testing import Allocations, record_launches
 
     result = {}
@@ -164,7 +164,7 @@ def peaks():
 
 
 def in_compiler(*arguments):
-    """In a process of its own: where the interpreter is on, nothing is compiled."""
+    """Run in another process without the interpreter, in which kernels would not be compiled."""
     env = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, __file__, *arguments], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
@@ -177,7 +177,9 @@ def hold(name, on_tensor_cores):
     for b in built:
         assert b["spills"] == 0, b
         assert b["fits"], b
-        if b["arch"] == 80:  # cards of 8.6, 8.9 and 12.0 take the same tiles, and have less
+        if (
+            b["arch"] == 80
+        ):  # GPUs of compute capability 8.6, 8.9 and 12.0 use the same tiles and have less shared memory
             assert b["shared"] <= 99 * 1024, b
         if b["kernel"] in on_tensor_cores:
             assert b["tensor_core"] == {80: "HMMA", 90: "HGMMA"}[b["arch"]], b
@@ -187,7 +189,7 @@ def hold(name, on_tensor_cores):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_kernels_compile_without_spills(name):
     for b in hold(name, SHIPPED[name][1]):
-        if "prototypes" in name:  # bound by memory
+        if "prototypes" in name:  # limited by memory bandwidth
             assert b["narrow_loads"] == 0, b
         if b["arch"] == 90 and b["kernel"] in PER_PASS:
             assert 0 < b["loop"] <= PER_PASS[b["kernel"]], b
@@ -201,7 +203,7 @@ def test_other_forms_compile_without_spills(name):
     hold(name, FORMS[name][1])
 
 
-def test_a_pass_is_counted_by_its_shortest_way():
+def test_loop_length_counts_the_shortest_path():
     from fastssl.kernels.testing import _loop_length
 
     code = [
@@ -223,7 +225,7 @@ def test_a_pass_is_counted_by_its_shortest_way():
 
 def test_ntxent_at_65536_rows_needs_under_100_megabytes():
     for name, peak in in_compiler("peaks").items():
-        assert 33e6 < peak < 100e6, f"{name}: {peak / 1e6:.1f} MB"  # no less than what holds the rows and the gradient
+        assert 33e6 < peak < 100e6, f"{name}: {peak / 1e6:.1f} MB"  # at least the rows and the gradient
 
 
 if __name__ == "__main__":  # `python tests/kernels/test_builds.py ntxent`: what docs/kernels.md quotes

@@ -1,9 +1,10 @@
-"""InfoNCE against a queue, a batch, both ways and over gathered rows: definitions, kernels against fp64 truth."""
+"""InfoNCE with a queue, with a batch, symmetric, and over gathered rows: definitions, and kernels compared with
+float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_device import DEVICE, cut_off_sums, needs_triton  # noqa: F401 - a fixture
+from kernel_device import DEVICE, needs_triton, truncated_sums  # noqa: F401 - a fixture
 
 from fastssl.kernels import gathered_nce, infonce, infonce_symmetric
 from fastssl.kernels.gathered import cases as gathered_cases
@@ -54,14 +55,14 @@ def test_gathered_kernel_is_as_exact_as_plain_pytorch(case):
 @needs_triton
 @pytest.mark.skipif(DEVICE == "cuda", reason="imitates what a GPU does by itself")
 @pytest.mark.parametrize("rows, dtype", [(1, torch.float16), (33, torch.bfloat16)], ids=str)
-@pytest.mark.usefixtures("cut_off_sums")
-def test_what_tensor_cores_cut_off_cancels_between_a_sum_and_its_positive(rows, dtype):
-    """At temperature 0.01 the positive is the whole sum, and the loss is 0 if both come from one product."""
+@pytest.mark.usefixtures("truncated_sums")
+def test_truncation_cancels_between_sum_and_positive(rows, dtype):
+    """At temperature 0.01 the sum is almost only the positive, and the loss is 0 if both come from one product."""
     check(cases, cases.Case(rows, "both", 2048, dtype, 0.01, seeds=1), DEVICE)
 
 
 @needs_triton
-def test_many_parts_are_joined_in_several_rounds(monkeypatch):
+def test_many_splits_are_combined_in_several_rounds(monkeypatch):
     from fastssl.kernels import tiling
 
     monkeypatch.setattr(tiling, "num_multiprocessors", lambda device: 132)  # 2500 keys in 40 parts, 16 a round
@@ -97,7 +98,7 @@ def test_kernels_are_deterministic_and_keep_small_gradients_for_a_loss_scale():
 
 @needs_triton
 @pytest.mark.parametrize("op", ["queue", "batch", "both", "gathered"])
-def test_kernels_survive_compile_fullgraph(op):
+def test_kernels_compile_fullgraph(op):
     z, queue = torch.randn(20, 32, device=DEVICE), torch.randn(90, 32, device=DEVICE)
     w = torch.randn(32, 32, device=DEVICE, requires_grad=True)
     index = torch.arange(20, device=DEVICE)
@@ -117,7 +118,7 @@ def test_kernels_survive_compile_fullgraph(op):
 
 
 @needs_triton
-def test_ops_are_registered_properly():
+def test_ops_pass_opcheck():
     from fastssl.kernels.gathered import triton as gathered
     from fastssl.kernels.infonce import symmetric
     from fastssl.kernels.infonce import triton as one_pass
@@ -133,7 +134,7 @@ def test_ops_are_registered_properly():
         torch.library.opcheck(op, arguments, test_utils=checks)
 
 
-def test_errors_name_what_is_wrong():
+def test_invalid_arguments_raise():
     q, queue = torch.randn(4, 8), torch.randn(10, 8)
     index = torch.arange(4)
     for match, call in (
@@ -150,7 +151,7 @@ def test_errors_name_what_is_wrong():
 
 
 @needs_triton
-def test_kernel_refuses_float64():
+def test_kernel_with_float64_raises():
     q = torch.randn(4, 8, device=DEVICE)
     with pytest.raises(ValueError, match="queue is torch.float64"):
         infonce(q, q, q.double(), 0.1, impl="triton")

@@ -1,5 +1,5 @@
-"""Losses over the batch of a process group: two ranks give the loss and the gradient of one process, for the
-definitions and for the kernels, under the convention that the loss is the mean over ranks."""
+"""Losses over the batch of a process group: two ranks have the loss and gradient of one process, for definitions and
+kernels; the loss of the group is the mean over ranks."""
 
 import sys
 from pathlib import Path
@@ -36,7 +36,7 @@ CASES = [(name, impl) for name in LOSSES for impl in ("reference", "triton")]
 
 
 def compute(name, impl, group, part):
-    """Loss, and its gradient with respect to both views of `part` of the samples."""
+    """The loss, and its gradient with respect to both views of the samples `part`."""
     a, b = (x[part].clone().requires_grad_() for x in views(torch.float64 if impl == "reference" else torch.float16))
     with nan_memory():
         loss = LOSSES[name](a, b, LABELS[part], impl=impl, group=group)
@@ -68,7 +68,7 @@ def two_ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, impl", CASES)
-def test_two_ranks_are_one(two_ranks, name, impl):
+def test_two_ranks_equal_one_process(two_ranks, name, impl):
     if impl == "reference":
         loss, grads = compute(name, impl, None, slice(None))
         tolerance = 1e-12

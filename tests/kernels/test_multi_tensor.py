@@ -1,4 +1,4 @@
-"""Optimizer arithmetic over lists: against float64, with values on the device, and with an overflow flag."""
+"""Optimizer arithmetic on lists: compared with float64, with values on the device, and with an overflow flag."""
 
 import itertools
 
@@ -47,7 +47,7 @@ def hold(name, op, values):
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("ratio", [True, False])
 @pytest.mark.parametrize("form", FORMS)
-def test_lars(form, ratio, on_device):
+def test_lars_equals_float64(form, ratio, on_device):
     number = (lambda x: torch.tensor(x, device=DEVICE)) if on_device else float
 
     def step(w, g, b, impl):
@@ -59,8 +59,8 @@ def test_lars(form, ratio, on_device):
 
 
 @pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=needs_triton)])
-def test_without_a_gradient_the_norm_of_the_sum_is_that_of_the_decay(impl):
-    """The branch of a residual block whose last norm begins at 0: the authors' |g + wd w| is not 0 where |g| is."""
+def test_norm_of_sum_with_zero_gradient_is_that_of_the_decay(impl):
+    """For a residual branch whose last norm is initialised with 0, |g| is 0, but the authors' |g + wd w| is not."""
     for norm_of_sum, want in ((True, 1 - 0.5 * 1e-3), (False, 1 - 0.5 * 1e-2)):
         w, g = [torch.ones(7, device=DEVICE)], [torch.zeros(7, device=DEVICE)]
         squares = multi_tensor.square_sums(w, g, 1e-2, impl=impl)
@@ -69,7 +69,7 @@ def test_without_a_gradient_the_norm_of_the_sum_is_that_of_the_decay(impl):
 
 
 @needs_triton
-def test_square_sums():
+def test_square_sums_equal_float64():
     w, g, _ = lists(2)
     ours, plain, truth = (
         multi_tensor.square_sums([x.to(t) for x in w], [x.to(t) for x in g], 0.1, impl=impl)
@@ -77,12 +77,12 @@ def test_square_sums():
     )
     assert ours.shape == (3, len(SHAPES))
     assert_as_good_as("squares", ours, plain, truth)
-    assert torch.equal(ours, multi_tensor.square_sums(w, g, 0.1, impl="triton"))  # always in the same order
+    assert torch.equal(ours, multi_tensor.square_sums(w, g, 0.1, impl="triton"))  # deterministic
 
 
 @needs_triton
 @pytest.mark.parametrize("weight", [0.004, 0.7, 1.0])
-def test_lerp(weight):
+def test_lerp_equals_float64(weight):
     for value in (weight, torch.tensor(weight, device=DEVICE)):
         hold("lerp", lambda t, s, impl, value=value: multi_tensor.lerp_(t, s, value, impl=impl), lists(3, 2))
     t, s = lists(3, 2)
@@ -91,7 +91,7 @@ def test_lerp(weight):
 
 
 @pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=needs_triton)])
-def test_an_overflow_changes_nothing(impl):
+def test_nonzero_found_inf_changes_nothing(impl):
     w, g, b = lists(4)
     g[3][0] = torch.inf
     before = [[x.clone() for x in v] for v in (w, b)]
@@ -105,8 +105,8 @@ def test_an_overflow_changes_nothing(impl):
 
 
 @needs_triton
-def test_tensors_that_lie_anywhere():
-    """ZeRO hands LARS pieces of a flat tensor, which begin at any address."""
+def test_tensors_at_unaligned_addresses():
+    """ZeRO gives LARS fragments of a flat tensor, at any address."""
     flat = [torch.randn(20_000, device=DEVICE) for _ in range(3)]
     pieces = [[f[1:9000], f[9001:9001], f[9001:]] for f in flat]
     plain = [[x.clone() for x in v] for v in pieces]
@@ -117,9 +117,9 @@ def test_tensors_that_lie_anywhere():
         torch.testing.assert_close(x, y)
 
 
-def test_what_does_not_fit_is_an_error():
+def test_mismatched_tensors_raise():
     a = [torch.zeros(3)]
-    with pytest.raises(ValueError, match="lists of 1 and 2 tensors"):
+    with pytest.raises(ValueError, match="the lists have 1 and 2 tensors, but must have equal length"):
         multi_tensor.lerp_(a, a * 2, 0.5)
     with pytest.raises(ValueError, match="sizes, dtypes and devices must agree"):
         multi_tensor.lerp_(a, [torch.zeros(4)], 0.5)
@@ -128,5 +128,5 @@ def test_what_does_not_fit_is_an_error():
         with pytest.raises(ValueError, match="take float32"):
             multi_tensor.lerp_(double, double, 0.5, impl="triton")
         turned = [torch.zeros(4, 5, device=DEVICE).T], [torch.zeros(5, 4, device=DEVICE)]
-        with pytest.raises(ValueError, match="same order"):
+        with pytest.raises(ValueError, match="are in different orders in memory: make both contiguous"):
             multi_tensor.lerp_(*turned, 0.5, impl="triton")

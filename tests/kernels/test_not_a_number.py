@@ -1,4 +1,4 @@
-"""What is not a number, or infinite, in one row shows in the loss of every op: training must not go on over it."""
+"""NaN or infinity in one row makes the loss of every op NaN or infinite, so that training stops."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ OPS = {
 @needs_triton
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", OPS)
-def test_it_shows(name, value):
+def test_nan_and_inf_propagate_to_the_loss(name, value):
     z = good(8)
     assert OPS[name](z, "triton").isfinite()
     z[3, 5] = value

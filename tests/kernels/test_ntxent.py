@@ -1,4 +1,4 @@
-"""NT-Xent, SupCon and DCL: the definition against its formulas, the kernel against fp64 truth."""
+"""NT-Xent, SupCon and DCL: the definition compared with formulas, the kernel with float64."""
 
 import pytest
 import torch
@@ -33,21 +33,21 @@ def test_definition_of_supcon_and_of_the_decoupled_form():
         assert torch.allclose(ntxent(z, 0.2, labels=y, decoupled=decoupled), torch.stack(rows).mean(), rtol=1e-12)
 
 
-def test_labels_of_samples_cover_both_views_and_minus_one_leaves_the_partner():
+def test_labels_of_samples_apply_to_both_views():
     z = torch.randn(8, 5, dtype=torch.float64)
     y = torch.tensor([3, -1, 3, -1])
     assert torch.equal(ntxent(z, 0.2, labels=y), ntxent(z, 0.2, labels=torch.tensor([3, 8, 3, 9] * 2)))
     assert torch.allclose(ntxent(z, 0.2, labels=-torch.ones(4, dtype=torch.int64)), ntxent(z, 0.2), rtol=1e-12)
 
 
-def test_splits_cover_all_columns_and_fill_the_card_without_a_nearly_empty_round():
+def test_splits_cover_all_columns_and_fill_the_gpu():
     from fastssl.kernels.tiling import _split_tiles
 
     for programs, tiles, places in ((2, 1024, 264), (32, 1024, 264), (79, 157, 132), (132, 40, 132), (1, 1, 8)):
         splits, each = _split_tiles(programs, tiles, places)
         assert (splits - 1) * each < tiles <= splits * each
-    assert _split_tiles(32, 1024, 264) == (8, 128)  # 256 programs for 264 places
-    assert _split_tiles(79, 156, 132) == (3, 52)  # 237 for 264, not 158, which take as long as 264 would
+    assert _split_tiles(32, 1024, 264) == (8, 128)  # 256 programs for 264 slots
+    assert _split_tiles(79, 156, 132) == (3, 52)  # 237 programs for 264 slots, not 158, which would take as long
     assert _split_tiles(264, 100, 264) == (1, 100)
 
 
@@ -90,7 +90,7 @@ def test_kernel_at_every_size(case):
 @needs_triton
 @pytest.mark.parametrize("kind", ["identical", "antipodal", "opposed"])
 @pytest.mark.parametrize("temperature", [0.005, 0.015, 0.1])
-def test_extremes_in_float16_stay_within_the_rounding_of_their_rows(kind, temperature):
+def test_float16_extremes_are_within_the_rounding_of_the_rows(kind, temperature):
     case = cases.Case(6, 32, torch.float16, temperature, kind=kind)
     x = cases.make(case._replace(dtype=torch.float32), DEVICE, 0)
     x["z"] = x["z"].half()
@@ -112,12 +112,12 @@ def test_kernel_is_deterministic_and_scales_with_the_incoming_gradient():
     assert torch.equal(once.grad, again.grad)
     exact = ntxent(z64 := z.double().requires_grad_(), 0.1, impl="reference")
     exact.backward()
-    # through a loss scale, what float16 gradients would round to nothing survives
+    # with a loss scale, gradients do not underflow in float16
     assert (scaled.grad.double() / 1024 - z64.grad).abs().max() <= (once.grad.double() - z64.grad).abs().max()
 
 
 @needs_triton
-def test_kernel_survives_compile_fullgraph():
+def test_kernel_compiles_fullgraph():
     z = torch.randn(70, 32, device=DEVICE)
     w = torch.randn(32, 32, device=DEVICE, requires_grad=True)
 
@@ -131,7 +131,7 @@ def test_kernel_survives_compile_fullgraph():
 
 
 @needs_triton
-def test_op_is_registered_properly():
+def test_op_passes_opcheck():
     from fastssl.kernels.ntxent import triton
 
     z = torch.randn(10, 32, device=DEVICE, dtype=torch.float16, requires_grad=True)
@@ -172,12 +172,12 @@ def test_kernel_is_captured_in_a_cuda_graph():
         ({"z": torch.randn(4, 4), "temperature": 0.1, "impl": "cuda"}, "impl='cuda'"),
     ],
 )
-def test_errors_name_what_is_wrong(arguments, message):
+def test_invalid_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         ntxent(**arguments)
 
 
 @needs_triton
-def test_kernel_refuses_float64():
+def test_kernel_with_float64_raises():
     with pytest.raises(ValueError, match="float64"):
         ntxent(torch.randn(4, 4, device=DEVICE).double(), 0.1, impl="triton")

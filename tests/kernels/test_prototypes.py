@@ -1,4 +1,4 @@
-"""Sinkhorn assignments and cross entropy between prototypes: definitions, kernels against fp64 truth."""
+"""Sinkhorn assignments and soft cross entropy over prototypes: definitions, and kernels compared with float64."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from fastssl.kernels.soft_cross_entropy import cases
 from fastssl.kernels.testing import check
 
 
-def test_sinkhorn_is_swavs():
+def test_sinkhorn_equals_swav():
     logits = torch.randn(20, 30, dtype=torch.float64).tanh()
     q = (logits / 0.05).exp().T
     q /= q.sum()
@@ -23,7 +23,7 @@ def test_sinkhorn_is_swavs():
     assert torch.allclose(balanced.sum(0), torch.full((30,), 20 / 30).double(), rtol=1e-6)
 
 
-def test_soft_cross_entropy_is_cross_entropy_and_takes_sinkhorns_center():
+def test_soft_cross_entropy_equals_cross_entropy_with_sinkhorn_center():
     s, t, c = torch.randn(6, 40).double(), torch.randn(6, 40).double().tanh(), torch.randn(40).double()
     p = ((t - c) / 0.04).softmax(1)
     expected = -(p * (s / 0.1).log_softmax(1)).sum(1).mean()
@@ -48,8 +48,8 @@ def test_soft_cross_entropy_kernel_is_as_exact_as_plain_pytorch(case):
 
 
 @needs_triton
-def test_soft_cross_entropy_gradient_does_not_see_an_offset_of_all_logits():
-    """Nor a prototype that is alone (an offset of nothing): its gradient is exactly 0."""
+def test_soft_cross_entropy_gradient_is_invariant_to_an_offset():
+    """With a single prototype the gradient is exactly 0, as every logit is an offset."""
     g = torch.Generator().manual_seed(0)
     s, t = ((torch.randn(2, 5, 300, generator=g) * 64).round() / 64).to(DEVICE)  # sums with 1000 are exact
     grads = []
@@ -75,7 +75,7 @@ def test_soft_cross_entropy_kernel_at_every_size(case):
 
 
 @needs_triton
-def test_kernels_survive_compile_fullgraph():
+def test_kernels_compile_fullgraph():
     t, z = torch.randn(6, 100, device=DEVICE), torch.randn(6, 8, device=DEVICE)
     w = torch.randn(8, 100, device=DEVICE, requires_grad=True)
 
@@ -91,7 +91,7 @@ def test_kernels_survive_compile_fullgraph():
 
 
 @needs_triton
-def test_ops_are_registered_properly():
+def test_ops_pass_opcheck():
     from fastssl.kernels.sinkhorn import triton as sk
     from fastssl.kernels.soft_cross_entropy import triton as sx
 
@@ -106,7 +106,7 @@ def test_ops_are_registered_properly():
         torch.library.opcheck(op, arguments, test_utils=checks)
 
 
-def test_errors_name_what_is_wrong():
+def test_invalid_arguments_raise():
     s, t = torch.randn(4, 8), torch.randn(4, 9)
     for match, call in (
         ("teacher is 9 wide", lambda: soft_cross_entropy(s, t, 0.1, 0.04)),

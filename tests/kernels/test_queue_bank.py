@@ -1,4 +1,4 @@
-"""Queue and bank: circular writes, updates with repeated indices, centroids; and how exactness itself is measured."""
+"""Queue and bank: circular writes, updates with repeated indices, centroids; and the test of assert_as_good_as."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def unit(x):
         (4099, 1000, 128, torch.bfloat16),
     ],
 )
-def test_push_writes_in_a_circle(impl, size, n, dim, dtype):
+def test_enqueue_wraps_around(impl, size, n, dim, dtype):
     g = torch.Generator().manual_seed(0)
     queue = torch.full((size, dim), 7.0, dtype=dtype, device=DEVICE)
     pointer = torch.tensor([size - 1], device=DEVICE)
@@ -49,7 +49,7 @@ def test_push_writes_in_a_circle(impl, size, n, dim, dtype):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_push_takes_any_strides_and_can_leave_lengths(impl):
+def test_enqueue_with_strides_and_without_normalisation(impl):
     queue, pointer = torch.zeros(6, 4, device=DEVICE).T.contiguous().T, torch.tensor([4], device=DEVICE)
     rows = torch.arange(24.0, device=DEVICE).reshape(3, 8)[:, ::2]
     enqueue_(queue, pointer, rows, normalize=False, impl=impl)
@@ -60,7 +60,7 @@ def test_push_takes_any_strides_and_can_leave_lengths(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dim, dtype", [(96, torch.float32), (128, torch.float16), (2048, torch.bfloat16)])
-def test_update_mixes_and_the_last_of_equal_indices_wins(impl, dim, dtype):
+def test_update_uses_the_last_of_repeated_indices(impl, dim, dtype):
     g = torch.Generator().manual_seed(0)
     bank = unit(torch.randn(50, dim, generator=g)).to(dtype).to(DEVICE)
     index, rows = torch.randint(0, 50, (300,), generator=g), torch.randn(300, dim, generator=g).to(dtype)
@@ -72,7 +72,7 @@ def test_update_mixes_and_the_last_of_equal_indices_wins(impl, dim, dtype):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_update_of_opposites_gives_zero_and_keeps_other_rows(impl):
+def test_update_with_opposite_row_gives_zero(impl):
     bank = torch.eye(4, 8, device=DEVICE)
     update_bank_(bank, torch.tensor([2], device=DEVICE), -bank[2:3].clone(), 0.5, impl=impl)
     expected = torch.eye(4, 8)
@@ -90,7 +90,7 @@ def test_update_of_opposites_gives_zero_and_keeps_other_rows(impl):
         (129, 256, 200, torch.bfloat16),
     ],
 )
-def test_centroids_are_means_and_empty_ones_stay(impl, rows, dim, k, dtype):
+def test_centroids_are_means_and_empty_ones_do_not_change(impl, rows, dim, k, dtype):
     g = torch.Generator().manual_seed(0)
     bank = unit(torch.randn(rows, dim, generator=g)).to(dtype).to(DEVICE)
     labels = torch.randint(-1, k - 1, (rows,), generator=g)
@@ -104,7 +104,7 @@ def test_centroids_are_means_and_empty_ones_stay(impl, rows, dim, k, dtype):
 
 
 @needs_triton
-def test_in_place_kernels_survive_compile_fullgraph():
+def test_in_place_kernels_compile_fullgraph():
     start = torch.randn(12, 32, device=DEVICE)
     index = torch.tensor([3, 5, 3], device=DEVICE)
 
@@ -138,7 +138,7 @@ def test_updates_do_not_wait_for_the_device():
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_errors_name_what_is_wrong():
+def test_invalid_arguments_raise():
     queue, rows, index = torch.zeros(4, 8), torch.zeros(2, 8), torch.zeros(2, dtype=torch.int64)
     for match, call in (
         ("pointer is torch.float32", lambda: enqueue_(queue, torch.zeros(1), rows)),
@@ -152,18 +152,18 @@ def test_errors_name_what_is_wrong():
             call()
 
 
-def test_the_measure_of_exactness_fails_what_is_off():
+def test_assert_as_good_as_detects_errors():
     truth = torch.randn(64, 64, dtype=torch.float64)
     plain = truth.half()
     assert_as_good_as("half", truth.half(), plain, truth)
     off = truth.clone()
-    off[:, 3] *= 1.1  # a tenth too large in one column of 64
+    off[:, 3] *= 1.1  # an error of 10 % in one of 64 columns
     for ours in (off, truth.bfloat16(), torch.full_like(truth, torch.nan)):
         with pytest.raises(AssertionError):
             assert_as_good_as("off", ours, plain, truth)
 
 
-def test_repaired_interpreter_rounds_bfloat16_as_torch_does():
+def test_patched_interpreter_rounds_bfloat16_like_torch():
     from fastssl.kernels.interpreter import from_bfloat16, to_bfloat16
 
     x = torch.cat([torch.randn(10_000) * 10.0 ** torch.randint(-30, 30, (10_000,)), torch.tensor([1e38, torch.inf, 0])])
