@@ -4,7 +4,7 @@ when steps wait for data, and the settings of `speed` that were chosen automatic
 from __future__ import annotations
 
 from fastssl import dist
-from fastssl.loader import RESIDENT_SHARE, cores, free_memory
+from fastssl.loader import RESIDENT_FRACTION, cores, free_memory
 from fastssl.trainer import Trainer
 
 SKIPPED_STEPS = 10  # first steps of a run, which do not count: compilation, tuning, the first decoded batches
@@ -75,7 +75,7 @@ def faster_loading(t: Trainer) -> str:
     loader, available = t.loader, cores()
     if not t.run.speed.resident:
         need, free = loader.samples * loader.card.max_pixels * 3, free_memory(t.device)
-        if need <= RESIDENT_SHARE * free:
+        if need <= RESIDENT_FRACTION * free:
             return f"speed.resident=True holds the decoded set on the device ({need / 2**30:.1f} GiB, it fits)"
     if getattr(loader, "workers", available) < available:
         return f"speed.workers={available} decodes on all cores of this rank (now {loader.workers})"

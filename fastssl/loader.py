@@ -28,8 +28,8 @@ from fastssl import dist
 from fastssl.files.datacard import DataCard
 from fastssl.sampler import MicroBatch, Sampler
 
-AHEAD = 2  # micro-batches decoded before they are asked for; more only costs memory once the decoder keeps up
-RESIDENT_SHARE = 0.5  # of the free memory: the rest is for the model, its activations and the optimizer
+AHEAD = 2  # micro-batches decoded in advance; more only need memory if decoding is fast enough
+RESIDENT_FRACTION = 0.5  # of the free memory: the rest is for the model, its activations and the optimizer
 Tensors = list[Tensor]  # of a batch: pixels, sizes, index, label
 
 
@@ -93,8 +93,8 @@ class Loader:
         return self.sampler.steps(self.batch, self.samples)
 
     def _check_memory(self) -> None:
-        """ValueError if the buffers of the micro-batches do not fit: one on CPU, two pinned ones on CUDA, with room for
-        the largest image in place of each."""
+        """ValueError if the buffers of the micro-batches do not fit into memory: one on CPU, two pinned ones on CUDA,
+        with as much space for every image as for the largest one."""
         images, pixels, _ = self._buffer_shape
         need, free = images * pixels * 3, free_memory(torch.device("cpu"))
         if need * (2 if self.device.type == "cuda" else 1) > free:
@@ -105,7 +105,7 @@ class Loader:
             )
 
     def _read_card(self) -> DataCard:
-        """The data card beside the file; without one, what the file itself says."""
+        """The data card beside the file; without one, a card with what the file itself says."""
         found: dict[str, Any] = {
             "samples": self.samples,
             "max_pixels": self._beton.max_pixels,
@@ -116,7 +116,8 @@ class Loader:
         card = DataCard.read(self.path)
         if (said := {name: getattr(card, name) for name in found}) != found:
             raise ValueError(
-                f"the data card of {self.path} is not this file's: it says {said}, the file has {found}; convert again"
+                f"the data card of {self.path} belongs to another file: it says {said}, the file has {found}; "
+                "convert again"
             )
         return card
 
@@ -154,8 +155,8 @@ class Loader:
 
     def in_file_order(self, batch: int | None = None) -> Loader:
         """A loader of every sample once, which shares this one's threads and resident images; not to be used during an
-        epoch of this one.  `batch`: of all ranks; by default one micro-batch of each, and at most that where images are
-        decoded."""
+        epoch of this one.  `batch`: of all ranks; by default one micro-batch of each, which is also the maximum if the
+        images are not resident."""
         largest = self._buffer_shape[0] * self.sampler.world
         other = copy.copy(self)
         other.batch = largest if batch is None else batch if self._resident is not None else min(batch, largest)
@@ -236,10 +237,10 @@ class Loader:
     def _decode_all(self) -> Tensors | None:
         """All samples on the device: pixels (N, P, 3), sizes, index, label.  If they do not fit: a warning and None."""
         need, free = self.samples * self._beton.max_pixels * 3, free_memory(self.device)
-        if need > RESIDENT_SHARE * free:
+        if need > RESIDENT_FRACTION * free:
             warnings.warn(
                 f"resident: {self.path} needs {need / 2**30:.2f} GiB decoded, {self.device} has {free / 2**30:.2f} GiB "
-                f"free, of which at most {RESIDENT_SHARE:.0%} may go to data: streaming it instead",
+                f"free, of which images may use {RESIDENT_FRACTION:.0%}: they are decoded in each epoch instead",
                 stacklevel=3,
             )
             return None

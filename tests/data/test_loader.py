@@ -300,7 +300,7 @@ def test_in_file_order_in_batches_of_another_size(beton, resident, passes):
 
 def test_resident_warns_if_the_images_do_not_fit(beton, monkeypatch):
     monkeypatch.setattr(fastssl.loader, "free_memory", lambda device: 500_000)
-    with pytest.warns(UserWarning, match=r"resident: .*photos.beton needs 0.00 GiB .*streaming it instead"):
+    with pytest.warns(UserWarning, match=r"resident: .*photos.beton needs 0.00 GiB .*decoded in each epoch instead"):
         loader = open_loader(beton, resident=True)
     assert len(list(loader.epoch(0))) == 6
 
@@ -383,7 +383,7 @@ def test_card(beton, tmp_path):
     card.write_text(json.dumps(good))
     assert open_loader(path).classes == ["cat", "dog"]
     assert open_loader(path).card == DataCard(**facts, classes=["cat", "dog"])
-    other = r"photos\.beton is not this file's"
+    other = r"photos\.beton belongs to another file"
     for change, message in (
         ({"samples": 102}, other),
         ({"bytes": 5}, other),
