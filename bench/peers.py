@@ -34,7 +34,7 @@ from peer_loops import Ours, Peer, decoded, kornia_peer, lightly_peer, torchvisi
 
 from fastssl import config, dist
 from fastssl.amp import DTYPES
-from fastssl.config import Optim
+from fastssl.config import Optim, Precision
 from fastssl.loader import Loader
 from fastssl.meters import Meter
 
@@ -91,7 +91,7 @@ def copy_weights(ours: Ours, peers: list[Peer]) -> None:
             peer.net[i].load_state_dict({k.removeprefix(part): v for k, v in state.items() if k.startswith(part)})
 
 
-def check(sides: list, source: Iterator, precision: str) -> dict[str, list[float]]:
+def check(sides: list, source: Iterator, precision: Precision) -> dict[str, list[float]]:
     """Losses of the first steps on the same views; ValueError if they differ."""
     losses: dict[str, list[float]] = {side.name: [] for side in sides}
     for _ in range(CHECKED):

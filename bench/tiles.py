@@ -65,7 +65,8 @@ def candidates(width: int) -> Iterator[Tiles]:
 
 @contextlib.contextmanager
 def override_tiles(module: ModuleType, name: str, tiles: Tiles | None) -> Iterator[list[Tiles]]:
-    """Inside, module.name returns `tiles` (None: the shipped ones); yields the list of the shipped ones asked for."""
+    """Context manager: `module.name` returns `tiles` (None: the tiles in use); yields the list of tiles that it would
+    have returned."""
     original, shipped = getattr(module, name), []
 
     def choose(*arguments: Any) -> Tiles:
@@ -80,14 +81,14 @@ def override_tiles(module: ModuleType, name: str, tiles: Tiles | None) -> Iterat
 
 
 def build(name: str, width: int, rows: int, arch: int, tiles: Tiles | None = None) -> tuple[Build | None, Tiles]:
-    """(testing.Build or None if the compiler refuses, the shipped tiles)."""
+    """The testing.Build, None if it does not compile, and the tiles in use."""
     work, kernel, module, chooser = KERNELS[name]
     FAKE_CAPABILITY["capability"] = arch
     with override_tiles(module, chooser, tiles) as shipped, record_launches() as launches:
         work(torch.empty(rows, width, device="meta", dtype=torch.float16))()
     found = next(x for x in launches if x.kernel.__name__ == kernel)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # a refusal prints the whole program
+        with contextlib.redirect_stdout(io.StringIO()):  # an error prints the whole program
             return compile_launch(found, arch), shipped[-1]
     except Exception as error:
         if "ptxas" not in str(error).lower():

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastssl.config import Precision
+
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
@@ -18,12 +20,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NATIVE = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"}}
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """The context in which a network runs in "bf16" or "fp16"; "fp32": nothing changes."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
-def emulated(precision: str, device: torch.device) -> bool:
+def emulated(precision: Precision, device: torch.device) -> bool:
     """Whether `device` is a CPU (of Linux) without instructions for `precision`.  A convolution in fp16 then takes
     12 times as long as in fp32 (64 channels of 56 x 56, AMD EPYC without avx512_fp16, torch 2.11, 2026-11-27)."""
     if device.type != "cpu" or precision not in NATIVE:
@@ -47,7 +49,7 @@ class LossScale:
 
     INTERVAL = 2000
 
-    def __init__(self, precision: str, device: torch.device | str = "cpu", skip: int = 0):
+    def __init__(self, precision: Precision, device: torch.device | str = "cpu", skip: int = 0):
         """`skip`: optim.skip_nonfinite.  Other precisions than fp16 are then checked for overflow, too, and after more
         than `skip` steps in a row that a lower scale cannot mend, no further step is applied."""
         self.dynamic, self.skip = precision == "fp16", skip

@@ -18,6 +18,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from fastssl.config import Precision
+
 Mark = Any  # a torch.cuda.Event; without CUDA seconds
 Phase = tuple[str, Mark, Mark]  # name, start, stop
 
@@ -83,7 +85,7 @@ class Meter:
     ranks), memory_gib and mfu (None without `flops` or where the device's peak is not known).
     """
 
-    def __init__(self, device: torch.device, *, batch: int, precision: str = "fp32", peak: float | None = None):
+    def __init__(self, device: torch.device, *, batch: int, precision: Precision = "fp32", peak: float | None = None):
         self.device, self.batch = torch.device(device), batch
         self.cuda = self.device.type == "cuda"
         self.peak = peak or (peak_flops(torch.cuda.get_device_name(self.device), precision) if self.cuda else None)

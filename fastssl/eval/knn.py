@@ -45,7 +45,7 @@ def knn(
     *,
     k: tuple[int, ...] = K,
     temperature: float = 0.07,
-    backend: str = "torch",
+    backend: search.Backend = "torch",
 ) -> dict:
     """Accuracies in percent for each k, from one pass.  Features (N, dim), (M, dim); labels (N,), (M,).
 

@@ -1,7 +1,7 @@
 """Further operations of a view (`View.extra`), in PyTorch on the device; the fused kernel does not have them.
 
 They run after the kernel, on float32 crops (n, 3, S, S) in [0, 1], before `quarter_turns` and normalisation; views
-without them use the fused kernel alone.  Random numbers are Philox words as in the kernel, keyed by (seed, epoch,
+without them use only the fused kernel.  Random numbers are Philox words as in the kernel, keyed by (seed, epoch,
 sample, stream) and by the operation's position, so that a sample's view depends on neither batch nor rank.
 Shapes: n samples, S side.
 """

@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Views that differ in numbers alone."""
+    """Views that differ only in numbers."""
 
     views: tuple[params.View, ...]
     first: int  # row of the table of specs

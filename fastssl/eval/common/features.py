@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastssl import dist
 from fastssl.amp import autocast
 from fastssl.backbones import evaluating
+from fastssl.config import Precision
 from fastssl.inference import forward_batches
 from fastssl.kernels import Impl
 from fastssl.kernels.augment import View, make_views
@@ -87,7 +88,7 @@ class Extractor:
     backbone: nn.Module
     view: View
     layers: tuple[str, ...] = ("last",)
-    precision: str = "fp32"  # of amp.DTYPES
+    precision: Precision = "fp32"
     kernels: Impl = "auto"
 
     def __call__(self, batch: Batch) -> list[Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastssl import dist, norm, views
 from fastssl import optim as optims
 from fastssl.amp import autocast
-from fastssl.config import Optim
+from fastssl.config import Optim, Precision
 from fastssl.eval.common.features import Extractor
 from fastssl.eval.common.metrics import count_correct, percentages, top_ks
 from fastssl.eval.common.target import EvalTarget
@@ -143,7 +143,7 @@ def accuracy(
     *,
     classes: int,
     rows: np.ndarray | None = None,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
 ) -> dict[str, float]:
     """{"top1", "top5" (more than five classes)} in percent on `rows` of the file (default: all), equal on all ranks.
 

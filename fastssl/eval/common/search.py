@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +11,12 @@ from torch import Tensor
 
 QUERIES = 1024  # rows of the similarity matrix at a time
 SIMILARITIES = 1 << 26  # entries of it at a time: 256 MB
+Backend = Literal["torch", "faiss"]
 Search = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # of unit queries; see `nearest`
 
 
 def nearest(
-    bank: Tensor, queries: Tensor, k: int, *, exclude: Tensor | None = None, backend: str = "torch"
+    bank: Tensor, queries: Tensor, k: int, *, exclude: Tensor | None = None, backend: Backend = "torch"
 ) -> tuple[Tensor, Tensor]:
     """Cosine similarities (M, k) of queries (M, dim) with their nearest rows of bank (N, dim), nearest first, and these
     rows' numbers, int64 (M, k).  `exclude`: int64 (M,), a row of the bank for each query
@@ -27,10 +29,10 @@ def nearest(
     return similarity, rows
 
 
-def make_search(bank: Tensor, k: int, backend: str = "torch") -> Search:
+def make_search(bank: Tensor, k: int, backend: Backend = "torch") -> Search:
     """`nearest` for at most QUERIES queries at a time: search(queries, exclude)."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: known are {', '.join(BACKENDS)}")
+        raise ValueError(f"backend={backend!r} is none of {', '.join(BACKENDS)}")
     search = BACKENDS[backend](F.normalize(bank.float(), dim=1), k)
     return lambda queries, exclude: search(F.normalize(queries.float(), dim=1), exclude)
 

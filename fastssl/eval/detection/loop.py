@@ -14,7 +14,7 @@ from torchvision.models.detection import FasterRCNN
 from fastssl import dist, norm
 from fastssl import optim as optims
 from fastssl.amp import autocast
-from fastssl.config import Optim
+from fastssl.config import Optim, Precision
 from fastssl.eval.common.finetuning import Diverged
 from fastssl.eval.detection.data import Picture
 from fastssl.sampler import permutation
@@ -93,7 +93,7 @@ def detect(
     device: torch.device,
     pool: ThreadPoolExecutor,
     batch: int,
-    precision: str,
+    precision: Precision,
 ) -> np.ndarray:
     """float64 (n, 7) rows of picture, label, score, x0, y0, x1, y1 of all ranks, in the order of the pictures."""
     model.eval()

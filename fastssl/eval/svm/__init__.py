@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from sklearn.model_selection import StratifiedKFold
@@ -27,7 +27,8 @@ from fastssl.eval.svm.solvers import POSITIVE_WEIGHT, Fast, Sklearn, Solver, ave
 
 NEEDS = ("train", "test")
 COSTS = SVM_COSTS
-SOLVERS: dict[str, type[Solver]] = {"fast": Fast, "cuda": Cuda, "sklearn": Sklearn}
+SolverName = Literal["fast", "cuda", "sklearn"]
+SOLVERS: dict[SolverName, type[Solver]] = {"fast": Fast, "cuda": Cuda, "sklearn": Sklearn}
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
 
 
@@ -78,7 +79,7 @@ def svm(
     *,
     costs: tuple[float, ...] = COSTS,
     folds: int = 3,
-    solver: str = "fast",
+    solver: SolverName = "fast",
 ) -> dict:
     """mAP in percent.  Features (N, D), (M, D); labels (N,), (M,) or (N, C), (M, C) of 1, 0, -1."""
     x, y, x_test, y_test, costs = _checked(train, labels, test, test_labels, costs, solver)
@@ -133,7 +134,7 @@ def low_shot(
     *,
     draws: Draws = Draws(),
     costs: tuple[float, ...] = COSTS,
-    solver: str = "fast",
+    solver: SolverName = "fast",
 ) -> dict:
     """mAP in percent for each number of shots: mean, standard deviation, minimum and maximum of the samples at the cost
     whose mean is best on the test set (published), and on the training images not drawn."""
@@ -206,11 +207,11 @@ def _choose(k: int, ap_SCA: np.ndarray, held_out_SCA: np.ndarray, costs: tuple[f
 
 
 def _checked(
-    train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, costs: tuple[float, ...], solver: str
+    train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, costs: tuple[float, ...], solver: SolverName
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[float, ...]]:
     """Features of unit norm and label tables of both sets, and the costs in ascending order."""
     if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r}: known are {', '.join(SOLVERS)}")
+        raise ValueError(f"solver={solver!r} is none of {', '.join(SOLVERS)}")
     if not costs or not min(costs) > 0 or not np.isfinite(costs).all():
         raise ValueError(f"costs={costs}: give positive numbers")
     classes = labels.shape[1] if labels.ndim == 2 else int(max(labels.max(), test_labels.max())) + 1
