@@ -136,7 +136,7 @@ def test_impossible_numbers_are_refused_by_their_setting(name):
 def test_the_recipes_are_read_from_their_source():
     with pytest.raises(ValueError) as error:
         config.names.recipe("x", (), "data.views")
-    assert list(source.recipes()) == re.search(r"none of (.*)$", str(error.value))[1].split("; ")[0].split(", ")
+    assert list(source.recipes()) == re.search(r" of (.*)$", str(error.value))[1].split("; ")[0].split(", ")
     for name, parameters in source.recipes().items():
         assert getattr(views, name) and {"size", "mean", "extra"} <= set(parameters)
 

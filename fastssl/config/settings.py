@@ -150,7 +150,7 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
         return value
     elif (origin or kind) is tuple and isinstance(value, list | tuple):
         if args and args[-1] is not Ellipsis and len(args) != len(value):
-            raise ValueError(f"{key}: wants {len(args)} values, got {value!r}")
+            raise ValueError(f"{key}: wants {len(args)} values, got {value!r:.80}")
         element = (lambda i: args[0 if args[-1] is Ellipsis else i]) if args else (lambda i: Any)
         return tuple(coerce(v, element(i), key) for i, v in enumerate(value))
     elif (origin or kind) is dict and isinstance(value, dict):
@@ -163,6 +163,6 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
         return value
     elif origin is typing.Literal:
         if not any(value == choice and type(value) is type(choice) for choice in args):
-            raise ValueError(f"{key}={value!r} is not one of {', '.join(map(str, args))}{hint(value, args)}")
+            raise ValueError(f"{key}={value!r:.80} is not one of {', '.join(map(str, args))}{hint(value, args)}")
         return value
-    raise ValueError(f"{key}: wants {getattr(kind, '__name__', kind)}, got {value!r}")
+    raise ValueError(f"{key}: wants {getattr(kind, '__name__', kind)}, got {value!r:.80}")

@@ -21,6 +21,7 @@ from fastssl.config import Optim
 from fastssl.eval.common import cache, finetuning
 from fastssl.eval.common.stored_results import StoredResults
 from fastssl.eval.common.target import EvalTarget
+from fastssl.files import untrusted
 from fastssl.loader import Loader
 from fastssl.sampler import permutation
 
@@ -260,10 +261,7 @@ def _names(path: str, loader: Loader) -> dict[str, int]:
 
 
 def _lines(path: str) -> list[str]:
-    try:
-        lines = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file") from None
+    lines = untrusted.read_lines(path)
     if not lines:
         raise ValueError(f"{path} lists no image")
     return lines

@@ -120,14 +120,28 @@ def parse_json(text: str | bytes, name: str | Path) -> Any:
         raise ValueError(f"{name} is not valid JSON: {why}") from None
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, most: int = JSON_BYTES) -> Any:
+    """The value in a JSON file of at most `most` bytes."""
     size = regular_file_size(path)
-    if size > JSON_BYTES:
-        raise ValueError(f"{path} has {size} bytes: the largest JSON file that is read has {JSON_BYTES}")
+    if size > most:
+        raise ValueError(f"{path} has {size} bytes: the largest JSON file that is read here has {most}")
     try:
         return parse_json(Path(path).read_bytes(), path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def read_lines(path: str | Path, most: int = JSON_BYTES) -> list[str]:
+    """The lines of a text file in UTF-8 of at most `most` bytes, without empty ones and spaces around them."""
+    if regular_file_size(path) > most:
+        raise ValueError(f"{path} has {regular_file_size(path)} bytes: the largest list that is read has {most}")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file: {error.reason} for UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def read_safetensors(path: str | Path, tensors: bool = True) -> tuple[dict[str, str], dict]:

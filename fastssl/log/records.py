@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from fastssl.files import untrusted
@@ -25,15 +26,26 @@ TIMING_KEYS = (
 
 
 def read(path: str | Path) -> list[dict]:
-    """The records of a log.jsonl, or of the run folder that holds it, without an incomplete last line.  ValueError for
-    a line that is not the record of a step."""
+    """The records of a log.jsonl, or of the run folder that holds it, without an incomplete last line.
+
+    Other lines that are not the record of a step are left out, with a warning: a process that is killed while it writes
+    leaves one behind."""
     path = Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path)
-    out = []
+    out, damaged = [], []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         if not line.strip():
             continue
-        record = untrusted.parse_json(line, f"{path}, line {number},")
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            raise ValueError(f"{path}, line {number}, is not the record of a step: remove the line")
-        out.append(record)
+        try:
+            record = untrusted.parse_json(line, path)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            out.append(record)
+        else:
+            damaged.append(number)
+    if damaged:
+        first = ", ".join(map(str, damaged[:3])) + ", ..." * (len(damaged) > 3)
+        warnings.warn(
+            f"{path}: {len(damaged)} lines that are not the record of a step are left out: {first}", stacklevel=2
+        )
     return out

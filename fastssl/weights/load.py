@@ -228,7 +228,7 @@ def _check(file: str, prefix: str, found: dict[str, Tensor], needed: list[str], 
         if name not in own:
             continue
         if tensor.shape != own[name].shape:
-            stem = name == "conv1.weight" and (tensor.shape[1] == 2) != (own[name].shape[1] == 2)
+            stem = name == "conv1.weight" and tensor.ndim == 4 and (tensor.shape[1] == 2) != (own[name].shape[1] == 2)
             hint = "; is backbone.stem right?" if name == "conv1.weight" else ""
             hint = "; two channels are those of Sobel filters: is backbone.sobel right?" if stem else hint
             theirs, ours = tuple(tensor.shape), tuple(own[name].shape)

@@ -17,7 +17,7 @@ import torchvision
 from torch import Tensor
 
 from fastssl.checkpoint import store
-from fastssl.config import Backbone
+from fastssl.config import Backbone, checks, settings, with_defaults
 from fastssl.files import untrusted
 from fastssl.weights import foreign
 
@@ -84,11 +84,35 @@ def run_config(path: str | Path) -> dict | None:
     """The config of the run that a run folder or one of its checkpoints belongs to; None for anything else."""
     for folder in (Path(path), *Path(path).parents[:2]) if Path(path).is_dir() else ():
         if (folder / "config.json").is_file():
-            config = untrusted.read_json(folder / "config.json")
-            if not isinstance(config, dict):
-                raise ValueError(f"{folder / 'config.json'} is not the config of a run")
-            return config
+            return _checked_config(untrusted.read_json(folder / "config.json"), folder / "config.json")
     return None
+
+
+def _checked_config(config: Any, path: Path) -> dict:
+    """A config as `dump` writes it, with the defaults of fields that it lacks.  ValueError where a part has another
+    type: anyone may have made the folder."""
+
+    def require(good: bool, key: str, value: Any) -> None:
+        if not good:
+            raise ValueError(f"{path} is not the config of a run: {key} is {value!r:.60}")
+
+    require(isinstance(config, dict), "it", config)
+    for name, kind in checks.SECTIONS.items():
+        require(isinstance(config.get(name, {}), dict), name, config.get(name))
+        config[name] = with_defaults(config.get(name, {}), kind())
+        for key, hint in settings.hints(kind).items():
+            if (name, key) not in (("data", "views"), ("data", "eval_view")):
+                try:
+                    settings.coerce(config[name][key], hint, key)
+                except ValueError:
+                    require(False, f"{name}.{key}", config[name][key])
+    views, method = config["data"]["views"], config.setdefault("method", {"type": "unknown.unknown.Config"})
+    require(isinstance(views, list) and all(isinstance(view, dict) for view in views), "data.views", views)
+    require(isinstance(config["data"]["eval_view"], dict | None), "data.eval_view", config["data"]["eval_view"])
+    require(isinstance(method, dict) and str(method.get("type")).count(".") > 1, "method", method)
+    require(isinstance(config.setdefault("name", ""), str), "name", config["name"])
+    require(type(config.setdefault("seed", 0)) is int, "seed", config["seed"])
+    return config
 
 
 def spec_of(path: str | Path) -> Backbone | None:

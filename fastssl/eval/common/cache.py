@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from fastssl import dist, files
 from fastssl.eval.common.features import Extractor, check_finite, check_loader, check_memory
 from fastssl.eval.common.ranks import on_main
+from fastssl.files import untrusted
 from fastssl.loader import Loader
 
 SHARD_ROWS = 4096  # 32 MB of 2048 dimensions, and what an interruption may cost
@@ -115,12 +116,12 @@ class FeatureStore:
             return None
         out, file = [], folder
         try:
-            sums = json.loads((folder / "crc32.json").read_text())
+            sums = untrusted.read_json(folder / "crc32.json")
             crcs = [sums[name] for name in self.layers]
             for name, dim, crc in zip(self.layers, self.dims, crcs):
                 file = folder / f"{name}.npy"
                 out.append(_read_array(file, (rows, dim), crc))
-        except (OSError, ValueError, EOFError, KeyError) as error:
+        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
             print(f"features: {file} is damaged ({error}); computing this shard again", flush=True)
             return None
         return out
@@ -153,7 +154,10 @@ class FeatureStore:
 
 
 def _read_array(file: Path, shape: tuple[int, int], crc: int) -> np.ndarray:
-    array = np.load(file, mmap_mode="c")  # copy-on-write: torch refuses memory that it may not write
+    try:
+        array = np.load(file, mmap_mode="c")  # copy-on-write: torch refuses memory that it may not write
+    except Exception as error:  # NumPy parses the header as Python: SyntaxError, TokenError and others
+        raise ValueError(untrusted.one_line(error)) from None
     if array.shape != shape or array.dtype != np.float32:
         raise ValueError(f"holds {array.dtype} {array.shape}, not float32 {shape}")
     if not np.isfinite(array).all():

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastssl import files
 from fastssl.eval.common.ranks import on_main
+from fastssl.files import untrusted
 
 REMEDY = "give another --out"
 
@@ -45,18 +46,23 @@ class StoredResults:
         if path.exists():
             for line in path.read_text(errors="replace").splitlines():
                 try:
-                    lines.append(json.loads(line))
+                    lines.append(untrusted.parse_json(line, path))
                 except ValueError:  # the line that was being written
                     break
         if lines and lines[0] != {"key": self.key}:
             print(f"{path} is of other settings, data or weights: starting over", flush=True)
             lines = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for line in [{"key": self.key}, *lines[1:]]))
-        return {line["name"]: line["result"] for line in lines[1:]}
+        results = [line for line in lines[1:] if _is_result(line)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in [{"key": self.key}, *results]))
+        return {line["name"]: line["result"] for line in results}
 
     def _append(self, path: Path, line: dict) -> None:
         with open(path, "a") as f:
             f.write(json.dumps(line) + "\n")
             f.flush()
             os.fsync(f.fileno())
+
+
+def _is_result(line: Any) -> bool:
+    return isinstance(line, dict) and isinstance(line.get("name"), str) and "result" in line

@@ -132,9 +132,15 @@ def _loader(path: str, args: argparse.Namespace) -> Loader:
 
 
 def _view(args: argparse.Namespace, data: dict, spec: Backbone, card: DataCard | None) -> View:
-    fields = data.get("eval_view") or (data["views"][0] if data else {"size": 224 if spec.stem == "imagenet" else 32})
+    default = {"size": 224 if spec.stem == "imagenet" else 32}
+    fields = data.get("eval_view") or next(iter(data.get("views", ())), default)
     changes = {key: getattr(args, key) for key in ("size", "mean", "std") if getattr(args, key) is not None}
-    view = View(**{key: value for key, value in fields.items() if key != "type"})
+    try:
+        view = View(**{key: value for key, value in fields.items() if key != "type"})
+    except TypeError as error:  # of another version, or written by hand
+        raise ValueError(
+            f"{args.target}: config.json describes a view that this version does not have: {error}"
+        ) from None
     if not data.get("eval_view"):  # the default for the size, whatever crops the training uses
         plain = {key: changes.pop(key) for key in ("size",) if key in changes}
         view = views.default_view(View(**{"size": view.size, **plain, "mean": view.mean, "std": view.std}), card)
