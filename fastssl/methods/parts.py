@@ -120,6 +120,14 @@ def mean_cosine(p: Tensor, z: Tensor) -> Tensor:
     return F.cosine_similarity(p, z, dim=-1).mean()
 
 
+def view_classification(logits: Tensor) -> dict[str, Tensor]:
+    """Cross entropy and accuracy of logits (n, V, V), where the label of each view is its index."""
+    n, count, _ = logits.shape
+    logits, labels = logits.flatten(0, 1), torch.arange(count, device=logits.device).repeat(n)
+    correct = (logits.detach().argmax(1) == labels).float().mean()
+    return {"loss": F.cross_entropy(logits, labels), "top1": correct}
+
+
 def multi_crop(module: nn.Module, views: list[Tensor], large_crops: int) -> Tensor:
     """(n, V, D) outputs of `module` for views of several sizes, the first `large_crops` of which are the large ones.
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.config import Fraction, PositiveInt
 from fastssl.loader import Batch
+from fastssl.methods import parts
 from fastssl.trainer import Context, Outputs
 
 
@@ -57,10 +57,7 @@ class RelativeLoc(nn.Module):
         return {"logits": logits, "features": neighbours[:, 0].detach()}
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
-        logits = out["logits"].flatten(0, 1)
-        positions = torch.arange(8, device=logits.device).repeat(len(logits) // 8)
-        correct = (logits.detach().argmax(1) == positions).float().mean()
-        return {"loss": F.cross_entropy(logits, positions), "top1": correct}
+        return parts.view_classification(out["logits"])
 
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         pass

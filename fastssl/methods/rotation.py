@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.loader import Batch
@@ -38,10 +37,7 @@ class Rotation(nn.Module):
         return {"logits": self.head(h), "features": h[:, 0].detach()}
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
-        logits = out["logits"].flatten(0, 1)
-        rotations = torch.arange(4, device=logits.device).repeat(len(logits) // 4)
-        correct = (logits.detach().argmax(1) == rotations).float().mean()
-        return {"loss": F.cross_entropy(logits, rotations), "top1": correct}
+        return parts.view_classification(out["logits"])
 
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         pass
