@@ -44,7 +44,9 @@ class Config:
                 f"{context.samples}, so none is left: use more data or method.ensure_neg=False"
             )
         if not 0 < self.momentum <= 1:
-            raise ValueError(f"method.momentum={self.momentum} is the weight of the new embedding, in (0, 1]")
+            raise ValueError(
+                f"method.momentum={self.momentum}, the weight of the new embedding, must be above 0 and at most 1"
+            )
         return NPID(self, backbone, context)
 
 

@@ -39,10 +39,9 @@ class Config:
 
     def build(self, backbone: nn.Module, context: Context) -> ODC:
         clustering.check_clusters(self.clusters, context.samples, self.min_cluster_size)
-        if not 0 < self.momentum <= 1 or self.centroid_interval < 1:
+        if not 0 < self.momentum <= 1:
             raise ValueError(
-                f"method.momentum={self.momentum} must be in (0, 1] and "
-                f"method.centroid_interval={self.centroid_interval} at least 1"
+                f"method.momentum={self.momentum}, the weight of the new embedding, must be above 0 and at most 1"
             )
         return ODC(self, backbone, context)
 

@@ -73,6 +73,12 @@ def test_npid_ensure_neg_with_too_few_samples_raises():
             cases.config("npid", **settings).build(Tiny(), Context(samples, batch=8))
 
 
+@pytest.mark.parametrize("name", ["npid", "odc"])
+def test_bank_momentum_of_zero_raises(name):
+    with pytest.raises(ValueError, match="method.momentum=0.0, the weight of the new embedding, must be above 0"):
+        build(name, momentum=0.0, **({"clusters": 2} if name == "odc" else {}))
+
+
 def groups(samples=60, dim=8):
     """Features in five groups, and which group each is in."""
     group = torch.arange(samples) % 5

@@ -32,7 +32,7 @@ def nearest(
 def make_search(bank: Tensor, k: int, backend: Backend = "torch") -> Search:
     """`nearest` for at most QUERIES queries at a time: search(queries, exclude)."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is none of {', '.join(BACKENDS)}")
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
     search = BACKENDS[backend](F.normalize(bank.float(), dim=1), k)
     return lambda queries, exclude: search(F.normalize(queries.float(), dim=1), exclude)
 

@@ -211,7 +211,7 @@ def _checked(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[float, ...]]:
     """Features of unit norm and label tables of both sets, and the costs in ascending order."""
     if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r} is none of {', '.join(SOLVERS)}")
+        raise ValueError(f"solver={solver!r} is not one of {', '.join(SOLVERS)}")
     if not costs or not min(costs) > 0 or not np.isfinite(costs).all():
         raise ValueError(f"costs={costs}: give positive numbers")
     classes = labels.shape[1] if labels.ndim == 2 else int(max(labels.max(), test_labels.max())) + 1
