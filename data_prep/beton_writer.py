@@ -6,7 +6,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .ffcv_format import ALLOCATION, HEADER, VERSION, field_descriptions, sample_table
+from .ffcv_format import ALLOCATION, HEADER, SAMPLE_FIELDS, VERSION, field_descriptions, sample_table
 from .image import Stored
 
 MIN_PAGE = 1 << 23  # FFCV's default page of 8 MiB; a sample never crosses a page
@@ -23,7 +23,7 @@ class BetonWriter:
         self.vectors = classes is not None
         self.fields = field_descriptions(classes)
         self.table = sample_table(capacity, self.vectors)
-        self.image, self.index, self.label = (self.table[name] for name in self.table.dtype.names)
+        self.image, self.index, self.label = (self.table[name] for name in SAMPLE_FIELDS)
         self.allocations = np.zeros((capacity, 1 + self.vectors), ALLOCATION)
         self.offset = HEADER.itemsize + self.fields.nbytes + self.table.nbytes  # of the next sample
         self.file.seek(self.offset)

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from fastssl import files
 from fastssl.files.datacard import DataCard
 
-from .ffcv_format import ALLOCATION, FIELD, HEADER, RAW, VERSION, decode_jpeg, sample_table
+from .ffcv_format import ALLOCATION, FIELD, HEADER, RAW, SAMPLE_FIELDS, VERSION, decode_jpeg, sample_table
 from .write import Progress, Target, geometry, hash_progress
 
 CHUNK = 256  # images that a thread decodes at once
@@ -37,7 +37,7 @@ class BetonInspector:
         required = ("label", "copied", "sha256", *(["classes"] if self.card.label != "none" else []))
         if missing := [name for name in required if getattr(self.card, name) is None]:
             raise ValueError(f"{self.target.card} has no {missing[0]}: convert again")
-        self.samples, classes, multi = self.card.samples, self.card.classes, self.card.label == "multi"
+        self.samples, self.classes, multi = self.card.samples, self.card.classes or [], self.card.label == "multi"
         self.require("bytes", self.target.beton.stat().st_size)
         if self.card.bytes < HEADER.itemsize:
             raise ValueError(f"{path} is damaged: it is too short for a header")
@@ -48,17 +48,18 @@ class BetonInspector:
         self.require("samples", int(header["num_samples"]))
         dtype = sample_table(0, multi).dtype
         start = HEADER.itemsize + 3 * FIELD.itemsize
-        end, allocations = start + self.samples * dtype.itemsize, int(header["alloc_table_ptr"])
-        if not end <= allocations or self.data.size - allocations != self.samples * (1 + multi) * ALLOCATION.itemsize:
+        end, pointer = start + self.samples * dtype.itemsize, int(header["alloc_table_ptr"])
+        if not end <= pointer or self.data.size - pointer != self.samples * (1 + multi) * ALLOCATION.itemsize:
             raise ValueError(f"{path} is damaged: its tables do not have the sizes that {self.samples} images need")
-        table = self.data[start : start + self.samples * dtype.itemsize].view(dtype)
-        self.images, self.index, self.labels = (table[name] for name in dtype.names)
-        allocations = self.data[allocations:].view(ALLOCATION).reshape(self.samples, -1)
+        table = self.data[start:end].view(dtype)
+        self.images, self.index, self.labels = (table[name] for name in SAMPLE_FIELDS)
+        allocations = self.data[pointer:].view(ALLOCATION).reshape(self.samples, -1)
         self.sizes = allocations["size"][:, 0]
         self._check_pointers(self.images["data_ptr"], self.sizes)
         if multi:
-            self._check_pointers(self.labels, np.full(self.samples, 4 * len(classes), np.uint64))
-            self.labels = np.stack([self.data[p : p + 4 * len(classes)].view("<f4") for p in self.labels.tolist()])
+            size = 4 * len(self.classes)  # bytes of a label vector
+            self._check_pointers(self.labels, np.full(self.samples, size, np.uint64))
+            self.labels = np.stack([self.data[p : p + size].view("<f4") for p in self.labels.tolist()])
 
     def _check_pointers(self, pointers: np.ndarray, sizes: np.ndarray) -> None:
         if (sizes > self.data.size).any() or (pointers > self.data.size - sizes).any():
@@ -84,10 +85,10 @@ class BetonInspector:
 
     def caption(self, row: int) -> str:
         """The names of its classes; without labels, the row."""
-        classes, label = self.card.classes, self.labels[row]
+        label = self.labels[row]
         if self.card.label == "multi":
-            return " ".join(name for name, value in zip(classes, label) if value == 1)
-        return classes[label] if classes and label >= 0 else f"{row}"
+            return " ".join(name for name, value in zip(self.classes, label) if value == 1)
+        return self.classes[label] if self.classes and label >= 0 else f"{row}"
 
 
 def check(path: str | Path, *, workers: int = 1, progress: Progress = lambda *_: None) -> str:
@@ -116,8 +117,7 @@ def check(path: str | Path, *, workers: int = 1, progress: Progress = lambda *_:
 
 
 def _check_labels(beton: BetonInspector) -> None:
-    kind, classes = beton.card.label, beton.card.classes
-    largest = {"none": -1, "multi": 1}.get(kind, len(classes or []) - 1)
+    largest = {"none": -1, "int": len(beton.classes) - 1, "multi": 1}[beton.card.label or "int"]
     low, high = beton.labels.min(), beton.labels.max()
     if not (low >= -1 and high <= largest):  # with `not`, so that NaN is an error, too
         raise ValueError(
@@ -155,7 +155,7 @@ def contact_sheet(beton: BetonInspector) -> Image.Image:
     for cell, row in enumerate(np.linspace(0, beton.samples - 1, count).astype(int).tolist()):
         image = Image.fromarray(np.ascontiguousarray(beton.image(row)))
         scale = (CELL - 4) / max(image.size)
-        size = tuple(max(1, round(side * scale)) for side in image.size)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         # NEAREST shows the pixels of a small image: a blurred 8x8 digit would look like a mistake of the conversion
         image = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
         x, y = cell % columns * CELL, cell // columns * (CELL + CAPTION)

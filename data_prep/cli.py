@@ -175,19 +175,18 @@ def _convert(argv: list[str]) -> int:
 
 
 def summary(card: DataCard, target: Target, seconds: float) -> Iterator[str]:
-    classes = {
-        "int": f"{len(card.classes or [])} classes",
-        "none": "no labels",
-        "multi": f"{len(card.classes or [])} labels per image",
-    }[card.label]
+    """The lines that are printed after a conversion."""
+    classes, options = card.classes or [], card.options or {}
+    kinds = {"none": "no labels", "int": f"{len(classes)} classes", "multi": f"{len(classes)} labels per image"}
+    labels = kinds[card.label or "none"]
+    copied, encoded = card.copied or 0, (card.jpeg or 0) - (card.copied or 0)
     yield (
-        f"{target.beton}: {card.samples} images, {classes}, {card.bytes / 1e6:.1f} MB in {seconds:.1f} s "
-        f"({card.copied} JPEGs unchanged, {card.jpeg - card.copied} encoded as JPEG, {card.raw} raw)"
+        f"{target.beton}: {card.samples} images, {labels}, {card.bytes / 1e6:.1f} MB in {seconds:.1f} s "
+        f"({copied} JPEGs unchanged, {encoded} encoded as JPEG, {card.raw} raw)"
     )
-    options = card.options
-    if card.label == "int" and len(card.classes or []) == 1:
+    if card.label == "int" and len(classes) == 1:
         yield (
-            f"all images are of one class ({card.classes[0]!r}): the file can be used for training without labels, but "
+            f"all images are of one class ({classes[0]!r}): the file can be used for training without labels, but "
             "not as the training set of an evaluation; each class needs a folder of its own"
         )
     if card.bad:
@@ -206,10 +205,11 @@ def summary(card: DataCard, target: Target, seconds: float) -> Iterator[str]:
         yield f"--short-side {options['short_side']} changed no image" + (
             "" if options["upscale"] else ": none is larger (--upscale enlarges smaller ones)"
         )
-    if card.max_pixels > 8 * card.mean_pixels:
+    mean = card.mean_pixels or card.max_pixels
+    if card.max_pixels > 8 * mean:
         yield (
             "in a batch every image takes the memory of the largest one in the file, which has "
-            f"{card.max_pixels} pixels, {card.max_pixels / card.mean_pixels:.0f} times the mean; --max-pixels or "
+            f"{card.max_pixels} pixels, {card.max_pixels / mean:.0f} times the mean; --max-pixels or "
             "--short-side limits it"
         )
 

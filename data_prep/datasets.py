@@ -49,7 +49,8 @@ def open_cifar(kind: str, path: str, split: str | None = None) -> Source:
         raise ValueError(f"{path}: {metas[0]} has no {names_key.decode()!r}, a list of names")
     classes = [name if isinstance(name, str) else name.decode("utf-8", "replace") for name in classes]
     parts = [_cifar_batch(members[name], labels_key, len(classes), f"{path}: {name}") for name in wanted]
-    return source_of_arrays(kind, path, split, *map(np.concatenate, zip(*parts)), classes)
+    pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts))
+    return source_of_arrays(kind, path, split, pixels, labels, classes)
 
 
 def _cifar_batch(batch: dict, key: bytes, classes: int, name: str) -> tuple[np.ndarray, np.ndarray]:

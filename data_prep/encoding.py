@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 from .image import Bad, Options, Stored, store_many
 from .sources import Item, Source
@@ -18,7 +19,7 @@ from .sources import Item, Source
 CHUNK_SAMPLES, CHUNK_BYTES = 64, 4 << 20  # that a worker gets at once, whichever is reached first
 WAITING_BYTES = 1 << 29  # in the chunks that are encoded or wait for it; only images of a streamed archive count
 PR_SET_PDEATHSIG = 1
-Encoded = tuple[str, object, Stored | Bad]  # (name, label, result)
+Encoded = tuple[str, Any, Stored | Bad]  # (name, label, result)
 
 
 def encode(source: Source, options: Options, workers: int, descriptors: tuple[int, ...] = ()) -> Iterator[Encoded]:

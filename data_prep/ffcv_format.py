@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -33,9 +34,13 @@ IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_p
 INT, RGB_IMAGE, NDARRAY = 1, 2, 4  # field types
 
 
+SAMPLE_FIELDS = ("f0", "f1", "f2")  # FFCV's names of image, index and label in the table of samples
+
+
 def sample_table(samples: int, label_vector: bool) -> np.ndarray:
     """The table of samples, with the fields image, index and label; a label vector is stored as a pointer."""
-    return np.zeros(samples, np.dtype([("", IMAGE), ("", "<i8"), ("", "<u8" if label_vector else "<i8")], align=True))
+    types = (IMAGE, "<i8", "<u8" if label_vector else "<i8")
+    return np.zeros(samples, np.dtype(list(zip(SAMPLE_FIELDS, types)), align=True))
 
 
 def field_descriptions(classes: int | None) -> np.ndarray:
@@ -55,9 +60,10 @@ def field_descriptions(classes: int | None) -> np.ndarray:
 
 
 @cache
-def _imdecode():
+def _imdecode() -> Callable:
+    """The decoder in ffcv's library."""
     spec = importlib.util.find_spec("ffcv")  # does not import it
-    if spec is None:
+    if spec is None or spec.submodule_search_locations is None:
         raise ValueError("ffcv is not installed: pip install ffcv==1.0.2")
     (library,) = Path(spec.submodule_search_locations[0]).glob("_libffcv*.so")
     function = ctypes.CDLL(str(library)).imdecode

@@ -96,7 +96,8 @@ def store(source: bytes | np.ndarray, options: Options) -> Stored:
         )
     jpeg = image.format in ("JPEG", "MPO")
     distrusted = False
-    if jpeg and options.mode != "raw" and rotation == 1 and not resized and image.mode in ("RGB", "L"):
+    unchanged = rotation == 1 and not resized and image.mode in ("RGB", "L")
+    if isinstance(source, bytes) and jpeg and options.mode != "raw" and unchanged:
         if decode_jpeg(source, height, width) is not None:
             return Stored(source, JPG, height, width, copied=True)
         distrusted = True

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from fastssl.files import untrusted
-from fastssl.files.datacard import DataCard
+from fastssl.files.datacard import DataCard, LabelKind
 
 from .file_sources import FileRef
-from .sources import SUFFIXES, Source
+from .sources import SUFFIXES, Item, Source
 
 MAX_LIST = 1 << 30  # bytes; ImageNet's lists have 50 MB
 WHOLE_NUMBER = re.compile(r"[+-]?\d{1,18}", re.ASCII)
@@ -43,29 +43,33 @@ def open_list(
         hint = "give another --root" if root else "give the folder of the images by --root"
         raise ValueError(f"{path}: none of its {len(rows)} images exists, the first is {base / names[0]}: {hint}")
     multi = columns is not None and columns[1] != columns[0] + 1
+    kind: LabelKind
     if all(labels is None for *_, labels in rows):
         if known:
             raise ValueError(f"--classes {classes}: {path} has no labels")
-        kind, values, found = "none", [-1] * len(rows), None
+        kind, found, numbers = "none", [], [[-1]] * len(rows)
     else:
-        found = known or _names(path, [(number, label) for number, _, labels in rows for label in labels], len(rows))
+        texts = [(number, label) for number, _, labels in rows for label in labels or ()]
+        found = known or _names(path, texts, len(rows))
         numbers = _numbers(path, rows, found, classes)
-        kind, values = ("multi", numbers) if multi else ("int", [row[0] for row in numbers])
-        if kind == "int" and max(values) < 0:
-            kind, found = "none", None
+        kind = "multi" if multi else "int" if max(row[0] for row in numbers) >= 0 else "none"
+    used = {number for row in numbers for number in row} - {-1}
+    if kind == "int" and len(found) > 1 and len(used) == 1:
+        notes.append(f"all images with a label are of one class, {found[max(used)]!r}")
 
-    if kind == "int" and len(found) > 1 and len(set(values) - {-1}) == 1:
-        notes.append(f"all images with a label are of one class, {found[max(values)]!r}")
+    def items() -> Iterator[Item]:
+        for name, row in zip(names, numbers):
+            label = _multi_hot(row, len(found)) if kind == "multi" else row[0]
+            yield name, FileRef(str(base / name)), label
 
-    def items() -> Iterator[tuple[str, FileRef, object]]:
-        for name, value in zip(names, values):
-            if kind == "multi":
-                vector = np.zeros(len(found), np.float32)
-                vector[[number for number in value if number >= 0]] = 1
-                value = vector
-            yield name, FileRef(str(base / name)), value
+    return Source("list", path, kind, None if kind == "none" else found, len(rows), items, notes)
 
-    return Source("list", path, kind, found, len(rows), items, notes)
+
+def _multi_hot(numbers: list[int], classes: int) -> np.ndarray:
+    """float32 (classes,): 1 for these classes, 0 for the others; numbers below 0 are ignored."""
+    vector = np.zeros(classes, np.float32)
+    vector[[number for number in numbers if number >= 0]] = 1
+    return vector
 
 
 def read_classes(path: str) -> list[str]:
@@ -210,7 +214,7 @@ def _names(path: str, labels: list[tuple[int, str]], images: int) -> list[str]:
 def _numbers(path: str, rows: list, names: list[str], given: str | None) -> list[list[int]]:
     """The labels of each row as numbers of `names`: a label is one of the names, or otherwise a number."""
     number_of = {name: i for i, name in enumerate(names)}
-    out = []
+    out: list[list[int]] = []
     for number, _, labels in rows:
         out.append([])
         for label in labels:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from fastssl.files.datacard import LabelKind
+
 from .image import to_rgb
 from .sources import Source
 
@@ -30,10 +32,12 @@ def open_memory(images: Any, labels: Any = None, classes: Sequence[str] | None =
     own = getattr(images, "classes", None)
     if classes is None and paired and labels is None and isinstance(own, list | tuple):
         classes = [str(name) for name in own]
-    kind, values, classes = (
-        ("int" if paired else "none", None, classes) if labels is None else _labels(labels, count, classes)
-    )
-    source = Source("memory", type(images).__name__, kind, classes and list(map(str, classes)), count, lambda: iter(()))
+    kind: LabelKind = "int" if paired else "none"
+    values = None
+    if labels is not None:
+        kind, values, classes = _labels(labels, count, classes)
+    names = None if classes is None else [str(name) for name in classes]
+    source = Source("memory", type(images).__name__, kind, names, count, lambda: iter(()))
 
     def items() -> Iterator[tuple[str, np.ndarray, Any]]:
         largest = -1
@@ -61,7 +65,7 @@ def _length(images: Any) -> int:
     return len(images)
 
 
-def _labels(labels: Any, count: int, classes: Sequence[str] | None) -> tuple[str, np.ndarray, Sequence[str]]:
+def _labels(labels: Any, count: int, classes: Sequence[str] | None) -> tuple[LabelKind, np.ndarray, Sequence[str]]:
     values = np.asarray(labels)
     if len(values) != count or values.ndim not in (1, 2):
         raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickletools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -48,8 +49,12 @@ def read_pickle(data: bytes, name: str) -> dict:
     return {key: v.value if isinstance(v, _Array) else v for key, v in value.items()}
 
 
-def _run(data: bytes):
-    stack, marks, memo = [], [], {}
+def _run(data: bytes) -> Any:
+    """The value of a pickle."""
+    stack: list[Any] = []
+    marks: list[list[Any]] = []
+    memo: dict[Any, Any] = {}
+    arg: Any
     for number, (op, arg, _) in enumerate(pickletools.genops(data)):
         code = op.name
         if number >= MAX_OPERATIONS:
@@ -94,10 +99,10 @@ def _run(data: bytes):
             stack.pop()
         elif code == "STOP":
             return stack.pop()
-        elif code not in ("PROTO", "FRAME", "POP"):
-            raise ValueError(f"it has the operation {code}, which CIFAR files do not have")
         elif code == "POP":
             stack.pop()
+        elif code not in ("PROTO", "FRAME"):
+            raise ValueError(f"it has the operation {code}, which CIFAR files do not have")
 
 
 def _last(stack: list, count: int) -> list:
@@ -106,18 +111,19 @@ def _last(stack: list, count: int) -> list:
     return stack[-count:]
 
 
-def _extend(target, items: list, append: bool) -> None:
-    if type(target) is not (list if append else dict) or (not append and len(items) % 2):
-        raise ValueError(f"it adds items to a {type(target).__name__}")
-    if append:
+def _extend(target: Any, items: list, append: bool) -> None:
+    """Append `items` to a list, or set them as keys and values of a dictionary in turn."""
+    if append and type(target) is list:
         target.extend(items)
+    elif append or type(target) is not dict or len(items) % 2:
+        raise ValueError(f"it adds items to a {type(target).__name__}")
     elif not all(type(key) in KEYS for key in items[::2]):  # hashing a deeply nested tuple overflows C's stack
         raise ValueError("it has a key that is not text or a number")
     else:
         target.update(zip(items[::2], items[1::2]))
 
 
-def _call(what, args):
+def _call(what: Any, args: Any) -> Any:
     text = what.text if isinstance(what, _Name) else type(what).__name__
     if text in ARRAYS:
         return _Array()
@@ -132,7 +138,7 @@ def _call(what, args):
     raise ValueError(f"it would run {text.replace(' ', '.')}")
 
 
-def _build(target, state) -> None:
+def _build(target: Any, state: Any) -> None:
     if isinstance(target, np.dtype):
         if type(state) is not tuple or len(state) < 2 or _text(state[1]) not in ("<", "|", "="):
             raise ValueError("it has integers of another byte order or structure")
@@ -151,5 +157,5 @@ def _build(target, state) -> None:
     target.value = np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def _text(value) -> str:
+def _text(value: Any) -> str:
     return value.decode("latin1") if type(value) is bytes else value if type(value) is str else ""

@@ -75,7 +75,7 @@ def convert(
     if source.count == 0:
         raise ValueError(f"{source.path} holds no image")
     with _temporary_file(target, force) as (file, descriptors):
-        beton = BetonWriter(file, source.count, len(source.classes) if source.label == "multi" else None)
+        beton = BetonWriter(file, source.count, len(source.classes or []) if source.label == "multi" else None)
         counts = dict.fromkeys(("copied", "resized", "bounded", "distrusted"), 0)
         bad: list[tuple[str, str]] = []
         for done, (name, label, result) in enumerate(encode(source, options, workers, descriptors), 1):

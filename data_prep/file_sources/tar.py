@@ -7,6 +7,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from . import base
 from .base import ARCHIVE_ERRORS, FileSource, Ref, RefusedArchive, check_size, safe_name
@@ -48,13 +49,13 @@ class TooLarge:
 
 class _Member(tarfile.TarInfo):
     """A header with checked sizes.  A tar that ends between two members is read like a complete one; only the end mark
-    shows the difference."""
+    shows the difference.  (mypy does not know the parts of tarfile that it does not document.)"""
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, tar: tarfile.TarFile) -> _Member:
         try:
             member = super().fromtarfile(tar)
-        except tarfile.EmptyHeaderError:
+        except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
             raise tarfile.ReadError("it has no end mark, so it is cut off; copy or download it again") from None
         if member.size < 0 or tar.offset <= member.offset:  # tarfile would read it again and again
             raise tarfile.ReadError(f"the size of {member.name!r} is negative")
@@ -63,19 +64,19 @@ class _Member(tarfile.TarInfo):
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         if self.size < 0 or (self.type in LONG_HEADERS and self.size > MAX_HEADER):
             raise tarfile.ReadError(f"the header {self.name!r} has {self.size} bytes")
-        return super()._proc_member(tar)
+        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 class Tar(FileSource):
     def __init__(self, path: Path):
         super().__init__(path)
         self.slices: dict[str, tuple[int, int]] = {}  # offset and size of each file
+        self.mode: Literal["r:", "r|*"] = "r:"
         size = path.stat().st_size
         if size == 0:
             raise ValueError(f"cannot read the archive {path}: it is empty")
         try:
-            with tarfile.open(path, "r:", tarinfo=_Member):
-                self.mode = "r:"
+            tarfile.open(path, self.mode, tarinfo=_Member).close()
         except ARCHIVE_ERRORS:
             self.mode, self.streams = "r|*", True
         for name, member, _ in self._members(set()):
@@ -96,7 +97,8 @@ class Tar(FileSource):
         try:
             with tarfile.open(self.path, self.mode, tarinfo=_Member) as tar:
                 for member in tar:
-                    tar.members = []  # TarFile keeps a list of all members: 1 GB of memory for ImageNet
+                    # TarFile keeps a list of all members, for ImageNet 1 GB of memory
+                    tar.members = []  # type: ignore[attr-defined]
                     name = safe_name(self.path, member.name)
                     if member.islnk() or member.issym():
                         folder = PurePosixPath(member.name).parent if member.issym() else PurePosixPath()
@@ -115,7 +117,9 @@ class Tar(FileSource):
     def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | TooLarge:
         if member.size > base.MAX_BYTES:
             return TooLarge(member.size)
-        data = tar.extractfile(member).read()
+        file = tar.extractfile(member)
+        assert file is not None, "an ordinary file has content"
+        data = file.read()
         if len(data) != member.size:
             raise tarfile.ReadError(f"it is cut off inside {member.name!r}")
         return data

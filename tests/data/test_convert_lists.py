@@ -26,7 +26,7 @@ def test_list_files(tmp_path):
         ("a.jpg -2\na.jpg 0", "'-2' is below 0"),
         ("a.jpg 1.5\n", "'1.5' is neither"),
         ("a.jpg 0\na.jpg\n", "line 2: some lines have a label"),
-        ("a.jpg cat dog\n", "3 columns: name those with labels, --label-columns 2"),
+        ("a.jpg cat dog\n", "3 columns: give those with labels, --label-columns 2"),
         ("a.jpg\tx\t1\n", "3 columns"),
         ('a.jpg,"x\n', "line 1"),
         ("a.jpg\0 1\n", "not a text file"),
