@@ -135,7 +135,7 @@ def test_logs(tmp_path, cases):
 @both
 def test_environments(tmp_path, monkeypatch, cases):
     monkeypatch.setattr(run_folder.metadata, "version", lambda name: "1")  # 60 ms for each entry
-    trainer = types.SimpleNamespace(folder=tmp_path, step=5, device=torch.device("cpu"))
+    trainer = types.SimpleNamespace(folder=tmp_path, step=5, device=torch.device("cpu"), loader=None)
     rng = random.Random(0)
     for case in range(cases):
         (tmp_path / "environment.json").write_bytes(b"null" if case == 0 else odd_json([{"step": 0, "ranks": 1}], rng))
