@@ -37,8 +37,10 @@ def step(t: Trainer, micro_batches: list[Batch]) -> Outputs:
     batch = micro_batches[0] if len(micro_batches) == 1 else merge(micro_batches)
     statistics = norm.RunningStatistics(t.method) if t.scale.skip else None
     out, scalars = (deepspeed_step if t.graphed is None else direct_step)(t, micro_batches, batch)
-    if statistics is not None:  # of a step that is left out
-        statistics.restore_where(t.scale.found_inf != 0)
+    if statistics is not None:  # a step that is left out changes no statistics, and hooks are given zeros
+        left_out = t.scale.found_inf != 0
+        statistics.restore_where(left_out)
+        out = {k: v.masked_fill(left_out, 0.0) if v.is_floating_point() else v for k, v in out.items()}
     t.log(scalars)
     t.step += 1
     for hook in t.hooks:

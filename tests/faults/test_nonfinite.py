@@ -4,6 +4,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ class _GradientTimes(torch.autograd.Function):
 
 def make_run(root: Path, name: str, **changes):
     run = cases.run("simclr", steps=STEPS, norm=False)
+    run.backbone = replace(run.backbone)
     run.name, run.log.root, run.log.every = name, str(root), 1
     run.log.checkpoint_steps, run.log.keep, run.log.collapse_every = 4, 1, 0
     for key, value in changes.items():
@@ -143,7 +145,7 @@ def test_steps_are_left_out_and_change_nothing(tmp_path, poison):
     """Weights, optimizer and running statistics stay as they are; more steps in a row than allowed end the run."""
     sample = seen_in(1)
     poison("output", sample, (1,))
-    run = make_run(tmp_path, "skip", optim_skip_nonfinite=1)
+    run = make_run(tmp_path, "skip", optim_skip_nonfinite=1, backbone_norm="bn")
     seen = {}
 
     class Look:
@@ -153,6 +155,7 @@ def test_steps_are_left_out_and_change_nothing(tmp_path, poison):
         after_epoch = before_epoch
 
         def after_step(self, t, out, batch):
+            assert all(v.isfinite().all() for v in out.values() if v.is_floating_point())
             seen[t.step] = {k: v.clone() for k, v in t.method.state_dict().items()}
 
     dist.init("cpu")
@@ -160,6 +163,7 @@ def test_steps_are_left_out_and_change_nothing(tmp_path, poison):
     applied = {r["step"]: r["applied"] for r in records(tmp_path / "skip") if "loss" in r}
     assert [step for step, done in applied.items() if not done] == [BAD] and len(applied) == STEPS
     assert all(torch.equal(v, seen[BAD - 1][k]) for k, v in seen[BAD].items())
+    assert "backbone.layer3.0.bn1.running_mean" in seen[BAD]
     assert not torch.equal(seen[BAD + 1]["backbone.conv1.weight"], seen[BAD]["backbone.conv1.weight"])
     assert all(v.isfinite().all() for v in seen[STEPS].values())
 
