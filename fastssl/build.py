@@ -14,7 +14,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from fastssl import backbones, config, contract, dist, graph, norm, optim, weights
+from fastssl import backbones, config, contract, dist, graph, norm, optim, weights, zero
 from fastssl.amp import LossScale, autocast
 from fastssl.checkpoint import run_folder
 from fastssl.config import Run
@@ -54,6 +54,7 @@ def build(run: Run, hooks: Sequence[Hook] = (), device: str | None = None, loade
         method.total_steps = schedule.total_steps
     torch.manual_seed(run.seed + 1 + dist.rank())  # dropout and the like differ by rank
     ds = start_deepspeed(method, optimizer, run)
+    zero.partitions(ds)  # refuses what checkpoints do not know
     optim.attach(ds)
     t = Trainer(
         run,

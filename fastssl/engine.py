@@ -20,6 +20,7 @@ from fastssl.amp import emulated
 from fastssl.build import build
 from fastssl.checkpoint import run_folder, state
 from fastssl.checkpoint.resume import find_checkpoint
+from fastssl.checkpoint.writer import Writer
 from fastssl.config import Run
 from fastssl.files import untrusted
 from fastssl.loader import Batch, Loader
@@ -77,9 +78,9 @@ def fit(
         if choice := bottleneck.automatic_settings(t):
             log.text(choice)
         problem, full, began, first = None, None, time.monotonic(), t.step
-        with ending.Signals(t.device) as signals, ending.progress.watched(run.timeout_s):
+        with ending.Signals(t.device) as signals, ending.progress.watched(run.timeout_s), Writer(t) as writer:
             try:
-                train(t, log, signals)
+                train(t, log, signals, writer)
             except NotFinite as error:
                 problem = str(error), error.step
             except torch.OutOfMemoryError as error:
@@ -90,7 +91,7 @@ def fit(
             log.text(closing(t))
             return t
         seconds, loader, folder = (time.monotonic() - began) / max(t.step - first, 1), t.loader, t.folder
-        del t  # its memory is needed for another one
+        del t, writer  # its memory is needed for another one
         message, last = problem
         raise ValueError(f"{message}; {find_nonfinite(run, device, loader, folder, path, last, seconds)}")
 
@@ -115,7 +116,7 @@ def build_plain(run: Run, device: str | None, loader: Loader | None = None) -> T
     return build(replace(run, hooks=(), speed=replace(run.speed, compile=False, graph="off")), (), device, loader)
 
 
-def train(t: Trainer, log: Log, signals: ending.Signals) -> None:
+def train(t: Trainer, log: Log, signals: ending.Signals, writer: Writer) -> None:
     """The training loop, from step `t.step` to the last."""
     first, times, losses = t.step, bottleneck.Bottleneck(), FiniteLoss(t.run.optim.skip_nonfinite)
     with contextlib.closing(batches(t, partial(begin_epoch, text=log.text))) as source:
@@ -129,25 +130,29 @@ def train(t: Trainer, log: Log, signals: ending.Signals) -> None:
                 losses.check(log.step(t.step, epoch, t.scalars, timings))
             except NotFinite:
                 signals.request(ending.FAIL)  # records arrive on some ranks earlier than on others
+            if writer.failed:
+                signals.request(ending.FAIL)
             if warning := times.add(t, timings):
                 log.text(warning)
             number = signals.received()
             if number == ending.FAIL:
-                losses.check(log.flush(t.meter.flush()))  # raises, on every rank
+                losses.check(log.flush(t.meter.flush()))
+                writer.finish()  # one of the two raises, on every rank
             if number or checkpoint_due(t):
                 timings = t.meter.flush()
                 losses.check(log.flush(timings))
                 times.add(t, timings)
-                saved = save(t, log, losses, needed=bool(number))
+                save(t, log, writer, losses, needed=bool(number))
             if number and t.step < t.total_steps:
                 log.text(
                     f"stopped by {signal.Signals(number).name} at step {t.step} of {t.total_steps}; "
-                    f"checkpoint {saved}; continue with --resume"
+                    f"checkpoint {writer.finish()}; continue with --resume"
                 )
                 log.close()
                 raise ending.Stopped(number)
             if t.step % t.loader.steps == 0 or t.step == t.total_steps:
                 end_epoch(t, log)
+    writer.finish()
     timings = t.meter.flush()
     times.add(t, timings)
     log.close(timings)
@@ -207,17 +212,17 @@ def checkpoint_due(t: Trainer) -> bool:
     return t.step == t.total_steps or any(n and t.step % n == 0 for n in (interval, kept))
 
 
-def save(t: Trainer, log: Log, losses: FiniteLoss, needed: bool) -> Path | None:
-    """Write a checkpoint, unless the loss or a weight is not finite: it would take the place of a good one.  Then
-    NotFinite where the run ends here (`needed`, the last step), else a line in the log."""
+def save(t: Trainer, log: Log, writer: Writer, losses: FiniteLoss, needed: bool) -> None:
+    """Begin to write a checkpoint, unless the loss or a weight is not finite: it would take the place of a good one.
+    Then NotFinite where the run ends here (`needed`, the last step), else a line in the log."""
     problem = losses.problem() or nonfinite.all_finite(t)
     if problem is None:
-        return state.save(t)
+        writer.save()
+        return
     if needed or t.step == t.total_steps:
         bad = losses.bad[0]["step"] if losses.bad else t.step + 1
         raise NotFinite(f"{problem}; no checkpoint of step {t.step} is written", bad)
     log.text(f"step {t.step}: no checkpoint is written: {problem}")
-    return None
 
 
 def opening(t: Trainer) -> str:

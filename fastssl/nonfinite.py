@@ -19,7 +19,7 @@ import torch.distributed as td
 from torch import Tensor
 
 from fastssl import dist, files, zero
-from fastssl.checkpoint import state, store
+from fastssl.checkpoint import state, store, writer
 from fastssl.files import untrusted
 from fastssl.loader import Batch
 from fastssl.step import step
@@ -178,7 +178,7 @@ def rerun(t: Trainer, checkpoint: Path | None, last: int, batches: Source) -> st
         if t.step + 1 < first:
             step(t, micro_batches)
             continue
-        path = state.save(t)
+        path = writer.save(t)
         torch.save([vars(b) for b in micro_batches], folder / f"batch_rank_{dist.rank()}.pt")
         found = traced(t, micro_batches)
         if found is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,20 @@ from torch import Tensor, nn
 from fastssl import dist
 
 
+class Whole(Protocol):
+    """A tensor of which parts are read where they are needed (checkpoint.pieces)."""
+
+    shape: tuple[int, ...]
+
+    def __getitem__(self, rows: slice) -> Tensor: ...
+
+
 class ShardedTable(nn.Module):
     """(N, ...) rows, zero at first; this rank's are `block`, those of the samples `shard` (`dist.shard`).
 
     The rows are neither parameters nor buffers: DeepSpeed does not save them, and `dist.sync_buffers` leaves them as
-    they are.  A checkpoint holds the whole table (`full`), under the name of this module, and any number of ranks can
-    load it (`load_`).
+    they are.  Each rank writes its block to a checkpoint, under the name of this module, and any number of ranks can
+    load the table (`load_`).
     """
 
     def __init__(self, samples: int, *shape: int):
@@ -87,11 +95,9 @@ class ShardedTable(nn.Module):
             yield dist.broadcast_(block, rank)
 
     @torch.no_grad()
-    def load_(self, table: Any) -> None:
-        """Take this rank's rows of `table` (N, ...): a tensor, or a slice of a safetensors file."""
-        shape = tuple(table.shape if isinstance(table, Tensor) else table.get_shape())
-        if shape != (self.samples, *self._rows.shape[1:]):
-            raise ValueError(
-                f"a table of shape {shape} was saved, and {(self.samples, *self._rows.shape[1:])} is needed"
-            )
+    def load_(self, table: Tensor | Whole) -> None:
+        """Take this rank's rows of `table` (N, ...)."""
+        shape, needed = tuple(table.shape), (self.samples, *self._rows.shape[1:])
+        if shape != needed:
+            raise ValueError(f"a table of shape {shape} was saved, and {needed} is needed")
         self.block.copy_(table[self.shard])

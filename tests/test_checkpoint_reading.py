@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "methods"))
@@ -75,22 +76,17 @@ def folder(saved, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("zero", range(4))
-def test_every_stage_resumes_through_the_safe_reader(saved, folder, zero):
+def test_every_stage_resumes_to_the_same_bits(saved, folder, zero):
     t = fit(make_run(zero, folder), resume=True)
-    assert t.ds.checkpoint_engine.load.__module__ == "fastssl.checkpoint.state"
     assert log(t.folder) == saved[1][zero]
 
 
-FILES = [
-    (0, "deepspeed/mp_rank_00_model_states.pt"),
-    (1, "deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt"),
-    (3, "deepspeed/zero_pp_rank_0_mp_rank_00_model_states.pt"),
-    (0, "state.pt"),
-    (0, "rank_0.pt"),
-]
+def test_nothing_but_state_pt_is_a_pickle(folder):
+    for path in folder.glob("*/checkpoints/step_00000002/*"):
+        assert path.name in ("state.pt", "manifest.json") or path.suffix == ".safetensors", path
 
 
-@pytest.mark.parametrize("zero, name", FILES)
+@pytest.mark.parametrize("zero, name", [(0, "state.pt"), (3, "state.pt")])
 @pytest.mark.parametrize("how", ["zip", "plain"])
 def test_a_pickle_that_would_run_code_is_refused(folder, monkeypatch, zero, name, how):
     path = folder / f"zero{zero}" / "checkpoints" / "step_00000002"
@@ -108,32 +104,58 @@ def test_a_pickle_that_would_run_code_is_refused(folder, monkeypatch, zero, name
     [
         ("state.pt", {"step": 2}),
         ("state.pt", [1]),
-        ("deepspeed/mp_rank_00_model_states.pt", {"module": {}}),
-        ("deepspeed/mp_rank_00_model_states.pt", None),
-        ("rank_0.pt", [torch.zeros(3)]),
-        ("rank_0.pt", 5),
+        ("weights.safetensors", {}),
+        ("weights.safetensors", {"queue": torch.zeros(1)}),
+        ("weights.safetensors", b"short"),
+        ("rank_0.safetensors", {}),
+        ("rank_0.safetensors", {"random/0/0@0": torch.zeros(3)}),
+        ("rank_0.safetensors", {"optimizer/momentum_buffer/nothing@0": torch.zeros(3)}),
+        ("rank_0.safetensors", {"optimizer/momentum_buffer/projector.2.bias@0": torch.zeros(3)}),
+        ("rank_0.safetensors", {"optimizer/momentum_buffer/projector.2.bias@1": torch.zeros(11)}),
+        ("rank_0.safetensors", {"name": torch.zeros(3)}),
+        ("rank_0.safetensors", None),
     ],
 )
-def test_contents_of_another_kind_are_one_line(folder, name, content):
-    path = folder / "zero0" / "checkpoints" / "step_00000002"
-    torch.save(content, path / name)
+@pytest.mark.parametrize("zero", [0, 1])
+def test_contents_of_another_kind_are_one_line(folder, zero, name, content):
+    """`content`: all of the file, tensors in the place of those in it (none at all: {}), or None: no file."""
+    path = folder / f"zero{zero}" / "checkpoints" / "step_00000002"
+    if name == "state.pt":
+        torch.save(content, path / name)
+    elif content is None:
+        (path / name).unlink()
+    elif isinstance(content, bytes):
+        (path / name).write_bytes(content)
+    else:
+        kept = safetensors.torch.load_file(path / name) if content else {}
+        new = {key.partition("@")[0] for key in content}
+        kept = {key: value for key, value in kept.items() if key.partition("@")[0] not in new}
+        safetensors.torch.save_file({**kept, **content}, path / name)
     seal(path)
     with pytest.raises(ValueError, match="step_00000002") as refusal:
-        fit(make_run(0, folder), resume=True)
+        fit(make_run(zero, folder), resume=True)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_checkpoint_of_an_older_version_is_refused(folder):
+    path = folder / "zero0" / "checkpoints" / "step_00000002"
+    (path / "deepspeed").mkdir()
+    with pytest.raises(ValueError, match="step_00000002 was written by fastssl 0.1.0.*backbone.pretrained"):
+        fit(make_run(0, folder), resume=True)
 
 
 def test_the_command_ends_with_one_line_and_code_2(folder, capsys, monkeypatch):
     from fastssl import build, config
 
     path = folder / "zero0" / "checkpoints" / "step_00000002"
-    torch.save(Bomb(), path / "deepspeed/mp_rank_00_model_states.pt")
+    torch.save(Bomb(), path / "state.pt")
     seal(path)
+    monkeypatch.setattr(config, "check", lambda *_: None)
     monkeypatch.setattr(config, "load", lambda *_: make_run(0, folder))
     monkeypatch.setattr(build, "open_loader", lambda run, device: cases.loader(run))
     assert train.main(["a.py", "--resume", "--device", "cpu"]) == 2
     err = capsys.readouterr().err
-    assert "mp_rank_00_model_states.pt is refused" in err and err.count("\n") == 1 and not Path("bombed").exists()
+    assert "state.pt is refused" in err and err.count("\n") == 1 and not Path("bombed").exists()
 
 
 def _quantised():

@@ -15,7 +15,8 @@ LAYERS = """
     config
     dist
     decode sampler sharded_table
-    amp norm zero loader backbones optim log meters clustering ending agreement
+    zero
+    amp norm loader backbones optim log meters clustering ending agreement
     graph inference
     trainer
     bottleneck checkpoint

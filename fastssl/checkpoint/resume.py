@@ -7,7 +7,7 @@ from typing import Any
 
 from fastssl import dist
 from fastssl.checkpoint import run_folder, state, store
-from fastssl.config import Run, Speed, dump, with_defaults
+from fastssl.config import Run, dump, with_defaults
 
 FIXED = ("method", "backbone", "data", "optim", "seed", "sync_bn")  # sections that a resumed run must share, ...
 MONITORED = ("data.test", "data.bank", "data.eval_view")  # ... without what only hooks read
@@ -72,7 +72,6 @@ def _complete(path: Path) -> Path:
 
 def check_compatible(values: dict, run: Run, path: Path) -> None:
     """ValueError where `run` cannot continue from a checkpoint with the `values` of state.pt."""
-    _check_speed(values, run.speed, path)
     for section in FIXED:
         for key, saved, value in _differences(section, values["config"].get(section), getattr(run, section)):
             if key in MONITORED or (key in LENGTH and is_independent_of_length(run)):
@@ -87,25 +86,6 @@ def check_compatible(values: dict, run: Run, path: Path) -> None:
                 f"--resume: {key} was {saved!r} when {path.name} was written and is {value!r} now; "
                 f"start a new run (name=...) or restore it{longer}"
             )
-
-
-def _check_speed(values: dict, speed: Speed, path: Path) -> None:
-    stage, channels_last = (values["config"]["speed"].get(key) for key in ("zero", "channels_last"))
-    if stage != speed.zero:
-        raise ValueError(
-            f"--resume: {path.name} was written at ZeRO {stage} and speed.zero={speed.zero} now: each stage "
-            f"partitions the optimizer's state differently; continue with speed.zero={stage}"
-        )
-    if speed.zero and channels_last != speed.channels_last:
-        raise ValueError(
-            f"--resume: {path.name} was written with speed.channels_last={channels_last}, and ZeRO {speed.zero} has "
-            "partitioned its optimizer's state: continue with it (ZeRO 0 can change it)"
-        )
-    if speed.zero and values["world"] != dist.world():
-        raise ValueError(
-            f"{path} was written by {values['world']} ranks and ZeRO {speed.zero} partitions its state by "
-            f"rank: resume with {values['world']} ranks (now {dist.world()})"
-        )
 
 
 def _differences(section: str, saved: Any, now: Any) -> list[tuple[str, object, object]]:

@@ -1,50 +1,47 @@
-"""Saving and loading the state of a run: parameters and optimizer by DeepSpeed, everything else beside them.
+"""What a checkpoint holds of a run, in a form that depends neither on the number of ranks nor on the ZeRO stage.
 
-A checkpoint folder holds `deepspeed/` (all ZeRO stages), `weights.safetensors` (the whole method, for evaluation and
-export at any stage), `state.pt` (step, loss scale, hooks, config) and `rank_R.pt` (random states).
+`weights.safetensors`: the parameters and buffers of the method, whole, which evaluation and export read, too.
+`rank_R.safetensors`: what rank R holds of the optimizer's state and of sharded tables, as pieces of whole tensors, and
+its random states.  `state.pt`: step, loss scale, hooks, config.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
+import io
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from fastssl import backbones, dist, zero
-from fastssl.checkpoint import store
+from fastssl.checkpoint.pieces import Pieces, piece
 from fastssl.config import dump
 from fastssl.files import untrusted
 from fastssl.sharded_table import ShardedTable
 from fastssl.trainer import Trainer
 
+WEIGHTS, STATE = "weights.safetensors", "state.pt"
+Contents = dict[str, bytes | dict[str, Tensor]]  # file name -> bytes, or tensors by name
 
-def save(t: Trainer) -> Path | None:
-    """Write a complete checkpoint; returns its folder on rank 0.  ValueError where the disk cannot hold it."""
+
+def rank_file(rank: int) -> str:
+    return f"rank_{rank}.safetensors"
+
+
+def snapshot(t: Trainer, copy: Callable[[str, Tensor], Tensor]) -> Contents:
+    """What this rank writes into a checkpoint of the present step; all ranks must call it.  `copy(key, value)` copies a
+    tensor to host memory."""
     dist.sync_buffers(t.method)
-    path = dist.on_main(store.create, t.folder, t.step)
-    try:
-        _write(t, path)
-    except Exception as error:  # torch's and safetensors' errors hide that the disk is full
-        problem = _disk_error(path)
-        if problem is None:
-            raise
-        raise problem from error
-    dist.barrier()
-    return dist.on_main(store.commit, path, t.run.log.keep, round(t.run.log.keep_every * t.loader.steps))
-
-
-def _write(t: Trainer, path: Path) -> None:
-    t.ds.save_checkpoint(str(path), tag="deepspeed", save_latest=False)
-    torch.save(random_states(t.device), path / f"rank_{dist.rank()}.pt")
-    weights = zero.full_state_dict(t.method)
+    values = {**dict(_optimizer_pieces(t)), **dict(_table_pieces(t.method))}
+    mine = {key: copy(key, value) for key, value in values.items()}
+    mine |= {piece(f"random/{dist.rank()}/{i}", 0): value for i, value in enumerate(random_states(t.device))}
+    contents: Contents = {rank_file(dist.rank()): mine}
+    weights = zero.full_state_dict(t.method, tables=False, copy=copy)
     if dist.is_main():
-        safetensors.torch.save_file({k: v.cpu() for k, v in weights.items()}, path / "weights.safetensors")
+        contents[WEIGHTS] = weights
+        file = io.BytesIO()
         torch.save(
             {
                 "step": t.step,
@@ -53,74 +50,136 @@ def _write(t: Trainer, path: Path) -> None:
                 "world": dist.world(),
                 "hooks": {name: h.state_dict() for name, h in _named(t.hooks) if hasattr(h, "state_dict")},
             },
-            path / "state.pt",
+            file,
         )
+        contents[STATE] = file.getvalue()
+    return contents
 
 
-def _disk_error(path: Path) -> ValueError | None:
-    """The error of a small write into the unfinished checkpoint `path`, which is then removed; None: it succeeds."""
-    try:
-        with open(path / f"probe_{dist.rank()}", "wb") as file:
-            file.write(bytes(1 << 20))
-            file.flush()
-            os.fsync(file.fileno())
-        return None
-    except OSError as error:
-        shutil.rmtree(path, ignore_errors=True)
-        last = next((p.name for p in store.list_checkpoints(path.parent.parent)), "none")
-        return ValueError(f"{path.parent}: {error.strerror}; the newest complete checkpoint is {last}")
+def _optimizer_pieces(t: Trainer) -> Iterator[tuple[str, Tensor]]:
+    """(key, values) of the optimizer's state on this rank: "optimizer/KIND/PARAMETER" has an entry for each element of
+    the flattened parameter, "scalar/KIND/PARAMETER" one.  At ZeRO 0, where all ranks hold everything, each takes a
+    share of every parameter."""
+    replicated = t.ds.optimizer is t.ds.basic_optimizer
+    for target, stretches in zero.partitions(t.ds):
+        state = t.ds.basic_optimizer.state.get(target, {})
+        for s in stretches if state else ():
+            share = dist.shard(s.stop) if replicated else slice(s.start, s.stop)
+            for kind, value in state.items():
+                if value.ndim == 0 and share.start == 0 < share.stop:
+                    yield piece(f"scalar/{kind}/{s.name}", 0), value[None]
+                elif value.ndim and share.start < share.stop:
+                    at = s.at + share.start - s.start
+                    values = value.detach().view(-1)[at : at + share.stop - share.start]
+                    yield piece(f"optimizer/{kind}/{s.name}", share.start), values
+
+
+def _table_pieces(method: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, module in method.named_modules():
+        if isinstance(module, ShardedTable):
+            yield piece(f"table/{name}", module.shard.start), module.block
 
 
 def load(t: Trainer, path: Path) -> list[str]:
     """Bring a newly built trainer to the state of a checkpoint.  Returns a line for each hook that differs; ValueError
     for a checkpoint that does not fit the run."""
     values = read(path)
-    if t.ds.load_universal_checkpoint():
-        raise ValueError("deepspeed: load_universal unpickles a checkpoint without checks; resume without it")
-    t.ds.checkpoint_engine.load = _read_deepspeed
     try:
-        t.ds.load_checkpoint(str(path), tag="deepspeed")
-        t.step = values["step"]
+        _, weights = untrusted.read_safetensors(path / WEIGHTS)
+        zero.load_full_state_dict(t.ds, weights)
+        saved = Pieces(path / rank_file(rank) for rank in range(values["world"]))
+        for name, module in t.method.named_modules():
+            if isinstance(module, ShardedTable):
+                module.load_(saved[f"table/{name}"])
+        _load_optimizer(t, saved, values["config"]["speed"].get("channels_last"))
+        t.step = t.ds.global_steps = values["step"]
+        t.ds.global_samples = t.step * t.run.optim.batch
         t.scale.load_state_dict(values["scale"])
-        with safetensors.safe_open(path / "weights.safetensors", "pt") as weights:
-            for name, module in t.method.named_modules():
-                if isinstance(module, ShardedTable):
-                    module.load_(weights.get_slice(name))
-        _convert_memory_format(t, values["config"]["speed"].get("channels_last"))
         notes = _load_hooks(t.hooks, values["hooks"], path)
-        file = path / f"rank_{dist.rank()}.pt"
-        if file.exists():  # absent for ranks that the run has gained
-            set_random_states(untrusted.read_pt(file), t.device)
-    except (ValueError, torch.OutOfMemoryError):
+        own = sorted(name for name in saved if name.startswith(f"random/{dist.rank()}/"))
+        if dist.rank() < values["world"]:  # ranks that the run has gained keep those of their start
+            if not own:
+                raise ValueError(f"{rank_file(dist.rank())} has no random states")
+            set_random_states([saved[name][:] for name in own], t.device)
+    except (untrusted.CodeRefused, torch.OutOfMemoryError):
         raise
     except Exception as error:  # any type, from a file whose contents have other types or shapes
-        raise ValueError(
-            f"{path} does not fit this run ({untrusted.one_line(error)}); start a new run with another name=..."
-        ) from error
+        why = str(error) if type(error) is ValueError else untrusted.one_line(error)
+        raise ValueError(f"{path} does not fit this run ({why}); start a new run with another name=...") from error
     return notes
 
 
 def read(path: Path) -> dict:
     """state.pt of a checkpoint, with the types of its fields checked."""
-    values = untrusted.read_pt(path / "state.pt")
+    if (path / "deepspeed").is_dir():
+        raise ValueError(
+            f"{path} was written by fastssl 0.1.0, in files of DeepSpeed that later versions do not read: continue "
+            "with 0.1.0, or start a new run from its weights (backbone.pretrained)"
+        )
+    values = untrusted.read_pt(path / STATE)
     fields = {"step": int, "scale": dict, "config": dict, "world": int, "hooks": dict}
     if (
         not isinstance(values, dict)
         or not all(isinstance(values.get(k), kind) for k, kind in fields.items())
         or not isinstance(values["config"].get("speed"), dict)
     ):
-        raise ValueError(f"{path / 'state.pt'} is not the state of a run: it needs {', '.join(fields)}")
+        raise ValueError(f"{path / STATE} is not the state of a run: it needs {', '.join(fields)}")
     return values
 
 
-def _read_deepspeed(path: str, map_location: str | torch.device | None = None) -> Any:
-    """One of DeepSpeed's files, on the CPU.  DeepSpeed's own reader would run code that a file names."""
-    # late: DeepSpeed picks its accelerator when it is imported
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
+@torch.no_grad()
+def _load_optimizer(t: Trainer, saved: Pieces, channels_last: bool) -> None:
+    """Fill the optimizer's state from the pieces of all ranks.  `channels_last`: whether they were saved with it."""
+    kinds: dict[str, dict[str, str]] = {}  # parameter -> {kind: name in `saved`}
+    for name in saved:
+        where, kind, parameter = (*name.split("/", 2), "", "")[:3]
+        if where in ("optimizer", "scalar"):
+            kinds.setdefault(parameter, {})[kind] = name
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in t.method.named_parameters()}
+    orders = _changed_layouts(t, channels_last)
+    for target, stretches in zero.partitions(t.ds):
+        found = [kinds.pop(s.name, {}) for s in stretches]
+        if any(each.keys() != found[0].keys() for each in found):
+            raise ValueError(f"{stretches[0].name} and others of its group have different optimizer states")
+        for kind in found[0] if found else ():
+            parts = [(s, saved[each[kind]]) for s, each in zip(stretches, found)]
+            if found[0][kind].startswith("scalar/"):
+                value = torch.stack([whole[:].reshape(()) for _, whole in parts]).unique()
+                if len(value) != 1:
+                    raise ValueError(f"{stretches[0].name} and others of its group have different {kind}")
+                t.ds.basic_optimizer.state[target][kind] = value[0].to(target.device)
+                continue
+            flat = torch.zeros_like(target.detach()).view(-1)
+            for s, whole in parts:
+                if whole.shape != (sizes[s.name],):
+                    raise ValueError(f"{whole.name} has {whole.shape[0]} elements, not {sizes[s.name]}")
+                if s.start == s.stop:
+                    continue
+                part = _permuted(whole, orders[s.name]) if s.name in orders else whole
+                flat[s.at : s.at + s.stop - s.start] = part[s.start : s.stop]
+            t.ds.basic_optimizer.state[target][kind] = flat.view(target.shape)
+    if kinds:
+        raise ValueError(f"the optimizer has no parameter {next(iter(kinds))}")
 
-    return untrusted.read_pt(path, allow=(ZeroStageEnum, LossScaler, fragment_address))
+
+def _changed_layouts(t: Trainer, channels_last: bool) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Weights of convolutions that were saved with the other `speed.channels_last`: name -> (saved shape, permutation
+    of its dimensions)."""
+    now = t.run.speed.channels_last
+    if channels_last == now:
+        return {}
+    order = (0, 2, 3, 1) if now else (0, 3, 1, 2)
+    found: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    for name, module in t.method.named_modules():
+        if type(module) is (backbones.Conv2d if now else nn.Conv2d):
+            shape = tuple(getattr(module.weight, "ds_shape", module.weight.shape))
+            found[f"{name}.weight"] = tuple(shape[order.index(i)] for i in range(4)), order
+    return found
+
+
+def _permuted(whole: Any, layout: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
+    shape, order = layout
+    return whole[:].view(shape).permute(order).reshape(-1)
 
 
 def _load_hooks(hooks: list, saved: dict, path: Path) -> list[str]:
@@ -144,25 +203,11 @@ def _named(hooks: list) -> list[tuple[str, Any]]:
     return [(f"{n}#{k}" if (k := names[:i].count(n)) else n, h) for i, (n, h) in enumerate(zip(names, hooks))]
 
 
-@torch.no_grad()
-def _convert_memory_format(t: Trainer, channels_last: bool) -> None:
-    """Permute the optimizer's state of convolutions that was saved with the other `speed.channels_last` (ZeRO 0)."""
-    if channels_last == t.run.speed.channels_last:
-        return
-    order = (0, 2, 3, 1) if t.run.speed.channels_last else (0, 3, 1, 2)
-    for m in t.method.modules():
-        if type(m) is (backbones.Conv2d if t.run.speed.channels_last else nn.Conv2d):
-            state = t.ds.optimizer.state.get(m.weight, {})
-            state.update(
-                {k: v.permute(order).contiguous() for k, v in state.items() if isinstance(v, Tensor) and v.ndim == 4}
-            )
-
-
 def random_states(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
 def set_random_states(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
-    if device.type == "cuda":
+    if device.type == "cuda" and len(states) > 1:  # a run that began on a CPU has none of a GPU
         torch.cuda.set_rng_state(states[1], device)

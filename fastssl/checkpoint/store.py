@@ -4,12 +4,19 @@ then renamed.  `newest` reports a damaged one and falls back to the one before.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 import re
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastssl import files
-from fastssl.files import untrusted
+from fastssl.files import tensors, untrusted
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST = "manifest.json"
 
@@ -20,26 +27,56 @@ def directory(run_dir: str | Path) -> Path:
 
 
 def create(run_dir: str | Path, step: int) -> Path:
-    """An empty temporary folder for the checkpoint of `step`; call on one rank, then let every rank write into it."""
+    """An empty temporary folder for the checkpoint of `step`, the only one; call on one rank, then let every rank write
+    into it."""
+    for unfinished in directory(run_dir).glob("step_*.tmp"):
+        shutil.rmtree(unfinished)
     path = directory(run_dir) / f"step_{step:08d}.tmp"
-    shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     return path
 
 
-def commit(temporary: Path, keep: int, keep_interval: int = 0) -> Path:
+def write(path: Path, content: bytes | dict[str, Tensor]) -> dict:
+    """Write a file through to the disk; returns its entry in the manifest."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "wb") as file:
+        for block in [content] if isinstance(content, bytes) else tensors.blocks(content):
+            file.write(block)
+            digest.update(block)
+            size += len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def commit(temporary: Path, keep: int, keep_interval: int = 0, entries: dict[str, dict] | None = None) -> Path:
     """Seal and rename a folder that all ranks have finished; delete all but the `keep` newest (-1: keep all) and those
-    whose step is a multiple of `keep_interval` (0: none).  Call on one rank."""
-    written = sorted(p for p in temporary.rglob("*") if p.is_file())
-    entries = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in written}
+    whose step is a multiple of `keep_interval` (0: none).  Call on one rank.
+
+    `entries`: of the manifest, as `write` returned them; None: the folder is read."""
+    if entries is None:
+        written = sorted(p for p in temporary.rglob("*") if p.is_file())
+        entries = {
+            str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in written
+        }
     files.write_json(temporary / MANIFEST, {"format": 1, "files": entries})
     path, run_dir = temporary.with_suffix(""), temporary.parent.parent
     shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step, from before a resume
+    _sync(temporary / MANIFEST)
     temporary.rename(path)
+    _sync(path.parent)
     for old in list_checkpoints(run_dir)[keep:] if keep > 0 else ():
         if not keep_interval or _step(old) % keep_interval:
             shutil.rmtree(old)
     return path
+
+
+def _sync(path: Path) -> None:
+    """Have a file or the entries of a folder on the disk before older checkpoints are deleted."""
+    handle = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # some file systems refuse it for folders
+        os.fsync(handle)
+    os.close(handle)
 
 
 def newest(run_dir: str | Path) -> Path | None:

@@ -1,5 +1,5 @@
-"""Writing files so that they are complete or absent, hashes, JSON; reading untrusted files (untrusted.py), data
-cards (datacard.py)."""
+"""Writing files so that they are complete or absent, hashes, JSON; files of tensors (tensors.py), reading
+untrusted files (untrusted.py), data cards (datacard.py)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from fastssl.files import tensors
 
 
 def sha256(path: str | Path, progress: Callable[[int, int], Any] = lambda done, total: None) -> str:
@@ -101,16 +103,6 @@ def write_json(path: str | Path, value: Any, indent: int = 1, unique: bool = Fal
 
 
 def write_safetensors(path: str | Path, state: dict, metadata: dict[str, str]) -> None:
-    """Tensors by name, in the same bytes every time: the library itself writes metadata in random order."""
-    import safetensors.torch
-
-    with atomic_write(path) as temporary:
-        safetensors.torch.save_file(state, temporary, metadata)
-        with open(temporary, "r+b") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-            assert len(text) <= length, "the sorted header must fit in the place of the other"
-            file.seek(8)
-            file.write(text.ljust(length))
+    """Tensors by name, in the same bytes every time."""
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        file.writelines(tensors.blocks(state, metadata))

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
+from fastssl import zero
+
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
@@ -112,29 +114,9 @@ class Fragments:
 
 def attach(engine: DeepSpeedEngine) -> None:
     """Tell the optimizer of `engine` (from deepspeed.initialize) how ZeRO partitions the parameters."""
-    ours, zero = engine.basic_optimizer, engine.optimizer
-    if zero is ours or not (getattr(ours, "needs_whole_tensors", False) or getattr(ours, "clip_each", 0)):
+    ours = engine.basic_optimizer
+    if engine.optimizer is ours or not (getattr(ours, "needs_whole_tensors", False) or getattr(ours, "clip_each", 0)):
         return
-    group = zero.dp_process_group
-    rank = td.get_rank(group)
-    if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3: every tensor is cut into equal parts, the last padded
-        for params, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat):
-            ranges, at = [], 0
-            for p in params:
-                size = p.partition_numel()
-                ranges.append((at, at + min(size, p.ds_numel - rank * size)))
-                at += size
-            ours._fragments[flat] = Fragments.of(ranges, flat, group)
-    elif hasattr(zero, "single_partition_of_fp32_groups"):  # ZeRO-1 and 2: the concatenation is cut into equal parts
-        for i, flat in enumerate(zero.single_partition_of_fp32_groups):
-            begin, size = rank * zero.partition_size[i], zero.partition_size[i]
-            ranges = []
-            for meta, offset in zip(zero.round_robin_bit16_meta[i], zero.round_robin_bit16_offsets[i]):
-                start, stop = offset - begin, offset + meta.numel() - begin
-                ranges.append((max(start, 0), min(stop, size)))
-            ours._fragments[flat] = Fragments.of(ranges, flat, group)
-    else:
-        raise ValueError(
-            f"{type(ours).__name__} does not support DeepSpeed's {type(zero).__name__}: use speed.zero 0 to 3 without "
-            "DeepSpeed settings of other optimizers"
-        )
+    for flat, stretches in zero.partitions(engine):
+        places = [(s.at, s.at + s.stop - s.start) for s in stretches]
+        ours._fragments[flat] = Fragments.of(places, flat, engine.optimizer.dp_process_group)

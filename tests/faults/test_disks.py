@@ -5,6 +5,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,8 @@ def test_a_checkpoint(disk, how):
         after_epoch = before_epoch
 
         def after_step(self, t, out, batch):
+            while t.step == 3 and not (checkpoints / "step_00000002").exists():
+                time.sleep(0.01)  # it is written in the background
             if t.step == 3 and how == "full":
                 fill(disk / "filler")
             elif t.step == 3:  # the log's files are open: only a mount of its own can become read-only
