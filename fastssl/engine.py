@@ -19,7 +19,7 @@ from fastssl import hooks as monitors
 from fastssl.amp import emulated
 from fastssl.build import build
 from fastssl.checkpoint import run_folder, state
-from fastssl.checkpoint.resume import find_checkpoint
+from fastssl.checkpoint.resume import describe_changes, find_checkpoint
 from fastssl.checkpoint.writer import Writer
 from fastssl.config import Run
 from fastssl.files import untrusted
@@ -64,7 +64,7 @@ def fit(
         at_exit.callback(log.close_files)
         if path:
             run_folder.check_data(t, path)
-            notes = state.load(t, path)
+            notes = state.load(t, path) + describe_changes(t, path)
             run_folder.prepare(t, path, clear=resume not in (True, "auto"))
             log.truncate(t.step)
             for note in notes:

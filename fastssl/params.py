@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,11 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastssl import backbones, config
 from fastssl.config import Backbone
 from fastssl.config.backbone_options import add_backbone_options, build_spec, given_fields
-from fastssl.files.datacard import DataCard
 from fastssl.parsing import Parser, run_command
+from fastssl.plan import training_samples
 from fastssl.trainer import Context
-
-IMAGENET_SAMPLES = 1_281_167
 
 
 def params(
@@ -35,7 +32,7 @@ def params(
         backbone = backbones.build(spec, run and run.method)
         rows = [("backbone", spec.name), *_parameters("backbone", backbone)]
         if run:
-            samples = samples or _samples(run)
+            samples = samples or training_samples(run)
             classes = list(map(str, range(1000)))
             method = run.method.build(backbone, Context(samples, run.optim.batch, classes, kernels=run.speed.kernels))
             stored = sum(b.numel() * b.element_size() for b in method.buffers())
@@ -60,12 +57,6 @@ def flops(backbone: nn.Module, size: int) -> int:
         backbone.eval()(torch.zeros(1, backbone.spec.in_channels, size, size, device=device))
     backbone.train(training)
     return counter.get_total_flops()
-
-
-def _samples(run: config.Run) -> int:
-    """From the data card of the training set; ImageNet's where there is none yet."""
-    card = Path(run.data.train).with_suffix(".json")
-    return DataCard.read(card).samples if card.is_file() else IMAGENET_SAMPLES
 
 
 def _parameters(name: str, module: nn.Module) -> list[tuple[str, str]]:

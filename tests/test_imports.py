@@ -21,6 +21,7 @@ LAYERS = """
     trainer
     bottleneck checkpoint
     weights
+    plan
     doctor params
     contract
     views pictures

@@ -113,8 +113,13 @@ def test_log_and_speed_settings_and_the_length_may_change_on_resume(train):
         "log.collapse_every=2",
         "log.every=1",
     )
-    assert train("--resume", *changed)[0] == 0
+    code, lines = train("--resume", *changed)
+    assert code == 0
+    assert any(line.startswith("the run ends after step 12 instead of 6; ") for line in lines)
+    assert any("was written by 1 rank(s) at ZeRO 0; now 1 at ZeRO 1: the same state" in line for line in lines)
     torch.testing.assert_close(losses(), losses("long"), rtol=0, atol=2e-5)
+    code, lines = train("--resume", *changed[1:])
+    assert code == 2 and "step_00000012 is at step 12" in lines[-1] and "can be lengthened only" in lines[-1]
     code, lines = train("--resume-from", "work_dirs/long/checkpoints/step_00000010", "optim.epochs=2")
     assert code == 2 and "which does not lead to" in lines[-1]
     assert train("name=branch", "--resume-from", "work_dirs/long/checkpoints/step_00000010", "optim.epochs=2")[0] == 0

@@ -8,6 +8,7 @@ from typing import Any
 from fastssl import dist
 from fastssl.checkpoint import run_folder, state, store
 from fastssl.config import Run, dump, with_defaults
+from fastssl.trainer import Trainer
 
 FIXED = ("method", "backbone", "data", "optim", "seed", "sync_bn")  # sections that a resumed run must share, ...
 MONITORED = ("data.test", "data.bank", "data.eval_view")  # ... without what only hooks read
@@ -86,6 +87,31 @@ def check_compatible(values: dict, run: Run, path: Path) -> None:
                 f"--resume: {key} was {saved!r} when {path.name} was written and is {value!r} now; "
                 f"start a new run (name=...) or restore it{longer}"
             )
+
+
+def describe_changes(t: Trainer, path: Path) -> list[str]:
+    """Lines about what differs from the checkpoint `path`, which `t` has loaded: ranks, ZeRO stage, length.  ValueError
+    where the run was to end before the checkpoint."""
+    values, lines = state.read(path), []
+    saved = with_defaults(values["config"].get("optim"), t.run.optim)
+    before = saved["steps"] or saved["epochs"] * t.loader.steps
+    if t.total_steps < t.step:
+        raise ValueError(
+            f"--resume: {path.name} is at step {t.step}, and optim.epochs={t.run.optim.epochs}, "
+            f"optim.steps={t.run.optim.steps} end the run after step {t.total_steps}: a run can be lengthened only"
+        )
+    if t.total_steps != before:
+        lines.append(
+            f"the run ends after step {t.total_steps} instead of {before:g}; learning rate and weight decay of every "
+            f"step stay as they were (optim.schedule={t.run.optim.schedule})"
+        )
+    stage = values["config"]["speed"].get("zero", 0)
+    if (values["world"], stage) != (dist.world(), t.run.speed.zero):
+        lines.append(
+            f"{path.name} was written by {values['world']} rank(s) at ZeRO {stage}; now {dist.world()} at ZeRO "
+            f"{t.run.speed.zero}: the same state, random numbers of dropout may differ"
+        )
+    return lines
 
 
 def _differences(section: str, saved: Any, now: Any) -> list[tuple[str, object, object]]:

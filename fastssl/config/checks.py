@@ -10,6 +10,7 @@ from typing import Any
 
 from fastssl.config import settings
 from fastssl.config.sections import Backbone, Data, Log, Optim, Run, Speed
+from fastssl.config.zero import check_zero
 
 SECTIONS = {"backbone": Backbone, "data": Data, "optim": Optim, "speed": Speed, "log": Log}
 # Settings of Optim that have an effect only with some values of another one; with others they must have the default.
@@ -34,11 +35,7 @@ def validate(run: Run) -> None:
     _check_views(run.data)
     check_ranges(run)
     _check_effect(run.optim)
-    if run.optim.skip_nonfinite and run.speed.zero:
-        raise ValueError(
-            f"optim.skip_nonfinite={run.optim.skip_nonfinite} is not possible with speed.zero={run.speed.zero}, whose "
-            "gradients are in parts: use speed.zero=0"
-        )
+    check_zero(run)
     if run.optim.clip_each and not run.optim.clip:
         raise ValueError("optim.clip_each=True clips every tensor's gradient to optim.clip, which is 0: set optim.clip")
     if not run.data.views:

@@ -58,7 +58,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", help="a .beton to measure the loader with; default: scikit-learn's digits")
     parser.add_argument("--folder", default=".", help="the folder whose disk is measured (default: this one)")
     parser.add_argument("--json", metavar="FILE", help="write the findings, for a bug report")
-    args = parser.parse_args(argv)
+    parser.add_argument("--plan", metavar="CONFIG", help="the memory that a run of this config needs on each GPU")
+    parser.add_argument("--gpus", type=int, default=1, help="of the plan (default: 1)")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of CONFIG")
+    args = parser.parse_intermixed_args(argv)
+    if args.plan:
+        return plan(args)
+    if args.overrides:
+        parser.error(f"{args.overrides[0]} needs --plan CONFIG")
     findings = []
     for check in QUICK if args.quick else CHECKS:
         try:
@@ -73,6 +80,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         Path(args.json).write_text(json.dumps([vars(f) for f in findings], indent=1) + "\n")
     return int(bool(failed))
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Print the memory that a run needs."""
+    from fastssl import parsing
+    from fastssl.plan import report  # torch
+
+    return parsing.run_command("doctor", lambda: print(report(args.plan, args.overrides, args.gpus)))
 
 
 def check_machine(args: argparse.Namespace) -> list[Finding]:

@@ -30,6 +30,8 @@ class Act(Hook):
             raise ValueError("image 100 is damaged")
         life = mode + os.environ.get("FASTSSL_RESTARTS", "")
         if life == "restarts0" and rank == 1 and t.step == 5:
+            while not Path("work_dirs/restarts/checkpoints/step_00000004").exists():
+                time.sleep(0.01)  # it is written in the background
             os.kill(os.getpid(), signal.SIGKILL)
         if life == "restarts1" and t.step == 7:
             ending.progress.limit = 3.0
