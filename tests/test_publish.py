@@ -159,7 +159,7 @@ def test_params_takes_the_size_of_a_bank_from_the_data_card(tmp_path):
         (["resnet5"], "did you mean"),
         (["resnet50", "optim.lr=1"], "is a backbone"),
         (["vit_tiny_patch16_224", "--option", "dept=2"], "did you mean 'depth'"),
-        (["resnet50", "--option", "drop_path_rate=0.1"], "name 'timm/resnet50'"),
+        (["resnet50", "--option", "drop_path_rate=0.1"], "backbone.name='timm/resnet50'"),
         (["nowhere.py"], "nowhere.py"),
     ],
 )
