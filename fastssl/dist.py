@@ -26,6 +26,7 @@ from fastssl import launcher
 
 # What one rank does while the others wait (scikit-learn's SVMs, faiss, t-SNE) may take more than NCCL's ten minutes.
 TIMEOUT = timedelta(hours=2)
+START = timedelta(minutes=10)  # until all ranks have connected: nodes do not start at the same moment
 
 
 def init(device: str | None = None) -> torch.device:
@@ -54,19 +55,39 @@ def init(device: str | None = None) -> torch.device:
             os.environ.setdefault(name, str(value))
         if "MASTER_PORT" not in os.environ:
             os.environ["MASTER_PORT"] = str(_free_port())
-        try:
-            td.init_process_group(
-                "nccl" if cuda else "gloo", device_id=torch.device("cuda", local) if cuda else None, timeout=TIMEOUT
-            )
-        except td.DistNetworkError as error:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            if "EADDRINUSE" in str(error):
-                raise ValueError(
-                    f"port {where} is in use by another job on this machine: choose one by deepspeed "
-                    "--master_port N (torchrun: --standalone, or --master_port N; srun: MASTER_PORT=N)"
-                ) from None
-            raise ValueError(f"rank {os.environ['RANK']} does not reach rank 0 at {where}: {error}") from None
+        td.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=_store(),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            device_id=torch.device("cuda", local) if cuda else None,
+            timeout=TIMEOUT,
+        )
     return torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def _store() -> td.Store:
+    """The store at MASTER_ADDR:MASTER_PORT, by which the ranks find each other.  ValueError where the port is in use by
+    another job, or not all ranks connect within START."""
+    rank, where = os.environ["RANK"], f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    remedy = (
+        "choose one by deepspeed --master_port N "
+        "(torchrun: --standalone, or --master_port N; srun and mpirun: MASTER_PORT=N)"
+    )
+    try:
+        store, *_ = next(td.rendezvous("env://", timeout=START))
+    except td.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise ValueError(f"port {where} is in use by another job on this machine: {remedy}") from None
+        raise ValueError(f"rank {rank} does not reach rank 0 at {where}: {error}") from None
+    store.set_timeout(TIMEOUT)
+    # Rank 0 of a second job at the same port fails; its other ranks would join the first job.
+    me = f"process {os.getpid()} on {socket.gethostname()}"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun has checked the job's name
+        first = store.compare_set(f"fastssl/rank/{rank}", "", me).decode()
+        if first != me:
+            raise ValueError(f"port {where} is in use by another job, whose rank {rank} is {first}: {remedy}")
+    return td.PrefixStore("default_pg", store)
 
 
 def _free_port() -> int:

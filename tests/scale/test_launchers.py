@@ -16,7 +16,7 @@ DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 STEPS = 12
 CONFIG = """
-import os, time
+import os, select, signal
 from pathlib import Path
 from fastssl import views
 from fastssl.config import Backbone, Data, Log, Optim, Run, Speed
@@ -24,12 +24,15 @@ from fastssl.hooks import Hook
 from fastssl.methods import moco
 
 class Hold(Hook):
-    '''The first start of a job with HOLD in its environment waits after step 5 until it gets a signal.'''
+    '''The first start of a job with HOLD in its environment waits after step 5 for a signal.'''
 
     def after_step(self, t, out, batch):
-        if "HOLD" in os.environ and "SLURM_RESTART_COUNT" not in os.environ and t.step >= 5:
+        if "HOLD" in os.environ and "SLURM_RESTART_COUNT" not in os.environ and t.step == 5:
+            received, sent = os.pipe()
+            os.set_blocking(sent, False)
+            signal.set_wakeup_fd(sent)
             Path(os.environ["HOLD"]).touch()
-            time.sleep(5)
+            select.select([received], [], [], 400)
 
 def get_config():
     return Run(method=moco.Config(dims=(16,), queue=40, momentum=0.9), seed=1, deterministic=True,
@@ -146,20 +149,30 @@ def test_two_jobs_at_once_on_both_hosts(hosts, folder, one_node):
 
 @pytest.mark.full
 def test_a_port_in_use_ends_the_job_on_both_hosts(hosts, folder):
-    """A rank that cannot host the store ends, and the other host's does not wait for it."""
+    """Rank 0 cannot listen, and rank 1 on the other host finds the rank 1 of another job."""
     first, _ = hosts
-    listen = "import socket, time; s = socket.create_server(('', 29503)); print('ready', flush=True); time.sleep(300)"
+    listen = """if True:
+        import time, torch.distributed as td
+        store = td.TCPStore("node1", 29503, 2, True, wait_for_workers=False)
+        store.set("fastssl/rank/1", "process 1 on node9")
+        print("ready", flush=True)
+        time.sleep(300)"""
     other = first.popen(sys.executable, "-c", listen, cwd=folder)
     try:
-        assert other.stdout.readline() == "ready\n"
+        assert "ready\n" in iter(other.stdout.readline, "")
         command = [*DEEPSPEED, "--hostfile", "hosts", "--master_port", "29503", TRAIN, "c.py", "name=taken"]
         done = subprocess.run(
             first.command(*command), cwd=folder, env=network.environment(), capture_output=True, text=True, timeout=200
         )
     finally:
         other.kill()
+        other.communicate()
     assert done.returncode != 0
-    assert f"port {first.address}:29503 is in use by another job on this machine" in done.stdout + done.stderr
+    printed = done.stdout + done.stderr
+    assert f"fastssl: port {first.address}:29503 is in use by another job on this machine" in printed
+    assert (
+        f"fastssl: port {first.address}:29503 is in use by another job, whose rank 1 is process 1 on node9" in printed
+    )
     assert not (folder / "work_dirs/taken").exists()
 
 
@@ -191,8 +204,8 @@ def test_a_preempted_slurm_job_is_queued_again_and_resumes_to_the_same_bits(slur
 
 @pytest.mark.full
 def test_a_slurm_job_saves_before_its_time_limit_and_queues_itself_again(slurm, folder, one_node):
-    job = submit(slurm, folder, "limited", "--time", "2", "--grace", "60")
-    end = slurm.finish(job)
+    job = submit(slurm, folder, "limited", "--time", "4", "--grace", "60")
+    end = slurm.finish(job, 450)
     out = printed(folder, "limited", job)
     assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("COMPLETED", "1", "0:0"), out
     assert "stopped by SIGUSR1 at step " in out and "continuing work_dirs/limited" in out
