@@ -58,7 +58,7 @@ def main() -> None:
             labels[args.train :].astype(np.float32),
         )
     ]
-    solver = "cuda" if args.device == "cuda" else "fast"
+    solver: svm.SolverName = "cuda" if args.device == "cuda" else "fast"
     small = [part[:200, :64] if part.shape[1] > 20 else part[:200] for part in data]
     svm.low_shot(*small, draws=svm.Draws((1,), 1), solver=solver)  # compiles
     result = {
@@ -92,7 +92,7 @@ def main() -> None:
         print(f"appended to {append('svm', env, **result)}")
 
 
-def full_sample(data: list[torch.Tensor], budget: float, solver: str) -> dict:
+def full_sample(data: list[torch.Tensor], budget: float, solver: svm.SolverName) -> dict:
     """scikit-learn on two of three folds; the 20 final fits, on all rows, are counted with the same time."""
     labels, classes = data[1].numpy(), data[1].shape[1]
     rng = np.random.default_rng(1)
@@ -109,7 +109,7 @@ def full_sample(data: list[torch.Tensor], budget: float, solver: str) -> dict:
     }
 
 
-def low_shot_sample(data: list[torch.Tensor], budget: float, solver: str) -> dict:
+def low_shot_sample(data: list[torch.Tensor], budget: float, solver: svm.SolverName) -> dict:
     labels, classes = data[1].numpy(), data[1].shape[1]
     rng = np.random.default_rng(2)
 
@@ -120,7 +120,7 @@ def low_shot_sample(data: list[torch.Tensor], budget: float, solver: str) -> dic
     return compare(data, budget, solver, dict.fromkeys(svm.SHOTS, problem), 5 * classes)
 
 
-def compare(data: list[torch.Tensor], budget: float, solver: str, kinds: dict, count: int) -> dict:
+def compare(data: list[torch.Tensor], budget: float, solver: svm.SolverName, kinds: dict, count: int) -> dict:
     """scikit-learn on `threads` problems of each kind and cost at a time; `count`: their number in the protocol."""
     x, labels, x_test, y_test = (part.numpy() for part in data)
     threads = cpu.threads()

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,8 +133,8 @@ def _loader(path: str, args: argparse.Namespace) -> Loader:
 
 
 def _view(args: argparse.Namespace, data: dict, spec: Backbone, card: DataCard | None) -> View:
-    default = {"size": 224 if spec.stem == "imagenet" else 32}
-    fields = data.get("eval_view") or next(iter(data.get("views", ())), default)
+    default: dict[str, Any] = {"size": 224 if spec.stem == "imagenet" else 32}
+    fields: dict[str, Any] = data.get("eval_view") or next(iter(data.get("views", ())), default)
     changes = {key: getattr(args, key) for key in ("size", "mean", "std") if getattr(args, key) is not None}
     try:
         view = View(**{key: value for key, value in fields.items() if key != "type"})
