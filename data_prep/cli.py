@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from fastssl.files.datacard import DataCard
 from fastssl.parsing import Parser
@@ -27,7 +27,7 @@ SOURCE_OPTIONS = ("split", "root", "labels", "label_columns", "classes")  # reco
 
 
 class _Parser(Parser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise ValueError(f"{self.explain(message)}; see fastssl convert --help")
 
 

@@ -155,7 +155,9 @@ def _separator(line: str, base: Path) -> str | None:
     return "," if "," in text and not in_path else None
 
 
-def _cells(path: str, lines: list, separator: str | None, columns, base: Path) -> Iterator[list[str]]:
+def _cells(
+    path: str, lines: list, separator: str | None, columns: tuple[int, int | None] | None, base: Path
+) -> Iterator[list[str]]:
     if separator:
         for number, line in lines:
             try:
