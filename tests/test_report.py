@@ -352,7 +352,9 @@ def test_results_in_other_folders_are_assigned_to_their_run(page, tmp_path):
 def test_each_start_of_a_run_is_recorded_and_shown(data, tmp_path):
     folder = write_run(tmp_path / "run", data, 25, weights=False)
     for step in (0, 20):
-        run_folder.record_environment(SimpleNamespace(folder=folder, device=torch.device("cpu"), step=step))
+        run_folder.record_environment(
+            SimpleNamespace(folder=folder, device=torch.device("cpu"), step=step, loader=None)
+        )
     first, second = json.loads((folder / "environment.json").read_text())
     assert (first["step"], second["step"], second["ranks"]) == (0, 20, 1)
     assert first["torch"] == torch.__version__.split("+")[0]
@@ -360,7 +362,7 @@ def test_each_start_of_a_run_is_recorded_and_shown(data, tmp_path):
     text = (tmp_path / "o.html").read_text()
     assert "was started 2 times: step 0" in text and escape(first["device"]) in text
     run_folder.record_environment(
-        SimpleNamespace(folder=folder, device=torch.device("cpu"), step=0)
+        SimpleNamespace(folder=folder, device=torch.device("cpu"), step=0, loader=None)
     )  # a new run in its place
     assert len(json.loads((folder / "environment.json").read_text())) == 1
 
