@@ -1,11 +1,14 @@
 """The views on a CPU, compiled by numba: every view of a sample is made at once, in memory that stays in the cache.
 
-The same operations as in reference.py, on (3, S, S) in [0, 1], and the same parameters (params.draw).  Images are
+The same operations as in reference.py, on (3, S, S) in [0, 1], and the same parameters (params.draw).  The samples are
 shared among torch's number of threads.  Shapes: B samples, S output side.
+
+All compiled functions are in this file: numba keeps what it has compiled until the caller's own file changes.
 """
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +24,23 @@ ZERO, ONE = np.float32(0), np.float32(1)
 RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # luma, ITU-R 601-2
 ORDERS = np.array(JITTER_ORDERS)
 JITTER, GRAY, BLUR, SOLARIZE = range(len(OPS))
-Y0, X0, H, W, TOP, LEFT, BOTTOM, RIGHT = (
-    COL[name] for name in ("y0", "x0", "h", "w", "top", "left", "bottom", "right")
-)
-FLIP, ANGLE, ORDER, BRIGHTNESS, IS_GRAY, SIGMA, IS_SOLARIZED = (
-    COL[name] for name in ("flip", "angle", "order", "brightness", "gray", "sigma", "solarize")
-)
+Y0, X0, H, W, TOP, LEFT, BOTTOM, RIGHT = (COL[k] for k in ("y0", "x0", "h", "w", "top", "left", "bottom", "right"))
+FLIP, ANGLE, ORDER, BRIGHTNESS = (COL[k] for k in ("flip", "angle", "order", "brightness"))
+IS_GRAY, SIGMA, IS_SOLARIZED = (COL[k] for k in ("gray", "sigma", "solarize"))
+
+
+class Spec(NamedTuple):
+    """What is the same for all samples of a view."""
+
+    bicubic: bool
+    reflect: bool
+    rotates: bool
+    ops: Array  # numbers of OPS in their order
+    jitters: Array  # whether brightness, contrast, saturation and hue change
+    blur_radius: int
+    threshold: np.float32  # of solarize
+    mean: Array
+    std: Array
 
 
 def make_views(
@@ -34,192 +48,164 @@ def make_views(
 ) -> list[Tensor]:
     """See reference.make_views."""
     outs = [torch.empty((len(sizes), view.size, view.size, 3), dtype=torch.float32) for view in views]
-    images, shapes = pixels.contiguous().numpy(), sizes.contiguous().numpy()
+    images, widths, threads = pixels.contiguous().numpy(), sizes[:, 1].tolist(), torch.get_num_threads()
+    step = max(1, len(sizes) // (4 * threads))  # several parts for each thread: some samples take longer
     parts = [
-        (images, shapes, table[rows], rows.start, out.numpy(), *_numbers(view))
-        for view, table, out in zip(views, tables.numpy(), outs)
-        for rows in _ranges(len(sizes))
+        (images[i : i + step], np.array(widths[i : i + step]), table[i : i + step], _spec(view), out[i : i + step])
+        for view, table, out in zip(views, tables.numpy(), [out.numpy() for out in outs])
+        for i in range(0, len(sizes), step)
     ]
-    if torch.get_num_threads() == 1:
+    if threads == 1:
         for part in parts:
-            make_rows(*part)
+            make_part(*part)
     else:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(lambda part: make_rows(*part), parts))
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda part: make_part(*part), parts))
+    outs = [out.rot90(v.quarter_turns, (1, 2)).contiguous() if v.quarter_turns else out for v, out in zip(views, outs)]
     return [out.to(dtype).permute(0, 3, 1, 2) for out in outs]
 
 
-def _ranges(rows: int) -> list[slice]:
-    """Slices of equal size, several for a thread, because some samples take longer."""
-    size = -(-rows // (4 * torch.get_num_threads())) or 1
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-
-def _numbers(view: View) -> tuple:
-    return (
+def _spec(view: View) -> Spec:
+    return Spec(
         view.interpolation == "bicubic",
         view.pad_mode == "reflect",
         view.rotate > 0,
         np.array([OPS.index(op) for op in view.order]),
-        np.array([bool(strength) for strength in view.jitter]),
+        np.array([strength > 0 for strength in view.jitter]),
         view.blur_radius,
         np.float32(view.solarize_threshold),
-        view.quarter_turns,
-        np.array([view.mean, view.std], np.float32),
+        np.array(view.mean, np.float32),
+        np.array(view.std, np.float32),
     )
 
 
 @njit(nogil=True, cache=True)
-def make_rows(
-    images: Array,
-    sizes: Array,
-    table: Array,
-    start: int,
-    out: Array,
-    bicubic: bool,
-    reflect: bool,
-    rotates: bool,
-    ops: Array,
-    jitters: Array,
-    radius: int,
-    threshold: float,
-    turns: int,
-    mean_std: Array,
-) -> None:
-    """The views out[start:] (S, S, 3) of as many samples as `table` has rows."""
+def make_part(images: Array, widths: Array, table: Array, spec: Spec, out: Array) -> None:
+    """A view (S, S, 3) of each of the images (P, 3), which have rows of `widths` pixels."""
     S = out.shape[1]
     x, y = np.empty((3, S, S), np.float32), np.empty((3, S, S), np.float32)
     for i in range(len(table)):
-        row, b = table[i], start + i
-        crop(images[b], sizes[b, 1], row, bicubic, reflect, x)
-        if rotates:
-            rotate(x, row[ANGLE], y)
+        crop(images[i], widths[i], table[i], spec, x)
+        if spec.rotates:
+            rotate(x, table[i, ANGLE], y)
             x, y = y, x
-        for op in ops:
-            if op == JITTER and row[ORDER] >= 0:
-                for which in ORDERS[int(row[ORDER])]:
-                    if jitters[which]:
-                        jitter(x, which, row[BRIGHTNESS + which])
-            elif op == GRAY and row[IS_GRAY] > 0:
-                gray(x)
-            elif op == BLUR and row[SIGMA] > 0 and radius > 0:
-                blur(x, row[SIGMA], radius, y)
-            elif op == SOLARIZE and row[IS_SOLARIZED] > 0:
-                solarize(x, threshold)
-        store(x, turns, mean_std, out[b])
+        for op in spec.ops:
+            apply(op, x, table[i], spec, y)
+        store(x, spec, out[i])
 
 
 @njit(nogil=True, cache=True)
-def taps(
-    S: int,
-    start: float,
-    length: float,
-    low: float,
-    high: float,
-    mirrored: bool,
-    bicubic: bool,
-    reflect: bool,
-    first: Array,
-    count: Array,
-    weight: Array,
-) -> None:
-    """Number of the first source pixel, number of pixels and their weights (S, K) for each of S output pixels."""
+def apply(op: int, x: Array, row: Array, spec: Spec, memory: Array) -> None:
+    """One of OPS in place, if it was drawn; `memory`: (3, S, S) to use."""
+    if op == JITTER and row[ORDER] >= 0:
+        for which in ORDERS[int(row[ORDER])]:
+            if spec.jitters[which]:
+                jitter(x, which, row[BRIGHTNESS + which])
+    elif op == GRAY and row[IS_GRAY] > 0:
+        gray(x)
+    elif op == BLUR and row[SIGMA] > 0 and spec.blur_radius > 0:
+        blur(x, row[SIGMA], spec.blur_radius, memory)
+    elif op == SOLARIZE and row[IS_SOLARIZED] > 0:
+        solarize(x, spec.threshold)
+
+
+@njit(nogil=True, cache=True)
+def taps(S: int, box: tuple, mirrored: bool, spec: Spec) -> tuple[Array, Array, Array]:
+    """For each of S output pixels the number of the first source pixel, how many are read, and their weights (S, K).
+
+    box: start, length, and the limits low and high between which pixels are read."""
+    start, length, low, high = box
     scale = length / S
     stretch = max(scale, 1.0)
-    support = stretch * (2 if bicubic else 1)
+    support = stretch * (2 if spec.bicubic else 1)
+    first, count = np.zeros(S, np.int64), np.zeros(S, np.int64)
+    weight = np.empty((S, int(2 * support) + 2), np.float64)
     for i in range(S):
         centre = start + scale * ((S - 1 - i if mirrored else i) + 0.5)
-        if reflect and centre < low:
+        if spec.reflect and centre < low:
             centre = 2 * low + 1 - centre
-        if reflect and centre >= high:
+        if spec.reflect and centre >= high:
             centre = 2 * high - 1 - centre
-        count[i] = 0
         if centre < low or centre >= high:
             continue
         j0 = max(np.floor(centre - support + 0.5), low)
         j1 = min(np.floor(centre + support + 0.5), high)
-        total = 0.0
-        for k in range(int(j1 - j0)):
-            d = abs(j0 + k + 0.5 - centre) / stretch
-            if not bicubic:
-                w = max(1.0 - d, 0.0)
-            elif d < 1:
-                w = (1.5 * d - 2.5) * d * d + 1
-            elif d < 2:
-                w = ((d - 5) * d + 8) * d * -0.5 + 2
-            else:
-                w = 0.0
-            weight[i, k] = w
-            total += w
         first[i], count[i] = int(j0), int(j1 - j0)
+        total = 0.0
+        for k in range(count[i]):
+            d = abs(j0 + k + 0.5 - centre) / stretch
+            weight[i, k] = cubic(d) if spec.bicubic else max(1.0 - d, 0.0)
+            total += weight[i, k]
         weight[i, : count[i]] /= total
+    return first, count, weight
 
 
 @njit(nogil=True, cache=True)
-def crop(image: Array, width: int, row: Array, bicubic: bool, reflect: bool, x: Array) -> None:
-    """The box of an image (P, 3) of rows of `width` pixels as (3, S, S) in [0, 1]: columns first, a row at a time."""
+def cubic(d: float) -> float:
+    """Keys' kernel with a = -0.5, at a distance."""
+    if d < 1:
+        return (1.5 * d - 2.5) * d * d + 1
+    return ((d - 5) * d + 8) * d * -0.5 + 2 if d < 2 else 0.0
+
+
+@njit(nogil=True, cache=True)
+def crop(image: Array, width: int, row: Array, spec: Spec, x: Array) -> None:
+    """The box of an image (P, 3) as (3, S, S) in [0, 1]: for each row of the view the sums over the image's rows, then
+    those over its columns."""
     S = x.shape[1]
-    longest = int(2 * max(1.0, max(row[H], row[W]) / S) * (2 if bicubic else 1)) + 2
-    y_first, y_count, y_weight = np.empty(S, np.int64), np.empty(S, np.int64), np.empty((S, longest))
-    x_first, x_count, x_weight = np.empty(S, np.int64), np.empty(S, np.int64), np.empty((S, longest))
-    taps(S, row[Y0], row[H], row[TOP], row[BOTTOM], False, bicubic, reflect, y_first, y_count, y_weight)
-    taps(S, row[X0], row[W], row[LEFT], row[RIGHT], row[FLIP] > 0, bicubic, reflect, x_first, x_count, x_weight)
+    y_first, y_count, y_weight = taps(S, (row[Y0], row[H], row[TOP], row[BOTTOM]), False, spec)
+    x_first, x_count, x_weight = taps(S, (row[X0], row[W], row[LEFT], row[RIGHT]), row[FLIP] > 0, spec)
     left, right = width, 0  # columns that are needed
-    for i in range(S):
-        if x_count[i] > 0:
-            left, right = min(left, x_first[i]), max(right, x_first[i] + x_count[i])
+    for j in range(S):
+        if x_count[j] > 0:
+            left, right = min(left, x_first[j]), max(right, x_first[j] + x_count[j])
     flat = image.reshape(-1)
     sums = np.empty(3 * max(right - left, 0), np.float32)
     for i in range(S):
         sums[:] = ZERO
         for k in range(y_count[i]):
-            w = np.float32(y_weight[i, k])
-            source = flat[3 * ((y_first[i] + k) * width + left) :]
-            for j in range(len(sums)):
-                sums[j] += w * np.float32(source[j])
-        for j in range(len(sums)):
-            sums[j] /= np.float32(255)
+            at = 3 * ((y_first[i] + k) * width + left)
+            add(sums, np.float32(y_weight[i, k]), flat[at : at + len(sums)])
+        sums /= np.float32(255)
         for j in range(S):
             r, g, b = ZERO, ZERO, ZERO
-            at = 3 * (x_first[j] - left)
             for k in range(x_count[j]):
-                w = np.float32(x_weight[j, k])
-                r += w * sums[at + 3 * k]
-                g += w * sums[at + 3 * k + 1]
-                b += w * sums[at + 3 * k + 2]
+                w, at = np.float32(x_weight[j, k]), 3 * (x_first[j] + k - left)
+                r += w * sums[at]
+                g += w * sums[at + 1]
+                b += w * sums[at + 2]
             x[0, i, j], x[1, i, j], x[2, i, j] = r, g, b
-    if bicubic:  # it overshoots
-        clamp(x)
+    if spec.bicubic:  # it overshoots
+        scale_and_clamp(x.reshape(-1), ONE, ZERO)
 
 
 @njit(nogil=True, cache=True)
-def clamp(x: Array) -> None:
-    flat = x.reshape(-1)
-    for i in range(len(flat)):
-        flat[i] = min(max(flat[i], ZERO), ONE)
+def add(out: Array, w: float, row: Array) -> None:
+    for j in range(len(out)):
+        out[j] += w * np.float32(row[j])
 
 
 @njit(nogil=True, cache=True)
 def rotate(x: Array, angle: float, out: Array) -> None:
     """Counter-clockwise by `angle` degrees about the centre, bilinear, black outside."""
     S = x.shape[1]
-    a = np.deg2rad(angle)
-    cos, sin = np.cos(a), np.sin(a)
+    cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
     centre = np.float32(0.5) * np.float32(S - 1)
     for i in range(S):
         for j in range(S):
             dy, dx = np.float32(i) - centre, np.float32(j) - centre
             px, py = cos * dx - sin * dy + centre, sin * dx + cos * dy + centre
-            left, top = int(np.floor(px)), int(np.floor(py))
-            fx, fy = px - np.float32(left), py - np.float32(top)
+            u, v = int(np.floor(px)), int(np.floor(py))
+            fx, fy = px - np.float32(u), py - np.float32(v)
             for c in range(3):
-                out[c, i, j] = ZERO
-            for v in range(2):
-                for u in range(2):
-                    if 0 <= top + v < S and 0 <= left + u < S:
-                        w = (fy if v else ONE - fy) * (fx if u else ONE - fx)
-                        for c in range(3):
-                            out[c, i, j] += w * x[c, top + v, left + u]
+                upper = (ONE - fx) * pixel(x[c], v, u) + fx * pixel(x[c], v, u + 1)
+                lower = (ONE - fx) * pixel(x[c], v + 1, u) + fx * pixel(x[c], v + 1, u + 1)
+                out[c, i, j] = (ONE - fy) * upper + fy * lower
+
+
+@njit(nogil=True, cache=True)
+def pixel(x: Array, i: int, j: int) -> float:
+    return x[i, j] if 0 <= i < x.shape[0] and 0 <= j < x.shape[1] else ZERO
 
 
 @njit(nogil=True, cache=True)
@@ -228,9 +214,9 @@ def jitter(x: Array, which: int, factor: float) -> None:
     flat = x.reshape(3, -1)
     r, g, b = flat[0], flat[1], flat[2]
     if which == 0:
-        brightness(flat.reshape(-1), factor)
+        scale_and_clamp(flat.reshape(-1), factor, ZERO)
     elif which == 1:
-        blend(flat.reshape(-1), factor, (ONE - factor) * mean_luma(r, g, b))
+        scale_and_clamp(flat.reshape(-1), factor, (ONE - factor) * mean_luma(r, g, b))
     elif which == 2:
         saturation(r, g, b, factor)
     else:
@@ -238,15 +224,9 @@ def jitter(x: Array, which: int, factor: float) -> None:
 
 
 @njit(nogil=True, cache=True)
-def brightness(x: Array, factor: float) -> None:
+def scale_and_clamp(x: Array, factor: float, offset: float) -> None:
     for i in range(len(x)):
-        x[i] = min(max(x[i] * factor, ZERO), ONE)
-
-
-@njit(nogil=True, cache=True)
-def blend(x: Array, factor: float, add: float | np.float32) -> None:
-    for i in range(len(x)):
-        x[i] = min(max(x[i] * factor + add, ZERO), ONE)
+        x[i] = min(max(x[i] * factor + offset, ZERO), ONE)
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc"})  # the sum in vector registers; its order depends on nothing else
@@ -261,10 +241,10 @@ def mean_luma(r: Array, g: Array, b: Array) -> np.float32:
 def saturation(r: Array, g: Array, b: Array, factor: float) -> None:
     rest = ONE - factor
     for i in range(len(r)):
-        add = rest * (r[i] * RED + g[i] * GREEN + b[i] * BLUE)
-        r[i] = min(max(r[i] * factor + add, ZERO), ONE)
-        g[i] = min(max(g[i] * factor + add, ZERO), ONE)
-        b[i] = min(max(b[i] * factor + add, ZERO), ONE)
+        luma = rest * (r[i] * RED + g[i] * GREEN + b[i] * BLUE)
+        r[i] = min(max(r[i] * factor + luma, ZERO), ONE)
+        g[i] = min(max(g[i] * factor + luma, ZERO), ONE)
+        b[i] = min(max(b[i] * factor + luma, ZERO), ONE)
 
 
 @njit(nogil=True, cache=True)
@@ -277,12 +257,13 @@ def hue(r: Array, g: Array, b: Array, shift: float) -> None:
         high, low = max(max(red, green), blue), min(min(red, green), blue)
         spread = high - low
         inverse = ONE / (spread if spread > ZERO else ONE)
-        of_red, of_green, of_blue = (
-            (green - blue) * inverse,
-            (blue - red) * inverse + two,
-            (red - green) * inverse + four,
+        of_red, of_green, of_blue = green - blue, blue - red, red - green
+        h = (
+            of_red * inverse
+            if high == red
+            else (of_green * inverse + two if high == green else of_blue * inverse + four)
         )
-        h = (of_red if high == red else (of_green if high == green else of_blue)) + turn
+        h += turn
         h -= six * np.floor(h * sixth)  # into [0, 6]
         r[i] = min(max(abs(h - three) - ONE, ZERO), ONE) * spread + low
         g[i] = min(max(two - abs(h - two), ZERO), ONE) * spread + low
@@ -348,19 +329,10 @@ def solarize(x: Array, threshold: float) -> None:
 
 
 @njit(nogil=True, cache=True)
-def store(x: Array, turns: int, mean_std: Array, out: Array) -> None:
-    """x (3, S, S) normalised and turned counter-clockwise by quarters, as (S, S, 3)."""
-    S = x.shape[1]
+def store(x: Array, spec: Spec, out: Array) -> None:
+    """x (3, S, S), normalised, as (S, S, 3)."""
     for c in range(3):
-        mean, std = mean_std[0, c], mean_std[1, c]
-        for i in range(S):
-            for j in range(S):
-                if turns == 0:
-                    value = x[c, i, j]
-                elif turns == 1:
-                    value = x[c, j, S - 1 - i]
-                elif turns == 2:
-                    value = x[c, S - 1 - i, S - 1 - j]
-                else:
-                    value = x[c, S - 1 - j, i]
-                out[i, j, c] = (value - mean) / std
+        mean, std = spec.mean[c], spec.std[c]
+        for i in range(x.shape[1]):
+            for j in range(x.shape[2]):
+                out[i, j, c] = (x[c, i, j] - mean) / std
