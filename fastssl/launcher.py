@@ -29,6 +29,14 @@ def ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def cores_per_rank() -> int | None:
+    """What `srun --cpus-per-task` has given each rank; None where srun has not started the ranks."""
+    env = os.environ
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) != ranks() or env.get("SLURM_PROCID") != env.get("RANK"):
+        return None
+    return int(env["SLURM_CPUS_PER_TASK"]) if "SLURM_CPUS_PER_TASK" in env else None
+
+
 def _from_slurm() -> None:
     env = os.environ
     parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", env["SLURM_STEP_TASKS_PER_NODE"])  # "4(x2),3": nodes with 4, 4 and 3

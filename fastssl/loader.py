@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl import dist
+from fastssl import dist, launcher
 from fastssl.files.datacard import DataCard
 from fastssl.sampler import MicroBatch, Sampler
 
@@ -276,8 +276,10 @@ def _check_file(path: str | os.PathLike) -> None:
 
 
 def cores() -> int:
-    """CPU cores for this rank: those of the node, divided by its ranks."""
-    return max(1, len(os.sched_getaffinity(0)) // dist.local_world())
+    """CPU cores for this rank: those of `srun --cpus-per-task`, to which Slurm may have bound it; else those of the
+    node, divided by its ranks."""
+    available, own = len(os.sched_getaffinity(0)), launcher.cores_per_rank()
+    return min(available, own) if own else max(1, available // dist.local_world())
 
 
 def free_memory(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -412,3 +413,20 @@ def test_on_cuda_the_batches_are_those_of_the_cpu(beton):
         for (pixels, sizes, index, label), e in zip(got, expected, strict=True):
             b = type(e)(pixels.cpu(), sizes.cpu(), index.cpu(), label.cpu(), e.epoch, e.step)
             assert equal(b, e) and torch.equal(b.label, e.label)
+
+
+def test_decoding_threads_divide_the_cores_of_the_node_unless_slurm_has(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert fastssl.loader.cores() == 2  # of a launcher that binds no rank
+    step = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3", "SLURM_CPUS_PER_TASK": "8"}
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    assert fastssl.loader.cores() == 8  # srun has bound this rank to its own eight
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
+    assert fastssl.loader.cores() == 4  # srun binds no rank: the eight are the node's
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")  # `srun torchrun`: one task a node
+    assert fastssl.loader.cores() == 2
