@@ -1,6 +1,8 @@
 """Only complete checkpoints are used."""
 
+import errno
 import json
+import os
 
 import pytest
 
@@ -36,6 +38,44 @@ def test_an_interrupted_write_is_not_a_checkpoint(tmp_path):
     assert store.newest(tmp_path).name == "step_00000002"
 
 
+def names(run):
+    return sorted(int(p.name.removeprefix("step_")) for p in store.directory(run).iterdir())
+
+
+def change_a_byte(path):
+    (path / "state.pt").write_bytes(b"z" * 10)
+
+
+@pytest.mark.parametrize("keep, left", [(1, [150]), (2, [100, 150]), (-1, [100, 150])])
+def test_a_checkpoint_after_a_resume_replaces_the_damaged_one_of_a_later_step(tmp_path, keep, left):
+    """100 is complete, 200 is damaged, and a signal comes at 150."""
+    write(tmp_path, 100)
+    change_a_byte(write(tmp_path, 200))
+    path = write(tmp_path, 150, keep)
+    assert names(tmp_path) == left and store.newest(tmp_path) == path
+
+
+@pytest.mark.parametrize("change", [change_a_byte, lambda p: (p / "state.pt").unlink()])
+def test_damaged_checkpoints_do_not_count_among_those_kept(tmp_path, change):
+    for step in (100, 200, 300):
+        path = write(tmp_path, step)
+    change(path)
+    write(tmp_path, 400, keep=2)
+    assert names(tmp_path) == [200, 300, 400]
+    write(tmp_path, 500, keep=2)
+    assert names(tmp_path) == [400, 500]
+
+
+def test_what_was_found_complete_is_not_read_again(tmp_path, monkeypatch):
+    known, read = set(), []
+    monkeypatch.setattr(store.files, "sha256", lambda path: read.append(path) or "")
+    for step in (1, 2, 3):
+        folder = store.create(tmp_path, step)
+        entries = {"state.pt": store.write(folder / "state.pt", b"y" * 10)}
+        store.commit(folder, 2, entries=entries, known=known)
+    assert names(tmp_path) == [2, 3] and not read
+
+
 @pytest.mark.parametrize(
     "change, problem",
     [
@@ -53,3 +93,17 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, c
     assert store.newest(tmp_path).name == "step_00000001"
     (line,) = capsys.readouterr().out.splitlines()
     assert str(path) in line and problem in line
+
+
+def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch, capsys):
+    write(tmp_path, 1)
+    path, sha256 = write(tmp_path, 2), store.files.sha256
+
+    def failing(file):
+        if file.parent == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return sha256(file)
+
+    monkeypatch.setattr(store.files, "sha256", failing)
+    assert store.newest(tmp_path).name == "step_00000001"
+    assert "cannot be read: Input/output error" in capsys.readouterr().out

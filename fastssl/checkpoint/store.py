@@ -49,26 +49,56 @@ def write(path: Path, content: bytes | dict[str, Tensor]) -> dict:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def commit(temporary: Path, keep: int, keep_interval: int = 0, entries: dict[str, dict] | None = None) -> Path:
-    """Seal and rename a folder that all ranks have finished; delete all but the `keep` newest (-1: keep all) and those
-    whose step is a multiple of `keep_interval` (0: none).  Call on one rank.
+def commit(
+    temporary: Path,
+    keep: int,
+    keep_interval: int = 0,
+    entries: dict[str, dict] | None = None,
+    known: set[Path] | None = None,
+) -> Path:
+    """Seal and rename a folder that all ranks have finished, then delete older ones (`_delete_old`).  Call on one rank.
 
-    `entries`: of the manifest, as `write` returned them; None: the folder is read."""
+    `entries`: of the manifest, as `write` returned them; None: the folder is read.  `known`: checkpoints that were
+    found complete, whose contents are not read again; it is added to."""
     if entries is None:
         written = sorted(p for p in temporary.rglob("*") if p.is_file())
         entries = {
             str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in written
         }
     files.write_json(temporary / MANIFEST, {"format": 1, "files": entries})
-    path, run_dir = temporary.with_suffix(""), temporary.parent.parent
+    path = temporary.with_suffix("")
     shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step, from before a resume
     _sync(temporary / MANIFEST)
     temporary.rename(path)
     _sync(path.parent)
-    for old in list_checkpoints(run_dir)[keep:] if keep > 0 else ():
-        if not keep_interval or _step(old) % keep_interval:
-            shutil.rmtree(old)
+    known = set() if known is None else known
+    known.add(path)
+    _delete_old(path, keep, keep_interval, known)
     return path
+
+
+def _delete_old(path: Path, keep: int, keep_interval: int, known: set[Path]) -> None:
+    """Delete what is older than the `keep` newest complete checkpoints (-1: nothing), `path`, which was just written,
+    among them; those whose step is a multiple of `keep_interval` (0: none) stay.
+
+    A checkpoint of a later step was damaged when the run was resumed from one before it: it is deleted, too."""
+    complete = 1
+    for other in list_checkpoints(path.parent.parent):
+        if _step(other) > _step(path):
+            shutil.rmtree(other)
+        elif other == path or keep < 1:
+            continue
+        elif complete < keep:
+            complete += _is_complete(other, known)
+        elif not keep_interval or _step(other) % keep_interval:
+            shutil.rmtree(other)
+
+
+def _is_complete(path: Path, known: set[Path]) -> bool:
+    if damage(path, read=path not in known) is not None:
+        return False
+    known.add(path)
+    return True
 
 
 def _sync(path: Path) -> None:
@@ -98,20 +128,23 @@ def find_newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None."""
+def damage(path: Path, read: bool = True) -> str | None:
+    """What is wrong with a checkpoint folder, or None.  `read`: read the files, too, not their sizes only."""
     try:
         entries = _read_manifest(path / MANIFEST)
     except ValueError:
         return f"{MANIFEST} is missing or unreadable"
     for name, entry in entries.items():
         file = path / name
-        if not file.is_file():
-            return f"{name} is missing"  # or a pipe or a device, which might be read without end
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
-        if files.sha256(file) != entry["sha256"]:
-            return f"{name} has changed since it was written"
+        try:
+            if not file.is_file():
+                return f"{name} is missing"  # or a pipe or a device, which might be read without end
+            if file.stat().st_size != entry["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
+            if read and files.sha256(file) != entry["sha256"]:
+                return f"{name} has changed since it was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 
@@ -132,7 +165,8 @@ def _read_manifest(manifest: Path) -> dict[str, dict]:
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
     """Checkpoint folders, newest first, damaged ones included."""
-    return sorted((p for p in directory(run_dir).glob("step_*") if re.fullmatch(r"step_\d+", p.name)), reverse=True)
+    found = (p for p in directory(run_dir).glob("step_*") if re.fullmatch(r"step_\d+", p.name))
+    return sorted(found, key=_step, reverse=True)
 
 
 def precedes(path: Path, checkpoint: Path) -> bool:

@@ -36,6 +36,7 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._folder: Path | None = None  # the temporary one
         self._path: Path | None = None  # rank 0: of the last complete checkpoint
+        self._complete: set[Path] = set()  # rank 0: checkpoints that need not be read again
         self._error: ValueError | None = None
         self._abandoned = False
         self._connection: td.Store | None = None
@@ -136,7 +137,7 @@ class Writer:
                 if "error" in report:
                     raise ValueError(report["error"])
             entries = {name: entry for report in reports for name, entry in report["files"].items()}
-            self._path = store.commit(folder, log.keep, round(log.keep_every * steps), entries)
+            self._path = store.commit(folder, log.keep, round(log.keep_every * steps), entries, self._complete)
         except Exception as error:  # of any type: it is raised in the main thread
             shutil.rmtree(folder, ignore_errors=True)
             self._error = error if type(error) is ValueError else ValueError(self._message(folder, error))
@@ -150,8 +151,8 @@ class Writer:
     @staticmethod
     def _message(folder: Path, error: Exception) -> str:
         why = error.strerror if isinstance(error, OSError) and error.strerror else untrusted.one_line(error)
-        last = next((path.name for path in store.list_checkpoints(folder.parent.parent)), "none")
-        return f"{folder.parent}: {why}; the newest complete checkpoint is {last}"
+        last, _ = store.find_newest(folder.parent.parent)
+        return f"{folder.parent}: {why}; the newest complete checkpoint is {last.name if last else 'none'}"
 
 
 def save(t: Trainer) -> Path:
