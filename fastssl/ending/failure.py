@@ -15,11 +15,11 @@ _noticed = False  # whether this rank has seen that another one has failed
 
 
 def report_failure(reason: str, code: int) -> tuple[bool, int]:
-    """Tell the other ranks that this one ends with exit code `code`.  Returns whether it is the first to fail, which is
-    the one to print its reason, and the first one's exit code.
+    """Tell the other ranks that this one ends with exit code `code`.  Returns whether this rank prints its reason, and
+    the exit code of the first rank to record its failure.
 
-    Before the process group exists, it is the first rank of each node; where rank 0 has taken the store with it, rank 1
-    unless it has seen the reason of another rank."""
+    Who prints: normally the first rank to record its failure; before the process group exists, local rank 0 of each
+    node; if the store ended with rank 0, rank 1, unless it already knows of another failure."""
     if not td.is_initialized():
         return int(os.environ.get("LOCAL_RANK", 0)) == 0, code
     if dist.world() == 1:

@@ -18,7 +18,7 @@ HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 REQUEUE = 75  # exit code after a signal: EX_TEMPFAIL of sysexits.h, "try again later"
 INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 DELAY = 4  # steps on CUDA until a signal is acted on: reading the flag of this step would wait for the device
-FAIL = 1000  # no signal: a rank has found that the run must end, and the others shall do so after the same step
+FAIL = 1000  # not a signal: larger than all signal numbers, so that it wins the MAX; some rank has an error to raise
 REPEAT_S = 2.0  # a second Ctrl-C later than this is the user's; launchers send the first one twice
 
 

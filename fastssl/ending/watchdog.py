@@ -8,6 +8,8 @@ looks at all others, the others look at rank 0.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import json
 import os
 import signal
@@ -19,17 +21,23 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch.distributed as td
 
 from fastssl import dist
 from fastssl.ending.failure import failed_code, report_failure
+from fastssl.ending.signals import Signals
 
 CHECKPOINT_S = 120.0  # for a last checkpoint of ranks whose launcher has gone
-BEAT_S = 2.0  # between two signs of life of a rank
-SILENT_S = 120.0  # without one after which a rank counts as lost; the thread needs Python's lock for each
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out")  # in their errors
+BEAT_S = 2.0  # seconds between two heartbeats of a rank
+SILENT_S = 120.0  # seconds without a heartbeat until a rank counts as lost; long, since a heartbeat needs the GIL
+STORE_S = 30.0  # seconds of errors from the store until rank 0, which hosts it, counts as lost
+# Substrings of errors from collectives that have lost a peer.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out")
+PACKAGES = ("fastssl", "fastssl.kernels", "fastssl.data_prep", "fastssl.configs")
+STDLIB, INSTALLED = sysconfig.get_paths()["stdlib"] + os.sep, ("site-packages", "dist-packages")
 
 
 class Progress:
@@ -56,7 +64,8 @@ class Progress:
 
     def idle(self) -> float:
         """Seconds since the last call of `made`."""
-        return 0.0 if self._time is None else time.monotonic() - self._time
+        began = self._time  # read once: the main thread may set it to None
+        return 0.0 if began is None else time.monotonic() - began
 
 
 progress = Progress()
@@ -70,7 +79,8 @@ class Watchdog:
         self._parent = os.getppid()
         self._store: td.Store | None = None  # a connection of its own: the main thread may wait in the other one
         self._beats, self._written = 0, 0.0
-        self._seen: dict[int, tuple[bytes, float]] = {}  # by rank: the last sign of life and when it arrived
+        self._answered = 0.0  # when the store last answered; 0: not asked yet
+        self._seen: dict[int, tuple[bytes, float]] = {}  # by rank: the last heartbeat and when it arrived
         threading.Thread(target=self._run, name="fastssl-watchdog", daemon=True).start()
 
     def stop(self) -> None:
@@ -98,18 +108,32 @@ class Watchdog:
                 print("fastssl: the launcher has gone", file=sys.stderr, flush=True)
                 os.kill(os.getpid(), signal.SIGTERM)
                 self._exit(CHECKPOINT_S, 1)
-            try:
-                reason = self._look() if dist.world() > 1 else self._late({})
-            except (RuntimeError, ValueError):  # there is no process group yet, or no longer
-                continue
+            reason = self._check()
             if reason is not None and not self._end.is_set():
                 first, code = report_failure(reason, 1)
                 if first:
                     print(f"fastssl: {reason}", file=sys.stderr, flush=True)
                 self._exit(0.0, code)
 
+    def _check(self) -> str | None:
+        """Why the run cannot go on, or None."""
+        try:
+            if dist.world() == 1:  # or there is no process group yet, or no longer
+                return self._late({})
+            self._answered = self._answered or time.monotonic()
+            reason = self._look()
+            self._answered = time.monotonic()
+            return reason
+        except ValueError:  # the process group has just ended
+            return None
+        except RuntimeError:
+            if time.monotonic() - self._answered <= STORE_S:
+                return None
+            beat = self._seen.get(0, (None,))[0]
+            return _ended(0, beat, f"the store of the ranks, which it hosts, has failed for {STORE_S:.0f} s")
+
     def _look(self) -> str | None:
-        """Exchange signs of life; returns why the run cannot go on, or None."""
+        """Exchange heartbeats; returns why the run cannot go on, or None."""
         store, now = self._connect(), time.monotonic()
         code = failed_code(store)
         if code:
@@ -128,7 +152,7 @@ class Watchdog:
             if value != before:
                 self._seen[r] = (value, now)
             elif now - arrived > SILENT_S:
-                return _ended(r, value, f"no sign of life for {SILENT_S:.0f} s")
+                return _ended(r, value, f"no heartbeat for {SILENT_S:.0f} s")
         return self._late({dist.rank(): beat, **{r: json.loads(value) for r, value in found.items() if value}})
 
     def _late(self, beats: dict[int, dict]) -> str | None:
@@ -152,7 +176,7 @@ class Watchdog:
 
     @staticmethod
     def _read(store: td.Store, ranks: Any) -> dict[int, bytes]:
-        """The last sign of life of each rank; empty: none yet."""
+        """The last heartbeat of each rank; empty: none yet."""
         return {r: store.get(_key(r)) if store.check([_key(r)]) else b"" for r in ranks}
 
     def _exit(self, seconds: float, code: int) -> None:
@@ -176,14 +200,31 @@ def _ended(rank: int, beat: bytes | None, how: str = "it has ended without an er
 
 def _place() -> tuple[str, bool]:
     """Where the main thread is in our code or the user's, and whether it waits there for other ranks or the device."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    library, waits = sysconfig.get_paths()["stdlib"], False
+    return _place_of(sys._current_frames().get(threading.main_thread().ident or 0))
+
+
+def _place_of(frame: FrameType | None) -> tuple[str, bool]:
+    waits = False
     while frame is not None:
         code = frame.f_code
         waits |= code.co_filename.endswith("torch/distributed/distributed_c10d.py")
-        ours = f"{os.sep}fastssl{os.sep}" in code.co_filename or "site-packages" not in code.co_filename
-        if ours and not code.co_filename.startswith((library, "<")):
-            name = Path(code.co_filename).name
-            return f"{name}:{frame.f_lineno} ({code.co_name})", waits or code.co_name == "received"
+        if _is_ours(code.co_filename):
+            place = f"{Path(code.co_filename).name}:{frame.f_lineno} ({code.co_name})"
+            return place, waits or code is Signals.received.__code__
         frame = frame.f_back
     return "an unknown place", waits
+
+
+def _is_ours(file: str) -> bool:
+    """Whether a source file is fastssl's or the user's: not one of Python or of an installed package."""
+    path = Path(file)
+    if any(folder in path.parents for folder in _folders()):
+        return True
+    return not file.startswith((STDLIB, "<")) and not any(name in path.parts for name in INSTALLED)
+
+
+@functools.cache
+def _folders() -> tuple[Path, ...]:
+    """Of fastssl's packages; in a checkout kernels, data_prep and configs lie beside the folder fastssl."""
+    found = [importlib.util.find_spec(name) for name in PACKAGES]
+    return tuple(Path(folder) for spec in found if spec for folder in spec.submodule_search_locations or ())

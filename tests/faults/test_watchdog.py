@@ -1,14 +1,18 @@
-"""What the watchdog says of ranks that are silent, lost or late, by the signs of life in a store; without processes."""
+"""What the watchdog says of ranks that are silent, lost or late, by their heartbeats in a store; without processes."""
 
 import json
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as td
 
+import fastssl
+import fastssl.kernels
 from fastssl import dist
-from fastssl.ending import watchdog
+from fastssl.ending import Signals, watchdog
 from fastssl.ending.watchdog import Progress, Watchdog
 
 
@@ -21,6 +25,8 @@ class Gone:
 
     def check(self, keys):
         raise RuntimeError("Connection reset by peer")
+
+    set = check
 
 
 @pytest.fixture
@@ -49,7 +55,7 @@ def test_a_silent_rank_is_lost(watch, monkeypatch):
     assert watch._look() is None
     monkeypatch.setattr(time, "monotonic", lambda: start + watchdog.SILENT_S + 5)
     reason = watch._look()
-    assert reason.startswith("rank 2 is lost on node3 after step 7: no sign of life for 120 s; it was killed")
+    assert reason.startswith("rank 2 is lost on node3 after step 7: no heartbeat for 120 s; it was killed")
 
 
 def test_the_rank_that_the_others_wait_for_is_late(watch, monkeypatch):
@@ -75,7 +81,7 @@ def test_nothing_is_late_outside_training(watch):
 
 
 @pytest.mark.parametrize("error", ["[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.1]:5", "NCCL"])
-def test_the_rank_without_a_new_sign_of_life_is_lost(watch, monkeypatch, error):
+def test_the_rank_without_a_new_heartbeat_is_lost(watch, monkeypatch, error):
     write(watch, r0=beat(7), r1=beat(7), r2=beat(6), r3=beat(7))
 
     def wait(seconds):
@@ -91,3 +97,78 @@ def test_the_rank_without_a_new_sign_of_life_is_lost(watch, monkeypatch, error):
 def test_the_place_is_the_innermost_line_of_our_code():
     place, waits = watchdog._place()
     assert place.endswith("(_place)") and not waits
+
+
+def test_rank_0_is_lost_when_its_store_fails_for_long(watch, monkeypatch):
+    """NCCL would wait for it without end."""
+    monkeypatch.setattr(dist, "rank", lambda: 1)
+    start, store = time.monotonic(), watch._store
+    write(watch, r0=beat(7))
+    assert watch._check() is None
+    for seconds, now in ((3, Gone()), (watchdog.STORE_S - 1, Gone()), (watchdog.STORE_S, store)):
+        watch._store = now
+        monkeypatch.setattr(time, "monotonic", lambda at=start + seconds: at)
+        assert watch._check() is None
+    watch._store = Gone()
+    for seconds, lost in ((watchdog.STORE_S + 3, False), (2 * watchdog.STORE_S + 1, True)):
+        monkeypatch.setattr(time, "monotonic", lambda at=start + seconds: at)
+        reason = watch._check()
+        assert (reason is not None) == lost
+    assert reason.startswith(
+        "rank 0 is lost on node3 after step 7: the store of the ranks, which it hosts, has failed f"
+    )
+
+
+def test_a_store_that_never_answers_is_lost_too(watch, monkeypatch):
+    start, watch._store = time.monotonic(), Gone()
+    assert watch._check() is None
+    monkeypatch.setattr(time, "monotonic", lambda: start + watchdog.STORE_S + 1)
+    assert watch._check().startswith("rank 0 is lost: the store")
+
+
+PLACE = "def {name}(call):\n    return call()\n"
+
+
+def called_from(file: Path | str, name: str = "forward") -> tuple[str, bool]:
+    """The place where the main thread is, called in a function of `file`, which this function calls."""
+    scope = {}
+    exec(compile(PLACE.format(name=name), str(file), "exec"), scope)
+    return watchdog._place_of(scope[name](lambda: sys._getframe(1)))
+
+
+@pytest.mark.parametrize("packages", ["lib/python3.11/site-packages", "lib/python3/dist-packages"])
+def test_the_place_is_not_in_a_package_of_a_checkout_called_fastssl(packages):
+    place, _ = called_from(Path("/home/me/fastssl/.venv") / packages / "torch/nn/modules/module.py")
+    assert place.startswith("test_watchdog.py:") and place.endswith(" (called_from)")
+
+
+@pytest.mark.parametrize("package", [fastssl, fastssl.kernels])
+def test_the_place_is_in_the_folders_of_fastssl_wherever_they_are_installed(package, monkeypatch):
+    folder = Path(package.__path__[0])
+    assert called_from(folder / "x.py") == ("x.py:2 (forward)", False)
+    installed = Path(watchdog.STDLIB) / "site-packages/fastssl"
+    monkeypatch.setattr(watchdog, "_folders", lambda: (installed,))
+    assert called_from(installed / "kernels/x.py") == ("x.py:2 (forward)", False)
+
+
+def test_only_the_function_that_exchanges_signals_waits(monkeypatch):
+    assert called_from("/home/me/mine.py", "received") == ("mine.py:2 (received)", False)
+    found = []
+    monkeypatch.setattr(dist, "world", lambda: found.append(watchdog._place_of(sys._getframe(1))) or 1)
+    Signals("cpu").received()
+    assert found[0][0].startswith("signals.py:") and found[0][1]
+
+
+def test_idle_reads_the_time_once():
+    class Ends(Progress):
+        """The block ends after the first look at `_time`."""
+
+        def __getattribute__(self, name):
+            value = super().__getattribute__(name)
+            if name == "_time":
+                self._time = None
+            return value
+
+    progress = Ends()
+    progress._time = 5.0
+    assert progress.idle() > 0
