@@ -20,6 +20,7 @@ def worker(out: str, beton: str) -> None:
     for method in ("simclr", "moco"):
         for kernels in ("reference", "triton"):
             run = test_engine.make_run(beton, method, 8, "sgd", {"kernels": kernels})
+            run.seed = 3  # that of the 0.4 % below
             results[method, kernels] = test_engine.record(engine.build(run, device="cpu"))
     torch.save(results, out)
     dist.shutdown()
