@@ -77,8 +77,8 @@ def choose_step(t: Trainer) -> None:
     """Decide whether a step bypasses DeepSpeed and whether it is captured as a CUDA graph; print why it is not."""
     why = needs_deepspeed(t)
     if why is None:
-        t.graphed = graph.Graphed(partial(static_step, t), not_captured(t))
-        why = t.graphed.reason
+        t.direct = graph.DirectStep(partial(static_step, t), not_captured(t))
+        why = t.direct.reason
     mode = t.run.speed.graph
     if dist.is_main() and why and (mode == "on" or (mode == "auto" and t.device.type == "cuda")):
         print(f"speed.graph={mode}: the step is not a CUDA graph: {why}")

@@ -40,14 +40,16 @@ def fit(
     device: str | None = None,
     loader: Loader | None = None,
 ) -> Trainer:
-    """Train `run` to its end, or to a signal: SystemExit then, after a checkpoint (docs/runs.md).
+    """Train `run` to its end.  On a signal it writes a checkpoint and raises `ending.Stopped`, a SystemExit
+    (docs/runs.md).
 
-    `hooks`: None for those that `run.log` asks for (kNN, probe, collapse); a list takes their place.  `resume`: True
-    continues from the newest complete checkpoint of the run's folder, "auto" too where there is one, a path from that
-    one.  `force`: start anew over
-    the folder's checkpoints.  `loader`: None opens `data.train`."""
+    `hooks`: the monitors; None: those that `run.log` names (kNN, probe, collapse).  `resume`: True: continue from the
+    newest complete checkpoint of the run's folder, an error if there is none; "auto": the same, or a new run if the
+    folder has no checkpoints; a path: continue from that checkpoint.  `force`: start anew over the folder's
+    checkpoints.  `loader`: None opens `data.train`."""
     config.validate(run)
-    if emulated(run.optim.precision, dist.init(device)):
+    device_used = dist.init(device)
+    if emulated(run.optim.precision, device_used):
         if dist.is_main():
             print(
                 f"optim.precision={run.optim.precision}: this CPU has no instructions for it and would emulate it, "
@@ -77,38 +79,48 @@ def fit(
         log.text(opening(t))
         if choice := bottleneck.automatic_settings(t):
             log.text(choice)
-        problem, full, began, first = None, None, time.monotonic(), t.step
+        not_finite: tuple[str, int] | None = None  # the message, and the step that failed
+        out_of_memory: str | None = None
+        started_at, first_step = time.monotonic(), t.step
         with ending.Signals(t.device) as signals, ending.progress.watched(run.timeout_s), Writer(t) as writer:
             try:
                 train(t, log, signals, writer)
             except NotFinite as error:
-                problem = str(error), error.step
+                not_finite = str(error), error.step
             except torch.OutOfMemoryError as error:
-                full = untrusted.one_line(error)
-        if full is not None:
-            raise ValueError(f"out of memory in step {t.step + 1}: {memory.advice(t)} ({full})")
-        if problem is None:
+                out_of_memory = untrusted.one_line(error)
+        if out_of_memory is not None:
+            raise ValueError(f"out of memory in step {t.step + 1}: {memory.advice(t)} ({out_of_memory})")
+        if not_finite is None:
             log.text(closing(t))
             return t
-        seconds, loader, folder = (time.monotonic() - began) / max(t.step - first, 1), t.loader, t.folder
-        del t, writer  # its memory is needed for another one
-        message, last = problem
-        raise ValueError(f"{message}; {find_nonfinite(run, device, loader, folder, path, last, seconds)}")
+        message, failed_step = not_finite
+        seconds_per_step = (time.monotonic() - started_at) / max(t.step - first_step, 1)
+        loader, folder = t.loader, t.folder
+        del t, writer  # frees the device memory for the trainer that find_nonfinite builds
+        found = find_nonfinite(run, device, loader, folder, path, failed_step, seconds_per_step)
+        raise ValueError(f"{message}; {found}")
 
 
 def find_nonfinite(
-    run: Run, device: str | None, loader: Loader, folder: Path, start: Path | None, last: int, seconds: float
+    run: Run,
+    device: str | None,
+    loader: Loader,
+    folder: Path,
+    start: Path | None,
+    failed_step: int,
+    seconds_per_step: float,
 ) -> str:
-    """Which tensor made step `last` of the run in `folder` fail, as a part of the message.
+    """Which tensor made step `failed_step` of the run in `folder` fail, as a part of the message.
 
     `start`: the checkpoint that the run has continued from, used where the folder has none before that step.
-    `seconds` a step takes: where it would take too long, the command that does it."""
-    first = max(last - 2, 0)  # the step before may have given the weights that make this one fail
-    before = dist.on_main(nonfinite.checkpoint_before, folder, first) or start
-    steps = first - (state.read(before)["step"] if before else 0)
-    if dist.on_main(nonfinite.postpone, folder, before, last, steps * seconds):
+    Where repeating the steps would take too long, the command that does it."""
+    done_before = max(failed_step - 2, 0)  # the step before may have given the weights that make this one fail
+    before = dist.on_main(nonfinite.checkpoint_before, folder, done_before) or start
+    steps = done_before - (state.read(before)["step"] if before else 0)
+    if dist.on_main(nonfinite.postpone, folder, before, failed_step, steps * seconds_per_step):
         return f"`fastssl replay` with the same arguments repeats {steps} steps and finds where it arises"
-    return nonfinite.rerun(build_plain(run, device, loader), before, last, batches)
+    return nonfinite.rerun(build_plain(run, device, loader), before, failed_step, batches)
 
 
 def build_plain(run: Run, device: str | None, loader: Loader | None = None) -> Trainer:
@@ -161,8 +173,9 @@ def train(t: Trainer, log: Log, signals: ending.Signals, writer: Writer) -> None
 
 
 def begin_epoch(t: Trainer, start: int = 0, text: Callable[[str], None] = print) -> np.ndarray | None:
-    """Call what happens before step `start` of an epoch; returns the method's order of the samples, if it has one.  A
-    run that continues inside an epoch finds the labels of a method that clusters in its buffers."""
+    """Call the hooks' `before_epoch`, also when a run resumes inside the epoch (`start` > 0), and at its first step the
+    method's.  (After a resume a clustering method's labels come from its saved buffers.)  Returns the method's order of
+    the samples, if it has one."""
     for hook in t.hooks:
         hook.before_epoch(t)
     if start == 0 and hasattr(t.method, "before_epoch"):
@@ -215,7 +228,7 @@ def checkpoint_due(t: Trainer) -> bool:
 def save(t: Trainer, log: Log, writer: Writer, losses: FiniteLoss, needed: bool) -> None:
     """Begin to write a checkpoint, unless the loss or a weight is not finite: it would take the place of a good one.
     Then NotFinite where the run ends here (`needed`, the last step), else a line in the log."""
-    problem = losses.problem() or nonfinite.all_finite(t)
+    problem = losses.problem() or nonfinite.weights_problem(t)
     if problem is None:
         writer.save()
         return

@@ -84,8 +84,8 @@ def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.bool() if dtype == torch.bool else value
 
 
-class Graphed:
-    """`function(batch, phase) -> (out, scalars)`, a step that reads nothing from the device, captured as a CUDA graph.
+class DirectStep:
+    """`function(batch, timer) -> (out, scalars)`, a step that reads nothing from the device, captured as a CUDA graph.
 
     `reason`: why it is not captured; None: it is.  The first WARMUP_STEPS steps run eagerly, then the step is captured;
     for another key (the batch's shapes, a method's phase) this starts again.  If a capture fails, that is printed once

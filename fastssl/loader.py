@@ -167,11 +167,12 @@ class Loader:
         rows = [micro_batch.rows for micro_batch in micro_batches]
         source = self._decode_ahead(rows) if self._resident is None else self._select(self._resident, rows)
         with closing(source):  # also if the caller stops early
-            for step, position, _ in micro_batches:
+            for micro_batch in micro_batches:
                 before = time.perf_counter()
                 pixels, sizes, index, label = next(source)
                 self.wait_ms = 1e3 * (time.perf_counter() - before)
-                yield Batch(pixels, sizes, index, label, epoch, step, position if repeats else None)
+                position = micro_batch.position if repeats else None
+                yield Batch(pixels, sizes, index, label, epoch, micro_batch.step, position)
 
     def _select(self, resident: Tensors, rows: list[np.ndarray]) -> Generator[Tensors]:
         """Micro-batches of the resident images."""

@@ -245,7 +245,7 @@ def checkpoint_before(folder: Path, step: int) -> Path | None:
     return next((path for path in found if store.damage(path) is None), None)
 
 
-def all_finite(t: Trainer) -> str | None:
+def weights_problem(t: Trainer) -> str | None:
     """What is wrong with the weights; None: nothing."""
     if zero.all_finite(t.method):
         return None

@@ -66,9 +66,10 @@ class SyncBatchNormAct(SyncBatchNorm):
         return self.act(self.drop(super().forward(x)))
 
 
-class RunningStatistics:
-    """Updates batch norm's running statistics once per optimizer step, by the mean over its micro-batches of the change
-    that each alone would make, whatever the number of calls of a module (one per view).
+class SavedStatistics:
+    """Saves the running mean and variance of every batch norm now.  They can be restored, or updated once per optimizer
+    step: by the mean over its micro-batches of the change that each alone would make, whatever the number of calls of a
+    module (one per view).
 
     The modules' momentum is not changed: torch.compile would recompile for every value.
     """

@@ -24,7 +24,7 @@ def extract_outputs(t: Trainer, name: str, augmented: bool = False, training: bo
     restored at the end.
     """
     dist.sync_buffers(t.method)
-    loader, data, statistics = t.loader.in_file_order(), t.run.data, norm.RunningStatistics(t.method)
+    loader, data, statistics = t.loader.in_file_order(), t.run.data, norm.SavedStatistics(t.method)
     loader.sampler = replace(loader.sampler, shuffle=training)
     views = data.views if augmented else (data.eval_view or recipes.default_view(data.views[0], loader.card),)
 

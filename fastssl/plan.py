@@ -24,7 +24,7 @@ from fastssl.trainer import Context
 
 IMAGENET_SAMPLES = 1_281_167
 STATES = {"adamw": 2, "sgd": 1, "lars": 1}  # tensors of the optimizer for each parameter
-BLOCK = 500_000_000  # elements of the largest buffer in which gradients are reduced
+ALL_REDUCE_ELEMENTS = 500_000_000  # elements of the largest buffer in which gradients are reduced
 
 
 class Memory(NamedTuple):
@@ -75,7 +75,7 @@ def memory(method: nn.Module, run: Run, stage: int, ranks: int) -> Memory:
         optimizer=4 * kept * (part if stage else total),
         buffers=buffers,
         gradients=4 * (part if stage > 1 else total),
-        reduction=4 * min(BLOCK, total) if stage or ranks > 1 else 0,
+        reduction=4 * min(ALL_REDUCE_ELEMENTS, total) if stage or ranks > 1 else 0,
     )
 
 

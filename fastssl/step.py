@@ -23,20 +23,22 @@ from fastssl.loader import Batch
 from fastssl.meters import Flops
 from fastssl.trainer import Outputs, Trainer
 
-Phase = Callable[[str], AbstractContextManager]  # times what runs inside: Meter.phase
-BLOCK = 500_000_000  # elements of gradients averaged over ranks in one all-reduce, as in DeepSpeed
+Timer = Callable[[str], AbstractContextManager]  # times what runs inside: Meter.phase
+# A bucket of gradients is reduced once it holds more elements; 2 GB in float32, as in DeepSpeed.
+ALL_REDUCE_ELEMENTS = 500_000_000
 
 
 def step(t: Trainer, micro_batches: list[Batch]) -> Outputs:
-    """One optimizer step on this rank's shard of a global batch: learning rates, gradients, update, the method's
-    `after_step`, the hooks'.  Returns the detached outputs of the shard; what is to be logged is in `t.scalars`.
+    """One optimizer step on this rank's shard of a global batch: learning rates, gradients, update, then `after_step`
+    of the method and of each hook.  Returns the detached outputs of the shard; what is to be logged is in `t.scalars`.
 
-    Reads nothing from the device, except through DeepSpeed (`deepspeed_step`) and in hooks.
+    The host never waits for the device here, except in `deepspeed_step` and in hooks.
     """
     t.scalars = {"lr": t.schedule.set_lr(t.ds.optimizer, t.step)}
-    batch = micro_batches[0] if len(micro_batches) == 1 else merge(micro_batches)
-    statistics = norm.RunningStatistics(t.method) if t.scale.skip else None
-    out, scalars = (deepspeed_step if t.graphed is None else direct_step)(t, micro_batches, batch)
+    batch = micro_batches[0] if len(micro_batches) == 1 else merge_without_pixels(micro_batches)
+    statistics = norm.SavedStatistics(t.method) if t.scale.skip else None
+    make_step = deepspeed_step if t.direct is None else direct_step
+    out, scalars = make_step(t, micro_batches, batch)
     if statistics is not None:  # a step that is left out changes no statistics, and hooks are given zeros
         left_out = t.scale.found_inf != 0
         statistics.restore_where(left_out)
@@ -71,57 +73,58 @@ def deepspeed_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tupl
 
 
 def direct_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Outputs, dict[str, Any]]:
-    """A step at ZeRO 0, in which the host does not wait for the device; with one micro-batch it is a replay of a CUDA
-    graph where there is one.  DeepSpeed's own step reads numbers from the device, and here it only counts."""
-    assert t.graphed is not None, "without it DeepSpeed makes the step"
+    """A step at ZeRO 0, in which the host does not wait for the device.  With one micro-batch and a captured CUDA
+    graph, it replays the graph.  DeepSpeed's forward, backward and step are not called; only its counters are kept up
+    to date."""
+    assert t.direct is not None, "without it DeepSpeed makes the step"
     t.values.write(batch, t.ds.optimizer.param_groups, t.step / t.total_steps)
     phase = t.method.phase(batch.epoch) if hasattr(t.method, "phase") else None
     frozen = tuple(group["frozen"] for group in t.ds.optimizer.param_groups)  # by optim.Schedule
     if len(micro_batches) > 1:
         out, scalars = update(t, *accumulate(t, micro_batches, batch), batch, t.meter.phase)
-    elif t.graphed.ready(batch, (phase, frozen)):
+    elif t.direct.ready(batch, (phase, frozen)):
         with t.meter.phase("step"):
-            out, scalars = t.graphed.replay(batch)
+            out, scalars = t.direct.replay(batch)
     else:
-        out, scalars = t.graphed.function(batch, t.meter.phase)
+        out, scalars = t.direct.function(batch, t.meter.phase)
     t.ds.global_steps += 1
     t.ds.micro_steps += 1
     t.ds.global_samples += t.ds.train_batch_size()
     return out, scalars
 
 
-def static_step(t: Trainer, batch: Batch, phase: Phase) -> tuple[Outputs, dict[str, Any]]:
+def static_step(t: Trainer, batch: Batch, timer: Timer) -> tuple[Outputs, dict[str, Any]]:
     """The step as a function of tensors: it reads nothing from the device and, beside shapes, nothing that changes on
     the host, so that it can be captured.  Returns detached outputs and the scalars to log."""
     values = t.values
-    on_device = replace(
+    tensor_batch = replace(  # the numbers are tensors, which `t.values` overwrites before every step
         batch, epoch=values.epoch, step=values.step, position=None if batch.position is None else values.position
     )
-    given = on_device
+    method_batch = tensor_batch  # what the method's forward, loss and after_step get
     if hasattr(t.method, "phase"):  # it decides on the host by the epoch's number; a graph holds for one phase
-        given = replace(on_device, epoch=batch.epoch)
+        method_batch = replace(tensor_batch, epoch=batch.epoch)
     elif hasattr(t.method, "not_capturable"):
-        given = batch
-    with phase("views"):
-        views = batch_views(t, on_device)
-    with phase("forward"):
-        out = t.method.forward(views, given)
-        losses = t.method.loss(out, given)
-    with phase("backward"):
-        t.method.zero_grad()  # of a capture that failed
+        method_batch = batch
+    with timer("views"):
+        views = batch_views(t, tensor_batch)
+    with timer("forward"):
+        out = t.method.forward(views, method_batch)
+        losses = t.method.loss(out, method_batch)
+    with timer("backward"):
+        t.method.zero_grad()  # gradients that a failed capture may have left
         t.scale.scaled(losses["loss"]).backward()
-    return update(t, out, losses, given, phase)
+    return update(t, out, losses, method_batch, timer)
 
 
 def update(
-    t: Trainer, out: Outputs, losses: dict[str, Tensor], batch: Batch, phase: Phase
+    t: Trainer, out: Outputs, losses: dict[str, Tensor], batch: Batch, timer: Timer
 ) -> tuple[Outputs, dict[str, Any]]:
     """The second half of a step: what follows from this rank's gradients.  Reads nothing from the device.  Returns
     detached outputs and the scalars to log."""
     out, groups = detached(out), t.ds.optimizer.param_groups
-    with phase("backward"):
+    with timer("backward"):
         grads = average_gradients([p for p in t.method.parameters() if p.requires_grad])
-    with phase("optimizer"), t.values.in_groups(groups, t.run.optim.weight_decay_end is not None):
+    with timer("optimizer"), t.values.in_groups(groups, t.run.optim.weight_decay_end is not None):
         found_inf = t.scale.unscale_(grads)
         if t.run.optim.clip and not t.run.optim.clip_each:
             clip_(grads, t.run.optim.clip)
@@ -144,15 +147,15 @@ def average_gradients(parameters: list[Tensor]) -> list[Tensor]:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     grads = [p.grad for p in parameters]
-    block, size = [], 0
+    bucket, size = [], 0
     for i, g in enumerate(grads if dist.world() > 1 else ()):
-        block.append(g)
+        bucket.append(g)
         size += g.numel()
-        if size > BLOCK or i == len(grads) - 1:
-            flat = dist.sum_(torch.cat([b.flatten() for b in block])).mul_(1 / dist.world())
-            parts = flat.split([b.numel() for b in block])
-            torch._foreach_copy_(block, [part.view_as(b) for part, b in zip(parts, block)])
-            block, size = [], 0
+        if size > ALL_REDUCE_ELEMENTS or i == len(grads) - 1:
+            flat = dist.sum_(torch.cat([b.flatten() for b in bucket])).mul_(1 / dist.world())
+            parts = flat.split([b.numel() for b in bucket])
+            torch._foreach_copy_(bucket, [part.view_as(b) for part, b in zip(parts, bucket)])
+            bucket, size = [], 0
     return grads
 
 
@@ -172,7 +175,7 @@ def accumulate(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Ou
 def accumulate_mean(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Outputs, dict[str, Tensor]]:
     """For a loss that is a mean over samples: one forward and backward for each micro-batch.  All results are
     detached."""
-    statistics, outs = norm.RunningStatistics(t.method), []
+    statistics, outs = norm.SavedStatistics(t.method), []
     scalars: dict[str, Tensor] = {}
     forward, total_weight = _forward(t), getattr(t.method, "total_weight", None)
     weight = len(micro_batches[0].index) / len(batch.index)
@@ -198,7 +201,7 @@ def accumulate_mean(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tup
 
 def accumulate_cached(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Outputs, dict[str, Tensor]]:
     """For any loss, by a gradient cache: the loss of all micro-batches together, and two forwards for each."""
-    statistics, states, outs = norm.RunningStatistics(t.method), [], []
+    statistics, states, outs = norm.SavedStatistics(t.method), [], []
     forward = _forward(t)
     for micro in micro_batches:
         with t.meter.phase("views"):
@@ -230,12 +233,12 @@ def accumulate_cached(t: Trainer, micro_batches: list[Batch], batch: Batch) -> t
 
 
 def _forward(t: Trainer) -> Callable[[list[Tensor], Batch], Outputs]:
-    return t.ds if t.graphed is None else t.method.forward
+    return t.ds if t.direct is None else t.method.forward
 
 
 def _backward(t: Trainer, loss: Tensor) -> None:
     """Of one micro-batch; `update` or DeepSpeed averages the sum of all of them over ranks."""
-    if t.graphed is None:
+    if t.direct is None:
         t.scale.backward(t.ds, loss)
     else:
         t.scale.scaled(loss).backward()
@@ -245,13 +248,13 @@ def count_flops(t: Trainer, micro_batches: list[Batch]) -> None:
     """Set `t.meter.flops`, this rank's FLOPs of a step, by a forward and backward that leaves no trace in the run; only
     where every rank knows its device's peak.  Convolutions and matrix products count, those of a teacher once.
 
-    It is one pass over the first micro-batch, times the number of micro-batches.  Compiled code runs eagerly in it:
-    under a dispatch mode Dynamo would never compile it again.
+    It is one pass over the first micro-batch, times the number of micro-batches.  `force_eager`: code that Dynamo first
+    meets under a dispatch mode would stay uncompiled for the whole run.
     """
     known = torch.tensor(float(t.meter.peak is not None), device=t.device)
     if dist.sum_(known) < dist.world():
         return
-    batch, states, statistics = micro_batches[0], random_states(t.device), norm.RunningStatistics(t.method)
+    batch, states, statistics = micro_batches[0], random_states(t.device), norm.SavedStatistics(t.method)
     views = batch_views(t, batch)
     with torch.compiler.set_stance("force_eager"), Flops() as counter:
         loss = t.method.loss(t.method(views, batch), batch)["loss"]  # not by `t.ds`, which would reduce gradients
@@ -280,8 +283,9 @@ def batch_views(t: Trainer, batch: Batch, views: tuple | None = None) -> list[Te
     )
 
 
-def merge(micro_batches: list[Batch]) -> Batch:
-    """Index and labels of all micro-batches, without their pixels."""
+def merge_without_pixels(micro_batches: list[Batch]) -> Batch:
+    """The micro-batches as one Batch: sizes, index and label of all rows; pixels has 0 rows (each micro-batch keeps its
+    own)."""
     cat = {name: torch.cat([getattr(b, name) for b in micro_batches]) for name in ("sizes", "index", "label")}
     return replace(micro_batches[0], pixels=micro_batches[0].pixels[:0], **cat)
 

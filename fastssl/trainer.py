@@ -98,7 +98,8 @@ class Trainer:
     scale: LossScale
     values: graph.Values  # the numbers of the current step, on the device
     hooks: list = field(default_factory=list)
-    graphed: graph.Graphed | None = None  # the step as a CUDA graph, without DeepSpeed; None: DeepSpeed's step
+    # the step without DeepSpeed, eager or as a CUDA graph; None: DeepSpeed makes the step
+    direct: graph.DirectStep | None = None
     step: int = 0  # optimizer steps done, skipped ones included
     epoch: int = 0
     scalars: dict[str, Any] = field(default_factory=dict)  # to log, of the current step

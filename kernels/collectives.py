@@ -7,15 +7,15 @@ so averaging parameter gradients over ranks gives the gradient of that mean.
 from typing import Any, TypeAlias
 
 import torch
-import torch.distributed as dist
+import torch.distributed as td
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-Group: TypeAlias = dist.ProcessGroup | None  # whose ranks' rows form one batch; None: this process only
+Group: TypeAlias = td.ProcessGroup | None  # whose ranks' rows form one batch; None: this process only
 
 
 def rank_world(group: Group) -> tuple[int, int]:
-    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    return (0, 1) if group is None else (td.get_rank(group), td.get_world_size(group))
 
 
 def group_name(group: Group) -> str:
@@ -35,9 +35,9 @@ def gather(x: Tensor, group: Group, padded_rows: int = 0) -> Tensor:
     """
     if group is None:
         return x
-    rows = dist.get_world_size(group) * x.shape[0]
+    rows = td.get_world_size(group) * x.shape[0]
     out = x.new_empty((max(padded_rows, rows), *x.shape[1:]))
-    dist.all_gather_into_tensor(out[:rows], x.contiguous(), group=group)
+    td.all_gather_into_tensor(out[:rows], x.contiguous(), group=group)
     return out
 
 
@@ -50,7 +50,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)  # the adjoint is a reduce-scatter, which not every build of gloo has
+        td.all_reduce(grad, group=ctx.group)  # the adjoint is a reduce-scatter, which not every build of gloo has
         rank, world = rank_world(ctx.group)
         return grad.chunk(world)[rank], None
 
@@ -59,8 +59,8 @@ def gather_with_grad(x: Tensor, group: Group) -> Tensor:
     return x if group is None else _Gather.apply(x, group)
 
 
-def all_reduce(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+def all_reduce(x: Tensor, group: Group, op: td.ReduceOp.RedOpType = td.ReduceOp.SUM) -> Tensor:
     """In place; returns x."""
     if group is not None:
-        dist.all_reduce(x, op=op, group=group)
+        td.all_reduce(x, op=op, group=group)
     return x

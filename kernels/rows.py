@@ -2,7 +2,7 @@
 pass that applies the gradient of the normalisation to their result."""
 
 import torch
-import torch.distributed as dist
+import torch.distributed as td
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -118,7 +118,7 @@ def normalize_rows(
     m, d = x.shape
     dtype = tile_dtype(x.dtype, normalize)
     width = padded_width(d, dtype)
-    world = 1 if group is None else dist.get_world_size(group)
+    world = 1 if group is None else td.get_world_size(group)
     v = torch.empty((cdiv(m * world, ROW_PADDING) * ROW_PADDING, width), dtype=dtype, device=x.device)
     u = v if world == 1 else torch.empty((m, width), dtype=dtype, device=x.device)
     inv_norm = torch.empty(m, dtype=torch.float32, device=x.device)
@@ -145,7 +145,7 @@ def normalize_rows(
         NORMALIZE_Y=normalize_y,
     )
     if world > 1:
-        dist.all_gather_into_tensor(v[: m * world], u, group=group)
+        td.all_gather_into_tensor(v[: m * world], u, group=group)
         v[m * world :].zero_()
     return v, inv_norm, dot
 

@@ -56,8 +56,10 @@ def padded_width(d: int, dtype: torch.dtype) -> int:
     return cdiv(d, 64) * 64
 
 
-def split_tiles(programs: int, tiles: int, device: torch.device, programs_per_sm: int = 2) -> tuple[int, int]:
-    """(num_splits, tiles per split): over how many programs to split `tiles` steps of each of `programs` programs."""
+def split_tiles(programs: int, tiles: int, device: torch.device, programs_per_sm: int) -> tuple[int, int]:
+    """(num_splits, tiles per split) for a launch of `programs` programs, each of which would go through `tiles` tiles:
+    how many programs share the tiles of one, and how many each of them gets.  `programs_per_sm`: how many run at the
+    same time on a multiprocessor."""
     return _split_tiles(programs, tiles, programs_per_sm * num_multiprocessors(device))
 
 

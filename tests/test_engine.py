@@ -220,7 +220,7 @@ def assert_equal(a, b):
 def test_running_statistics_move_once_per_step(momentum):
     """By the mean of what each micro-batch, of two views, would move them; the first pass leaves no trace, and a module
     in evaluation mode no rounding."""
-    from fastssl.norm import RunningStatistics
+    from fastssl.norm import SavedStatistics
 
     torch.manual_seed(0)
     net = torch.nn.ModuleList([torch.nn.BatchNorm1d(5, momentum=momentum) for _ in range(2)]).double()
@@ -231,7 +231,7 @@ def test_running_statistics_move_once_per_step(momentum):
     alone = [copy.deepcopy(net[0]) for _ in x]
     for norm, views in zip(alone, x):
         norm(views[0]), norm(views[1])
-    statistics = RunningStatistics(net)
+    statistics = SavedStatistics(net)
     for views in x:
         [norm(v) for norm in net for v in views]
     statistics.restore()
@@ -251,12 +251,12 @@ def test_micro_batches_need_no_compilation_of_their_own():
     """Dynamo gives a function up that it has compiled eight times."""
     from torch._dynamo.testing import CompileCounter
 
-    from fastssl.norm import RunningStatistics
+    from fastssl.norm import SavedStatistics
 
     net, counter = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)), CompileCounter()
     forward = torch.compile(net, backend=counter)
     for _ in range(2):
-        statistics = RunningStatistics(net)
+        statistics = SavedStatistics(net)
         for _ in range(9):
             with torch.no_grad():
                 forward(torch.randn(6, 4))

@@ -114,7 +114,10 @@ def test_only_the_newest_checkpoints_are_kept(runs):
     [
         ((), "already holds step_00000024: continue it with --resume"),
         (("--resume", "optim.lr=0.2"), "optim.lr was 0.1 when step_00000024 was written and is 0.2 now"),
-        (("--resume", "name=other"), "no complete checkpoint in work_dirs/other/checkpoints"),
+        (
+            ("--resume", "name=other"),
+            "cannot resume: no complete checkpoint in work_dirs/other/checkpoints; start without --resume",
+        ),
         (("optim.lrr=0.2",), "did you mean 'lr'"),
         (("name=other", "optim.batch=15"), "speed.micro_batch=4 does not divide a rank's share, 15"),
         (("name=other", "data.train=no.beton"), "no.beton"),

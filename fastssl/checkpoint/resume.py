@@ -31,17 +31,15 @@ def _find(run: Run, resume: bool | str | Path, force: bool) -> Path | None:
         if existing and not force:
             raise ValueError(_not_empty(folder))
         return None
-    newest = resume is True or resume == "auto"
-    if newest and force:
+    from_newest = resume is True or resume == "auto"
+    if from_newest and force:
         raise ValueError("--force starts anew and --resume and --continue continue: give one of them")
     path = store.newest(folder) if resume is True or resume == "auto" else _complete(Path(resume))
     if path is None:
-        raise ValueError(
-            f"--resume: no complete checkpoint in {store.directory(folder)}; start without --resume"
-            + ", but with --force, which deletes the damaged ones" * bool(existing)
-        )
+        hint = "start anew with --force, which deletes the damaged ones" if existing else "start without --resume"
+        raise ValueError(f"cannot resume: no complete checkpoint in {store.directory(folder)}; {hint}")
     newer = [p for p in existing if not store.precedes(p, path)]
-    if newer and not newest and not force:
+    if newer and not from_newest and not force:
         raise ValueError(
             f"{folder} holds {newer[0].name}, which does not lead to {path}: give another name=..., or "
             "delete it with --force"

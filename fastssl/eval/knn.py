@@ -77,7 +77,7 @@ def knn(
         for n, count in zip(k, correct):
             count += _correct(weight[:, :n], bank_labels[neighbours[:, :n]], labels[rows], classes)
     correct = dist.sum_(correct.to(dist.device())).tolist()
-    rows = [{"k": n, **percentages(count, len(queries))} for n, count in zip(k, correct)]
+    results = [{"k": n, **percentages(count, len(queries))} for n, count in zip(k, correct)]
     options = {
         "temperature": temperature,
         "backend": backend,
@@ -87,7 +87,7 @@ def knn(
         "dim": bank.shape[1],
         "classes": classes,
     }
-    return {"protocol": "knn", "options": options, "results": rows}
+    return {"protocol": "knn", "options": options, "results": results}
 
 
 def _check(k: tuple[int, ...], temperature: float) -> None:

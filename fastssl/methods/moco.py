@@ -2,9 +2,8 @@
 https://arxiv.org/abs/1911.05722  https://arxiv.org/abs/2003.04297
 
 Momentum encoder and queue are updated once per optimizer step, after it; the original updates the encoder at the start
-of the next forward, with the same keys.  Before the momentum encoder, the images are distributed over the ranks at
-random (shuffled batch norm), which has no effect on one rank, as in the original.  `symmetric` is solo-learn's MoCo
-v2+.
+of the next forward, with the same keys.  The momentum encoder sees the images redistributed over the ranks at random
+(shuffled batch norm); with one rank this changes nothing, as in the original.  `symmetric` is solo-learn's MoCo v2+.
 """
 
 from __future__ import annotations
@@ -73,6 +72,7 @@ class MoCo(nn.Module):
         return shuffle.unshuffle(self.target(shuffle.shuffle(x)))
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
+        # q, k: (B, directions, D); queue: (directions, K, D); directions = 2 if symmetric else 1
         losses = [
             infonce(q, k, queue, self.config.temperature, impl=self.kernels)
             for q, k, queue in zip(out["q"].unbind(1), out["k"].detach().unbind(1), self.queue)

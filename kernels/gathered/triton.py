@@ -94,9 +94,8 @@ def forward(
     n = negatives.shape[1]
     block_d = next_power_of_2(d)
     block_n = max(8, 4096 // block_d)
-    num_splits, tiles_per_split = split_tiles(
-        cdiv(m, 4), max(cdiv(n, block_n), 1), q.device
-    )  # 4 small programs count as 1
+    programs = cdiv(m, 4)  # 4 small programs count as 1
+    num_splits, tiles_per_split = split_tiles(programs, max(cdiv(n, block_n), 1), q.device, programs_per_sm=2)
     f32 = {"dtype": torch.float32, "device": q.device}
     stats, acc = torch.empty((2, num_splits, m), **f32), torch.empty((num_splits, m, block_d), **f32)
     dot, inv_norm = torch.empty(m, **f32), torch.empty(m, **f32)

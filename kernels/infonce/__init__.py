@@ -19,10 +19,11 @@ def infonce(
     group: Group = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Mean cross entropy of query i's positive k_i.  q and k are (N, D); k and the queue get no gradient.
+    """Mean over i of -log softmax(<q_i, keys> / temperature) at the positive key k_i, 0-dim.  q and k are (N, D); k and
+    the queue get no gradient.
 
-    queue (K, D): the classes are k_i and every row of the queue, as enqueue_ fills it.
-    queue=None: the classes are the rows of k of all ranks of `group` (MoCo v3).
+    queue (K, D): the keys are k_i and every row of the queue, as enqueue_ fills it.
+    queue=None: the keys are the rows of k of all ranks of `group` (MoCo v3); N must be the same on every rank.
     normalize: scale q and k to unit length first; the queue is used as it is.
     """
     check_rows("infonce", temperature, q=q, k=k, **({} if queue is None else {"queue": queue}))

@@ -1,4 +1,5 @@
-"""InfoNCE whose keys get no gradient as a custom op, by kernels/one_pass: 4 M N D operations, no logits in memory.
+"""InfoNCE whose keys get no gradient as a custom op, by kernels/one_pass: 4 M N D floating-point operations for M
+queries, N keys and D features, no logits in memory.
 
 Times: docs/kernels.md.
 """

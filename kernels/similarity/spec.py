@@ -9,7 +9,8 @@ from torch import Tensor
 from ..collectives import Group, rank_world
 from ..tiling import MAX_D_IN_REGISTERS, Tiles, needs_small_tiles
 
-# |scale s| <= 96.2 there: neither e nor 1 / r leaves float32's [2^-126, 2^127], for 2^30 rows
+# At this temperature |scale * s| <= 1 / (ln 2 * 0.015) = 96.2, so 2^(scale s) and, for up to 2^30 rows, 1 / r stay
+# within float32's range.
 LOWEST_TEMPERATURE = 0.015
 
 
@@ -20,7 +21,7 @@ class LossSpec(NamedTuple):
     normalize: bool
     exclude_self: bool = False  # leave out a row's similarity to itself
     decoupled: bool = False  # leave positives out of the sums
-    partner_offset: int = 0  # without labels, the positive of row i is row (i + partner_offset) mod M
+    partner_offset: int = 0  # without labels, the positive of row i is row (i + partner_offset) mod M: 0 or M / 2
 
     @property
     def online(self) -> bool:

@@ -1,7 +1,7 @@
 """The definition of Sinkhorn in plain PyTorch, with logarithms of the scaling vectors: exact for any logits."""
 
 import torch
-import torch.distributed as dist
+import torch.distributed as td
 from torch import Tensor
 
 from ..collectives import Group, all_reduce
@@ -25,5 +25,5 @@ def _logsumexp(x: Tensor, group: Group) -> Tensor:
     """Over the rows of all ranks."""
     if group is None:
         return x.logsumexp(0)
-    top = all_reduce(x.amax(0), group, dist.ReduceOp.MAX)
+    top = all_reduce(x.amax(0), group, td.ReduceOp.MAX)
     return top + all_reduce((x - top).exp().sum(0), group).log()

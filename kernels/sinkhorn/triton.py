@@ -6,7 +6,7 @@ Sums are kept as a running maximum and a sum relative to it, so logits of any ra
 import math
 
 import torch
-import torch.distributed as dist
+import torch.distributed as td
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -137,7 +137,7 @@ def center(logits: Tensor, epsilon: float, iterations: int, group: Group) -> Ten
     f32 = {"dtype": torch.float32, "device": logits.device}
     row, column, column_max = torch.empty(b, **f32), torch.empty(k, **f32), torch.empty(k, **f32)
     programs = cdiv(k, BLOCK_K)
-    num_splits, tiles_per_split = split_tiles(programs, max(cdiv(b, BLOCK_B), 1), logits.device)
+    num_splits, tiles_per_split = split_tiles(programs, max(cdiv(b, BLOCK_B), 1), logits.device, programs_per_sm=2)
     stats = torch.empty((2, num_splits, k), **f32)
     for i in range(iterations):
         column_kernel[(programs, num_splits)](
@@ -157,7 +157,7 @@ def center(logits: Tensor, epsilon: float, iterations: int, group: Group) -> Ten
         column_end_kernel[(cdiv(k, 1024),)](stats, column_max, column, k, num_splits, BLOCK_K=1024, LOG=group is None)
         if group is not None:
             own_max = column_max.clone()
-            all_reduce(column_max, group, dist.ReduceOp.MAX)
+            all_reduce(column_max, group, td.ReduceOp.MAX)
             column = column_max + all_reduce(column * torch.exp2(own_max - column_max), group).log2()
         if i < iterations - 1:  # the last scaling of the rows is the softmax that uses the center
             row_kernel[(b,)](

@@ -199,7 +199,7 @@ def forward(
     m, k = student.shape
     f32 = {"dtype": torch.float32, "device": student.device}
     block_k = row_block(k)
-    num_splits, tiles_per_split = split_tiles(m, cdiv(k, block_k), student.device)
+    num_splits, tiles_per_split = split_tiles(m, cdiv(k, block_k), student.device, programs_per_sm=2)
     stats = torch.empty((5, num_splits, m), **f32)
     flags = {"CENTER": center is not None, "LOGITS": teacher_temperature is not None}
     scales = _scales(student_temperature, teacher_temperature)

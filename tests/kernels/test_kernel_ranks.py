@@ -45,21 +45,21 @@ def compute(name, impl, group, part):
 
 
 def worker(out):
-    import torch.distributed as dist
+    import torch.distributed as td
 
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    td.init_process_group("gloo")
+    rank = td.get_rank()
     results = {}
     for name, impl in CASES:
-        loss, grads = compute(name, impl, dist.group.WORLD, slice(rank * LOCAL, (rank + 1) * LOCAL))
-        dist.all_reduce(loss)
+        loss, grads = compute(name, impl, td.group.WORLD, slice(rank * LOCAL, (rank + 1) * LOCAL))
+        td.all_reduce(loss)
         everyone = [torch.empty_like(torch.stack(grads)) for _ in range(WORLD)]
-        dist.all_gather(everyone, torch.stack(grads))
+        td.all_gather(everyone, torch.stack(grads))
         # the mean over ranks: of the loss, and of the gradients of parameters, which each rank's rows reach once
         results[name, impl] = loss / WORLD, torch.cat(everyone, 1) / WORLD
     if rank == 0:
         torch.save(results, out)
-    dist.destroy_process_group()
+    td.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
