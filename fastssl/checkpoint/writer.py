@@ -2,17 +2,23 @@
 
 `save` copies this rank's state to host memory; its thread then writes the files.  Rank 0's thread reads in the process
 group's store that all ranks have finished, and commits the checkpoint.  The threads use no collective.
+
+A checkpoint may take longer than `timeout_s`: as long as this rank's thread is at work, waiting for it is progress.
+The other ranks count signs of life in the store while theirs are; rank 0 waits for those that do.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 
 import torch
 import torch.distributed as td
@@ -20,11 +26,15 @@ from torch import Tensor
 
 from fastssl import dist
 from fastssl.checkpoint import state, store
+from fastssl.ending import progress
 from fastssl.files import untrusted
 from fastssl.trainer import Trainer
 
 POLL_S = 0.02
-STALL_S = 10.0  # after an error: a checkpoint that has not grown for so long is left unfinished
+BEAT_S = 1.0  # between two signs of life of a rank's thread
+SILENT_S = 120.0  # without one after which rank 0 waits no longer; the thread needs Python's lock for each
+STALL_S = 10.0  # the same after an error
+FILE_S = 3600.0  # for one file, with its fsync: a thread that takes longer hangs
 
 
 class Writer:
@@ -38,14 +48,18 @@ class Writer:
         self._path: Path | None = None  # rank 0: of the last complete checkpoint
         self._complete: set[Path] = set()  # rank 0: checkpoints that need not be read again
         self._error: ValueError | None = None
-        self._abandoned = False
+        self._leaving = False  # after an error
+        self._since = 0.0  # when the thread has begun its present file or heard of another rank
         self._connection: td.Store | None = None
 
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, *_) -> None:
-        self._join_while_growing()
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._leaving = True
+        self._join()
+        if dist.is_main() and self._error is not None and self._error is not error:
+            print(self._error, file=sys.stderr, flush=True)
 
     def save(self) -> None:
         """Begin a checkpoint of the present step, after the one before is complete.  ValueError on every rank
@@ -54,6 +68,7 @@ class Writer:
         self._folder, token = dist.on_main(self._begin)
         contents = state.snapshot(self._t, self._copies)
         self._copies.record()
+        self._path, self._since = None, time.monotonic()
         self._thread = threading.Thread(
             target=self._run, args=(self._folder, token, contents), name="fastssl-checkpoint", daemon=True
         )
@@ -82,65 +97,87 @@ class Writer:
         return self._path
 
     def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Wait for the thread; after an error not for one that hangs."""
+        while self._thread is not None and not (self._leaving and self._hangs()):
+            if not self._hangs():
+                progress.made()
+            self._thread.join(BEAT_S)
+            if not self._thread.is_alive():
+                self._thread = None
 
-    def _join_while_growing(self) -> None:
-        while self._thread is not None and self._thread.is_alive():
-            before = self._size()
-            self._thread.join(STALL_S)
-            if self._thread.is_alive() and self._size() == before:
-                self._abandoned = True
-                self._thread.join(10 * POLL_S)
-                print(f"{self._folder}: not all ranks have written their files", file=sys.stderr, flush=True)
-                return
-
-    def _size(self) -> int:
-        assert self._folder is not None
-        try:
-            return sum(path.stat().st_size for path in self._folder.iterdir())
-        except OSError:  # it has been renamed
-            return -1
+    def _hangs(self) -> bool:
+        return time.monotonic() - self._since > FILE_S
 
     def _run(self, folder: Path, token: str, contents: state.Contents) -> None:
         """In the thread: write this rank's files, then report them; on rank 0 commit."""
         try:
-            self._copies.wait()
-            mine: dict = {"files": {name: store.write(folder / name, content) for name, content in contents.items()}}
+            with self._signs_of_life(token):
+                mine = self._write(folder, contents)
+            if dist.is_main():
+                self._path = self._commit(folder, [mine, *self._reports(folder, token)])
+                return
+            self._store().set(_key(token, dist.rank()), json.dumps(mine))
+            _files(mine)
         except Exception as error:  # of any type: it is raised in the main thread
-            mine = {"error": self._message(folder, error)}
-        if dist.is_main():
-            self._commit(folder, [mine, *self._reports(token)])
-            return
-        if "error" in mine:
-            self._error = ValueError(mine["error"])
-        self._store().set(f"fastssl/checkpoint/{token}/{dist.rank()}", json.dumps(mine))
+            if dist.is_main():
+                shutil.rmtree(folder, ignore_errors=True)
+            self._error = error if type(error) is ValueError else ValueError(self._message(folder, error))
 
-    def _reports(self, token: str) -> list[dict]:
-        """What the other ranks have written, in the order of ranks; waits for them."""
+    def _write(self, folder: Path, contents: state.Contents) -> dict:
+        """This rank's report: "files" with their entries in the manifest, or an "error"."""
+        entries = {}
+        try:
+            self._copies.wait()
+            for name, content in contents.items():
+                self._since = time.monotonic()
+                entries[name] = store.write(folder / name, content)
+        except Exception as error:  # of any type: rank 0 raises it
+            return {"error": self._message(folder, error)}
+        return {"files": entries}
+
+    @contextlib.contextmanager
+    def _signs_of_life(self, token: str) -> Iterator[None]:
+        """Inside, a second thread tells rank 0 that this rank is at work, unless it hangs."""
+        if dist.is_main():
+            yield
+            return
+        end = threading.Event()
+
+        def beat() -> None:
+            with contextlib.suppress(RuntimeError):  # the store has failed: the report fails, too
+                while not end.wait(BEAT_S) and not self._hangs():
+                    self._store().add(_key(token, dist.rank()) + "/beats", 1)
+
+        thread = threading.Thread(target=beat, name="fastssl-checkpoint-beat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            end.set()
+            thread.join()
+
+    def _reports(self, folder: Path, token: str) -> list[dict]:
+        """What the other ranks have written, in the order of ranks; waits for those that give signs of life."""
         reports: list[dict] = []
+        group = self._store()
         for rank in range(1, dist.world()):
-            key, group = f"fastssl/checkpoint/{token}/{rank}", self._store()
+            key, beats, self._since = _key(token, rank), 0, time.monotonic()
             while not group.check([key]):
-                if self._abandoned:
-                    return [*reports, {"error": f"rank {rank} has not written its files"}]
+                if (count := group.add(key + "/beats", 0)) != beats:
+                    beats, self._since = count, time.monotonic()
+                if time.monotonic() - self._since > (STALL_S if self._leaving else SILENT_S):
+                    raise ValueError(self._message(folder, f"rank {rank} has not written its files"))
                 time.sleep(POLL_S)
             reports.append(json.loads(group.get(key)))
             group.delete_key(key)
+            group.delete_key(key + "/beats")
         return reports
 
-    def _commit(self, folder: Path, reports: list[dict]) -> None:
-        log, steps = self._t.run.log, self._t.loader.steps
-        try:
-            for report in reports:
-                if "error" in report:
-                    raise ValueError(report["error"])
-            entries = {name: entry for report in reports for name, entry in report["files"].items()}
-            self._path = store.commit(folder, log.keep, round(log.keep_every * steps), entries, self._complete)
-        except Exception as error:  # of any type: it is raised in the main thread
-            shutil.rmtree(folder, ignore_errors=True)
-            self._error = error if type(error) is ValueError else ValueError(self._message(folder, error))
+    def _commit(self, folder: Path, reports: list[dict]) -> Path:
+        log, self._since = self._t.run.log, time.monotonic()
+        entries = {name: entry for report in reports for name, entry in _files(report).items()}
+        interval = round(log.keep_every * self._t.loader.steps)
+        return store.commit(folder, log.keep, interval, entries, self._complete)
 
     def _store(self) -> td.Store:
         """The process group's, by a connection of its own: the main thread may wait in the other one."""
@@ -149,10 +186,25 @@ class Writer:
         return self._connection
 
     @staticmethod
-    def _message(folder: Path, error: Exception) -> str:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else untrusted.one_line(error)
-        last, _ = store.find_newest(folder.parent.parent)
-        return f"{folder.parent}: {why}; the newest complete checkpoint is {last.name if last else 'none'}"
+    def _message(folder: Path, error: Exception | str) -> str:
+        if isinstance(error, Exception):
+            error = error.strerror if isinstance(error, OSError) and error.strerror else untrusted.one_line(error)
+        try:
+            last, _ = store.find_newest(folder.parent.parent)
+        except OSError as unreadable:
+            return f"{folder.parent}: {error}; its checkpoints cannot be read: {unreadable.strerror}"
+        return f"{folder.parent}: {error}; the newest complete checkpoint is {last.name if last else 'none'}"
+
+
+def _key(token: str, rank: int) -> str:
+    return f"fastssl/checkpoint/{token}/{rank}"
+
+
+def _files(report: dict) -> dict[str, dict]:
+    """The entries in the manifest of a rank's report.  ValueError for one of an error."""
+    if "error" in report:
+        raise ValueError(report["error"])
+    return report["files"]
 
 
 def save(t: Trainer) -> Path:
