@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastssl import dist
 from fastssl.checkpoint import state, store
-from fastssl.ending import progress
+from fastssl.ending import mark_saved, progress
 from fastssl.files import untrusted
 from fastssl.trainer import Trainer
 
@@ -177,7 +177,9 @@ class Writer:
         log, self._since = self._t.run.log, time.monotonic()
         entries = {name: entry for report in reports for name, entry in _files(report).items()}
         interval = round(log.keep_every * self._t.loader.steps)
-        return store.commit(folder, log.keep, interval, entries, self._complete)
+        path = store.commit(folder, log.keep, interval, entries, self._complete)
+        mark_saved()
+        return path
 
     def _store(self) -> td.Store:
         """The process group's, by a connection of its own: the main thread may wait in the other one."""

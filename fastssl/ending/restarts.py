@@ -1,8 +1,8 @@
 """`--restarts N`: a process beside each rank that starts the rank again, where it is, up to N times.
 
-A killed rank cannot restart itself, so that each rank runs as a child.  When one rank ends, the others end within
-seconds (watchdog.py); then all are started again and continue from the newest checkpoint.  What a new start cannot mend
-is not tried again: wrong settings, data and files (exit code 2), a signal (75), Ctrl-C (130).
+A killed rank cannot restart itself, so that each rank runs as a child.  When one rank ends, the others end, too
+(watchdog.py; docs/reliability.md says how soon); then all are started again.  What a new start cannot mend is not tried
+again: wrong settings, data and files (exit code 2), a signal (75), Ctrl-C (130).
 """
 
 from __future__ import annotations
@@ -11,53 +11,118 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from fastssl.ending.signals import HANDLED, INTERRUPTED, REQUEUE
 
 FINAL = (0, 2, REQUEUE, INTERRUPTED)
 PAUSE_S = 1.0  # before a restart
+PORT_STEP = 100  # between the ports of two starts, so that a second job can have the next port
+SAVED = "FASTSSL_SAVED"  # variable: a file that rank 0 creates when it has written a checkpoint
+LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # variables of deepspeed and torchrun
 
 
 def supervise(command: Sequence[str], restarts: int) -> int:
-    """Run `command` (the training, without --restarts) until it ends for good; returns its exit code."""
-    done, code = 0, 0
-    while True:
-        code = _child(command if done == 0 else _to_continue(command), done)
-        if code in FINAL or done == restarts:
-            return code
-        done += 1
-        if os.environ.get("RANK", "0") == "0" or code > 128:
-            how = f"was ended by {signal.Signals(code - 128).name}" if code > 128 else f"ended with exit code {code}"
-            rank = os.environ.get("RANK", "0")
-            print(f"fastssl: rank {rank} {how}; restart {done} of {restarts}", file=sys.stderr, flush=True)
-        time.sleep(PAUSE_S)
+    """Run `command` (the training, without --restarts) until it ends for good; returns its exit code.
+
+    The signals HANDLED are passed on to the child.  After one no child is started; unless the child ends with a code in
+    FINAL, the result is then REQUEUE (INTERRUPTED for Ctrl-C)."""
+    with tempfile.TemporaryDirectory(prefix="fastssl-") as folder, _Rank(Path(folder) / "saved") as rank:
+        attempt = 0
+        while True:
+            code = rank.run(_to_continue(command) if rank.saved.exists() else command, attempt)
+            if code in FINAL:
+                return code
+            if not rank.stop and attempt < restarts:
+                _announce(code, attempt + 1, restarts)
+                time.sleep(PAUSE_S)
+            if rank.stop:
+                return INTERRUPTED if rank.stop == signal.SIGINT else REQUEUE
+            if attempt == restarts:
+                return code
+            attempt += 1
+
+
+def mark_saved() -> None:
+    """On rank 0, when a checkpoint is complete: a restart continues from it, whatever this start was told."""
+    if SAVED in os.environ:
+        Path(os.environ[SAVED]).touch()
+
+
+def _announce(code: int, attempt: int, restarts: int) -> None:
+    """A line on rank 0, and on each rank that was killed."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and code <= 128:
+        return
+    how = f"was ended by {signal.Signals(code - 128).name}" if code > 128 else f"ended with exit code {code}"
+    print(f"fastssl: rank {rank} {how}; restart {attempt} of {restarts}", file=sys.stderr, flush=True)
 
 
 def _to_continue(command: Sequence[str]) -> list[str]:
-    return [a for a in command if a not in ("--force", "--resume")] + ["--continue"]
+    """`command` after the run has written a checkpoint.  Before, a restart repeats it as it is: --force deletes what
+    the start before has not deleted, and --resume-from names the only checkpoint there is."""
+    kept, words = [], iter(command)
+    for word in words:
+        if word == "--resume-from":
+            next(words, None)
+        elif word not in ("--force", "--resume", "--continue") and not word.startswith("--resume-from="):
+            kept.append(word)
+    return [*kept, "--continue"]
 
 
-def _child(command: Sequence[str], attempt: int) -> int:
-    """The exit code of one life of the rank; 128 + its number for a signal that killed it."""
-    env = {**os.environ, "FASTSSL_RESTARTS": str(attempt)}
-    if "TORCHELASTIC_RESTART_COUNT" in env:  # torchrun's store outlives the ranks: each life has its own keys in it
-        env["TORCHELASTIC_RESTART_COUNT"] = str(int(env["TORCHELASTIC_RESTART_COUNT"]) + 1000 * attempt)
-    elif "MASTER_PORT" in env:  # so that no rank joins those of the life before, which may still be ending
-        env["MASTER_PORT"] = str(int(env["MASTER_PORT"]) + attempt)
-    parent = os.getppid()
-    process = subprocess.Popen(command, env=env)
-    before = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in HANDLED}
-    try:
+class _Rank:
+    """Runs the rank as a child, one attempt after the other.  Inside `with`, signals go to the child."""
+
+    def __init__(self, saved: Path):
+        self.saved, self.stop = saved, 0  # `stop`: the first signal
+        self._child: subprocess.Popen | None = None
+        self._before: dict[int, Any] = {}  # handlers, as signal.signal returns them
+
+    def __enter__(self) -> _Rank:
+        for number in HANDLED:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # under nohup the child ignores it, too
+                self._before[number] = signal.signal(number, self._pass_on)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: FrameType | None = None) -> None:
+        self.stop = self.stop or number
+        if self._child is not None:
+            self._child.send_signal(number)
+
+    def run(self, command: Sequence[str], attempt: int) -> int:
+        """The exit code of one attempt; 128 + its number for a signal that killed it."""
+        parent, launched = os.getppid(), any(name in os.environ for name in LAUNCHERS)
+        self._child = child = subprocess.Popen(command, env=self._environment(attempt))
+        if self.stop:  # it came before there was a child
+            child.send_signal(self.stop)
         while True:
             try:
-                code = process.wait(1.0)
+                code = child.wait(1.0)
                 return code if code >= 0 else 128 - code
             except subprocess.TimeoutExpired:
-                if os.getppid() != parent:  # the launcher has gone
-                    process.send_signal(signal.SIGTERM)
+                if launched and os.getppid() != parent:  # the launcher has gone
+                    self._pass_on(signal.SIGTERM)
                     parent = os.getppid()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+    def _environment(self, attempt: int) -> dict[str, str]:
+        env = {**os.environ, "FASTSSL_RESTARTS": str(attempt), SAVED: str(self.saved)}
+        if "TORCHELASTIC_RESTART_COUNT" in env:  # torchrun's store outlives the ranks: each attempt has its own keys
+            env["TORCHELASTIC_RESTART_COUNT"] = str(int(env["TORCHELASTIC_RESTART_COUNT"]) + 1000 * attempt)
+        elif "MASTER_PORT" in env:  # so that no rank joins those of the attempt before, which may still be ending
+            env["MASTER_PORT"] = str(_port(int(env["MASTER_PORT"]), attempt))
+        return env
+
+
+def _port(first: int, attempt: int) -> int:
+    """A port for each attempt: PORT_STEP higher each time, or lower where there are no higher ones."""
+    port = first + PORT_STEP * attempt
+    return port if port < 1 << 16 else first - PORT_STEP * attempt

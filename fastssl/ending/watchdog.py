@@ -28,6 +28,7 @@ import torch.distributed as td
 
 from fastssl import dist
 from fastssl.ending.failure import failed_code, report_failure
+from fastssl.ending.restarts import LAUNCHERS
 from fastssl.ending.signals import Signals
 
 CHECKPOINT_S = 120.0  # for a last checkpoint of ranks whose launcher has gone
@@ -101,8 +102,7 @@ class Watchdog:
         return _ended(gone[0], before[gone[0]]) if gone else None
 
     def _run(self) -> None:
-        launchers = ("CROSS_RANK", "TORCHELASTIC_RUN_ID", "FASTSSL_RESTARTS")  # deepspeed, torchrun, restarts.py
-        launched = any(name in os.environ for name in launchers)
+        launched = any(name in os.environ for name in (*LAUNCHERS, "FASTSSL_RESTARTS"))
         while not self._end.wait(1.0):
             if launched and os.getppid() != self._parent:
                 print("fastssl: the launcher has gone", file=sys.stderr, flush=True)
