@@ -150,10 +150,15 @@ def train(t: Trainer, log: Log, signals: ending.Signals, writer: Writer) -> None
             if number == ending.FAIL:
                 losses.check(log.flush(t.meter.flush()))
                 writer.finish()  # one of the two raises, on every rank
-            if number or checkpoint_due(t):
+            due = number or checkpoint_due(t)
+            if due:
                 timings = t.meter.flush()
                 losses.check(log.flush(timings))
                 times.add(t, timings)
+            if t.step % t.loader.steps == 0 or t.step == t.total_steps:
+                end_epoch(t, log)  # before the checkpoint: a run that continues from it does not come here again
+            if due:
+                losses.check(log.flush())
                 save(t, log, writer, losses, needed=bool(number))
             if number and t.step < t.total_steps:
                 log.text(
@@ -162,8 +167,6 @@ def train(t: Trainer, log: Log, signals: ending.Signals, writer: Writer) -> None
                 )
                 log.close()
                 raise ending.Stopped(number)
-            if t.step % t.loader.steps == 0 or t.step == t.total_steps:
-                end_epoch(t, log)
     writer.finish()
     timings = t.meter.flush()
     times.add(t, timings)

@@ -71,6 +71,42 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_can_be_resumed(train, monk
     assert checkpoints()[-1] == 6 and len(losses()) == 6
 
 
+def test_a_signal_at_the_end_of_an_epoch_loses_no_evaluation(train, monkeypatch):
+    """The step of the signal is the last of the first of two epochs: the hooks are called before the checkpoint."""
+    Path("c.py").write_text(
+        Path("c.py").read_text()
+        + """
+class Count(Hook):
+    count = 0
+
+    def after_epoch(self, t):
+        self.count += 1
+        t.log({"counted": self.count})
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+Send.after_step = lambda self, t, out, batch: (
+    os.kill(os.getpid(), int(os.environ["SEND"])) if t.step == t.loader.steps and "SEND" in os.environ else None)
+one = get_config
+
+def get_config():
+    run = one()
+    run.hooks, run.optim.epochs, run.log.checkpoint_steps = (*run.hooks, Count()), 2, 100
+    return run
+"""
+    )
+    monkeypatch.setenv("SEND", str(int(signal.SIGTERM)))
+    assert train()[0] == 75
+    monkeypatch.delenv("SEND")
+    assert train("--resume")[0] == 0
+    records = [json.loads(line) for line in Path("work_dirs/r/log.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["counted"]) for r in records if "counted" in r] == [(6, 1), (12, 2)]
+
+
 def test_the_first_lines_describe_the_run_and_the_last_the_next_command(train):
     code, lines = train("log.keep_every=0.5", "log.keep=1")
     assert code == 0
