@@ -62,7 +62,10 @@ VOC_MISTAKES = [
     (lambda f: f.write_text(re.sub("<xmax>.*?</xmax>", "", f.read_text())), "000000.xml has no object/bndbox/xmax"),
     (lambda f: f.write_text(re.sub("<xmax>\\d+", "<xmax>many", f.read_text())), "000000.xml has 'many' for object/bnd"),
     (lambda f: f.write_text(re.sub("<xmax>\\d+", "<xmax>0", f.read_text())), "000000.xml: the box .* has no area"),
-    (lambda f: f.write_text(re.sub("<xmax>\\d+", "<xmax>inf", f.read_text())), "000000.xml: the box .* is not finite"),
+    (
+        lambda f: f.write_text(re.sub("<xmax>\\d+", "<xmax>inf", f.read_text())),
+        "000000.xml has 'inf' for object/bndbox/xmax",
+    ),
     (lambda f: edit(f, "<width>64", "<width>"), "000000.xml has '' for annotation/size/width"),
     (lambda f: (f.parents[1] / "ImageSets/Main/trainval.txt").write_text("\n"), "trainval.txt lists no image"),
     (lambda f: (f.parents[1] / "ImageSets/Main/trainval.txt").unlink(), "trainval.txt does not exist: --voc is"),
@@ -92,7 +95,7 @@ def change(path, value):
 
 
 COCO_MISTAKES = [
-    (lambda r: (r / "annotations/instances_val2017.json").write_text("{"), "instances_val2017.json is not JSON"),
+    (lambda r: (r / "annotations/instances_val2017.json").write_text("{"), "instances_val2017.json is not valid JSON"),
     (lambda r: (r / "annotations/instances_val2017.json").write_text("[]"), "is not an instances file of COCO"),
     (lambda r: (r / "annotations/instances_val2017.json").unlink(), "does not exist: --coco is the folder"),
     (lambda r: (r / "val2017/000000000001.jpg").unlink(), "1 images of .* are missing, such as .*000000000001.jpg"),

@@ -93,9 +93,9 @@ def test_the_norm_behind_res5(monkeypatch):
 
     known = {
         "checkpoint": ["DetectionCheckpointer"],
-        "config": ["get_cfg"],
-        "evaluation": ["COCOEvaluator", "PascalVOCDetectionEvaluator"],
-        "layers": ["get_norm"],
+        "config": ["CfgNode", "get_cfg"],
+        "evaluation": ["COCOEvaluator", "DatasetEvaluator", "PascalVOCDetectionEvaluator"],
+        "layers": ["ShapeSpec", "get_norm"],
         "modeling.roi_heads": ["ROI_HEADS_REGISTRY", "Res5ROIHeads"],
         "engine": ["DefaultTrainer", "default_argument_parser", "default_setup", "launch"],
         "": [],
