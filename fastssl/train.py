@@ -43,6 +43,8 @@ def parser(prog: str = "fastssl train") -> argparse.ArgumentParser:
 def parse(argv: list[str] | None, prog: str = "fastssl train") -> argparse.Namespace:
     """The arguments; ValueError where CONFIG or a setting is wrong."""
     args = parser(prog).parse_intermixed_args(argv)
+    if args.restarts < 0:
+        raise ValueError(f"--restarts {args.restarts}: must be 0 or more")
     args.config, args.overrides = _config_and_overrides([*filter(None, [args.config]), *args.overrides])
     return args
 

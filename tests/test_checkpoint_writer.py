@@ -103,7 +103,7 @@ def test_after_an_error_the_end_does_not_wait_for_a_thread_that_hangs(make, idle
 
 
 def report(w, beats=0):
-    """Rank 1: signs of life, and then its report."""
+    """Rank 1: heartbeats, and then its report."""
     for _ in range(beats):
         time.sleep(0.05)
         w._connection.add("fastssl/checkpoint/token/1/beats", 1)

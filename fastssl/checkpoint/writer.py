@@ -4,7 +4,7 @@
 group's store that all ranks have finished, and commits the checkpoint.  The threads use no collective.
 
 A checkpoint may take longer than `timeout_s`: as long as this rank's thread is at work, waiting for it is progress.
-The other ranks count signs of life in the store while theirs are; rank 0 waits for those that do.
+The other ranks count heartbeats in the store while theirs are; rank 0 waits for those that do.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastssl.files import untrusted
 from fastssl.trainer import Trainer
 
 POLL_S = 0.02
-BEAT_S = 1.0  # between two signs of life of a rank's thread
+BEAT_S = 1.0  # seconds between two heartbeats of a rank's thread
 SILENT_S = 120.0  # without one after which rank 0 waits no longer; the thread needs Python's lock for each
 STALL_S = 10.0  # the same after an error
 FILE_S = 3600.0  # for one file, with its fsync: a thread that takes longer hangs
@@ -157,7 +157,7 @@ class Writer:
             thread.join()
 
     def _reports(self, folder: Path, token: str) -> list[dict]:
-        """What the other ranks have written, in the order of ranks; waits for those that give signs of life."""
+        """What the other ranks have written, in the order of ranks; waits for those with heartbeats."""
         reports: list[dict] = []
         group = self._store()
         for rank in range(1, dist.world()):

@@ -161,3 +161,8 @@ def test_the_child_is_stopped_when_the_launcher_has_gone(launcher, code, monkeyp
 def test_the_child_gets_the_other_arguments():
     given = ["c.py", "--restarts", "2", "a.b=1", "--restarts=3", "--resume"]
     assert train._without_restarts(given) == ["c.py", "a.b=1", "--resume"]
+
+
+def test_a_negative_number_of_restarts_is_refused(capsys):
+    assert train.main(["--restarts", "-1"]) == 2
+    assert "--restarts -1: must be 0 or more" in capsys.readouterr().err
