@@ -45,8 +45,11 @@ def fit(
 
     `hooks`: the monitors; None: those that `run.log` names (kNN, probe, collapse).  `resume`: True: continue from the
     newest complete checkpoint of the run's folder, an error if there is none; "auto": the same, or a new run if the
-    folder has no checkpoints; a path: continue from that checkpoint.  `force`: start anew over the folder's
-    checkpoints.  `loader`: None opens `data.train`."""
+    folder has no checkpoints; a path: continue from that checkpoint.  `force`: delete the folder's checkpoints and
+    start at step 0.  `device`: "cpu" or "cuda"; None: CUDA if there is one.  `loader`: None opens `data.train`.
+
+    Returns the trainer after the last step.  ValueError where the device has too little memory or a loss is not finite.
+    """
     config.validate(run)
     device_used = dist.init(device)
     if emulated(run.optim.precision, device_used):
@@ -90,7 +93,7 @@ def fit(
             except torch.OutOfMemoryError as error:
                 out_of_memory = untrusted.one_line(error)
         if out_of_memory is not None:
-            raise ValueError(f"out of memory in step {t.step + 1}: {memory.advice(t)} ({out_of_memory})")
+            raise ValueError(f"out of memory after step {t.step}: {memory.advice(t)} ({out_of_memory})")
         if not_finite is None:
             log.text(closing(t))
             return t
@@ -130,55 +133,56 @@ def build_plain(run: Run, device: str | None, loader: Loader | None = None) -> T
 
 def train(t: Trainer, log: Log, signals: ending.Signals, writer: Writer) -> None:
     """The training loop, from step `t.step` to the last."""
-    first, times, losses = t.step, bottleneck.Bottleneck(), FiniteLoss(t.run.optim.skip_nonfinite)
+    first_step, limits, finite = t.step, bottleneck.Bottleneck(), FiniteLoss(t.run.optim.skip_nonfinite)
     with contextlib.closing(batches(t, partial(begin_epoch, text=log.text))) as source:
         for epoch, micro_batches in source:
-            if t.step == first:
+            if t.step == first_step:
                 count_flops(t, micro_batches)
             step(t, micro_batches)
             ending.progress.made(t.step)
             timings = t.meter.end_step(t.step)
             try:
-                losses.check(log.step(t.step, epoch, t.scalars, timings))
+                finite.check(log.step(t.step, epoch, t.scalars, timings))
             except NotFinite:
-                signals.request(ending.FAIL)  # records arrive on some ranks earlier than on others
+                # not raised yet: other ranks may not have this record; all of them receive FAIL after the same step
+                signals.request(ending.FAIL)
             if writer.failed:
                 signals.request(ending.FAIL)
-            if warning := times.add(t, timings):
+            if warning := limits.add(t, timings):
                 log.text(warning)
-            number = signals.received()
-            if number == ending.FAIL:
-                losses.check(log.flush(t.meter.flush()))
-                writer.finish()  # one of the two raises, on every rank
-            due = number or checkpoint_due(t)
+            received = signals.received()
+            if received == ending.FAIL:
+                finite.check(log.flush(t.meter.flush()))
+                writer.finish()  # on every rank, this or the check before raises
+            due = received or checkpoint_due(t)
             if due:
                 timings = t.meter.flush()
-                losses.check(log.flush(timings))
-                times.add(t, timings)
+                finite.check(log.flush(timings))
+                limits.add(t, timings)
             if t.step % t.loader.steps == 0 or t.step == t.total_steps:
                 end_epoch(t, log)  # before the checkpoint: a run that continues from it does not come here again
             if due:
-                losses.check(log.flush())
-                save(t, log, writer, losses, needed=bool(number))
-            if number and t.step < t.total_steps:
+                finite.check(log.flush())
+                save(t, log, writer, finite, stopping=bool(received))
+            if received and t.step < t.total_steps:
                 log.text(
-                    f"stopped by {signal.Signals(number).name} at step {t.step} of {t.total_steps}; "
+                    f"stopped by {signal.Signals(received).name} at step {t.step} of {t.total_steps}; "
                     f"checkpoint {writer.finish()}; continue with --resume"
                 )
                 log.close()
-                raise ending.Stopped(number)
+                raise ending.Stopped(received)
     writer.finish()
     timings = t.meter.flush()
-    times.add(t, timings)
+    limits.add(t, timings)
     log.close(timings)
-    if summary := times.summary(t):
+    if summary := limits.summary(t):
         log.text(summary)
 
 
 def begin_epoch(t: Trainer, start: int = 0, text: Callable[[str], None] = print) -> np.ndarray | None:
-    """Call the hooks' `before_epoch`, also when a run resumes inside the epoch (`start` > 0), and at its first step the
-    method's.  (After a resume a clustering method's labels come from its saved buffers.)  Returns the method's order of
-    the samples, if it has one."""
+    """Call every hook's `before_epoch`, and the method's if no step of the epoch has been made (`start` steps have).
+    If a run resumes inside an epoch, the labels of a clustering method are in its saved buffers.  Returns the method's
+    order of the samples, if it has one."""
     for hook in t.hooks:
         hook.before_epoch(t)
     if start == 0 and hasattr(t.method, "before_epoch"):
@@ -201,13 +205,13 @@ def batches(
         count = min(t.loader.steps - start, t.total_steps - position)
         with contextlib.closing(t.loader.epoch(t.epoch, start, begin(t, start))) as source:
             for _ in range(count - 1):
-                yield t.epoch, _next(t, source)
-            last = _next(t, source)
-        yield t.epoch, last  # the loader is free: at the end of an epoch hooks read its file
+                yield t.epoch, _next_micro_batches(t, source)
+            last = _next_micro_batches(t, source)
+        yield t.epoch, last  # after the loader is closed: at the end of an epoch hooks may read its file
         position += count
 
 
-def _next(t: Trainer, source: Iterator[Batch]) -> list[Batch]:
+def _next_micro_batches(t: Trainer, source: Iterator[Batch]) -> list[Batch]:
     with t.meter.phase("data"):
         return list(itertools.islice(source, t.loader.sampler.micro))
 
@@ -222,22 +226,26 @@ def end_epoch(t: Trainer, log: Log) -> None:
 
 def checkpoint_due(t: Trainer) -> bool:
     """Whether a checkpoint is written after this step: the last one, or one of the intervals of `run.log`."""
-    log = t.run.log
-    interval = log.checkpoint_steps or round(log.checkpoint_epochs * t.loader.steps)
-    kept = round(log.keep_every * t.loader.steps)
+
+    def steps(epochs: float) -> int:
+        return max(1, round(epochs * t.loader.steps)) if epochs else 0
+
+    settings = t.run.log
+    interval, kept = settings.checkpoint_steps or steps(settings.checkpoint_epochs), steps(settings.keep_every)
     return t.step == t.total_steps or any(n and t.step % n == 0 for n in (interval, kept))
 
 
-def save(t: Trainer, log: Log, writer: Writer, losses: FiniteLoss, needed: bool) -> None:
-    """Begin to write a checkpoint, unless the loss or a weight is not finite: it would take the place of a good one.
-    Then NotFinite where the run ends here (`needed`, the last step), else a line in the log."""
-    problem = losses.problem() or nonfinite.weights_problem(t)
+def save(t: Trainer, log: Log, writer: Writer, finite: FiniteLoss, stopping: bool) -> None:
+    """Start writing a checkpoint.  If the loss or a weight is not finite, none is written, because it would replace a
+    good one: NotFinite if the run ends here (`stopping`, or the last step), else a line in the log."""
+    problem = finite.problem() or nonfinite.weights_problem(t)
     if problem is None:
         writer.save()
         return
-    if needed or t.step == t.total_steps:
-        bad = losses.bad[0]["step"] if losses.bad else t.step + 1
-        raise NotFinite(f"{problem}; no checkpoint of step {t.step} is written", bad)
+    if stopping or t.step == t.total_steps:
+        # with finite losses so far, the weights of this step will make the next one fail
+        failed_step = finite.bad[0]["step"] if finite.bad else t.step + 1
+        raise NotFinite(f"{problem}; no checkpoint of step {t.step} is written", failed_step)
     log.text(f"step {t.step}: no checkpoint is written: {problem}")
 
 

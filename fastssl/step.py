@@ -1,8 +1,9 @@
 """One training step, exact on any number of ranks and micro-batches.
 
-A loss that is a mean over samples is accumulated over micro-batches as usual.  For any other, K micro-batches are
-embedded without gradients, the loss of the whole batch gives the gradient of every embedding once, and each micro-batch
-is embedded again against that gradient (GradCache, https://arxiv.org/abs/2101.06983).
+A loss that is a mean over samples is accumulated over micro-batches as usual.  For any other loss: the forward of every
+micro-batch without autograd; the loss over all outputs and its gradient with respect to them; the forward again with
+autograd and the same random numbers, and the backward of sum(output * gradient) (GradCache,
+https://arxiv.org/abs/2101.06983).  All micro-batches have the same size.
 """
 
 from __future__ import annotations

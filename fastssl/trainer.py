@@ -70,15 +70,17 @@ class Method(Protocol):
     backbone: nn.Module
 
     def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
-        """Every trainable parameter must be used."""
+        """Outputs of the views (B, 3, S, S), by name; S may differ between views.  The loss must depend on every
+        trainable parameter."""
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]: ...
 
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
         """Update what has no gradient, such as a momentum encoder, a queue or a memory bank.
 
-        `progress` is the fraction of the run's steps before this one.  In a step that may be captured in a CUDA graph,
-        `progress`, `batch.epoch` and `batch.step` are 0-dim tensors on the device.  A nonzero `found_inf` means that
+        `progress` is the fraction of the run's steps before this one, a 0-dim tensor on the device except where
+        DeepSpeed makes the step.  Where the step may be captured in a CUDA graph, `batch.epoch` and `batch.step` are
+        0-dim tensors, too, also in `forward` and `loss`.  A nonzero `found_inf` means that
         gradients overflowed in fp16 and nothing may change.  A method without this argument is not called after such a
         step; the host then waits for the device at every step."""
 
@@ -91,7 +93,7 @@ class Trainer:
     folder: Path
     device: torch.device
     method: nn.Module  # a Method
-    ds: DeepSpeedEngine  # around `method`
+    ds: DeepSpeedEngine  # around `method`; at ZeRO 0 only its optimizer and its counters are used
     schedule: Schedule
     loader: Loader
     meter: Meter

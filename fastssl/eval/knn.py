@@ -22,11 +22,11 @@ K = (10, 20, 100, 200)
 
 
 def run(target: EvalTarget, args: argparse.Namespace) -> dict:
-    bank = target.loader(target.train).samples
-    k = args.k or tuple(n for n in K if n <= bank) or (bank,)
+    bank_size = target.loader(target.train).samples
+    k = args.k or tuple(n for n in K if n <= bank_size) or (bank_size,)
     _check(k, args.temperature)  # before the features are computed
-    if max(k) > bank:
-        raise ValueError(f"--k {max(k)}: must be between 1 and {bank}, the images of {target.train}")
+    if max(k) > bank_size:
+        raise ValueError(f"--k {max(k)}: must be between 1 and {bank_size}, the images of {target.train}")
     return knn(
         *target.features(target.train),
         *target.features(target.test),
@@ -47,7 +47,8 @@ def knn(
     temperature: float = 0.07,
     backend: search.Backend = "torch",
 ) -> dict:
-    """Accuracies in percent for each k, from one pass.  Features (N, dim), (M, dim); labels (N,), (M,).
+    """Top-1 and top-5 accuracy in percent for each number of neighbours in `k`.  bank (N, dim) and bank_labels (N,),
+    queries (M, dim) and labels (M,); the search scales features to unit length.
 
     Without queries, every bank sample is classified by the others (leave one out).  All ranks hold all rows and each
     classifies its shard.  `backend`: "torch" on the device of the features, or "faiss" (a flat index).
@@ -98,10 +99,11 @@ def _check(k: tuple[int, ...], temperature: float) -> None:
 
 
 def _correct(weight: Tensor, voted: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """int64 (K,): how many labels (B,) are among the first k of top_ks(classes), by votes (B, n) of that weight.
+    """For each t of top_ks(classes), how many of the B labels are among the t classes with most votes: int64
+    (len(top_ks(classes)),).  weight, voted: (B, n), weight and class of each of the n neighbours.
 
-    Classes without a vote fill the first five as they do in the code of DINO, lightly and solo-learn, the lower number
-    first; of fewer than five neighbours the first n classes count (DINO, solo-learn).
+    Classes without a vote come last, in the order of their numbers, as in the code of DINO, lightly and solo-learn.
+    With n < t only the first n classes count (DINO, solo-learn).
     """
     votes = weight.new_zeros(len(labels), classes).scatter_add_(1, voted, weight)
-    return torch.stack([in_top_k(votes, labels, min(k, voted.shape[1])).sum() for k in top_ks(classes)])
+    return torch.stack([in_top_k(votes, labels, min(t, voted.shape[1])).sum() for t in top_ks(classes)])

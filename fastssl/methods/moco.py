@@ -53,9 +53,9 @@ class MoCo(nn.Module):
         if config.init == "openselfsup":
             parts.kaiming_(self.projector)
         self.target = parts.frozen_copy(self.backbone, self.projector)
-        directions = 1 + config.symmetric
-        self.register_buffer("queue", parts.random_directions(directions, config.queue, config.dims[-1]))
-        self.register_buffer("pointers", torch.zeros(directions, dtype=torch.int64))
+        pairs = 2 if config.symmetric else 1  # of a query view and a key view
+        self.register_buffer("queue", parts.random_directions(pairs, config.queue, config.dims[-1]))
+        self.register_buffer("pointers", torch.zeros(pairs, dtype=torch.int64))
 
     def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         query_views, key_views = (views, views[::-1]) if self.config.symmetric else (views[:1], views[1:])
@@ -72,7 +72,7 @@ class MoCo(nn.Module):
         return shuffle.unshuffle(self.target(shuffle.shuffle(x)))
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
-        # q, k: (B, directions, D); queue: (directions, K, D); directions = 2 if symmetric else 1
+        # q, k: (B, pairs, D); queue: (pairs, K, D)
         losses = [
             infonce(q, k, queue, self.config.temperature, impl=self.kernels)
             for q, k, queue in zip(out["q"].unbind(1), out["k"].detach().unbind(1), self.queue)
@@ -83,4 +83,5 @@ class MoCo(nn.Module):
         momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
         parts.ema_(self.target, [self.backbone, self.projector], momentum, found_inf=found_inf, impl=self.kernels)
         for k, queue, pointer in zip(dist.gather(out["k"]).unbind(1), self.queue, self.pointers):
+            # scales k to unit length; queue and pointer are views of the buffers
             enqueue_(queue, pointer, k.contiguous(), found_inf=found_inf, impl=self.kernels)

@@ -81,7 +81,8 @@ def _spec(view: View) -> Spec:
 
 @njit(nogil=True, cache=True)
 def make_part(images: Array, widths: Array, table: Array, spec: Spec, out: Array) -> None:
-    """A view (S, S, 3) of each of the images (P, 3), which have rows of `widths` pixels."""
+    """Write a view of each image into `out` (n, S, S, 3).  images (n, P, 3) uint8: the pixels, row by row, padded to P;
+    widths (n,): pixels in a row; table (n, columns): see params.COLUMNS."""
     S = out.shape[1]
     x, y = np.empty((3, S, S), np.float32), np.empty((3, S, S), np.float32)
     for i in range(len(table)):
@@ -95,25 +96,26 @@ def make_part(images: Array, widths: Array, table: Array, spec: Spec, out: Array
 
 
 @njit(nogil=True, cache=True)
-def apply(op: int, x: Array, row: Array, spec: Spec, memory: Array) -> None:
-    """One of OPS in place, if it was drawn; `memory`: (3, S, S) to use."""
-    if op == JITTER and row[ORDER] >= 0:
+def apply(op: int, x: Array, row: Array, spec: Spec, scratch: Array) -> None:
+    """One of OPS in place, if it was drawn; `scratch`: (3, S, S), overwritten."""
+    if op == JITTER and row[ORDER] >= 0:  # -1: not drawn
         for which in ORDERS[int(row[ORDER])]:
             if spec.jitters[which]:
                 jitter(x, which, row[BRIGHTNESS + which])
     elif op == GRAY and row[IS_GRAY] > 0:
         gray(x)
     elif op == BLUR and row[SIGMA] > 0 and spec.blur_radius > 0:
-        blur(x, row[SIGMA], spec.blur_radius, memory)
+        blur(x, row[SIGMA], spec.blur_radius, scratch)
     elif op == SOLARIZE and row[IS_SOLARIZED] > 0:
         solarize(x, spec.threshold)
 
 
 @njit(nogil=True, cache=True)
 def taps(S: int, box: tuple, mirrored: bool, spec: Spec) -> tuple[Array, Array, Array]:
-    """For each of S output pixels the number of the first source pixel, how many are read, and their weights (S, K).
+    """Weights along one axis for each of S output pixels: index of the first source pixel (S,), number of source pixels
+    (S,), and their weights (S, K), of which those after the number are not set.
 
-    box: start, length, and the limits low and high between which pixels are read."""
+    box: start and length of the crop, and the range low <= x < high that may be read, in source pixels."""
     start, length, low, high = box
     scale = length / S
     stretch = max(scale, 1.0)
@@ -150,8 +152,8 @@ def cubic(d: float) -> float:
 
 @njit(nogil=True, cache=True)
 def crop(image: Array, width: int, row: Array, spec: Spec, x: Array) -> None:
-    """The box of an image (P, 3) as (3, S, S) in [0, 1]: for each row of the view the sums over the image's rows, then
-    those over its columns."""
+    """The crop of an image (P, 3) as x (3, S, S) in [0, 1].  Each row of the view is first a weighted sum of rows of
+    the image; weighted sums over its columns then give the pixels."""
     S = x.shape[1]
     y_first, y_count, y_weight = taps(S, (row[Y0], row[H], row[TOP], row[BOTTOM]), False, spec)
     x_first, x_count, x_weight = taps(S, (row[X0], row[W], row[LEFT], row[RIGHT]), row[FLIP] > 0, spec)
@@ -210,7 +212,7 @@ def pixel(x: Array, i: int, j: int) -> float:
 
 @njit(nogil=True, cache=True)
 def jitter(x: Array, which: int, factor: float) -> None:
-    """Brightness, contrast, saturation or hue, by number."""
+    """which: 0 brightness, 1 contrast, 2 saturation (`factor` multiplies), 3 hue (`factor` is added, in turns)."""
     flat = x.reshape(3, -1)
     r, g, b = flat[0], flat[1], flat[2]
     if which == 0:
@@ -229,7 +231,9 @@ def scale_and_clamp(x: Array, factor: float, offset: float) -> None:
         x[i] = min(max(x[i] * factor + offset, ZERO), ONE)
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc"})  # the sum in vector registers; its order depends on nothing else
+@njit(
+    nogil=True, cache=True, fastmath={"reassoc"}
+)  # lets the sum use vector registers, in an order that is fixed when it is compiled
 def mean_luma(r: Array, g: Array, b: Array) -> np.float32:
     total = 0.0
     for i in range(len(r)):
@@ -283,7 +287,7 @@ def gray(x: Array) -> None:
 
 @njit(nogil=True, cache=True)
 def blur(x: Array, sigma: float, radius: int, rows: Array) -> None:
-    """Gaussian up to 4 sigma, at most `radius`, the border reflected without its edge; `rows`: (3, S, S) to use."""
+    """Gaussian up to 4 sigma, at most `radius`, with reflected borders.  rows: (3, S, S), overwritten."""
     S = x.shape[1]
     R = min(int(np.ceil(4 * sigma)), radius)
     weight = np.exp(np.float32(-0.5) * (np.arange(R + 1).astype(np.float32) / sigma) ** 2)

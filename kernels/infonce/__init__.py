@@ -19,11 +19,12 @@ def infonce(
     group: Group = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Mean over i of -log softmax(<q_i, keys> / temperature) at the positive key k_i, 0-dim.  q and k are (N, D); k and
-    the queue get no gradient.
+    """Mean over this rank's N queries of -log softmax(<q_i, keys> / temperature) at the positive key k_i: 0-dim, at
+    least float32.  q and k are (N, D); k and the queue get no gradient.
 
     queue (K, D): the keys are k_i and every row of the queue, as enqueue_ fills it.
-    queue=None: the keys are the rows of k of all ranks of `group` (MoCo v3); N must be the same on every rank.
+    queue=None: the keys are the rows of k of all ranks of `group` (MoCo v3), with group=None those of this rank; N must
+    be the same on every rank.
     normalize: scale q and k to unit length first; the queue is used as it is.
     """
     check_rows("infonce", temperature, q=q, k=k, **({} if queue is None else {"queue": queue}))

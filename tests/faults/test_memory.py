@@ -37,7 +37,7 @@ def test_the_error_names_the_batch_that_fits(tmp_path, monkeypatch, limit, told)
     with pytest.raises(ValueError) as error:
         engine.fit(run, hooks=[], device="cpu", loader=cases.loader(run))
     message = str(error.value)
-    assert message.startswith("out of memory in step 1: ") and "Tried to allocate 2.00 GiB" in message
+    assert message.startswith("out of memory after step 0: ") and "Tried to allocate 2.00 GiB" in message
     if told is None:
         assert "a single image does not fit: use smaller views (data.views)" in message
     else:
