@@ -3,9 +3,11 @@
 import errno
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
+from fastssl import engine
 from fastssl.checkpoint import store
 
 
@@ -107,3 +109,11 @@ def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(store.files, "sha256", failing)
     assert store.newest(tmp_path).name == "step_00000001"
     assert "cannot be read: Input/output error" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("epochs, due", [(0.1, [1, 2, 3, 4]), (0.5, [2, 4]), (1, [4]), (0, [])])
+def test_a_checkpoint_is_due_every_so_many_epochs_and_at_least_a_step_apart(epochs, due):
+    log = SimpleNamespace(checkpoint_steps=0, checkpoint_epochs=epochs, keep_every=0)
+    loader = SimpleNamespace(steps=4)
+    t = SimpleNamespace(run=SimpleNamespace(log=log), loader=loader, total_steps=100)
+    assert [step for step in range(1, 5) if engine.checkpoint_due(SimpleNamespace(**vars(t), step=step))] == due
