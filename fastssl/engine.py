@@ -20,7 +20,7 @@ from fastssl.amp import emulated
 from fastssl.build import build
 from fastssl.checkpoint import run_folder, state
 from fastssl.checkpoint.resume import describe_changes, find_checkpoint
-from fastssl.checkpoint.writer import Writer
+from fastssl.checkpoint.writer import Writer, interval_in_steps
 from fastssl.config import Run
 from fastssl.files import untrusted
 from fastssl.loader import Batch, Loader
@@ -226,12 +226,9 @@ def end_epoch(t: Trainer, log: Log) -> None:
 
 def checkpoint_due(t: Trainer) -> bool:
     """Whether a checkpoint is written after this step: the last one, or one of the intervals of `run.log`."""
-
-    def steps(epochs: float) -> int:
-        return max(1, round(epochs * t.loader.steps)) if epochs else 0
-
-    settings = t.run.log
-    interval, kept = settings.checkpoint_steps or steps(settings.checkpoint_epochs), steps(settings.keep_every)
+    settings, steps = t.run.log, t.loader.steps
+    interval = settings.checkpoint_steps or interval_in_steps(settings.checkpoint_epochs, steps)
+    kept = interval_in_steps(settings.keep_every, steps)
     return t.step == t.total_steps or any(n and t.step % n == 0 for n in (interval, kept))
 
 

@@ -104,7 +104,7 @@ def script(args: argparse.Namespace, train: list[str]) -> tuple[Path, str]:
     """(run folder, sbatch script) of a run with the arguments `train` of `fastssl train`.  ValueError for a value that
     sbatch or the config does not allow."""
     from fastssl import config
-    from fastssl.ending import REQUEUE
+    from fastssl.ending import REQUEUE, to_continue
     from fastssl.train import parse
 
     options = parse(train, "fastssl slurm")
@@ -119,7 +119,7 @@ def script(args: argparse.Namespace, train: list[str]) -> tuple[Path, str]:
         srun=shlex.join([*srun, f"--cpus-per-task={args.cpus_per_rank}"]),
         python=shlex.quote(sys.executable),
         train=shlex.join(train),
-        again=shlex.join([*_without_start(train), "--continue"]),
+        again=shlex.join(to_continue(train)),
         requeue=REQUEUE,
     )
 
@@ -140,17 +140,6 @@ def check(args: argparse.Namespace, batch: int) -> None:
             f"--time {args.time} is not longer than --grace {args.grace}, the seconds before its end at "
             "which the last checkpoint is written"
         )
-
-
-def _without_start(train: list[str]) -> list[str]:
-    """The arguments of `fastssl train` without those that say from where to start."""
-    kept, words = [], iter(train)
-    for word in words:
-        if word == "--resume-from":
-            next(words, None)
-        elif word not in ("--resume", "--force", "--continue") and not word.startswith("--resume-from="):
-            kept.append(word)
-    return kept
 
 
 def _seconds(time: str) -> int:

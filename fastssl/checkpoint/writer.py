@@ -111,7 +111,7 @@ class Writer:
     def _run(self, folder: Path, token: str, contents: state.Contents) -> None:
         """In the thread: write this rank's files, then report them; on rank 0 commit."""
         try:
-            with self._signs_of_life(token):
+            with self._heartbeats(token):
                 mine = self._write(folder, contents)
             if dist.is_main():
                 self._path = self._commit(folder, [mine, *self._reports(folder, token)])
@@ -136,7 +136,7 @@ class Writer:
         return {"files": entries}
 
     @contextlib.contextmanager
-    def _signs_of_life(self, token: str) -> Iterator[None]:
+    def _heartbeats(self, token: str) -> Iterator[None]:
         """Inside, a second thread tells rank 0 that this rank is at work, unless it hangs."""
         if dist.is_main():
             yield
@@ -176,8 +176,8 @@ class Writer:
     def _commit(self, folder: Path, reports: list[dict]) -> Path:
         log, self._since = self._t.run.log, time.monotonic()
         entries = {name: entry for report in reports for name, entry in _files(report).items()}
-        interval = round(log.keep_every * self._t.loader.steps)
-        path = store.commit(folder, log.keep, interval, entries, self._complete)
+        kept = interval_in_steps(log.keep_every, self._t.loader.steps)
+        path = store.commit(folder, log.keep, kept, entries, self._complete)
         mark_saved()
         return path
 
@@ -196,6 +196,11 @@ class Writer:
         except OSError as unreadable:
             return f"{folder.parent}: {error}; its checkpoints cannot be read: {unreadable.strerror}"
         return f"{folder.parent}: {error}; the newest complete checkpoint is {last.name if last else 'none'}"
+
+
+def interval_in_steps(epochs: float, steps: int) -> int:
+    """Of an interval in epochs of so many steps: at least 1; 0 for 0, which is none."""
+    return max(1, round(epochs * steps)) if epochs else 0
 
 
 def _key(token: str, rank: int) -> str:

@@ -1,7 +1,7 @@
 """How a run ends early, and starts again: signals, errors, ranks that are lost or hang, restarts (docs/runs.md)."""
 
 from fastssl.ending.failure import report_failure
-from fastssl.ending.restarts import mark_saved, supervise
+from fastssl.ending.restarts import mark_saved, supervise, to_continue
 from fastssl.ending.signals import DELAY, FAIL, HANDLED, INTERRUPTED, REQUEUE, Signals, Stopped
 from fastssl.ending.watchdog import Watchdog, progress
 
@@ -18,4 +18,5 @@ __all__ = [
     "progress",
     "report_failure",
     "supervise",
+    "to_continue",
 ]
