@@ -89,26 +89,26 @@ class LossScale:
             torch._amp_update_scale_(self.scale, self.good, self.found_inf, 2.0, 0.5, self.INTERVAL)
             self.scale.clamp_(min=1.0)
 
-    def pass_to_zero(self, ds: DeepSpeedEngine) -> None:
+    def pass_to_zero(self, engine: DeepSpeedEngine) -> None:
         """Set the scale by which ZeRO's optimizer divides gradients."""
-        if self.dynamic and hasattr(ds.optimizer, "override_loss_scale"):
-            ds.optimizer.override_loss_scale(self.value)
+        if self.dynamic and hasattr(engine.optimizer, "override_loss_scale"):
+            engine.optimizer.override_loss_scale(self.value)
 
-    def backward(self, ds: DeepSpeedEngine, loss: Tensor) -> None:
-        ds.backward(loss if hasattr(ds.optimizer, "override_loss_scale") else self.scaled(loss))
+    def backward(self, engine: DeepSpeedEngine, loss: Tensor) -> None:
+        engine.backward(loss if hasattr(engine.optimizer, "override_loss_scale") else self.scaled(loss))
 
-    def step(self, ds: DeepSpeedEngine) -> bool:
+    def step(self, engine: DeepSpeedEngine) -> bool:
         """DeepSpeed's step, skipped where gradients overflowed.  Returns whether it was applied (fp16: waits
         for the device)."""
-        if self.checked and not hasattr(ds.optimizer, "override_loss_scale"):  # ZeRO 0: DeepSpeed does not unscale
-            applied = not self.unscale_([p.grad for p in ds.module.parameters() if p.grad is not None])
+        if self.checked and not hasattr(engine.optimizer, "override_loss_scale"):  # ZeRO 0: DeepSpeed does not unscale
+            applied = not self.unscale_([p.grad for p in engine.module.parameters() if p.grad is not None])
             if applied:
-                ds.step()
+                engine.step()
             else:
-                ds.zero_grad()
+                engine.zero_grad()
         else:
-            ds.step()
-            applied = ds.was_step_applied()
+            engine.step()
+            applied = engine.was_step_applied()
             self.found_inf.fill_(not applied)
         self.update_()
         return applied

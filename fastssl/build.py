@@ -53,20 +53,20 @@ def build(run: Run, hooks: Sequence[Hook] = (), device: str | None = None, loade
     if hasattr(method, "total_steps"):
         method.total_steps = schedule.total_steps
     torch.manual_seed(run.seed + 1 + dist.rank())  # dropout and the like differ by rank
-    ds = start_deepspeed(method, optimizer, run)
-    zero.partitions(ds)  # refuses what checkpoints do not know
-    optim.attach(ds)
+    engine = start_deepspeed(method, optimizer, run)
+    zero.partitions(engine)  # refuses what checkpoints do not know
+    optim.attach(engine)
     t = Trainer(
         run,
         run_folder.path(run),
         place,
         method,
-        ds,
+        engine,
         schedule,
         loader,
         Meter(place, batch=run.optim.batch, precision=run.optim.precision),
         LossScale(run.optim.precision, "cpu" if run.speed.zero else place, run.optim.skip_nonfinite),
-        graph.Values(len(ds.optimizer.param_groups), place),
+        graph.Values(len(engine.optimizer.param_groups), place),
         hooks,
     )
     choose_step(t)
@@ -89,8 +89,8 @@ def needs_deepspeed(t: Trainer) -> str | None:
     run, more = t.run, sorted(set(t.run.deepspeed) - {"zero_optimization"})
     if run.speed.zero:
         return f"ZeRO {run.speed.zero} reads numbers from the device; use speed.zero=0"
-    if t.ds.optimizer is not t.ds.basic_optimizer:
-        return f"the optimizer is DeepSpeed's {type(t.ds.optimizer).__name__}"
+    if t.deepspeed.optimizer is not t.deepspeed.basic_optimizer:
+        return f"the optimizer is DeepSpeed's {type(t.deepspeed.optimizer).__name__}"
     if more:
         return f"deepspeed={{{more[0]!r}: ...}} acts in DeepSpeed's own step"
     if t.scale.checked and "found_inf" not in inspect.signature(t.method.after_step).parameters:

@@ -32,8 +32,8 @@ def extract_outputs(t: Trainer, name: str, augmented: bool = False, training: bo
         complete = (batch.step + 1) * loader.batch <= loader.samples
         if training and not complete:
             dist.sync_buffers(t.method)
-        with contextlib.nullcontext() if training and complete else backbones.evaluating(t.ds):
-            return [t.ds(step.batch_views(t, batch, views), batch)[name]]
+        with contextlib.nullcontext() if training and complete else backbones.evaluating(t.deepspeed):
+            return [t.deepspeed(step.batch_views(t, batch, views), batch)[name]]
 
     batches = [(rows, batch.index) for batch, (rows,) in forward_batches(forward, loader, epoch=t.epoch)]
     statistics.restore()

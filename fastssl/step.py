@@ -35,7 +35,7 @@ def step(t: Trainer, micro_batches: list[Batch]) -> Outputs:
 
     The host never waits for the device here, except in `deepspeed_step` and in hooks.
     """
-    t.scalars = {"lr": t.schedule.set_lr(t.ds.optimizer, t.step)}
+    t.scalars = {"lr": t.schedule.set_lr(t.deepspeed.optimizer, t.step)}
     batch = micro_batches[0] if len(micro_batches) == 1 else merge_without_pixels(micro_batches)
     statistics = norm.SavedStatistics(t.method) if t.scale.skip else None
     make_step = deepspeed_step if t.direct is None else direct_step
@@ -54,20 +54,20 @@ def step(t: Trainer, micro_batches: list[Batch]) -> Outputs:
 def deepspeed_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Outputs, dict[str, Any]]:
     """A step by DeepSpeed's backward and update, which read numbers from the device.  Returns detached outputs and the
     scalars to log."""
-    t.scale.pass_to_zero(t.ds)
+    t.scale.pass_to_zero(t.deepspeed)
     if len(micro_batches) == 1:
         with t.meter.phase("views"):
             views = batch_views(t, batch)
         with t.meter.phase("forward"):
-            out = t.ds(views, batch)
+            out = t.deepspeed(views, batch)
             losses = t.method.loss(out, batch)
         with t.meter.phase("backward"):
-            t.scale.backward(t.ds, losses["loss"])
+            t.scale.backward(t.deepspeed, losses["loss"])
     else:
         out, losses = accumulate(t, micro_batches, batch)
     out = detached(out)
     with t.meter.phase("optimizer"):
-        applied = t.scale.step(t.ds)
+        applied = t.scale.step(t.deepspeed)
         if applied:
             t.method.after_step(out, batch, t.step / t.total_steps)
     return out, detached(losses) | {"loss_scale": t.scale.value, "applied": applied}
@@ -78,9 +78,9 @@ def direct_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[O
     graph, it replays the graph.  DeepSpeed's forward, backward and step are not called; only its counters are kept up
     to date."""
     assert t.direct is not None, "without it DeepSpeed makes the step"
-    t.values.write(batch, t.ds.optimizer.param_groups, t.step / t.total_steps)
+    t.values.write(batch, t.deepspeed.optimizer.param_groups, t.step / t.total_steps)
     phase = t.method.phase(batch.epoch) if hasattr(t.method, "phase") else None
-    frozen = tuple(group["frozen"] for group in t.ds.optimizer.param_groups)  # by optim.Schedule
+    frozen = tuple(group["frozen"] for group in t.deepspeed.optimizer.param_groups)  # by optim.Schedule
     if len(micro_batches) > 1:
         out, scalars = update(t, *accumulate(t, micro_batches, batch), batch, t.meter.phase)
     elif t.direct.ready(batch, (phase, frozen)):
@@ -88,9 +88,9 @@ def direct_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[O
             out, scalars = t.direct.replay(batch)
     else:
         out, scalars = t.direct.function(batch, t.meter.phase)
-    t.ds.global_steps += 1
-    t.ds.micro_steps += 1
-    t.ds.global_samples += t.ds.train_batch_size()
+    t.deepspeed.global_steps += 1
+    t.deepspeed.micro_steps += 1
+    t.deepspeed.global_samples += t.deepspeed.train_batch_size()
     return out, scalars
 
 
@@ -122,15 +122,15 @@ def update(
 ) -> tuple[Outputs, dict[str, Any]]:
     """The second half of a step: what follows from this rank's gradients.  Reads nothing from the device.  Returns
     detached outputs and the scalars to log."""
-    out, groups = detached(out), t.ds.optimizer.param_groups
+    out, groups = detached(out), t.deepspeed.optimizer.param_groups
     with timer("backward"):
         grads = average_gradients([p for p in t.method.parameters() if p.requires_grad])
     with timer("optimizer"), t.values.in_groups(groups, t.run.optim.weight_decay_end is not None):
         found_inf = t.scale.unscale_(grads)
         if t.run.optim.clip and not t.run.optim.clip_each:
             clip_(grads, t.run.optim.clip)
-        t.ds.optimizer.found_inf = found_inf
-        t.ds.optimizer.step()
+        t.deepspeed.optimizer.found_inf = found_inf
+        t.deepspeed.optimizer.step()
         t.method.zero_grad()
         overflow = {} if found_inf is None else {"found_inf": found_inf}
         t.method.after_step(out, batch, t.values.progress, **overflow)
@@ -181,7 +181,7 @@ def accumulate_mean(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tup
     forward, total_weight = _forward(t), getattr(t.method, "total_weight", None)
     weight = len(micro_batches[0].index) / len(batch.index)
     for i, micro in enumerate(micro_batches):
-        t.ds.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+        t.deepspeed.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
         with t.meter.phase("views"):
             views = batch_views(t, micro)
         with t.meter.phase("forward"):
@@ -219,7 +219,7 @@ def accumulate_cached(t: Trainer, micro_batches: list[Batch], batch: Batch) -> t
         grads = torch.autograd.grad(losses["loss"], list(floats.values()), allow_unused=True)
         grads = {name: g.chunk(len(micro_batches)) for name, g in zip(floats, grads) if g is not None}
     for i, micro in enumerate(micro_batches):
-        t.ds.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+        t.deepspeed.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
         with t.meter.phase("views"):
             views = batch_views(t, micro)
         with t.meter.phase("forward"):
@@ -234,13 +234,13 @@ def accumulate_cached(t: Trainer, micro_batches: list[Batch], batch: Batch) -> t
 
 
 def _forward(t: Trainer) -> Callable[[list[Tensor], Batch], Outputs]:
-    return t.ds if t.direct is None else t.method.forward
+    return t.deepspeed if t.direct is None else t.method.forward
 
 
 def _backward(t: Trainer, loss: Tensor) -> None:
     """Of one micro-batch; `update` or DeepSpeed averages the sum of all of them over ranks."""
     if t.direct is None:
-        t.scale.backward(t.ds, loss)
+        t.scale.backward(t.deepspeed, loss)
     else:
         t.scale.scaled(loss).backward()
 
@@ -258,7 +258,7 @@ def count_flops(t: Trainer, micro_batches: list[Batch]) -> None:
     batch, states, statistics = micro_batches[0], random_states(t.device), norm.SavedStatistics(t.method)
     views = batch_views(t, batch)
     with torch.compiler.set_stance("force_eager"), Flops() as counter:
-        loss = t.method.loss(t.method(views, batch), batch)["loss"]  # not by `t.ds`, which would reduce gradients
+        loss = t.method.loss(t.method(views, batch), batch)["loss"]  # `t.deepspeed` would reduce gradients
         parameters = [p for p in t.method.parameters() if p.requires_grad]
         torch.autograd.grad(loss, parameters, allow_unused=True)
     statistics.restore()

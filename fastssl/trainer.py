@@ -93,7 +93,7 @@ class Trainer:
     folder: Path
     device: torch.device
     method: nn.Module  # a Method
-    ds: DeepSpeedEngine  # around `method`; at ZeRO 0 only its optimizer and its counters are used
+    deepspeed: DeepSpeedEngine  # around `method`; at ZeRO 0 only its optimizer and its counters are used
     schedule: Schedule
     loader: Loader
     meter: Meter

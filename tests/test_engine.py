@@ -65,7 +65,7 @@ def record(t) -> dict:
     from fastssl.step import step
     from fastssl.zero import full_state_dict
 
-    losses, grads, update = [], {}, t.ds.optimizer.step
+    losses, grads, update = [], {}, t.deepspeed.optimizer.step
 
     def spy():
         if not grads and t.run.speed.zero == 0:  # elsewhere gradients are gone by then
@@ -75,7 +75,7 @@ def record(t) -> dict:
                     grads[f"{n}.weight"] = grads[f"{n}.weight"].permute(0, 3, 1, 2)
         return update()
 
-    t.ds.optimizer.step = spy
+    t.deepspeed.optimizer.step = spy
     for _, micro_batches in engine.batches(t):
         step(t, micro_batches)
         losses.append(dist.mean(t.scalars["loss"]).item())

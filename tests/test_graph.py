@@ -48,7 +48,7 @@ def seeded(t):
 def contents(t) -> dict:
     """Weights, buffers and the optimizer's state."""
     params = [n for n, p in t.method.named_parameters() if p.requires_grad]
-    kept = t.ds.optimizer.state
+    kept = t.deepspeed.optimizer.state
     by_name = dict(t.method.named_parameters())
     return {
         **full_state_dict(t.method),
@@ -80,11 +80,11 @@ def advance(t, source, steps: int, poison=()) -> list:
 def plain_loop(t, source, steps: int) -> None:
     """The loop as it is told in the papers: numbers on the host, DeepSpeed's backward and step."""
     for _, (batch,) in itertools.islice(source, steps):
-        t.schedule.set_lr(t.ds.optimizer, t.step)
-        out = t.ds(step.batch_views(t, batch), batch)
+        t.schedule.set_lr(t.deepspeed.optimizer, t.step)
+        out = t.deepspeed(step.batch_views(t, batch), batch)
         losses = t.method.loss(out, batch)
-        t.ds.backward(losses["loss"])
-        t.ds.step()
+        t.deepspeed.backward(losses["loss"])
+        t.deepspeed.step()
         t.method.after_step({k: v.detach() for k, v in out.items()}, batch, t.step / t.total_steps)
         t.step += 1
 
@@ -96,7 +96,7 @@ def test_the_step_is_the_plain_loop_to_the_last_bit(name):
         t = build(name, optim_lr=2.0**-4)
         assert t.direct is not None
         loop(t, seeded(t), 4)
-        made.append((contents(t), t.ds.global_steps, t.ds.micro_steps, t.ds.global_samples))
+        made.append((contents(t), t.deepspeed.global_steps, t.deepspeed.micro_steps, t.deepspeed.global_samples))
     assert_same(made[0][0], made[1][0])
     assert made[0][1:] == made[1][1:]
 
@@ -107,7 +107,7 @@ def test_a_step_of_several_micro_batches_reads_nothing(name, monkeypatch):
     t = build(name, optim_precision="fp16", speed_micro_batch=BATCH // 4, settings={"norm": False})
     assert t.direct is not None and "micro-batches" in not_captured(t)
     (_, first), (_, micro_batches) = itertools.islice(engine.batches(t), 2)
-    t.values.write(first[0], t.ds.optimizer.param_groups, 0.5)
+    t.values.write(first[0], t.deepspeed.optimizer.param_groups, 0.5)
     views = {id(b.pixels): step.batch_views(t, b) for b in micro_batches}  # the reference reads
     monkeypatch.setattr(step, "batch_views", lambda t, b: views[id(b.pixels)])
     monkeypatch.setattr(t.values, "write", lambda *_: None)  # copies, and the host does not wait for it
@@ -212,11 +212,11 @@ class Pretended:
             if isinstance(module, ShardedTable):
                 module.load_(kept[name])
         for name, p in self.t.method.named_parameters():
-            for key, value in self.t.ds.optimizer.state.get(p, {}).items():
+            for key, value in self.t.deepspeed.optimizer.state.get(p, {}).items():
                 value.copy_(kept[f"{name} {key}"])
 
     def replay(self):
-        made, groups = self.t.direct._captured, self.t.ds.optimizer.param_groups
+        made, groups = self.t.direct._captured, self.t.deepspeed.optimizer.param_groups
         for group in groups:
             group["lr"] = float("nan")  # of the host
         out, scalars = self.t.direct.function(made.batch, lambda name: contextlib.nullcontext())

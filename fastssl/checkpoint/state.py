@@ -60,9 +60,9 @@ def _optimizer_pieces(t: Trainer) -> Iterator[tuple[str, Tensor]]:
     """(key, values) of the optimizer's state on this rank: "optimizer/KIND/PARAMETER" has an entry for each element of
     the flattened parameter, "scalar/KIND/PARAMETER" one.  At ZeRO 0, where all ranks hold everything, each takes a
     share of every parameter."""
-    replicated = t.ds.optimizer is t.ds.basic_optimizer
-    for target, stretches in zero.partitions(t.ds):
-        state = t.ds.basic_optimizer.state.get(target, {})
+    replicated = t.deepspeed.optimizer is t.deepspeed.basic_optimizer
+    for target, stretches in zero.partitions(t.deepspeed):
+        state = t.deepspeed.basic_optimizer.state.get(target, {})
         for s in stretches if state else ():
             share = dist.shard(s.stop) if replicated else slice(s.start, s.stop)
             for kind, value in state.items():
@@ -86,14 +86,14 @@ def load(t: Trainer, path: Path) -> list[str]:
     values = read(path)
     try:
         _, weights = untrusted.read_safetensors(path / WEIGHTS)
-        zero.load_full_state_dict(t.ds, weights)
+        zero.load_full_state_dict(t.deepspeed, weights)
         saved = Pieces(path / rank_file(rank) for rank in range(values["world"]))
         for name, module in t.method.named_modules():
             if isinstance(module, ShardedTable):
                 module.load_(saved[f"table/{name}"])
         _load_optimizer(t, saved, values["config"]["speed"].get("channels_last"))
-        t.step = t.ds.global_steps = values["step"]
-        t.ds.global_samples = t.step * t.run.optim.batch
+        t.step = t.deepspeed.global_steps = values["step"]
+        t.deepspeed.global_samples = t.step * t.run.optim.batch
         t.scale.load_state_dict(values["scale"])
         notes = _load_hooks(t.hooks, values["hooks"], path)
         own = sorted(name for name in saved if name.startswith(f"random/{dist.rank()}/"))
@@ -137,7 +137,7 @@ def _load_optimizer(t: Trainer, saved: Pieces, channels_last: bool) -> None:
             kinds.setdefault(parameter, {})[kind] = name
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in t.method.named_parameters()}
     orders = _changed_layouts(t, channels_last)
-    for target, stretches in zero.partitions(t.ds):
+    for target, stretches in zero.partitions(t.deepspeed):
         found = [kinds.pop(s.name, {}) for s in stretches]
         if any(each.keys() != found[0].keys() for each in found):
             raise ValueError(f"{stretches[0].name} and others of its group have different optimizer states")
@@ -147,7 +147,7 @@ def _load_optimizer(t: Trainer, saved: Pieces, channels_last: bool) -> None:
                 value = torch.stack([whole[:].reshape(()) for _, whole in parts]).unique()
                 if len(value) != 1:
                     raise ValueError(f"{stretches[0].name} and others of its group have different {kind}")
-                t.ds.basic_optimizer.state[target][kind] = value[0].to(target.device)
+                t.deepspeed.basic_optimizer.state[target][kind] = value[0].to(target.device)
                 continue
             flat = torch.zeros_like(target.detach()).view(-1)
             for s, whole in parts:
@@ -157,7 +157,7 @@ def _load_optimizer(t: Trainer, saved: Pieces, channels_last: bool) -> None:
                     continue
                 part = _permuted(whole, orders[s.name]) if s.name in orders else whole
                 flat[s.at : s.at + s.stop - s.start] = part[s.start : s.stop]
-            t.ds.basic_optimizer.state[target][kind] = flat.view(target.shape)
+            t.deepspeed.basic_optimizer.state[target][kind] = flat.view(target.shape)
     if kinds:
         raise ValueError(f"the optimizer has no parameter {next(iter(kinds))}")
 

@@ -42,13 +42,13 @@ def build(name: str, **changes):
 
 def one_step(t) -> dict:
     """One step: its gradients, buffers, scalars and outputs."""
-    grads, update = {}, t.ds.optimizer.step
+    grads, update = {}, t.deepspeed.optimizer.step
 
     def record_and_update():
         grads.update({n: p.grad.clone() for n, p in t.method.named_parameters() if p.grad is not None})
         return update()
 
-    t.ds.optimizer.step = record_and_update
+    t.deepspeed.optimizer.step = record_and_update
     _, micro_batches = next(engine.batches(t))
     torch.manual_seed(5)  # of dropout and shuffles
     out = step.step(t, micro_batches)

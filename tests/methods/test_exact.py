@@ -52,14 +52,14 @@ def measure(name: str, norm: bool, micro: int, zero: int) -> dict:
     from fastssl.zero import full_state_dict
 
     t = cases.build(cases.run(name, norm=norm, batch=BATCH, micro=BATCH // dist.world() // micro, zero=zero))
-    update, losses, grads = t.ds.optimizer.step, [], {}
+    update, losses, grads = t.deepspeed.optimizer.step, [], {}
 
     def spy():
         if not grads and not zero:
             grads.update({n: p.grad.clone() for n, p in t.method.named_parameters() if p.grad is not None})
         return update()
 
-    t.ds.optimizer.step = spy
+    t.deepspeed.optimizer.step = spy
     for _, micro_batches in engine.batches(t):
         step(t, micro_batches)
         losses.append(dist.mean(t.scalars["loss"]).item())

@@ -33,9 +33,9 @@ def allocated(t) -> int:
     from fastssl import zero
     from fastssl.sharded_table import ShardedTable
 
-    targets = [target for target, _ in zero.partitions(t.ds)]
+    targets = [target for target, _ in zero.partitions(t.deepspeed)]
     tensors = [getattr(p, "ds_tensor", p) for p in t.method.parameters()] + list(t.method.buffers()) + targets
-    tensors += [v for target in targets for v in t.ds.basic_optimizer.state[target].values() if v.ndim]
+    tensors += [v for target in targets for v in t.deepspeed.basic_optimizer.state[target].values() if v.ndim]
     tensors += [m._rows for m in t.method.modules() if isinstance(m, ShardedTable)]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors if x.numel()}
     return sum(storages.values())
@@ -55,7 +55,7 @@ def worker(out: str) -> None:
                 step(t, micro_batches)
             found[case, stage] = allocated(t)
             if stage:
-                found[case, stage, "bucket"] = t.ds.optimizer.reduce_bucket_size
+                found[case, stage, "bucket"] = t.deepspeed.optimizer.reduce_bucket_size
     if dist.is_main():
         torch.save(found, out)
     dist.shutdown()
