@@ -66,7 +66,7 @@ def build(run: Run, hooks: Sequence[Hook] = (), device: str | None = None, loade
         loader,
         Meter(place, batch=run.optim.batch, precision=run.optim.precision),
         LossScale(run.optim.precision, "cpu" if run.speed.zero else place, run.optim.skip_nonfinite),
-        graph.Values(len(engine.optimizer.param_groups), place),
+        graph.StepInputs(len(engine.optimizer.param_groups), place),
         hooks,
     )
     choose_step(t)

@@ -1,7 +1,7 @@
 """A training step as one CUDA graph: a replay is one launch instead of hundreds.
 
-The inputs of a step are on the device at fixed addresses: the batch, and `Values`, which one copy writes before every
-step.  The step is the same function with and without a graph.
+The inputs of a step are on the device at fixed addresses: the batch, and `StepInputs`, which one copy writes before
+every step.  The step is the same function with and without a graph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WARMUP_STEPS = 3  # before a capture: kernels are compiled and tuned, optimizer 
 TENSORS = ("pixels", "sizes", "index", "label")  # fields of a Batch
 
 
-class Values:
+class StepInputs:
     """The numbers that change from step to step, as 0-dim tensors on the device."""
 
     def __init__(self, groups: int, device: torch.device):

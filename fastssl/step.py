@@ -78,7 +78,7 @@ def direct_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[O
     graph, it replays the graph.  DeepSpeed's forward, backward and step are not called; only its counters are kept up
     to date."""
     assert t.direct is not None, "without it DeepSpeed makes the step"
-    t.values.write(batch, t.deepspeed.optimizer.param_groups, t.step / t.total_steps)
+    t.step_inputs.write(batch, t.deepspeed.optimizer.param_groups, t.step / t.total_steps)
     phase = t.method.phase(batch.epoch) if hasattr(t.method, "phase") else None
     frozen = tuple(group["frozen"] for group in t.deepspeed.optimizer.param_groups)  # by optim.Schedule
     if len(micro_batches) > 1:
@@ -97,9 +97,9 @@ def direct_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[O
 def static_step(t: Trainer, batch: Batch, timer: Timer) -> tuple[Outputs, dict[str, Any]]:
     """The step as a function of tensors: it reads nothing from the device and, beside shapes, nothing that changes on
     the host, so that it can be captured.  Returns detached outputs and the scalars to log."""
-    values = t.values
-    tensor_batch = replace(  # the numbers are tensors, which `t.values` overwrites before every step
-        batch, epoch=values.epoch, step=values.step, position=None if batch.position is None else values.position
+    inputs = t.step_inputs
+    tensor_batch = replace(  # the numbers are tensors, which `t.step_inputs` overwrites before every step
+        batch, epoch=inputs.epoch, step=inputs.step, position=None if batch.position is None else inputs.position
     )
     method_batch = tensor_batch  # what the method's forward, loss and after_step get
     if hasattr(t.method, "phase"):  # it decides on the host by the epoch's number; a graph holds for one phase
@@ -125,7 +125,7 @@ def update(
     out, groups = detached(out), t.deepspeed.optimizer.param_groups
     with timer("backward"):
         grads = average_gradients([p for p in t.method.parameters() if p.requires_grad])
-    with timer("optimizer"), t.values.in_groups(groups, t.run.optim.weight_decay_end is not None):
+    with timer("optimizer"), t.step_inputs.in_groups(groups, t.run.optim.weight_decay_end is not None):
         found_inf = t.scale.unscale_(grads)
         if t.run.optim.clip and not t.run.optim.clip_each:
             clip_(grads, t.run.optim.clip)
@@ -133,7 +133,7 @@ def update(
         t.deepspeed.optimizer.step()
         t.method.zero_grad()
         overflow = {} if found_inf is None else {"found_inf": found_inf}
-        t.method.after_step(out, batch, t.values.progress, **overflow)
+        t.method.after_step(out, batch, t.step_inputs.progress, **overflow)
         t.scale.update_()
     if found_inf is None:
         return out, detached(losses) | {"loss_scale": 1.0, "applied": True}

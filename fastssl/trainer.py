@@ -98,7 +98,7 @@ class Trainer:
     loader: Loader
     meter: Meter
     scale: LossScale
-    values: graph.Values  # the numbers of the current step, on the device
+    step_inputs: graph.StepInputs  # the numbers of the current step, on the device
     hooks: list = field(default_factory=list)
     # the step without DeepSpeed, eager or as a CUDA graph; None: DeepSpeed makes the step
     direct: graph.DirectStep | None = None

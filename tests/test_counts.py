@@ -70,7 +70,7 @@ def count(name: str):
         t.scalars = {}
     _, (batch,) = next(source)
     views = step.batch_views(t, batch)  # the reference reads; the kernel that takes its place on a GPU does not
-    t.values.write(batch, t.deepspeed.optimizer.param_groups, 0.5)
+    t.step_inputs.write(batch, t.deepspeed.optimizer.param_groups, 0.5)
     made, counts = step.batch_views, Counts()
     static = not hasattr(t.method, "not_capturable")
     step.batch_views = lambda *_: views
@@ -89,7 +89,9 @@ def test_a_step_asks_no_more_than_before(name):
     if not hasattr(t.method, "not_capturable"):  # those are not captured, and say why
         assert counts.reads == []
     assert counts.survivors() == []  # state is written in place, at addresses that a graph may keep
-    sent = sum(getattr(batch, key).nbytes for key in ("pixels", "sizes", "index", "label")) + t.values._packed.nbytes
+    sent = (
+        sum(getattr(batch, key).nbytes for key in ("pixels", "sizes", "index", "label")) + t.step_inputs._packed.nbytes
+    )
     groups = len(t.deepspeed.optimizer.param_groups)
     # uint8 pixels once whatever the number of views, height and width, number, label; a step's numbers in one copy
     assert sent / BATCH <= 3 * cases.SIDE**2 + 8 + 8 + 8 + 8 * (4 + 2 * groups) / BATCH

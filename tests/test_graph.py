@@ -107,10 +107,10 @@ def test_a_step_of_several_micro_batches_reads_nothing(name, monkeypatch):
     t = build(name, optim_precision="fp16", speed_micro_batch=BATCH // 4, settings={"norm": False})
     assert t.direct is not None and "micro-batches" in not_captured(t)
     (_, first), (_, micro_batches) = itertools.islice(engine.batches(t), 2)
-    t.values.write(first[0], t.deepspeed.optimizer.param_groups, 0.5)
+    t.step_inputs.write(first[0], t.deepspeed.optimizer.param_groups, 0.5)
     views = {id(b.pixels): step.batch_views(t, b) for b in micro_batches}  # the reference reads
     monkeypatch.setattr(step, "batch_views", lambda t, b: views[id(b.pixels)])
-    monkeypatch.setattr(t.values, "write", lambda *_: None)  # copies, and the host does not wait for it
+    monkeypatch.setattr(t.step_inputs, "write", lambda *_: None)  # copies, and the host does not wait for it
     t.scale.value = 4.0
     before = t.method.state_dict()["backbone.conv1.weight"].clone()
     with NoReads(), NoCopies():
