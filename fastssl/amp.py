@@ -38,7 +38,7 @@ def emulated(precision: Precision, device: torch.device) -> bool:
     return flags is not None and not flags & NATIVE[precision]
 
 
-class LossScale:
+class LossScaler:
     """Dynamic loss scale for fp16, otherwise 1: halved when gradients overflow, doubled after 2000 good steps.
 
     Scale, count and overflow flag are 0-dim tensors on `device`, and a step updates them there without waiting for the
@@ -49,15 +49,15 @@ class LossScale:
 
     INTERVAL = 2000
 
-    def __init__(self, precision: Precision, device: torch.device | str = "cpu", skip: int = 0):
-        """`skip`: optim.skip_nonfinite.  Other precisions than fp16 are then checked for overflow, too, and after more
-        than `skip` steps in a row that a lower scale cannot mend, no further step is applied."""
-        self.dynamic, self.skip = precision == "fp16", skip
-        self.checked = self.dynamic or skip > 0  # whether gradients are looked at
+    def __init__(self, precision: Precision, device: torch.device | str = "cpu", skip_nonfinite: int = 0):
+        """`skip_nonfinite`: of OptimConfig.  If it is not 0, gradients are checked at every precision, and no step is
+        applied after more than so many steps in a row whose gradients are not finite at scale 1."""
+        self.dynamic, self.skip_nonfinite = precision == "fp16", skip_nonfinite
+        self.checked = self.dynamic or skip_nonfinite > 0  # whether gradients are looked at
         self.scale = torch.full((), 2.0**16 if self.dynamic else 1.0, device=device)
-        self.good = torch.zeros((), dtype=torch.int32, device=device)
+        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
         self.found_inf = torch.zeros((), device=device)  # not zero: the last gradients overflowed
-        self.bad = torch.zeros((), dtype=torch.int32, device=device)  # such steps in a row at scale 1
+        self.bad_steps = torch.zeros((), dtype=torch.int32, device=device)  # such steps in a row at scale 1
 
     @property
     def value(self) -> float:
@@ -77,16 +77,16 @@ class LossScale:
             return None
         self.found_inf.zero_()
         torch._amp_foreach_non_finite_check_and_unscale_(grads, self.found_inf, self.scale.reciprocal())
-        if self.skip:
+        if self.skip_nonfinite:
             final = (self.found_inf != 0) & (self.scale <= 1)
-            self.bad.copy_(torch.where((self.bad > self.skip) | final, self.bad + 1, 0))
-            self.found_inf.copy_(torch.maximum(self.found_inf, (self.bad > self.skip).float()))
+            self.bad_steps.copy_(torch.where((self.bad_steps > self.skip_nonfinite) | final, self.bad_steps + 1, 0))
+            self.found_inf.copy_(torch.maximum(self.found_inf, (self.bad_steps > self.skip_nonfinite).float()))
         return self.found_inf
 
     def update_(self) -> None:
         """Adapt the scale to the overflow flag."""
         if self.dynamic:
-            torch._amp_update_scale_(self.scale, self.good, self.found_inf, 2.0, 0.5, self.INTERVAL)
+            torch._amp_update_scale_(self.scale, self.good_steps, self.found_inf, 2.0, 0.5, self.INTERVAL)
             self.scale.clamp_(min=1.0)
 
     def pass_to_zero(self, engine: DeepSpeedEngine) -> None:
@@ -114,8 +114,8 @@ class LossScale:
         return applied
 
     def state_dict(self) -> dict:
-        return {"value": self.value, "good": int(self.good)}
+        return {"value": self.value, "good": int(self.good_steps)}
 
     def load_state_dict(self, values: dict) -> None:
         self.value = values["value"]
-        self.good.fill_(values["good"])
+        self.good_steps.fill_(values["good"])

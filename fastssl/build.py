@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import backbones, config, contract, dist, graph, norm, optim, weights, zero
-from fastssl.amp import LossScale, autocast
+from fastssl.amp import LossScaler, autocast
 from fastssl.checkpoint import run_folder
 from fastssl.config import Run
 from fastssl.loader import Batch, Loader
@@ -65,7 +65,7 @@ def build(run: Run, hooks: Sequence[Hook] = (), device: str | None = None, loade
         schedule,
         loader,
         Meter(place, batch=run.optim.batch, precision=run.optim.precision),
-        LossScale(run.optim.precision, "cpu" if run.speed.zero else place, run.optim.skip_nonfinite),
+        LossScaler(run.optim.precision, "cpu" if run.speed.zero else place, run.optim.skip_nonfinite),
         graph.StepInputs(len(engine.optimizer.param_groups), place),
         hooks,
     )
@@ -93,7 +93,7 @@ def needs_deepspeed(t: Trainer) -> str | None:
         return f"the optimizer is DeepSpeed's {type(t.deepspeed.optimizer).__name__}"
     if more:
         return f"deepspeed={{{more[0]!r}: ...}} acts in DeepSpeed's own step"
-    if t.scale.checked and "found_inf" not in inspect.signature(t.method.after_step).parameters:
+    if t.loss_scaler.checked and "found_inf" not in inspect.signature(t.method.after_step).parameters:
         return f"{type(t.method).__name__}.after_step has no found_inf: the host must know of an overflow"
     return None
 

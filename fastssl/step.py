@@ -37,11 +37,11 @@ def step(t: Trainer, micro_batches: list[Batch]) -> Outputs:
     """
     t.scalars = {"lr": t.schedule.set_lr(t.deepspeed.optimizer, t.step)}
     batch = micro_batches[0] if len(micro_batches) == 1 else merge_without_pixels(micro_batches)
-    statistics = norm.SavedStatistics(t.method) if t.scale.skip else None
+    statistics = norm.SavedStatistics(t.method) if t.loss_scaler.skip_nonfinite else None
     make_step = deepspeed_step if t.direct is None else direct_step
     out, scalars = make_step(t, micro_batches, batch)
     if statistics is not None:  # a step that is left out changes no statistics, and hooks are given zeros
-        left_out = t.scale.found_inf != 0
+        left_out = t.loss_scaler.found_inf != 0
         statistics.restore_where(left_out)
         out = {k: v.masked_fill(left_out, 0.0) if v.is_floating_point() else v for k, v in out.items()}
     t.log(scalars)
@@ -54,7 +54,7 @@ def step(t: Trainer, micro_batches: list[Batch]) -> Outputs:
 def deepspeed_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Outputs, dict[str, Any]]:
     """A step by DeepSpeed's backward and update, which read numbers from the device.  Returns detached outputs and the
     scalars to log."""
-    t.scale.pass_to_zero(t.deepspeed)
+    t.loss_scaler.pass_to_zero(t.deepspeed)
     if len(micro_batches) == 1:
         with t.meter.phase("views"):
             views = batch_views(t, batch)
@@ -62,15 +62,15 @@ def deepspeed_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tupl
             out = t.deepspeed(views, batch)
             losses = t.method.loss(out, batch)
         with t.meter.phase("backward"):
-            t.scale.backward(t.deepspeed, losses["loss"])
+            t.loss_scaler.backward(t.deepspeed, losses["loss"])
     else:
         out, losses = accumulate(t, micro_batches, batch)
     out = detached(out)
     with t.meter.phase("optimizer"):
-        applied = t.scale.step(t.deepspeed)
+        applied = t.loss_scaler.step(t.deepspeed)
         if applied:
             t.method.after_step(out, batch, t.step / t.total_steps)
-    return out, detached(losses) | {"loss_scale": t.scale.value, "applied": applied}
+    return out, detached(losses) | {"loss_scale": t.loss_scaler.value, "applied": applied}
 
 
 def direct_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Outputs, dict[str, Any]]:
@@ -113,7 +113,7 @@ def static_step(t: Trainer, batch: Batch, timer: Timer) -> tuple[Outputs, dict[s
         losses = t.method.loss(out, method_batch)
     with timer("backward"):
         t.method.zero_grad()  # gradients that a failed capture may have left
-        t.scale.scaled(losses["loss"]).backward()
+        t.loss_scaler.scaled(losses["loss"]).backward()
     return update(t, out, losses, method_batch, timer)
 
 
@@ -126,7 +126,7 @@ def update(
     with timer("backward"):
         grads = average_gradients([p for p in t.method.parameters() if p.requires_grad])
     with timer("optimizer"), t.step_inputs.in_groups(groups, t.run.optim.weight_decay_end is not None):
-        found_inf = t.scale.unscale_(grads)
+        found_inf = t.loss_scaler.unscale_(grads)
         if t.run.optim.clip and not t.run.optim.clip_each:
             clip_(grads, t.run.optim.clip)
         t.deepspeed.optimizer.found_inf = found_inf
@@ -134,10 +134,10 @@ def update(
         t.method.zero_grad()
         overflow = {} if found_inf is None else {"found_inf": found_inf}
         t.method.after_step(out, batch, t.step_inputs.progress, **overflow)
-        t.scale.update_()
+        t.loss_scaler.update_()
     if found_inf is None:
         return out, detached(losses) | {"loss_scale": 1.0, "applied": True}
-    return out, detached(losses) | {"loss_scale": t.scale.scale.clone(), "applied": found_inf == 0}
+    return out, detached(losses) | {"loss_scale": t.loss_scaler.scale.clone(), "applied": found_inf == 0}
 
 
 @torch.no_grad()
@@ -240,9 +240,9 @@ def _forward(t: Trainer) -> Callable[[list[Tensor], Batch], Outputs]:
 def _backward(t: Trainer, loss: Tensor) -> None:
     """Of one micro-batch; `update` or DeepSpeed averages the sum of all of them over ranks."""
     if t.direct is None:
-        t.scale.backward(t.deepspeed, loss)
+        t.loss_scaler.backward(t.deepspeed, loss)
     else:
-        t.scale.scaled(loss).backward()
+        t.loss_scaler.scaled(loss).backward()
 
 
 def count_flops(t: Trainer, micro_batches: list[Batch]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import backbones, dist, graph, zero
-from fastssl.amp import LossScale
+from fastssl.amp import LossScaler
 from fastssl.config import Run
 from fastssl.kernels import Impl
 from fastssl.loader import Batch, Loader
@@ -97,7 +97,7 @@ class Trainer:
     schedule: Schedule
     loader: Loader
     meter: Meter
-    scale: LossScale
+    loss_scaler: LossScaler
     step_inputs: graph.StepInputs  # the numbers of the current step, on the device
     hooks: list = field(default_factory=list)
     # the step without DeepSpeed, eager or as a CUDA graph; None: DeepSpeed makes the step

@@ -113,12 +113,12 @@ def overflow(t) -> list[dict]:
     done = []
     for _, micro_batches in engine.batches(t):
         if t.step == 1:
-            t.scale.value = 2.0**60
-        before, scale = full_state_dict(t.method, everywhere=True), t.scale.value
+            t.loss_scaler.value = 2.0**60
+        before, scale = full_state_dict(t.method, everywhere=True), t.loss_scaler.value
         step(t, micro_batches)
         applied, now = bool(t.scalars["applied"]), float(t.scalars["loss_scale"])
         if not applied:
-            t.scale.value = 2.0**10
+            t.loss_scaler.value = 2.0**10
         after = full_state_dict(t.method, everywhere=True)
         moved = {k for k in after if not torch.equal(before[k], after[k])}
         done.append(

@@ -20,7 +20,7 @@ import method_cases as cases
 from step_modes import NoCopies, NoReads
 
 from fastssl import engine, step
-from fastssl.amp import LossScale
+from fastssl.amp import LossScaler
 from fastssl.build import not_captured
 from fastssl.sharded_table import ShardedTable
 from fastssl.zero import full_state_dict
@@ -67,12 +67,12 @@ def advance(t, source, steps: int, poison=()) -> list:
     losses = []
     for _, micro_batches in itertools.islice(source, steps):
         poisoned = t.step in poison
-        scale = t.scale.scale.clone()
+        scale = t.loss_scaler.scale.clone()
         if poisoned:
-            t.scale.value = 2.0**100
+            t.loss_scaler.value = 2.0**100
         step.step(t, micro_batches)
         if poisoned:
-            t.scale.scale.copy_(scale)
+            t.loss_scaler.scale.copy_(scale)
         losses.append(t.scalars["loss"])
     return [float(x) for x in losses]
 
@@ -111,7 +111,7 @@ def test_a_step_of_several_micro_batches_reads_nothing(name, monkeypatch):
     views = {id(b.pixels): step.batch_views(t, b) for b in micro_batches}  # the reference reads
     monkeypatch.setattr(step, "batch_views", lambda t, b: views[id(b.pixels)])
     monkeypatch.setattr(t.step_inputs, "write", lambda *_: None)  # copies, and the host does not wait for it
-    t.scale.value = 4.0
+    t.loss_scaler.value = 4.0
     before = t.method.state_dict()["backbone.conv1.weight"].clone()
     with NoReads(), NoCopies():
         step.step(t, micro_batches)
@@ -149,15 +149,15 @@ def test_an_overflow_changes_nothing(name):
     t = build(name, optim_precision="fp16", settings={"norm": False})
     assert t.direct is not None
     source = engine.batches(t)
-    t.scale.value = 4.0
+    t.loss_scaler.value = 4.0
     advance(t, source, 2)
     assert t.scalars["applied"] and t.scalars["loss_scale"] == 4
     before = contents(t)
-    t.scale.value = 2.0**100
+    t.loss_scaler.value = 2.0**100
     advance(t, source, 1)
-    assert not t.scalars["applied"] and t.scale.value == 2.0**99 and t.scale.good == 0
+    assert not t.scalars["applied"] and t.loss_scaler.value == 2.0**99 and t.loss_scaler.good_steps == 0
     assert_same(before, contents(t))
-    t.scale.value = 4.0
+    t.loss_scaler.value = 4.0
     advance(t, source, 1)
     assert t.scalars["applied"]
     moved = {k for k, v in contents(t).items() if not torch.equal(v, before[k])}
@@ -166,16 +166,16 @@ def test_an_overflow_changes_nothing(name):
 
 
 def test_the_scale_doubles_after_good_steps():
-    scale = LossScale("fp16")
-    scale.good.fill_(scale.INTERVAL - 2)
+    scaler = LossScaler("fp16")
+    scaler.good_steps.fill_(scaler.INTERVAL - 2)
     for wanted in (2.0**16, 2.0**17, 2.0**17):
-        scale.unscale_([torch.ones(3)])
-        scale.update_()
-        assert scale.value == wanted
-    scale.value = 1.0
-    scale.unscale_([torch.tensor([1.0, float("nan")])])
-    scale.update_()
-    assert (scale.value, int(scale.good)) == (1.0, 0)
+        scaler.unscale_([torch.ones(3)])
+        scaler.update_()
+        assert scaler.value == wanted
+    scaler.value = 1.0
+    scaler.unscale_([torch.tensor([1.0, float("nan")])])
+    scaler.update_()
+    assert (scaler.value, int(scaler.good_steps)) == (1.0, 0)
 
 
 @pytest.mark.parametrize(
@@ -202,11 +202,11 @@ class Pretended:
     @contextlib.contextmanager
     def capture(self, *_, **__):
         kept, random = contents(self.t), torch.get_rng_state()
-        scale = {k: v.clone() for k, v in vars(self.t.scale).items() if isinstance(v, torch.Tensor)}
+        scale = {k: v.clone() for k, v in vars(self.t.loss_scaler).items() if isinstance(v, torch.Tensor)}
         yield
         torch.set_rng_state(random)
         for name, value in scale.items():
-            getattr(self.t.scale, name).copy_(value)
+            getattr(self.t.loss_scaler, name).copy_(value)
         self.t.method.load_state_dict({k: kept[k] for k in self.t.method.state_dict()})
         for name, module in self.t.method.named_modules():
             if isinstance(module, ShardedTable):
@@ -270,7 +270,7 @@ def test_a_replay_is_the_plain_step_to_the_last_bit(name):
         t = build_gpu(name, (FIRST | REST)[name], graph)
         source = seeded(t)
         losses = advance(t, source, 10, poison=(1, 7))
-        made[graph] = losses, contents(t), torch.cuda.get_rng_state(), t.scale.state_dict()
+        made[graph] = losses, contents(t), torch.cuda.get_rng_state(), t.loss_scaler.state_dict()
         if graph == "on":
             assert t.direct.reason is None, t.direct.reason
             assert t.direct._captured is not None

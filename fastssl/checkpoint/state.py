@@ -45,7 +45,7 @@ def snapshot(t: Trainer, copy: Callable[[str, Tensor], Tensor]) -> Contents:
         torch.save(
             {
                 "step": t.step,
-                "scale": t.scale.state_dict(),
+                "scale": t.loss_scaler.state_dict(),
                 "config": dump(t.run),
                 "world": dist.world(),
                 "hooks": {name: h.state_dict() for name, h in _named(t.hooks) if hasattr(h, "state_dict")},
@@ -94,7 +94,7 @@ def load(t: Trainer, path: Path) -> list[str]:
         _load_optimizer(t, saved, values["config"]["speed"].get("channels_last"))
         t.step = t.deepspeed.global_steps = values["step"]
         t.deepspeed.global_samples = t.step * t.run.optim.batch
-        t.scale.load_state_dict(values["scale"])
+        t.loss_scaler.load_state_dict(values["scale"])
         notes = _load_hooks(t.hooks, values["hooks"], path)
         own = sorted(name for name in saved if name.startswith(f"random/{dist.rank()}/"))
         if dist.rank() < values["world"]:  # ranks that the run has gained keep those of their start
