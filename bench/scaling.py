@@ -79,8 +79,8 @@ def worker(out: Path, kind: str, args: argparse.Namespace) -> None:
     t = engine.build(bench_step.endless(run))
     source = bench_step.synthetic_batches(next(bench_step.real_batches(t)))
     records = bench_step.run_block(t, source, args.steps)
-    if t.direct is not None:
-        t.direct.reason = "bench/scaling.py times its collectives"  # a replay would not call them
+    if t.pytorch_step is not None:
+        t.pytorch_step.reason = "bench/scaling.py times its collectives"  # a replay would not call them
     calls: list[tuple] = []
     with recorded(device) as found:
         bench_step.run_block(t, source, args.steps)

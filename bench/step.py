@@ -214,7 +214,7 @@ def describe(t: Trainer) -> dict:
         "resident": run.speed.resident,
         "channels_last": run.speed.channels_last,
         "compile": run.speed.compile,
-        "graph": t.direct is not None and t.direct.reason is None,
+        "graph": t.pytorch_step is not None and t.pytorch_step.reason is None,
         "kernels": run.speed.kernels,
         "samples": t.loader.samples,
         "mean_pixels": t.loader.card.mean_pixels,

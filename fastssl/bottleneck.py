@@ -90,7 +90,7 @@ def automatic_settings(t: Trainer) -> str:
     if speed.kernels == "auto":
         parts.append("kernels=triton (a CUDA device)" if cuda else "kernels=reference (no CUDA device)")
     if speed.graph == "auto":
-        why = "ZeRO and DeepSpeed's own steps are not captured" if t.direct is None else t.direct.reason
+        why = "ZeRO and DeepSpeed's own steps are not captured" if t.pytorch_step is None else t.pytorch_step.reason
         if why is None or not cuda:  # on CUDA `build` has printed why not
             parts.append("graph=on (the same bits in less time)" if why is None else f"graph=off ({why})")
     if speed.micro_batch is None:

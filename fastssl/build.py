@@ -14,7 +14,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from fastssl import backbones, config, contract, dist, graph, norm, optim, weights, zero
+from fastssl import backbones, config, contract, cuda_graph, dist, norm, optim, weights, zero
 from fastssl.amp import LossScaler, autocast
 from fastssl.checkpoint import run_folder
 from fastssl.config import Run
@@ -66,19 +66,19 @@ def build(run: Run, hooks: Sequence[Hook] = (), device: str | None = None, loade
         loader,
         Meter(place, batch=run.optim.batch, precision=run.optim.precision),
         LossScaler(run.optim.precision, "cpu" if run.speed.zero else place, run.optim.skip_nonfinite),
-        graph.StepInputs(len(engine.optimizer.param_groups), place),
+        cuda_graph.StepInputs(len(engine.optimizer.param_groups), place),
         hooks,
     )
-    choose_step(t)
+    set_pytorch_step(t)
     return t
 
 
-def choose_step(t: Trainer) -> None:
+def set_pytorch_step(t: Trainer) -> None:
     """Decide whether a step bypasses DeepSpeed and whether it is captured as a CUDA graph; print why it is not."""
     why = needs_deepspeed(t)
     if why is None:
-        t.direct = graph.DirectStep(partial(static_step, t), not_captured(t))
-        why = t.direct.reason
+        t.pytorch_step = cuda_graph.CapturableStep(partial(static_step, t), not_captured(t))
+        why = t.pytorch_step.reason
     mode = t.run.speed.graph
     if dist.is_main() and why and (mode == "on" or (mode == "auto" and t.device.type == "cuda")):
         print(f"speed.graph={mode}: the step is not a CUDA graph: {why}")

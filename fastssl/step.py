@@ -38,7 +38,7 @@ def step(t: Trainer, micro_batches: list[Batch]) -> Outputs:
     t.scalars = {"lr": t.schedule.set_lr(t.deepspeed.optimizer, t.step)}
     batch = micro_batches[0] if len(micro_batches) == 1 else merge_without_pixels(micro_batches)
     statistics = norm.SavedStatistics(t.method) if t.loss_scaler.skip_nonfinite else None
-    make_step = deepspeed_step if t.direct is None else direct_step
+    make_step = deepspeed_step if t.pytorch_step is None else pytorch_step
     out, scalars = make_step(t, micro_batches, batch)
     if statistics is not None:  # a step that is left out changes no statistics, and hooks are given zeros
         left_out = t.loss_scaler.found_inf != 0
@@ -73,21 +73,21 @@ def deepspeed_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tupl
     return out, detached(losses) | {"loss_scale": t.loss_scaler.value, "applied": applied}
 
 
-def direct_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Outputs, dict[str, Any]]:
+def pytorch_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Outputs, dict[str, Any]]:
     """A step at ZeRO 0, in which the host does not wait for the device.  With one micro-batch and a captured CUDA
     graph, it replays the graph.  DeepSpeed's forward, backward and step are not called; only its counters are kept up
     to date."""
-    assert t.direct is not None, "without it DeepSpeed makes the step"
+    assert t.pytorch_step is not None, "without it DeepSpeed makes the step"
     t.step_inputs.write(batch, t.deepspeed.optimizer.param_groups, t.step / t.total_steps)
-    phase = t.method.phase(batch.epoch) if hasattr(t.method, "phase") else None
+    method_key = t.method.graph_key(batch.epoch) if hasattr(t.method, "graph_key") else None
     frozen = tuple(group["frozen"] for group in t.deepspeed.optimizer.param_groups)  # by optim.Schedule
     if len(micro_batches) > 1:
         out, scalars = update(t, *accumulate(t, micro_batches, batch), batch, t.meter.phase)
-    elif t.direct.ready(batch, (phase, frozen)):
+    elif t.pytorch_step.ready(batch, (method_key, frozen)):
         with t.meter.phase("step"):
-            out, scalars = t.direct.replay(batch)
+            out, scalars = t.pytorch_step.replay(batch)
     else:
-        out, scalars = t.direct.function(batch, t.meter.phase)
+        out, scalars = t.pytorch_step.function(batch, t.meter.phase)
     t.deepspeed.global_steps += 1
     t.deepspeed.micro_steps += 1
     t.deepspeed.global_samples += t.deepspeed.train_batch_size()
@@ -102,7 +102,7 @@ def static_step(t: Trainer, batch: Batch, timer: Timer) -> tuple[Outputs, dict[s
         batch, epoch=inputs.epoch, step=inputs.step, position=None if batch.position is None else inputs.position
     )
     method_batch = tensor_batch  # what the method's forward, loss and after_step get
-    if hasattr(t.method, "phase"):  # it decides on the host by the epoch's number; a graph holds for one phase
+    if hasattr(t.method, "graph_key"):  # it branches on the epoch, on the host; each key has its own graph
         method_batch = replace(tensor_batch, epoch=batch.epoch)
     elif hasattr(t.method, "not_capturable"):
         method_batch = batch
@@ -234,12 +234,12 @@ def accumulate_cached(t: Trainer, micro_batches: list[Batch], batch: Batch) -> t
 
 
 def _forward(t: Trainer) -> Callable[[list[Tensor], Batch], Outputs]:
-    return t.deepspeed if t.direct is None else t.method.forward
+    return t.deepspeed if t.pytorch_step is None else t.method.forward
 
 
 def _backward(t: Trainer, loss: Tensor) -> None:
     """Of one micro-batch; `update` or DeepSpeed averages the sum of all of them over ranks."""
-    if t.direct is None:
+    if t.pytorch_step is None:
         t.loss_scaler.backward(t.deepspeed, loss)
     else:
         t.loss_scaler.scaled(loss).backward()

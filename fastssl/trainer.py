@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastssl import backbones, dist, graph, zero
+from fastssl import backbones, cuda_graph, dist, zero
 from fastssl.amp import LossScaler
 from fastssl.config import Run
 from fastssl.kernels import Impl
@@ -59,8 +59,8 @@ class Method(Protocol):
       cluster; returns a line for the log.  `extract_outputs`: see fastssl.outputs.
     - `order(epoch) -> (N,) sample numbers`: the order of the epoch's samples instead of a permutation; depends only on
       the epoch and on buffers that do not change until the next `before_epoch`.
-    - `phase(epoch) -> Hashable`: for methods with Python branches on the epoch.  The CUDA graph of the step is captured
-      again when the value changes, and `batch.epoch` is an int.
+    - `graph_key(epoch) -> Hashable`: for methods with Python branches on the epoch.  The CUDA graph of the step is
+      captured again when the value changes, and `batch.epoch` is an int.
     - `not_capturable`: the reason why the step cannot be captured in a CUDA graph.
 
     `Config.init_backbone(backbone)` may initialise the backbone; it is called before `backbone.pretrained` is loaded.
@@ -98,10 +98,10 @@ class Trainer:
     loader: Loader
     meter: Meter
     loss_scaler: LossScaler
-    step_inputs: graph.StepInputs  # the numbers of the current step, on the device
+    step_inputs: cuda_graph.StepInputs  # the numbers of the current step, on the device
     hooks: list = field(default_factory=list)
     # the step without DeepSpeed, eager or as a CUDA graph; None: DeepSpeed makes the step
-    direct: graph.DirectStep | None = None
+    pytorch_step: cuda_graph.CapturableStep | None = None
     step: int = 0  # optimizer steps done, skipped ones included
     epoch: int = 0
     scalars: dict[str, Any] = field(default_factory=dict)  # to log, of the current step

@@ -44,7 +44,9 @@ def trainer(device="cuda", *, pixels=1024, workers=64, **speed):
         card=DataCard(samples=1000, bytes=0, max_pixels=pixels), samples=1000, workers=workers, sampler=Sampler()
     )
     run = SimpleNamespace(speed=SimpleNamespace(**speed), optim=SimpleNamespace(batch=64, precision="fp16"))
-    return SimpleNamespace(run=run, loader=loader, device=torch.device(device), direct=SimpleNamespace(reason=None))
+    return SimpleNamespace(
+        run=run, loader=loader, device=torch.device(device), pytorch_step=SimpleNamespace(reason=None)
+    )
 
 
 def summary(t, **changes):
@@ -104,7 +106,7 @@ def test_automatic_settings_are_given_with_their_reason():
         == 1
     )
     t = trainer("cpu")
-    t.direct = SimpleNamespace(reason="it needs a CUDA device")
+    t.pytorch_step = SimpleNamespace(reason="it needs a CUDA device")
     assert "kernels=reference (no CUDA device), graph=off (it needs a CUDA device)" in bottleneck.automatic_settings(t)
 
 

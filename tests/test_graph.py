@@ -94,7 +94,7 @@ def test_the_step_is_the_plain_loop_to_the_last_bit(name):
     made = []
     for loop in (plain_loop, advance):
         t = build(name, optim_lr=2.0**-4)
-        assert t.direct is not None
+        assert t.pytorch_step is not None
         loop(t, seeded(t), 4)
         made.append((contents(t), t.deepspeed.global_steps, t.deepspeed.micro_steps, t.deepspeed.global_samples))
     assert_same(made[0][0], made[1][0])
@@ -105,7 +105,7 @@ def test_the_step_is_the_plain_loop_to_the_last_bit(name):
 def test_a_step_of_several_micro_batches_reads_nothing(name, monkeypatch):
     """In fp16 neither, where gradients may overflow."""
     t = build(name, optim_precision="fp16", speed_micro_batch=BATCH // 4, settings={"norm": False})
-    assert t.direct is not None and "micro-batches" in not_captured(t)
+    assert t.pytorch_step is not None and "micro-batches" in not_captured(t)
     (_, first), (_, micro_batches) = itertools.islice(engine.batches(t), 2)
     t.step_inputs.write(first[0], t.deepspeed.optimizer.param_groups, 0.5)
     views = {id(b.pixels): step.batch_views(t, b) for b in micro_batches}  # the reference reads
@@ -147,7 +147,7 @@ KEEP_STATE = [n for n in cases.CASES if not n.startswith(("deepcluster", "odc"))
 def test_an_overflow_changes_nothing(name):
     """The optimizer's state included, on the device alone; the scale halves."""
     t = build(name, optim_precision="fp16", settings={"norm": False})
-    assert t.direct is not None
+    assert t.pytorch_step is not None
     source = engine.batches(t)
     t.loss_scaler.value = 4.0
     advance(t, source, 2)
@@ -216,10 +216,10 @@ class Pretended:
                 value.copy_(kept[f"{name} {key}"])
 
     def replay(self):
-        made, groups = self.t.direct._captured, self.t.deepspeed.optimizer.param_groups
+        made, groups = self.t.pytorch_step._captured, self.t.deepspeed.optimizer.param_groups
         for group in groups:
             group["lr"] = float("nan")  # of the host
-        out, scalars = self.t.direct.function(made.batch, lambda name: contextlib.nullcontext())
+        out, scalars = self.t.pytorch_step.function(made.batch, lambda name: contextlib.nullcontext())
         for name, value in out.items():
             made.out[name].copy_(value)
         made.packed.copy_(torch.stack([v.float().reshape(()) for v in scalars.values() if isinstance(v, torch.Tensor)]))
@@ -233,7 +233,7 @@ def test_replays_take_their_numbers_from_the_device(name, monkeypatch):
     for captured in (False, True):
         t = build(name, optim_precision="fp16", optim_lr=2.0**-4, optim_schedule="cosine")
         if captured:
-            t.direct.reason, graph = None, Pretended(t)
+            t.pytorch_step.reason, graph = None, Pretended(t)
             monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda graph=graph: graph)
             monkeypatch.setattr(torch.cuda, "graph", graph.capture)
             monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
@@ -242,7 +242,7 @@ def test_replays_take_their_numbers_from_the_device(name, monkeypatch):
         source = seeded(t)
         losses = advance(t, source, 10, poison=(1, 7))
         made.append((losses, {k: float(v) for k, v in t.scalars.items()}, contents(t)))
-    assert t.direct._captured is not None
+    assert t.pytorch_step._captured is not None
     assert made[0][:2] == made[1][:2]
     assert_same(made[0][2], made[1][2])
 
@@ -272,8 +272,8 @@ def test_a_replay_is_the_plain_step_to_the_last_bit(name):
         losses = advance(t, source, 10, poison=(1, 7))
         made[graph] = losses, contents(t), torch.cuda.get_rng_state(), t.loss_scaler.state_dict()
         if graph == "on":
-            assert t.direct.reason is None, t.direct.reason
-            assert t.direct._captured is not None
+            assert t.pytorch_step.reason is None, t.pytorch_step.reason
+            assert t.pytorch_step._captured is not None
         torch.cuda.synchronize()
         start = time.perf_counter()
         advance(t, source, 8)
@@ -296,7 +296,7 @@ def test_a_run_resumes_to_the_same_bits(tmp_path):
         run.name, run.log.root, run.deterministic, run.speed.graph = folder, str(tmp_path), True, graph
         run.log.every, run.log.checkpoint_steps, run.log.keep = 1, 8, 3
         t = engine.fit(run, resume=resume, loader=cases.loader(run, "cuda"))
-        assert (t.direct.reason is None) == (graph == "on"), t.direct.reason
+        assert (t.pytorch_step.reason is None) == (graph == "on"), t.pytorch_step.reason
         last = store.newest(t.folder)
         found.append(safetensors.torch.load_file(last / "weights.safetensors"))
         shutil.rmtree(last)
@@ -314,5 +314,5 @@ def test_a_capture_that_fails_leaves_the_plain_step(capsys):
         torch.manual_seed(5)
         advance(t, engine.batches(t), 8)
         made.append(contents(t))
-    assert "capture failed" in t.direct.reason and capsys.readouterr().out.count("capture failed") == 1
+    assert "capture failed" in t.pytorch_step.reason and capsys.readouterr().out.count("capture failed") == 1
     assert_same(*made)

@@ -17,7 +17,7 @@ LAYERS = """
     decode sampler sharded_table
     zero
     amp norm loader backbones optim log meters clustering ending agreement
-    graph inference
+    cuda_graph inference
     trainer
     bottleneck checkpoint
     weights

@@ -97,7 +97,7 @@ class DINO(nn.Module):
         ]
         return {"loss": sum(pairs) / len(pairs)}
 
-    def phase(self, epoch: int) -> tuple:
+    def graph_key(self, epoch: int) -> tuple:
         return epoch < self.config.freeze_epochs, self.teacher_temperature(epoch)
 
     def teacher_temperature(self, epoch: int) -> float:

@@ -81,7 +81,7 @@ class SwAV(nn.Module):
             ]
         return {"loss": sum(pairs) / len(pairs)}
 
-    def phase(self, epoch: int) -> tuple:
+    def graph_key(self, epoch: int) -> tuple:
         return epoch < self.config.freeze_epochs, bool(self.config.queue) and epoch >= self.config.queue_epoch
 
     @torch.no_grad()

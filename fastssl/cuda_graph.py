@@ -84,12 +84,12 @@ def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.bool() if dtype == torch.bool else value
 
 
-class DirectStep:
+class CapturableStep:
     """`function(batch, timer) -> (out, scalars)`, a step that reads nothing from the device, captured as a CUDA graph.
 
     `reason`: why it is not captured; None: it is.  The first WARMUP_STEPS steps run eagerly, then the step is captured;
-    for another key (the batch's shapes, a method's phase) this starts again.  If a capture fails, that is printed once
-    and all further steps run eagerly.
+    for other shapes of the batch, or another `graph_key` of the method, this starts again.  If a capture fails, that is
+    printed once and all further steps run eagerly.
     """
 
     def __init__(self, function: Callable, reason: str | None):
@@ -97,11 +97,11 @@ class DirectStep:
         self._captured: Captured | None = None
         self._warmup: tuple[Hashable, int] = (None, 0)  # key, eager steps with it
 
-    def ready(self, batch: Batch, phase: Hashable = None) -> bool:
+    def ready(self, batch: Batch, step_key: Hashable = None) -> bool:
         """Whether the next step can be a replay; captures it after the warm-up."""
         if self.reason is not None:
             return False
-        key = (phase, batch.position is None, *(getattr(batch, name).shape for name in TENSORS), batch.label.dtype)
+        key = (step_key, batch.position is None, *(getattr(batch, name).shape for name in TENSORS), batch.label.dtype)
         if self._captured is not None and self._captured.key == key:
             return True
         self._captured = None
