@@ -29,7 +29,7 @@ def filter_both_axes(x, w, s, TILE: tl.constexpr):
 
 
 @triton.jit
-def blur_whole(r, g, b, sigma, SIZE: tl.constexpr, TILE: tl.constexpr):
+def blur_whole(rgb, sigma, SIZE: tl.constexpr, TILE: tl.constexpr):
     """G X G^T of the whole view, with the reflections at its edges added into the Gaussian G (TILE, TILE); float16
     products."""
     radius = tl.minimum(tl.ceil(4 * sigma), SIZE - 1)
@@ -37,11 +37,7 @@ def blur_whole(r, g, b, sigma, SIZE: tl.constexpr, TILE: tl.constexpr):
     w = gaussian(j - i, sigma, radius) + tl.where(j > 0, gaussian(-j - i, sigma, radius), 0.0)
     w += tl.where(j < SIZE - 1, gaussian(2 * (SIZE - 1) - j - i, sigma, radius), 0.0)
     w, s = to_half_rows(tl.where((i < SIZE) & (j < SIZE), w, 0.0))
-    return (
-        filter_both_axes(r - 0.5, w, s, TILE),
-        filter_both_axes(g - 0.5, w, s, TILE),
-        filter_both_axes(b - 0.5, w, s, TILE),
-    )
+    return [filter_both_axes(x - 0.5, w, s, TILE) for x in rgb]
 
 
 @triton.jit
@@ -60,7 +56,5 @@ def blur_tile(view_ptr, first_y, first_x, sigma, SIZE: tl.constexpr, TILE: tl.co
     w, s = to_half_rows(w)
     iy, ix = tile_coordinates(first_y - HALO, first_x - HALO, TILE)
     ptrs = plane_ptrs(view_ptr, reflect(iy, SIZE), reflect(ix, SIZE), SIZE)
-    r = bits_to_half(tl.load(ptrs))
-    g = bits_to_half(tl.load(ptrs + SIZE * SIZE))
-    b = bits_to_half(tl.load(ptrs + 2 * SIZE * SIZE))
-    return filter_both_axes(r, w, s, TILE), filter_both_axes(g, w, s, TILE), filter_both_axes(b, w, s, TILE)
+    planes = [bits_to_half(tl.load(ptrs + c * SIZE * SIZE)) for c in (0, 1, 2)]
+    return [filter_both_axes(plane, w, s, TILE) for plane in planes]

@@ -10,12 +10,13 @@ GRAY, SOLARIZE = tl.constexpr(OPS.index("gray")), tl.constexpr(OPS.index("solari
 
 
 @triton.jit
-def luma(r, g, b):
-    return 0.2989 * r + 0.587 * g + 0.114 * b
+def luma(rgb):
+    return 0.2989 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
 
 
 @triton.jit
-def shift_hue(r, g, b, shift):
+def shift_hue(rgb, shift):
+    r, g, b = rgb
     high, low = tl.maximum(tl.maximum(r, g), b), tl.minimum(tl.minimum(r, g), b)
     spread = high - low
     inverse = 1.0 / tl.where(spread == 0, 1.0, spread)
@@ -41,68 +42,52 @@ def jitter_order(code):
 
 
 @triton.jit
-def jitter_colours(
-    r,
-    g,
-    b,
-    order,
-    first,
-    last,
-    brightness,
-    contrast,
-    saturation,
-    shift,
-    mean,
-    mask,
-    SIZE: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+def jitter_colours(rgb, order, first, last, factors, mean, mask, SIZE: tl.constexpr, WHOLE: tl.constexpr):
     """Operations first to last - 1 of the order.
 
     mean: of the view's gray, for contrast; computed here if the tile is the WHOLE view.
     """
     packed, _ = jitter_order(order)
+    brightness, contrast, saturation, shift = factors
     for step in range(first, last):
         op = (packed >> (2 * step)) & 3
         if op == 0:
-            r, g, b = clamp01(r * brightness), clamp01(g * brightness), clamp01(b * brightness)
+            rgb = [clamp01(x * brightness) for x in rgb]
         elif op == 1:
             m = mean
             if WHOLE:
-                m = tl.sum(tl.where(mask, luma(r, g, b), 0.0), 0) / (SIZE * SIZE)
+                m = tl.sum(tl.where(mask, luma(rgb), 0.0), 0) / (SIZE * SIZE)
             m *= 1 - contrast
-            r, g, b = clamp01(r * contrast + m), clamp01(g * contrast + m), clamp01(b * contrast + m)
+            rgb = [clamp01(x * contrast + m) for x in rgb]
         elif op == 2:
-            l = luma(r, g, b) * (1 - saturation)
-            r, g, b = clamp01(r * saturation + l), clamp01(g * saturation + l), clamp01(b * saturation + l)
+            l = luma(rgb) * (1 - saturation)
+            rgb = [clamp01(x * saturation + l) for x in rgb]
         else:
-            r, g, b = shift_hue(r, g, b, shift)
-    return r, g, b
+            rgb = shift_hue(rgb, shift)
+    return rgb
 
 
 @triton.jit
-def gray_if(r, g, b, drawn):
+def gray_if(rgb, drawn):
     if drawn > 0:
-        l = luma(r, g, b)
-        r, g, b = l, l, l
-    return r, g, b
+        l = luma(rgb)
+        rgb = l, l, l
+    return rgb
 
 
 @triton.jit
-def solarize_if(r, g, b, drawn, threshold):
+def solarize_if(rgb, drawn, threshold):
     if drawn > 0:
-        r = tl.where(r >= threshold, 1 - r, r)
-        g = tl.where(g >= threshold, 1 - g, g)
-        b = tl.where(b >= threshold, 1 - b, b)
-    return r, g, b
+        rgb = [tl.where(x >= threshold, 1 - x, x) for x in rgb]
+    return rgb
 
 
 @triton.jit
-def gray_and_solarize(r, g, b, gray, solarize, threshold, ORDER: tl.constexpr, START: tl.constexpr, STOP: tl.constexpr):
+def gray_and_solarize(rgb, gray, solarize, threshold, ORDER: tl.constexpr, START: tl.constexpr, STOP: tl.constexpr):
     """Grayscale and solarize, those at positions START to STOP - 1 of ORDER (four codes of two bits)."""
     for step in tl.static_range(START, STOP):
         if ((ORDER >> (2 * step)) & 3) == GRAY:
-            r, g, b = gray_if(r, g, b, gray)
+            rgb = gray_if(rgb, gray)
         elif ((ORDER >> (2 * step)) & 3) == SOLARIZE:
-            r, g, b = solarize_if(r, g, b, solarize, threshold)
-    return r, g, b
+            rgb = solarize_if(rgb, solarize, threshold)
+    return rgb

@@ -53,20 +53,14 @@ def crop_tile(
     W,
     iy,
     ix,
-    y0,  # the box that becomes the view
-    x0,
-    h,
-    w,
-    top,  # the region outside which taps are left out
-    left,
-    bottom,
-    right,
+    box,  # see draws.draw_crop
     flip,
     SIZE: tl.constexpr,
     BICUBIC: tl.constexpr,
     REFLECT: tl.constexpr,
 ):
     """Output pixels (iy, ix) of the box, antialiased."""
+    y0, x0, h, w, top, left, bottom, right = box
     iy, ix = tl.minimum(iy, SIZE - 1), tl.minimum(ix, SIZE - 1)
     ix = tl.where(flip > 0, SIZE - 1 - ix, ix)
     cy, fy, ly, iny, sy, ny = taps(iy, y0, h, top, bottom, SIZE, BICUBIC, REFLECT)
@@ -91,7 +85,7 @@ def crop_tile(
     inside = iny & inx  # outside the image it is black
     scale = tl.where(inside, (2.0 / 255.0) / tl.where(inside, total_x * total_y, 1.0), 0.0)
     rest = tl.where(inside, 256.0 / 255.0, 0.0)  # what load_byte() adds to a byte
-    return clamp01(r * scale - rest), clamp01(g * scale - rest), clamp01(b * scale - rest)
+    return [clamp01(x * scale - rest) for x in (r, g, b)]
 
 
 @triton.jit

@@ -89,7 +89,8 @@ def offset(n, word, SIZE: tl.constexpr):
 
 
 @triton.jit
-def random_resized(spec_ptr, seed, stream, sample, epoch, H, W):
+def random_resized(spec_ptr, seed, counter, H, W):
+    stream, sample, epoch = counter
     lane = tl.arange(0, LANES)
     block = lane.to(tl.uint32)
     w_area, w_ratio, w_top, w_left = tl.philox(seed, block, block * 0 + stream, block * 0 + sample, block * 0 + epoch)
@@ -117,9 +118,7 @@ def random_resized(spec_ptr, seed, stream, sample, epoch, H, W):
 def draw_crop(
     spec_ptr,
     seed,
-    stream,
-    sample,
-    epoch,
+    counter,
     H,
     W,
     CROP: tl.constexpr,
@@ -128,9 +127,10 @@ def draw_crop(
     PAD: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """y0, x0, h, w and the clip region's top, left, bottom, right, float32."""
+    """float32 y0, x0, h, w of the box that becomes the view, and top, left, bottom, right of the region outside which
+    taps are left out."""
     if CROP == RESIZED:
-        y, x, h, w = random_resized(spec_ptr, seed, stream, sample, epoch, H, W)
+        y, x, h, w = random_resized(spec_ptr, seed, counter, H, W)
         y0, x0, bh, bw = y.to(tl.float32), x.to(tl.float32), h.to(tl.float32), w.to(tl.float32)
         return y0, x0, bh, bw, y0, x0, (y + h).to(tl.float32), (x + w).to(tl.float32)
     else:
@@ -139,6 +139,7 @@ def draw_crop(
         if CROP == SQUASH:
             return zero, zero, Hf, Wf, zero, zero, Hf, Wf
         else:
+            stream, sample, epoch = counter
             nh, nw = H, W
             if RESIZE > 0:
                 short = tl.minimum(H, W)
@@ -161,8 +162,9 @@ def draw_crop(
 
 
 @triton.jit
-def draw_colour(spec_ptr, seed, stream, sample, epoch):
+def draw_colour(spec_ptr, seed, counter):
     """flip, angle, order, brightness, contrast, saturation, hue, gray, sigma, solarize: float32."""
+    stream, sample, epoch = counter
     zero = sample * 0
     w_flip, w_jitter, w_gray, w_blur = tl.philox(seed, zero + FLAGS_BLOCK, stream, sample, epoch)
     w_b, w_c, w_s, w_h = tl.philox(seed, zero + JITTER_BLOCK, stream, sample, epoch)
@@ -191,6 +193,12 @@ def counter(spec_ptr, index_ptr, i_sample, epoch, epoch_ptr, EPOCH_PTR: tl.const
     return tl.load(spec_ptr + STREAM).to(tl.uint32), tl.load(index_ptr + i_sample).to(tl.uint32), epoch.to(tl.uint32)
 
 
+@triton.jit
+def load_size(sizes_ptr, i_sample):
+    """Height and width of an image."""
+    return tl.load(sizes_ptr + 2 * i_sample).to(tl.int32), tl.load(sizes_ptr + 2 * i_sample + 1).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["seed", "epoch"])
 def draw_kernel(
     sizes_ptr,  # (B, 2) int: height and width of each image
@@ -210,28 +218,10 @@ def draw_kernel(
     """One program writes one row of the table; grid (B, V)."""
     i_sample, i_view = tl.program_id(0), tl.program_id(1)
     spec_ptr = specs_ptr + i_view * NUM_FIELDS
-    stream, sample, epoch = counter(spec_ptr, index_ptr, i_sample, epoch, epoch_ptr, EPOCH_PTR)
-    H, W = tl.load(sizes_ptr + 2 * i_sample).to(tl.int32), tl.load(sizes_ptr + 2 * i_sample + 1).to(tl.int32)
-    y0, x0, h, w, top, left, bottom, right = draw_crop(
-        spec_ptr, seed, stream, sample, epoch, H, W, CROP, SIZE, RESIZE, PAD, WINDOW
-    )
-    flip, angle, order, b, c, s, u, gray, sigma, solarize = draw_colour(spec_ptr, seed, stream, sample, epoch)
+    sample_counter = counter(spec_ptr, index_ptr, i_sample, epoch, epoch_ptr, EPOCH_PTR)
+    H, W = load_size(sizes_ptr, i_sample)
+    box = draw_crop(spec_ptr, seed, sample_counter, H, W, CROP, SIZE, RESIZE, PAD, WINDOW)
+    row = box + draw_colour(spec_ptr, seed, sample_counter)
     row_ptr = table_ptr + (i_view * tl.num_programs(0) + i_sample) * NUM_COLUMNS
-    tl.store(row_ptr, y0)
-    tl.store(row_ptr + 1, x0)
-    tl.store(row_ptr + 2, h)
-    tl.store(row_ptr + 3, w)
-    tl.store(row_ptr + 4, top)
-    tl.store(row_ptr + 5, left)
-    tl.store(row_ptr + 6, bottom)
-    tl.store(row_ptr + 7, right)
-    tl.store(row_ptr + 8, flip)
-    tl.store(row_ptr + 9, angle)
-    tl.store(row_ptr + 10, order.to(tl.float32))
-    tl.store(row_ptr + 11, b)
-    tl.store(row_ptr + 12, c)
-    tl.store(row_ptr + 13, s)
-    tl.store(row_ptr + 14, u)
-    tl.store(row_ptr + 15, gray)
-    tl.store(row_ptr + 16, sigma)
-    tl.store(row_ptr + 17, solarize)
+    for i in tl.static_range(NUM_COLUMNS):
+        tl.store(row_ptr + i, row[i])

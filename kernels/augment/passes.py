@@ -14,7 +14,7 @@ NUM_COLUMNS, NUM_FIELDS = draws.NUM_COLUMNS, draws.NUM_FIELDS
 OFFSET, TURNS, THRESHOLD = (tl.constexpr(draws.FIELD[n]) for n in ("offset", "quarter_turns", "threshold"))
 MEAN = tl.constexpr(draws.FIELD["mean_r"])
 # columns of the parameter table that the passes read
-CLIP, FLIP, ORDER = (tl.constexpr(params.COL[n]) for n in ("top", "flip", "order"))
+FLIP, ORDER = (tl.constexpr(params.COL[n]) for n in ("flip", "order"))
 ANGLE, GRAY, SIGMA, SOLARIZE = (tl.constexpr(params.COL[n]) for n in ("angle", "gray", "sigma", "solarize"))
 
 
@@ -53,29 +53,27 @@ def whole_kernel(
     """A whole view in registers; grid (B, V)."""
     i_sample, i_view = tl.program_id(0), tl.program_id(1)
     spec_ptr = specs_ptr + i_view * NUM_FIELDS
-    stream, sample, epoch = draws.counter(spec_ptr, index_ptr, i_sample, epoch, epoch_ptr, EPOCH_PTR)
-    H, W = tl.load(sizes_ptr + 2 * i_sample).to(tl.int32), tl.load(sizes_ptr + 2 * i_sample + 1).to(tl.int32)
-    y0, x0, h, w, top, left, bottom, right = draws.draw_crop(
-        spec_ptr, seed, stream, sample, epoch, H, W, CROP, SIZE, RESIZE, PAD, WINDOW
-    )
-    flip, _, order, fb, fc, fs, fh, gray, sigma, solarize = draws.draw_colour(spec_ptr, seed, stream, sample, epoch)
+    counter = draws.counter(spec_ptr, index_ptr, i_sample, epoch, epoch_ptr, EPOCH_PTR)
+    H, W = draws.load_size(sizes_ptr, i_sample)
+    box = draws.draw_crop(spec_ptr, seed, counter, H, W, CROP, SIZE, RESIZE, PAD, WINDOW)
+    flip, _, order, fb, fc, fs, fh, gray, sigma, solarize = draws.draw_colour(spec_ptr, seed, counter)
     iy, ix = planes.tile_coordinates(0, 0, TILE)
     mask = (iy < SIZE) & (ix < SIZE)
     image_ptr = pixels_ptr + i_sample.to(tl.int64) * max_pixels * 3
-    r, g, b = crop.crop_tile(image_ptr, W, iy, ix, y0, x0, h, w, top, left, bottom, right, flip, SIZE, BICUBIC, REFLECT)
+    rgb = crop.crop_tile(image_ptr, W, iy, ix, box, flip, SIZE, BICUBIC, REFLECT)
     threshold = tl.load(spec_ptr + THRESHOLD).to(tl.float32)
-    r, g, b = colour.gray_and_solarize(r, g, b, gray, solarize, threshold, OPS, 0, JITTER_AT)
+    rgb = colour.gray_and_solarize(rgb, gray, solarize, threshold, OPS, 0, JITTER_AT)
     if JITTERS:  # noqa: SIM102 - one is decided at compile time, the other is a branch
         if order >= 0:
-            r, g, b = colour.jitter_colours(r, g, b, order, 0, 4, fb, fc, fs, fh, 0.0, mask, SIZE, True)
-    r, g, b = colour.gray_and_solarize(r, g, b, gray, solarize, threshold, OPS, JITTER_AT + 1, BLUR_AT)
+            rgb = colour.jitter_colours(rgb, order, 0, 4, (fb, fc, fs, fh), 0.0, mask, SIZE, True)
+    rgb = colour.gray_and_solarize(rgb, gray, solarize, threshold, OPS, JITTER_AT + 1, BLUR_AT)
     if BLURS:  # noqa: SIM102
         if sigma > 0:
-            r, g, b = blur.blur_whole(r, g, b, sigma, SIZE, TILE)
-    r, g, b = colour.gray_and_solarize(r, g, b, gray, solarize, threshold, OPS, BLUR_AT + 1, 4)
+            rgb = blur.blur_whole(rgb, sigma, SIZE, TILE)
+    rgb = colour.gray_and_solarize(rgb, gray, solarize, threshold, OPS, BLUR_AT + 1, 4)
     view_ptr = view_ptr_of(out_ptr, spec_ptr, tl.num_programs(0), i_sample, SIZE)
     turns = tl.load(spec_ptr + TURNS).to(tl.int32)
-    planes.store_view(view_ptr, iy, ix, mask, r, g, b, turns, spec_ptr + MEAN, SIZE)
+    planes.store_view(view_ptr, iy, ix, mask, rgb, turns, spec_ptr + MEAN, SIZE)
 
 
 @triton.jit
@@ -106,14 +104,7 @@ def crop_of_row(
         tl.load(sizes_ptr + 2 * i_sample + 1).to(tl.int32),
         iy,
         ix,
-        tl.load(row_ptr),
-        tl.load(row_ptr + 1),
-        tl.load(row_ptr + 2),
-        tl.load(row_ptr + 3),
-        tl.load(row_ptr + CLIP),
-        tl.load(row_ptr + CLIP + 1),
-        tl.load(row_ptr + CLIP + 2),
-        tl.load(row_ptr + CLIP + 3),
+        [tl.load(row_ptr + i) for i in (0, 1, 2, 3, 4, 5, 6, 7)],  # y0 to right
         tl.load(row_ptr + FLIP),
         SIZE,
         BICUBIC,
@@ -139,9 +130,9 @@ def crop_kernel(
     i_sample, _, i_pair, _, first_y, first_x = program_tile(batch, SIDE, TILE)
     iy, ix = planes.tile_coordinates(first_y, first_x, TILE)
     row_ptr = table_ptr + i_pair * NUM_COLUMNS
-    r, g, b = crop_of_row(pixels_ptr, max_pixels, sizes_ptr, row_ptr, i_sample, iy, ix, SIZE, BICUBIC, REFLECT)
+    rgb = crop_of_row(pixels_ptr, max_pixels, sizes_ptr, row_ptr, i_sample, iy, ix, SIZE, BICUBIC, REFLECT)
     mask = (iy < SIZE) & (ix < SIZE)
-    planes.store_planes(crops_ptr + i_pair * (SIZE * SIZE * 3), iy, ix, mask, r, g, b, SIZE)
+    planes.store_planes(crops_ptr + i_pair * (SIZE * SIZE * 3), iy, ix, mask, rgb, SIZE)
 
 
 @triton.jit
@@ -184,25 +175,24 @@ def colour_kernel(
     mask = (iy < SIZE) & (ix < SIZE)
     crops_ptr += i_pair * (SIZE * SIZE * 3)
     if ROTATE:
-        r, g, b = crop.rotated_tile(crops_ptr, iy, ix, tl.load(row_ptr + ANGLE), SIZE)
+        rgb = crop.rotated_tile(crops_ptr, iy, ix, tl.load(row_ptr + ANGLE), SIZE)
     elif LOAD_CROP:
-        r, g, b = planes.load_planes(crops_ptr, iy, ix, mask, SIZE)
+        rgb = planes.load_planes(crops_ptr, iy, ix, mask, SIZE)
     else:
-        r, g, b = crop_of_row(pixels_ptr, max_pixels, sizes_ptr, row_ptr, i_sample, iy, ix, SIZE, BICUBIC, REFLECT)
+        rgb = crop_of_row(pixels_ptr, max_pixels, sizes_ptr, row_ptr, i_sample, iy, ix, SIZE, BICUBIC, REFLECT)
     gray, solarize = tl.load(row_ptr + GRAY), tl.load(row_ptr + SOLARIZE)
     threshold = tl.load(spec_ptr + THRESHOLD).to(tl.float32)
-    fb, fc = tl.load(row_ptr + ORDER + 1), tl.load(row_ptr + ORDER + 2)
-    fs, fh = tl.load(row_ptr + ORDER + 3), tl.load(row_ptr + ORDER + 4)
+    factors = [tl.load(row_ptr + ORDER + i) for i in (1, 2, 3, 4)]
     if not LOAD_CROP:
-        r, g, b = colour.gray_and_solarize(r, g, b, gray, solarize, threshold, OPS, 0, JITTER_AT)
+        rgb = colour.gray_and_solarize(rgb, gray, solarize, threshold, OPS, 0, JITTER_AT)
     if MEANS:
         if order >= 0:
             _, contrast_at = colour.jitter_order(order)
-            r, g, b = colour.jitter_colours(r, g, b, order, 0, contrast_at, fb, fc, fs, fh, 0.0, mask, SIZE, False)
-            gray_sum = tl.sum(tl.where(mask, colour.luma(r, g, b), 0.0), 0)
+            rgb = colour.jitter_colours(rgb, order, 0, contrast_at, factors, 0.0, mask, SIZE, False)
+            gray_sum = tl.sum(tl.where(mask, colour.luma(rgb), 0.0), 0)
             tl.store(sums_ptr + i_pair * (SIDE * SIDE) + tile, gray_sum)
         if not ROTATE:
-            planes.store_planes(crops_ptr, iy, ix, mask, r, g, b, SIZE)
+            planes.store_planes(crops_ptr, iy, ix, mask, rgb, SIZE)
     else:
         if JITTERS:  # noqa: SIM102
             if order >= 0:
@@ -212,18 +202,18 @@ def colour_kernel(
                 first = 0
                 if LOAD_CROP:
                     _, first = colour.jitter_order(order)
-                r, g, b = colour.jitter_colours(r, g, b, order, first, 4, fb, fc, fs, fh, mean, mask, SIZE, False)
-        r, g, b = colour.gray_and_solarize(r, g, b, gray, solarize, threshold, OPS, JITTER_AT + 1, BLUR_AT)
+                rgb = colour.jitter_colours(rgb, order, first, 4, factors, mean, mask, SIZE, False)
+        rgb = colour.gray_and_solarize(rgb, gray, solarize, threshold, OPS, JITTER_AT + 1, BLUR_AT)
         blurred = False
         if BLURS:
             blurred = tl.load(row_ptr + SIGMA) > 0
             if blurred:
-                planes.store_half_planes(unblurred_ptr + i_pair * (SIZE * SIZE * 3), iy, ix, mask, r, g, b, SIZE)
+                planes.store_half_planes(unblurred_ptr + i_pair * (SIZE * SIZE * 3), iy, ix, mask, rgb, SIZE)
         if not blurred:
-            r, g, b = colour.gray_and_solarize(r, g, b, gray, solarize, threshold, OPS, BLUR_AT + 1, 4)
+            rgb = colour.gray_and_solarize(rgb, gray, solarize, threshold, OPS, BLUR_AT + 1, 4)
             view_ptr = view_ptr_of(out_ptr, spec_ptr, batch, i_sample, SIZE)
             turns = tl.load(spec_ptr + TURNS).to(tl.int32)
-            planes.store_view(view_ptr, iy, ix, mask, r, g, b, turns, spec_ptr + MEAN, SIZE)
+            planes.store_view(view_ptr, iy, ix, mask, rgb, turns, spec_ptr + MEAN, SIZE)
 
 
 @triton.jit
@@ -246,13 +236,13 @@ def blur_kernel(
     sigma = tl.load(row_ptr + SIGMA)
     if sigma > 0:
         tile_ptr = unblurred_ptr + i_pair * (SIZE * SIZE * 3)
-        r, g, b = blur.blur_tile(tile_ptr, first_y, first_x, sigma, SIZE, TILE, HALO)
+        rgb = blur.blur_tile(tile_ptr, first_y, first_x, sigma, SIZE, TILE, HALO)
         threshold = tl.load(spec_ptr + THRESHOLD).to(tl.float32)
         gray, solarize = tl.load(row_ptr + GRAY), tl.load(row_ptr + SOLARIZE)
-        r, g, b = colour.gray_and_solarize(r, g, b, gray, solarize, threshold, OPS, BLUR_AT + 1, 4)
+        rgb = colour.gray_and_solarize(rgb, gray, solarize, threshold, OPS, BLUR_AT + 1, 4)
         y, x = planes.tile_coordinates(0, 0, TILE)
         iy, ix = first_y + y, first_x + x
         mask = (y < TILE - 2 * HALO) & (x < TILE - 2 * HALO) & (iy < SIZE) & (ix < SIZE)
         view_ptr = view_ptr_of(out_ptr, spec_ptr, batch, i_sample, SIZE)
         turns = tl.load(spec_ptr + TURNS).to(tl.int32)
-        planes.store_view(view_ptr, iy, ix, mask, r, g, b, turns, spec_ptr + MEAN, SIZE)
+        planes.store_view(view_ptr, iy, ix, mask, rgb, turns, spec_ptr + MEAN, SIZE)

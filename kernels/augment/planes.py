@@ -1,7 +1,7 @@
 """A tile of pixels in memory, inside a kernel: unfinished views as planes, finished views as images.
 
-r, g, b are float32 in [0, 1], the pixels of a tile row by row in one dimension: neighbours in x are neighbours in a
-warp, so that one load or store of a warp touches one or two lines of memory.
+rgb is a tuple of three planes of float32 in [0, 1], the pixels of a tile row by row in one dimension: neighbours in x
+are neighbours in a warp, so that one load or store of a warp touches one or two lines of memory.
 
 Unfinished views are planes (3, SIZE, SIZE) of 16 bits: fixed point, or half precision before a blur.
 """
@@ -53,21 +53,18 @@ def from_fixed_point(x):
 
 
 @triton.jit
-def store_planes(view_ptr, iy, ix, mask, r, g, b, SIZE: tl.constexpr):
+def store_planes(view_ptr, iy, ix, mask, rgb, SIZE: tl.constexpr):
     """Pixels in fixed point; load_planes() reads them."""
     ptrs = plane_ptrs(view_ptr, iy, ix, SIZE)
-    tl.store(ptrs, to_fixed_point(r), mask=mask)
-    tl.store(ptrs + SIZE * SIZE, to_fixed_point(g), mask=mask)
-    tl.store(ptrs + 2 * SIZE * SIZE, to_fixed_point(b), mask=mask)
+    for c in tl.static_range(3):
+        tl.store(ptrs + c * SIZE * SIZE, to_fixed_point(rgb[c]), mask=mask)
 
 
 @triton.jit
 def load_planes(view_ptr, iy, ix, mask, SIZE: tl.constexpr):
     ptrs = plane_ptrs(view_ptr, iy, ix, SIZE)
-    r = tl.load(ptrs, mask=mask, other=0)
-    g = tl.load(ptrs + SIZE * SIZE, mask=mask, other=0)
-    b = tl.load(ptrs + 2 * SIZE * SIZE, mask=mask, other=0)
-    return from_fixed_point(r), from_fixed_point(g), from_fixed_point(b)
+    planes = [tl.load(ptrs + c * SIZE * SIZE, mask=mask, other=0) for c in (0, 1, 2)]
+    return [from_fixed_point(plane) for plane in planes]
 
 
 @triton.jit
@@ -81,12 +78,11 @@ def bits_to_half(bits):
 
 
 @triton.jit
-def store_half_planes(view_ptr, iy, ix, mask, r, g, b, SIZE: tl.constexpr):
+def store_half_planes(view_ptr, iy, ix, mask, rgb, SIZE: tl.constexpr):
     """Pixels minus 0.5 in half precision; blur.blur_tile() reads them."""
     ptrs = plane_ptrs(view_ptr, iy, ix, SIZE)
-    tl.store(ptrs, half_to_bits(r - 0.5), mask=mask)
-    tl.store(ptrs + SIZE * SIZE, half_to_bits(g - 0.5), mask=mask)
-    tl.store(ptrs + 2 * SIZE * SIZE, half_to_bits(b - 0.5), mask=mask)
+    for c in tl.static_range(3):
+        tl.store(ptrs + c * SIZE * SIZE, half_to_bits(rgb[c] - 0.5), mask=mask)
 
 
 @triton.jit
@@ -96,7 +92,7 @@ def select_turn(turns, zero, one, two, three):
 
 
 @triton.jit
-def store_view(view_ptr, iy, ix, mask, r, g, b, turns, mean_ptr, SIZE: tl.constexpr):
+def store_view(view_ptr, iy, ix, mask, rgb, turns, mean_ptr, SIZE: tl.constexpr):
     """Normalise with the six numbers at mean_ptr (mean, std) and write pixels of a view (SIZE, SIZE, 3), turned."""
     ptrs = view_ptr + 3 * (
         select_turn(turns, 0, SIZE * SIZE - SIZE, SIZE * SIZE - 1, SIZE - 1)
@@ -104,6 +100,5 @@ def store_view(view_ptr, iy, ix, mask, r, g, b, turns, mean_ptr, SIZE: tl.conste
         + select_turn(turns, 1, -SIZE, -1, SIZE) * ix
     )
     for c in tl.static_range(3):
-        x = r if c == 0 else (g if c == 1 else b)
         mean, scale = tl.load(mean_ptr + c).to(tl.float32), 1.0 / tl.load(mean_ptr + 3 + c).to(tl.float32)
-        tl.store(ptrs + c, (x * scale - mean * scale).to(view_ptr.dtype.element_ty), mask=mask)
+        tl.store(ptrs + c, (rgb[c] * scale - mean * scale).to(view_ptr.dtype.element_ty), mask=mask)
