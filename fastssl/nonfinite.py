@@ -19,7 +19,7 @@ import torch.distributed as td
 from torch import Tensor
 
 from fastssl import dist, files, zero
-from fastssl.checkpoint import state, store, writer
+from fastssl.checkpoint import disk, state, writer
 from fastssl.files import untrusted
 from fastssl.loader import Batch
 from fastssl.step import step
@@ -212,7 +212,7 @@ def replay(t: Trainer, batches: Source) -> str:
     if postponed is not None:
         path = postponed["checkpoint"]
         return rerun(t, path and Path(path), postponed["step"], batches)
-    path = dist.on_main(store.newest, folder)
+    path = dist.on_main(disk.newest, folder)
     if path is None:
         raise ValueError(f"{folder} holds no step: it is saved when a run ends because of a loss that is not finite")
     state.load(t, path)
@@ -241,8 +241,8 @@ def _saved_batches(folder: Path, t: Trainer) -> list[Batch]:
 
 def checkpoint_before(folder: Path, step: int) -> Path | None:
     """The newest complete checkpoint of at most `step` steps."""
-    found = [path for path in store.list_checkpoints(folder) if int(path.name.removeprefix("step_")) <= step]
-    return next((path for path in found if store.damage(path) is None), None)
+    found = [path for path in disk.list_checkpoints(folder) if int(path.name.removeprefix("step_")) <= step]
+    return next((path for path in found if disk.damage(path) is None), None)
 
 
 def weights_problem(t: Trainer) -> str | None:

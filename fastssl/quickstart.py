@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import backbones, config, data_prep, dist, pictures, train, weights
-from fastssl.checkpoint import run_folder, store
+from fastssl.checkpoint import disk, run_folder
 from fastssl.eval import knn
 from fastssl.eval.common import features
 from fastssl.eval.common.search import nearest
@@ -65,7 +65,7 @@ def convert(run: config.Run) -> None:
 
 def pretrain(run: config.Run, overrides: list[str]) -> None:
     folder = run_folder.path(run)
-    if store.directory(folder).exists():
+    if disk.directory(folder).exists():
         print(f"\n{folder} is already trained; delete it to train again")
         return
     limit = torch.cuda.device_count() or min(2, os.cpu_count() or 1)

@@ -8,40 +8,40 @@ from types import SimpleNamespace
 import pytest
 
 from fastssl import engine
-from fastssl.checkpoint import store
+from fastssl.checkpoint import disk
 
 
 def write(run, step, keep=3):
-    folder = store.create(run, step)
+    folder = disk.create(run, step)
     (folder / "more").mkdir()
     (folder / "more" / "states.pt").write_bytes(b"x" * 1000 + str(step).encode())
     (folder / "state.pt").write_bytes(b"y" * 10)
-    return store.commit(folder, keep)
+    return disk.commit(folder, keep)
 
 
 def test_the_newest_are_kept_and_found(tmp_path):
     for step in (5, 10, 20, 100):
         write(tmp_path, step)
-    assert sorted(p.name for p in store.directory(tmp_path).iterdir()) == [
+    assert sorted(p.name for p in disk.directory(tmp_path).iterdir()) == [
         "step_00000010",
         "step_00000020",
         "step_00000100",
     ]
-    assert store.newest(tmp_path).name == "step_00000100"
-    assert store.newest(tmp_path / "elsewhere") is None
+    assert disk.newest(tmp_path).name == "step_00000100"
+    assert disk.newest(tmp_path / "elsewhere") is None
 
 
 def test_an_interrupted_write_is_not_a_checkpoint(tmp_path):
     write(tmp_path, 1)
-    half = store.create(tmp_path, 2)
+    half = disk.create(tmp_path, 2)
     (half / "state.pt").write_bytes(b"half")
-    assert store.newest(tmp_path).name == "step_00000001"
+    assert disk.newest(tmp_path).name == "step_00000001"
     write(tmp_path, 2)  # the leftovers do not get in the way
-    assert store.newest(tmp_path).name == "step_00000002"
+    assert disk.newest(tmp_path).name == "step_00000002"
 
 
 def names(run):
-    return sorted(int(p.name.removeprefix("step_")) for p in store.directory(run).iterdir())
+    return sorted(int(p.name.removeprefix("step_")) for p in disk.directory(run).iterdir())
 
 
 def change_a_byte(path):
@@ -54,7 +54,7 @@ def test_a_checkpoint_after_a_resume_replaces_the_damaged_one_of_a_later_step(tm
     write(tmp_path, 100)
     change_a_byte(write(tmp_path, 200))
     path = write(tmp_path, 150, keep)
-    assert names(tmp_path) == left and store.newest(tmp_path) == path
+    assert names(tmp_path) == left and disk.newest(tmp_path) == path
 
 
 @pytest.mark.parametrize("change", [change_a_byte, lambda p: (p / "state.pt").unlink()])
@@ -70,11 +70,11 @@ def test_damaged_checkpoints_do_not_count_among_those_kept(tmp_path, change):
 
 def test_what_was_found_complete_is_not_read_again(tmp_path, monkeypatch):
     known, read = set(), []
-    monkeypatch.setattr(store.files, "sha256", lambda path: read.append(path) or "")
+    monkeypatch.setattr(disk.files, "sha256", lambda path: read.append(path) or "")
     for step in (1, 2, 3):
-        folder = store.create(tmp_path, step)
-        entries = {"state.pt": store.write(folder / "state.pt", b"y" * 10)}
-        store.commit(folder, 2, entries=entries, known=known)
+        folder = disk.create(tmp_path, step)
+        entries = {"state.pt": disk.write(folder / "state.pt", b"y" * 10)}
+        disk.commit(folder, 2, entries=entries, known=known)
     assert names(tmp_path) == [2, 3] and not read
 
 
@@ -84,30 +84,30 @@ def test_what_was_found_complete_is_not_read_again(tmp_path, monkeypatch):
         (lambda p: (p / "state.pt").write_bytes(b"z" * 10), "state.pt has changed"),
         (lambda p: (p / "state.pt").write_bytes(b"y" * 9), "state.pt has 9 bytes, not 10"),
         (lambda p: (p / "more" / "states.pt").unlink(), "states.pt is missing"),
-        (lambda p: (p / store.MANIFEST).write_text('{"format": 1, "fi'), "manifest.json is missing or unreadable"),
+        (lambda p: (p / disk.MANIFEST).write_text('{"format": 1, "fi'), "manifest.json is missing or unreadable"),
     ],
 )
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, change, problem, capsys):
     write(tmp_path, 1)
     path = write(tmp_path, 2)
-    assert json.loads((path / store.MANIFEST).read_text())["files"].keys() == {"state.pt", "more/states.pt"}
+    assert json.loads((path / disk.MANIFEST).read_text())["files"].keys() == {"state.pt", "more/states.pt"}
     change(path)
-    assert store.newest(tmp_path).name == "step_00000001"
+    assert disk.newest(tmp_path).name == "step_00000001"
     (line,) = capsys.readouterr().out.splitlines()
     assert str(path) in line and problem in line
 
 
 def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch, capsys):
     write(tmp_path, 1)
-    path, sha256 = write(tmp_path, 2), store.files.sha256
+    path, sha256 = write(tmp_path, 2), disk.files.sha256
 
     def failing(file):
         if file.parent == path:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return sha256(file)
 
-    monkeypatch.setattr(store.files, "sha256", failing)
-    assert store.newest(tmp_path).name == "step_00000001"
+    monkeypatch.setattr(disk.files, "sha256", failing)
+    assert disk.newest(tmp_path).name == "step_00000001"
     assert "cannot be read: Input/output error" in capsys.readouterr().out
 
 

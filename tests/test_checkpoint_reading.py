@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent / "methods"))
 import method_cases as cases
 
 from fastssl import train
-from fastssl.checkpoint import store
+from fastssl.checkpoint import disk
 from fastssl.files import untrusted
 
 
@@ -32,8 +32,8 @@ def seal(path):
     """The manifest that a folder of this content has: whoever makes the folder writes it too."""
     temporary = path.with_name(path.name + ".tmp")
     path.rename(temporary)
-    (temporary / store.MANIFEST).unlink()
-    return store.commit(temporary, 9)
+    (temporary / disk.MANIFEST).unlink()
+    return disk.commit(temporary, 9)
 
 
 def make_run(zero, root):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as td
 
 from fastssl import dist, ending
-from fastssl.checkpoint import state, store, writer
+from fastssl.checkpoint import disk, state, writer
 from fastssl.checkpoint.writer import Writer
 
 SLOW_S, LIMIT_S = 1.5, 0.9  # how long a file takes, and how long the run may be without progress
@@ -44,7 +44,7 @@ def make(tmp_path, monkeypatch):
 @pytest.fixture
 def idle(monkeypatch):
     """Writing a file takes SLOW_S; the list of seconds that the run was without progress meanwhile."""
-    found, write = [], store.write
+    found, write = [], disk.write
 
     def slow(path, content):
         end = time.monotonic() + SLOW_S
@@ -53,7 +53,7 @@ def idle(monkeypatch):
             time.sleep(0.01)
         return write(path, content)
 
-    monkeypatch.setattr(store, "write", slow)
+    monkeypatch.setattr(disk, "write", slow)
     return found
 
 
@@ -80,7 +80,7 @@ def test_waiting_for_a_slow_disk_is_progress(make, idle, wait):
             wait(made, made._t)
     except RuntimeError as error:
         assert str(error) == "training fails"
-    assert max(idle) < LIMIT_S and store.newest(made._t.folder)
+    assert max(idle) < LIMIT_S and disk.newest(made._t.folder)
 
 
 def test_waiting_for_a_thread_that_hangs_is_not(make, idle, monkeypatch):
@@ -107,7 +107,7 @@ def report(w, beats=0):
     for _ in range(beats):
         time.sleep(0.05)
         w._connection.add("fastssl/checkpoint/token/1/beats", 1)
-    entry = store.write(w._folder / "rank_1", b"state")
+    entry = disk.write(w._folder / "rank_1", b"state")
     w._connection.set("fastssl/checkpoint/token/1", json.dumps({"files": {"rank_1": entry}}))
 
 
@@ -118,7 +118,7 @@ def test_rank_0_waits_for_a_rank_that_gives_signs_of_life(make):
         other.start()
         path = made.finish()
         other.join()
-    assert store.damage(path) is None and (path / "rank_1").exists()
+    assert disk.damage(path) is None and (path / "rank_1").exists()
     assert made._connection.num_keys() == 0
 
 
@@ -131,7 +131,7 @@ def test_rank_0_does_not_wait_for_a_silent_rank_nor_return_the_checkpoint_before
         made.save()
         with pytest.raises(ValueError, match="checkpoints: rank 1 has not written its files; .* is step_00000001"):
             made.finish()
-    assert [p.name for p in store.directory(made._t.folder).iterdir()] == ["step_00000001"]
+    assert [p.name for p in disk.directory(made._t.folder).iterdir()] == ["step_00000001"]
 
 
 def test_what_was_left_unfinished_after_an_error_is_named(make, capsys, monkeypatch):

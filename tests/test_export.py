@@ -16,7 +16,7 @@ import torchvision
 from torch import nn
 
 from fastssl import backbones, config, views, weights
-from fastssl.checkpoint import store
+from fastssl.checkpoint import disk
 from fastssl.config import Backbone
 from fastssl.methods import byol
 from fastssl.weights import export
@@ -239,12 +239,12 @@ def run_folder(tmp_path):
         name="r",
     )
     folder = tmp_path / "run"
-    temporary = store.create(folder, 1)
+    temporary = disk.create(folder, 1)
     student, teacher = build(0, name="resnet18"), build(1, name="resnet18")
     state = {f"backbone.{k}": v for k, v in student.state_dict().items()}
     state |= {f"target.0.{k}": v for k, v in teacher.state_dict().items()}
     safetensors.torch.save_file(state, temporary / "weights.safetensors")
-    store.commit(temporary, keep=1)
+    disk.commit(temporary, keep=1)
     (folder / "config.json").write_text(json.dumps(config.dump(run)))
     return folder, student, teacher
 

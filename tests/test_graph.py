@@ -288,7 +288,7 @@ def test_a_run_resumes_to_the_same_bits(tmp_path):
     """With dropout, whose random numbers a graph counts itself."""
     import safetensors.torch
 
-    from fastssl.checkpoint import store
+    from fastssl.checkpoint import disk
 
     found = []
     for folder, graph, resume in (("off", "off", False), ("on", "on", False), ("on", "on", True)):
@@ -297,7 +297,7 @@ def test_a_run_resumes_to_the_same_bits(tmp_path):
         run.log.every, run.log.checkpoint_steps, run.log.keep = 1, 8, 3
         t = engine.fit(run, resume=resume, loader=cases.loader(run, "cuda"))
         assert (t.pytorch_step.reason is None) == (graph == "on"), t.pytorch_step.reason
-        last = store.newest(t.folder)
+        last = disk.newest(t.folder)
         found.append(safetensors.torch.load_file(last / "weights.safetensors"))
         shutil.rmtree(last)
     for other in found[1:]:

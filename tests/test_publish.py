@@ -15,7 +15,7 @@ import torchvision
 
 from fastssl import backbones, config, params, views, weights
 from fastssl.__main__ import COMMANDS, main
-from fastssl.checkpoint import store
+from fastssl.checkpoint import disk
 from fastssl.config import Backbone
 from fastssl.files.datacard import DataCard
 from fastssl.methods import byol
@@ -35,13 +35,13 @@ def run_folder(tmp_path):
     data = config.Data(train="/secret/place/y.beton", views=views.byol(32))
     run = config.Run(method=byol.Config(), backbone=SMALL, name="byol/mine", data=data, optim=config.Optim())
     folder = tmp_path / "run"
-    temporary = store.create(folder, 1)
+    temporary = disk.create(folder, 1)
     state = {f"backbone.{k}": v for k, v in build().state_dict().items()}
     state |= {f"target.0.{k}": v for k, v in build(1).state_dict().items()}
     safetensors.torch.save_file(state, temporary / "weights.safetensors")
     (temporary / "deepspeed").mkdir()
     torch.save({"optimizer": torch.ones(1000)}, temporary / "deepspeed" / "optimizer.pt")
-    store.commit(temporary, keep=1)
+    disk.commit(temporary, keep=1)
     (folder / "config.json").write_text(json.dumps(config.dump(run)))
     return folder
 

@@ -16,7 +16,7 @@ import torch
 from conftest import photo, write_beton
 
 from fastssl import backbones, config, report, views
-from fastssl.checkpoint import run_folder, store
+from fastssl.checkpoint import disk, run_folder
 from fastssl.config import Backbone, Data, Optim, Run
 from fastssl.methods import simclr
 from fastssl.report import charts, run_data, tables
@@ -73,10 +73,10 @@ def write_run(folder, data, steps=STEPS, *, name="a", temperature=0.5, weights=T
     (folder / "log.jsonl").write_text("\n".join(lines(steps)) + "\n" + tail)
     if weights:
         torch.manual_seed(0)
-        temporary = store.create(folder, steps)
+        temporary = disk.create(folder, steps)
         tensors = {"backbone." + k: v for k, v in backbones.build(SPEC).state_dict().items()}
         safetensors.torch.save_file(tensors, temporary / "weights.safetensors")
-        store.commit(temporary, 1)
+        disk.commit(temporary, 1)
     return folder
 
 

@@ -13,7 +13,7 @@ import torchvision
 from torch import nn
 
 from fastssl import backbones, weights
-from fastssl.checkpoint import store
+from fastssl.checkpoint import disk
 from fastssl.config import Backbone
 from fastssl.weights import export
 
@@ -274,10 +274,10 @@ def test_a_truncated_safetensors_file_is_refused(tmp_path, small):
 def test_run_folder_and_checkpoint(tmp_path, small):
     nets = {1: other(small), 2: small}
     for step, net in nets.items():
-        temporary = store.create(tmp_path, step)
+        temporary = disk.create(tmp_path, step)
         state = prefixed(net, "backbone.") | prefixed(other(small), "target.0.") | {"queue": torch.ones(3)}
         safetensors.torch.save_file({k: v.clone() for k, v in state.items()}, temporary / "weights.safetensors")
-        path = store.commit(temporary, keep=2)
+        path = disk.commit(temporary, keep=2)
     for source in (tmp_path, path):
         net = build(seed=2, name="resnet10", width=8, stem="cifar")
         report = weights.load_backbone(source, net)

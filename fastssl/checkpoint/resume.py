@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastssl import dist
-from fastssl.checkpoint import run_folder, state, store
+from fastssl.checkpoint import disk, run_folder, state
 from fastssl.config import Run, dump, with_defaults
 from fastssl.trainer import Trainer
 
@@ -26,7 +26,7 @@ def find_checkpoint(run: Run, resume: bool | str | Path, force: bool = False) ->
 
 def _find(run: Run, resume: bool | str | Path, force: bool) -> Path | None:
     folder = run_folder.path(run)
-    existing = store.list_checkpoints(folder)
+    existing = disk.list_checkpoints(folder)
     if not resume or (resume == "auto" and not existing):
         if existing and not force:
             raise ValueError(_not_empty(folder))
@@ -34,11 +34,11 @@ def _find(run: Run, resume: bool | str | Path, force: bool) -> Path | None:
     from_newest = resume is True or resume == "auto"
     if from_newest and force:
         raise ValueError("--force starts anew and --resume and --continue continue: give one of them")
-    path = store.newest(folder) if resume is True or resume == "auto" else _complete(Path(resume))
+    path = disk.newest(folder) if resume is True or resume == "auto" else _complete(Path(resume))
     if path is None:
         hint = "start anew with --force, which deletes the damaged ones" if existing else "start without --resume"
-        raise ValueError(f"cannot resume: no complete checkpoint in {store.directory(folder)}; {hint}")
-    newer = [p for p in existing if not store.precedes(p, path)]
+        raise ValueError(f"cannot resume: no complete checkpoint in {disk.directory(folder)}; {hint}")
+    newer = [p for p in existing if not disk.precedes(p, path)]
     if newer and not from_newest and not force:
         raise ValueError(
             f"{folder} holds {newer[0].name}, which does not lead to {path}: give another name=..., or "
@@ -49,7 +49,7 @@ def _find(run: Run, resume: bool | str | Path, force: bool) -> Path | None:
 
 
 def _not_empty(folder: Path) -> str:
-    path = store.newest(folder)
+    path = disk.newest(folder)
     what = (
         f"already holds {path.name}: continue it with --resume"
         if path
@@ -61,7 +61,7 @@ def _not_empty(folder: Path) -> str:
 
 
 def _complete(path: Path) -> Path:
-    if problem := store.damage(path):
+    if problem := disk.damage(path):
         raise ValueError(
             f"--resume-from {path}: not a complete checkpoint ({problem}); they are the folders "
             "checkpoints/step_... of a run"

@@ -19,7 +19,7 @@ from typing import TextIO
 import torch
 
 from fastssl import dist, files
-from fastssl.checkpoint import store
+from fastssl.checkpoint import disk
 from fastssl.config import Run, dump
 from fastssl.files import untrusted
 from fastssl.trainer import Trainer
@@ -81,9 +81,9 @@ def prepare(t: Trainer, checkpoint: Path | None = None, clear: bool = True) -> N
     if dist.is_main():
         t.folder.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
-            _keep_log(t.folder, delete=clear and bool(store.list_checkpoints(t.folder)))
-        for old in store.list_checkpoints(t.folder) if clear else ():
-            if checkpoint is None or not store.precedes(old, checkpoint):
+            _keep_log(t.folder, delete=clear and bool(disk.list_checkpoints(t.folder)))
+        for old in disk.list_checkpoints(t.folder) if clear else ():
+            if checkpoint is None or not disk.precedes(old, checkpoint):
                 shutil.rmtree(old)
         files.write_json(t.folder / "config.json", dump(t.run), indent=2)
     dist.barrier()

@@ -25,7 +25,7 @@ import torch.distributed as td
 from torch import Tensor
 
 from fastssl import dist
-from fastssl.checkpoint import state, store
+from fastssl.checkpoint import disk, state
 from fastssl.ending import mark_saved, progress
 from fastssl.files import untrusted
 from fastssl.trainer import Trainer
@@ -87,9 +87,9 @@ class Writer:
     def _begin(self) -> tuple[Path, str]:
         self._result()
         try:
-            return store.create(self._t.folder, self._t.step), secrets.token_hex(8)
+            return disk.create(self._t.folder, self._t.step), secrets.token_hex(8)
         except OSError as error:
-            raise ValueError(self._message(store.directory(self._t.folder) / "new", error)) from error
+            raise ValueError(self._message(disk.directory(self._t.folder) / "new", error)) from error
 
     def _result(self) -> Path | None:
         if self._error is not None:
@@ -130,7 +130,7 @@ class Writer:
             self._copies.wait()
             for name, content in contents.items():
                 self._since = time.monotonic()
-                entries[name] = store.write(folder / name, content)
+                entries[name] = disk.write(folder / name, content)
         except Exception as error:  # of any type: rank 0 raises it
             return {"error": self._message(folder, error)}
         return {"files": entries}
@@ -159,25 +159,25 @@ class Writer:
     def _reports(self, folder: Path, token: str) -> list[dict]:
         """What the other ranks have written, in the order of ranks; waits for those with heartbeats."""
         reports: list[dict] = []
-        group = self._store()
+        store = self._store()
         for rank in range(1, dist.world()):
             key, beats, self._since = _key(token, rank), 0, time.monotonic()
-            while not group.check([key]):
-                if (count := group.add(key + "/beats", 0)) != beats:
+            while not store.check([key]):
+                if (count := store.add(key + "/beats", 0)) != beats:
                     beats, self._since = count, time.monotonic()
                 if time.monotonic() - self._since > (STALL_S if self._leaving else SILENT_S):
                     raise ValueError(self._message(folder, f"rank {rank} has not written its files"))
                 time.sleep(POLL_S)
-            reports.append(json.loads(group.get(key)))
-            group.delete_key(key)
-            group.delete_key(key + "/beats")
+            reports.append(json.loads(store.get(key)))
+            store.delete_key(key)
+            store.delete_key(key + "/beats")
         return reports
 
     def _commit(self, folder: Path, reports: list[dict]) -> Path:
         log, self._since = self._t.run.log, time.monotonic()
         entries = {name: entry for report in reports for name, entry in _files(report).items()}
         kept = interval_in_steps(log.keep_every, self._t.loader.steps)
-        path = store.commit(folder, log.keep, kept, entries, self._complete)
+        path = disk.commit(folder, log.keep, kept, entries, self._complete)
         mark_saved()
         return path
 
@@ -192,7 +192,7 @@ class Writer:
         if isinstance(error, Exception):
             error = error.strerror if isinstance(error, OSError) and error.strerror else untrusted.one_line(error)
         try:
-            last, _ = store.find_newest(folder.parent.parent)
+            last, _ = disk.find_newest(folder.parent.parent)
         except OSError as unreadable:
             return f"{folder.parent}: {error}; its checkpoints cannot be read: {unreadable.strerror}"
         return f"{folder.parent}: {error}; the newest complete checkpoint is {last.name if last else 'none'}"

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from fastssl.checkpoint import store
+from fastssl.checkpoint import disk
 from fastssl.log.records import COLLAPSE_LIMITS, TIMING_KEYS
 from fastssl.report.charts import duration
 
@@ -140,7 +140,7 @@ def is_evaluation(value: Any) -> TypeGuard[dict]:
 
 
 def has_checkpoint(run: RunData) -> bool:
-    path, damaged = store.find_newest(run.folder)
+    path, damaged = disk.find_newest(run.folder)
     run.notes += damaged
     return path is not None
 

@@ -16,7 +16,7 @@ from typing import Any
 import torchvision
 from torch import Tensor
 
-from fastssl.checkpoint import store
+from fastssl.checkpoint import disk
 from fastssl.config import Backbone, checks, settings, with_defaults
 from fastssl.files import untrusted
 from fastssl.weights import foreign
@@ -60,11 +60,11 @@ def read(path: str | Path) -> tuple[str, dict[str, Tensor]]:
 
 def _checkpoint(folder: Path) -> Path:
     """The newest checkpoint of a run folder, or `folder` itself where it is a checkpoint."""
-    if (folder / store.MANIFEST).exists():
-        if problem := store.damage(folder):
+    if (folder / disk.MANIFEST).exists():
+        if problem := disk.damage(folder):
             raise ValueError(f"checkpoint {folder} is damaged: {problem}")
         return folder
-    newest = store.newest(folder)
+    newest = disk.newest(folder)
     if newest is None:
         raise ValueError(f"{folder} holds no complete checkpoint: give a run folder, a checkpoint or weights")
     return newest

@@ -11,7 +11,7 @@ from conftest import photo, write_beton
 import fastssl.eval
 import fastssl.report
 from fastssl import backbones, config, views
-from fastssl.checkpoint import store
+from fastssl.checkpoint import disk
 from fastssl.config import Backbone, Data, Run
 from fastssl.methods import simclr
 
@@ -55,10 +55,10 @@ def run_folder_fixture(files, tmp_path_factory):
     )
     (folder / "config.json").write_text(json.dumps(config.dump(run)))
     torch.manual_seed(3)
-    temporary = store.create(folder, 5)
+    temporary = disk.create(folder, 5)
     state = {"backbone." + k: v for k, v in backbones.build(SPEC).state_dict().items()} | {"projector": torch.ones(3)}
     safetensors.torch.save_file(state, temporary / "weights.safetensors")
-    store.commit(temporary, 1)
+    disk.commit(temporary, 1)
     return folder
 
 

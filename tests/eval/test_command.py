@@ -12,7 +12,7 @@ from command_tools import SPEC, call, files_fixture, run_folder_fixture  # noqa:
 import fastssl.eval
 import fastssl.report
 from fastssl import backbones, weights
-from fastssl.checkpoint import store
+from fastssl.checkpoint import disk
 from fastssl.config import Backbone
 from fastssl.eval.common import features
 from fastssl.weights import export
@@ -51,7 +51,7 @@ def test_results_of_a_run_are_saved_in_its_folder(run_folder, files, tmp_path, c
         [run],
         [run, "--features", "pixels"],
         [run, "--test", other],
-        [store.newest(run)],
+        [disk.newest(run)],
         [run, "--out", tmp_path / "mine.json"],
     ):
         assert call("knn", *argv, "--k", 3) == 0, capsys.readouterr().err
@@ -76,7 +76,7 @@ def test_every_way_to_name_the_same_weights(run_folder, files, tmp_path, capsys)
     data = ["--train", files[0], "--test", files[1], "--mean", "0.4,0.4,0.4", "--size", 16]
     given = ["--backbone", "resnet10", "--stem", "cifar", "--width", 8]
     results = []
-    for target in ([run_folder], [store.newest(run_folder)], [exported, *data], [plain, *data, *given]):
+    for target in ([run_folder], [disk.newest(run_folder)], [exported, *data], [plain, *data, *given]):
         assert call("linear", *target, "--epochs", 5, "--out", tmp_path / "a.json") == 0, capsys.readouterr().err
         result = json.loads((tmp_path / "a.json").read_text())
         results.append((result["results"], result["selection"]))
@@ -211,7 +211,7 @@ def test_features_are_cached_beside_the_run(run_folder, files, tmp_path, capsys)
     assert "features of" not in capsys.readouterr().out
     folders = lambda folder: {p.name for p in (folder / "features").glob("*")}  # noqa: E731
     before = folders(run_folder)
-    checkpointed = store.newest(run_folder)
+    checkpointed = disk.newest(run_folder)
     assert call("knn", checkpointed, "--k", "3", "--mean", "0.3,0.3,0.3") == 0
     assert "computing 1 of 1 shards" in capsys.readouterr().out
     assert len(folders(run_folder) - before) == 2, "also of the run's checkpoint"

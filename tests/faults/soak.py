@@ -20,7 +20,7 @@ import method_cases as cases
 import torch
 
 from fastssl import dist, engine
-from fastssl.checkpoint import store
+from fastssl.checkpoint import disk
 
 MARGIN = 8  # steps: the longest life makes fewer
 
@@ -41,7 +41,7 @@ def life(root: Path, name: str, steps: int) -> int:
         run.name, run.log.root, run.deterministic = name, str(root), True
         run.log.every, run.log.checkpoint_steps, run.log.keep, run.log.probe = 1, 1, 2, True
         run.log.collapse_every, run.optim.schedule = 0, "cosine"
-        resume = bool(store.list_checkpoints(root / name))
+        resume = bool(disk.list_checkpoints(root / name))
         engine.fit(run, resume=resume, device="cpu", loader=cases.loader(run))
         code = 0
     except BaseException:
@@ -54,12 +54,12 @@ def life(root: Path, name: str, steps: int) -> int:
 
 def unfinished(root: Path) -> set[tuple[str, int]]:
     """The temporary folders of checkpoints, each with its inode: one that is written again is another."""
-    return {(p.name, p.stat().st_ino) for p in store.directory(root / "killed").glob("*.tmp")}
+    return {(p.name, p.stat().st_ino) for p in disk.directory(root / "killed").glob("*.tmp")}
 
 
 def steps_done(root: Path, name: str) -> int:
     """Of the newest checkpoint folder."""
-    found = store.list_checkpoints(root / name)
+    found = disk.list_checkpoints(root / name)
     return int(found[0].name.removeprefix("step_")) if found else 0
 
 

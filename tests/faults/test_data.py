@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastssl import train
-from fastssl.checkpoint import store
+from fastssl.checkpoint import disk
 
 CONFIG = """
 import os
@@ -92,7 +92,7 @@ def test_a_file_that_is_cut_short_ends_the_run(start):
         assert "Fatal Python error: Bus error" in done.stderr and "in decode" in done.stderr
     else:
         assert done.returncode == 2 and "disk/a.beton was changed or replaced while it was read" in done.stderr
-    assert store.newest("work_dirs/r").name in ("step_00000002", "step_00000004")  # two batches were decoded ahead
+    assert disk.newest("work_dirs/r").name in ("step_00000002", "step_00000004")  # two batches were decoded ahead
 
 
 def test_the_log_of_a_run_without_a_checkpoint_is_kept(start):

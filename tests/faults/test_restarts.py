@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastssl import train
-from fastssl.checkpoint import store
+from fastssl.checkpoint import disk
 from fastssl.checkpoint.writer import Writer
 from fastssl.ending import restarts, supervise
 
@@ -81,9 +81,9 @@ def test_a_complete_checkpoint_of_rank_0_is_told(tmp_path, monkeypatch):
     t = SimpleNamespace(run=SimpleNamespace(log=log), loader=SimpleNamespace(steps=1), folder=tmp_path, device=CPU)
     writer = Writer(t)
     with pytest.raises(ValueError, match="no space"):
-        writer._commit(store.create(tmp_path, 1), [{"error": "no space"}])
+        writer._commit(disk.create(tmp_path, 1), [{"error": "no space"}])
     assert not (tmp_path / "saved").exists()
-    writer._commit(store.create(tmp_path, 1), [{"files": {}}])
+    writer._commit(disk.create(tmp_path, 1), [{"files": {}}])
     assert (tmp_path / "saved").exists()
 
 

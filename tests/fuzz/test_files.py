@@ -17,7 +17,7 @@ from conftest import jpeg, photo
 from mutations import both, damaged, fuzz, odd, odd_json
 
 from fastssl import log, weights
-from fastssl.checkpoint import run_folder, store
+from fastssl.checkpoint import disk, run_folder
 from fastssl.config import Backbone
 from fastssl.data_prep import check
 from fastssl.data_prep.file_sources import open_files
@@ -101,21 +101,21 @@ def test_beton_headers_in_the_loader(small, tmp_path, cases):
 
 @both
 def test_manifests(tmp_path, cases):
-    folder = store.create(tmp_path, 1)
+    folder = disk.create(tmp_path, 1)
     (folder / "state.pt").write_bytes(b"x" * 10)
-    path = store.commit(folder, 2)
-    good = json.loads((path / store.MANIFEST).read_text())
+    path = disk.commit(folder, 2)
+    good = json.loads((path / disk.MANIFEST).read_text())
     found = []
 
     def make(rng, _):
-        (path / store.MANIFEST).write_bytes(odd_json(good, rng))
+        (path / disk.MANIFEST).write_bytes(odd_json(good, rng))
 
-    fuzz(make, lambda _: found.append(store.damage(path)) or (_ for _ in ()).throw(ValueError), cases, tmp_path)
+    fuzz(make, lambda _: found.append(disk.damage(path)) or (_ for _ in ()).throw(ValueError), cases, tmp_path)
     assert sum(isinstance(text, str) for text in found) > cases // 2
-    (store.directory(tmp_path) / "step_x").mkdir()
-    (store.directory(tmp_path) / "step_00000009").write_text("a file")
-    assert store.list_checkpoints(tmp_path)[0].name == "step_00000009"
-    assert "missing or unreadable" in store.damage(store.list_checkpoints(tmp_path)[0])
+    (disk.directory(tmp_path) / "step_x").mkdir()
+    (disk.directory(tmp_path) / "step_00000009").write_text("a file")
+    assert disk.list_checkpoints(tmp_path)[0].name == "step_00000009"
+    assert "missing or unreadable" in disk.damage(disk.list_checkpoints(tmp_path)[0])
 
 
 @both

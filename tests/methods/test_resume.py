@@ -27,7 +27,7 @@ def train(name: str, root: Path, zero: int = 0) -> dict:
     import safetensors.torch
 
     from fastssl import dist, engine
-    from fastssl.checkpoint import store
+    from fastssl.checkpoint import disk
 
     run = cases.run(name, norm=cases.CASES[name].norm, batch=BATCH, steps=STEPS, **DROPOUT.get(name, {}))
     run.name, run.log.root, run.deterministic, run.speed.zero = f"{name}{zero}", str(root), True, zero
@@ -35,7 +35,7 @@ def train(name: str, root: Path, zero: int = 0) -> dict:
     found = {}
     for kind in ("whole", "resumed"):
         t = engine.fit(run, resume=kind == "resumed", device="cpu", loader=cases.loader(run))
-        last = store.newest(t.folder)
+        last = disk.newest(t.folder)
         assert last.name == f"step_{STEPS:08d}"
         state = {
             k: v for file in sorted(last.glob("*.safetensors")) for k, v in safetensors.torch.load_file(file).items()

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "methods"))
 import method_cases as cases
 
 from fastssl import dist, engine
-from fastssl.checkpoint import store
+from fastssl.checkpoint import disk
 from fastssl.hooks import Hook
 
 STEPS = 8
@@ -50,14 +50,14 @@ def train(tmp_path):
 @pytest.fixture
 def slow(monkeypatch):
     """slow(action): calls action(path) in the thread before a file of a checkpoint is written."""
-    write = store.write
+    write = disk.write
 
     def use(action):
         def later(path, content):
             action(path)
             return write(path, content)
 
-        monkeypatch.setattr(store, "write", later)
+        monkeypatch.setattr(disk, "write", later)
 
     return use
 
@@ -72,7 +72,7 @@ def test_the_run_goes_on_and_the_checkpoint_is_that_of_its_step(train, slow):
     found = train("slow", At(7, reached.set))
     assert not late, "step 7 was not made before the checkpoint of step 4 was written"
     for step in ("step_00000004", "step_00000008"):
-        assert store.damage(found / step) is None
+        assert disk.damage(found / step) is None
         a, b = tensors(found / step), tensors(plain / step)
         assert a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
@@ -88,7 +88,7 @@ def test_a_checkpoint_waits_for_the_one_before(train, slow):
     found = train("often", every=1, keep=3)
     assert all(len(names) == 1 for names in folders) and len(folders) == 3 * STEPS  # three files each
     assert sorted(p.name for p in found.iterdir()) == [f"step_{n:08d}" for n in (6, 7, 8)]
-    assert store.newest(found.parent) == found / "step_00000008"
+    assert disk.newest(found.parent) == found / "step_00000008"
 
 
 def test_a_disk_that_is_full_ends_the_run_and_the_former_checkpoint_stays(train, slow, tmp_path):
@@ -103,7 +103,7 @@ def test_a_disk_that_is_full_ends_the_run_and_the_former_checkpoint_stays(train,
     with pytest.raises(ValueError, match="No space left on device; the newest complete checkpoint is step_00000002"):
         train("full", wait, *(At(n, lambda n=n: made.append(n)) for n in range(1, STEPS + 1)), every=2)
     folder = tmp_path / "full" / "checkpoints"
-    assert [p.name for p in folder.iterdir()] == ["step_00000002"] and store.damage(folder / "step_00000002") is None
+    assert [p.name for p in folder.iterdir()] == ["step_00000002"] and disk.damage(folder / "step_00000002") is None
     assert made[-1] < STEPS, "the error came at the end of the run"
 
 
@@ -115,4 +115,4 @@ def test_an_error_in_training_waits_for_the_checkpoint(train, slow, tmp_path):
 
     with pytest.raises(RuntimeError, match="a hook fails"):
         train("error", At(5, fail))
-    assert store.newest(tmp_path / "error").name == "step_00000004"
+    assert disk.newest(tmp_path / "error").name == "step_00000004"
