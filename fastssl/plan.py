@@ -67,7 +67,7 @@ def memory(method: nn.Module, run: Run, stage: int, ranks: int) -> Memory:
     else:
         parameters = total + sum(frozen)
     kept = STATES[run.optim.name] if run.optim.name == "adamw" or run.optim.momentum else 0
-    tables = [m._rows for m in method.modules() if isinstance(m, ShardedTable)]
+    tables = [m._storage for m in method.modules() if isinstance(m, ShardedTable)]
     buffers = sum(b.numel() * b.element_size() for b in method.buffers())
     buffers += sum(-(-t.numel() // ranks) * t.element_size() for t in tables)
     return Memory(

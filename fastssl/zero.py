@@ -59,7 +59,7 @@ def full_state_dict(
                 child._save_to_state_dict(own, name + "." if name else "", False)
                 out.update({key: copy(key, value.detach()) for key, value in own.items()})
         if tables and isinstance(child, ShardedTable):
-            table = child.full(everywhere)
+            table = child.full_table(everywhere)
             if table is not None:
                 out[name] = table
     return out
@@ -89,46 +89,46 @@ def load_full_state_dict(engine: DeepSpeedEngine, state: Mapping[str, Tensor]) -
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """The elements [start, stop) of a flattened parameter, at [at, at + stop - start) of a flat partition."""
+class Fragment:
+    """The elements [start, stop) of a flattened parameter, which begin at `offset` in a flat partition."""
 
     name: str
     start: int
     stop: int
-    at: int
+    offset: int
 
 
-def partitions(engine: DeepSpeedEngine) -> list[tuple[Tensor, list[Stretch]]]:
-    """Each tensor that the optimizer steps on this rank, and the stretch of every parameter of its group that is in it,
-    which may be empty.  At ZeRO 0 the tensors are parameters, else flat partitions of groups.  ValueError for other
+def partitions(engine: DeepSpeedEngine) -> list[tuple[Tensor, list[Fragment]]]:
+    """Each tensor that the optimizer steps on this rank, and the fragment in it of every parameter of its group, which
+    may be empty.  At ZeRO 0 the tensors are parameters, else flat partitions of groups.  ValueError for other
     optimizers of DeepSpeed."""
     names = {p: name for name, p in engine.module.named_parameters()}
     ours, zero = engine.basic_optimizer, engine.optimizer
     if zero is ours:
-        return [(p, [Stretch(names[p], 0, p.numel(), 0)]) for group in ours.param_groups for p in group["params"]]
+        return [(p, [Fragment(names[p], 0, p.numel(), 0)]) for group in ours.param_groups for p in group["params"]]
     found = []
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3: every tensor is cut into equal parts, the last padded
         rank = td.get_rank(zero.dp_process_group)
         for params, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat):
-            stretches, at = [], 0
+            fragments, position = [], 0
             for p in params:
                 size = p.partition_numel()
                 start, stop = (min(size * r, p.ds_numel) for r in (rank, rank + 1))
-                stretches.append(Stretch(names[p], start, stop, at))
-                at += size
-            found.append((flat, stretches))
+                fragments.append(Fragment(names[p], start, stop, position))
+                position += size
+            found.append((flat, fragments))
     elif hasattr(zero, "single_partition_of_fp32_groups"):  # ZeRO-1 and 2: the concatenation is cut into equal parts
         rank = td.get_rank(zero.dp_process_group)
         for i, flat in enumerate(zero.single_partition_of_fp32_groups):
-            begin, stretches = rank * zero.partition_size[i], []
+            begin, fragments = rank * zero.partition_size[i], []
             for p, meta, offset in zip(
                 zero.round_robin_bit16_groups[i], zero.round_robin_bit16_meta[i], zero.round_robin_bit16_offsets[i]
             ):
                 start, stop = (
                     min(max(edge - offset, 0), meta.numel()) for edge in (begin, begin + zero.partition_size[i])
                 )
-                stretches.append(Stretch(names[p], start, stop, max(offset - begin, 0)))
-            found.append((flat, stretches))
+                fragments.append(Fragment(names[p], start, stop, max(offset - begin, 0)))
+            found.append((flat, fragments))
     else:
         raise ValueError(
             f"deepspeed={{...}}: how DeepSpeed's {type(zero).__name__} cuts parameters is not known, which checkpoints "

@@ -19,8 +19,8 @@ def piece(name: str, start: int) -> str:
     return f"{name}@{start}"
 
 
-class WholeTensor:
-    """A tensor in pieces that follow each other; `[a:b]` reads rows."""
+class SavedTensor:
+    """A tensor in consecutive pieces; `[a:b]` reads these rows of it."""
 
     def __init__(self, name: str):
         self.name = name
@@ -57,15 +57,15 @@ class Pieces(Mapping):
             for key in file.keys():  # noqa: SIM118 (not a dictionary)
                 name, _, start = key.rpartition("@")
                 found.append((name, int(start), file, key))
-        self._whole: dict[str, WholeTensor] = {}
+        self._tensors: dict[str, SavedTensor] = {}
         for name, start, file, key in sorted(found, key=lambda item: item[:2]):
-            self._whole.setdefault(name, WholeTensor(name)).add(start, file, key)
+            self._tensors.setdefault(name, SavedTensor(name)).add(start, file, key)
 
-    def __getitem__(self, name: str) -> WholeTensor:
-        return self._whole[name]
+    def __getitem__(self, name: str) -> SavedTensor:
+        return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._whole)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._whole)
+        return len(self._tensors)

@@ -61,23 +61,23 @@ def _optimizer_pieces(t: Trainer) -> Iterator[tuple[str, Tensor]]:
     the flattened parameter, "scalar/KIND/PARAMETER" one.  At ZeRO 0, where all ranks hold everything, each takes a
     share of every parameter."""
     replicated = t.deepspeed.optimizer is t.deepspeed.basic_optimizer
-    for target, stretches in zero.partitions(t.deepspeed):
+    for target, fragments in zero.partitions(t.deepspeed):
         state = t.deepspeed.basic_optimizer.state.get(target, {})
-        for s in stretches if state else ():
-            share = dist.shard(s.stop) if replicated else slice(s.start, s.stop)
+        for fragment in fragments if state else ():
+            share = dist.shard(fragment.stop) if replicated else slice(fragment.start, fragment.stop)
             for kind, value in state.items():
                 if value.ndim == 0 and share.start == 0 < share.stop:
-                    yield piece(f"scalar/{kind}/{s.name}", 0), value[None]
+                    yield piece(f"scalar/{kind}/{fragment.name}", 0), value[None]
                 elif value.ndim and share.start < share.stop:
-                    at = s.at + share.start - s.start
-                    values = value.detach().view(-1)[at : at + share.stop - share.start]
-                    yield piece(f"optimizer/{kind}/{s.name}", share.start), values
+                    offset = fragment.offset + share.start - fragment.start
+                    values = value.detach().view(-1)[offset : offset + share.stop - share.start]
+                    yield piece(f"optimizer/{kind}/{fragment.name}", share.start), values
 
 
 def _table_pieces(method: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in method.named_modules():
         if isinstance(module, ShardedTable):
-            yield piece(f"table/{name}", module.shard.start), module.block
+            yield piece(f"table/{name}", module.local_range.start), module.local_rows
 
 
 def load(t: Trainer, path: Path) -> list[str]:
@@ -137,26 +137,28 @@ def _load_optimizer(t: Trainer, saved: Pieces, channels_last: bool) -> None:
             kinds.setdefault(parameter, {})[kind] = name
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in t.method.named_parameters()}
     orders = _changed_layouts(t, channels_last)
-    for target, stretches in zero.partitions(t.deepspeed):
-        found = [kinds.pop(s.name, {}) for s in stretches]
+    for target, fragments in zero.partitions(t.deepspeed):
+        found = [kinds.pop(fragment.name, {}) for fragment in fragments]
         if any(each.keys() != found[0].keys() for each in found):
-            raise ValueError(f"{stretches[0].name} and others of its group have different optimizer states")
+            raise ValueError(f"{fragments[0].name} and others of its group have different optimizer states")
         for kind in found[0] if found else ():
-            parts = [(s, saved[each[kind]]) for s, each in zip(stretches, found)]
+            parts = [(fragment, saved[each[kind]]) for fragment, each in zip(fragments, found)]
             if found[0][kind].startswith("scalar/"):
-                value = torch.stack([whole[:].reshape(()) for _, whole in parts]).unique()
+                value = torch.stack([saved_tensor[:].reshape(()) for _, saved_tensor in parts]).unique()
                 if len(value) != 1:
-                    raise ValueError(f"{stretches[0].name} and others of its group have different {kind}")
+                    raise ValueError(f"{fragments[0].name} and others of its group have different {kind}")
                 t.deepspeed.basic_optimizer.state[target][kind] = value[0].to(target.device)
                 continue
             flat = torch.zeros_like(target.detach()).view(-1)
-            for s, whole in parts:
-                if whole.shape != (sizes[s.name],):
-                    raise ValueError(f"{whole.name} has {whole.shape[0]} elements, not {sizes[s.name]}")
-                if s.start == s.stop:
+            for fragment, saved_tensor in parts:
+                size = sizes[fragment.name]
+                if saved_tensor.shape != (size,):
+                    raise ValueError(f"{saved_tensor.name} has {saved_tensor.shape[0]} elements, not {size}")
+                if fragment.start == fragment.stop:
                     continue
-                part = _permuted(whole, orders[s.name]) if s.name in orders else whole
-                flat[s.at : s.at + s.stop - s.start] = part[s.start : s.stop]
+                part = _permuted(saved_tensor, orders[fragment.name]) if fragment.name in orders else saved_tensor
+                values = part[fragment.start : fragment.stop]
+                flat[fragment.offset : fragment.offset + len(values)] = values
             t.deepspeed.basic_optimizer.state[target][kind] = flat.view(target.shape)
     if kinds:
         raise ValueError(f"the optimizer has no parameter {next(iter(kinds))}")
@@ -177,9 +179,9 @@ def _changed_layouts(t: Trainer, channels_last: bool) -> dict[str, tuple[tuple[i
     return found
 
 
-def _permuted(whole: Any, layout: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
+def _permuted(saved_tensor: Any, layout: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
     shape, order = layout
-    return whole[:].view(shape).permute(order).reshape(-1)
+    return saved_tensor[:].view(shape).permute(order).reshape(-1)
 
 
 def _load_hooks(hooks: list, saved: dict, path: Path) -> list[str]:

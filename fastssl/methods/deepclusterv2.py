@@ -56,7 +56,7 @@ class DeepClusterV2(nn.Module):
         if epoch == 0:
             z, index = extract_outputs("z", augmented=True, training=True)
             self.memory.fill_(z[:, : self.config.large_crops], index)
-        samples, shard, notes = self.memory.samples, self.memory.shard, []
+        samples, shard, notes = self.memory.samples, self.memory.local_range, []
         index = torch.arange(shard.start, shard.stop, device=self.labels.device)
         for i, clusters in enumerate(self.config.clusters):
             k_means = clustering.KMeans(
@@ -67,7 +67,7 @@ class DeepClusterV2(nn.Module):
                 empty="keep",
                 kernels=self.kernels,
             )
-            result = k_means.fit(self.memory.block[:, i % self.config.large_crops], index)
+            result = k_means.fit(self.memory.local_rows[:, i % self.config.large_crops], index)
             self.get_buffer(f"prototypes_{i}").copy_(result.centroids)
             self.labels[i] = clustering.scatter(result.labels, index, samples)
             notes.append(clustering.describe(result.counts, samples))

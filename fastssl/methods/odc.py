@@ -114,10 +114,10 @@ class ODC(nn.Module):
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor) -> None:
         index, z = dist.gather(batch.index), dist.gather(F.normalize(out["z"], dim=1))
         seen, inverse = index.unique(return_inverse=True)
-        local, before = self.bank.is_local(index), self.bank.rows(seen)
-        start = self.bank.shard.start
-        update_bank_(self.bank.block, index[local] - start, z[local], self.config.momentum, impl=self.kernels)
-        after = self.bank.rows(seen)
+        local, before = self.bank.is_local(index), self.bank.lookup(seen)
+        start = self.bank.local_range.start
+        update_bank_(self.bank.local_rows, index[local] - start, z[local], self.config.momentum, impl=self.kernels)
+        after = self.bank.lookup(seen)
         labels = (after @ self.centroids.T).argmax(1)
         self.changed.copy_((labels != self.labels[seen])[inverse].to(self.changed.dtype).mean())
         self.move(seen, labels, before, after)
@@ -142,7 +142,7 @@ class ODC(nn.Module):
         """Compute the clusters' sizes and sums from the bank."""
         self.sizes.copy_(torch.bincount(self.labels, minlength=len(self.sizes)))
         self.sums.zero_()
-        for x, labels in zip(self.bank.block.split(1 << 16), self.labels[self.bank.shard].split(1 << 16)):
+        for x, labels in zip(self.bank.local_rows.split(1 << 16), self.labels[self.bank.local_range].split(1 << 16)):
             self.sums.index_add_(0, labels, self.to_integers(x))
         dist.sum_(self.sums)
 
@@ -160,7 +160,7 @@ class ODC(nn.Module):
         small = self.sizes < self.config.min_cluster_size
         if small.any():
             members = small[self.labels].nonzero()[:, 0]
-            x = self.bank.rows(members)
+            x = self.bank.lookup(members)
             self.move(members, (x @ self.centroids.T).masked_fill(small, -torch.inf).argmax(1), x, x)
             for empty in small.nonzero()[:, 0]:
                 self.split(self.sizes.argmax(), empty)
@@ -169,7 +169,7 @@ class ODC(nn.Module):
     def split(self, large: Tensor, empty: Tensor) -> None:
         """Split cluster `large` by two-means and assign one part to the cluster `empty`."""
         members = (self.labels == large).nonzero()[:, 0]
-        x = self.bank.rows(members)
+        x = self.bank.lookup(members)
         second = clustering.two_means(x, self.config.min_cluster_size)
         self.move(members[second], empty.expand(len(members))[second], x[second], x[second])
         self.centroids[large], self.centroids[empty] = x[~second].mean(0), x[second].mean(0)

@@ -117,6 +117,6 @@ def attach(engine: DeepSpeedEngine) -> None:
     ours = engine.basic_optimizer
     if engine.optimizer is ours or not (getattr(ours, "needs_whole_tensors", False) or getattr(ours, "clip_each", 0)):
         return
-    for flat, stretches in zero.partitions(engine):
-        places = [(s.at, s.at + s.stop - s.start) for s in stretches]
-        ours._fragments[flat] = Fragments.of(places, flat, engine.optimizer.dp_process_group)
+    for flat, fragments in zero.partitions(engine):
+        ranges = [(f.offset, f.offset + f.stop - f.start) for f in fragments]
+        ours._fragments[flat] = Fragments.of(ranges, flat, engine.optimizer.dp_process_group)

@@ -156,10 +156,10 @@ def test_odc_first_epoch_starts_from_kmeans_of_unit_embeddings():
     x, group = groups(dim=D)
     shuffled = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     assert "5 clusters, 0 empty" in method.before_epoch(0, lambda name: {"z": (x[shuffled], shuffled)}[name])
-    np.testing.assert_allclose(array(method.bank.block), unit(array(x)), rtol=1e-12)
+    np.testing.assert_allclose(array(method.bank.local_rows), unit(array(x)), rtol=1e-12)
     assert len(set(zip(method.labels.tolist(), group.tolist()))) == 5
     for k in range(5):
-        torch.testing.assert_close(method.centroids[k], method.bank.block[method.labels == k].mean(0))
+        torch.testing.assert_close(method.centroids[k], method.bank.local_rows[method.labels == k].mean(0))
     assert method.before_epoch(1, None) is None, "later epochs keep the labels"
     assert len(set(method.order(1))) < 50, "drawn with replacement"
 
@@ -186,7 +186,7 @@ def test_odc_step_equals_the_formulas():
     labels = array(group).copy()
     labels[some.index] = new[some.index]
     method.after_step({"z": z}, some, 0.1)
-    np.testing.assert_allclose(array(method.bank.block)[some.index], mixed[some.index], rtol=1e-12)
+    np.testing.assert_allclose(array(method.bank.local_rows)[some.index], mixed[some.index], rtol=1e-12)
     assert method.labels.tolist() == labels.tolist() and labels.tolist() != group.tolist()
     close(method.loss({"logits": logits}, some)["changed"], (labels != array(group))[some.index].mean())
     np.testing.assert_allclose(array(method.centroids), centroids, rtol=1e-12)  # every second step
@@ -196,7 +196,7 @@ def test_odc_step_equals_the_formulas():
     some.step = 1
     method.after_step({"z": z}, some, 0.2)
     for k in range(4):
-        torch.testing.assert_close(method.centroids[k], method.bank.block[method.labels == k].mean(0))
+        torch.testing.assert_close(method.centroids[k], method.bank.local_rows[method.labels == k].mean(0))
 
 
 def test_odc_replaces_small_clusters_by_parts_of_the_largest():
@@ -214,7 +214,7 @@ def test_odc_replaces_small_clusters_by_parts_of_the_largest():
     assert {int(got[0]), int(got[6])} == {0, 2}, "cluster 0 was split into its two points"
     assert torch.bincount(got).min() >= 3
     for k in (0, 2):
-        torch.testing.assert_close(method.centroids[k], method.bank.block[got == k].mean(0))
+        torch.testing.assert_close(method.centroids[k], method.bank.local_rows[got == k].mean(0))
     sizes = torch.bincount(got).double() + 1e-5
     torch.testing.assert_close(method.weights, (sizes**-0.5 / (sizes**-0.5).sum()), rtol=1e-6, atol=0)
     before = got.clone()
@@ -240,7 +240,7 @@ def test_odc_incremental_sums_equal_a_recount():
     assert torch.equal(method.sums, kept[0]) and torch.equal(method.sizes, kept[1])
     method.update_centroids()
     for k in range(4):
-        torch.testing.assert_close(method.centroids[k], method.bank.block[method.labels == k].mean(0))
+        torch.testing.assert_close(method.centroids[k], method.bank.local_rows[method.labels == k].mean(0))
 
 
 def test_two_means_gives_parts_of_at_least_min_size():
@@ -267,8 +267,8 @@ def test_deepclusterv2_loss_equals_the_formula():
 
     method.after_step({"z": z.detach()}, some, 0.1)
     for v in range(2):
-        assert torch.equal(method.memory.block[some.index, v], z.detach()[:, v])
-    assert method.memory.block[5].abs().max() == 0
+        assert torch.equal(method.memory.local_rows[some.index, v], z.detach()[:, v])
+    assert method.memory.local_rows[5].abs().max() == 0
 
 
 def test_deepclusterv2_clusterings_use_the_crops_in_turn():
@@ -278,12 +278,12 @@ def test_deepclusterv2_clusterings_use_the_crops_in_turn():
     z = torch.stack([x, x.roll(1, 0), x], 1)
     found = {("z", True): (z.flip(0), torch.arange(60).flip(0))}
     method.before_epoch(0, lambda name, augmented, training: found[name, augmented and training])
-    assert torch.equal(method.memory.block, z[:, :2])
+    assert torch.equal(method.memory.local_rows, z[:, :2])
     for i, of in enumerate((group, group.roll(1), group)):
         assert len(set(zip(method.labels[i].tolist(), of.tolist()))) == 5
         prototypes = method.get_buffer(f"prototypes_{i}")
         torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(5).double())
-        nearest = (method.memory.block[:, i % 2] @ prototypes.T).argmax(1)
+        nearest = (method.memory.local_rows[:, i % 2] @ prototypes.T).argmax(1)
         assert torch.equal(nearest, method.labels[i])
     before = method.labels.clone()
     method.before_epoch(1, None)

@@ -36,7 +36,7 @@ def allocated(t) -> int:
     targets = [target for target, _ in zero.partitions(t.deepspeed)]
     tensors = [getattr(p, "ds_tensor", p) for p in t.method.parameters()] + list(t.method.buffers()) + targets
     tensors += [v for target in targets for v in t.deepspeed.basic_optimizer.state[target].values() if v.ndim]
-    tensors += [m._rows for m in t.method.modules() if isinstance(m, ShardedTable)]
+    tensors += [m._storage for m in t.method.modules() if isinstance(m, ShardedTable)]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors if x.numel()}
     return sum(storages.values())
 
