@@ -12,7 +12,7 @@ WARN_AFTER = 50  # counted steps after which waiting for data is reported
 MAX_DATA, MAX_OTHER = 0.05, 0.1  # fractions of the time above which loading, or work between steps, is the bottleneck
 
 
-class Bottleneck:
+class StepTimes:
     """Sums the times of phases over the meter's records of a run."""
 
     def __init__(self) -> None:

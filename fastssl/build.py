@@ -34,18 +34,18 @@ def build(run: Run, hooks: Sequence[Hook] = (), device: str | None = None, loade
     contract.check_config(run.method)
     hooks = [contract.check_hook(hook) for hook in (*hooks, *run.hooks)]
     backbones.check_sizes(run.backbone, [v.size for v in (*run.data.views, run.data.eval_view) if v is not None])
-    place = dist.init(device)
+    device_used = dist.init(device)
     set_deterministic(run.deterministic)
-    if place.type == "cuda":  # losses are in fp32: beside a 16-bit network their products may use tensor cores
+    if device_used.type == "cuda":  # losses are in fp32: beside a 16-bit network their products may use tensor cores
         torch.set_float32_matmul_precision("highest" if run.optim.precision == "fp32" else "high")
-    loader = open_loader(run, place) if loader is None else loader
+    loader = open_loader(run, device_used) if loader is None else loader
     if run.backbone.in_channels != 3:
         raise ValueError(
             f"backbone.in_channels={run.backbone.in_channels}: views have 3 channels, those of grey images too; leave "
             "it at 3"
         )
     torch.manual_seed(run.seed)  # the same weights, queue and bank on every rank
-    method = prepare(build_method(run, loader), run, place)
+    method = prepare(build_method(run, loader), run, device_used)
     settings = optim.frozen(run.optim, getattr(method, "freeze_epochs", {}))
     optimizer, schedule = optim.build(
         method.named_parameters(), settings, steps_per_epoch=loader.steps, impl=run.speed.kernels
@@ -59,14 +59,14 @@ def build(run: Run, hooks: Sequence[Hook] = (), device: str | None = None, loade
     t = Trainer(
         run,
         run_folder.path(run),
-        place,
+        device_used,
         method,
         engine,
         schedule,
         loader,
-        Meter(place, batch=run.optim.batch, precision=run.optim.precision),
-        LossScaler(run.optim.precision, "cpu" if run.speed.zero else place, run.optim.skip_nonfinite),
-        cuda_graph.StepInputs(len(engine.optimizer.param_groups), place),
+        Meter(device_used, batch=run.optim.batch, precision=run.optim.precision),
+        LossScaler(run.optim.precision, "cpu" if run.speed.zero else device_used, run.optim.skip_nonfinite),
+        cuda_graph.StepInputs(len(engine.optimizer.param_groups), device_used),
         hooks,
     )
     set_pytorch_step(t)
@@ -181,13 +181,13 @@ def prepare(method: nn.Module, run: Run, device: torch.device) -> nn.Module:
     if run.speed.compile:
         forward = torch.compile(forward)
 
-    def precise(views: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+    def autocast_forward(views: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         # Autocast here and not in DeepSpeed: weights, normalisation and statistics stay fp32 at every ZeRO stage.
         with autocast(device, run.optim.precision):
             out = contract.check_output(method, forward(views, batch), len(batch.index))
         return {name: v.float() if v.dtype in (torch.bfloat16, torch.float16) else v for name, v in out.items()}
 
-    method.forward, loss = precise, method.loss
+    method.forward, loss = autocast_forward, method.loss
     method.loss = lambda out, batch: contract.check_losses(method, loss(out, batch))
     return method
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from fastssl.config import Run
 from fastssl.files import untrusted
 from fastssl.loader import Batch, Loader
 from fastssl.log import Log
-from fastssl.nonfinite import FiniteLoss, NotFinite
+from fastssl.nonfinite import FiniteLossCheck, NotFinite
 from fastssl.outputs import extract_outputs
 from fastssl.step import count_flops, step
 from fastssl.trainer import Trainer
@@ -35,7 +36,8 @@ def fit(
     run: Run,
     hooks: list | None = None,
     *,
-    resume: bool | str | Path = False,
+    resume: bool | Literal["auto"] = False,
+    resume_from: str | Path | None = None,
     force: bool = False,
     device: str | None = None,
     loader: Loader | None = None,
@@ -43,10 +45,10 @@ def fit(
     """Train `run` to its end.  On a signal it writes a checkpoint and raises `ending.Stopped`, a SystemExit
     (docs/runs.md).
 
-    `hooks`: the monitors; None: those that `run.log` names (kNN, probe, collapse).  `resume`: True: continue from the
-    newest complete checkpoint of the run's folder, an error if there is none; "auto": the same, or a new run if the
-    folder has no checkpoints; a path: continue from that checkpoint.  `force`: delete the folder's checkpoints and
-    start at step 0.  `device`: "cpu" or "cuda"; None: CUDA if there is one.  `loader`: None opens `data.train`.
+    `hooks`: the monitors; None: those that `run.log` names (kNN, probe, collapse).  `resume`: continue from the newest
+    complete checkpoint of the run's folder, an error if there is none; "auto": or start a new run if the folder has no
+    checkpoints.  `resume_from`: continue from this checkpoint.  `force`: delete the folder's checkpoints and start at
+    step 0.  `device`: "cpu" or "cuda"; None: CUDA if there is one.  `loader`: None opens `data.train`.
 
     Returns the trainer after the last step.  ValueError where the device has too little memory or a loss is not finite.
     """
@@ -63,14 +65,14 @@ def fit(
     hooks = monitors.from_config(run) if hooks is None else hooks
     with run_folder.locked(run), contextlib.ExitStack() as at_exit:
         agreement.check_folder(run_folder.path(run), run_folder.LOCK)
-        path = find_checkpoint(run, resume, force)
+        path = find_checkpoint(run, resume, resume_from, force)
         t = build(run, hooks, device, loader)
         log = Log(t.folder, every=run.log.every, total_steps=t.total_steps, tensorboard=run.log.tensorboard)
         at_exit.callback(log.close_files)
         if path:
             run_folder.check_data(t, path)
             notes = state.load(t, path) + describe_changes(t, path)
-            run_folder.prepare(t, path, clear=resume not in (True, "auto"))
+            run_folder.prepare(t, path, clear=not resume)
             log.truncate(t.step)
             for note in notes:
                 log.text(note)
@@ -133,7 +135,7 @@ def build_plain(run: Run, device: str | None, loader: Loader | None = None) -> T
 
 def train(t: Trainer, log: Log, signals: ending.Signals, writer: Writer) -> None:
     """The training loop, from step `t.step` to the last."""
-    first_step, limits, finite = t.step, bottleneck.Bottleneck(), FiniteLoss(t.run.optim.skip_nonfinite)
+    first_step, step_times, loss_check = t.step, bottleneck.StepTimes(), FiniteLossCheck(t.run.optim.skip_nonfinite)
     with contextlib.closing(batches(t, partial(begin_epoch, text=log.text))) as source:
         for epoch, micro_batches in source:
             if t.step == first_step:
@@ -142,28 +144,28 @@ def train(t: Trainer, log: Log, signals: ending.Signals, writer: Writer) -> None
             ending.progress.made(t.step)
             timings = t.meter.end_step(t.step)
             try:
-                finite.check(log.step(t.step, epoch, t.scalars, timings))
+                loss_check.check(log.step(t.step, epoch, t.scalars, timings))
             except NotFinite:
                 # not raised yet: other ranks may not have this record; all of them receive FAIL after the same step
                 signals.request(ending.FAIL)
             if writer.failed:
                 signals.request(ending.FAIL)
-            if warning := limits.add(t, timings):
+            if warning := step_times.add(t, timings):
                 log.text(warning)
             received = signals.received()
             if received == ending.FAIL:
-                finite.check(log.flush(t.meter.flush()))
+                loss_check.check(log.flush(t.meter.flush()))
                 writer.finish()  # on every rank, this or the check before raises
             due = received or checkpoint_due(t)
             if due:
                 timings = t.meter.flush()
-                finite.check(log.flush(timings))
-                limits.add(t, timings)
+                loss_check.check(log.flush(timings))
+                step_times.add(t, timings)
             if t.step % t.loader.steps == 0 or t.step == t.total_steps:
                 end_epoch(t, log)  # before the checkpoint: a run that continues from it does not come here again
             if due:
-                finite.check(log.flush())
-                save(t, log, writer, finite, stopping=bool(received))
+                loss_check.check(log.flush())
+                save(t, log, writer, loss_check, stopping=bool(received))
             if received and t.step < t.total_steps:
                 log.text(
                     f"stopped by {signal.Signals(received).name} at step {t.step} of {t.total_steps}; "
@@ -173,9 +175,9 @@ def train(t: Trainer, log: Log, signals: ending.Signals, writer: Writer) -> None
                 raise ending.Stopped(received)
     writer.finish()
     timings = t.meter.flush()
-    limits.add(t, timings)
+    step_times.add(t, timings)
     log.close(timings)
-    if summary := limits.summary(t):
+    if summary := step_times.summary(t):
         log.text(summary)
 
 
@@ -232,16 +234,16 @@ def checkpoint_due(t: Trainer) -> bool:
     return t.step == t.total_steps or any(n and t.step % n == 0 for n in (interval, kept))
 
 
-def save(t: Trainer, log: Log, writer: Writer, finite: FiniteLoss, stopping: bool) -> None:
+def save(t: Trainer, log: Log, writer: Writer, loss_check: FiniteLossCheck, stopping: bool) -> None:
     """Start writing a checkpoint.  If the loss or a weight is not finite, none is written, because it would replace a
     good one: NotFinite if the run ends here (`stopping`, or the last step), else a line in the log."""
-    problem = finite.problem() or nonfinite.weights_problem(t)
+    problem = loss_check.problem() or nonfinite.weights_problem(t)
     if problem is None:
         writer.save()
         return
     if stopping or t.step == t.total_steps:
         # with finite losses so far, the weights of this step will make the next one fail
-        failed_step = finite.bad[0]["step"] if finite.bad else t.step + 1
+        failed_step = loss_check.bad[0]["step"] if loss_check.bad else t.step + 1
         raise NotFinite(f"{problem}; no checkpoint of step {t.step} is written", failed_step)
     log.text(f"step {t.step}: no checkpoint is written: {problem}")
 

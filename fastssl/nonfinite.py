@@ -1,8 +1,8 @@
 """A loss, gradient or weight that is NaN or infinite: when the run ends, and where the first such value arises.
 
-Looking at every tensor would slow every step.  A run is the same bits each time, so the steps from the last checkpoint
-to the one that failed are made again instead, and only the last is looked at.  The state before it and its batch are
-saved in RUN/nonfinite, from which `fastssl replay` makes the step again.
+Checking every tensor would slow every step.  Instead, since a run can be repeated exactly, the steps from the last
+checkpoint to the one that failed are repeated, and the tensors of the last two are checked.  The state before the step
+and its batch are saved in RUN/nonfinite, from which `fastssl replay` repeats the step.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class NotFinite(ValueError):
         self.step = step
 
 
-class FiniteLoss:
+class FiniteLossCheck:
     """Whether the loss is still finite, by the records that have arrived from the device.  `skip`: so many steps in a
     row that are not are left out before the run ends (optim.skip_nonfinite)."""
 
@@ -78,13 +78,13 @@ class FiniteLoss:
 class Finding(NamedTuple):
     """The first tensor of a step that is not finite, on one rank."""
 
-    order: int  # how many tensors were looked at before it
+    order: int  # how many tensors were checked before it
     text: str
 
 
 class Trace:
-    """Inside `with`, every tensor of a step is looked at, in the order in which they are computed: views, the output of
-    every module, losses, gradients.  Then call `look_at_weights`.  `found`: the first that is not finite."""
+    """Inside `with`, every tensor of a step is checked, in the order of computation: views, the output of every module,
+    losses, gradients.  Then call `check_weights`.  `found`: the first that is not finite."""
 
     def __init__(self, t: Trainer):
         self.t, self._count = t, 0
@@ -98,14 +98,14 @@ class Trace:
         def forward(views: list[Tensor], batch: Batch) -> dict[str, Tensor]:
             self._batch = batch
             for i, view in enumerate(views):
-                self.look(f"view {i}", view)
+                self.check(f"view {i}", view)
             return self._kept[0](views, batch)
 
         def loss(out: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
             losses = self._kept[1](out, batch)
             for name, value in losses.items():
                 if isinstance(value, Tensor):
-                    self.look(f"{name} of the loss", value)
+                    self.check(f"{name} of the loss", value)
             return losses
 
         method.forward, method.loss = forward, loss
@@ -114,7 +114,7 @@ class Trace:
                 self._handles.append(module.register_forward_hook(self._hook(name)))
         for name, parameter in method.named_parameters():
             if parameter.requires_grad:
-                self._handles.append(parameter.register_hook(lambda g, n=name: self.look(f"gradient of {n}", g)))
+                self._handles.append(parameter.register_hook(lambda g, n=name: self.check(f"gradient of {n}", g)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -122,11 +122,11 @@ class Trace:
         for handle in self._handles:
             handle.remove()
 
-    def look_at_weights(self) -> None:
+    def check_weights(self) -> None:
         for name, parameter in self.t.method.named_parameters():
-            self.look(f"{name} after the update", getattr(parameter, "ds_tensor", parameter).detach())
+            self.check(f"{name} after the update", getattr(parameter, "ds_tensor", parameter).detach())
 
-    def look(self, name: str, value: Tensor) -> None:
+    def check(self, name: str, value: Tensor) -> None:
         self._count += 1
         if self.found is None and value.is_floating_point() and not value.isfinite().all():
             self.found = Finding(self._count, f"{name}, {describe(value.detach(), self._batch)}")
@@ -135,9 +135,9 @@ class Trace:
         def hook(module: torch.nn.Module, inputs: tuple, output: Any) -> None:
             for value in output if isinstance(output, tuple | list) else (output,):
                 if isinstance(value, Tensor):
-                    self.look(f"output of {name}", value)
+                    self.check(f"output of {name}", value)
                     if value.requires_grad:
-                        value.register_hook(lambda g: self.look(f"gradient of the output of {name}", g))
+                        value.register_hook(lambda g: self.check(f"gradient of the output of {name}", g))
 
         return hook
 
@@ -157,20 +157,22 @@ def describe(value: Tensor, batch: Batch | None) -> str:
     return f"{text}, of the samples {', '.join(map(str, wrong[:10]))}{' ...' * (len(wrong) > 10)}"
 
 
-def postpone(folder: Path, checkpoint: Path | None, last: int, seconds: float) -> bool:
+def postpone(folder: Path, checkpoint: Path | None, failed_step: int, seconds: float) -> bool:
     """Whether a rerun takes too long for a run that has failed; what it needs is then saved for `fastssl replay`."""
     if seconds > RERUN_S:
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
-        files.write_json(folder / FOLDER / POSTPONED, {"checkpoint": checkpoint and str(checkpoint), "step": last})
+        files.write_json(
+            folder / FOLDER / POSTPONED, {"checkpoint": checkpoint and str(checkpoint), "step": failed_step}
+        )
     return seconds > RERUN_S
 
 
-def rerun(t: Trainer, checkpoint: Path | None, last: int, batches: Source) -> str:
-    """Make the steps from `checkpoint` (None: the start) to `last` again with `t`, a new trainer, look at the last two,
-    and save the one in which the first value arises.  Returns what was found; on every rank the same."""
+def rerun(t: Trainer, checkpoint: Path | None, failed_step: int, batches: Source) -> str:
+    """Repeat the steps from `checkpoint` (None: the start) to `failed_step` with `t`, a new trainer, and check the last
+    two; the one in which the first value arises is saved.  Returns what was found, the same on every rank."""
     if checkpoint is not None:
         state.load(t, checkpoint)
-    folder, first = t.folder / FOLDER, max(last - 1, t.step + 1)
+    folder, first = t.folder / FOLDER, max(failed_step - 1, t.step + 1)
     if dist.is_main():
         shutil.rmtree(folder, ignore_errors=True)
     t.folder = folder
@@ -183,17 +185,17 @@ def rerun(t: Trainer, checkpoint: Path | None, last: int, batches: Source) -> st
         found = traced(t, micro_batches)
         if found is not None:
             return f"{found}; the state before the step and its batch are in {folder}"
-        if t.step >= last:
+        if t.step >= failed_step:
             break
         dist.on_main(shutil.rmtree, path)
     return "it did not arise again when the steps were repeated"
 
 
 def traced(t: Trainer, micro_batches: list[Batch]) -> str | None:
-    """Make one step and look at its tensors: where the first value that is not finite arose; None: nowhere."""
+    """Make one step and check its tensors: where the first value that is not finite arose; None: nowhere."""
     with Trace(t) as trace:
         step(t, micro_batches)
-    trace.look_at_weights()
+    trace.check_weights()
     findings: list[Finding | None] = [trace.found]
     if dist.world() > 1:
         findings = [None] * dist.world()
@@ -227,9 +229,9 @@ def _saved_batches(folder: Path, t: Trainer) -> list[Batch]:
     names = {f.name for f in fields(Batch)}
     if not parts or any(not isinstance(part, dict) or part.keys() != names for part in parts):
         raise ValueError(f"{folder}: its batches are damaged or incomplete; train again to save them")
-    whole = {k: torch.cat([p[k] for p in parts]) for k in ("pixels", "sizes", "index", "label")}
-    rows, count = dist.shard(len(whole["index"])), t.loader.sampler.micro
-    mine = {k: v[rows].to(t.device).chunk(count) for k, v in whole.items()}
+    merged = {k: torch.cat([p[k] for p in parts]) for k in ("pixels", "sizes", "index", "label")}
+    rows, count = dist.shard(len(merged["index"])), t.loader.sampler.micro
+    mine = {k: v[rows].to(t.device).chunk(count) for k, v in merged.items()}
     first, out = parts[0], []
     for i in range(count):
         before = rows.start + sum(len(x) for x in mine["index"][:i])

@@ -19,6 +19,7 @@ import re
 import socket
 import traceback
 from collections.abc import Callable
+from typing import Literal
 
 from fastssl import config, launcher
 from fastssl.parsing import Parser
@@ -45,6 +46,9 @@ def parse(argv: list[str] | None, prog: str = "fastssl train") -> argparse.Names
     args = parser(prog).parse_intermixed_args(argv)
     if args.restarts < 0:
         raise ValueError(f"--restarts {args.restarts}: must be 0 or more")
+    given = [f"--{name.replace('_', '-')}" for name in ("resume", "continue", "resume_from") if getattr(args, name)]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)}: give one of them")
     args.config, args.overrides = _config_and_overrides([*filter(None, [args.config]), *args.overrides])
     return args
 
@@ -75,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
         choose_accelerator(args.device)
         from fastssl import engine  # DeepSpeed picks its accelerator when it is imported
 
-        engine.fit(run, resume=_resume(args), force=args.force, device=args.device)
+        resume: bool | Literal["auto"] = "auto" if vars(args)["continue"] else args.resume
+        engine.fit(run, resume=resume, resume_from=args.resume_from, force=args.force, device=args.device)
 
     return guarded(work)
 
@@ -144,14 +149,6 @@ def _fail(reason: str, code: int, details: str = "") -> int:
         sys.stdout.flush()
         os._exit(code)
     return code
-
-
-def _resume(args: argparse.Namespace) -> bool | str:
-    """`resume` of engine.fit."""
-    given = [name for name in ("resume", "continue", "resume_from") if getattr(args, name)]
-    if len(given) > 1:
-        raise ValueError(f"--{' and --'.join(given)}: give one of them".replace("_", "-"))
-    return args.resume_from or ("auto" if vars(args)["continue"] else args.resume)
 
 
 def _without_restarts(argv: list[str] | None) -> list[str]:

@@ -50,7 +50,7 @@ def trainer(device="cuda", *, pixels=1024, workers=64, **speed):
 
 
 def summary(t, **changes):
-    times = bottleneck.Bottleneck()
+    times = bottleneck.StepTimes()
     times.add(t, records(40, **changes))
     return times.summary(t)
 
@@ -82,17 +82,17 @@ def test_slow_loading_names_the_setting_that_fits():
 
 
 def test_waiting_for_data_is_reported_once():
-    times, t = bottleneck.Bottleneck(), trainer()
+    times, t = bottleneck.StepTimes(), trainer()
     texts = [times.add(t, records(10, data_ms=1.0)) for _ in range(9)]
     assert [i for i, text in enumerate(texts) if text] == [5]  # 10 steps that do not count, then 50
     assert "wait for data 9 % of the time: speed.resident=True" in texts[5]
-    fast = bottleneck.Bottleneck()
+    fast = bottleneck.StepTimes()
     fast.add(t, records(bottleneck.SKIPPED_STEPS, data_ms=1e6))  # the first batches are slow everywhere
     assert not any(fast.add(t, records(10, data_ms=0.5)) for _ in range(9))
 
 
 def test_a_short_run_has_no_bottleneck():
-    times = bottleneck.Bottleneck()
+    times = bottleneck.StepTimes()
     times.add(trainer(), records(bottleneck.SKIPPED_STEPS + 5))
     assert times.summary(trainer()) is None
 

@@ -174,9 +174,9 @@ def test_only_rank_0_writes(tmp_path, monkeypatch, capsys):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path):
-    from fastssl.engine import FiniteLoss
+    from fastssl.engine import FiniteLossCheck
 
-    log, losses, nan = make(tmp_path), FiniteLoss(), torch.tensor(float("nan"))
+    log, losses, nan = make(tmp_path), FiniteLossCheck(), torch.tensor(float("nan"))
     losses.check(log.step(1, 0, {"loss": nan}))
     losses.check(log.step(2, 0, {"loss": torch.tensor(1.0)}))  # one bad step is not the end
     log.epoch(2, 0, {"knn": 1.0})  # a line without a loss says nothing of it
@@ -189,9 +189,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path):
 
 
 def test_steps_skipped_by_fp16_do_not_end_the_run(tmp_path):
-    from fastssl.engine import FiniteLoss
+    from fastssl.engine import FiniteLossCheck
 
-    log, losses, inf = make(tmp_path), FiniteLoss(), torch.tensor(float("inf"))
+    log, losses, inf = make(tmp_path), FiniteLossCheck(), torch.tensor(float("inf"))
     for step in range(1, 11):
         losses.check(log.step(step, 0, {"loss": inf, "applied": False, "loss_scale": 2.0**16}, [timing(step)]))
     assert read(tmp_path)[0]["loss"] == "inf"

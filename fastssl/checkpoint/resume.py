@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastssl import dist
 from fastssl.checkpoint import disk, run_folder, state
@@ -15,31 +15,33 @@ MONITORED = ("data.test", "data.bank", "data.eval_view")  # ... without what onl
 LENGTH = ("optim.epochs", "optim.steps")  # may change where lr and weight decay do not depend on the run's length
 
 
-def find_checkpoint(run: Run, resume: bool | str | Path, force: bool = False) -> Path | None:
+def find_checkpoint(
+    run: Run, resume: bool | Literal["auto"], resume_from: str | Path | None = None, force: bool = False
+) -> Path | None:
     """The checkpoint to continue from, None for a new run.  ValueError, on every rank and before anything is built,
     where `run` can neither start nor continue.
 
-    `resume`: True takes the newest complete checkpoint, "auto" too if there is any, a path that one.  `force`: newer
-    checkpoints in the folder may be deleted."""
-    return dist.on_main(_find, run, resume, force)
+    The arguments are those of `engine.fit`."""
+    return dist.on_main(_find, run, resume, resume_from, force)
 
 
-def _find(run: Run, resume: bool | str | Path, force: bool) -> Path | None:
+def _find(run: Run, resume: bool | Literal["auto"], resume_from: str | Path | None, force: bool) -> Path | None:
     folder = run_folder.path(run)
     existing = disk.list_checkpoints(folder)
-    if not resume or (resume == "auto" and not existing):
+    if resume and resume_from is not None:
+        raise ValueError(f"resume={resume!r} and resume_from={str(resume_from)!r}: give one of them")
+    if resume_from is None and (not resume or (resume == "auto" and not existing)):
         if existing and not force:
             raise ValueError(_not_empty(folder))
         return None
-    from_newest = resume is True or resume == "auto"
-    if from_newest and force:
+    if resume and force:
         raise ValueError("--force starts anew and --resume and --continue continue: give one of them")
-    path = disk.newest(folder) if resume is True or resume == "auto" else _complete(Path(resume))
+    path = disk.newest(folder) if resume_from is None else _complete(Path(resume_from))
     if path is None:
         hint = "start anew with --force, which deletes the damaged ones" if existing else "start without --resume"
         raise ValueError(f"cannot resume: no complete checkpoint in {disk.directory(folder)}; {hint}")
     newer = [p for p in existing if not disk.precedes(p, path)]
-    if newer and not from_newest and not force:
+    if newer and not resume and not force:
         raise ValueError(
             f"{folder} holds {newer[0].name}, which does not lead to {path}: give another name=..., or "
             "delete it with --force"

@@ -183,7 +183,7 @@ def test_zero_refuses_to_leave_steps_out(tmp_path):
 
 
 def test_a_loss_scale_of_1_that_still_overflows_ends_the_run():
-    losses = nonfinite.FiniteLoss()
+    losses = nonfinite.FiniteLossCheck()
     losses.check([{"step": s, "epoch": 0, "loss": 2.0, "applied": False, "loss_scale": 4.0} for s in range(1, 20)])
     last = [{"step": s, "epoch": 1, "loss": 2.0, "applied": False, "loss_scale": 1.0} for s in range(20, 22)]
     losses.check(last)

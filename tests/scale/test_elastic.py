@@ -115,7 +115,7 @@ def change(c: Change, root: str) -> dict:
         again = writer.finish()
     found = {"loaded": contents(again)} if dist.is_main() else {}
     dist.barrier()
-    t = engine.fit(run, device="cpu", resume=source, force=True, loader=method_cases.loader(run))
+    t = engine.fit(run, device="cpu", resume_from=source, force=True, loader=method_cases.loader(run))
     dist.barrier()
     if not dist.is_main():
         return {}
