@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import signal
@@ -10,6 +9,7 @@ import sys
 import textwrap
 
 from fastssl.eval import PROTOCOLS
+from fastssl.parsing import did_you_mean
 
 COMMANDS = {
     "train": ("fastssl.train", "pretrain a backbone in one process (in several: deepspeed --module fastssl.train)"),
@@ -45,9 +45,7 @@ def _run(argv: list[str]) -> int:
             print(textwrap.fill(what, 100, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14))
         return 0
     if argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0], COMMANDS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        print(f"fastssl: unknown command {argv[0]!r}{hint}", file=sys.stderr)
+        print(f"fastssl: unknown command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}", file=sys.stderr)
         return 2
     module, _ = COMMANDS[argv[0]]
     return importlib.import_module(module).main(argv[1:])

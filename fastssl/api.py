@@ -19,6 +19,7 @@ from fastssl.data_prep.memory import open_memory
 from fastssl.data_prep.write import convert as write
 from fastssl.eval.common.target import load_target
 from fastssl.eval.options import add_target_options
+from fastssl.parsing import did_you_mean
 from fastssl.trainer import Trainer
 
 
@@ -87,7 +88,7 @@ def _check_names(function: str, options: dict, known: Sequence[str]) -> None:
     unknown = next((name for name in options if name not in known), None)
     if unknown:
         raise ValueError(
-            f"{function}: unknown option {unknown!r}{settings.hint(unknown, known)} (arguments: {', '.join(known)})"
+            f"{function}: unknown option {unknown!r}{did_you_mean(unknown, known)} (arguments: {', '.join(known)})"
         )
 
 

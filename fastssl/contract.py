@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastssl.config import settings
+from fastssl.parsing import did_you_mean
 from fastssl.trainer import Context
 
 METHOD = ("backbone", "views", "forward", "loss", "after_step")
@@ -136,7 +136,7 @@ def check_hook(hook: Any) -> Any:
         _check_call(f"{kind}.{name}", getattr(hook, name), arguments)
     own = [name for name in vars(type(hook)) if name not in HOOK and name[0] != "_"]
     for name in own:
-        near = settings.hint(name, HOOK)
-        if near and name.startswith(("before", "after", "on_")):
-            raise ValueError(f"the hook {kind} has a method {name!r} that nothing calls{near}")
+        similar = did_you_mean(name, HOOK)
+        if similar and name.startswith(("before", "after", "on_")):
+            raise ValueError(f"the hook {kind} has a method {name!r} that nothing calls{similar}")
     return hook

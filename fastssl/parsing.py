@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 
-def hint(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ "; did you mean 'lars'?" where a known name is similar, else ""."""
-    near = difflib.get_close_matches(str(name), [str(k) for k in known], 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    similar = difflib.get_close_matches(str(name), [str(k) for k in known], 1)
+    return f"; did you mean {similar[0]!r}?" if similar else ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         names = [name for action in self._actions for name in action.option_strings]
         misspelt = [word.partition("=")[0] for word in unknown[1].split(" ") if word[:1] == "-"] if unknown else []
         if misspelt:
-            return message + hint(misspelt[0], names)
+            return message + did_you_mean(misspelt[0], names)
         choice = re.match(r"argument ([^ ]+): invalid choice: '(.*?)' \(choose from", message)
         for action in self._actions:
             if (
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
                 and action.choices
                 and choice[1] in ("/".join(action.option_strings), action.metavar, action.dest)
             ):
-                return message + hint(choice[2], map(str, action.choices))
+                return message + did_you_mean(choice[2], map(str, action.choices))
         return message
 
 

@@ -66,10 +66,10 @@ def test_overrides_reach_every_section_with_the_right_type(file):
         ("optim.wieght_decay=1", "did you mean 'weight_decay'"),
         ("optm.lr=1", "did you mean 'optim'"),
         ("method.temprature=1", "did you mean 'temperature'"),
-        ("optim.lr=fast", "optim.lr: wants float, got 'fast'"),
-        ("optim.batch=1.5", "optim.batch: wants int, got 1.5"),
-        ("optim.batch=True", "optim.batch: wants int, got True"),
-        ("log.tensorboard=1", "log.tensorboard: wants bool, got 1"),
+        ("optim.lr=fast", "optim.lr: expected float, got 'fast'"),
+        ("optim.batch=1.5", "optim.batch: expected int, got 1.5"),
+        ("optim.batch=True", "optim.batch: expected int, got True"),
+        ("log.tensorboard=1", "log.tensorboard: expected bool, got 1"),
         ("optim.name=larz", "did you mean 'lars'"),
         ("speed.zero=4", "speed.zero=4 is not one of 0, 1, 2, 3"),
         ("speed.micro_batch=0", "speed.micro_batch=0 must be at least 1, or None"),
@@ -84,7 +84,7 @@ def test_overrides_reach_every_section_with_the_right_type(file):
         ("optim.lr=0", "optim.lr=0.0 must be positive"),
         ("optim.lr.x=1", "optim.lr.x: float has no settings below it"),
         ("optim.lr", "is not of the form a.b=value"),
-        ("optim.betas=[1,2,3]", "wants 2 values"),
+        ("optim.betas=[1,2,3]", "expected 2 values"),
         ("optim.warmup_epochs=-1", "optim.warmup_epochs=-1.0 must be at least 0 and finite"),
         ("optim.clip=1e999", "optim.clip=inf must be at least 0 and finite"),
         ("log.knn_epochs=-2", "log.knn_epochs=-2 must be at least 0"),
@@ -95,7 +95,7 @@ def test_overrides_reach_every_section_with_the_right_type(file):
         ("data.views.2.blur=0.5", "data.views.2.blur: '2' is not one of its 2 places: 0 to 1, or all"),
         ("data.views.blur=0.5", "'blur' is not one of its 2 places"),
         ("data.views.0.blurr=0.5", "did you mean 'blur'"),
-        ("data.views.0.blur=x", "wants float, got 'x'"),
+        ("data.views.0.blur=x", "expected float, got 'x'"),
         ("data.views.0.blur=2", "View(blur=2.0): is a probability"),
         ("data.views=moco_v3", "did you mean 'moco_v2'"),
         ("data.views=simclr(size=8, blurr=1)", "did you mean 'blur'"),
@@ -197,7 +197,7 @@ def test_files_that_are_no_configs(file, tmp_path):
 def test_a_config_without_views_or_of_the_wrong_type_is_refused():
     with pytest.raises(ValueError, match="data.views is empty"):
         config.validate(Run(method=simclr.Config()))
-    with pytest.raises(ValueError, match="optim.lr: wants float, got 'x'"):
+    with pytest.raises(ValueError, match="optim.lr: expected float, got 'x'"):
         config.validate(Run(method=simclr.Config(), data=Data(views=views.simclr(8)), optim=Optim(lr="x")))
 
 

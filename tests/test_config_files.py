@@ -68,8 +68,8 @@ def test_an_error_in_the_file_names_file_line_and_the_nearest_name(tmp_path, cha
         ((METHOD, "simclr.Config,"), "give an instance, Config(...)"),
         (("optim=Optim(", "optim=dict("), "optim must be Optim(...)"),
         (("optim=Optim(", "seed=-1, optim=Optim("), "seed=-1 must be 0 or more"),
-        (("optim=Optim(", "seed='x', optim=Optim("), "seed: wants int, got 'x'"),
-        (("optim=Optim(", "deterministic=1, optim=Optim("), "deterministic: wants bool, got 1"),
+        (("optim=Optim(", "seed='x', optim=Optim("), "seed: expected int, got 'x'"),
+        (("optim=Optim(", "deterministic=1, optim=Optim("), "deterministic: expected bool, got 1"),
         (("lr=0.4", "lr=10**400"), "optim.lr: an integer too large"),
         ((" batch=256,", " batch=2**70,"), "optim.batch: a number of more than 64 bits"),
         (("views=views", "views=(1, 2), eval_view=views"), "data.views.0 must be a View, got 1"),
@@ -202,7 +202,7 @@ def get_config""",
     run = load(tmp_path, "from __future__ import annotations\n" + text, "method.weight=3", "method.dims=[1]")
     assert (run.method.weight, run.method.dims) == (3.0, (1,))
     assert config.dump(run)["method"] == {"type": "fastssl_config_mine.Mine", "weight": 3.0, "dims": [1]}
-    with pytest.raises(ValueError, match="method.weight: wants float, got 'x'"):
+    with pytest.raises(ValueError, match="method.weight: expected float, got 'x'"):
         load(tmp_path, "from __future__ import annotations\n" + text, "method.weight=x")
 
 

@@ -117,7 +117,7 @@ def test_the_settings_of_a_method_are_read_from_its_source(name):
     real = config.names.config_of(name)
     light = source.method_config(name)
     assert light is not real and config.settings.names(light) == config.settings.names(real)
-    assert config.settings.hints(light) == config.settings.hints(real) and vars(light()) == vars(real())
+    assert config.settings.field_types(light) == config.settings.field_types(real) and vars(light()) == vars(real())
 
 
 @pytest.mark.parametrize("name", methods.names())

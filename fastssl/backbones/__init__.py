@@ -9,7 +9,6 @@ ResNets are in resnet.py, timm's models in timm_models.py.
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -19,6 +18,7 @@ from fastssl.backbones.memory_format import Conv2d, channels_last_
 from fastssl.backbones.resnet import RESNETS, ResNet
 from fastssl.backbones.timm_models import Timm, timm_defaults, timm_model, timm_signature
 from fastssl.config import Backbone
+from fastssl.parsing import did_you_mean
 
 __all__ = [
     "RESNETS",
@@ -54,8 +54,7 @@ def _build(spec: Backbone) -> nn.Module:
 
     name = spec.name.removeprefix("timm/")
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, [*RESNETS, *timm.list_models()], 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, [*RESNETS, *timm.list_models()])
         raise ValueError(f"unknown backbone {spec.name!r}{hint} (known: {', '.join(RESNETS)} and timm's models)")
     return Timm(name, spec)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from fastssl.backbones import positions
 from fastssl.config import Backbone
+from fastssl.parsing import did_you_mean
 
 
 class Timm(nn.Module):
@@ -86,8 +86,7 @@ def timm_model(name: str, spec: Backbone, **defaults) -> nn.Module:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown and unknown[1] in spec.options:
             known = timm_signature(name)
-            near = difflib.get_close_matches(unknown[1], known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(unknown[1], known)
             raise ValueError(
                 f"backbone.options: timm's {name} has no argument {unknown[1]!r}{hint} (arguments: {', '.join(known)})"
             ) from None

@@ -11,6 +11,7 @@ from typing import Any
 from fastssl.config import settings
 from fastssl.config.sections import Backbone, Data, Log, Optim, Run, Speed
 from fastssl.config.zero import check_zero
+from fastssl.parsing import did_you_mean
 
 SECTIONS = {"backbone": Backbone, "data": Data, "optim": Optim, "speed": Speed, "log": Log}
 # Settings of Optim that have an effect only with some values of another one; with others they must have the default.
@@ -31,7 +32,7 @@ def validate(run: Run) -> None:
     for name, kind in {**SECTIONS, "method": type(run.method)}.items():
         check_section(name, getattr(run, name), kind)
     for key in ("hooks", "seed", "deterministic", "sync_bn", "timeout_s", "deepspeed", "name"):
-        setattr(run, key, settings.coerce(getattr(run, key), settings.hints(Run)[key], key))
+        setattr(run, key, settings.coerce(getattr(run, key), settings.field_types(Run)[key], key))
     _check_views(run.data)
     check_ranges(run)
     _check_effect(run.optim)
@@ -52,9 +53,9 @@ def check_section(name: str, section: Any, kind: type[Any]) -> None:
         raise ValueError(f"{name} must be {kind.__name__}(...), got {section!r}")
     if name != "method":
         _check_names(section, f"{name}.")
-    hints = settings.hints(kind)
+    types = settings.field_types(kind)
     for f in dataclasses.fields(section):
-        value = settings.coerce(getattr(section, f.name), hints[f.name], f"{name}.{f.name}")
+        value = settings.coerce(getattr(section, f.name), types[f.name], f"{name}.{f.name}")
         object.__setattr__(section, f.name, value)
 
 
@@ -126,7 +127,7 @@ def _check_names(part: Any, prefix: str) -> None:
     for name in vars(part).keys() - set(settings.names(part)):
         known = settings.names(part)
         raise ValueError(
-            f"{prefix}{name}: unknown setting {name!r}{settings.hint(name, known)} "
+            f"{prefix}{name}: unknown setting {name!r}{did_you_mean(name, known)} "
             f"({type(part).__name__} has {', '.join(known)})"
         )
 

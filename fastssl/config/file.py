@@ -19,6 +19,7 @@ from types import FrameType, ModuleType, TracebackType
 from typing import Any
 
 from fastssl.config import settings
+from fastssl.parsing import did_you_mean
 
 
 def call(path: Path, function: str) -> Any:
@@ -99,18 +100,18 @@ def _suggestion(error: BaseException, frame: traceback.FrameSummary | None) -> s
     if argument:
         known = _parameters(error.__traceback__, frame, *argument.groups())
         listed = f" (arguments: {', '.join(known)})" if known else ""
-        return settings.hint(argument[2], known) + listed
+        return did_you_mean(argument[2], known) + listed
     if isinstance(error, AttributeError) and error.name is not None:
-        return settings.hint(error.name, [n for n in dir(error.obj) if n[0] != "_"])
+        return did_you_mean(error.name, [n for n in dir(error.obj) if n[0] != "_"])
     if isinstance(error, NameError) and error.name is not None:
         last = _frames(error.__traceback__)[-1]
-        return settings.hint(error.name, {*last.f_locals, *last.f_globals, *vars(builtins)})
+        return did_you_mean(error.name, {*last.f_locals, *last.f_globals, *vars(builtins)})
     missing = re.search(r"cannot import name '(\w+)' from '([\w.]+)'", str(error))
     if missing and missing[2] in sys.modules:
-        return settings.hint(missing[1], _members(sys.modules[missing[2]]))
+        return did_you_mean(missing[1], _members(sys.modules[missing[2]]))
     if isinstance(error, ModuleNotFoundError) and error.name and "." in error.name:
         package = sys.modules.get(error.name.rpartition(".")[0])
-        return settings.hint(error.name.rpartition(".")[2], _members(package) if package else ())
+        return did_you_mean(error.name.rpartition(".")[2], _members(package) if package else ())
     return ""
 
 

@@ -9,6 +9,7 @@ from fastssl.config import file as config_file
 from fastssl.config import names, settings, typos
 from fastssl.config.checks import validate
 from fastssl.config.sections import Run
+from fastssl.parsing import did_you_mean
 
 
 def quickstart() -> Path:
@@ -21,8 +22,8 @@ def check(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> None
     it is missing, a name is misspelt, a value impossible.  Takes milliseconds, and `load` seconds (torch)."""
     path = Path(path)
     if not path.is_file():
-        near = [*path.parent.glob("*.py"), *path.parent.parent.glob("*/*.py")]  # not deeper, where data may be
-        raise ValueError(f"no config file {path}{settings.hint(str(path), map(str, near))}")
+        nearby = [*path.parent.glob("*.py"), *path.parent.parent.glob("*/*.py")]  # not deeper, where data may be
+        raise ValueError(f"no config file {path}{did_you_mean(str(path), map(str, nearby))}")
     typos.check(path, overrides)
 
 

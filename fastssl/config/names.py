@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastssl.config import settings
+from fastssl.parsing import did_you_mean
 
 
 def in_order(overrides: Iterable[str]) -> list[str]:
@@ -28,7 +29,7 @@ def method(text: str, config_of: Callable[[str], type | None] = config_of) -> An
     name, args, options = _call(text, "method")
     known = importlib.import_module("fastssl.methods").names()
     if name not in known:
-        raise ValueError(f"method={name!r} is not one of {', '.join(known)}{settings.hint(name, known)}")
+        raise ValueError(f"method={name!r} is not one of {', '.join(known)}{did_you_mean(name, known)}")
     kind = config_of(name)
     return kind and _construct(kind, name, args, options, "method")
 
@@ -51,7 +52,7 @@ def recipe(text: str, like: tuple, key: str) -> tuple:
 def check_recipe(text: str, known: Iterable[str], key: str) -> None:
     name, _, _ = _call(text, key)
     if name not in known:
-        raise ValueError(f"{key}={name!r} is not one of {', '.join(known)}{settings.hint(name, known)}")
+        raise ValueError(f"{key}={name!r} is not one of {', '.join(known)}{did_you_mean(name, known)}")
 
 
 def _call(text: str, key: str) -> tuple[str, tuple, dict]:
@@ -79,4 +80,4 @@ def _construct(make: Callable, name: str, args: tuple, options: dict, key: str) 
         known = list(inspect.signature(make).parameters)
         if "changes" in known:
             known += settings.names(importlib.import_module("fastssl.views").View)
-        raise ValueError(f"{key}={name}(...): {error}" + (settings.hint(wrong, known) if wrong else "")) from error
+        raise ValueError(f"{key}={name}(...): {error}" + (did_you_mean(wrong, known) if wrong else "")) from error

@@ -11,7 +11,7 @@ import types
 import typing
 from typing import Annotated, Any
 
-from fastssl.parsing import hint
+from fastssl.parsing import did_you_mean
 
 
 def names(target: Any) -> list[str]:
@@ -42,7 +42,7 @@ def _set(target: Any, path: list[str], value: Any, key: str) -> Any:
     name, *rest = path
     if isinstance(target, dict):
         if rest and name not in target:
-            raise ValueError(f"{key}: there is no {name!r} yet{hint(name, target)}")
+            raise ValueError(f"{key}: there is no {name!r} yet{did_you_mean(name, target)}")
         target[name] = _set(target[name], rest, value, key) if rest else parse(value, Any, key)
         return target
     if isinstance(target, tuple | list):
@@ -56,11 +56,11 @@ def _set(target: Any, path: list[str], value: Any, key: str) -> Any:
         raise ValueError(f"{key}: {type(target).__name__} has no settings below it")
     if name not in names(target):
         below = next((group for group in names(target) if name in _names_below(target, group)), None)  # lr -> optim.lr
-        meant = f"; did you mean {f'{below}.{name}'!r}?" if below else hint(name, names(target))
+        meant = f"; did you mean {f'{below}.{name}'!r}?" if below else did_you_mean(name, names(target))
         raise ValueError(
             f"{key}: unknown setting {name!r}{meant} ({type(target).__name__} has {', '.join(names(target))})"
         )
-    new = _set(getattr(target, name), rest, value, key) if rest else parse(value, hints(type(target))[name], key)
+    new = _set(getattr(target, name), rest, value, key) if rest else parse(value, field_types(type(target))[name], key)
     if type(target).__dataclass_params__.frozen:  # type: ignore[attr-defined]  # typeshed does not declare it
         try:
             return dataclasses.replace(target, **{name: new})
@@ -76,7 +76,7 @@ def _position(items: tuple | list, name: str, key: str) -> int:
     return int(name)
 
 
-def hints(kind: type) -> dict[str, Any]:
+def field_types(kind: type) -> dict[str, Any]:
     """Annotations by field; Any where one names something that the config file does not import."""
     try:
         found = typing.get_type_hints(kind, include_extras=True)
@@ -87,12 +87,12 @@ def hints(kind: type) -> dict[str, Any]:
 
 def choices(kind: type, name: str) -> tuple:
     """The values of a field whose type is a `Literal`."""
-    return typing.get_args(hints(kind)[name])
+    return typing.get_args(field_types(kind)[name])
 
 
 def check_choices(target: Any, prefix: str) -> None:
     """ValueError for a field of the dataclass `target` whose value is not in its `Literal` type."""
-    for name, kind in hints(type(target)).items():
+    for name, kind in field_types(type(target)).items():
         if typing.get_origin(kind) is typing.Literal:
             coerce(getattr(target, name), kind, prefix + name)
 
@@ -150,7 +150,7 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
         return value
     elif (origin or kind) is tuple and isinstance(value, list | tuple):
         if args and args[-1] is not Ellipsis and len(args) != len(value):
-            raise ValueError(f"{key}: wants {len(args)} values, got {value!r:.80}")
+            raise ValueError(f"{key}: expected {len(args)} values, got {value!r:.80}")
         element = (lambda i: args[0 if args[-1] is Ellipsis else i]) if args else (lambda i: Any)
         return tuple(coerce(v, element(i), key) for i, v in enumerate(value))
     elif (origin or kind) is dict and isinstance(value, dict):
@@ -163,6 +163,8 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
         return value
     elif origin is typing.Literal:
         if not any(value == choice and type(value) is type(choice) for choice in args):
-            raise ValueError(f"{key}={value!r:.80} is not one of {', '.join(map(str, args))}{hint(value, args)}")
+            raise ValueError(
+                f"{key}={value!r:.80} is not one of {', '.join(map(str, args))}{did_you_mean(value, args)}"
+            )
         return value
-    raise ValueError(f"{key}: wants {getattr(kind, '__name__', kind)}, got {value!r:.80}")
+    raise ValueError(f"{key}: expected {getattr(kind, '__name__', kind)}, got {value!r:.80}")

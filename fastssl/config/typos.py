@@ -15,7 +15,7 @@ from typing import Any
 from fastssl.config import checks, names, settings, source
 from fastssl.config import file as config_file
 from fastssl.config.sections import Run
-from fastssl.parsing import hint
+from fastssl.parsing import did_you_mean
 
 DYNAMIC = {"exec", "eval", "globals", "locals", "vars", "setattr", "__import__"}  # may define any name
 SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return, ast.Import, ast.ImportFrom)
@@ -121,7 +121,7 @@ class _File:
     def _fail(
         self, node: ast.stmt | ast.expr | ast.keyword, text: str, name: str, known: Iterable[str], listed: str = ""
     ) -> None:
-        raise ValueError(f"{self.path}, line {node.lineno}: {text}{hint(name, known)}{listed}")
+        raise ValueError(f"{self.path}, line {node.lineno}: {text}{did_you_mean(name, known)}{listed}")
 
 
 def _is_ours(node: ast.ImportFrom) -> bool:

@@ -10,7 +10,6 @@ Each protocol is a module or a folder here; what several of them use is in commo
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import sys
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from fastssl import files
-from fastssl.parsing import run_command
+from fastssl.parsing import did_you_mean, run_command
 
 if TYPE_CHECKING:
     from fastssl.eval.common.target import EvalTarget
@@ -61,9 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"  {name:<12}{what}" for name, what in PROTOCOLS.items()))
         return 0 if argv else 2
     if argv[0] not in PROTOCOLS:
-        near = difflib.get_close_matches(argv[0], PROTOCOLS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(PROTOCOLS)}"
-        print(f"fastssl eval: unknown protocol {argv[0]!r}; {hint}", file=sys.stderr)
+        hint = did_you_mean(argv[0], PROTOCOLS) or f"; known are {', '.join(PROTOCOLS)}"
+        print(f"fastssl eval: unknown protocol {argv[0]!r}{hint}", file=sys.stderr)
         return 2
     from fastssl.eval import options  # late, because it needs fastssl.config
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from fastssl.config import Optim
+from fastssl.parsing import did_you_mean
 
 # Pattern for all norms and biases, instead of a regular expression: names such as `downsample.1` do not show a norm
 NORM_AND_BIAS = "ndim<=1"
@@ -85,10 +85,7 @@ def _check(pattern: str, options: dict, optim: Optim) -> None:
     for key, value in options.items():
         where = f"optim.paramwise[{pattern!r}][{key!r}]"
         if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, 1)
-            raise ValueError(
-                f"{where}: unknown option{f'; did you mean {near[0]!r}?' if near else ''} (options: {', '.join(KEYS)})"
-            )
+            raise ValueError(f"{where}: unknown option{did_you_mean(key, KEYS)} (options: {', '.join(KEYS)})")
         if key == "schedule":
             valid = value == "constant"
         elif key == "lars_exclude":

@@ -100,10 +100,10 @@ def _checked_config(config: Any, path: Path) -> dict:
     for name, kind in checks.SECTIONS.items():
         require(isinstance(config.get(name, {}), dict), name, config.get(name))
         config[name] = with_defaults(config.get(name, {}), kind())
-        for key, hint in settings.hints(kind).items():
+        for key, annotation in settings.field_types(kind).items():
             if (name, key) not in (("data", "views"), ("data", "eval_view")):
                 try:
-                    settings.coerce(config[name][key], hint, key)
+                    settings.coerce(config[name][key], annotation, key)
                 except ValueError:
                     require(False, f"{name}.{key}", config[name][key])
     views, method = config["data"]["views"], config.setdefault("method", {"type": "unknown.unknown.Config"})
