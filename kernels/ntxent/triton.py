@@ -20,7 +20,7 @@ def forward(
     """The loss, and what backward needs: v, inverse norms and w (see similarity.Side), 1 / number of positives of each
     of this rank's rows, and the classes of all rows (both empty without labels)."""
     rows = RankRows.of(z, group)
-    spec = LossSpec(temperature, normalize, exclude_self=True, decoupled=decoupled, partner_offset=rows.m // 2)
+    spec = LossSpec(temperature, normalize, exclude_self=True, decoupled=decoupled, positive_offset=rows.m // 2)
     v, inv_norm, _ = normalize_rows(z, normalize, group)
     classes, count = (v.new_empty(0, dtype=torch.int32), None) if labels is None else classes_of(labels, len(v))
     loss = loss_parts(1, rows.m, z.device)
@@ -34,7 +34,7 @@ def backward(
 ) -> Tensor:
     v, inv_norm, w, inv_positives, classes = saved
     rows, side = RankRows.of(z, group), Side(v, inv_norm, w)
-    spec = LossSpec(temperature, normalize, exclude_self=True, decoupled=decoupled, partner_offset=rows.m // 2)
+    spec = LossSpec(temperature, normalize, exclude_self=True, decoupled=decoupled, positive_offset=rows.m // 2)
     labels = (classes, inv_positives) if len(classes) else None
     return row_gradients(grad, z, side, side, rows, labels, spec, 1 / (rows.m * temperature))
 

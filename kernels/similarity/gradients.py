@@ -12,7 +12,7 @@ from .spec import LossSpec, RankRows, Side, gradient_tiles, row_sums_tiles
 from .tile import load_if_labels, logit_gradient_tile, scale_weight, similarity_tile
 
 MIN_WORKSPACE = 16 << 20  # bytes of logit gradients stored at a time for wide rows, or half of v if that is more
-SIZES = ("M", "N", "partner_offset", "rank_offset", "tiles_per_split", "first_row")  # one build for all sizes
+SIZES = ("M", "N", "positive_offset", "rank_offset", "tiles_per_split", "first_row")  # one build for all sizes
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -26,7 +26,7 @@ def row_gradients_kernel(
     acc_ptr,  # (num_splits, M, D) float32 out
     M,
     N,
-    partner_offset,
+    positive_offset,
     rank_offset,
     tiles_per_split,
     scale,
@@ -66,7 +66,7 @@ def row_gradients_kernel(
             class_ptr,
             M,
             N,
-            partner_offset,
+            positive_offset,
             rank_offset,
             scale,
             BLOCK_M,
@@ -95,7 +95,7 @@ def logit_gradients_kernel(
     M,
     N,
     N_PADDED,
-    partner_offset,
+    positive_offset,
     rank_offset,
     scale,
     D: tl.constexpr,
@@ -133,7 +133,7 @@ def logit_gradients_kernel(
         class_ptr,
         M,
         N,
-        partner_offset,
+        positive_offset,
         rank_offset,
         scale,
         BLOCK_M,
@@ -213,7 +213,7 @@ def row_gradients(
             acc,
             m,
             n,
-            spec.partner_offset,
+            spec.positive_offset,
             offset,
             tiles_per_split,
             spec.scale,
@@ -241,7 +241,7 @@ def row_gradients(
             m,
             n,
             n_padded,
-            spec.partner_offset,
+            spec.positive_offset,
             offset,
             spec.scale,
             D=width,

@@ -11,12 +11,13 @@ from ..collectives import gather
 from ..precision import input_precision
 from ..tiling import cdiv, split_tiles
 from .spec import LossSpec, RankRows, row_sums_tiles
-from .tile import is_partner, load_if_labels, needs_mask, same_class, similarity_tile, valid_entries
+from .tile import is_positive, load_if_labels, needs_mask, same_class, similarity_tile, valid_entries
 
 LOSS_BLOCK = 256  # rows whose losses one program adds
 
 
-@triton.jit(do_not_specialize=("M", "N", "partner_offset", "rank_offset", "tiles_per_split"))  # one build for all sizes
+# one build for all sizes
+@triton.jit(do_not_specialize=("M", "N", "positive_offset", "rank_offset", "tiles_per_split"))
 def row_sums_kernel(
     u_ptr,  # (M, D)
     v_ptr,  # (N_PADDED, D)
@@ -24,7 +25,7 @@ def row_sums_kernel(
     stats_ptr,  # (3, num_splits, M) out: sums of the exponentials, sums of the positives' scale s, ONLINE: maxima
     M,
     N,
-    partner_offset,
+    positive_offset,
     rank_offset,
     tiles_per_split,
     scale,
@@ -63,7 +64,7 @@ def row_sums_kernel(
         x = s * scale
         if LABELS:
             positive = same_class(row_class, class_ptr, offs_n)
-            if needs_mask(t, pid_m, N, partner_offset, rank_offset, BLOCK_M, BLOCK_N, EXCLUDE_SELF, False):
+            if needs_mask(t, pid_m, N, positive_offset, rank_offset, BLOCK_M, BLOCK_N, EXCLUDE_SELF, False):
                 valid = valid_entries(offs_m, offs_n, N, rank_offset, EXCLUDE_SELF)
                 positive_sum += tl.sum(tl.where(positive & valid, x, 0.0), 1)
                 x = tl.where(valid, x, float("-inf"))
@@ -72,9 +73,9 @@ def row_sums_kernel(
             if DECOUPLED:
                 x = tl.where(positive, float("-inf"), x)
         else:
-            if needs_mask(t, pid_m, N, partner_offset, rank_offset, BLOCK_M, BLOCK_N, EXCLUDE_SELF, True):
+            if needs_mask(t, pid_m, N, positive_offset, rank_offset, BLOCK_M, BLOCK_N, EXCLUDE_SELF, True):
                 summed = valid_entries(offs_m, offs_n, N, rank_offset, EXCLUDE_SELF)
-                positive = is_partner(offs_m, offs_n, M, partner_offset, rank_offset)
+                positive = is_positive(offs_m, offs_n, M, positive_offset, rank_offset)
                 positive_sum += tl.sum(tl.where(positive, x, 0.0), 1)
                 if DECOUPLED:
                     summed = summed & (positive == 0)
@@ -181,7 +182,7 @@ def row_losses(
         stats,
         m,
         n,
-        spec.partner_offset,
+        spec.positive_offset,
         offset,
         tiles_per_split,
         spec.scale,

@@ -21,7 +21,7 @@ class LossSpec(NamedTuple):
     normalize: bool
     exclude_self: bool = False  # leave out a row's similarity to itself
     decoupled: bool = False  # leave positives out of the sums
-    partner_offset: int = 0  # without labels, the positive of row i is row (i + partner_offset) mod M: 0 or M / 2
+    positive_offset: int = 0  # without labels, the positive of row i is row (i + positive_offset) mod M: 0 or M / 2
 
     @property
     def online(self) -> bool:

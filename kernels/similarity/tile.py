@@ -27,8 +27,8 @@ def valid_entries(offs_m, offs_n, N, rank_offset, EXCLUDE_SELF: tl.constexpr):
 
 
 @triton.jit
-def is_partner(offs_m, offs_n, M, partner_offset, rank_offset):
-    return ((offs_m + partner_offset) % M + rank_offset)[:, None] == offs_n[None, :]
+def is_positive(offs_m, offs_n, M, positive_offset, rank_offset):
+    return ((offs_m + positive_offset) % M + rank_offset)[:, None] == offs_n[None, :]
 
 
 @triton.jit
@@ -70,21 +70,21 @@ def needs_mask(
     t,
     pid_m,
     N,
-    partner_offset,
+    positive_offset,
     rank_offset,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr,
-    PARTNERS: tl.constexpr,
+    POSITIVES: tl.constexpr,
 ):
-    """Whether column tile t may contain the diagonal, partners of this block of rows, or the last column."""
+    """Whether column tile t may contain the diagonal, positives of this block of rows, or the last column."""
     row, col = pid_m * BLOCK_M, t * BLOCK_N - rank_offset
     needed = (t + 1) * BLOCK_N > N
     if EXCLUDE_SELF:
         needed = needed | ((col < row + BLOCK_M) & (col + BLOCK_N > row))
-    if PARTNERS:
-        needed = needed | ((col < row + BLOCK_M + partner_offset) & (col + BLOCK_N > row + partner_offset))
-        needed = needed | ((col < row + BLOCK_M - partner_offset) & (col + BLOCK_N > row - partner_offset))
+    if POSITIVES:
+        needed = needed | ((col < row + BLOCK_M + positive_offset) & (col + BLOCK_N > row + positive_offset))
+        needed = needed | ((col < row + BLOCK_M - positive_offset) & (col + BLOCK_N > row - positive_offset))
     return needed
 
 
@@ -110,7 +110,7 @@ def logit_gradient_tile(
     class_ptr,
     M,
     N,
-    partner_offset,
+    positive_offset,
     rank_offset,
     scale,
     BLOCK_M: tl.constexpr,
@@ -124,8 +124,8 @@ def logit_gradient_tile(
 ):
     """The gradient of both directions with respect to the logits of a tile, times 2^GRAD_SCALE_LOG2.
 
-    POSITIVE_GRAD is subtracted at a row's partner; with labels it is 2 / number of positives, which is the same for all
-    rows of a class.
+    POSITIVE_GRAD is subtracted at a row's positive; with labels it is 2 / number of positives, equal for all rows of a
+    class.
     """
     offs_n = t * BLOCK_N + tl.arange(0, BLOCK_N)
     w_col = scale_weight(tl.load(w_col_ptr + offs_n), ONLINE, GRAD_SCALE_LOG2)
@@ -137,12 +137,12 @@ def logit_gradient_tile(
     if LABELS:
         positive = same_class(row_class, class_ptr, offs_n)
         g = tl.where(positive, -positive_grad[:, None] if DECOUPLED else g - positive_grad[:, None], g)
-        if needs_mask(t, pid_m, N, partner_offset, rank_offset, BLOCK_M, BLOCK_N, EXCLUDE_SELF, False):
+        if needs_mask(t, pid_m, N, positive_offset, rank_offset, BLOCK_M, BLOCK_N, EXCLUDE_SELF, False):
             g = tl.where(valid_entries(offs_m, offs_n, N, rank_offset, EXCLUDE_SELF), g, 0.0)
     else:
-        if needs_mask(t, pid_m, N, partner_offset, rank_offset, BLOCK_M, BLOCK_N, EXCLUDE_SELF, True):
+        if needs_mask(t, pid_m, N, positive_offset, rank_offset, BLOCK_M, BLOCK_N, EXCLUDE_SELF, True):
             summed = valid_entries(offs_m, offs_n, N, rank_offset, EXCLUDE_SELF)
-            positive = is_partner(offs_m, offs_n, M, partner_offset, rank_offset)
+            positive = is_positive(offs_m, offs_n, M, positive_offset, rank_offset)
             if DECOUPLED:
                 summed = summed & (positive == 0)
             g = tl.where(summed, g, 0.0) - tl.where(positive, POSITIVE_GRAD * (2.0**GRAD_SCALE_LOG2), 0.0)
