@@ -46,9 +46,9 @@ def build(run: Run, hooks: Sequence[Hook] = (), device: str | None = None, loade
         )
     torch.manual_seed(run.seed)  # the same weights, queue and bank on every rank
     method = prepare(build_method(run, loader), run, device_used)
-    settings = optim.frozen(run.optim, getattr(method, "freeze_epochs", {}))
+    optim_config = optim.frozen(run.optim, getattr(method, "freeze_epochs", {}))
     optimizer, schedule = optim.build(
-        method.named_parameters(), settings, steps_per_epoch=loader.steps, impl=run.speed.kernels
+        method.named_parameters(), optim_config, steps_per_epoch=loader.steps, impl=run.speed.kernels
     )
     if hasattr(method, "total_steps"):
         method.total_steps = schedule.total_steps
@@ -197,7 +197,7 @@ def start_deepspeed(method: nn.Module, optimizer: torch.optim.Optimizer, run: Ru
     deepspeed.utils.logger.setLevel("WARNING")
     # Its shared-memory all-reduce for CPUs is compiled for half a minute at the first start; gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    settings: dict[str, Any] = {
+    ds_config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch(run),
         "gradient_accumulation_steps": 1,  # step.py accumulates, with the loss of the whole batch
         # without this DeepSpeed 0.19 clips at 1.0
@@ -214,8 +214,9 @@ def start_deepspeed(method: nn.Module, optimizer: torch.optim.Optimizer, run: Ru
         },
     }
     for key, value in run.deepspeed.items():
-        settings[key] = {**settings[key], **value} if isinstance(settings.get(key), dict) else value
-    return deepspeed.initialize(model=method, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+        ours = ds_config.get(key)
+        ds_config[key] = {**ours, **value} if isinstance(ours, dict) else value
+    return deepspeed.initialize(model=method, optimizer=optimizer, config=ds_config, dist_init_required=False)[0]
 
 
 def set_deterministic(on: bool) -> None:

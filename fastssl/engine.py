@@ -228,9 +228,9 @@ def end_epoch(t: Trainer, log: Log) -> None:
 
 def checkpoint_due(t: Trainer) -> bool:
     """Whether a checkpoint is written after this step: the last one, or one of the intervals of `run.log`."""
-    settings, steps = t.run.log, t.loader.steps
-    interval = settings.checkpoint_steps or interval_in_steps(settings.checkpoint_epochs, steps)
-    kept = interval_in_steps(settings.keep_every, steps)
+    log, steps = t.run.log, t.loader.steps
+    interval = log.checkpoint_steps or interval_in_steps(log.checkpoint_epochs, steps)
+    kept = interval_in_steps(log.keep_every, steps)
     return t.step == t.total_steps or any(n and t.step % n == 0 for n in (interval, kept))
 
 

@@ -13,7 +13,7 @@ from fastssl.loader import Batch
 from fastssl.step import batch_views
 from fastssl.trainer import Trainer
 
-ROOM = 0.9  # of the device's memory: what a step of so many images may take, beside fragments and the loss
+USABLE_FRACTION = 0.9  # of the device's memory: what a step of so many images may take, beside fragments and the loss
 
 
 def advice(t: Trainer) -> str:
@@ -77,4 +77,4 @@ def _try(t: Trainer, batch: Batch, images: int) -> str | None:
     if not cuda:
         return ""
     used, total = torch.cuda.max_memory_allocated(t.device), torch.cuda.mem_get_info(t.device)[1]
-    return f" ({used / 2**30:.1f} of {total / 2**30:.1f} GiB)" if used < ROOM * total else None
+    return f" ({used / 2**30:.1f} of {total / 2**30:.1f} GiB)" if used < USABLE_FRACTION * total else None

@@ -131,6 +131,6 @@ def draw(path: Path, loaders: list[Loader], network: nn.Module, run: config.Run)
         for x in plain
     ]
     shown = torch.arange(0, len(queries), len(queries) // rows)[:rows]
-    near = nearest(bank, queries[shown.to(queries.device)], 6)[1].cpu()
-    grid = torch.cat([images[1][shown][:, None], images[0][near]], 1)
+    neighbours = nearest(bank, queries[shown.to(queries.device)], 6)[1].cpu()
+    grid = torch.cat([images[1][shown][:, None], images[0][neighbours]], 1)
     pictures.sheet(path, [("an image and its views", views), ("a test image and its nearest neighbours", grid)])

@@ -18,7 +18,7 @@ from fastssl import files
 from fastssl.parsing import Parser, run_command
 
 # Options of sbatch that are set here, with the option of `fastssl slurm` that sets them
-OWN: dict[str, str | None] = {
+SET_HERE: dict[str, str | None] = {
     "nodes": "--nodes",
     "ntasks": "--ranks-per-node",
     "ntasks-per-node": "--ranks-per-node",
@@ -104,7 +104,7 @@ def script(args: argparse.Namespace, train: list[str]) -> tuple[Path, str]:
     """(run folder, sbatch script) of a run with the arguments `train` of `fastssl train`.  ValueError for a value that
     sbatch or the config does not allow."""
     from fastssl import config
-    from fastssl.ending import REQUEUE, to_continue
+    from fastssl.ending import REQUEUE, continue_command
     from fastssl.train import parse
 
     options = parse(train, "fastssl slurm")
@@ -119,7 +119,7 @@ def script(args: argparse.Namespace, train: list[str]) -> tuple[Path, str]:
         srun=shlex.join([*srun, f"--cpus-per-task={args.cpus_per_rank}"]),
         python=shlex.quote(sys.executable),
         train=shlex.join(train),
-        again=shlex.join(to_continue(train)),
+        again=shlex.join(continue_command(train)),
         requeue=REQUEUE,
     )
 
@@ -159,8 +159,8 @@ def sbatch_options(args: argparse.Namespace, name: str, folder: Path, device: st
     """The options of the script, without the dashes."""
     extra = [option.partition("=")[0] for option in args.sbatch]
     for option in extra:
-        if option in OWN:
-            instead = f"use {OWN[option]}" if OWN[option] else "it would break queueing again and resuming"
+        if option in SET_HERE:
+            instead = f"use {SET_HERE[option]}" if SET_HERE[option] else "it would break queueing again and resuming"
             raise ValueError(f"--sbatch {option}: `fastssl slurm` sets it; {instead}")
     lines = [
         f"job-name={_quoted(args.job_name or name)}",

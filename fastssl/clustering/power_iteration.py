@@ -52,13 +52,13 @@ def pic(
 
 def _neighbours(x: Tensor, index: Tensor, all_rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(n_r, k) nearest other samples of this rank's rows and their squared distances."""
-    half, near, far = all_rows.square().sum(1) / 2, [], []
+    half, neighbours, distances = all_rows.square().sum(1) / 2, [], []
     for part, own in zip(blocks(x, len(all_rows)), blocks(index, len(all_rows))):
         score = torch.addmm(-half, part, all_rows.T)
         score.scatter_(1, own[:, None], -math.inf)
-        near.append(score.topk(k, 1).indices)
-        far.append((part[:, None] - all_rows[near[-1]]).square().sum(2))
-    return torch.cat(near), torch.cat(far)
+        neighbours.append(score.topk(k, 1).indices)
+        distances.append((part[:, None] - all_rows[neighbours[-1]]).square().sum(2))
+    return torch.cat(neighbours), torch.cat(distances)
 
 
 def _peaks(graph: Tensor, v: Tensor) -> Tensor:

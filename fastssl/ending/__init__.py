@@ -1,7 +1,7 @@
 """How a run ends early, and starts again: signals, errors, ranks that are lost or hang, restarts (docs/runs.md)."""
 
 from fastssl.ending.failure import report_failure
-from fastssl.ending.restarts import mark_saved, supervise, to_continue
+from fastssl.ending.restarts import continue_command, mark_saved, supervise
 from fastssl.ending.signals import DELAY, FAIL, HANDLED, INTERRUPTED, REQUEUE, Signals, Stopped
 from fastssl.ending.watchdog import Watchdog, progress
 
@@ -14,9 +14,9 @@ __all__ = [
     "Signals",
     "Stopped",
     "Watchdog",
+    "continue_command",
     "mark_saved",
     "progress",
     "report_failure",
     "supervise",
-    "to_continue",
 ]

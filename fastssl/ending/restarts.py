@@ -35,7 +35,7 @@ def supervise(command: Sequence[str], restarts: int) -> int:
     with tempfile.TemporaryDirectory(prefix="fastssl-") as folder, _Rank(Path(folder) / "saved") as rank:
         attempt = 0
         while True:
-            code = rank.run(to_continue(command) if rank.saved.exists() else command, attempt)
+            code = rank.run(continue_command(command) if rank.saved.exists() else command, attempt)
             if code in FINAL:
                 return code
             if not rank.stop and attempt < restarts:
@@ -63,7 +63,7 @@ def _announce(code: int, attempt: int, restarts: int) -> None:
     print(f"fastssl: rank {rank} {how}; restart {attempt} of {restarts}", file=sys.stderr, flush=True)
 
 
-def to_continue(command: Sequence[str]) -> list[str]:
+def continue_command(command: Sequence[str]) -> list[str]:
     """`command`, words of `fastssl train`, once the run has written a checkpoint.  Before, a restart repeats it as it
     is: --force deletes what the start before has not deleted, and --resume-from names the only checkpoint there is."""
     kept, words = [], iter(command)

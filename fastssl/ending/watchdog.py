@@ -97,9 +97,9 @@ class Watchdog:
             time.sleep(5 * BEAT_S)
             after = self._read(store, range(dist.world()))
         except RuntimeError:  # the store has gone, with rank 0
-            return _ended(0, None)
+            return _lost_message(0, None)
         gone = [r for r, beat in before.items() if after[r] == beat and r != dist.rank()]
-        return _ended(gone[0], before[gone[0]]) if gone else None
+        return _lost_message(gone[0], before[gone[0]]) if gone else None
 
     def _run(self) -> None:
         launched = any(name in os.environ for name in (*LAUNCHERS, "FASTSSL_RESTARTS"))
@@ -119,9 +119,9 @@ class Watchdog:
         """Why the run cannot go on, or None."""
         try:
             if dist.world() == 1:  # or there is no process group yet, or no longer
-                return self._late({})
+                return self._hanging_rank({})
             self._answered = self._answered or time.monotonic()
-            reason = self._look()
+            reason = self._exchange_heartbeats()
             self._answered = time.monotonic()
             return reason
         except ValueError:  # the process group has just ended
@@ -130,9 +130,9 @@ class Watchdog:
             if time.monotonic() - self._answered <= STORE_S:
                 return None
             beat = self._seen.get(0, (None,))[0]
-            return _ended(0, beat, f"the store of the ranks, which it hosts, has failed for {STORE_S:.0f} s")
+            return _lost_message(0, beat, f"the store of the ranks, which it hosts, has failed for {STORE_S:.0f} s")
 
-    def _look(self) -> str | None:
+    def _exchange_heartbeats(self) -> str | None:
         """Exchange heartbeats; returns why the run cannot go on, or None."""
         store, now = self._connect(), time.monotonic()
         code = failed_code(store)
@@ -141,9 +141,9 @@ class Watchdog:
         if now - self._written < BEAT_S:
             return None
         self._beats, self._written = self._beats + 1, now
-        place, waits = _place()
+        location, waits = _main_thread_location()
         host = socket.gethostname()
-        beat = {"beat": self._beats, "step": progress.step, "place": place, "waits": waits, "host": host}
+        beat = {"beat": self._beats, "step": progress.step, "location": location, "waits": waits, "host": host}
         store.set(_key(dist.rank()), json.dumps(beat))
         others = range(1, dist.world()) if dist.is_main() else (0,)
         found = self._read(store, others)
@@ -152,20 +152,20 @@ class Watchdog:
             if value != before:
                 self._seen[r] = (value, now)
             elif now - arrived > SILENT_S:
-                return _ended(r, value, f"no heartbeat for {SILENT_S:.0f} s")
-        return self._late({dist.rank(): beat, **{r: json.loads(value) for r, value in found.items() if value}})
+                return _lost_message(r, value, f"no heartbeat for {SILENT_S:.0f} s")
+        return self._hanging_rank({dist.rank(): beat, **{r: json.loads(value) for r, value in found.items() if value}})
 
-    def _late(self, beats: dict[int, dict]) -> str | None:
+    def _hanging_rank(self, beats: dict[int, dict]) -> str | None:
         """Which rank keeps the others waiting, where no step was made for too long; rank 0 decides."""
         if not progress.limit or progress.idle() < progress.limit or not dist.is_main():
             return None
-        ranks = beats or {0: dict(zip(("place", "waits"), _place())) | {"step": progress.step}}
-        rank, late = min(ranks.items(), key=lambda item: (item[1]["waits"], item[1]["step"], item[0]))
-        where = f" on {late['host']}" if "host" in late else ""
-        waiting = [f"; rank {r} waits for it in {b['place']}" for r, b in ranks.items() if b["waits"] and r != rank]
+        ranks = beats or {0: dict(zip(("location", "waits"), _main_thread_location())) | {"step": progress.step}}
+        rank, hanging = min(ranks.items(), key=lambda item: (item[1]["waits"], item[1]["step"], item[0]))
+        where = f" on {hanging['host']}" if "host" in hanging else ""
+        waiting = [f"; rank {r} waits for it in {b['location']}" for r, b in ranks.items() if b["waits"] and r != rank]
         return (
-            f"no step in {progress.limit:.0f} s (timeout_s): rank {rank}{where} hangs after step {late['step']} in "
-            f"{late['place']}{waiting[0] if waiting else ''}; continue with --resume"
+            f"no step in {progress.limit:.0f} s (timeout_s): rank {rank}{where} hangs after step {hanging['step']} in "
+            f"{hanging['location']}{waiting[0] if waiting else ''}; continue with --resume"
         )
 
     def _connect(self) -> td.Store:
@@ -189,7 +189,7 @@ def _key(rank: int) -> str:
     return f"fastssl/beat/{rank}"
 
 
-def _ended(rank: int, beat: bytes | None, how: str = "it has ended without an error") -> str:
+def _lost_message(rank: int, beat: bytes | None, how: str = "it has ended without an error") -> str:
     known: dict = json.loads(beat) if beat else {}
     where = f" on {known['host']} after step {known['step']}" if known else ""
     return (
@@ -198,19 +198,19 @@ def _ended(rank: int, beat: bytes | None, how: str = "it has ended without an er
     )
 
 
-def _place() -> tuple[str, bool]:
+def _main_thread_location() -> tuple[str, bool]:
     """Where the main thread is in our code or the user's, and whether it waits there for other ranks or the device."""
-    return _place_of(sys._current_frames().get(threading.main_thread().ident or 0))
+    return _location_of(sys._current_frames().get(threading.main_thread().ident or 0))
 
 
-def _place_of(frame: FrameType | None) -> tuple[str, bool]:
+def _location_of(frame: FrameType | None) -> tuple[str, bool]:
     waits = False
     while frame is not None:
         code = frame.f_code
         waits |= code.co_filename.endswith("torch/distributed/distributed_c10d.py")
         if _is_ours(code.co_filename):
-            place = f"{Path(code.co_filename).name}:{frame.f_lineno} ({code.co_name})"
-            return place, waits or code is Signals.received.__code__
+            location = f"{Path(code.co_filename).name}:{frame.f_lineno} ({code.co_name})"
+            return location, waits or code is Signals.received.__code__
         frame = frame.f_back
     return "an unknown place", waits
 

@@ -62,7 +62,7 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     classes = finetuning.count_classes(loader)
     if (args.mixup or args.cutmix) and loader.batch // dist.world() // loader.sampler.micro % 2:
         raise ValueError("--mixup and --cutmix mix pairs: the images per rank and pass must be even")
-    optim = settings(backbone, chosen, args.clip, args.precision)
+    optim = optim_config(backbone, chosen, args.clip, args.precision)
     model = finetuning.train(
         backbone,
         loader,
@@ -90,7 +90,7 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     }
 
 
-def settings(backbone: nn.Module, chosen: dict, clip: float, precision: Precision) -> Optim:
+def optim_config(backbone: nn.Module, chosen: dict, clip: float, precision: Precision) -> Optim:
     """config.Optim of these options; for transformers with a rate for each layer and no decay of norms and biases."""
     lr, batch = chosen["lr"], chosen["train_batch"]
     paramwise: dict[str, dict[str, Any]] = {}

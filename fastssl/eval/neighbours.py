@@ -35,10 +35,10 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     shown = sample(len(queries), min(args.queries, len(queries)), args.seed)
     path = folder / "neighbours.png"
     if dist.is_main():
-        near = found.cpu().numpy()[shown]
+        shown_neighbours = found.cpu().numpy()[shown]
         tiles = [
             pictures.images(file, rows, target.view, device=args.device, workers=args.workers)
-            for file, rows in ((target.test, shown), (target.train, near.flatten()))
+            for file, rows in ((target.test, shown), (target.train, shown_neighbours.flatten()))
         ]
         grid = torch.cat([tiles[0][:, None], tiles[1].view(len(shown), args.k, *tiles[1].shape[1:])], 1)
         with files.atomic_write(path) as temporary:

@@ -31,14 +31,14 @@ def blocks(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = Non
     """The bytes of a file with these tensors, in blocks of at most BLOCK bytes after the header."""
     names = sorted(state, key=lambda name: (-state[name].element_size(), name))  # every tensor is then aligned
     header: dict[str, dict] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    at = 0
+    offset = 0
     for name in names:
         size = state[name].numel() * state[name].element_size()
         kind = str(state[name].dtype).removeprefix("torch.")
         if kind not in NAMES:
             raise ValueError(f"{name} has the type {kind}, which is none of {', '.join(NAMES)}")
-        header[name] = {"dtype": NAMES[kind], "shape": list(state[name].shape), "data_offsets": [at, at + size]}
-        at += size
+        header[name] = {"dtype": NAMES[kind], "shape": list(state[name].shape), "data_offsets": [offset, offset + size]}
+        offset += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     yield len(text).to_bytes(8, "little") + text

@@ -120,21 +120,21 @@ def parse_json(text: str | bytes, name: str | Path) -> Any:
         raise ValueError(f"{name} is not valid JSON: {why}") from None
 
 
-def read_json(path: str | Path, most: int = JSON_BYTES) -> Any:
-    """The value in a JSON file of at most `most` bytes."""
+def read_json(path: str | Path, max_bytes: int = JSON_BYTES) -> Any:
+    """The value in a JSON file of at most `max_bytes` bytes."""
     size = regular_file_size(path)
-    if size > most:
-        raise ValueError(f"{path} has {size} bytes: the largest JSON file that is read here has {most}")
+    if size > max_bytes:
+        raise ValueError(f"{path} has {size} bytes: the largest JSON file that is read here has {max_bytes}")
     try:
         return parse_json(Path(path).read_bytes(), path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def read_lines(path: str | Path, most: int = JSON_BYTES) -> list[str]:
-    """The lines of a text file in UTF-8 of at most `most` bytes, without empty ones and spaces around them."""
-    if regular_file_size(path) > most:
-        raise ValueError(f"{path} has {regular_file_size(path)} bytes: the largest list that is read has {most}")
+def read_lines(path: str | Path, max_bytes: int = JSON_BYTES) -> list[str]:
+    """The lines of a text file in UTF-8 of at most `max_bytes` bytes, without empty ones and spaces around them."""
+    if regular_file_size(path) > max_bytes:
+        raise ValueError(f"{path} has {regular_file_size(path)} bytes: the largest list that is read has {max_bytes}")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

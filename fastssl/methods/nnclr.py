@@ -58,8 +58,8 @@ class NNCLR(nn.Module):
         (p_0, p_1), (nn_0, nn_1) = out["p"].unbind(1), (self.nearest(z) for z in out["z"].unbind(1))
         t = self.config.temperature
         losses = [
-            infonce_symmetric(near, p, t, group=dist.group(), impl=self.kernels)
-            for near, p in ((nn_0, p_1), (nn_1, p_0))
+            infonce_symmetric(neighbour, p, t, group=dist.group(), impl=self.kernels)
+            for neighbour, p in ((nn_0, p_1), (nn_1, p_0))
         ]
         return {"loss": sum(losses) / 2}
 

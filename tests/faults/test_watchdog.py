@@ -16,8 +16,8 @@ from fastssl.ending import Signals, watchdog
 from fastssl.ending.watchdog import Progress, Watchdog
 
 
-def beat(step: int, count: int = 1, place: str = "loader.py:9 (epoch)", waits: bool = False) -> str:
-    return json.dumps({"beat": count, "step": step, "place": place, "waits": waits, "host": "node3"})
+def beat(step: int, count: int = 1, location: str = "loader.py:9 (epoch)", waits: bool = False) -> str:
+    return json.dumps({"beat": count, "step": step, "location": location, "waits": waits, "host": "node3"})
 
 
 class Gone:
@@ -49,25 +49,25 @@ def write(watch, **ranks):
 def test_a_silent_rank_is_lost(watch, monkeypatch):
     start = time.monotonic()
     write(watch, r1=beat(7), r2=beat(7), r3=beat(7))
-    assert watch._look() is None
+    assert watch._exchange_heartbeats() is None
     monkeypatch.setattr(time, "monotonic", lambda: start + watchdog.SILENT_S - 5)
     write(watch, r1=beat(8, 2), r3=beat(8, 2))
-    assert watch._look() is None
+    assert watch._exchange_heartbeats() is None
     monkeypatch.setattr(time, "monotonic", lambda: start + watchdog.SILENT_S + 5)
-    reason = watch._look()
+    reason = watch._exchange_heartbeats()
     assert reason.startswith("rank 2 is lost on node3 after step 7: no heartbeat for 120 s; it was killed")
 
 
 def test_the_rank_that_the_others_wait_for_is_late(watch, monkeypatch):
-    waiting = beat(7, place="dist.py:8 (sum_)", waits=True)
+    waiting = beat(7, location="dist.py:8 (sum_)", waits=True)
     write(watch, r1=waiting, r2=beat(7), r3=waiting)
-    monkeypatch.setattr(watchdog, "_place", lambda: ("dist.py:8 (sum_)", True))
+    monkeypatch.setattr(watchdog, "_main_thread_location", lambda: ("dist.py:8 (sum_)", True))
     with watchdog.progress.watched(0.0):
         watchdog.progress.made(7)
-        assert watch._look() is None  # without a limit
+        assert watch._exchange_heartbeats() is None  # without a limit
     watch._written = 0.0
     with watchdog.progress.watched(1e-9):
-        reason = watch._look()
+        reason = watch._exchange_heartbeats()
     assert reason == (
         "no step in 0 s (timeout_s): rank 2 on node3 hangs after step 7 in loader.py:9 (epoch); rank 0 waits for it in "
         "dist.py:8 (sum_); continue with --resume"
@@ -77,7 +77,7 @@ def test_the_rank_that_the_others_wait_for_is_late(watch, monkeypatch):
 def test_nothing_is_late_outside_training(watch):
     with watchdog.progress.watched(1e-9):
         assert watchdog.progress.idle() > 0
-    assert watchdog.progress.idle() == 0 and watch._look() is None
+    assert watchdog.progress.idle() == 0 and watch._exchange_heartbeats() is None
 
 
 @pytest.mark.parametrize("error", ["[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.1]:5", "NCCL"])
@@ -94,9 +94,9 @@ def test_the_rank_without_a_new_heartbeat_is_lost(watch, monkeypatch, error):
     assert watch.lost(RuntimeError("shapes do not agree")) is None
 
 
-def test_the_place_is_the_innermost_line_of_our_code():
-    place, waits = watchdog._place()
-    assert place.endswith("(_place)") and not waits
+def test_the_location_is_the_innermost_line_of_our_code():
+    location, waits = watchdog._main_thread_location()
+    assert location.endswith("(_main_thread_location)") and not waits
 
 
 def test_rank_0_is_lost_when_its_store_fails_for_long(watch, monkeypatch):
@@ -130,20 +130,20 @@ PLACE = "def {name}(call):\n    return call()\n"
 
 
 def called_from(file: Path | str, name: str = "forward") -> tuple[str, bool]:
-    """The place where the main thread is, called in a function of `file`, which this function calls."""
+    """The location where the main thread is, called in a function of `file`, which this function calls."""
     scope = {}
     exec(compile(PLACE.format(name=name), str(file), "exec"), scope)
-    return watchdog._place_of(scope[name](lambda: sys._getframe(1)))
+    return watchdog._location_of(scope[name](lambda: sys._getframe(1)))
 
 
 @pytest.mark.parametrize("packages", ["lib/python3.11/site-packages", "lib/python3/dist-packages"])
-def test_the_place_is_not_in_a_package_of_a_checkout_called_fastssl(packages):
-    place, _ = called_from(Path("/home/me/fastssl/.venv") / packages / "torch/nn/modules/module.py")
-    assert place.startswith("test_watchdog.py:") and place.endswith(" (called_from)")
+def test_the_location_is_not_in_a_package_of_a_checkout_called_fastssl(packages):
+    location, _ = called_from(Path("/home/me/fastssl/.venv") / packages / "torch/nn/modules/module.py")
+    assert location.startswith("test_watchdog.py:") and location.endswith(" (called_from)")
 
 
 @pytest.mark.parametrize("package", [fastssl, fastssl.kernels])
-def test_the_place_is_in_the_folders_of_fastssl_wherever_they_are_installed(package, monkeypatch):
+def test_the_location_is_in_the_folders_of_fastssl_wherever_they_are_installed(package, monkeypatch):
     folder = Path(package.__path__[0])
     assert called_from(folder / "x.py") == ("x.py:2 (forward)", False)
     installed = Path(watchdog.STDLIB) / "site-packages/fastssl"
@@ -154,7 +154,7 @@ def test_the_place_is_in_the_folders_of_fastssl_wherever_they_are_installed(pack
 def test_only_the_function_that_exchanges_signals_waits(monkeypatch):
     assert called_from("/home/me/mine.py", "received") == ("mine.py:2 (received)", False)
     found = []
-    monkeypatch.setattr(dist, "world", lambda: found.append(watchdog._place_of(sys._getframe(1))) or 1)
+    monkeypatch.setattr(dist, "world", lambda: found.append(watchdog._location_of(sys._getframe(1))) or 1)
     Signals("cpu").received()
     assert found[0][0].startswith("signals.py:") and found[0][1]
 
