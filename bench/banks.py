@@ -19,7 +19,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import append, environment, spread
+from common import append, environment, parser_with_dry, spread
 
 from fastssl.kernels import update_centroids_
 from fastssl.loader import Batch
@@ -30,12 +30,11 @@ CLUSTERS = 10_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_with_dry(__doc__)
     parser.add_argument("--rows", type=int, default=1_281_167, help="samples of the data set")
     parser.add_argument("--negatives", type=int, default=65_536)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of our side")
-    parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
     args = parser.parse_args()
     env = environment("numpy", "triton")
     torch.manual_seed(0)

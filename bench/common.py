@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -15,6 +16,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("FASTSSL_DATA", ROOT.parent / "shared" / "data"))
+
+
+def parser_with_dry(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
+    return parser
 
 
 def device_name() -> str:
@@ -37,9 +44,7 @@ def environment(*packages: str) -> dict:
         "commit": (commit or "unknown") + ("+changes" if changed else ""),
         "device": device_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "load": round(
-            os.getloadavg()[0], 1
-        ),  # load of the machine before the run; above 0.5 the times are not reliable
+        "load": round(os.getloadavg()[0], 1),  # before the run; above 0.5 the times are not reliable
         "versions": {name: version(name) for name in ("torch", *packages)},
     }
 
@@ -54,9 +59,13 @@ def spread(values: list[float], digits: int = 1) -> dict:
     }
 
 
+def results_file(env: dict) -> Path:
+    return ROOT / "bench" / "results" / f"{env['device']}.jsonl"
+
+
 def append(bench: str, env: dict, **result) -> Path:
     """Add one line to bench/results/<device>.jsonl."""
-    path = ROOT / "bench" / "results" / f"{env['device']}.jsonl"
+    path = results_file(env)
     path.parent.mkdir(exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps({"bench": bench, **env, **result}) + "\n")

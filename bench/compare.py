@@ -10,7 +10,6 @@ spread".
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -22,7 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import ROOT, append, environment, spread
+from common import ROOT, append, environment, parser_with_dry, spread
 
 WORKER = "import sys, step; step.serve(sys.argv[1], sys.argv[2:])"  # bench/step.py of the side's own checkout
 
@@ -127,7 +126,7 @@ def verdict(a: list[float], b: list[float]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_with_dry(__doc__)
     parser.add_argument("a", metavar="A")
     parser.add_argument("b", metavar="B")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="for both sides")
@@ -135,7 +134,6 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=30, help="counted steps of a block")
     parser.add_argument("--blocks", type=int, default=6, help="of each side; four or more for a verdict")
     parser.add_argument("--seconds", type=float, default=400, help="after which no block is started")
-    parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
     args = parser.parse_intermixed_args()
     start, env = time.perf_counter(), environment("triton", "deepspeed")
     with tempfile.TemporaryDirectory() as folder:

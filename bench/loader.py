@@ -15,8 +15,6 @@ import argparse
 import contextlib
 import io
 import os
-import shutil
-import tarfile
 import tempfile
 import time
 import warnings
@@ -27,13 +25,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from common import DATA, append, environment, spread
+from other_views import torchvision_view
 from PIL import Image
 from torchvision import datasets, transforms
 
 from fastssl.data_prep import main as convert
+from fastssl.data_prep.file_sources import open_files
+from fastssl.decode import BetonReader
 from fastssl.files.datacard import DataCard
 from fastssl.loader import Loader
 from fastssl.sampler import Sampler
+from fastssl.views import View, simclr
 
 if TYPE_CHECKING:
     from ffcv.pipeline import PipelineSpec
@@ -80,31 +82,26 @@ def main() -> None:
         print(f"\nThe machine was busy before this run (load {env['load']}): repeat it when it is idle.")
 
 
+def image_file(folder: Path, i: int) -> Path:
+    """A file in a class folder of its own, as ImageFolder needs them."""
+    (folder / f"{i:06d}").mkdir(parents=True)
+    return folder / f"{i:06d}" / "image.jpg"
+
+
 def unpack(source: Path, target: Path) -> Path:
-    """Write every image to a separate class folder, as ImageFolder needs them."""
-    target.mkdir()
-    if source.is_dir():
-        images = [p for p in sorted(source.rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg")]
-        for i, path in enumerate(images):
-            (target / f"{i:06d}").mkdir()
-            shutil.copy(path, target / f"{i:06d}" / "image.jpg")
-        return target
-    with tarfile.open(source) as tar:
-        members = (tar.extractfile(member) for member in tar if member.isfile())
-        for i, member in enumerate(filter(None, members)):
-            (target / f"{i:06d}").mkdir()
-            (target / f"{i:06d}" / "image.jpg").write_bytes(member.read())
+    """Write the JPEG files of a folder, tar or zip."""
+    files = open_files(source)
+    names = [name for name in files.names if name.lower().endswith((".jpg", ".jpeg"))]
+    for i, (_, data) in enumerate(files.contents(names)):
+        image_file(target, i).write_bytes(data)
     return target
 
 
 def write_files(beton: str, target: Path) -> Path:
     """Write the images of a .beton as files, so that torchvision reads the same bytes."""
-    from fastssl.decode import BetonReader
-
     opened = BetonReader(beton)
     for i, field in enumerate(opened.image):
-        (target / f"{i:06d}").mkdir(parents=True)
-        name, data = target / f"{i:06d}" / "image.jpg", opened.stored(field["data_ptr"])
+        name, data = image_file(target, i), opened.stored(field["data_ptr"])
         if field["mode"]:  # stored as pixels, because FFCV cannot decode the file
             Image.fromarray(data.reshape(field["height"], field["width"], 3)).save(name, quality=95)
         else:
@@ -117,10 +114,10 @@ def contestants(beton: str, jpegs: Path, batch: int) -> dict:
     return {
         "ours": ours(beton, batch),
         "ffcv": ffcv(beton, batch, 2),
-        "torchvision": torchvision(jpegs, batch, Views(2)),
-        "torchvision, SimCLR's views": torchvision(jpegs, batch, Views(2, simclr())),
+        "torchvision": torchvision(jpegs, batch, Views(2, View(SIZE, flip=0.5))),
+        "torchvision, SimCLR's views": torchvision(jpegs, batch, Views(2, simclr(SIZE)[0])),
         "ffcv, one decoder": ffcv(beton, batch, 1),
-        "torchvision, decode only": torchvision(jpegs, batch, Views(0)),
+        "torchvision, decode only": torchvision(jpegs, batch, Views(0, View(SIZE))),
     }
 
 
@@ -172,29 +169,13 @@ def torchvision(jpegs: Path, batch: int, views: Views) -> Callable[[], int]:
 
 
 class Views:
-    """A transform that returns a list of `views` normalised crops; 0: the image is only decoded."""
+    """A transform that returns a list of `views` views; 0: the image is only decoded."""
 
-    def __init__(self, views: int, colours: tuple = ()):
-        self.views = views
-        self.view = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(SIZE),
-                transforms.RandomHorizontalFlip(),
-                *colours,
-                transforms.ToTensor(),
-                transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-            ]
-        )
+    def __init__(self, views: int, view: View):
+        self.views, self.view = views, torchvision_view(transforms, view, transforms.ToTensor())
 
     def __call__(self, image: Image.Image):
         return [self.view(image) for _ in range(self.views)] or np.asarray(image).shape
-
-
-def simclr() -> tuple:
-    """SimCLR's augmentations after the crop: https://arxiv.org/abs/2002.05709, appendix A."""
-    jitter = transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)
-    blur = transforms.GaussianBlur(SIZE // 20 * 2 + 1, (0.1, 2.0))
-    return (transforms.RandomApply([jitter], 0.8), transforms.RandomGrayscale(0.2), transforms.RandomApply([blur], 0.5))
 
 
 def measure(runs: dict, repeats: int) -> dict[str, list[float]]:

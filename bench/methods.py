@@ -16,23 +16,21 @@ import sys
 import time
 from pathlib import Path
 
-from common import append, environment
+from common import ROOT, append, environment, parser_with_dry
 
 from fastssl import config, methods
 from fastssl.config import Run
 
-ROOT = Path(__file__).parents[1]
 K = 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_with_dry(__doc__)
     parser.add_argument("methods", nargs="*", metavar="METHOD", default=methods.names())
     parser.add_argument("--set", default="smoke", help="smoke, or the ending of a config of each method: cifar10_200ep")
     parser.add_argument("--train", default="data/cifar10_train.beton")
     parser.add_argument("--test", default="data/cifar10_test.beton")
     parser.add_argument("--override", action="append", default=[], metavar="a.b=value", help="for every run")
-    parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
     parser.add_argument("--table", type=Path, help="write the table between the marks in this file")
     args = parser.parse_args()
     env = environment("deepspeed", "ffcv")

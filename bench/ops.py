@@ -8,7 +8,6 @@ cache.  Appends one result line per op to bench/results; --resume skips ops with
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -17,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import ROOT, append, device_name, environment
+from common import append, device_name, environment, parser_with_dry, results_file
 from ops_compared import OPS, Op
 
 REPETITIONS = 50
@@ -146,21 +145,17 @@ def show(name: str, row: dict[str, Any]) -> None:
 
 
 def measured_ops(env: dict) -> set:
-    path = ROOT / "bench" / "results" / f"{env['device']}.jsonl"
+    path = results_file(env)
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {line["op"] for line in lines if line["bench"] == "kernels" and line["commit"] == env["commit"]}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; default: all")
+    parser = parser_with_dry(__doc__)
+    parser.add_argument("ops", nargs="*", metavar="OP", choices=list(OPS), help=f"of {', '.join(OPS)}; default: all")
     parser.add_argument("--json", action="store_true", help="print result lines instead of a table")
     parser.add_argument("--resume", action="store_true", help="skip ops with a result of this commit on this device")
-    parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
     args = parser.parse_args()
-    unknown = set(args.ops) - set(OPS)
-    if unknown:
-        parser.error(f"unknown op {', '.join(sorted(unknown))}; choose from {', '.join(OPS)}")
     if not torch.cuda.is_available():
         print("bench/ops.py needs a CUDA device: nothing was measured.")
         return 2

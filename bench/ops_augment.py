@@ -5,13 +5,16 @@ torchvision v2 draws one set of parameters for the whole batch, which is less wo
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from other_views import kornia_views, torchvision_view
 from torch import Tensor
+from torchvision.transforms import v2
 
 from fastssl import views as recipes
 from fastssl.kernels.augment import View, make_views
@@ -76,37 +79,11 @@ def implementations(case: Case) -> dict[str, Callable[[], Any]]:
     }
     if case.recipe != "simclr":
         return result
-    mean, std = views[0].mean, views[0].std
-    from torchvision.transforms import v2
-
-    blur = [v2.RandomApply([v2.GaussianBlur(23, (0.1, 2.0))], 0.5)] if case.size > 32 else []
-    one = v2.Compose(
-        [
-            v2.RandomResizedCrop(case.size, antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8),
-            v2.RandomGrayscale(0.2),
-            *blur,
-            v2.ToDtype(case.dtype, scale=True),
-            v2.Normalize(mean, std),
-        ]
-    )
+    one = torchvision_view(v2, views[0], v2.ToDtype(case.dtype, scale=True))
     result["torchvision v2"] = lambda: [one(image) for _ in views]
-    try:
-        import kornia.augmentation as K
-    except ImportError:
-        return result
-    blur = [K.RandomGaussianBlur((23, 23), (0.1, 2.0), p=0.5)] if case.size > 32 else []
-    sequence = K.AugmentationSequential(
-        K.RandomResizedCrop((case.size, case.size)),
-        K.RandomHorizontalFlip(),
-        K.ColorJitter(0.8, 0.8, 0.8, 0.2, p=0.8),
-        K.RandomGrayscale(p=0.2),
-        *blur,
-        K.Normalize(torch.tensor(mean), torch.tensor(std)),
-        data_keys=["input"],
-    ).cuda()
-    result["kornia"] = lambda: [sequence(image.float() / 255).to(case.dtype) for _ in views]
+    with contextlib.suppress(ImportError):
+        made = kornia_views(views, "cuda")
+        result["kornia"] = lambda: [view.to(case.dtype) for view in made(image)]
     return result
 
 

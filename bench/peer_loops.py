@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision
+from other_views import kornia_views, torchvision_view
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 
 from fastssl.amp import autocast
 from fastssl.config import Run
@@ -151,49 +153,16 @@ def decoded(loader: Loader) -> Tensor:
 
 
 def torchvision_peer(run: Run, device: torch.device, images: Tensor, workers: int) -> Peer:
-    from torchvision import transforms as T
-
-    v = run.data.views[0]
-    blur = [T.RandomApply([T.GaussianBlur(max(3, v.size // 10 | 1), v.blur_sigma)], v.blur)] if v.blur else []
-    one = T.Compose(
-        [
-            T.RandomResizedCrop(v.size, v.scale),
-            T.RandomHorizontalFlip(v.flip),
-            T.RandomApply([T.ColorJitter(*v.jitter)], v.jitter_p),
-            T.RandomGrayscale(v.gray),
-            *blur,
-            T.ToTensor(),
-            T.Normalize(v.mean, v.std),
-        ]
-    )
+    one = torchvision_view(transforms, run.data.views[0], transforms.ToTensor())
     data = Images(images, lambda image: (one(image), one(image)))
     loader = loader_factory(data, run, workers, device)
     return Peer("torchvision", run, device, loader, ntxent(run.method.temperature))
 
 
 def kornia_peer(run: Run, device: torch.device, images: Tensor, workers: int) -> Peer:
-    import kornia.augmentation as K
-
-    v = run.data.views[0]
-    side = max(3, v.size // 10 | 1)
-    blur = [K.RandomGaussianBlur((side, side), v.blur_sigma, p=v.blur)] if v.blur else []
-    one = K.AugmentationSequential(
-        K.RandomResizedCrop((v.size, v.size), v.scale),
-        K.RandomHorizontalFlip(p=v.flip),
-        K.ColorJitter(*v.jitter, p=v.jitter_p),
-        K.RandomGrayscale(p=v.gray),
-        *blur,
-        K.Normalize(torch.tensor(v.mean), torch.tensor(v.std)),
-        data_keys=["input"],
-    ).to(device)
-
-    @torch.no_grad()
-    def augment(raw: list[Tensor]) -> list[Tensor]:
-        x = raw[0].float() / 255
-        return [one(x), one(x)]
-
-    loader = loader_factory(Images(images, None), run, workers, device)
-    return Peer("kornia", run, device, loader, ntxent(run.method.temperature), lambda raw: [raw], augment)
+    made = torch.no_grad()(kornia_views(run.data.views, device))
+    loader, loss = loader_factory(Images(images, None), run, workers, device), ntxent(run.method.temperature)
+    return Peer("kornia", run, device, loader, loss, lambda raw: [raw], lambda raw: made(raw[0]))
 
 
 def lightly_peer(run: Run, device: torch.device, images: Tensor, workers: int) -> Peer:

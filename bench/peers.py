@@ -29,7 +29,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from common import ROOT, append, environment, spread
+from common import ROOT, append, environment, parser_with_dry, spread
 from peer_loops import Ours, Peer, decoded, kornia_peer, lightly_peer, torchvision_peer
 
 from fastssl import config, dist
@@ -179,7 +179,7 @@ def report(results: dict[str, dict], losses: dict[str, list[float]]) -> None:
 
 def main(argv: list[str] | None = None, loader: Loader | None = None) -> int:
     """`loader`: the loader of our side, instead of one of the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_with_dry(__doc__)
     parser.add_argument("data", help="a .beton file of images of one size")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="for our side: speed.resident=True")
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS), metavar="NAME")
@@ -199,7 +199,6 @@ def main(argv: list[str] | None = None, loader: Loader | None = None) -> int:
         default=len(os.sched_getaffinity(0)),
         help="loading threads of ours and loading processes of the others (one a core)",
     )
-    parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
     args = parser.parse_intermixed_args(argv)
     deadline = time.perf_counter() + args.seconds
     if not torch.cuda.is_available():

@@ -12,40 +12,25 @@ import re
 import sys
 from pathlib import Path
 
-KINDS = {  # kind: pattern of kernel names; the first one that matches counts
-    "views": r"^(whole|colour|blur|draw)_kernel",
-    "optimizer": r"lars_kernel|square_sums_kernel|multi_tensor_apply",
-    "attention": r"sdpa|compute_dot_do_o|convert_dq",
-    "batch norm": r"batchnorm",
-    "layer norm": r"layer_norm|GammaBeta",
-    "GELU": r"(?i)gelu",
-    "ReLU": r"BinaryFunctor<c10::Half|\(anonymous namespace\)::la",  # threshold_backward; launch_clamp_scalar
-    "matrix products": r"nvjet|_gemm_f32|splitKreduce",
-    "convolutions": r"_xmma_|cudnn|cutlass|nhwcAddPadding",
-    "copies and casts": r"copy|Memcpy|Memset|memcpy|FillFunctor|CatArray|stack",
-    "adds and sums": r"_add|_sum|reduce_kernel",
+KINDS = {  # colour, and pattern of kernel names; the first one that matches counts
+    "views": ("#17becf", r"^(whole|colour|blur|draw)_kernel"),
+    "optimizer": ("#8c564b", r"lars_kernel|square_sums_kernel|multi_tensor_apply"),
+    "attention": ("#9467bd", r"sdpa|compute_dot_do_o|convert_dq"),
+    "batch norm": ("#1f77b4", r"batchnorm"),
+    "layer norm": ("#1f77b4", r"layer_norm|GammaBeta"),
+    "GELU": ("#e377c2", r"(?i)gelu"),
+    "ReLU": (
+        "#e377c2",
+        r"BinaryFunctor<c10::Half|\(anonymous namespace\)::la",
+    ),  # threshold_backward; launch_clamp_scalar
+    "matrix products": ("#2ca02c", r"nvjet|_gemm_f32|splitKreduce"),
+    "convolutions": ("#2ca02c", r"_xmma_|cudnn|cutlass|nhwcAddPadding"),
+    "copies and casts": ("#ff7f0e", r"copy|Memcpy|Memset|memcpy|FillFunctor|CatArray|stack"),
+    "adds and sums": ("#ffbb78", r"_add|_sum|reduce_kernel"),
+    "other kernels": ("#bcbd22", r""),
 }
-COLOURS = dict(
-    zip(
-        [*KINDS, "other kernels", "not in the table", "waits for the host"],
-        [
-            "#17becf",
-            "#8c564b",
-            "#9467bd",
-            "#1f77b4",
-            "#1f77b4",
-            "#e377c2",
-            "#e377c2",
-            "#2ca02c",
-            "#2ca02c",
-            "#ff7f0e",
-            "#ffbb78",
-            "#bcbd22",
-            "#c7c7c7",
-            "#f0f0f0",
-        ],
-    )
-)
+COLOURS = {kind: colour for kind, (colour, _) in KINDS.items()}
+COLOURS |= {"not in the table": "#c7c7c7", "waits for the host": "#f0f0f0"}
 STEPS = 13  # of a profile, including the warm-up (bench/step.py)
 
 
@@ -58,8 +43,7 @@ def read(path: Path) -> tuple[float, dict[str, float]]:
         row = re.match(r"\s*(.+?)\s\s+.*?(\S+)\s+[\d.]+%\s+\S+\s+\S+\s+\d+\s*$", line)
         # operators are sums of their kernels; ranges and calls of the runtime are not kernels
         if row and not row[1].startswith(("aten::", "fastssl::", "Optimizer.", "cuda")):
-            kind = next((k for k, pattern in KINDS.items() if re.search(pattern, row[1])), "other kernels")
-            kinds[kind] += _ms(row[2]) / STEPS
+            kinds[next(k for k, (_, pattern) in KINDS.items() if re.search(pattern, row[1]))] += _ms(row[2]) / STEPS
     kinds["not in the table"] = max(0.0, busy - sum(kinds.values()))
     kinds["waits for the host"] = max(0.0, wall - busy)
     return wall, kinds

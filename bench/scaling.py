@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as td
-from common import append, environment
+from common import append, environment, parser_with_dry
 
 KINDS = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
 ASSUMPTIONS = """assumptions of the model:
@@ -145,24 +145,12 @@ def model(found: list[dict], latency_us: float, gb_s: float, max_ranks: int = 51
     return rows
 
 
-def measure(kind: str, ranks: int, args: argparse.Namespace, seconds: float) -> dict:
+def measure(kind: str, ranks: int, seconds: float) -> dict:
+    """The result of this command's `worker` on so many ranks."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-            __file__,
-            args.config,
-            *args.overrides,
-            "--steps",
-            str(args.steps),
-            "--worker",
-            kind,
-            str(out),
-        ]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [*torchrun, *sys.argv, "--worker", kind, str(out)]
         env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         try:
             done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=max(seconds, 1))
@@ -193,7 +181,7 @@ def report(found: list[dict]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_with_dry(__doc__)
     parser.add_argument("config", help="a config file; its optim.batch is that of one rank in weak scaling")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
@@ -206,7 +194,6 @@ def main() -> int:
         metavar=("US", "GB_S"),
         help="latency and bandwidth a rank for the model, instead of those measured here",
     )
-    parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
     parser.add_argument("--worker", nargs=2, metavar=("KIND", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
     if not torch.cuda.is_available():
@@ -220,7 +207,7 @@ def main() -> int:
         ranks = sorted({r for r in args.ranks if r <= max_ranks})
         if not ranks:
             raise ValueError(f"--ranks {' '.join(map(str, args.ranks))}: this machine has {max_ranks} GPUs")
-        found = [measure(kind, r, args, deadline - time.perf_counter()) for kind in ("weak", "strong") for r in ranks]
+        found = [measure(kind, r, deadline - time.perf_counter()) for kind in ("weak", "strong") for r in ranks]
     except ValueError as error:
         print(f"bench/scaling.py: {error}", file=sys.stderr)
         return 2

@@ -10,13 +10,12 @@ difference of average precision is the difference of mAP.
 
 from __future__ import annotations
 
-import argparse
 import time
 from typing import Any
 
 import numpy as np
 import torch
-from common import append, environment
+from common import append, environment, parser_with_dry
 
 from fastssl.eval import svm
 from fastssl.eval.svm import cpu, solvers
@@ -26,9 +25,9 @@ VOC07 = (240, 255, 333, 188, 262, 197, 761, 344, 572, 146, 263, 430, 294, 249, 2
 
 
 def features(rows: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Unit rows (N, D) with correlated entries of at least 0, and labels (N, 20) of 1 and 0."""
+    """float32 unit rows (N, D) with correlated entries of at least 0, and labels (N, 20) of 1 and 0."""
     rng = np.random.default_rng(seed)
-    labels = (rng.random((rows, len(VOC07))) < np.array(VOC07) / 5011).astype(np.int8)
+    labels = (rng.random((rows, len(VOC07))) < np.array(VOC07) / 5011).astype(np.float32)
     concepts, shared = rng.standard_normal((len(VOC07), dim)), rng.standard_normal((256, dim))
     shared *= (np.arange(1, 257) ** -0.5)[:, None]
     strength = labels * rng.gamma(1.0, 0.7, labels.shape)  # objects differ in size and visibility
@@ -39,25 +38,17 @@ def features(rows: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_with_dry(__doc__)
     parser.add_argument("--train", type=int, default=5011)
     parser.add_argument("--test", type=int, default=4952)
     parser.add_argument("--dim", type=int, default=8192)
     parser.add_argument("--budget", type=float, default=240, help="seconds for scikit-learn, half for each protocol")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
     args = parser.parse_args()
     env = environment("numpy", "numba", "scikit-learn")
     x, labels = features(args.train + args.test, args.dim)
-    data = [
-        torch.from_numpy(part)
-        for part in (
-            x[: args.train],
-            labels[: args.train].astype(np.float32),
-            x[args.train :],
-            labels[args.train :].astype(np.float32),
-        )
-    ]
+    parts = slice(None, args.train), slice(args.train, None)
+    data = [torch.from_numpy(array[part]) for part in parts for array in (x, labels)]
     solver: svm.SolverName = "cuda" if args.device == "cuda" else "fast"
     small = [part[:200, :64] if part.shape[1] > 20 else part[:200] for part in data]
     svm.low_shot(*small, draws=svm.Draws((1,), 1), solver=solver)  # compiles

@@ -40,10 +40,7 @@ def open_cifar(kind: str, path: str, split: str | None = None) -> Source:
     wanted = [base + name for name in batches[split]]
     if missing := [name for name in wanted if name not in files.names]:
         raise ValueError(f"{path} holds {metas[0]} but not {missing[0]}: the download is incomplete")
-    members = {
-        name: read_pickle(data if isinstance(data, bytes) else data.read(), f"{path}: {name}")
-        for name, data in files.read([metas[0], *wanted])
-    }
+    members = {name: read_pickle(data, f"{path}: {name}") for name, data in files.contents([metas[0], *wanted])}
     classes = members[metas[0]].get(names_key)
     if not isinstance(classes, list) or not all(isinstance(name, bytes | str) for name in classes):
         raise ValueError(f"{path}: {metas[0]} has no {names_key.decode()!r}, a list of names")
@@ -105,10 +102,7 @@ def open_voc2007(path: str, split: str | None = None) -> Source:
     if not lists:
         raise ValueError(f"{path} has no class lists beside {found[0]} (such as ImageSets/Main/cat_{split}.txt)")
     try:
-        texts = {
-            name: (data if isinstance(data, bytes) else data.read()).decode()
-            for name, data in files.read([found[0], *lists])
-        }
+        texts = {name: data.decode() for name, data in files.contents([found[0], *lists])}
     except ARCHIVE_ERRORS as error:
         raise ValueError(f"cannot read the class lists of {path}: {error}") from error
     ids = [line.split()[0] for line in texts[found[0]].splitlines() if line.strip()]

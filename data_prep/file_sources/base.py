@@ -84,6 +84,11 @@ class FileSource:
         for name in names:
             yield name, self.ref(name).read()
 
+    def contents(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """As `read`, but content that is too large raises OSError."""
+        for name, data in self.read(names):
+            yield name, data if isinstance(data, bytes) else data.read()
+
     def _add(self, name: str) -> bool:
         """Whether the file is not hidden."""
         if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):

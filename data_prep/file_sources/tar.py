@@ -36,17 +36,6 @@ class SliceRef:
             return os.pread(file.fileno(), self.size, self.offset)
 
 
-@dataclass(frozen=True)
-class TooLarge:
-    """A member of a compressed tar that has more than MAX_BYTES: reading it raises OSError."""
-
-    size: int
-
-    def read(self) -> bytes:
-        check_size(self.size)
-        raise AssertionError("it is not too large")
-
-
 class _Member(tarfile.TarInfo):
     """A header with checked sizes.  A tar that ends between two members is read like a complete one; only the end mark
     shows the difference.  (mypy does not know the parts of tarfile that it does not document.)"""
@@ -92,7 +81,7 @@ class Tar(FileSource):
                 self.slices[name] = (member.offset_data, member.size)
         self._resolve_links(self.slices)
 
-    def _members(self, wanted: set[str]) -> Iterator[tuple[str, tarfile.TarInfo, bytes | TooLarge]]:
+    def _members(self, wanted: set[str]) -> Iterator[tuple[str, tarfile.TarInfo, bytes | SliceRef]]:
         """The name and header of each file and link, and the content of a wanted file (b"" otherwise)."""
         try:
             with tarfile.open(self.path, self.mode, tarinfo=_Member) as tar:
@@ -113,10 +102,9 @@ class Tar(FileSource):
         except ARCHIVE_ERRORS as error:
             raise ValueError(f"cannot read the archive {self.path}: {error or type(error).__name__}") from error
 
-    @staticmethod
-    def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | TooLarge:
+    def _content(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | SliceRef:
         if member.size > base.MAX_BYTES:
-            return TooLarge(member.size)
+            return SliceRef(str(self.path), member.offset_data, member.size)  # whose `read` raises OSError
         file = tar.extractfile(member)
         assert file is not None, "an ordinary file has content"
         data = file.read()
