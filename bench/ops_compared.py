@@ -17,16 +17,12 @@ from fastssl.kernels import enqueue_, update_bank_
 from fastssl.kernels import ntxent as ntxent_loss
 from fastssl.kernels.common import Impl, l2_normalize
 from fastssl.kernels.gathered import cases as gathered
-from fastssl.kernels.gathered import reference as gathered_reference
 from fastssl.kernels.infonce import cases as infonce
-from fastssl.kernels.infonce import reference as infonce_reference
 from fastssl.kernels.ntxent import cases as ntxent
-from fastssl.kernels.ntxent import reference as ntxent_reference
 from fastssl.kernels.precision import matmul_float32
 from fastssl.kernels.sinkhorn import cases as sinkhorn
 from fastssl.kernels.soft_cross_entropy import cases as soft_cross_entropy
-from fastssl.kernels.soft_cross_entropy import reference as soft_cross_entropy_reference
-from fastssl.kernels.testing import assert_as_good_as, check, leaf
+from fastssl.kernels.testing import assert_as_good_as, call, check, leaf
 
 Case = Any  # of an op: each has its own class
 Inputs = dict[str, Any]
@@ -57,49 +53,21 @@ def loss_implementations(
 ) -> dict[str, Call]:
     torch.set_float32_matmul_precision(case.precision)
     x = module.make(case, "cuda", 0)
-    eager = under_autocast(case, partial(module.call, case, x, "reference"))
-    implementations: dict[str, Call] = {"ours": partial(module.call, case, x, "triton"), "eager": eager}
-    implementations["compile"] = compiled(module, case, x)
-    implementations.update((extra or (lambda *_: {}))(case, x))
-    return implementations
+    return {
+        "ours": partial(call, module, case, x, "triton"),
+        "eager": under_autocast(case, partial(call, module, case, x, "reference")),
+        "compile": compiled(module, case, x),
+        **(extra(case, x) if extra else {}),
+    }
 
 
 def compiled(module: ModuleType, case: Case, x: Inputs) -> Call:
     """torch.compile of the definition; the gradient is outside, because Dynamo does not trace torch.autograd.grad."""
-    f: Callable[..., Tensor]
-    if module is ntxent:
-        inputs, f = (
-            [leaf(x["z"])],
-            lambda z: ntxent_reference.ntxent(z, case.temperature, x["labels"], case.decoupled, case.normalize, None),
-        )
-    elif module is infonce and case.keys == "both":
-        inputs, f = (
-            [leaf(x["q"]), leaf(x["k"])],
-            lambda a, b: infonce_reference.infonce_symmetric(a, b, case.temperature, case.normalize, None),
-        )
-    elif module is infonce:
-        inputs, f = (
-            [leaf(x["q"])],
-            lambda q: infonce_reference.infonce(q, x["k"], x["queue"], case.temperature, case.normalize, None),
-        )
-    elif module is gathered:
-        inputs, f = (
-            [leaf(x["q"])],
-            lambda q: gathered_reference.gathered_nce(
-                q, x["bank"], x["positive"], x["negatives"], case.temperature, case.normalize
-            ),
-        )
-    elif module is soft_cross_entropy:
-        inputs, f = (
-            [leaf(x["student"])],
-            lambda s: soft_cross_entropy_reference.soft_cross_entropy(
-                s, x["teacher"], case.student, case.teacher, x["center"]
-            ),
-        )
-    else:  # sinkhorn has no gradient
-        return under_autocast(case, torch.compile(partial(module.call, case, x, "reference"), dynamic=False))
-    f = torch.compile(f, dynamic=False)
-    return under_autocast(case, lambda: torch.autograd.grad(f(*inputs), inputs))
+    if not hasattr(module, "loss"):
+        return under_autocast(case, torch.compile(partial(module.outputs, case, x, "reference"), dynamic=False))
+    leaves = {name: leaf(x[name]) for name in module.leaves(case)}
+    loss = torch.compile(lambda given: module.loss(case, {**x, **given}, "reference"), dynamic=False)
+    return under_autocast(case, lambda: torch.autograd.grad(loss(leaves), tuple(leaves.values())))
 
 
 def chunked_ntxent(z: Tensor, temperature: float, dtype: torch.dtype, rows: int = 2048) -> dict[str, Tensor]:

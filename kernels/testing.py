@@ -73,6 +73,25 @@ def nan_memory() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+def call(op: ModuleType, case: Any, x: dict, impl: Impl) -> dict[str, Tensor]:
+    """The results for one case of an op's cases.py: those of its `outputs`; or {"loss": ..., "dz": ...}, its
+    `loss` with the gradients of the entries of x that its `leaves` names."""
+    if not hasattr(op, "loss"):
+        return op.outputs(case, x, impl)
+    leaves = {name: leaf(x[name]) for name in op.leaves(case)}
+    loss = op.loss(case, {**x, **leaves}, impl)
+    gradients = torch.autograd.grad(loss, tuple(leaves.values()))
+    return {"loss": loss, **{f"d{name}": gradient for name, gradient in zip(leaves, gradients)}}
+
+
+def similarity_scale(case: Any, name: str) -> float:
+    """For a loss over similarities: what a rounding error is relative to if the true value is close to zero by
+    cancellation."""
+    if name == "loss":
+        return 1 / case.temperature  # the largest logit
+    return 2 / (case.temperature * max(case.rows, 1) * (case.dim**0.5 if case.normalize else 1.5))
+
+
 def check(op: ModuleType, case: Any, device: str = "cpu", impl: Impl = "triton") -> dict[str, float]:
     """assert_as_good_as for every output and gradient of one case; returns their largest errors.
 
@@ -86,13 +105,13 @@ def check(op: ModuleType, case: Any, device: str = "cpu", impl: Impl = "triton")
             x = op.make(case, device, seed)
             torch.set_float32_matmul_precision(case.precision)
             with nan_memory():
-                results["ours"].append(op.call(case, x, impl))
+                results["ours"].append(call(op, case, x, impl))
             half = torch.float16 if case.precision == "high" and device == "cpu" else case.dtype
             with torch.autocast(torch.device(device).type, dtype=half, enabled=half != torch.float32):
-                results["plain"].append(op.call(case, x, "reference"))
+                results["plain"].append(call(op, case, x, "reference"))
             torch.set_float32_matmul_precision("highest")
             double = {k: v.double() if v is not None and v.is_floating_point() else v for k, v in x.items()}
-            results["truth"].append(op.call(case, double, "reference"))
+            results["truth"].append(call(op, case, double, "reference"))
     finally:
         torch.set_float32_matmul_precision(before)
     errors = {}

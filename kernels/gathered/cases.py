@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..common import Impl
-from ..testing import leaf
+from ..testing import similarity_scale
 from . import gathered_nce
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -39,19 +40,15 @@ def make(case: Case, device: torch.device | str, seed: int) -> dict:
     }
 
 
-def call(case: Case, x: dict, impl: Impl) -> dict:
-    q = leaf(x["q"])
-    loss = gathered_nce(
-        q, x["bank"], x["positive"], x["negatives"], case.temperature, normalize=case.normalize, impl=impl
-    )
-    return {"loss": loss, "dq": torch.autograd.grad(loss, q)[0]}
+def leaves(case: Case) -> tuple[str, ...]:
+    return ("q",)
 
 
-def scale(case: Case, name: str) -> float:
-    if name == "loss":
-        return 1 / case.temperature
-    return 2 / (case.temperature * max(case.rows, 1) * (case.dim**0.5 if case.normalize else 1.5))
+def loss(case: Case, x: dict, impl: Impl) -> Tensor:
+    return gathered_nce(**x, temperature=case.temperature, normalize=case.normalize, impl=impl)
 
+
+scale = similarity_scale
 
 SMALL = (
     Case(0, 4, 9, 32),

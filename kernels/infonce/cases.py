@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common import Impl
-from ..testing import leaf
+from ..testing import similarity_scale
 from . import infonce, infonce_symmetric
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -53,21 +53,17 @@ def make(case: Case, device: torch.device | str, seed: int) -> dict:
     return {"q": q.to(case.dtype).to(device), "k": k.to(case.dtype).to(device), "queue": queue}
 
 
-def call(case: Case, x: dict, impl: Impl) -> dict:
-    q, k = leaf(x["q"]), leaf(x["k"])
+def leaves(case: Case) -> tuple[str, ...]:
+    return ("q", "k") if case.keys == "both" else ("q",)
+
+
+def loss(case: Case, x: dict, impl: Impl) -> Tensor:
     if case.keys == "both":
-        loss = infonce_symmetric(q, k, case.temperature, normalize=case.normalize, impl=impl)
-        dq, dk = torch.autograd.grad(loss, (q, k))
-        return {"loss": loss, "dq": dq, "dk": dk}
-    loss = infonce(q, k, x["queue"], case.temperature, normalize=case.normalize, impl=impl)
-    return {"loss": loss, "dq": torch.autograd.grad(loss, q)[0]}
+        return infonce_symmetric(x["q"], x["k"], case.temperature, normalize=case.normalize, impl=impl)
+    return infonce(**x, temperature=case.temperature, normalize=case.normalize, impl=impl)
 
 
-def scale(case: Case, name: str) -> float:
-    if name == "loss":
-        return 1 / case.temperature  # the largest logit
-    return 2 / (case.temperature * max(case.rows, 1) * (case.dim**0.5 if case.normalize else 1.5))
-
+scale = similarity_scale
 
 SMALL = (
     Case(0, 10, 32),

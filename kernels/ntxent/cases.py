@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..common import Impl
-from ..testing import leaf
+from ..testing import similarity_scale
 from . import ntxent
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -52,21 +53,15 @@ def make(case: Case, device: torch.device | str, seed: int) -> dict:
     return {"z": z.to(case.dtype).to(device), "labels": labels}
 
 
-def call(case: Case, x: dict, impl: Impl) -> dict:
-    z = leaf(x["z"])
-    loss = ntxent(
-        z, case.temperature, labels=x["labels"], decoupled=case.decoupled, normalize=case.normalize, impl=impl
-    )
-    grad = torch.autograd.grad(loss, z)[0]
-    return {"loss": loss, "dz": grad}
+def leaves(case: Case) -> tuple[str, ...]:
+    return ("z",)
 
 
-def scale(case: Case, name: str) -> float:
-    """What a rounding error is relative to if the true value is close to zero by cancellation."""
-    if name == "loss":
-        return 1 / case.temperature  # the largest logit
-    return 2 / (case.temperature * max(case.rows, 1) * (case.dim**0.5 if case.normalize else 1.5))
+def loss(case: Case, x: dict, impl: Impl) -> Tensor:
+    return ntxent(**x, temperature=case.temperature, decoupled=case.decoupled, normalize=case.normalize, impl=impl)
 
+
+scale = similarity_scale
 
 SMALL = (
     Case(0, 32),

@@ -30,7 +30,7 @@ def make(case: Case, device: torch.device | str, seed: int) -> dict:
     return {"logits": logits.T.contiguous().T if case.strided else logits}
 
 
-def call(case: Case, x: dict, impl: Impl) -> dict:
+def outputs(case: Case, x: dict, impl: Impl) -> dict:
     center = sinkhorn_center(x["logits"], case.epsilon, iterations=case.iterations, impl=impl)
     # a constant added to the center changes no assignment
     assignments = sinkhorn(x["logits"], case.epsilon, iterations=case.iterations, impl=impl)

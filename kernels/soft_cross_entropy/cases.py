@@ -3,9 +3,9 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..common import Impl
-from ..testing import leaf
 from . import soft_cross_entropy
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -34,10 +34,12 @@ def make(case: Case, device: torch.device | str, seed: int) -> dict:
     return {"student": s.to(case.dtype).to(device), "teacher": t.to(case.dtype).to(device), "center": center}
 
 
-def call(case: Case, x: dict, impl: Impl) -> dict:
-    student = leaf(x["student"])
-    loss = soft_cross_entropy(student, x["teacher"], case.student, case.teacher, center=x["center"], impl=impl)
-    return {"loss": loss, "dstudent": torch.autograd.grad(loss, student)[0]}
+def leaves(case: Case) -> tuple[str, ...]:
+    return ("student",)
+
+
+def loss(case: Case, x: dict, impl: Impl) -> Tensor:
+    return soft_cross_entropy(**x, student_temperature=case.student, teacher_temperature=case.teacher, impl=impl)
 
 
 def scale(case: Case, name: str) -> float:
