@@ -10,6 +10,7 @@ spread".
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -136,44 +137,36 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=400, help="after which no block is started")
     args = parser.parse_intermixed_args()
     start, env = time.perf_counter(), environment("triton", "deepspeed")
-    with tempfile.TemporaryDirectory() as folder:
-        workers, trees = [], []
-        losses: dict[int, float] = {}
-        try:
-            sides = [side(args.a), side(args.b)]
+    losses: dict[int, float] = {}
+    rates: list[list[float]] = [[], []]
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as cleanup:
+            workers, sides = [], [side(args.a), side(args.b)]
             for name, s in zip("AB", sides):
                 side_folder, tree = Path(folder, name), ROOT
                 side_folder.mkdir()
                 if s.commit:
                     tree = side_folder / "tree"
-                    trees.append(tree)
+                    cleanup.callback(_git, "worktree", "remove", "--force", str(tree))
                     _git("worktree", "add", "--detach", "--force", str(tree), s.commit)
                 try:
                     workers.append(Worker(s, tree, args.config, args.overrides, side_folder))
                 except ValueError as error:
                     raise ValueError(f"{name} ({s.text}): {error}") from None
-            rates: list[list[float]] = [[], []]
+                cleanup.callback(workers[-1].close)
             for worker in workers:
                 worker.block(5)  # warm-up: compilation, tuning, capture, caches
             for i in range(args.blocks):
                 if time.perf_counter() - start > args.seconds:
                     break
-                order = (
-                    (0, 1) if i % 2 == 0 else (1, 0)
-                )  # ABBA order, so that a drift of the machine affects both sides alike
-                for k in order:
+                for k in (0, 1) if i % 2 == 0 else (1, 0):  # ABBA: a drift of the machine affects both sides alike
                     rate, losses[k] = workers[k].block(args.steps)
                     rates[k].append(rate)
-            if not rates[0]:
-                raise ValueError(f"--seconds {args.seconds:g} ended before the first block: give more")
-        except ValueError as error:
-            print(f"bench/compare.py: {error}", file=sys.stderr)
-            return 2
-        finally:
-            for worker in workers:
-                worker.close()
-            for tree in trees:
-                _git("worktree", "remove", "--force", str(tree))
+        if not rates[0]:
+            raise ValueError(f"--seconds {args.seconds:g} ended before the first block: give more")
+    except ValueError as error:
+        print(f"bench/compare.py: {error}", file=sys.stderr)
+        return 2
     results = {}
     for k, (name, s) in enumerate(zip("AB", sides)):
         r = spread(rates[k])

@@ -6,7 +6,6 @@ It also measures the speed of decoding, and draws NAME.png, a contact sheet of i
 from __future__ import annotations
 
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,7 +27,7 @@ class BetonInspector:
     that is damaged or does not match its data card."""
 
     def __init__(self, path: str | Path):
-        self.target = Target.of(path)
+        self.target = Target(Path(path))
         if not self.target.beton.is_file():
             raise ValueError(f"there is no file {path}")
         if not self.target.card.is_file():
@@ -134,10 +133,9 @@ def _decode_all(beton: BetonInspector, workers: int, progress: Progress) -> floa
     damaged: list[int] = []
     begin = time.perf_counter()
     with ThreadPoolExecutor(workers) as pool:
-        waiting = deque(pool.submit(decode, start) for start in range(0, beton.samples, CHUNK))
-        for chunk in range(len(waiting)):
-            damaged += waiting.popleft().result()
-            progress("images", min((chunk + 1) * CHUNK, beton.samples), beton.samples)
+        for chunk, rows in enumerate(pool.map(decode, range(0, beton.samples, CHUNK)), 1):
+            damaged += rows
+            progress("images", min(chunk * CHUNK, beton.samples), beton.samples)
     if damaged:
         raise ValueError(
             f"{beton.target.beton} is damaged: {len(damaged)} images do not decode, the first is row {damaged[0]}"

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from fastssl.files.datacard import DataCard
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         return _check(argv[1:]) if argv[:1] == ["check"] else _convert(argv)
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
     except (ValueError, OSError) as error:
         where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -130,10 +133,7 @@ def _count(text: str) -> int:
 
 
 def _convert(argv: list[str]) -> int:
-    try:
-        args = _parser().parse_args(argv)
-    except SystemExit as stop:  # --help
-        return int(stop.code or 0)
+    args = _parser().parse_args(argv)
     if args.quality > 100:
         raise ValueError(f"--quality {args.quality}: must be 1 to 100")
     if not args.short_side and (args.upscale or args.max_aspect is not None):
@@ -143,19 +143,12 @@ def _convert(argv: list[str]) -> int:
         )
     if args.max_aspect is not None and not args.max_aspect >= 1:
         raise ValueError(f"--max-aspect {args.max_aspect}: must be 1 or more")
-    target = Target.of(args.out)
+    target = Target(Path(args.out))
     check_target(target, args.force)  # now, because reading an archive can take minutes
     options = Options(args.short_side, args.upscale, args.max_pixels, args.max_aspect or 4.0, args.quality, args.mode)
     start = time.perf_counter()
-    source = open_source(
-        args.source,
-        args.path,
-        split=args.split,
-        root=args.root,
-        labels=args.labels,
-        label_columns=args.label_columns,
-        classes=args.classes,
-    )
+    given = {name: getattr(args, name) for name in SOURCE_OPTIONS}
+    source = open_source(args.source, args.path, **given)
     for note in source.notes:
         print(note)
     with progress_bar() as progress:
@@ -166,7 +159,7 @@ def _convert(argv: list[str]) -> int:
             workers=args.workers,
             max_bad=args.max_bad,
             force=args.force,
-            given={key: getattr(args, key) for key in SOURCE_OPTIONS},
+            given=given,
             progress=progress,
         )
     for line in summary(card, target, time.perf_counter() - start):
@@ -224,10 +217,7 @@ def _check(argv: list[str]) -> int:
     )
     parser.add_argument("path", metavar="NAME.beton")
     parser.add_argument("--workers", type=_workers, default=len(os.sched_getaffinity(0)), help="threads that decode")
-    try:
-        args = parser.parse_args(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    args = parser.parse_args(argv)
     with progress_bar() as progress:
         report = check(args.path, workers=args.workers, progress=progress)
     print(report)

@@ -79,7 +79,10 @@ def target_size(width: int, height: int, options: Options) -> tuple[int, int, bo
 def store(source: bytes | np.ndarray, options: Options) -> Stored:
     """`source`: encoded bytes in one of FORMATS, or uint8 pixels (H, W, 3).  Raises ValueError, and for damaged images
     what Pillow raises."""
-    image = Image.fromarray(source) if isinstance(source, np.ndarray) else _open(source)
+    if isinstance(source, np.ndarray):
+        image: Image.Image = Image.fromarray(source)
+    else:
+        image = Image.open(io.BytesIO(source), formats=_formats())
     rotation = orientation(image)
     width, height = image.size[::-1] if rotation >= 5 else image.size  # 5 to 8 exchange the sides
     new_width, new_height, bounded = target_size(width, height, options)
@@ -118,10 +121,6 @@ def store(source: bytes | np.ndarray, options: Options) -> Stored:
 def _formats() -> list[str]:
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]  # Pillow may be built without one
-
-
-def _open(source: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(source), formats=_formats())
 
 
 def _check_large(pixels: int, options: Options) -> None:

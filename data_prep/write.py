@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -36,10 +37,6 @@ class Target(NamedTuple):
     """The files of one conversion."""
 
     beton: Path
-
-    @classmethod
-    def of(cls, path: str | Path) -> Target:
-        return cls(Path(path))
 
     @property
     def card(self) -> Path:
@@ -70,7 +67,7 @@ def convert(
     `max_bad`: images that cannot be read and are left out.  `given`: further options to record in the card.
     ValueError or OSError: the conversion failed; an existing file is as it was, and nothing new is left but
     NAME.bad.txt if there are images that cannot be read."""
-    target = Target.of(out)
+    target = Target(Path(out))
     check_target(target, force)
     if source.count == 0:
         raise ValueError(f"{source.path} holds no image")
@@ -167,15 +164,9 @@ def _card(
     source: Source, beton: BetonWriter, counts: dict[str, int], digest: str, size: int, options: Options, given: dict
 ) -> DataCard:
     image = beton.image[: beton.samples]
-    recorded = {
-        **given,
-        "short_side": options.short_side,
-        "upscale": options.upscale,
-        "max_pixels": options.max_pixels,
-        "max_aspect": options.max_aspect if options.short_side else None,
-        "quality": options.quality,
-        "mode": options.mode,
-    }
+    recorded = {**given, **asdict(options)}
+    if not options.short_side:
+        recorded["max_aspect"] = None  # not used
     return DataCard(
         source=source.path,
         kind=source.kind,
