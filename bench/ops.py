@@ -152,10 +152,13 @@ def measured_ops(env: dict) -> set:
 
 def main() -> int:
     parser = parser_with_dry(__doc__)
-    parser.add_argument("ops", nargs="*", metavar="OP", choices=list(OPS), help=f"of {', '.join(OPS)}; default: all")
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; default: all")
     parser.add_argument("--json", action="store_true", help="print result lines instead of a table")
     parser.add_argument("--resume", action="store_true", help="skip ops with a result of this commit on this device")
     args = parser.parse_args()
+    unknown = set(args.ops) - set(OPS)
+    if unknown:
+        parser.error(f"unknown op {', '.join(sorted(unknown))}; choose from {', '.join(OPS)}")
     if not torch.cuda.is_available():
         print("bench/ops.py needs a CUDA device: nothing was measured.")
         return 2
