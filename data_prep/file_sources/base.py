@@ -11,10 +11,11 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 # What tarfile, zipfile and the decompressors raise on damaged input; RuntimeError for encrypted members.
 ARCHIVE_ERRORS = (
@@ -66,12 +67,24 @@ class FileRef:
             return file.read(info.st_size)
 
 
+@contextmanager
+def archive_errors(path: Path) -> Iterator[None]:
+    """Context manager: errors of a damaged archive are a ValueError that names it."""
+    try:
+        yield
+    except RefusedArchive:
+        raise
+    except ARCHIVE_ERRORS as error:
+        raise ValueError(f"cannot read the archive {path}: {error or type(error).__name__}") from error
+
+
 @dataclass
 class FileSource:
     path: Path
     names: list[str] = field(default_factory=list)
     hidden: int = 0  # files such as .DS_Store and __MACOSX/..., and links to files that are not in the archive
-    links: dict[str, str] = field(default_factory=dict)  # name of a link in an archive -> file that it links to
+    members: dict[str, Any] = field(default_factory=dict)  # of an archive: name of a file -> where it is
+    links: dict[str, str] = field(default_factory=dict)  # of an archive: name of a link -> file that it links to
     streams = False
     archive = True
 
@@ -97,17 +110,24 @@ class FileSource:
         self.names.append(name)
         return True
 
-    def _add_link(self, name: str, target: str) -> None:
-        if self._add(name):
-            self.links[name] = posixpath.normpath(target)
+    def _add_member(self, name: str, member: Any = None, link: str | None = None) -> None:
+        """`member`: where the file is in the archive; `link`: the target, if it is a link."""
+        if name in self.members or name in self.links:
+            raise RefusedArchive(f"{self.path} holds two members called {name!r}: unpack it and convert the folder")
+        if not self._add(name):
+            return
+        if link is None:
+            self.members[name] = member
+        else:
+            self.links[name] = posixpath.normpath(link)
 
-    def _resolve_links(self, files: Collection[str]) -> None:
-        """Keep the links to one of `files`, at their positions in `names`; the others count as hidden."""
+    def _resolve_links(self) -> None:
+        """Keep the links to a file of the archive, at their positions in `names`; the others count as hidden."""
         for name, target in self.links.items():
             for _ in range(MAX_LINKS):
                 target = self.links.get(target, target)
             self.links[name] = target
-        broken = {name for name, target in self.links.items() if target not in files}
+        broken = {name for name, target in self.links.items() if target not in self.members}
         self.names = [name for name in self.names if name not in broken]
         self.links = {name: target for name, target in self.links.items() if name not in broken}
         self.hidden += len(broken)

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from . import base
-from .base import ARCHIVE_ERRORS, FileSource, Ref, RefusedArchive, check_size, safe_name
+from .base import ARCHIVE_ERRORS, FileSource, Ref, RefusedArchive, archive_errors, check_size, safe_name
 
 MAX_HEADER = 1 << 16  # bytes of a long name or a pax header, which tarfile reads at once
 LONG_HEADERS = (
@@ -59,7 +59,6 @@ class _Member(tarfile.TarInfo):
 class Tar(FileSource):
     def __init__(self, path: Path):
         super().__init__(path)
-        self.slices: dict[str, tuple[int, int]] = {}  # offset and size of each file
         self.mode: Literal["r:", "r|*"] = "r:"
         size = path.stat().st_size
         if size == 0:
@@ -69,38 +68,30 @@ class Tar(FileSource):
         except ARCHIVE_ERRORS:
             self.mode, self.streams = "r|*", True
         for name, member, _ in self._members(set()):
-            if name in self.slices or name in self.links:
-                raise ValueError(f"{path} holds two members called {name!r}: unpack it and convert the folder")
             if member.islnk() or member.issym():
                 folder = PurePosixPath(name).parent if member.issym() else PurePosixPath()
-                self._add_link(name, str(folder / member.linkname.replace("\\", "/")))
+                self._add_member(name, link=str(folder / member.linkname.replace("\\", "/")))
                 continue
             if self.mode == "r:" and member.offset_data + member.size > size:
                 raise ValueError(f"{path} is cut off inside {name!r}: copy or download it again")
-            if self._add(name):
-                self.slices[name] = (member.offset_data, member.size)
-        self._resolve_links(self.slices)
+            self._add_member(name, (member.offset_data, member.size))
+        self._resolve_links()
 
     def _members(self, wanted: set[str]) -> Iterator[tuple[str, tarfile.TarInfo, bytes | SliceRef]]:
         """The name and header of each file and link, and the content of a wanted file (b"" otherwise)."""
-        try:
-            with tarfile.open(self.path, self.mode, tarinfo=_Member) as tar:
-                for member in tar:
-                    # TarFile keeps a list of all members, for ImageNet 1 GB of memory
-                    tar.members = []  # type: ignore[attr-defined]
-                    name = safe_name(self.path, member.name)
-                    if member.islnk() or member.issym():
-                        folder = PurePosixPath(member.name).parent if member.issym() else PurePosixPath()
-                        safe_name(self.path, member.name, target=str(folder / member.linkname))
-                        yield name, member, b""
-                    elif member.isreg() and not member.issparse():
-                        yield name, member, self._content(tar, member) if name in wanted else b""
-                    elif not member.isdir():
-                        raise RefusedArchive(f"{self.path}: member {name!r} is not an ordinary file")
-        except RefusedArchive:
-            raise
-        except ARCHIVE_ERRORS as error:
-            raise ValueError(f"cannot read the archive {self.path}: {error or type(error).__name__}") from error
+        with archive_errors(self.path), tarfile.open(self.path, self.mode, tarinfo=_Member) as tar:
+            for member in tar:
+                # TarFile keeps a list of all members, for ImageNet 1 GB of memory
+                tar.members = []  # type: ignore[attr-defined]
+                name = safe_name(self.path, member.name)
+                if member.islnk() or member.issym():
+                    folder = PurePosixPath(member.name).parent if member.issym() else PurePosixPath()
+                    safe_name(self.path, member.name, target=str(folder / member.linkname))
+                    yield name, member, b""
+                elif member.isreg() and not member.issparse():
+                    yield name, member, self._content(tar, member) if name in wanted else b""
+                elif not member.isdir():
+                    raise RefusedArchive(f"{self.path}: member {name!r} is not an ordinary file")
 
     def _content(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | SliceRef:
         if member.size > base.MAX_BYTES:
@@ -113,7 +104,7 @@ class Tar(FileSource):
         return data
 
     def ref(self, name: str) -> SliceRef:
-        return SliceRef(str(self.path), *self.slices[self.links.get(name, name)])
+        return SliceRef(str(self.path), *self.members[self.links.get(name, name)])
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes | Ref]]:
         if not self.streams:

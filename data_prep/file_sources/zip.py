@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from .base import ARCHIVE_ERRORS, FileSource, RefusedArchive, check_size, safe_name
+from .base import FileSource, RefusedArchive, archive_errors, check_size, safe_name
 
 MAX_LINK = 4096  # bytes of a link's target
 
@@ -46,14 +46,9 @@ def _open(path: str, pid: int) -> zipfile.ZipFile:
 class Zip(FileSource):
     def __init__(self, path: Path):
         super().__init__(path)
-        self.members: dict[str, str] = {}  # normalised name -> name in the archive
-        try:
+        with archive_errors(path):
             self._list(_open(str(path), os.getpid()))
-        except RefusedArchive:
-            raise
-        except ARCHIVE_ERRORS as error:
-            raise ValueError(f"cannot read the archive {path}: {error or type(error).__name__}") from error
-        self._resolve_links(self.members)
+        self._resolve_links()
 
     def _list(self, archive: zipfile.ZipFile) -> None:
         for member in archive.infolist():
@@ -66,14 +61,9 @@ class Zip(FileSource):
                 target = _read(archive, member.filename).decode("utf-8", "replace")
                 target = str(PurePosixPath(member.filename).parent / target)
                 safe_name(self.path, member.filename, target=target)
-                self._add_link(name, target)
+                self._add_member(name, link=target)
             elif not member.is_dir():
-                if name in self.members or name in self.links:
-                    raise RefusedArchive(
-                        f"{self.path} holds two members called {name!r}: unpack it and convert the folder"
-                    )
-                if self._add(name):
-                    self.members[name] = member.filename
+                self._add_member(name, member.filename)
 
     def ref(self, name: str) -> ZipRef:
         return ZipRef(str(self.path), self.members[self.links.get(name, name)])

@@ -114,18 +114,9 @@ def augment_op(
     return launch_all(Batch(pixels, sizes, index, seed, epoch, epoch_ptr), views_json, dtype)
 
 
-@augment_op.register_fake
-def _(
-    pixels: Tensor,
-    sizes: Tensor,
-    index: Tensor,
-    epoch_ptr: Tensor | None,
-    views_json: str,
-    seed: int,
-    epoch: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return _empty(pixels, views_json, dtype)
+augment_op.register_fake(
+    lambda pixels, sizes, index, epoch_ptr, views_json, seed, epoch, dtype: _empty(pixels, views_json, dtype)
+)
 
 
 def _empty(pixels: Tensor, views_json: str, dtype: torch.dtype) -> Tensor:

@@ -119,21 +119,5 @@ def update_centroids(out: Tensor, bank: Tensor, labels: Tensor) -> None:
     )
 
 
-@torch.library.custom_op("fastssl::update_bank", mutates_args=("bank",))
-def update_bank_(bank: Tensor, index: Tensor, rows: Tensor, momentum: float, found_inf: Tensor | None) -> None:
-    update_bank(bank, index, rows, momentum, found_inf)
-
-
-@torch.library.custom_op("fastssl::update_centroids", mutates_args=("out",))
-def update_centroids_(out: Tensor, bank: Tensor, labels: Tensor) -> None:
-    update_centroids(out, bank, labels)
-
-
-@update_bank_.register_fake
-def _(bank: Tensor, index: Tensor, rows: Tensor, momentum: float, found_inf: Tensor | None) -> None:
-    return None
-
-
-@update_centroids_.register_fake
-def _(out: Tensor, bank: Tensor, labels: Tensor) -> None:
-    return None
+update_bank_ = torch.library.custom_op("fastssl::update_bank", update_bank, mutates_args=("bank",))
+update_centroids_ = torch.library.custom_op("fastssl::update_centroids", update_centroids, mutates_args=("out",))

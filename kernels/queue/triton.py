@@ -69,11 +69,4 @@ def enqueue(queue: Tensor, pointer: Tensor, rows: Tensor, normalize: bool, found
     )
 
 
-@torch.library.custom_op("fastssl::enqueue", mutates_args=("queue", "pointer"))
-def enqueue_(queue: Tensor, pointer: Tensor, rows: Tensor, normalize: bool, found_inf: Tensor | None) -> None:
-    enqueue(queue, pointer, rows, normalize, found_inf)
-
-
-@enqueue_.register_fake
-def _(queue: Tensor, pointer: Tensor, rows: Tensor, normalize: bool, found_inf: Tensor | None) -> None:
-    return None
+enqueue_ = torch.library.custom_op("fastssl::enqueue", enqueue, mutates_args=("queue", "pointer"))
