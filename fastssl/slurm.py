@@ -43,12 +43,16 @@ SCRIPT = """\
 {options}
 
 cd -- {folder} || exit
+saved={marker}-"$SLURM_JOB_ID".saved # the run creates it when its first checkpoint is complete
 if [ "${{SLURM_RESTART_COUNT:-0}}" -eq 0 ]; then
-    arguments=({train})
-else # queued again
-    arguments=({again})
+    rm -f -- "$saved"
 fi
-srun {srun} {python} -m fastssl.train "${{arguments[@]}}"
+if [ -e "$saved" ]; then # queued again
+    arguments=({again})
+else
+    arguments=({train})
+fi
+srun {srun} env {variable}="$saved" {python} -m fastssl.train "${{arguments[@]}}"
 code=$?
 if [ "$code" -eq {requeue} ]; then # stopped by a signal, with a checkpoint
     scontrol requeue "$SLURM_JOB_ID"
@@ -104,7 +108,7 @@ def script(args: argparse.Namespace, train: list[str]) -> tuple[Path, str]:
     """(run folder, sbatch script) of a run with the arguments `train` of `fastssl train`.  ValueError for a value that
     sbatch or the config does not allow."""
     from fastssl import config
-    from fastssl.ending import REQUEUE, continue_command
+    from fastssl.ending import REQUEUE, SAVED, continue_command
     from fastssl.train import parse
 
     options = parse(train, "fastssl slurm")
@@ -116,6 +120,8 @@ def script(args: argparse.Namespace, train: list[str]) -> tuple[Path, str]:
         version=version("fastssl"),
         options="\n".join(f"#SBATCH --{line}" for line in sbatch_options(args, run.name, folder, options.device)),
         folder=shlex.quote(str(Path.cwd())),
+        marker=shlex.quote(f"{folder}/slurm"),
+        variable=SAVED,
         srun=shlex.join([*srun, f"--cpus-per-task={args.cpus_per_rank}"]),
         python=shlex.quote(sys.executable),
         train=shlex.join(train),

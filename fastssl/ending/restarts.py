@@ -23,7 +23,7 @@ from fastssl.ending.signals import HANDLED, INTERRUPTED, REQUEUE
 FINAL = (0, 2, REQUEUE, INTERRUPTED)
 PAUSE_S = 1.0  # before a restart
 PORT_STEP = 100  # between the ports of two starts, so that a second job can have the next port
-SAVED = "FASTSSL_SAVED"  # variable: a file that rank 0 creates when it has written a checkpoint
+SAVED = "FASTSSL_SAVED"  # variable: a file that rank 0 creates when it has written a checkpoint (also for slurm.py)
 LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # variables of deepspeed and torchrun
 
 
@@ -32,7 +32,7 @@ def supervise(command: Sequence[str], restarts: int) -> int:
 
     The signals HANDLED are passed on to the child.  After one no child is started; unless the child ends with a code in
     FINAL, the result is then REQUEUE (INTERRUPTED for Ctrl-C)."""
-    with tempfile.TemporaryDirectory(prefix="fastssl-") as folder, _Rank(Path(folder) / "saved") as rank:
+    with tempfile.TemporaryDirectory(prefix="fastssl-") as folder, _Rank(_marker(folder)) as rank:
         attempt = 0
         while True:
             code = rank.run(continue_command(command) if rank.saved.exists() else command, attempt)
@@ -46,6 +46,11 @@ def supervise(command: Sequence[str], restarts: int) -> int:
             if attempt == restarts:
                 return code
             attempt += 1
+
+
+def _marker(folder: str) -> Path:
+    """The file that rank 0 creates: that of the Slurm job, or one in `folder`."""
+    return Path(os.environ.get(SAVED) or Path(folder) / "saved")
 
 
 def mark_saved() -> None:

@@ -75,6 +75,13 @@ def test_until_there_is_a_checkpoint_of_this_run_a_restart_is_the_same_start(run
     assert lives[2].split()[2:] == [*re.findall("x=1", given), "y=2", "--continue"]
 
 
+def test_a_slurm_job_and_its_restarts_share_the_file_that_tells_of_a_checkpoint(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTSSL_SAVED", str(tmp_path / "slurm-7.saved"))
+    _, lives, _ = run("1,saved 1,0", 2)
+    assert [life.split()[2] for life in lives] == ["--force", "--force", "--continue"]
+    assert (tmp_path / "slurm-7.saved").exists()
+
+
 def test_a_complete_checkpoint_of_rank_0_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTSSL_SAVED", str(tmp_path / "saved"))
     log = SimpleNamespace(keep=1, keep_every=0)

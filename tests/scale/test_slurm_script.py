@@ -58,8 +58,8 @@ def options(script: str) -> dict[str, str]:
     return {name: value for name, _, value in (line.partition("=") for line in lines)}
 
 
-def dry_run(capsys, *args: str) -> str:
-    assert slurm.main(["my c.py", *args, "log.root=/runs", "--dry-run"]) == 0
+def dry_run(capsys, *args: str, root: str = "/runs") -> str:
+    assert slurm.main(["my c.py", *args, f"log.root={root}", "--dry-run"]) == 0
     return capsys.readouterr().out
 
 
@@ -100,19 +100,26 @@ def test_bash_passes_every_argument_on_and_queues_a_stopped_run_again(folder, ca
         "optim.milestones=(1,2)",
         "data.train=$(touch x)'\"`touch x`;\n#SBATCH --nodes=9",
     ]
-    script = dry_run(capsys, *overrides, "--force", "--device", "cpu")
+    script = dry_run(capsys, *overrides, "--force", "--device", "cpu", root=f"{folder.parent}/my runs")
     assert options(script.split("\n\n")[0])["nodes"] == "1"
     program(folder, "srun", code)
     program(folder, "scontrol")
     variables = {"PATH": f"{folder.parent}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    for restart, start in (("", ["--force"]), ("1", ["--continue"])):
+    saved = folder.parent / "my runs/a b/slurm-7.saved"
+    saved.parent.mkdir(parents=True)
+    # A node that fails before the first checkpoint: the same start, since --force may not have deleted everything yet
+    starts = (("", False, "--force"), ("1", False, "--force"), ("2", True, "--continue"), ("", True, "--force"))
+    for restart, has_saved, start in starts:
+        if has_saved:
+            saved.touch()
         env = os.environ | variables | ({"SLURM_RESTART_COUNT": restart} if restart else {})
         done = subprocess.run(["bash"], input=script, text=True, env=env, cwd="/", capture_output=True)
         assert done.returncode == code, done.stderr
         srun, *then = calls(folder)
         given = srun[srun.index("fastssl.train") + 1 :]
-        words = ["my c.py", *overrides, *start, "--device", "cpu", "log.root=/runs"]
+        words = ["my c.py", *overrides, start, "--device", "cpu", f"log.root={folder.parent}/my runs"]
         assert sorted(given) == sorted(words) and "--kill-on-bad-exit=0" in srun and sys.executable in srun
+        assert srun[srun.index("env") + 1] == f"FASTSSL_SAVED={saved}" and saved.exists() == (start == "--continue")
         assert then == ([["scontrol", "requeue", "7"]] if requeued else [])
     assert os.listdir(folder) == ["my c.py"]
 
@@ -128,7 +135,7 @@ def test_bash_passes_every_argument_on_and_queues_a_stopped_run_again(folder, ca
         [],
     ],
 )
-def test_a_job_that_is_queued_again_continues_however_it_was_started(folder, capsys, start):
+def test_a_job_that_is_queued_again_after_a_checkpoint_continues_however_it_was_started(folder, capsys, start):
     again = next(line for line in dry_run(capsys, *start).splitlines() if "--continue)" in line)
     assert again.strip() == "arguments=('my c.py' log.root=/runs --continue)"
 
