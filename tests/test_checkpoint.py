@@ -9,6 +9,8 @@ import pytest
 
 from fastssl import engine
 from fastssl.checkpoint import disk
+from fastssl.checkpoint.resume import find_checkpoint
+from fastssl.report.run_data import has_checkpoint
 
 
 def write(run, step, keep=3):
@@ -95,6 +97,44 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, c
     assert disk.newest(tmp_path).name == "step_00000001"
     (line,) = capsys.readouterr().out.splitlines()
     assert str(path) in line and problem in line
+
+
+def set_format(path, number):
+    manifest = json.loads((path / disk.MANIFEST).read_text())
+    (path / disk.MANIFEST).write_text(json.dumps(manifest | {"format": number}))
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_and_not_passed_over(tmp_path):
+    """An older one would be continued from, and the newer one deleted with the next checkpoint."""
+    run = SimpleNamespace(log=SimpleNamespace(root=tmp_path, name="r"), name="r")
+    write(tmp_path / "r", 1)
+    path = write(tmp_path / "r", 2)
+    set_format(path, 2)
+    for resume in (True, "auto", path, False):
+        with pytest.raises(
+            ValueError, match="step_00000002 has format 2, and this version of fastssl reads format 1: use"
+        ):
+            find_checkpoint(run, resume)
+    assert path.exists() and find_checkpoint(run, False, force=True) is None
+    notes = SimpleNamespace(folder=tmp_path / "r", notes=[])
+    assert not has_checkpoint(notes) and "has format 2" in notes.notes[0]
+
+
+def test_a_checkpoint_of_a_newer_format_counts_among_those_kept(tmp_path):
+    set_format(write(tmp_path, 2), 2)
+    write(tmp_path, 3)
+    write(tmp_path, 4, keep=2)
+    assert names(tmp_path) == [3, 4]
+    set_format(write(tmp_path, 5), 2)
+    write(tmp_path, 6, keep=2)
+    assert names(tmp_path) == [5, 6]
+
+
+@pytest.mark.parametrize("number", [None, 0, "1", 1.0, True, [1]])
+def test_a_manifest_without_a_format_is_damage(tmp_path, number):
+    path = write(tmp_path, 1)
+    set_format(path, number)
+    assert disk.damage(path) == "manifest.json is missing or unreadable"
 
 
 def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch, capsys):

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "manifest.json"
+FORMAT = 1  # of a checkpoint; raise it where a version before could not read or would misread what is written
+
+
+class NewerFormat(ValueError):
+    """A checkpoint that a later version has written: complete, but not to be read here."""
 
 
 def directory(run_dir: str | Path) -> Path:
@@ -65,7 +70,7 @@ def commit(
         entries = {
             str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in written
         }
-    files.write_json(temporary / MANIFEST, {"format": 1, "files": entries})
+    files.write_json(temporary / MANIFEST, {"format": FORMAT, "files": entries})
     path = temporary.with_suffix("")
     shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step, from before a resume
     _sync(temporary / MANIFEST)
@@ -95,8 +100,9 @@ def _delete_old(path: Path, keep: int, keep_interval: int, known: set[Path]) -> 
 
 
 def _is_complete(path: Path, known: set[Path]) -> bool:
-    if damage(path, read=path not in known) is not None:
-        return False
+    with contextlib.suppress(NewerFormat):
+        if damage(path, read=path not in known) is not None:
+            return False
     known.add(path)
     return True
 
@@ -110,7 +116,8 @@ def _sync(path: Path) -> None:
 
 
 def newest(run_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint; a line is printed for every damaged one that is newer."""
+    """The newest complete checkpoint; a line is printed for every damaged one that is newer.  NewerFormat, instead of
+    the one before, if it is of a newer format: to go on from an older one would discard it."""
     path, damaged = find_newest(run_dir)
     for line in damaged:
         print(line)
@@ -129,9 +136,12 @@ def find_newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
 
 
 def damage(path: Path, read: bool = True) -> str | None:
-    """What is wrong with a checkpoint folder, or None.  `read`: read the files, too, not their sizes only."""
+    """What is wrong with a checkpoint folder, or None.  `read`: read the files, too, not their sizes only.
+    NewerFormat if a later version has written it."""
     try:
         entries = _read_manifest(path / MANIFEST)
+    except NewerFormat:
+        raise
     except ValueError:
         return f"{MANIFEST} is missing or unreadable"
     for name, entry in entries.items():
@@ -149,10 +159,19 @@ def damage(path: Path, read: bool = True) -> str | None:
 
 
 def _read_manifest(manifest: Path) -> dict[str, dict]:
-    """The files of a manifest with their "bytes" and "sha256".  ValueError for anything else, and for files outside the
-    checkpoint."""
+    """The files of a manifest with their "bytes" and "sha256".  NewerFormat for one of a later version, ValueError for
+    anything else, and for files outside the checkpoint."""
     value = untrusted.read_json(manifest)
-    entries = value.get("files") if isinstance(value, dict) else None
+    found = value.get("format") if isinstance(value, dict) else None
+    if type(found) is not int or found < 1:
+        raise ValueError(f"{manifest} has no format")
+    if found > FORMAT:
+        raise NewerFormat(
+            f"checkpoint {manifest.parent} has format {found}, and this version of fastssl reads format {FORMAT}: use "
+            "the version that wrote it (environment.json in the run folder names it), or name an older "
+            "checkpoint"
+        )
+    entries = value.get("files")
     if not isinstance(entries, dict) or not entries:
         raise ValueError(f"{manifest} lists no files")
     for name, entry in entries.items():

@@ -193,8 +193,9 @@ class Writer:
             error = error.strerror if isinstance(error, OSError) and error.strerror else untrusted.one_line(error)
         try:
             last, _ = disk.find_newest(folder.parent.parent)
-        except OSError as unreadable:
-            return f"{folder.parent}: {error}; its checkpoints cannot be read: {unreadable.strerror}"
+        except (OSError, disk.NewerFormat) as unreadable:
+            why = unreadable.strerror if isinstance(unreadable, OSError) else unreadable
+            return f"{folder.parent}: {error}; its checkpoints cannot be read: {why}"
         return f"{folder.parent}: {error}; the newest complete checkpoint is {last.name if last else 'none'}"
 
 

@@ -140,7 +140,10 @@ def is_evaluation(value: Any) -> TypeGuard[dict]:
 
 
 def has_checkpoint(run: RunData) -> bool:
-    path, damaged = disk.find_newest(run.folder)
+    try:
+        path, damaged = disk.find_newest(run.folder)
+    except disk.NewerFormat as error:
+        path, damaged = None, [str(error)]
     run.notes += damaged
     return path is not None
 
