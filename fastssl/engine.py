@@ -210,6 +210,7 @@ def batches(
                 yield t.epoch, _next_micro_batches(t, source)
             last = _next_micro_batches(t, source)
         yield t.epoch, last  # after the loader is closed: at the end of an epoch hooks may read its file
+        del last  # its memory is used again
         position += count
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl import dist, launcher
+from fastssl import dist, host_memory, launcher
 from fastssl.files.datacard import DataCard
 from fastssl.sampler import MicroBatch, Sampler
 
@@ -93,14 +93,17 @@ class Loader:
         return self.sampler.steps(self.batch, self.samples)
 
     def _check_memory(self) -> None:
-        """ValueError if the buffers of the micro-batches do not fit into memory: one on CPU, two pinned ones on CUDA,
-        with as much space for every image as for the largest one."""
+        """ValueError if the buffers of the micro-batches do not fit into memory, with as much space for every image as
+        for the largest one.  On CUDA two pinned ones, for which PyTorch takes the next power of 2; on CPU those of the
+        step that is made and of the next one, and those decoded in advance."""
         images, pixels, _ = self._buffer_shape
-        need, free = images * pixels * 3, free_memory(torch.device("cpu"))
-        if need * (2 if self.device.type == "cuda" else 1) > free:
+        one, free = images * pixels * 3, free_memory(torch.device("cpu"))
+        cuda = self.device.type == "cuda"
+        count, each = (2, 1 << (one - 1).bit_length()) if cuda else (2 * self.sampler.micro + AHEAD, one)
+        if count * each > free:
             raise ValueError(
-                f"{self.path}: the largest image ({pixels / 1e6:.0f} megapixels) needs {need / 2**30:.1f} "
-                f"GiB for batches of {images} and {free / 2**30:.1f} GiB are free: convert with "
+                f"{self.path}: the largest image ({pixels / 1e6:.0f} megapixels) needs {count * each / 2**30:.1f} "
+                f"GiB for {count} micro-batches of {images} and {free / 2**30:.1f} GiB are free: convert with "
                 "--max-pixels or --short-side, or set a smaller speed.micro_batch"
             )
 
@@ -284,9 +287,8 @@ def cores() -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free; the memory of a host is divided by the ranks on it."""
+    """Bytes that are free, within the limits of control groups; those of a host are divided by the ranks on it."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch's allocator
         return torch.cuda.mem_get_info(device)[0] + cached
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024 // dist.local_world()
+    return host_memory.free_bytes() // dist.local_world()

@@ -300,7 +300,7 @@ def test_in_file_order_in_batches_of_another_size(beton, resident, passes):
 
 
 def test_resident_warns_if_the_images_do_not_fit(beton, monkeypatch):
-    monkeypatch.setattr(fastssl.loader, "free_memory", lambda device: 500_000)
+    monkeypatch.setattr(fastssl.loader, "free_memory", lambda device: 600_000)
     with pytest.warns(UserWarning, match=r"resident: .*photos.beton needs 0.00 GiB .*decoded in each epoch instead"):
         loader = open_loader(beton, resident=True)
     assert len(list(loader.epoch(0))) == 6
@@ -344,7 +344,7 @@ def test_a_batch_that_cannot_fit_names_the_largest_image_and_the_options(beton, 
     monkeypatch.setattr("fastssl.loader.free_memory", lambda device: 1000)
     with pytest.raises(
         ValueError,
-        match=r"the largest image \(.* megapixels\) needs .* GiB for batches of 16 .*"
+        match=r"the largest image \(.* megapixels\) needs .* GiB for 4 micro-batches of 16 .*"
         "--max-pixels or --short-side",
     ):
         open_loader(beton)
