@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -22,11 +21,10 @@ import torch
 import torch.distributed as td
 from torch import Tensor, nn
 
-from fastssl import launcher
+from fastssl import launcher, rendezvous
 
 # What one rank does while the others wait (scikit-learn's SVMs, faiss, t-SNE) may take more than NCCL's ten minutes.
 TIMEOUT = timedelta(hours=2)
-START = timedelta(minutes=10)  # until all ranks have connected: nodes do not start at the same moment
 
 
 def init(device: str | None = None) -> torch.device:
@@ -54,46 +52,18 @@ def init(device: str | None = None) -> torch.device:
         for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}.items():
             os.environ.setdefault(name, str(value))
         if "MASTER_PORT" not in os.environ:
-            os.environ["MASTER_PORT"] = str(_free_port())
+            os.environ["MASTER_PORT"] = str(rendezvous.free_port())
+        store = td.PrefixStore("default_pg", rendezvous.connect())
+        store.set_timeout(TIMEOUT)
         td.init_process_group(
             "nccl" if cuda else "gloo",
-            store=_store(),
+            store=store,
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
             device_id=torch.device("cuda", local) if cuda else None,
             timeout=TIMEOUT,
         )
     return torch.device("cuda", local) if cuda else torch.device("cpu")
-
-
-def _store() -> td.Store:
-    """The store at MASTER_ADDR:MASTER_PORT, by which the ranks find each other.  ValueError where the port is in use by
-    another job, or not all ranks connect within START."""
-    rank, where = os.environ["RANK"], f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    remedy = (
-        "choose one by deepspeed --master_port N "
-        "(torchrun: --standalone, or --master_port N; srun and mpirun: MASTER_PORT=N)"
-    )
-    try:
-        store, *_ = next(td.rendezvous("env://", timeout=START))
-    except td.DistError as error:
-        if "EADDRINUSE" in str(error):
-            raise ValueError(f"port {where} is in use by another job on this machine: {remedy}") from None
-        raise ValueError(f"rank {rank} does not reach rank 0 at {where}: {error}") from None
-    store.set_timeout(TIMEOUT)
-    # Rank 0 of a second job at the same port fails; its other ranks would join the first job.
-    me = f"process {os.getpid()} on {socket.gethostname()}"
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun has checked the job's name
-        first = store.compare_set(f"fastssl/rank/{rank}", "", me).decode()
-        if first != me:
-            raise ValueError(f"port {where} is in use by another job, whose rank {rank} is {first}: {remedy}")
-    return td.PrefixStore("default_pg", store)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def shutdown() -> None:

@@ -118,9 +118,9 @@ def guarded(work: Callable[[], None]) -> int:
         lost = watch.lost(error)
         code = _fail(lost, 1) if lost else _fail(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
     finally:
-        watch.stop()
         if code in (0, ending.REQUEUE, ending.INTERRUPTED):
             dist.barrier()  # no rank may look for another's failure after this
+        watch.stop()
         dist.shutdown()
     return code
 

@@ -7,11 +7,11 @@ import sys
 RANK = """
 import os, sys
 import torch, torch.distributed as td
-from fastssl import dist
+from fastssl import dist, rendezvous
 
 codes = []
 for _ in range(4):
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(dist._free_port()))
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(rendezvous.free_port()))
     child = os.fork()
     if not child:
         sys.setswitchinterval(1000)  # a thread that needs the interpreter gets it when this one sleeps

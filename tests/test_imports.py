@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("kernels", "data_prep", "configs")  # imported as fastssl.kernels, ...
 # A package (kernels, data_prep, eval) is one word; inside it modules may import each other.
 LAYERS = """
-    parsing files launcher
+    parsing files launcher host_memory
     kernels data_prep
-    config
+    config rendezvous
     dist
     decode sampler sharded_table
     zero

@@ -14,17 +14,17 @@ FAILED = "fastssl/failed"  # key in the process group's store: "code rank reason
 _noticed = False  # whether this rank has seen that another one has failed
 
 
-def report_failure(reason: str, code: int) -> tuple[bool, int]:
-    """Tell the other ranks that this one ends with exit code `code`.  Returns whether this rank prints its reason, and
-    the exit code of the first rank to record its failure.
+def report_failure(reason: str, code: int, store: td.Store | None = None) -> tuple[bool, int]:
+    """Tell the other ranks, by the process group's store or another connection to it, that this one ends with exit code
+    `code`.  Returns whether this rank prints its reason, and the exit code of the first rank to record its failure.
 
     Who prints: normally the first rank to record its failure; before the process group exists, local rank 0 of each
-    node; if the store ended with rank 0, rank 1, unless it already knows of another failure."""
+    node; without the store those of `prints_alone`."""
     if not td.is_initialized():
-        return int(os.environ.get("LOCAL_RANK", 0)) == 0, code
+        return _local_rank() == 0, code
     if dist.world() == 1:
         return True, code
-    store, mine = td.distributed_c10d._get_default_store(), f"{code} {dist.rank()} {reason}"
+    store, mine = store or td.distributed_c10d._get_default_store(), f"{code} {dist.rank()} {reason}"
     try:
         store.set_timeout(timedelta(seconds=5))
         recorded = store.compare_set(FAILED, "", mine).decode()
@@ -36,7 +36,17 @@ def report_failure(reason: str, code: int) -> tuple[bool, int]:
             seen = store.add(FAILED + "/seen", 0)
         return first, int(recorded.split()[0])
     except RuntimeError:
-        return dist.rank() == 1 and not _noticed, code
+        return prints_alone(), code
+
+
+def prints_alone() -> bool:
+    """Whether this rank prints its reason although it cannot ask the others, since the store is lost with rank 0: one
+    rank on each node, unless it already knows of another failure."""
+    return (dist.rank() == 1 or (_local_rank() == 0 and not dist.is_main())) and not _noticed
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def failed_code(store: td.Store) -> int:

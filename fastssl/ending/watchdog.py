@@ -27,13 +27,15 @@ from typing import Any
 import torch.distributed as td
 
 from fastssl import dist
-from fastssl.ending.failure import failed_code, report_failure
+from fastssl.ending.failure import failed_code, prints_alone, report_failure
 from fastssl.ending.restarts import LAUNCHERS
 from fastssl.ending.signals import Signals
 
 CHECKPOINT_S = 120.0  # for a last checkpoint of ranks whose launcher has gone
 BEAT_S = 2.0  # seconds between two heartbeats of a rank
-SILENT_S = 120.0  # seconds without a heartbeat until a rank counts as lost; long, since a heartbeat needs the GIL
+# Seconds without a heartbeat until a rank counts as lost, and without an answer from the store until rank 0 does: long,
+# since a heartbeat needs the GIL, and so that a short failure of the network ends no run
+SILENT_S = 120.0
 STORE_S = 30.0  # seconds of errors from the store until rank 0, which hosts it, counts as lost
 # Substrings of errors from collectives that have lost a peer.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out")
@@ -81,8 +83,10 @@ class Watchdog:
         self._store: td.Store | None = None  # a connection of its own: the main thread may wait in the other one
         self._beats, self._written = 0, 0.0
         self._answered = 0.0  # when the store last answered; 0: not asked yet
+        self._rounds = 0  # of `_run`, which stands still while the store does not answer
         self._seen: dict[int, tuple[bytes, float]] = {}  # by rank: the last heartbeat and when it arrived
-        threading.Thread(target=self._run, name="fastssl-watchdog", daemon=True).start()
+        for run in (self._run, self._watch_store):
+            threading.Thread(target=run, name="fastssl-watchdog", daemon=True).start()
 
     def stop(self) -> None:
         self._end.set()
@@ -104,16 +108,32 @@ class Watchdog:
     def _run(self) -> None:
         launched = any(name in os.environ for name in (*LAUNCHERS, "FASTSSL_RESTARTS"))
         while not self._end.wait(1.0):
+            self._rounds += 1
             if launched and os.getppid() != self._parent:
                 print("fastssl: the launcher has gone", file=sys.stderr, flush=True)
                 os.kill(os.getpid(), signal.SIGTERM)
                 self._exit(CHECKPOINT_S, 1)
             reason = self._check()
             if reason is not None and not self._end.is_set():
-                first, code = report_failure(reason, 1)
+                first, code = report_failure(reason, 1, self._store)
                 if first:
                     print(f"fastssl: {reason}", file=sys.stderr, flush=True)
                 self._exit(0.0, code)
+
+    def _watch_store(self) -> None:
+        """In a thread of its own: a call of the store does not return if rank 0's node or the network has failed
+        without closing the connection."""
+        rounds, seconds = 0, 0
+        while not self._end.wait(1.0):
+            seconds = (
+                seconds + 1 if self._rounds == rounds else 0
+            )  # counted: no time passes while the process is stopped
+            rounds = self._rounds
+            if seconds > SILENT_S:
+                if prints_alone():
+                    how = f"the store of the ranks, which it hosts, has not answered for {SILENT_S:.0f} s"
+                    print(f"fastssl: {_ended(0, self._seen.get(0, (None,))[0], how)}", file=sys.stderr, flush=True)
+                self._exit(0.0, 1)
 
     def _check(self) -> str | None:
         """Why the run cannot go on, or None."""

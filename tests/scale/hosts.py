@@ -98,6 +98,10 @@ class Host:
     def call(self, *command: str) -> str:
         return call(*self.command(*command))
 
+    def set_link(self, state: str) -> None:
+        """`state`: "down" as if the cable were pulled (what is sent is lost, and no connection is closed), or "up"."""
+        call(*f"ip -n {self.namespace} link set eth0 {state}".split())
+
     def popen(self, *command: str, cwd: Path, **variables: str) -> subprocess.Popen:
         return subprocess.Popen(
             self.command(*command),

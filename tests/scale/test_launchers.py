@@ -1,8 +1,10 @@
 """Two hosts with one rank each give the losses and the weights of one host with two ranks, by every launcher."""
 
 import json
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import hosts as network
@@ -16,15 +18,17 @@ DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 STEPS = 12
 CONFIG = """
-import os, select, signal
+import os, select, signal, time
 from pathlib import Path
 from fastssl import views
+from fastssl.ending import watchdog
 from fastssl.config import Backbone, Data, Log, Optim, Run, Speed
 from fastssl.hooks import Hook
 from fastssl.methods import moco
 
 class Hold(Hook):
-    '''The first start of a job with HOLD in its environment waits after step 5 for a signal.'''
+    '''The first start of a job with HOLD in its environment waits after step 5 for a signal, and that of a run
+    cut... is slow from there on, until its network is cut.'''
 
     def after_step(self, t, out, batch):
         if "HOLD" in os.environ and "SLURM_RESTART_COUNT" not in os.environ and t.step == 5:
@@ -33,6 +37,10 @@ class Hold(Hook):
             signal.set_wakeup_fd(sent)
             Path(os.environ["HOLD"]).touch()
             select.select([received], [], [], 400)
+        if t.run.name.startswith("cut") and os.environ.get("FASTSSL_RESTARTS", "0") == "0" and t.step >= 5:
+            watchdog.SILENT_S = float(os.environ.get("SILENT_S", watchdog.SILENT_S))
+            Path(f"{{t.run.name}}-{{os.environ['RANK']}}").touch()
+            time.sleep(3)
 
 def get_config():
     return Run(method=moco.Config(dims=(16,), queue=40, momentum=0.9), seed=1, deterministic=True,
@@ -174,6 +182,65 @@ def test_a_port_in_use_ends_the_job_on_both_hosts(hosts, folder):
         f"fastssl: port {first.address}:29503 is in use by another job, whose rank 1 is process 1 on node9" in printed
     )
     assert not (folder / "work_dirs/taken").exists()
+
+
+def wait_until(condition, seconds: float, started: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline and all(process.poll() is None for process in started)
+        time.sleep(0.1)
+
+
+def test_a_host_that_vanishes_ends_both_ranks_which_continue_when_it_is_back(network_of_two, folder, one_node):
+    """Its network is cut: nothing that is sent arrives, and no connection is closed."""
+    hosts, logs = network_of_two.hosts, [folder / f"cut{rank}.log" for rank in (0, 1)]
+    env = network.environment() | {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "29509", "SILENT_S": "8"}
+    command = [sys.executable, TRAIN, "c.py", "name=cut", "--restarts", "1"]
+    started = []
+    try:
+        for rank, (host, log) in enumerate(zip(hosts, logs)):
+            variables = env | {"RANK": str(rank), "MASTER_ADDR": hosts[0].address}
+            with log.open("w") as out:
+                started.append(
+                    subprocess.Popen(host.command(*command), cwd=folder, env=variables, stdout=out, stderr=out)
+                )
+        wait_until(lambda: all((folder / f"cut-{rank}").exists() for rank in (0, 1)), 300, started)
+        hosts[1].set_link("down")
+        wait_until(lambda: all("is lost" in log.read_text() for log in logs), 60, started)
+        hosts[1].set_link("up")
+        assert [process.wait(300) for process in started] == [0, 0], "".join(log.read_text() for log in logs)
+    finally:
+        hosts[1].set_link("up")
+        for process in started:
+            process.kill()
+    first, second = (log.read_text() for log in logs)
+    assert re.search(r"^fastssl: rank 1 is lost on node2 after step \d: no heartbeat for 8 s; ", first, re.M)
+    how = "the store of the ranks, which it hosts, has not answered for 8 s; "
+    assert re.search(rf"^fastssl: rank 0 is lost on node1 after step \d: {how}", second, re.M)
+    assert re.search("^continuing work_dirs/cut/checkpoints/step_0000000[4-6]$", first, re.M)
+    assert_equal(result(folder, "cut"), one_node)
+
+
+@pytest.mark.full
+def test_deepspeed_ends_when_a_host_vanishes(hosts, folder, one_node):
+    """With the time limits as they are; pdsh waits for the lost host until ssh gives it up."""
+    command = hosts[0].command(*DEEPSPEED, "--hostfile", "hosts", TRAIN, "c.py", "name=cut-pdsh", "--continue")
+    variables = {"PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=15"}
+    with (folder / "cut-pdsh.log").open("w") as out:
+        process = subprocess.Popen(command, cwd=folder, env=network.environment() | variables, stdout=out, stderr=out)
+    try:
+        wait_until(lambda: all((folder / f"cut-pdsh-{rank}").exists() for rank in (0, 1)), 300, [process])
+        hosts[1].set_link("down")
+        began = time.monotonic()
+        assert process.wait(300) != 0
+        assert time.monotonic() - began < 240
+    finally:
+        hosts[1].set_link("up")
+        process.kill()
+    lost = "fastssl: rank 1 is lost on node2 after step"
+    assert lost in (folder / "cut-pdsh.log").read_text()
+    launch(folder, command)
+    assert_equal(result(folder, "cut-pdsh"), one_node)
 
 
 def submit(slurm: slurm_cluster.Slurm, folder: Path, name: str, *options: str, hold: bool = True) -> str:
