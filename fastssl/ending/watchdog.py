@@ -123,16 +123,15 @@ class Watchdog:
     def _watch_store(self) -> None:
         """In a thread of its own: a call of the store does not return if rank 0's node or the network has failed
         without closing the connection."""
-        rounds, seconds = 0, 0
+        rounds, seconds = 0, 0  # counted, since no time passes while the process is stopped
         while not self._end.wait(1.0):
-            seconds = (
-                seconds + 1 if self._rounds == rounds else 0
-            )  # counted: no time passes while the process is stopped
+            seconds = seconds + 1 if self._rounds == rounds else 0
             rounds = self._rounds
             if seconds > SILENT_S:
                 if prints_alone():
                     how = f"the store of the ranks, which it hosts, has not answered for {SILENT_S:.0f} s"
-                    print(f"fastssl: {_ended(0, self._seen.get(0, (None,))[0], how)}", file=sys.stderr, flush=True)
+                    message = _lost_message(0, self._seen.get(0, (None,))[0], how)
+                    print(f"fastssl: {message}", file=sys.stderr, flush=True)
                 self._exit(0.0, 1)
 
     def _check(self) -> str | None:
