@@ -62,7 +62,7 @@ def test_initialisation_is_torchvisions(zero_init_residual):
 @pytest.mark.parametrize("name", ["resnet10", "resnet18", "resnet50"])
 @pytest.mark.parametrize("stem, first", [("imagenet", 16), ("cifar", 32), ("cifar_pad2", 34)])
 @pytest.mark.parametrize("width", [16, 64])
-def test_stages(name, stem, first, width):
+def test_forward_stages_gives_five_maps_of_the_declared_channels(name, stem, first, width):
     net = build(name, stem=stem, width=width).eval()
     x = torch.randn(1, 3, 32, 32)
     maps = net.forward_stages(x)
@@ -84,7 +84,7 @@ def test_group_norm_does_not_mix_samples():
     torch.testing.assert_close(net(x)[:1], net(x[:1]))
 
 
-def test_in_channels():
+def test_in_channels_sets_the_channels_of_the_input():
     assert build("resnet10", in_channels=1, width=8)(torch.randn(2, 1, 16, 16)).shape == (2, 64)
 
 
@@ -126,13 +126,13 @@ def test_frozen_batch_norm_is_that_of_the_checkpoint(tmp_path):
         ({"name": "vit_tiny_patch16_224", "stem": "cifar"}, "backbone.stem='cifar' does not apply"),
     ],
 )
-def test_bad_specifications_say_so(options, text):
+def test_wrong_settings_of_a_backbone_raise(options, text):
     with pytest.raises(ValueError, match=text):
         build(**options)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto", "timm/resnet18", "mobilenetv3_small_050"])
-def test_timm(name):
+def test_timm_models_give_features_of_dim(name):
     import timm
 
     net = build(name).eval()
@@ -155,7 +155,7 @@ CONVS = [
 
 @pytest.mark.parametrize("options", CONVS, ids=lambda o: f"{o['kernel_size']}x{o.get('groups', 1)}")
 @pytest.mark.parametrize("dtype", [torch.double, torch.float])
-def test_ohwi_equals_plain(options, dtype):
+def test_channels_last_convolution_equals_nn_conv2d(options, dtype):
     torch.manual_seed(0)
     plain = nn.Conv2d(**options).to(dtype)
     ours = backbones.channels_last_(copy.deepcopy(plain))
@@ -174,7 +174,7 @@ def test_ohwi_equals_plain(options, dtype):
         torch.testing.assert_close(ours.bias.grad, plain.bias.grad, **near)
 
 
-def test_ohwi_state_dict_is_the_ordinary_one():
+def test_channels_last_convolution_has_the_usual_state_dict():
     plain = build("resnet18", width=8, stem="cifar")
     ours = backbones.channels_last_(copy.deepcopy(plain))
     assert [k for k, _ in ours.named_parameters()] == [k for k, _ in plain.named_parameters()]
@@ -202,7 +202,7 @@ def _scramble(module):
         p.data.normal_()
 
 
-def test_ohwi_keeps_parameters_and_copies():
+def test_channels_last_conversion_keeps_parameter_objects():
     net = build("resnet10", width=8)
     before = list(net.parameters())
     assert backbones.channels_last_(net) is net and all(a is b for a, b in zip(net.parameters(), before))
@@ -216,14 +216,14 @@ def test_ohwi_keeps_parameters_and_copies():
     assert net.conv1.weight.abs().sum() > 0
 
 
-def test_ohwi_output_is_channels_last():
+def test_channels_last_convolution_gives_channels_last_output():
     net = backbones.channels_last_(build("resnet10", width=16, stem="cifar"))
     x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     for m in net.forward_stages(x):
         assert m.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_sobel_sees_gradients_and_no_colour():
+def test_sobel_filters_give_gradients_of_the_gray_image():
     net = backbones.build(Backbone("resnet10", width=8, sobel=True))
     assert net.conv1.in_channels == 2 and not any("sobel" in key for key in net.state_dict())
     ramp = torch.arange(6.0).expand(1, 3, 6, 6)  # rises by 1 per column
@@ -237,7 +237,7 @@ def test_sobel_sees_gradients_and_no_colour():
 VIT = "vit_tiny_patch16_224"
 
 
-def test_options_reach_timm():
+def test_options_are_passed_to_timm():
     net = build(VIT, options={"num_heads": 12, "drop_path_rate": 0.2, "reg_tokens": 4, "img_size": 64})
     block = net.body.blocks[-1]
     assert block.attn.num_heads == 12 and block.drop_path1.drop_prob == pytest.approx(0.2)
@@ -261,6 +261,6 @@ def test_options_reach_timm():
         ("resnet18", {"drop_path_rate": 0.1}, "set backbone.name='timm/resnet18'"),
     ],
 )
-def test_bad_options_say_so(name, options, text):
+def test_wrong_timm_options_raise(name, options, text):
     with pytest.raises(ValueError, match=text):
         build(name, options=options)

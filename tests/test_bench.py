@@ -20,7 +20,7 @@ def bench(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "bench")
 
 
-def test_verdict_needs_blocks_that_do_not_overlap(bench):
+def test_a_difference_counts_only_if_the_blocks_do_not_overlap(bench):
     from compare import verdict
 
     assert "B is faster" in verdict([10, 11, 12, 11], [12.1, 13, 14, 13])

@@ -110,7 +110,7 @@ def test_automatic_settings_are_given_with_their_reason():
     assert "kernels=reference (no CUDA device), graph=off (it needs a CUDA device)" in bottleneck.automatic_settings(t)
 
 
-def test_a_run_reports_both(tmp_path, capsys):
+def test_a_run_reports_its_bottleneck_and_automatic_settings(tmp_path, capsys):
     dist.init()
     run = cases.run("supervised", steps=22)
     run.log.root, run.optim.epochs, run.speed.workers = str(tmp_path), 6, None

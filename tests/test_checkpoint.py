@@ -21,7 +21,7 @@ def write(run, step, keep=3):
     return disk.commit(folder, keep)
 
 
-def test_the_newest_are_kept_and_found(tmp_path):
+def test_the_newest_checkpoints_are_kept_and_found(tmp_path):
     for step in (5, 10, 20, 100):
         write(tmp_path, step)
     assert sorted(p.name for p in disk.directory(tmp_path).iterdir()) == [
@@ -70,7 +70,7 @@ def test_damaged_checkpoints_do_not_count_among_those_kept(tmp_path, change):
     assert names(tmp_path) == [400, 500]
 
 
-def test_what_was_found_complete_is_not_read_again(tmp_path, monkeypatch):
+def test_a_checkpoint_found_complete_is_not_read_again(tmp_path, monkeypatch):
     known, read = set(), []
     monkeypatch.setattr(disk.files, "sha256", lambda path: read.append(path) or "")
     for step in (1, 2, 3):
@@ -137,7 +137,7 @@ def test_a_manifest_without_a_format_is_damage(tmp_path, number):
     assert disk.damage(path) == "manifest.json is missing or unreadable"
 
 
-def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch, capsys):
+def test_an_unreadable_file_makes_a_checkpoint_damaged(tmp_path, monkeypatch, capsys):
     write(tmp_path, 1)
     path, sha256 = write(tmp_path, 2), disk.files.sha256
 

@@ -117,7 +117,7 @@ def test_a_pickle_that_would_run_code_is_refused(folder, monkeypatch, zero, name
     ],
 )
 @pytest.mark.parametrize("zero", [0, 1])
-def test_contents_of_another_kind_are_one_line(folder, zero, name, content):
+def test_wrong_contents_of_state_pt_give_a_one_line_error(folder, zero, name, content):
     """`content`: all of the file, tensors in the place of those in it (none at all: {}), or None: no file."""
     path = folder / f"zero{zero}" / "checkpoints" / "step_00000002"
     if name == "state.pt":

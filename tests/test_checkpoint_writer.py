@@ -72,7 +72,7 @@ def wait_for_the_one_before(w, t):
 
 
 @pytest.mark.parametrize("wait", [wait_at_the_end, wait_for_the_one_before, lambda w, t: fail()])
-def test_waiting_for_a_slow_disk_is_progress(make, idle, wait):
+def test_waiting_for_a_slow_disk_counts_as_progress(make, idle, wait):
     made = make()
     try:
         with ending.progress.watched(LIMIT_S), made:
@@ -83,7 +83,7 @@ def test_waiting_for_a_slow_disk_is_progress(make, idle, wait):
     assert max(idle) < LIMIT_S and disk.newest(made._t.folder)
 
 
-def test_waiting_for_a_thread_that_hangs_is_not(make, idle, monkeypatch):
+def test_waiting_for_a_hanging_thread_does_not_count_as_progress(make, idle, monkeypatch):
     monkeypatch.setattr(writer, "FILE_S", 0.2)
     with ending.progress.watched(LIMIT_S), make() as made:
         made.save()
@@ -91,7 +91,7 @@ def test_waiting_for_a_thread_that_hangs_is_not(make, idle, monkeypatch):
     assert max(idle) > LIMIT_S
 
 
-def test_after_an_error_the_end_does_not_wait_for_a_thread_that_hangs(make, idle, monkeypatch):
+def test_after_an_error_the_run_does_not_wait_for_a_hanging_thread(make, idle, monkeypatch):
     monkeypatch.setattr(writer, "FILE_S", 0.2)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="training fails"), make() as made:
@@ -111,7 +111,7 @@ def report(w, beats=0):
     w._connection.set("fastssl/checkpoint/token/1", json.dumps({"files": {"rank_1": entry}}))
 
 
-def test_rank_0_waits_for_a_rank_that_gives_signs_of_life(make):
+def test_rank_0_waits_for_a_rank_that_sends_heartbeats(make):
     with make(world=2) as made:
         made.save()
         other = threading.Thread(target=report, args=(made, 30))  # longer than SILENT_S
@@ -134,7 +134,7 @@ def test_rank_0_does_not_wait_for_a_silent_rank_nor_return_the_checkpoint_before
     assert [p.name for p in disk.directory(made._t.folder).iterdir()] == ["step_00000001"]
 
 
-def test_what_was_left_unfinished_after_an_error_is_named(make, capsys, monkeypatch):
+def test_the_error_of_an_unfinished_checkpoint_is_printed(make, capsys, monkeypatch):
     monkeypatch.setattr(writer, "SILENT_S", 60.0)
     with pytest.raises(RuntimeError, match="training fails"), make(world=2) as made:
         made.save()
@@ -165,7 +165,7 @@ def test_a_store_that_fails_ends_the_run_with_its_error(make):
             made.finish()
 
 
-def test_another_rank_gives_signs_of_life_and_notices_a_store_that_fails(make, idle):
+def test_another_rank_sends_heartbeats_and_notices_a_store_that_fails(make, idle):
     made = make(world=2, rank=1)
     made.save()
     made._thread.join()

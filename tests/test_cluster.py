@@ -60,7 +60,7 @@ def test_kmeans_is_as_good_as_faiss(spherical):
         torch.testing.assert_close(ours.centroids.norm(dim=1), torch.ones(60))
 
 
-def test_plus_plus_starts_far_apart():
+def test_k_means_plus_plus_starts_with_distant_rows():
     """Ten groups far from each other: k-means++ starts in each of them, a random start hardly ever does."""
     x = torch.cat([normal(50, 4, seed=i) * 0.1 + 20 * normal(1, 4, seed=100 + i) for i in range(10)])
     for seed in range(5):
@@ -78,7 +78,7 @@ def test_no_cluster_stays_empty():
     assert (found.counts > 0).all() and found.counts.sum() == 320
 
 
-def test_more_clusters_than_samples():
+def test_more_clusters_than_samples_raise():
     with pytest.raises(ValueError, match="method.clusters=9 of 1 or more .* 8 samples .* at most 8"):
         clustering.KMeans(9).fit(normal(8, 2))
     with pytest.raises(ValueError, match="method.clusters=5 of 2 or more .* set method.clusters to at most 4"):
@@ -115,7 +115,7 @@ def test_power_iteration_finds_separate_groups_and_joins_singles():
     assert torch.equal(few, torch.where(labels < 2, labels, -1))
 
 
-def test_the_walk_ends_on_the_steepest_peaks():
+def test_steepest_ascent_ends_at_local_maxima():
     """Nodes in a line, v rising to both ends: the middle one climbs its heavier edge."""
     edges = [(0, 1, 1.0), (1, 2, 1.0), (2, 3, 2.0), (3, 4, 1.0)]
     i, j, w = zip(*edges, *((b, a, c) for a, b, c in edges))
@@ -138,7 +138,7 @@ def test_uniform_order_draws_every_cluster_equally_often():
     assert not (clustering.uniform_order(labels, 3, 2) == order).all()
 
 
-def test_order_with_replacement():
+def test_replacement_order_draws_samples_with_replacement():
     order = clustering.replacement_order(5000, 3, 1)
     assert order.min() >= 0 and order.max() < 5000
     assert abs(len(np.unique(order)) / 5000 - (1 - np.exp(-1))) < 0.03

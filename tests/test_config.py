@@ -109,7 +109,7 @@ def test_overrides_reach_every_section_with_the_right_type(file):
         ("method.init=kaiming", "method.init='kaiming' is not one of torch, openselfsup"),
     ],
 )
-def test_mistakes_are_answered(file, override, message):
+def test_wrong_overrides_raise_with_the_nearest_name(file, override, message):
     with pytest.raises(ValueError) as error:
         config.load(file, [override])
     assert message in str(error.value)
@@ -177,12 +177,12 @@ def test_a_run_without_a_name_gets_one():
     assert run.name == "simclr/resnet18_mine"
 
 
-def test_every_norm_that_a_backbone_knows_can_be_asked_for(file):
+def test_every_norm_of_a_backbone_can_be_set(file):
     for norm in ("bn", "gn", "frozen"):
         assert config.load(file, [f"backbone.norm={norm}"]).backbone.norm == norm
 
 
-def test_files_that_are_no_configs(file, tmp_path):
+def test_files_that_are_not_configs_raise(file, tmp_path):
     with pytest.raises(ValueError, match="did you mean .*r18.py"):
         config.load(str(file).replace("r18", "r81"))
     empty = tmp_path / "empty.py"
@@ -201,7 +201,7 @@ def test_a_config_without_views_or_of_the_wrong_type_is_refused():
         config.validate(Run(method=simclr.Config(), data=Data(views=views.simclr(8)), optim=Optim(lr="x")))
 
 
-def test_the_dump_is_json_and_says_everything(file):
+def test_the_dump_is_json_with_every_setting(file):
     dumped = json.loads(json.dumps(config.dump(config.load(file))))
     assert dumped["method"] == {
         "type": "fastssl.methods.simclr.Config",

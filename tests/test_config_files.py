@@ -94,7 +94,7 @@ def test_a_setting_without_its_group_is_found(tmp_path, name, meant):
         config.load(tmp_path / "c.py", [f"{name}=1"])
 
 
-def test_files_that_python_cannot_read(tmp_path):
+def test_files_that_python_cannot_parse_raise(tmp_path):
     assert "line 1: SyntaxError" in refusal(tmp_path, "def get_config(:\n")
     assert "never closed (x = [)" in refusal(tmp_path, "x = [")
     for data in (b"\xff\xfe\x00", b"# \xe4\n", SOURCE.encode()[:100] + b"\0", b"\x7fELF" * 50):
@@ -154,7 +154,7 @@ def damaged(rng: random.Random) -> str:
 
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning", "ignore::DeprecationWarning")
-def test_three_hundred_damaged_files_end_in_a_value_or_one_line(tmp_path):
+def test_damaged_config_files_load_or_raise_a_one_line_error(tmp_path):
     rng, refused = random.Random(0), 0
     for i in range(300):
         text = damaged(rng)

@@ -160,7 +160,7 @@ def test_functions_that_take_other_arguments_are_named(beton):
         contract.check_config(config)
 
 
-def test_a_hook_needs_three_methods_or_the_base_class():
+def test_a_hook_without_all_three_methods_is_refused():
     class Quiet(hooks.Hook):
         def after_epoch(self, t):
             return "seen"
@@ -187,7 +187,7 @@ def test_a_hook_needs_three_methods_or_the_base_class():
         engine.build(run(simclr.Config(), "no.beton", hooks=(Bare(),)), device="cpu")
 
 
-def test_fit_takes_the_monitors_that_log_asks_for(monkeypatch):
+def test_fit_uses_the_monitors_named_in_run_log(monkeypatch):
     seen = []
 
     def build(run, hooks, device, loader):
@@ -225,7 +225,7 @@ def test_one_image_in_a_contrastive_batch_warns(beton):
         ("list.txt", "`fastssl convert list {0}/list.txt list.beton` makes one"),
     ],
 )
-def test_a_folder_or_an_archive_as_data_is_answered_with_the_command(tmp_path, name, command):
+def test_a_folder_or_an_archive_as_data_raises_with_the_convert_command(tmp_path, name, command):
     path = tmp_path / name
     path.mkdir() if "." not in name else path.write_text("x")
     with pytest.raises(ValueError) as error:

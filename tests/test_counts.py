@@ -84,7 +84,7 @@ def count(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_asks_no_more_than_before(name):
+def test_a_step_has_no_more_operations_reads_and_copies_than_recorded(name):
     counts, t, batch = count(name)
     if not hasattr(t.method, "not_capturable"):  # those are not captured, and say why
         assert counts.reads == []
@@ -100,7 +100,7 @@ def test_a_step_asks_no_more_than_before(name):
         assert counts.ops <= OPS.get(name, 0), f"a new case: record {counts.ops}" if name not in OPS else name
 
 
-def test_what_is_counted():
+def test_operations_reads_and_kept_tensors_are_counted():
     x, kept = torch.ones(3), []
     with Counts() as counts:
         y = x + 1  # 1

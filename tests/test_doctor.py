@@ -63,7 +63,7 @@ class version:
 """
 
 
-def test_a_sound_installation(tmp_path):
+def test_a_complete_installation_passes(tmp_path):
     claim(tmp_path, "torch", "numpy>=2")
     package(tmp_path, "torch", GPU.format(there=True))
     info = tmp_path / "torch-2.11.0.dist-info"
@@ -105,14 +105,14 @@ def test_each_fault_is_reported_with_its_remedy(tmp_path):
     assert re.search(r"^\d+ to repair: numpy, not-there-at-all, import ", out, re.M), out
 
 
-def test_nothing_installed(tmp_path):
+def test_missing_packages_are_reported(tmp_path):
     """The file alone, without fastssl's metadata: `-S` hides site-packages."""
     command = [sys.executable, "-S", doctor.__file__, "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and "fastssl          is not installed" in done.stdout and not done.stderr
 
 
-def test_a_driver_without_a_gpu_for_torch(tmp_path, monkeypatch):
+def test_a_driver_is_reported_if_torch_sees_no_gpu(tmp_path, monkeypatch):
     claim(tmp_path, "numpy")
     package(tmp_path, "torch", GPU.format(there=False))
     smi = tmp_path / "bin" / "nvidia-smi"
@@ -124,7 +124,7 @@ def test_a_driver_without_a_gpu_for_torch(tmp_path, monkeypatch):
     assert code == 1 and "driver 470.1 is there" in out and "driver too old" in out and "update the driver" in out
 
 
-def test_a_hanging_package(tmp_path, monkeypatch):
+def test_a_process_that_hangs_is_ended_and_described(tmp_path, monkeypatch):
     output, ending = doctor._run([sys.executable, "-c", "print('begin x', flush=True); import time; time.sleep(60)"], 3)
     assert output == "begin x\n" and ending == "did not end in 3 s"
     assert doctor._run([str(tmp_path / "no-such-program")], 1)[1].startswith("did not start")
@@ -139,7 +139,7 @@ def test_a_check_that_fails_is_a_finding(monkeypatch, capsys):
     assert "FAIL  moon" in capsys.readouterr().out
 
 
-def test_compiler_and_disk(tmp_path, monkeypatch):
+def test_the_compiler_and_the_disk_are_checked(tmp_path, monkeypatch):
     args = argparse.Namespace(folder=str(tmp_path))
     (disk,) = doctor.check_disk(args)
     assert disk.level in ("ok", "note") and re.search(r"writes [1-9]\d* MB/s, reads [1-9]\d* MB/s", disk.detail)
@@ -176,5 +176,5 @@ def test_the_doctor_imports_the_standard_library_alone():
         ("ValueError: numpy.dtype size changed", "numpy>=2"),
     ],
 )
-def test_remedies(error, fix):
+def test_every_known_import_error_has_a_remedy(error, fix):
     assert fix in doctor._broken("x", error).fix

@@ -177,7 +177,7 @@ def test_detectron2_names_of_resnet50_one_by_one():
             assert new == f"stem.{'conv1' if at[0] == 'conv1' else 'conv1.norm'}.{leaf}"
 
 
-def test_detectron2_file(tmp_path):
+def test_the_detectron2_file_has_arrays_under_detectron2s_names(tmp_path):
     net = build(name="resnet18")
     recipe = export.write(net, tmp_path / "a.pkl", "detectron2")
     data = (tmp_path / "a.pkl").read_bytes()
@@ -302,6 +302,6 @@ def test_command_exports_a_sobel_network_of_another_project(tmp_path, capsys):
         (["--which", "teacher", "--prefix", "target.0"], "both choose"),
     ],
 )
-def test_command_refuses(run_folder, argv, text, capsys):
+def test_the_export_command_refuses_wrong_arguments(run_folder, argv, text, capsys):
     assert export.main([str(run_folder[0]), *argv]) == 2
     assert text in capsys.readouterr().err

@@ -63,7 +63,7 @@ def test_the_page_trains_with_its_method_hook_source_and_views(folder):
     assert again.returncode == 0 and "continuing" in again.stdout, again.stderr  # the same config in another process
 
 
-def test_the_recipes_of_the_page(folder, monkeypatch):
+def test_the_recipes_of_the_page_can_be_built(folder, monkeypatch):
     monkeypatch.syspath_prepend(folder / "exp")
     import recipe
 

@@ -82,7 +82,7 @@ def test_one_missing_tensor_is_an_error_in_every_layout(project, key, nets, tmp_
         ("PyTorch-BYOL (sthalles)", "teacher", "target_network_state_dict.encoder."),
     ],
 )
-def test_student_or_teacher(project, which, prefix, nets, tmp_path):
+def test_which_chooses_student_or_teacher(project, which, prefix, nets, tmp_path):
     kind, make, default = LAYOUTS[project]
     net, other = nets[kind]
     torch.save(make(net, other), tmp_path / "a.pth")
@@ -120,7 +120,7 @@ def test_a_given_prefix_refers_to_the_files_keys(nets, tmp_path):
     assert torch.equal(mine.layer4[0].conv2.weight, keys(other)["7.0.conv2.weight"])
 
 
-def test_safetensors_of_others(nets, tmp_path):
+def test_safetensors_of_other_projects_load(nets, tmp_path):
     net, _ = nets["mmlab vit"]
     state = {k: v.contiguous() for k, v in under("backbone.", net).items()}
     safetensors.torch.save_file(state, tmp_path / "a.safetensors")
@@ -224,7 +224,7 @@ def test_every_layout_is_covered_by_a_checkpoint_above(nets):
     assert shown == set(foreign.LAYOUTS)
 
 
-def test_lightlys_own_network(tmp_path):
+def test_lightlys_own_network_gives_the_same_features(tmp_path):
     """With the classes of the package, where it is installed, instead of those in peer_networks.py."""
     models = pytest.importorskip("lightly.models")
     net = models.ResNetGenerator("resnet-9", width=0.125).eval()

@@ -90,7 +90,7 @@ def plain_loop(t, source, steps: int) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in cases.CASES if n != "deepcluster pic"])
-def test_the_step_is_the_plain_loop_to_the_last_bit(name):
+def test_the_pytorch_step_equals_deepspeeds_bit_for_bit(name):
     made = []
     for loop in (plain_loop, advance):
         t = build(name, optim_lr=2.0**-4)
@@ -102,7 +102,7 @@ def test_the_step_is_the_plain_loop_to_the_last_bit(name):
 
 
 @pytest.mark.parametrize("name", ["simclr", "byol", "dino", "supervised", "deepcluster", "npid", "vicreg"])
-def test_a_step_of_several_micro_batches_reads_nothing(name, monkeypatch):
+def test_a_step_of_several_micro_batches_does_not_wait_for_the_device(name, monkeypatch):
     """In fp16 neither, where gradients may overflow."""
     t = build(name, optim_precision="fp16", speed_micro_batch=BATCH // 4, settings={"norm": False})
     assert t.pytorch_step is not None and "micro-batches" in not_captured(t)
@@ -134,7 +134,7 @@ def test_a_step_of_several_micro_batches_reads_nothing(name, monkeypatch):
         lambda x: x.new_tensor([1.0]),
     ],
 )
-def test_reads_are_found(read):
+def test_a_step_that_waits_for_the_device_is_detected(read):
     x = torch.ones(1)
     with pytest.raises(AssertionError, match="the step"), NoReads(), NoCopies():
         read(x)
@@ -187,7 +187,7 @@ def test_the_scale_doubles_after_good_steps():
         ({"speed_graph": "off"}, ""),
     ],
 )
-def test_the_reason_is_said(changes, reason, capsys):
+def test_the_reason_for_no_capture_is_printed(changes, reason, capsys):
     build("simclr", **changes)
     said = capsys.readouterr().out
     assert reason in said and said.count("speed.graph") == bool(reason)
@@ -264,7 +264,7 @@ def build_gpu(name: str, optimizer: str, graph: str, precision: str = "fp16"):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [*FIRST, *REST])
-def test_a_replay_is_the_plain_step_to_the_last_bit(name):
+def test_a_replay_equals_the_eager_step_bit_for_bit(name):
     made = {}
     for graph in ("off", "on"):
         t = build_gpu(name, (FIRST | REST)[name], graph)
@@ -305,7 +305,7 @@ def test_a_run_resumes_to_the_same_bits(tmp_path):
 
 
 @pytest.mark.gpu
-def test_a_capture_that_fails_leaves_the_plain_step(capsys):
+def test_a_failed_capture_leaves_the_eager_step(capsys):
     made = []
     for graph in ("off", "on"):
         t = build_gpu("relative_loc", "sgd", graph)

@@ -55,7 +55,7 @@ def test_help_and_misspelt_options_import_no_torch():
         assert code == 2 and said.count("\n") == 1 and wrong[tuple(argv)] in said, said
 
 
-def test_choices_of_options_are_what_the_protocols_have():
+def test_option_choices_are_those_of_the_protocols():
     from fastssl import amp
     from fastssl.eval import detection, linear, svm
     from fastssl.eval.common import search
@@ -71,7 +71,7 @@ def test_choices_of_options_are_what_the_protocols_have():
         assert tuple(action.choices) == tuple(known), option
 
 
-def test_a_reader_that_has_gone_is_not_a_traceback():
+def test_a_closed_pipe_prints_no_traceback():
     source, sink = os.pipe()
     os.close(source)
     done = subprocess.run([sys.executable, "-m", "fastssl", "--help"], stdout=sink, stderr=subprocess.PIPE, text=True)
@@ -119,7 +119,7 @@ def test_every_default_is_named():
     assert not silent
 
 
-def test_a_gpu_that_is_not_there_is_one_line(capsys, monkeypatch):
+def test_a_missing_gpu_is_a_one_line_error(capsys, monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

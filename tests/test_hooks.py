@@ -158,14 +158,14 @@ def test_the_probe_survives_overflow_and_gives_no_gradient():
     assert x.grad is None
 
 
-def test_labels_are_asked_for_before_training():
+def test_missing_labels_raise_before_training():
     t = trainer()
     t.loader.classes = None
     with pytest.raises(ValueError, match=r"has none; set log\.probe=False"):
         hooks.LinearProbe().before_epoch(t)
 
 
-def test_collapse_measures_know_the_extremes():
+def test_collapse_measures_at_full_and_no_spread():
     torch.manual_seed(0)
     same = torch.ones(400, 32) * torch.rand(400, 1)
     assert hooks.normalized_std(same) < 1e-6 and hooks.effective_rank(hooks.gram(same, 512)) == pytest.approx(
@@ -233,7 +233,7 @@ class Net(nn.Module):
         return self.drop(self.norm(x)).mean((2, 3))
 
 
-def test_evaluation_finds_the_classes_and_leaves_no_trace(labelled):
+def test_the_knn_monitor_separates_classes_and_changes_no_state(labelled):
     net = Net().train()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     t = trainer(net, bank=labelled, test=labelled, views=(View(size=8),))

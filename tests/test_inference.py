@@ -44,14 +44,14 @@ def test_ranks_call_the_network_equally_often(beton, batch):
         assert (step, index.shape, label.shape, mean.shape) == (1, (0,), (0,), (0, 1))
 
 
-def test_labels_of_no_rows_have_the_shape_of_the_file(tmp_path):
+def test_labels_of_an_empty_batch_have_the_files_shape(tmp_path):
     labels = [np.float32([1, 0, -1])] * 3
     path = write_beton(tmp_path / "multi.beton", [photo(np.random.default_rng(0), 8, 8)] * 3, labels)
     rows, _ = run(in_file_order(path, 2, rank=0, world=2))
     assert torch.cat([label for _, _, label, _ in rows]).shape == (1, 3)
 
 
-def test_steps_order_and_micro_batches(beton):
+def test_start_stop_and_order_select_the_rows(beton):
     order = np.arange(103)[::-1].copy()
     rows, calls = run(in_file_order(beton, 20), start=1, stop=3, order=order)
     assert [step for step, *_ in rows] == [1, 2] and calls == [20, 20]

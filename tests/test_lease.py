@@ -33,7 +33,7 @@ def test_every_item_can_be_started(lease):
                 assert (ROOT / word).exists(), word
 
 
-def test_a_later_call_goes_on(lease, monkeypatch, capsys):
+def test_a_second_call_continues_with_the_remaining_items(lease, monkeypatch, capsys):
     ran = lease.ROOT / "ran"
     script = "import sys; open(sys.argv[1], 'a').write(sys.argv[2]); sys.exit(int(sys.argv[3]))"
     made = [
@@ -52,7 +52,7 @@ def test_a_later_call_goes_on(lease, monkeypatch, capsys):
     assert {name: entry["rc"] for name, entry in json.loads(state.read_text()).items()} == {"a": 0, "b": 3}
 
 
-def test_an_unknown_name(lease, monkeypatch, capsys):
+def test_an_unknown_item_is_refused(lease, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lease.py", "--only", "nothing"])
     assert lease.main() == 2
     assert "no item begins with nothing" in capsys.readouterr().err

@@ -53,7 +53,7 @@ def test_every_step_has_a_line_with_everything(tmp_path):
         assert {k: r[k] for k in TIMING} == TIMING
 
 
-def test_lines_wait_for_their_timings_and_flush_does_not(tmp_path):
+def test_lines_wait_for_their_timings_until_flush(tmp_path):
     log = make(tmp_path)
     run(log, range(1, 6))
     log.step(6, 0, {"loss": 1.0})

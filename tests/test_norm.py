@@ -30,7 +30,7 @@ def test_timm_s_batch_norm_keeps_its_activation(two_ranks, name):
     torch.testing.assert_close(there.eval()(x), net.eval()(x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_batch_norm_of_unknown_habits_is_refused(two_ranks):
+def test_an_unknown_subclass_of_batch_norm_is_refused(two_ranks):
     class Shifted(nn.BatchNorm2d):
         def forward(self, x):
             return super().forward(x) + 1

@@ -30,7 +30,7 @@ def solo_learn(w, g, buf, lr, wd, eta, momentum, dampening, nesterov, exclude):
 @pytest.mark.parametrize("source", [openselfsup, solo_learn])
 @pytest.mark.parametrize("dampening, nesterov", [(0.0, False), (0.3, False), (0.0, True)])
 @pytest.mark.parametrize("exclude", [False, True])
-def test_lars_is_its_source(source, dampening, nesterov, exclude):
+def test_lars_equals_its_sources(source, dampening, nesterov, exclude):
     wd, solo = (0.0 if exclude else 0.1), source is solo_learn
     ours = [torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((4, 3), (5,), (2, 2))]
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_lars_is_its_source(source, dampening, nesterov, exclude):
 
 
 @pytest.mark.parametrize("denominator", ["openselfsup", "larc", "sum"])
-def test_lars_denominators_are_those_of_their_authors(denominator):
+def test_lars_denominators_equal_their_sources(denominator):
     """Apex's LARC adds 1e-8; SimCLR, BYOL, MoCo v3 and Barlow Twins take the norm of gradient and decay together."""
     wd, eta, lr = 0.1, 1e-3, 0.7
     w = torch.randn(4, 3, dtype=torch.float64).requires_grad_()
@@ -83,7 +83,7 @@ def test_lars_denominators_are_those_of_their_authors(denominator):
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_frozen_is_the_authors_gradient_of_none(name):
+def test_a_frozen_group_equals_dinos_gradient_of_none(name):
     """Neither decay nor moments nor the step count of Adam run on while a group is frozen."""
     settings = Optim(
         name=name, lr=0.1, weight_decay=0.1, epochs=1, schedule="constant", paramwise={"^head": {"freeze_epochs": 0.6}}
@@ -108,7 +108,7 @@ def test_frozen_is_the_authors_gradient_of_none(name):
     assert steps == {2, 5}
 
 
-def test_clip_each_is_dinos():
+def test_clip_each_equals_dinos_clipping():
     settings = Optim(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, epochs=1, clip=0.1, clip_each=True)
     net = Net().double()
     optimizer, _ = optim.build(net.named_parameters(), settings, steps_per_epoch=5)
@@ -147,7 +147,7 @@ def test_lars_never_waits_for_the_device():
         assert not seen & {"_local_scalar_dense", "is_nonzero", "equal", "_to_copy", "nonzero"}
 
 
-def test_unused_parameters_stay_where_they_are():
+def test_parameters_without_gradient_do_not_change():
     used, unused = torch.ones(3, 3, requires_grad=True), torch.ones(3, 3, requires_grad=True)
     lars = optim.Lars([used, unused], LarsOptions(lr=1.0, weight_decay=0.1, momentum=0.9))
     used.grad = torch.ones_like(used)
@@ -157,7 +157,7 @@ def test_unused_parameters_stay_where_they_are():
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_rates_may_be_tensors(name):
+def test_lr_and_weight_decay_may_be_tensors(name):
     """A captured step reads them from the device; the numbers are the same, but for the order of rounding."""
     results = []
     for as_tensor in (False, True):
@@ -203,7 +203,7 @@ def test_a_step_that_overflowed_changes_nothing(name, at):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_sgd_is_torchs():
+def test_sgd_equals_torchs():
     nets = Net().double(), Net().double()
     ours, schedule = optim.build(nets[0].named_parameters(), SETTINGS["sgd"], steps_per_epoch=5)
     options = [

@@ -73,7 +73,7 @@ def test_the_table_names_patterns_counts_and_options():
         ({"weight_decay": 0.0, "weight_decay_end": 0.4}, "weight_decay > 0"),
     ],
 )
-def test_mistakes_are_named(options, message):
+def test_wrong_paramwise_options_raise(options, message):
     with pytest.raises(ValueError, match=message.replace("(", "\\(")):
         groups(**options)
 
@@ -82,7 +82,7 @@ def curve(settings: Optim, per_epoch: int, total: int) -> list[float]:
     return [optim.lr_multiplier(settings, s, per_epoch, total) for s in range(total)]
 
 
-def test_cosine_after_warm_up():
+def test_warm_up_is_followed_by_a_cosine():
     lrs = curve(Optim(schedule="cosine", warmup_epochs=2, warmup_ratio=0.1, lr_end=0.2), 10, 100)
     assert lrs[0] == pytest.approx(0.1)
     assert lrs[10] == pytest.approx(0.55)  # half-way up
@@ -91,7 +91,7 @@ def test_cosine_after_warm_up():
     assert lrs[19] < lrs[20] > lrs[21] and lrs[99] == pytest.approx(0.2, abs=1e-3)
 
 
-def test_openselfsup_staircase():
+def test_cosine_epoch_equals_openselfsups():
     """mmcv 1.0.3: constant inside an epoch, counted from epoch 0, times 1 - (1 - it / warm)(1 - ratio)."""
     lrs = curve(Optim(schedule="cosine_epoch", warmup_epochs=2, warmup_ratio=1e-4), 10, 100)
     for step, lr in enumerate(lrs):

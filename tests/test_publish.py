@@ -92,7 +92,7 @@ def test_publish_a_foreign_checkpoint_without_its_optimizer(tmp_path):
         ({"state_dict": {"w": torch.tensor([1.0, float("nan")])}}, "w holds NaN"),
     ],
 )
-def test_publish_refuses(content, text, tmp_path, capsys):
+def test_publish_refuses_files_without_finite_weights(content, text, tmp_path, capsys):
     torch.save(content, tmp_path / "a.pth")
     assert main(["publish", str(tmp_path / "a.pth")]) == 2
     assert text in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1
@@ -163,7 +163,7 @@ def test_params_takes_the_size_of_a_bank_from_the_data_card(tmp_path):
         (["nowhere.py"], "nowhere.py"),
     ],
 )
-def test_params_refuses(argv, text, capsys):
+def test_params_refuses_wrong_arguments(argv, text, capsys):
     assert main(["params", *argv]) == 2
     assert text in capsys.readouterr().err
 
@@ -215,7 +215,7 @@ def test_upgrade_with_a_backbone_writes_its_description(tmp_path, capsys):
         (["new.safetensors", "--backbone", "resnet18"], "does not fit the backbone"),
     ],
 )
-def test_upgrade_refuses(argv, text, tmp_path, monkeypatch, capsys):
+def test_upgrade_refuses_wrong_arguments(argv, text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     old_file(tmp_path)
     assert main(["upgrade", "old.pth", *argv]) == 2

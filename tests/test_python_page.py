@@ -121,7 +121,7 @@ def test_images_in_memory_are_stored_unchanged(tmp_path, images, labels, options
     assert (found, names) == (expect, classes)
 
 
-def test_gray_arrays_and_options(tmp_path):
+def test_convert_takes_gray_arrays_and_options(tmp_path):
     grey = np.stack([c[:5, :, 0] for c in COLOUR])
     made, *_ = stored(fastssl.convert(grey, tmp_path / "g.beton"))
     assert all(np.array_equal(a, np.repeat(b[..., None], 3, 2)) for a, b in zip(made, grey))

@@ -235,7 +235,7 @@ def test_the_page_refers_to_no_other_file_or_host(page):
     assert MALICIOUS not in text and escape(MALICIOUS) in text and "<b>X100" not in text
 
 
-def test_missing_parts_are_explained(page):
+def test_missing_parts_of_a_run_are_explained(page):
     text = text_of(page)
     assert "gone.beton does not exist: start the report in the folder of the training" in text
     assert "there is no complete checkpoint: features need one" in text
@@ -245,7 +245,7 @@ def test_missing_parts_are_explained(page):
     assert "finished: 60 steps" in text and "at step 25 of 60, last written" in text
 
 
-def test_settings_and_evaluations(page):
+def test_the_page_shows_settings_and_evaluations(page):
     text = text_of(page)
     differing = text[text.index("setting that differs") : text.index("<summary>All")]
     gray = '<span class="default" title="the default">0.1</span>'
@@ -367,7 +367,7 @@ def test_each_start_of_a_run_is_recorded_and_shown(data, tmp_path):
     assert len(json.loads((folder / "environment.json").read_text())) == 1
 
 
-def test_a_run_that_has_just_started_or_is_damaged(tmp_path):
+def test_a_run_without_steps_or_with_damaged_files_is_reported(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.json").write_text('{"name": "cut')
@@ -430,7 +430,7 @@ def test_ticks_are_round(low, high, expected):
     assert charts.ticks(low, high) == expected
 
 
-def test_labels():
+def test_axis_labels_are_short():
     values = (0, 0.001, 0.5, 12.3456, 1234, 1.5e6, 3e-7)
     assert [charts.label(v) for v in values] == ["0", "0.001", "0.5", "12.3456", "1,234", "1.5e6", "3e-7"]
 

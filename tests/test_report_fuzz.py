@@ -83,7 +83,7 @@ def damaged(value, rng):
 
 
 @pytest.mark.parametrize("part", ["log", "config", "environment", "result"])
-def test_damaged_run_folders(part, tmp_path, capsys):
+def test_damaged_run_folders_give_a_page_or_a_one_line_error(part, tmp_path, capsys):
     rng = np.random.default_rng(sum(map(ord, part)))
     folder = write_run(tmp_path / "run", ("a.beton", "b.beton"), 3, weights=False)
     (folder / "eval").mkdir()

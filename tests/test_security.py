@@ -57,7 +57,7 @@ def test_no_call_runs_code_from_data():
 
 
 @pytest.mark.parametrize("page", ["SECURITY.md", "docs/reliability.md"])
-def test_the_named_tests_exist(page):
+def test_the_tests_that_security_md_names_exist(page):
     named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", (ROOT / page).read_text())
     assert len(named) >= 15
     for file, name in named:

@@ -71,7 +71,7 @@ def static_answer(path, overrides=()):
 
 
 @pytest.mark.parametrize("change", IN_THE_FILE)
-def test_the_message_is_that_of_running_the_file(tmp_path, change, monkeypatch):
+def test_the_early_message_equals_that_of_running_the_file(tmp_path, change, monkeypatch):
     path = tmp_path / "mine.py"
     assert change[0] in SOURCE
     path.write_text(SOURCE.replace(*change, 1))
@@ -82,7 +82,7 @@ def test_the_message_is_that_of_running_the_file(tmp_path, change, monkeypatch):
 
 
 @pytest.mark.parametrize("override", OVERRIDES)
-def test_the_message_about_an_override_is_that_of_running_the_file(tmp_path, override, monkeypatch):
+def test_the_early_message_about_an_override_equals_that_of_running_the_file(tmp_path, override, monkeypatch):
     path = tmp_path / "mine.py"
     path.write_text(SOURCE)
     found = static_answer(path, [override])
@@ -160,7 +160,7 @@ def test_the_recipes_are_read_from_their_source():
         ("    return Run(", "    return Run(**{}, **dict(seed=3), "),
     ],
 )
-def test_what_may_be_right_is_passed_over(tmp_path, change):
+def test_code_that_may_be_right_is_not_reported(tmp_path, change):
     path = tmp_path / "mine.py"
     text = SOURCE.replace(*change, 1)
     if "annotations" in text:  # they are not evaluated

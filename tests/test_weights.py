@@ -78,7 +78,7 @@ def test_the_code_printed_by_an_export_runs(tmp_path, options):
 @pytest.mark.parametrize(
     "name, options", [("resnet10", {"width": 8, "stem": "cifar"}), ("vit_tiny_patch16_224", {}), ("resnet18", {})]
 )
-def test_safetensors_round_trip(tmp_path, name, options):
+def test_a_safetensors_export_loads_with_equal_outputs(tmp_path, name, options):
     net = backbones.channels_last_(build(name, **options))
     file = tmp_path / "deep" / "a.safetensors"
     export.write(net, file, to="safetensors")
@@ -97,7 +97,7 @@ def test_safetensors_round_trip(tmp_path, name, options):
         ({}, "onnx", "known are torchvision, timm, "),
     ],
 )
-def test_export_refuses(tmp_path, options, to, text):
+def test_export_refuses_networks_that_a_tool_lacks(tmp_path, options, to, text):
     with pytest.raises(ValueError, match=text):
         export.write(build(**options), tmp_path / "a", to)
     assert os.listdir(tmp_path) == []
@@ -151,7 +151,7 @@ def test_prefixes_are_found_by_keys(tmp_path, small, wrap, prefix, ohwi):
     assert report.prefix == prefix and same(small, net)
 
 
-def test_two_equal_copies_need_a_choice(tmp_path, small):
+def test_two_different_copies_need_a_choice(tmp_path, small):
     torch.save(prefixed(small, "one.") | prefixed(other(small), "two."), tmp_path / "a.pt")
     net = other(small)
     with pytest.raises(ValueError, match=r"'one\.' and at 'two\.'"):
@@ -215,7 +215,7 @@ def test_incomplete_weights_are_refused_and_change_nothing(tmp_path, small, dama
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
-def test_old_files_without_num_batches_tracked(tmp_path, small):
+def test_files_without_num_batches_tracked_load(tmp_path, small):
     state = {k: v for k, v in small.state_dict().items() if not k.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "a.pt")
     net = other(small)
@@ -258,7 +258,7 @@ def _torn(file):
     ],
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-def test_files_that_are_not_weights(tmp_path, small, make, text):
+def test_files_that_are_not_weights_are_refused(tmp_path, small, make, text):
     make(tmp_path / "a.pth")
     with pytest.raises(ValueError, match=text):
         weights.load_backbone(tmp_path / "a.pth", small)
@@ -271,7 +271,7 @@ def test_a_truncated_safetensors_file_is_refused(tmp_path, small):
         weights.load_backbone(tmp_path / "a.safetensors", small)
 
 
-def test_run_folder_and_checkpoint(tmp_path, small):
+def test_run_folders_and_checkpoints_load(tmp_path, small):
     nets = {1: other(small), 2: small}
     for step, net in nets.items():
         temporary = disk.create(tmp_path, step)
@@ -308,7 +308,7 @@ def test_the_conversion_proposed_in_the_error_works(tmp_path, small, monkeypatch
     assert same(small, net)
 
 
-def test_an_archive_with_a_foreign_pickle_inside(tmp_path, small):
+def test_a_zip_with_another_pickle_is_refused(tmp_path, small):
     buffer = io.BytesIO()
     torch.save(small.state_dict(), buffer)
     with zipfile.ZipFile(buffer) as good, zipfile.ZipFile(tmp_path / "a.pth", "w") as bad:

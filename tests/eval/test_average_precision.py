@@ -10,7 +10,7 @@ from detection_files import picture
 from fastssl.eval.detection.average_precision import average_precision
 
 
-def test_average_precision_by_hand():
+def test_average_precision_equals_a_count_by_hand():
     """One object found exactly, nothing found, the other with an IoU of 0.62: precision 1, 1/2, 2/3."""
     truth = [picture((1, (0, 0, 100, 100))), picture((1, (0, 0, 100, 100)))]
     found = np.array([[0, 1, 0.9, 0, 0, 100, 100], [0, 1, 0.8, 200, 0, 250, 50], [1, 1, 0.7, 0, 0, 62, 100]])
@@ -77,7 +77,7 @@ def test_eleven_points_are_voc2007s():
         assert 5 < want < 90 and ours[key] == pytest.approx(want)
 
 
-def test_without_pycocotools(monkeypatch):
+def test_missing_pycocotools_is_an_error_with_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     with pytest.raises(ValueError, match=re.escape("pip install 'fastssl[detection]'")):
         average_precision([picture((1, (0, 0, 9, 9)))], 1, np.zeros((0, 7)))

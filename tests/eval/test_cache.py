@@ -62,7 +62,7 @@ def key(folder):
     return only
 
 
-def test_cached_features_are_those_computed(beton, want, tmp_path, capsys):
+def test_cached_features_equal_computed_ones(beton, want, tmp_path, capsys):
     assert same(cached(tmp_path, load(beton)), want)
     assert "computing 6 of 6 shards" in capsys.readouterr().out
     loader = load(beton)
@@ -207,7 +207,7 @@ def test_features_that_are_nan_are_not_cached(beton, tmp_path):
     assert not list(tmp_path.rglob("*.npy"))
 
 
-def test_no_disk_space_and_no_folder(beton, tmp_path, monkeypatch):
+def test_a_full_disk_and_a_missing_folder_raise(beton, tmp_path, monkeypatch):
     full = lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000)  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(cache.shutil, "disk_usage", full)

@@ -85,7 +85,7 @@ def load(path):
         ("bare", [0, 1, 2], "(0 = red, 1 = green, 2 = blue)"),
     ],
 )
-def test_labels_are_those_of_the_training_file(files, capsys, name, labels, text):
+def test_labels_of_the_test_file_get_the_training_files_numbers(files, capsys, name, labels, text):
     train, test = load(files["train"]), load(files[name])
     match(train, test)
     assert test.labels().tolist() == np.repeat(labels, 3).tolist() and len(test.classes or train.classes) == 3
@@ -215,7 +215,7 @@ def test_every_protocol_matches_and_refuses(files, tmp_path, capsys, protocol):
     ],
 )
 @pytest.mark.parametrize("test", ["subset", "list"])
-def test_trainings_take_a_subset_and_a_list(files, tmp_path, capsys, protocol, options, test):
+def test_fine_tuning_accepts_a_subset_of_the_classes(files, tmp_path, capsys, protocol, options, test):
     """A subset of the classes, and a list without class names."""
     assert top1(capsys, tmp_path, protocol, files["train"], files[test], *NET, *options) >= 0
 
@@ -310,7 +310,7 @@ def trainer(train, test, bank=None):
 
 @pytest.mark.parametrize("resident", [False, True])
 @pytest.mark.parametrize("bank", [None, "turned"])
-def test_monitors_match_too(files, bank, resident):
+def test_monitors_match_classes_by_name(files, bank, resident):
     """kNN against the bank, the probe against the training file, from one pass over the test file."""
     t = trainer(files["train"], files["subset"], files.get(bank))
     t.run.speed.resident = resident

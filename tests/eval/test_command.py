@@ -18,7 +18,7 @@ from fastssl.eval.common import features
 from fastssl.weights import export
 
 
-def test_knn_of_a_run(run_folder, tmp_path, capsys):
+def test_eval_knn_evaluates_a_run(run_folder, tmp_path, capsys):
     out = tmp_path / "deep" / "knn.json"
     assert call("knn", run_folder, "--k", "5,20", "--out", out) == 0
     result = json.loads(out.read_text())
@@ -100,7 +100,7 @@ def test_pixels_and_untrained_need_no_weights(files, tmp_path):
     assert call("knn", *data, "--features", "untrained", "--backbone", "resnet10", "--width", 8) == 0
 
 
-def test_lbfgs_and_options(run_folder, tmp_path):
+def test_eval_linear_takes_lbfgs_and_its_options(run_folder, tmp_path):
     assert (
         call(
             "linear",
@@ -122,7 +122,7 @@ def test_lbfgs_and_options(run_folder, tmp_path):
     assert [r["l2"] for r in result["selection"]] == [0.001, 0.1] and result["of"]["precision"] == "bf16"
 
 
-def test_the_classifier_in_a_file(run_folder, files, tmp_path, capsys):
+def test_eval_classifier_finds_the_classifier_in_a_file(run_folder, files, tmp_path, capsys):
     """The classifier predicts the class with the nearest mean feature, which is computed from extracted features."""
     assert call("extract", run_folder, "--folder", tmp_path / "f") == 0
     x = {part: torch.from_numpy(np.load(tmp_path / "f" / f"{part}_last.npy")) for part in ("train", "test")}
@@ -230,7 +230,7 @@ def test_features_are_cached_beside_the_run(run_folder, files, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("recipe, more", [("moco", ["--held-out", "0.2"]), ("multi", ["--no-augment"])])
-def test_published_linear_protocols(run_folder, tmp_path, capsys, recipe, more):
+def test_eval_linear_runs_the_published_recipes(run_folder, tmp_path, capsys, recipe, more):
     out = tmp_path / "a.json"
     assert (
         call(

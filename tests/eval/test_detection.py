@@ -36,7 +36,7 @@ NORMS = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
 
 
 @pytest.mark.parametrize("bn", ["sync", "frozen"])
-def test_the_pyramid_is_torchvisions(bn):
+def test_the_feature_pyramid_equals_torchvisions(bn):
     torch.manual_seed(0)
     net = backbones.build(Backbone("resnet18"))
     for m in net.modules():
@@ -62,7 +62,7 @@ def test_the_pyramid_is_torchvisions(bn):
     assert model.roi_heads.box_predictor.cls_score.out_features == 4 and model.transform.image_mean == (0.5,) * 3
 
 
-def test_norms_do_not_decay():
+def test_norms_have_no_weight_decay():
     net = backbones.build(Backbone("resnet10", width=8))
     model = faster_rcnn.build(net, 2, bn="sync", min_size=(64,), max_size=96, seed=0, **NORMS)
     ((pattern, options),) = faster_rcnn.without_decay(model).items()
@@ -77,7 +77,7 @@ def args(**given):
     return type("Args", (), {"schedule": None, "steps": None, "voc": None, **given})
 
 
-def test_schedules():
+def test_schedules_are_shortened_in_proportion():
     assert detection.schedule(args(voc="x")) == (24000, (18000, 22000), 100)
     assert detection.schedule(args()) == (90000, (60000, 80000), 1000)
     assert detection.schedule(args(voc="x", schedule="2x")) == (180000, (120000, 160000), 1000)
@@ -124,7 +124,7 @@ def call(*argv):
         return stop.code
 
 
-def test_squares_are_found(small, voc, tmp_path, capsys):
+def test_the_detector_learns_to_find_squares(small, voc, tmp_path, capsys):
     rows = {}
     for steps in (1, 100):
         argv = ["--voc", voc, "--classes", "car,dog", *SMALL, "--steps", steps, "--lr", 0.04]
@@ -135,7 +135,7 @@ def test_squares_are_found(small, voc, tmp_path, capsys):
     assert "AP50 %" in capsys.readouterr().out
 
 
-def test_coco_and_frozen_statistics(small, tmp_path, capsys):
+def test_the_coco_command_trains_with_frozen_batch_norm(small, tmp_path, capsys):
     root = write_coco(tmp_path / "coco", {"train2017": 6, "val2017": 3})
     out = tmp_path / "a.json"
     argv = ["--coco", root, *SMALL, "--steps", 2, "--bn", "frozen", "--precision", "bf16", "--out", out]
@@ -166,7 +166,7 @@ def test_coco_and_frozen_statistics(small, tmp_path, capsys):
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
 )
-def test_mistakes(small, voc, capsys, argv, text):
+def test_wrong_arguments_raise(small, voc, capsys, argv, text):
     assert call(*(voc if word == "VOC" else word for word in argv)) == 2
     err = capsys.readouterr().err
     assert "Traceback" not in err and err.count("\n") == 1 and re.search(text, err), err

@@ -73,7 +73,7 @@ VOC_MISTAKES = [
 
 
 @pytest.mark.parametrize("damage, text", VOC_MISTAKES, ids=[text for _, text in VOC_MISTAKES])
-def test_mistakes_in_voc(tmp_path, damage, text):
+def test_damaged_voc_data_raises(tmp_path, damage, text):
     root = write_voc(tmp_path, {"VOC2007/trainval": 1})
     damage(root / "VOC2007/Annotations/000000.xml")
     with pytest.raises(ValueError, match=text):
@@ -107,14 +107,14 @@ COCO_MISTAKES = [
 
 
 @pytest.mark.parametrize("damage, text", COCO_MISTAKES, ids=[text for _, text in COCO_MISTAKES])
-def test_mistakes_in_coco(tmp_path, damage, text):
+def test_damaged_coco_data_raises(tmp_path, damage, text):
     root = write_coco(tmp_path / "coco", {"val2017": 2})
     damage(root)
     with pytest.raises(ValueError, match=text):
         read_coco(str(root), "val2017")
 
 
-def test_images_that_do_not_decode_or_have_another_size(tmp_path):
+def test_images_that_do_not_decode_or_have_another_size_raise(tmp_path):
     root = write_voc(tmp_path, {"VOC2007/trainval": 2})
     (root / "VOC2007/JPEGImages/000000.jpg").write_bytes(b"no image")
     Image.new("RGB", (48, 64)).save(root / "VOC2007/JPEGImages/000001.jpg")

@@ -78,7 +78,7 @@ def test_every_recipe_is_tested():
     assert files == {*RECIPES, "Base-RCNN-C4-BN", "Base-RCNN-FPN-BN"}
 
 
-def test_the_norm_behind_res5(monkeypatch):
+def test_the_c4_recipe_has_a_norm_behind_res5(monkeypatch):
     """tools/detectron2_train.py over stand-ins of the names that it imports: detectron2 is in no package index."""
     registered = {}
 

@@ -20,7 +20,7 @@ from fastssl.sampler import Sampler
 from fastssl.weights import export
 
 
-def test_extract(run_folder, files, tmp_path, capsys):
+def test_extract_writes_features_and_labels(run_folder, files, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["extract", run_folder, "--layers", "layer4,last", "--folder", out]
     assert call(*command, "--out", tmp_path / "a.json") == 0
@@ -78,7 +78,7 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def test_nan_and_infinity_in_json(tmp_path):
+def test_json_has_nan_and_infinity_as_strings(tmp_path):
     result = {"results": [{"loss": float("nan"), "k": 3}], "x": (float("-inf"), 1.5)}
     write_json(tmp_path / "a.json", result)
     assert json.loads((tmp_path / "a.json").read_text(), parse_constant=interrupt) == {
@@ -105,7 +105,7 @@ def test_one_file_is_enough_for_extract(files, tmp_path, capsys):
     assert "give --train NAME.beton" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
-def test_export(run_folder, tmp_path, capsys):
+def test_export_writes_the_weights_of_a_run(run_folder, tmp_path, capsys):
     net = backbones.build(SPEC)
     weights.load_backbone(run_folder, net)
     assert export.main([str(run_folder), "--to", "safetensors"]) == 0

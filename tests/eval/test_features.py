@@ -54,7 +54,7 @@ def test_every_sample_in_file_order(beton, want, batch):
     assert torch.equal(y, want[1]) and torch.equal(y, torch.arange(103) % 10)
 
 
-def test_order_comes_from_the_index(beton, want):
+def test_rows_are_sorted_by_sample_number(beton, want):
     source = load(beton, 32)
     batches = list(source.epoch(0))
     source.epoch = lambda *given: (batch for batch in reversed(batches))
@@ -93,13 +93,13 @@ def test_modes_and_statistics_are_restored(beton):
     assert broken.training
 
 
-def test_precision(beton, want):
+def test_features_in_bf16_are_close_to_fp32(beton, want):
     x, _ = features.extract(Extractor(backbones.channels_last_(net()), VIEW, precision="bf16"), load(beton))
     error = (x - want[0]).abs().max() / want[0].abs().max()
     assert x.dtype == torch.float32 and 1e-5 < error < 3e-2, "bf16 acts, and only so far"
 
 
-def test_pixels(beton):
+def test_the_pixel_baseline_is_the_normalised_image(beton):
     x, _ = features.extract(Extractor(features.Pixels(16), VIEW), load(beton))
     assert x.shape == (103, features.Pixels(16).dim)
     (batch,) = load(beton, 103).epoch(0)
@@ -143,7 +143,7 @@ def test_other_maps_are_pooled_adaptively(channels, side, grid):
     torch.testing.assert_close(got[:, :, i, j], x[:, :, rows, columns].mean((2, 3)))
 
 
-def test_layers_of_one_pass(beton, want):
+def test_all_layers_come_from_one_forward_pass(beton, want):
     """Each layer against the map that a hook on the network sees, one image at a time, flattened (C, g, g)."""
     names = ("layer2", "last", "stem")
     parts = features.extract(Extractor(net(), VIEW, layers=names), load(beton))
@@ -161,7 +161,7 @@ def test_layers_of_one_pass(beton, want):
     assert [shape.numel() for shape in Extractor(net(), VIEW, names).shapes] == [p.shape[1] for p in parts[:3]]
 
 
-def test_layers_of_other_networks():
+def test_timm_networks_have_stages_and_last():
     torch.manual_seed(0)
     vit = backbones.build(Backbone("test_vit"))
     names = features.layers_of(vit)
@@ -177,7 +177,7 @@ def test_layers_of_other_networks():
         features.check_layers(net(), ("last", "layer5"))
 
 
-def test_some_rows_alone(beton, want):
+def test_extract_rows_gives_the_chosen_rows(beton, want):
     rows = np.array([101, 3, 50, 4, 102, 0, 77])
     for batch in (3, 7, 50):
         x, y = features.extract_rows(Extractor(net(), VIEW), load(beton, batch), rows)
@@ -196,7 +196,7 @@ def test_some_rows_alone(beton, want):
         (32, (20, 32, 32), 37),
     ],
 )
-def test_default_view(size, sides, resize):
+def test_the_default_view_is_a_centre_crop(size, sides, resize):
     training = replace(views.simclr(size)[0], mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
     sides = dict(zip(("min_side", "max_height", "max_width"), sides))
     view = views.default_view(training, DataCard(samples=9, bytes=0, max_pixels=1, **sides))

@@ -30,7 +30,7 @@ from fastssl.kernels.augment import View
 from fastssl.sampler import permutation
 
 
-def test_training_is_sgd_written_out(files):
+def test_training_equals_sgd_written_by_hand(files):
     """Two epochs over a subset that is not a multiple of the batch, two rates, a step of the schedule, in algebra."""
     torch.manual_seed(0)
     net, rows = Linear(), np.arange(3, 90)
@@ -88,7 +88,7 @@ def test_micro_batches_change_nothing_without_batch_norm(files):
         torch.testing.assert_close(a, b)
 
 
-def test_precisions_and_mixing_train(files, capsys):
+def test_bf16_with_mixup_and_cutmix_and_fp16_train(files, capsys):
     for precision, mix in (("bf16", {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}), ("fp16", {})):
         model = finetuning.train(
             Linear(),
@@ -108,7 +108,7 @@ def test_divergence_is_an_error(files):
         finetuning.train(Linear(), training(files[0], 32), VIEW, Optim(batch=32, epochs=3, lr=1e20), classes=3)
 
 
-def test_accuracy_is_sklearns(files):
+def test_accuracy_equals_sklearns(files):
     """Six classes of which the file has three; all rows, some rows, and logits that are NaN."""
     torch.manual_seed(0)
     model, loader = finetuning.Classifier(Linear(), 6), evaluation(files[1])
@@ -150,7 +150,7 @@ def mae_layer(name, depth):
 
 
 @pytest.mark.parametrize("decay", [0.65, 1.0])
-def test_layer_decay_is_maes(decay):
+def test_layer_decay_equals_maes(decay):
     net = backbones.build(Backbone("test_vit"))
     model = finetuning.Classifier(net, 7)
     chosen = {**finetune.TRANSFORMER, "layer_decay": decay}
@@ -184,7 +184,7 @@ def test_blocks_decay_as_in_timm():
             assert rate == pytest.approx(by[p]), name
 
 
-def test_drop_path_is_timms():
+def test_drop_path_equals_timms():
     import timm
 
     net = backbones.build(Backbone("test_vit"))
@@ -199,7 +199,7 @@ def test_drop_path_is_timms():
             function(backbones.build(SPEC), 0.5)
 
 
-def test_finetune_learns(files, tmp_path, capsys):
+def test_finetune_reaches_high_accuracy(files, tmp_path, capsys):
     out = tmp_path / "a.json"
     argv = ["--train-batch", 32, "--epochs", 6, "--lr", 0.8, "--out", out]
     assert call(files, "finetune", *argv) == 0, capsys.readouterr().err
@@ -207,7 +207,7 @@ def test_finetune_learns(files, tmp_path, capsys):
     assert result["results"][0]["top1"] > 80 and result["options"]["optimizer"] == "sgd"
 
 
-def test_finetune_a_transformer(files, tmp_path, capsys):
+def test_finetune_trains_a_transformer(files, tmp_path, capsys):
     out = tmp_path / "a.json"
     vit = [
         "--train",
@@ -275,13 +275,13 @@ def test_finetune_a_transformer(files, tmp_path, capsys):
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
 )
-def test_mistakes(files, capsys, argv, text):
+def test_wrong_arguments_raise(files, capsys, argv, text):
     assert call(files, *argv) == 2
     err = capsys.readouterr().err
     assert "Traceback" not in err and re.search(text, err), err
 
 
-def test_files_that_cannot_train_a_classifier(files, tmp_path):
+def test_files_without_one_class_per_image_are_refused(files, tmp_path):
     rng = np.random.default_rng(0)
     images = [stripes(rng, 0) for _ in range(4)]
     unlabelled = write_beton(tmp_path / "none.beton", images, [-1] * 4)

@@ -48,7 +48,7 @@ def check(result, *reference, **options):
 
 @pytest.mark.parametrize("temperature", [0.07, 0.5, 0.03])
 @pytest.mark.parametrize("backend", ["torch", "faiss"])
-def test_equals_brute_force(data, backend, temperature):
+def test_knn_equals_brute_force(data, backend, temperature):
     if backend == "faiss":
         pytest.importorskip("faiss")
     result = knn(*data, k=(200, 1, 10, 10, 53), temperature=temperature, backend=backend)
@@ -58,7 +58,7 @@ def test_equals_brute_force(data, backend, temperature):
 
 
 @pytest.mark.parametrize("backend", ["torch", "faiss"])
-def test_leave_one_out(data, backend):
+def test_without_queries_each_sample_is_classified_by_the_others(data, backend):
     if backend == "faiss":
         pytest.importorskip("faiss")
     bank, y = data[0].clone(), data[1].clone()
@@ -86,7 +86,7 @@ def test_top5_counts_classes_without_a_vote_as_dino_does():
 
 
 @pytest.mark.parametrize("k", [1, 15])
-def test_equals_sklearn(data, k):
+def test_knn_equals_sklearn(data, k):
     bank, bank_y, queries, y = data
     theirs = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
     score = theirs.fit(bank.double(), bank_y).score(queries.double(), y)
@@ -94,7 +94,7 @@ def test_equals_sklearn(data, k):
 
 
 @pytest.mark.parametrize("queries, similarities", [(10, 10 * 7), (37, 37 * 41), (100, 100 * 699)])
-def test_chunks_change_nothing(data, monkeypatch, queries, similarities):
+def test_the_result_does_not_depend_on_the_chunk_size(data, monkeypatch, queries, similarities):
     want = knn(*data, k=(5, 40))
     alone = knn(*data[:2], k=(5, 40))
     monkeypatch.setattr(search, "QUERIES", queries)
@@ -103,7 +103,7 @@ def test_chunks_change_nothing(data, monkeypatch, queries, similarities):
     assert knn(*data[:2], k=(5, 40)) == alone
 
 
-def test_never_holds_all_similarities(monkeypatch):
+def test_the_similarity_matrix_is_never_held_whole(monkeypatch):
     sizes = []
     monkeypatch.setattr(search, "SIMILARITIES", 1 << 16)
     monkeypatch.setattr(search, "_exact_product", lambda a, b: sizes.append(len(a) * len(b)) or a @ b.T)

@@ -51,7 +51,7 @@ def test_lbfgs_finds_sklearns_optimum(digits, l2):
 
 
 @pytest.mark.parametrize("solver, options", [("sgd", {}), ("sgd", {"batch": 5000, "epochs": 300}), ("lbfgs", {})])
-def test_accuracy_is_sklearns(digits, sklearn_best, solver, options):
+def test_accuracy_is_within_one_percent_of_sklearns(digits, sklearn_best, solver, options):
     result = run_probe(*digits, solver=solver, **options)
     (row,) = result["results"]
     assert abs(row["top1"] - sklearn_best) <= 1.0, (row, sklearn_best)
@@ -128,12 +128,12 @@ BAD = [
 
 
 @pytest.mark.parametrize("options, text", BAD, ids=[text for _, text in BAD])
-def test_bad_options(digits, options, text):
+def test_wrong_options_raise(digits, options, text):
     with pytest.raises(ValueError, match=text):
         run_probe(*digits, **options)
 
 
-def test_bad_data(digits):
+def test_unusable_data_raises(digits):
     train, y, test, test_y = digits
     with pytest.raises(ValueError, match="class 9 of the test set is not in the training set"):
         run_probe(train[y < 9], y[y < 9], test, test_y)

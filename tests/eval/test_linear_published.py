@@ -81,7 +81,7 @@ def test_every_rate_of_the_grid_is_a_classifier_trained_alone(name):
     assert (together.weight_DGC[:, 0] - together.weight_DGC[:, 2]).abs().max() > 1e-3, "the rates matter"
 
 
-def test_lars_by_hand():
+def test_lars_equals_a_computation_by_hand():
     recipe, rate = replace(RECIPES["lars"], weight_decay=0.5), torch.tensor([[2.0], [4.0]])
     p = torch.tensor([[[3.0, 4.0], [0.0, 0.0]]])  # D 1, G 2, C 2: norms 5 and 0
     grad, velocity = torch.tensor([[[0.0, 2.0], [1.0, 1.0]]]), torch.zeros(1, 2, 2)
@@ -216,7 +216,7 @@ def test_held_out_images_are_not_trained_on(folder, monkeypatch):
     assert not seen & held and len(seen) > 45
 
 
-def test_five_layers_in_one_pass(folder):
+def test_five_layers_train_on_one_forward_pass(folder):
     result = run(folder, "multi", batch=22, rates=(0.01, 0.1))
     layers = ("stem", "layer1", "layer2", "layer3", "layer4")
     assert tuple(dict.fromkeys(row["layer"] for row in result["curve"])) == layers
@@ -266,7 +266,7 @@ def test_cached_features_train_the_same_classifiers(folder, tmp_path):
         ({"layers": ("stem", "stem")}, "each once"),
     ],
 )
-def test_mistakes(folder, options, text):
+def test_wrong_arguments_raise(folder, options, text):
     with pytest.raises(ValueError, match=text):
         run(folder, **options)
 

@@ -6,7 +6,7 @@ import torch
 from fastssl.eval.common import metrics
 
 
-def test_in_top_k():
+def test_in_top_k_breaks_ties_by_class_number():
     scores = torch.tensor([[3.0, 1.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
     for n, first, last in ((1, [0], [0]), (2, [0, 2], [0, 1]), (4, [0, 1, 2, 3], [0, 1, 2, 3])):
         for label in range(4):

@@ -37,7 +37,7 @@ def test_a_drawn_subset_is_balanced_and_seeded():
         semisup.split(rows[:1], labels, 0.2, 0)
 
 
-def test_lists_of_rows_and_of_names(files, tmp_path):
+def test_subsets_are_read_from_rows_or_names(files, tmp_path):
     loader = evaluation(files[0])
 
     def write(name, lines):
@@ -66,7 +66,7 @@ def test_lists_of_rows_and_of_names(files, tmp_path):
             semisup.read_subset(write("a", subset), loader, known and write("b", known))
 
 
-def test_the_best_cells_on_the_test_set_and_on_held_out_images():
+def test_the_results_are_the_best_cells_on_test_and_held_out_images():
     cells = [
         {"lr": 0.1, "head_mult": 1.0, "top1": 50.0, "top5": 80.0, "held_out_top1": 60.0},
         {"lr": 0.1, "head_mult": 10.0, "top1": 55.0, "top5": 70.0, "held_out_top1": 40.0},

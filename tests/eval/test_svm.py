@@ -35,7 +35,7 @@ def theirs(x, y, cost, tol=1e-10):
 
 
 @pytest.mark.parametrize("n, dim", [(150, 200), (400, 30)], ids=["gram", "features"])
-def test_decision_values_are_linear_svcs(n, dim):
+def test_decision_values_equal_linear_svcs(n, dim):
     x, y = made(n, dim)
     left_out = np.arange(n) % 5 == 0
     y_FN, weight = np.stack([y, y, -y]), np.stack([np.where(label > 0, 2.0, 1.0) for label in (y, y, -y)])
@@ -122,7 +122,7 @@ def by_hand(scores, truth):
     return np.mean([precision[recall >= level].max() for level in levels])  # as many levels as positives
 
 
-def test_average_precision():
+def test_average_precision_equals_its_definitions():
     rng = np.random.default_rng(0)
     scores, truth = rng.normal(size=(6, 80)), rng.integers(-1, 2, (6, 80))
     mine, steps = (average_precision(scores, truth, interpolated) for interpolated in (True, False))
@@ -169,7 +169,7 @@ def test_the_held_out_cost_is_chosen_on_images_that_were_not_drawn(monkeypatch):
         assert (truth[:, rows] == -1).all() and (truth[:, rest] == labels[rest, c]).all() and len(rows) == 8
 
 
-def test_the_default_tolerance():
+def test_the_default_tolerance_bounds_the_error():
     """Weights are within 0.3 % of the optimum at every cost: what the duality gap promises."""
     x, y = made(300, 310)
     K, weight = cpu.Rows(x).operator[0].astype(np.float64), np.where(y > 0, 2.0, 1.0)
@@ -190,7 +190,7 @@ def test_many_rows_of_few_dimensions_at_large_costs():
     np.testing.assert_allclose(b @ K[:600, :600].astype(np.float64), want.decision_function(x[:600]), atol=2e-2)
 
 
-def test_draws():
+def test_low_shot_draws_have_the_published_sizes():
     labels = np.array([1] * 10 + [0] * 100 + [-1] * 30)
     rows = svm.draw(labels, 4, 5, np.random.default_rng(0))
     assert np.bincount(labels[rows] + 1, minlength=3).tolist() == [0, 16, 4] and len(set(rows)) == 20
@@ -347,7 +347,7 @@ def call(files, *argv):
         return stop.code
 
 
-def test_the_command(files, tmp_path, capsys):
+def test_eval_svm_evaluates_a_run(files, tmp_path, capsys):
     out = tmp_path / "a.json"
     assert call(files, "--layers", "stem,last", "--out", out) == 0, capsys.readouterr().err
     result = json.loads(out.read_text())
@@ -376,7 +376,7 @@ def test_the_command(files, tmp_path, capsys):
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
 )
-def test_mistakes(files, capsys, argv, text):
+def test_wrong_arguments_raise(files, capsys, argv, text):
     assert call(files, *argv) == 2
     err = capsys.readouterr().err
     assert "Traceback" not in err and re.search(text, err), err

@@ -59,7 +59,7 @@ def both(work_folder, tiny, beton, folder, files, voc):  # noqa: F811
     return first, torch.load(work_folder / "two.1", weights_only=False)
 
 
-def test_features_and_probes(both, beton, tiny):
+def test_features_and_probes_equal_those_of_one_rank(both, beton, tiny):
     two, other = (rank["features"] for rank in both)
     one = test_features.compute(beton, tiny)
     assert set(one) == set(two) == set(other) and len(one) == 13
@@ -76,7 +76,7 @@ def close(name, a, b):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-3 if name == "lbfgs weights" else 1e-5)
 
 
-def test_cached_features(both, beton, work_folder, monkeypatch):
+def test_cached_features_equal_those_of_one_rank(both, beton, work_folder, monkeypatch):
     cached, load, same = test_cache.cached, test_cache.load, test_cache.same
     monkeypatch.setattr(test_cache.cache, "SHARD_ROWS", 20)
     two, other = (rank["cache"] for rank in both)
@@ -97,14 +97,14 @@ def test_cached_features(both, beton, work_folder, monkeypatch):
     assert same(cached(work_folder / "shards" / "16", loader), two[16]) and not hasattr(loader, "rows")
 
 
-def test_published_linear_protocols(both, folder):  # noqa: F811
+def test_published_linear_protocols_equal_those_of_one_rank(both, folder):  # noqa: F811
     (two, other), one = (rank["heads"] for rank in both), test_linear_published.compute(folder)
     for name in one:
         test_linear_published.close(one[name], two[name])
         test_linear_published.close(two[name], other[name])
 
 
-def test_fine_tuning(both, files):
+def test_fine_tuning_equals_that_of_one_rank(both, files):
     (one, held), (two, held_two) = test_finetune.trained(*files), both[0]["tuning"]
     assert held == held_two == both[1]["tuning"][1]
     for name, value in one.items():

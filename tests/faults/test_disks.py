@@ -87,24 +87,24 @@ def check(disk, break_, capsys, argv: list[str]) -> None:
 
 
 @pytest.mark.parametrize("to", ["torchvision", "timm", "safetensors", "detectron2", "huggingface"])
-def test_an_export(run_folder, disk, broken, capsys, to):
+def test_a_failing_disk_ends_an_export_with_one_line(run_folder, disk, broken, capsys, to):
     out = disk / "weights"
     if to != "huggingface":
         out.write_bytes(b"of before")
     check(disk, broken, capsys, ["export", str(run_folder), "--to", to, "--out", str(out)])
 
 
-def test_published_weights(run_folder, disk, broken, capsys):
+def test_a_failing_disk_ends_publish_with_one_line(run_folder, disk, broken, capsys):
     check(disk, broken, capsys, ["publish", str(run_folder), "--out", str(disk)])
 
 
-def test_a_report(run_folder, disk, broken, capsys):
+def test_a_failing_disk_ends_a_report_with_one_line(run_folder, disk, broken, capsys):
     out = disk / "report.html"
     out.write_text("of before")
     check(disk, broken, capsys, ["report", str(run_folder), "--points", "0", "--out", str(out)])
 
 
-def test_a_conversion(disk, broken, capsys, tmp_path):
+def test_a_failing_disk_ends_a_conversion_with_one_line(disk, broken, capsys, tmp_path):
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -115,7 +115,7 @@ def test_a_conversion(disk, broken, capsys, tmp_path):
     check(disk, broken, capsys, ["convert", "imagefolder", str(tmp_path / "images"), str(out), "--workers", "1"])
 
 
-def test_a_feature_cache(disk, broken, beton):
+def test_a_failing_disk_ends_a_feature_cache_with_one_line(disk, broken, beton):
     torch.manual_seed(0)
     extractor = Extractor(
         backbones.build(Backbone("resnet10", stem="cifar", width=8)), views.center(16, 18)[0], ("last",), "fp32"
@@ -129,7 +129,7 @@ def test_a_feature_cache(disk, broken, beton):
 
 
 @pytest.mark.parametrize("how", ["full", "read-only"])
-def test_a_checkpoint(disk, how):
+def test_a_failing_disk_ends_a_run_with_one_line(disk, how):
     """The run ends and names the newest complete checkpoint, which is still there and from which it goes on."""
     run = cases.run("moco", steps=6, norm=False)
     run.name, run.log.root, run.log.collapse_every, run.log.checkpoint_steps = how, str(disk), 0, 2

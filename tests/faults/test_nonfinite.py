@@ -125,7 +125,7 @@ def test_the_run_ends_and_names_the_step_the_sample_and_the_first_tensor(tmp_pat
     assert f"in step {BAD}: {what}" in nonfinite.replay(t, engine.batches)
 
 
-def test_a_rerun_that_takes_too_long_is_left_to_replay(tmp_path, poison, monkeypatch):
+def test_a_rerun_that_takes_too_long_names_the_replay_command(tmp_path, poison, monkeypatch):
     monkeypatch.setattr(nonfinite, "RERUN_S", 0.0)
     poison("output", seen_in(1), (1,))
     run = make_run(tmp_path, "late")
@@ -141,7 +141,7 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_steps_are_left_out_and_change_nothing(tmp_path, poison):
+def test_skipped_steps_change_nothing(tmp_path, poison):
     """Weights, optimizer and running statistics stay as they are; more steps in a row than allowed end the run."""
     sample = seen_in(1)
     poison("output", sample, (1,))
@@ -168,7 +168,7 @@ def test_steps_are_left_out_and_change_nothing(tmp_path, poison):
     assert all(v.isfinite().all() for v in seen[STEPS].values())
 
 
-def test_more_steps_in_a_row_than_may_be_left_out_end_the_run(tmp_path, poison):
+def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path, poison):
     poison("gradient", seen_in(1), (1,))
     run = make_run(tmp_path, "all", optim_skip_nonfinite=2, optim_lr=1e30)
     with pytest.raises(ValueError, match=r"since step \d+ .*; the first tensor that is not finite, in step \d+: "):
@@ -176,7 +176,7 @@ def test_more_steps_in_a_row_than_may_be_left_out_end_the_run(tmp_path, poison):
     assert not (tmp_path / "all/checkpoints/step_00000012").exists()
 
 
-def test_zero_refuses_to_leave_steps_out(tmp_path):
+def test_skip_nonfinite_is_refused_with_zero(tmp_path):
     run = make_run(tmp_path, "zero", optim_skip_nonfinite=1, speed_zero=1)
     with pytest.raises(ValueError, match="optim.skip_nonfinite=1 is not possible with speed.zero=1"):
         fit(run)
@@ -194,7 +194,7 @@ def test_a_loss_scale_of_1_that_still_overflows_ends_the_run():
     assert error.value.step == 20
 
 
-def test_the_command_replays_and_says_where_there_is_nothing(tmp_path, monkeypatch, capsys):
+def test_the_replay_command_repeats_the_saved_step_and_raises_without_one(tmp_path, monkeypatch, capsys):
     from fastssl import config, replay
 
     (tmp_path / "c.py").write_text("")

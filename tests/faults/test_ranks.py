@@ -146,7 +146,7 @@ def test_a_rank_that_hangs_is_named_with_the_place_where_it_waits(restarted):
     assert "continuing work_dirs/restarts/checkpoints/step_00000006" in lines
 
 
-def test_restarts_change_no_bit(folder, restarted):
+def test_a_restarted_run_gives_the_same_bits(folder, restarted):
     _, (codes, lines) = restarted
     assert codes == [0, 0], lines
     found = []

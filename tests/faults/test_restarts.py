@@ -58,7 +58,7 @@ def run(tmp_path, monkeypatch, capfd):
     return start
 
 
-def test_crashes_are_started_again_and_continue(run):
+def test_a_crashed_run_is_restarted_and_continues(run):
     code, lives, lines = run("saved -9,1,0", 3)
     assert code == 0 and lives == ["0 29500 --force", "1 29600 --continue", "2 29700 --continue"]
     assert lines == [
@@ -68,7 +68,7 @@ def test_crashes_are_started_again_and_continue(run):
 
 
 @pytest.mark.parametrize("given", ["--force", "--resume-from a/b x=1", "--resume-from=a/b"])
-def test_until_there_is_a_checkpoint_of_this_run_a_restart_is_the_same_start(run, given):
+def test_before_the_first_checkpoint_a_restart_repeats_the_command(run, given):
     """Else --continue would take up the run that --force discards, or leave out the checkpoint to start from."""
     _, lives, _ = run("1,saved 1,0", 2, *given.split(), "y=2")
     assert [life.split()[2:] for life in lives[:2]] == [[*given.split(), "y=2"]] * 2
@@ -82,7 +82,7 @@ def test_a_slurm_job_and_its_restarts_share_the_file_that_tells_of_a_checkpoint(
     assert (tmp_path / "slurm-7.saved").exists()
 
 
-def test_a_complete_checkpoint_of_rank_0_is_told(tmp_path, monkeypatch):
+def test_rank_0_marks_a_complete_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTSSL_SAVED", str(tmp_path / "saved"))
     log = SimpleNamespace(keep=1, keep_every=0)
     t = SimpleNamespace(run=SimpleNamespace(log=log), loader=SimpleNamespace(steps=1), folder=tmp_path, device=CPU)
@@ -99,13 +99,13 @@ def test_each_start_has_its_own_port_that_exists():
     assert restarts._port(65500, 2) == 65300
 
 
-def test_not_more_often_than_given(run):
+def test_a_run_is_restarted_at_most_n_times(run):
     code, lives, _ = run("-9,-9,-9", 1)
     assert code == 128 + 9 and len(lives) == 2
 
 
 @pytest.mark.parametrize("code", [2, 75, 130])
-def test_what_a_new_start_cannot_mend_is_not_tried_again(run, code):
+def test_errors_that_a_restart_cannot_fix_end_the_run(run, code):
     assert run(str(code), 3)[:2] == (code, ["0 29500 --force"])
 
 
@@ -120,13 +120,13 @@ def test_signals_go_to_the_child(run, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["stop waits 0", "ignored stop 1", "ignored stop -9"])
-def test_none_is_started_after_a_signal(run, how):
+def test_a_run_is_not_restarted_after_a_signal(run, how):
     """Also where the child has not handled it: before its first step, or as it failed for another reason."""
     code, lives, lines = run(how + ",0", 3)
     assert (code, lives, lines) == (75, ["0 29500 --force"], [])
 
 
-def test_a_signal_before_there_is_a_child_is_passed_on(run, monkeypatch):
+def test_a_signal_before_the_child_starts_is_passed_on(run, monkeypatch):
     start = subprocess.Popen
 
     def late(*args, **kwargs):
@@ -165,7 +165,7 @@ def test_the_child_is_stopped_when_the_launcher_has_gone(launcher, code, monkeyp
     assert supervise([sys.executable, "-c", "import time; time.sleep(2.5)"], 3) == code
 
 
-def test_the_child_gets_the_other_arguments():
+def test_the_child_gets_the_arguments_without_restarts():
     given = ["c.py", "--restarts", "2", "a.b=1", "--restarts=3", "--resume"]
     assert train._without_restarts(given) == ["c.py", "a.b=1", "--resume"]
 

@@ -58,7 +58,7 @@ def test_a_silent_rank_is_lost(watch, monkeypatch):
     assert reason.startswith("rank 2 is lost on node3 after step 7: no heartbeat for 120 s; it was killed")
 
 
-def test_the_rank_that_the_others_wait_for_is_late(watch, monkeypatch):
+def test_the_rank_that_the_others_wait_for_is_reported(watch, monkeypatch):
     waiting = beat(7, location="dist.py:8 (sum_)", waits=True)
     write(watch, r1=waiting, r2=beat(7), r3=waiting)
     monkeypatch.setattr(watchdog, "_main_thread_location", lambda: ("dist.py:8 (sum_)", True))
@@ -74,7 +74,7 @@ def test_the_rank_that_the_others_wait_for_is_late(watch, monkeypatch):
     )
 
 
-def test_nothing_is_late_outside_training(watch):
+def test_no_rank_is_reported_outside_training(watch):
     with watchdog.progress.watched(1e-9):
         assert watchdog.progress.idle() > 0
     assert watchdog.progress.idle() == 0 and watch._exchange_heartbeats() is None
@@ -151,7 +151,7 @@ def test_the_location_is_in_the_folders_of_fastssl_wherever_they_are_installed(p
     assert called_from(installed / "kernels/x.py") == ("x.py:2 (forward)", False)
 
 
-def test_only_the_function_that_exchanges_signals_waits(monkeypatch):
+def test_only_signals_received_counts_as_waiting(monkeypatch):
     assert called_from("/home/me/mine.py", "received") == ("mine.py:2 (received)", False)
     found = []
     monkeypatch.setattr(dist, "world", lambda: found.append(watchdog._location_of(sys._getframe(1))) or 1)

@@ -42,7 +42,7 @@ def small(tmp_path):
 
 
 @both
-def test_data_cards(small, cases):
+def test_damaged_data_cards(small, cases):
     card = json.loads(small.with_suffix(".json").read_text())
 
     def make(rng, _):
@@ -57,7 +57,7 @@ def test_data_cards(small, cases):
 
 
 @both
-def test_beton_headers_in_check(small, tmp_path, cases):
+def test_damaged_beton_headers_in_check(small, tmp_path, cases):
     whole, card = small.read_bytes(), json.loads(small.with_suffix(".json").read_text())
 
     def make(rng, _):
@@ -75,7 +75,7 @@ def test_beton_headers_in_check(small, tmp_path, cases):
 
 
 @both
-def test_beton_headers_in_the_loader(small, tmp_path, cases):
+def test_damaged_beton_headers_in_the_loader(small, tmp_path, cases):
     from fastssl.decode import BetonReader
 
     whole = small.read_bytes()
@@ -100,7 +100,7 @@ def test_beton_headers_in_the_loader(small, tmp_path, cases):
 
 
 @both
-def test_manifests(tmp_path, cases):
+def test_damaged_manifests(tmp_path, cases):
     folder = disk.create(tmp_path, 1)
     (folder / "state.pt").write_bytes(b"x" * 10)
     path = disk.commit(folder, 2)
@@ -119,7 +119,7 @@ def test_manifests(tmp_path, cases):
 
 
 @both
-def test_logs(tmp_path, cases):
+def test_damaged_logs(tmp_path, cases):
     records = [{"step": i, "epoch": 0, "loss": 1.0 / (i + 1)} for i in range(6)]
 
     def make(rng, _):
@@ -133,7 +133,7 @@ def test_logs(tmp_path, cases):
 
 
 @both
-def test_environments(tmp_path, monkeypatch, cases):
+def test_damaged_environments(tmp_path, monkeypatch, cases):
     monkeypatch.setattr(run_folder.metadata, "version", lambda name: "1")  # 60 ms for each entry
     trainer = types.SimpleNamespace(folder=tmp_path, step=5, device=torch.device("cpu"), loader=None)
     rng = random.Random(0)
@@ -144,7 +144,7 @@ def test_environments(tmp_path, monkeypatch, cases):
 
 
 @both
-def test_safetensors_headers(tmp_path, cases):
+def test_damaged_safetensors_headers(tmp_path, cases):
     path = tmp_path / "a.safetensors"
     safetensors.torch.save_file(
         {"conv1.weight": torch.ones(2, 3), "b": torch.zeros(4)}, path, weights.metadata(Backbone("resnet18"))
@@ -184,7 +184,7 @@ ODD_TENSORS = [
 
 
 @both
-def test_pth_files(tmp_path, cases):
+def test_damaged_pth_files(tmp_path, cases):
     path = tmp_path / "a.pth"
     good = {"state_dict": {"conv1.weight": torch.ones(2, 3), "fc.bias": torch.zeros(4)}, "epoch": 3}
     torch.save(good, path)
@@ -238,7 +238,7 @@ def archives(rng: random.Random) -> tuple[str, bytes]:
 
 
 @both
-def test_archives(tmp_path, cases):
+def test_damaged_archives(tmp_path, cases):
     def make(rng, case):
         kind, data = archives(rng)
         path = tmp_path / f"{case}.{kind}"  # a new name, because open archives are cached by name
@@ -253,7 +253,7 @@ def test_archives(tmp_path, cases):
 
 
 @both
-def test_cifar_pickles(tmp_path, cases):
+def test_damaged_cifar_pickles(tmp_path, cases):
     rows = np.zeros((3, 3072), np.uint8)
     good = [
         pickle.dumps({b"labels": labels, b"data": rows[:, :9]}, protocol)
@@ -264,7 +264,7 @@ def test_cifar_pickles(tmp_path, cases):
 
 
 @both
-def test_lists(tmp_path, cases):
+def test_damaged_lists(tmp_path, cases):
     lines = [
         b"a.jpg 0",
         b"b c.jpg 1",

@@ -47,7 +47,7 @@ def outputs_removed(folder, keep):
 
 
 @both
-def test_the_config_of_a_run(betons, tmp_path, cases):
+def test_damaged_config_of_a_run(betons, tmp_path, cases):
     """config.json, as evaluations, publish and the report read it."""
     folder = write_run(tmp_path / "run", betons, 3)
     config, keep = json.loads((folder / "config.json").read_text()), set(tmp_path.rglob("*"))
@@ -71,7 +71,7 @@ def test_the_config_of_a_run(betons, tmp_path, cases):
 
 
 @both
-def test_results_and_environment_of_a_run(betons, tmp_path, cases):
+def test_damaged_results_and_environment_of_a_run(betons, tmp_path, cases):
     folder = write_run(tmp_path / "run", betons, 3, weights=False)
     result = {"protocol": "knn", "of": {"test": "t"}, "results": [{"k": 10, "top1": 50.0}], "options": {}}
     good = {"environment.json": [{"step": 0, "ranks": 1, "device": "cpu"}], "result.json": result}
@@ -96,7 +96,7 @@ def test_results_and_environment_of_a_run(betons, tmp_path, cases):
 
 
 @both
-def test_a_log_is_continued(tmp_path, cases):
+def test_a_damaged_log_is_continued(tmp_path, cases):
     """A resumed run keeps the records up to its checkpoint, whatever the lines between them are."""
     good = [json.dumps({"step": i, "epoch": 0, "loss": 1.0 / i}).encode() for i in range(1, 7)]
 
@@ -122,7 +122,7 @@ def test_a_log_is_continued(tmp_path, cases):
 
 
 @both
-def test_state_of_a_checkpoint(tmp_path, cases):
+def test_damaged_state_of_a_checkpoint(tmp_path, cases):
     good = {"step": 2, "scale": {"value": 1.0}, "config": {"speed": {"zero": 0}, "seed": 0}, "world": 1, "hooks": {}}
     torch.save(good, tmp_path / "state.pt")
     whole = (tmp_path / "state.pt").read_bytes()
@@ -154,7 +154,7 @@ def other_tensor(value, rng):
 
 
 @both
-def test_foreign_weights(tmp_path, cases):
+def test_damaged_foreign_weights(tmp_path, cases):
     """Names, shapes and types of tensors as no project has them."""
     path = tmp_path / "w.pth"
     net = backbones.build(SPEC)
@@ -185,7 +185,7 @@ def test_foreign_weights(tmp_path, cases):
 
 
 @both
-def test_lists_of_images(tmp_path, cases):
+def test_damaged_lists_of_images(tmp_path, cases):
     (tmp_path / "in").mkdir()
     for i in range(3):
         (tmp_path / "in" / f"{i}.jpg").write_bytes(jpeg(photo(np.random.default_rng(i), 12, 16)))
@@ -218,7 +218,7 @@ def test_lists_of_images(tmp_path, cases):
 
 
 @both
-def test_archives_to_the_end(tmp_path, cases):
+def test_damaged_archives_are_read_to_the_end(tmp_path, cases):
     """`fastssl convert zip`: a .beton with its card, or one line and nothing."""
     image, keep = jpeg(photo(np.random.default_rng(0), 12, 16)), {tmp_path / "a.zip"}
     names = [
@@ -251,7 +251,7 @@ def test_archives_to_the_end(tmp_path, cases):
 
 
 @both
-def test_labelled_subsets(betons, tmp_path, cases):
+def test_damaged_labelled_subsets(betons, tmp_path, cases):
     loader = Loader(betons[0], 2, Sampler.sequential(), device="cpu", workers=1)
     texts = [b"0", b"3", b"5", b"6", b"-1", b"a/0.jpg", b"0.jpg", b"0.jpg 0", b"1.jpg 1", b"9" * 40, b"\xff", b" "]
 
@@ -273,7 +273,7 @@ BOMB += "]><annotation>&j;</annotation>"
 
 
 @both
-def test_boxes_of_voc(tmp_path, cases):
+def test_damaged_boxes_of_voc(tmp_path, cases):
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "JPEGImages" / "1.jpg").write_bytes(jpeg(photo(np.random.default_rng(0), 16, 16)))
@@ -297,7 +297,7 @@ def test_boxes_of_voc(tmp_path, cases):
 
 
 @both
-def test_boxes_of_coco(tmp_path, cases):
+def test_damaged_boxes_of_coco(tmp_path, cases):
     for name in ("annotations", "s"):
         (tmp_path / name).mkdir()
     (tmp_path / "s" / "1.jpg").write_bytes(jpeg(photo(np.random.default_rng(0), 16, 16)))
@@ -314,7 +314,7 @@ def test_boxes_of_coco(tmp_path, cases):
 
 
 @both
-def test_stored_features_and_results(tmp_path, cases):
+def test_damaged_stored_features_and_results(tmp_path, cases):
     """Both are computed again where they cannot be read: nothing is refused."""
     store = object.__new__(cache.FeatureStore)
     store.folder, store.layers, store.samples, store.dims = tmp_path / "key", ("last",), 5, [3]

@@ -59,7 +59,7 @@ def typed(word: str, rng: random.Random) -> str:
 
 
 @both
-def test_config_files(tmp_path, cases):
+def test_damaged_config_files(tmp_path, cases):
     def make(rng, case):
         path = tmp_path / "c.py"
         path.write_text(damaged_config(rng))
@@ -69,7 +69,7 @@ def test_config_files(tmp_path, cases):
 
 
 @both
-def test_overrides(tmp_path, cases):
+def test_damaged_overrides(tmp_path, cases):
     run = config.load(SMOKE)
     keys = ["method", "data.views", "data.eval_view", "data.views.0.size", "data.views.all.blur", "optim.paramwise.x"]
     keys += [
@@ -96,7 +96,7 @@ def test_overrides(tmp_path, cases):
 
 
 @both
-def test_command_lines(tmp_path, cases):
+def test_damaged_command_lines(tmp_path, cases):
     """Of `fastssl eval` and `fastssl convert`: exit code 2 and one line."""
     words = {name: _words(options.parser(name)) for name in evaluation.PROTOCOLS}
     words["convert"] = [*data_prep_words(), "imagefolder", "list", "cifar10", str(tmp_path), str(tmp_path / "o.beton")]
@@ -135,7 +135,7 @@ def data_prep_words() -> list[str]:
 
 
 @both
-def test_hostfiles(tmp_path, cases):
+def test_damaged_hostfiles(tmp_path, cases):
     """They are DeepSpeed's: its reader refuses what it does not understand before it starts anything."""
     from deepspeed.launcher import runner
 

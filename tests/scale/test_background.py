@@ -66,7 +66,7 @@ def tensors(path):
     return {k: v for f in sorted(path.glob("*.safetensors")) for k, v in safetensors.torch.load_file(f).items()}
 
 
-def test_the_run_goes_on_and_the_checkpoint_is_that_of_its_step(train, slow):
+def test_training_continues_while_a_checkpoint_is_written(train, slow):
     plain, reached, late = train("plain"), threading.Event(), []
     slow(lambda path: late.append(path) if "0004" in path.parent.name and not reached.wait(60) else None)
     found = train("slow", At(7, reached.set))

@@ -162,14 +162,14 @@ def everything(tmp_path_factory):
 
 
 @pytest.mark.parametrize("c", SOME, ids=str)
-def test_the_state_is_the_same_and_the_curve_agrees(some, c):
+def test_a_run_continues_on_other_ranks_and_stages(some, c):
     compare(some, c)
 
 
 @pytest.mark.full
 @pytest.mark.timeout(6000)
 @pytest.mark.parametrize("c", ALL, ids=str)
-def test_every_change(everything, c):
+def test_every_change_of_ranks_and_stages_continues(everything, c):
     compare(everything, c)
 
 

@@ -79,7 +79,7 @@ def test_the_states_of_a_rank_are_predicted(measured, case, stage):
         assert predicted.reduction == 4 * measured[case, stage, "bucket"]
 
 
-def test_stages_need_less_and_less(measured):
+def test_zero_3_needs_less_memory_than_zero_0(measured):
     for case in RUNS:
         assert measured[case, 0] > 1.2 * measured[case, 3]
 

@@ -63,7 +63,7 @@ def dry_run(capsys, *args: str, root: str = "/runs") -> str:
     return capsys.readouterr().out
 
 
-def test_the_options_of_a_job(folder, capsys):
+def test_the_script_has_the_options_of_the_job(folder, capsys):
     wanted = {
         "job-name": '"my c"',
         "nodes": "4",
@@ -157,7 +157,7 @@ def test_a_job_that_is_queued_again_after_a_checkpoint_continues_however_it_was_
         (["other.py"], "'other.py' is a second config file"),
     ],
 )
-def test_a_wrong_value_is_one_line(folder, capsys, args, message):
+def test_a_wrong_value_is_a_one_line_error(folder, capsys, args, message):
     assert slurm.main(["my c.py", "--dry-run", *args]) == 2
     shown = capsys.readouterr()
     assert message in shown.err and shown.err.count("\n") == 1 and not shown.out
@@ -175,7 +175,7 @@ def test_a_wrong_value_is_one_line(folder, capsys, args, message):
         (["--tim", "3"], "fastssl slurm: unrecognized arguments: --tim"),
     ],
 )
-def test_an_option_that_cannot_be_is_refused(folder, capsys, args, message):
+def test_an_unsupported_sbatch_option_is_refused(folder, capsys, args, message):
     with pytest.raises(SystemExit):
         slurm.main(["my c.py", "--dry-run", *args])
     assert message in capsys.readouterr().err
@@ -201,7 +201,7 @@ def test_a_job_is_submitted_with_the_script_in_the_run_folder(folder, capsys, mo
     assert (root / "my c/slurm.sh").read_text() == capsys.readouterr().out
 
 
-def test_a_machine_without_slurm_and_a_refused_job_are_one_line(folder, capsys, monkeypatch):
+def test_a_missing_or_failing_sbatch_is_a_one_line_error(folder, capsys, monkeypatch):
     (folder.parent / "bin").mkdir()
     monkeypatch.setenv("PATH", f"{folder.parent}/bin")
     root = folder.parent / "runs"

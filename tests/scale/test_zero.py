@@ -95,7 +95,7 @@ def test_losses_are_those_of_stage_0(results, row, stage):
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_settings_of_deepspeed_that_are_refused(key):
+def test_unsupported_settings_of_deepspeed_are_refused(key):
     run = method_cases.run("simclr")
     first, _, second = key.partition(".")
     run.deepspeed = {first: {second: 1} if second else {}}
@@ -116,7 +116,7 @@ def test_swap_files_are_refused(name):
     "stage, section, setting, value",
     [(3, "speed", "compile", True), *((stage, "optim", "skip_nonfinite", 2) for stage in (1, 2, 3))],
 )
-def test_settings_that_a_stage_refuses(stage, section, setting, value):
+def test_settings_that_a_zero_stage_cannot_use_are_refused(stage, section, setting, value):
     run = method_cases.run("simclr", zero=stage)
     setattr(getattr(run, section), setting, value)
     with pytest.raises(ValueError, match=rf"{section}.{setting}={value}.*speed.zero={stage}.*use speed.zero=0"):
