@@ -1,7 +1,7 @@
 """Compare the speed of two commits or settings, measured in alternating blocks of steps:
 python bench/compare.py A B [--config configs/simclr/r18_cifar10_200ep.py] [a.b=value ...]
 
-A and B are each a commit (any name that git resolves), a list of settings (speed.graph=on,speed.compile=True), or both
+A and B are each a commit (any name that git resolves), a list of settings (speed.graph=on,speed.compile=on), or both
 (main:speed.graph=on); "." is this checkout with its changes. Both use the config file of this checkout and run the loop
 of bench/step.py on its data, each in a separate process that waits while the other one measures. A side is faster if
 its slowest block is faster than the fastest block of the other side; otherwise there is "no difference beyond the

@@ -36,8 +36,8 @@ STEPS = {  # name: config and overrides, with batches that fit on one GPU
 VARIANTS = {  # of the step, in order of value
     "graph": ["speed.graph=on"],
     "plain": ["speed.graph=off"],
-    "compile_graph": ["speed.graph=on", "speed.compile=True"],
-    "compile": ["speed.graph=off", "speed.compile=True"],
+    "compile_graph": ["speed.graph=on", "speed.compile=on"],
+    "compile": ["speed.graph=off", "speed.compile=on"],
 }
 KERNELS = ("infonce", "ntxent", "augment", "soft_cross_entropy", "sinkhorn", "gathered", "queue_bank")
 

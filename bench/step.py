@@ -213,7 +213,7 @@ def describe(t: Trainer) -> dict:
         "workers": t.loader.workers,
         "resident": run.speed.resident,
         "channels_last": run.speed.channels_last,
-        "compile": run.speed.compile,
+        "compile": t.not_compiled is None,
         "graph": t.pytorch_step is not None and t.pytorch_step.reason is None,
         "kernels": run.speed.kernels,
         "samples": t.loader.samples,

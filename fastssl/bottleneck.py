@@ -63,8 +63,8 @@ class StepTimes:
         captured = self.fraction("step") > 0
         if not captured and speed.graph != "on" and not speed.zero and t.loader.sampler.micro == 1:
             return "the network, or the CPU that starts its kernels: try speed.graph=on"
-        if not speed.compile and speed.zero < 3:
-            return "the network's kernels: try speed.compile=True"
+        if t.not_compiled is not None and speed.zero < 3:
+            return "the network's kernels: try speed.compile=on"
         if t.run.optim.precision == "fp32":
             return "the network's kernels: optim.precision=bf16 is faster, and changes results"
         return "the network's kernels: no setting of speed is left to try"
@@ -93,6 +93,9 @@ def automatic_settings(t: Trainer) -> str:
         why = "ZeRO and DeepSpeed's own steps are not captured" if t.pytorch_step is None else t.pytorch_step.reason
         if why is None or not cuda:  # on CUDA `build` has printed why not
             parts.append("graph=on (the same bits in less time)" if why is None else f"graph=off ({why})")
+    if speed.compile == "auto":
+        why = t.not_compiled
+        parts.append("compile=on (equal losses in less time)" if why is None else f"compile=off ({why})")
     if speed.micro_batch is None:
         parts.append(f"micro_batch={t.run.optim.batch // dist.world()} (a rank's whole share of the batch)")
     return "speed, chosen automatically: " + ", ".join(parts) if parts else ""

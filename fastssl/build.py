@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastssl import backbones, config, contract, cuda_graph, dist, norm, optim, weights, zero
 from fastssl.amp import LossScaler, autocast
 from fastssl.checkpoint import run_folder
+from fastssl.compiled import compile_forward
 from fastssl.config import Run
 from fastssl.loader import Batch, Loader
 from fastssl.meters import Meter
@@ -68,6 +69,7 @@ def build(run: Run, hooks: Sequence[Hook] = (), device: str | None = None, loade
         LossScaler(run.optim.precision, "cpu" if run.speed.zero else device_used, run.optim.skip_nonfinite),
         cuda_graph.StepInputs(len(engine.optimizer.param_groups), device_used),
         hooks,
+        not_compiled=not_compiled(run, place),
     )
     set_pytorch_step(t)
     return t
@@ -115,6 +117,20 @@ def not_captured(t: Trainer) -> str | None:
         return "speed.kernels=reference reads numbers from the device"
     waits = [type(op).__name__ for view in run.data.views for op in view.extra if getattr(op, "waits", False)]
     return f"{waits[0]} of a view's extra waits for the device" if waits else getattr(t.method, "not_capturable", None)
+
+
+def not_compiled(run: Run, device: torch.device) -> str | None:
+    """Why the method's forward is not compiled; None: it is.  With speed.compile=auto it is where a result in
+    bench/results shows equal losses and a shorter step."""
+    mode, set_on = run.speed.compile, "speed.compile=on compiles it"
+    if mode != "auto":
+        return None if mode == "on" else "speed.compile=off"
+    if run.speed.zero == 3:
+        return "the hooks of ZeRO 3 break the graph"
+    if device.type != "cuda":
+        return f"not measured on a CPU; {set_on}"
+    # docs/performance.md has shorter steps (Barlow Twins with ViT-S/16, SimCLR with ResNet-18), but no losses.
+    return f"its losses have not been compared with the plain ones on a GPU; {set_on}"
 
 
 def build_method(run: Run, loader: Loader) -> nn.Module:
@@ -178,8 +194,8 @@ def prepare(method: nn.Module, run: Run, device: torch.device) -> nn.Module:
         backbones.channels_last_(method)
     method.to(device).train()
     forward = method.forward
-    if run.speed.compile:
-        forward = torch.compile(forward)
+    if not_compiled(run, device) is None:
+        forward = compile_forward(forward, required=run.speed.compile == "on")
 
     def autocast_forward(views: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         # Autocast here and not in DeepSpeed: weights, normalisation and statistics stay fp32 at every ZeRO stage.

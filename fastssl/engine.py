@@ -130,7 +130,7 @@ def find_nonfinite(
 
 def build_plain(run: Run, device: str | None, loader: Loader | None = None) -> Trainer:
     """A trainer of the same steps without monitors, compilation and CUDA graphs, to look at single steps."""
-    return build(replace(run, hooks=(), speed=replace(run.speed, compile=False, graph="off")), (), device, loader)
+    return build(replace(run, hooks=(), speed=replace(run.speed, compile="off", graph="off")), (), device, loader)
 
 
 def train(t: Trainer, log: Log, signals: ending.Signals, writer: Writer) -> None:

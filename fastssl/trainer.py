@@ -102,6 +102,7 @@ class Trainer:
     hooks: list = field(default_factory=list)
     # the step without DeepSpeed, eager or as a CUDA graph; None: DeepSpeed makes the step
     pytorch_step: cuda_graph.CapturableStep | None = None
+    not_compiled: str | None = None  # why the method's forward is not compiled; None: it is
     step: int = 0  # optimizer steps done, skipped ones included
     epoch: int = 0
     scalars: dict[str, Any] = field(default_factory=dict)  # to log, of the current step

@@ -36,7 +36,7 @@ def trainer(device="cuda", *, pixels=1024, workers=64, **speed):
         "workers": None,
         "kernels": "auto",
         "graph": "auto",
-        "compile": False,
+        "compile": "auto",
         "zero": 0,
         "micro_batch": None,
     } | speed
@@ -44,9 +44,9 @@ def trainer(device="cuda", *, pixels=1024, workers=64, **speed):
         card=DataCard(samples=1000, bytes=0, max_pixels=pixels), samples=1000, workers=workers, sampler=Sampler()
     )
     run = SimpleNamespace(speed=SimpleNamespace(**speed), optim=SimpleNamespace(batch=64, precision="fp16"))
-    return SimpleNamespace(
-        run=run, loader=loader, device=torch.device(device), pytorch_step=SimpleNamespace(reason=None)
-    )
+    reason = None if speed["compile"] == "on" else "not compared yet; speed.compile=on compiles it"
+    step = SimpleNamespace(reason=None)
+    return SimpleNamespace(run=run, loader=loader, device=torch.device(device), pytorch_step=step, not_compiled=reason)
 
 
 def summary(t, **changes):
@@ -65,8 +65,8 @@ def test_the_bottleneck_names_the_setting_that_helps():
     assert "forward 30 %, backward 50 %" in summary(trainer())
     assert "try speed.graph=on" in summary(trainer())
     replayed = {"views_ms": 0.0, "forward_ms": 0.0, "backward_ms": 0.0, "optimizer_ms": 0.0, "step_ms": 10.0}
-    assert "try speed.compile=True" in summary(trainer(graph="on"), **replayed)
-    assert "no setting of speed is left" in summary(trainer(graph="on", compile=True), **replayed)
+    assert "try speed.compile=on" in summary(trainer(graph="on"), **replayed)
+    assert "no setting of speed is left" in summary(trainer(graph="on", compile="on"), **replayed)
     assert "between steps" in summary(trainer(), other_ms=2.0)
     assert "a GPU or a smaller network" in summary(trainer("cpu"))
     assert "augmentation: try speed.kernels=auto" in summary(trainer(kernels="reference"), views_ms=20.0)
@@ -99,15 +99,25 @@ def test_a_short_run_has_no_bottleneck():
 
 def test_automatic_settings_are_given_with_their_reason():
     texts = bottleneck.automatic_settings(trainer())
-    for part in ("workers=64 (the cores", "kernels=triton (a CUDA device)", "graph=on (", "micro_batch=64 (a rank's"):
+    for part in (
+        "workers=64 (the cores",
+        "kernels=triton (a CUDA device)",
+        "graph=on (",
+        "compile=off (not compared",
+        "micro_batch=64 (a rank's",
+    ):
         assert part in texts
     assert (
-        bottleneck.automatic_settings(trainer(workers=1, kernels="reference", graph="off", micro_batch=8)).count("=")
+        bottleneck.automatic_settings(
+            trainer(workers=1, kernels="reference", graph="off", compile="off", micro_batch=8)
+        ).count("=")
         == 1
     )
     t = trainer("cpu")
     t.pytorch_step = SimpleNamespace(reason="it needs a CUDA device")
     assert "kernels=reference (no CUDA device), graph=off (it needs a CUDA device)" in bottleneck.automatic_settings(t)
+    t.not_compiled = None
+    assert "compile=on (" in bottleneck.automatic_settings(t)
 
 
 def test_a_run_reports_its_bottleneck_and_automatic_settings(tmp_path, capsys):

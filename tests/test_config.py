@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from fastssl import config, views
-from fastssl.config import Data, Optim, Run
+from fastssl.config import Data, Optim, Run, Speed
 from fastssl.methods import byol, odc, simclr
 
 FILE = """
@@ -232,6 +232,9 @@ def test_fields_added_since_a_dump_have_their_defaults(file):
     older = config.dump(method)
     older["least"], older["every"] = older.pop("min_cluster_size"), older.pop("centroid_interval")
     assert config.with_defaults(older, method) == config.dump(method), "fields that were renamed"
+    for old, new in ((False, "off"), (True, "on"), ("auto", "auto")):
+        run.speed.compile = new
+        assert config.with_defaults(config.dump(run.speed) | {"compile": old}, Speed()) == config.dump(run.speed)
     view = dict(now["data"]["views"][0], type="fastssl.kernels.views.params.View")
     assert config.with_defaults(view, run.data.views[0]) == now["data"]["views"][0], "a class that has moved"
 

@@ -26,7 +26,7 @@ RUNS = {  # name: (method, world, micro-batches, optimizer, more of Speed)
 }
 SWITCHES = {  # Speed must not change results
     "plain": {"channels_last": False, "kernels": "reference"},
-    "fast": {"channels_last": True, "compile": True, "resident": True, "workers": 2},
+    "fast": {"channels_last": True, "compile": "on", "resident": True, "workers": 2},
 }
 
 

@@ -29,7 +29,7 @@ LAYERS = """
     methods.*
     eval
     hooks report
-    step
+    step compiled
     build outputs
     memory nonfinite
     engine

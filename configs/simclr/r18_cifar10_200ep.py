@@ -8,7 +8,7 @@ theirs).
 Published: none for 200 epochs of this recipe; online linear 90.74 top-1 after 1000 epochs (solo-learn's README); kNN
 84.8 after 200 epochs of another recipe with batch 512 (lightly's benchmarks).
 fastssl: kNN (k=20) 78.1 after 100 and 82.0 after 160 epochs at 40,600 images/s, with speed.resident=True
-speed.compile=True on one H200, torch 2.11.0, triton 3.6.0, 2026-11-27, commit a40d4a5; after 200 epochs not measured
+speed.compile=on on one H200, torch 2.11.0, triton 3.6.0, 2026-11-27, commit a40d4a5; after 200 epochs not measured
 yet.
 """
 

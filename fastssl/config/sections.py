@@ -84,7 +84,7 @@ class Speed:
     workers: int | None = None  # decoding threads per rank; None: the node's cores, divided by its ranks
     resident: bool = False  # keep the decoded training set on the device
     channels_last: bool = True
-    compile: bool = False
+    compile: Literal["auto", "on", "off"] = "auto"  # the forward by torch.compile; "auto": where it has been measured
     graph: Literal["auto", "on", "off"] = "auto"  # the step as a CUDA graph; "auto": where it has been measured
     kernels: Literal["auto", "reference", "triton"] = "auto"  # "auto": Triton's on CUDA devices
 

@@ -31,6 +31,8 @@ RENAMED = {
     "fastssl.methods.simsiam.Config": {"predictor": "predictor_dim"},
     "fastssl.methods.swav.Config": {"large": "large_crops", "iterations": "sinkhorn_iterations"},
 }
+# Fields of sections that were bool in older dumps, and what False and True are now
+BOOLEANS = {(sections.Speed, "compile"): ("off", "on")}
 
 
 def dump(run: Any) -> Any:
@@ -72,7 +74,9 @@ def with_defaults(dumped: Any, now: Any) -> Any:
                 filled["type"] = new + filled["type"].removeprefix(old)
         for f in dataclasses.fields(now):
             if f.name in dumped:
-                filled[f.name] = with_defaults(dumped[f.name], getattr(now, f.name))
+                value, choices = dumped[f.name], BOOLEANS.get((type(now), f.name))
+                value = choices[value] if choices and isinstance(value, bool) else value
+                filled[f.name] = with_defaults(value, getattr(now, f.name))
             elif f.default is not dataclasses.MISSING:
                 filled[f.name] = dump(f.default)
             elif f.default_factory is not dataclasses.MISSING:

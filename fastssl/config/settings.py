@@ -163,8 +163,7 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
         return value
     elif origin is typing.Literal:
         if not any(value == choice and type(value) is type(choice) for choice in args):
-            raise ValueError(
-                f"{key}={value!r:.80} is not one of {', '.join(map(str, args))}{did_you_mean(value, args)}"
-            )
+            name = ("off", "on")[value] if isinstance(value, bool) else value
+            raise ValueError(f"{key}={value!r:.80} is not one of {', '.join(map(str, args))}{did_you_mean(name, args)}")
         return value
     raise ValueError(f"{key}: expected {getattr(kind, '__name__', kind)}, got {value!r:.80}")

@@ -33,8 +33,8 @@ REFUSED = {
 
 def check_zero(run: Run) -> None:
     """ValueError for settings that cannot be combined, with the reason and the remedy."""
-    if run.speed.compile and run.speed.zero == 3:
-        raise ValueError("speed.compile=True: the hooks of speed.zero=3 break the graph; use speed.zero=0, 1 or 2")
+    if run.speed.compile == "on" and run.speed.zero == 3:
+        raise ValueError("speed.compile=on: the hooks of speed.zero=3 break the graph; use speed.zero=0, 1 or 2")
     if run.optim.skip_nonfinite and run.speed.zero:
         raise ValueError(
             f"optim.skip_nonfinite={run.optim.skip_nonfinite} is not possible with speed.zero={run.speed.zero}, whose "

@@ -114,7 +114,7 @@ def test_swap_files_are_refused(name):
 
 @pytest.mark.parametrize(
     "stage, section, setting, value",
-    [(3, "speed", "compile", True), *((stage, "optim", "skip_nonfinite", 2) for stage in (1, 2, 3))],
+    [(3, "speed", "compile", "on"), *((stage, "optim", "skip_nonfinite", 2) for stage in (1, 2, 3))],
 )
 def test_settings_that_a_zero_stage_cannot_use_are_refused(stage, section, setting, value):
     run = method_cases.run("simclr", zero=stage)
