@@ -192,6 +192,8 @@ def prepare(method: nn.Module, run: Run, device: torch.device) -> nn.Module:
         method = norm.convert_sync_bn(method, device)
     if run.speed.channels_last:
         backbones.channels_last_(method)
+    if not run.optim.residual_in_fp32:
+        backbones.use_autocast_dtype_(method, run.backbone.name)
     method.to(device).train()
     forward = method.forward
     if not_compiled(run, device) is None:

@@ -60,7 +60,7 @@ def fit(
                 f"optim.precision={run.optim.precision}: this CPU has no instructions for it and would emulate it, "
                 "many times slower; training in fp32"
             )
-        run = replace(run, optim=replace(run.optim, precision="fp32"))
+        run = replace(run, optim=replace(run.optim, precision="fp32", residual_in_fp32=True))
     agreement.compare(run)
     hooks = monitors.from_config(run) if hooks is None else hooks
     with run_folder.locked(run), contextlib.ExitStack() as at_exit:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastssl.backbones.memory_format import Conv2d, channels_last_
+from fastssl.backbones.residual import use_autocast_dtype_
 from fastssl.backbones.resnet import RESNETS, ResNet
 from fastssl.backbones.timm_models import Timm, timm_defaults, timm_model, timm_signature
 from fastssl.config import Backbone
@@ -32,6 +33,7 @@ __all__ = [
     "timm_defaults",
     "timm_model",
     "timm_signature",
+    "use_autocast_dtype_",
 ]
 
 

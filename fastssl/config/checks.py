@@ -20,6 +20,7 @@ NEEDS = {
     **dict.fromkeys(("eta", "clip_lr", "lr_in_momentum", "lars_denominator"), ("name", ("lars",))),
     **dict.fromkeys(("betas", "eps"), ("name", ("adamw",))),
     **dict.fromkeys(("milestones", "gamma"), ("schedule", ("step",))),
+    "residual_in_fp32": ("precision", ("bf16", "fp16")),
     "lr_end": ("schedule", ("cosine", "cosine_epoch")),
 }
 

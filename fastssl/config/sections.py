@@ -69,6 +69,8 @@ class Optim:
     lars_denominator: Literal["openselfsup", "larc", "sum"] = "openselfsup"
     lr_in_momentum: bool = True  # LARS: lr inside the momentum buffer (OpenSelfSup), or outside (solo-learn)
     precision: Precision = "fp32"  # of the network; normalisation and statistics are in fp32
+    # the residual stream of timm's vision transformers; False: in `precision`.  Statistics of norms are in fp32
+    residual_in_fp32: bool = True
     clip: float = 0.0  # largest gradient norm; 0: not clipped
     clip_each: bool = False  # clip the gradient of every tensor separately (DINO)
     # steps in a row with NaN or infinite gradients that are left out before the run stops; 0: it stops (docs/runs.md)
