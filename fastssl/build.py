@@ -69,7 +69,7 @@ def build(run: Run, hooks: Sequence[Hook] = (), device: str | None = None, loade
         LossScaler(run.optim.precision, "cpu" if run.speed.zero else device_used, run.optim.skip_nonfinite),
         cuda_graph.StepInputs(len(engine.optimizer.param_groups), device_used),
         hooks,
-        not_compiled=not_compiled(run, place),
+        not_compiled=not_compiled(run, device_used),
     )
     set_pytorch_step(t)
     return t

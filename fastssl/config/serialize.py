@@ -32,7 +32,7 @@ RENAMED = {
     "fastssl.methods.swav.Config": {"large": "large_crops", "iterations": "sinkhorn_iterations"},
 }
 # Fields of sections that were bool in older dumps, and what False and True are now
-BOOLEANS = {(sections.Speed, "compile"): ("off", "on")}
+BOOLEANS: dict[tuple[type, str], tuple[str, str]] = {(sections.Speed, "compile"): ("off", "on")}
 
 
 def dump(run: Any) -> Any:
