@@ -77,6 +77,9 @@ def items() -> list[Item]:
     found += [Item(f"kernels_{op}", [py, "bench/ops.py", op, "--json"], 200) for op in KERNELS]
     peers = [py, "bench/peers.py", cifar[0], CIFAR[0], "--batch", "256", "--seconds", "60"]
     found.append(Item("peers_simclr_r18", peers, 150, cifar[:1]))
+    moco, overrides = STEPS["moco_r50"]
+    checkpoint = [py, "bench/checkpoint.py", f"configs/{moco}", *overrides]
+    found.append(Item("checkpoint_moco_r50", checkpoint, 150, photos))
     for method in ("barlow", "byol", "moco", "dino", "vicreg", "swav", "simsiam"):
         command = [py, "bench/methods.py", method, "--set", "cifar10_200ep", "--override", CIFAR[0]]
         found.append(Item(f"run_{method}", command, 900, cifar))

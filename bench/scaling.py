@@ -71,12 +71,12 @@ def worker(out: Path, kind: str, args: argparse.Namespace) -> None:
     """Run one rank of a measurement; rank 0 writes the result to `out`."""
     import step as bench_step
 
-    from fastssl import config, dist, engine
+    from fastssl import config, dist
 
     device = dist.init()
     run = config.load(args.config, args.overrides)
     run.optim.batch *= dist.world() if kind == "weak" else 1
-    t = engine.build(bench_step.endless(run))
+    t = bench_step.build(run)
     source = bench_step.synthetic_batches(next(bench_step.real_batches(t)))
     records = bench_step.run_block(t, source, args.steps)
     if t.pytorch_step is not None:

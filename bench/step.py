@@ -51,14 +51,10 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
     start = time.perf_counter()
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from fastssl import engine  # after the variable is set: DeepSpeed reads it when it is imported
-
     try:
         env = environment("torchvision", "triton", "ffcv", "deepspeed")
         run = config.load(args.config, args.overrides)
-        t = engine.build(endless(run))
+        t = build(run)
         if args.profile:
             print(profile(t, Path(args.profile)))
             return 0
@@ -78,11 +74,7 @@ def main() -> int:
 
 def serve(file: str, overrides: list[str]) -> None:
     """For compare.py: run a block for each number of steps read from stdin, and print [images/s, last loss]."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from fastssl import engine
-
-    t = engine.build(endless(config.load(file, overrides)))
+    t = build(config.load(file, overrides))
     source = real_batches(t)
     print("READY", flush=True)
     for line in sys.stdin:
@@ -92,10 +84,14 @@ def serve(file: str, overrides: list[str]) -> None:
     dist.shutdown()
 
 
-def endless(run: config.Run) -> config.Run:
-    """`run` with more steps than any measurement makes."""
+def build(run: Run) -> Trainer:
+    """The trainer of `run`, with more steps than any measurement makes."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from fastssl import engine  # after the variable is set: DeepSpeed reads it when it is imported
+
     run.optim.steps = 10**9
-    return run
+    return engine.build(run)
 
 
 def measure(t: Trainer, args: argparse.Namespace, deadline: float) -> dict[str, dict]:

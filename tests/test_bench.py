@@ -164,6 +164,28 @@ def test_banks_compares_equal_results(bench, monkeypatch, capsys):
         assert row in out
 
 
+def test_the_cost_of_a_checkpoint(bench, monkeypatch, tmp_path, capsys):
+    import checkpoint
+    import step as bench_step
+
+    run = cases.run("moco", batch=8)
+    run.log.root, run.log.keep = str(tmp_path / "runs"), 1
+    monkeypatch.setattr(checkpoint.config, "load", lambda *_: run)
+    monkeypatch.setattr(bench_step, "build", lambda run: cases.build(run))
+    monkeypatch.setattr(bench_step, "describe", lambda t: {})
+    monkeypatch.setattr(dist, "shutdown", lambda: None)
+    results: dict = {}
+    monkeypatch.setattr(checkpoint, "append", lambda name, env, **found: results.update(found))
+    monkeypatch.setattr(sys, "argv", ["checkpoint.py", "x.py", "--steps", "2", "--blocks", "3"])
+    run.optim.steps = 100
+    assert checkpoint.main() == 0
+    assert not list((tmp_path / "runs").iterdir())  # nothing is left
+    assert results["with_s"]["n"] == 3 and 0 < results["save_s"]["median"] <= results["written_s"]["median"]
+    assert results["mb"] > 0.1 and results["interval_s"] == pytest.approx(50 * results["extra_s"], abs=0.1)
+    said = capsys.readouterr().out
+    assert "training waits 0." in said and "under 2 % if checkpoints are" in said
+
+
 def test_the_model_of_communication(bench):
     from scaling import communication_ms, model
 
