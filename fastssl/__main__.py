@@ -47,6 +47,10 @@ def _run(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         print(f"fastssl: unknown command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}", file=sys.stderr)
         return 2
+    from fastssl import options  # late, because it needs fastssl.config
+
+    if argv[0] in options.COMMANDS:  # --help and mistakes are answered before torch is imported
+        options.parse(argv[0], argv[1:])
     module, _ = COMMANDS[argv[0]]
     return importlib.import_module(module).main(argv[1:])
 

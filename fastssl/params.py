@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastssl import backbones, config
+from fastssl import backbones, config, options
 from fastssl.config import Backbone
-from fastssl.config.backbone_options import add_backbone_options, build_spec, given_fields
-from fastssl.parsing import Parser, run_command
+from fastssl.config.backbone_options import build_spec, given_fields
+from fastssl.parsing import run_command
 from fastssl.plan import training_samples
 from fastssl.trainer import Context
 
@@ -74,13 +74,7 @@ def _default_size(backbone: nn.Module) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser("fastssl params", description="Count the parameters of a network and its FLOPs.")
-    parser.add_argument("target", metavar="CONFIG|BACKBONE", help="a config file, or a name such as resnet50")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the config")
-    parser.add_argument("--size", type=int, help="side of the images; default: the config's views, or the network's")
-    parser.add_argument("--samples", type=int, help="some methods hold a bank; default: the data card's, or ImageNet's")
-    add_backbone_options(parser, name=False)
-    args = parser.parse_intermixed_args(argv)
+    args = options.parse("params", argv)
 
     def work() -> None:
         given = given_fields(args)

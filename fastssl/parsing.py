@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -54,6 +56,11 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         if isinstance(value, tuple):
             value = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
         return f"{text}{'; ' if text else ''}default: {str(value).replace('%', '%%')}"
+
+
+def docstring(path: Path) -> str | None:
+    """Of a module that is not imported."""
+    return ast.get_docstring(ast.parse(path.read_text()))
 
 
 def comma_separated(kind: Callable[[str], object]) -> Callable[[str], tuple]:

@@ -16,23 +16,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastssl import backbones, config, data_prep, dist, pictures, train, weights
+from fastssl import backbones, config, data_prep, dist, options, pictures, train, weights
 from fastssl.checkpoint import disk, run_folder
 from fastssl.eval import knn
 from fastssl.eval.common import features
 from fastssl.eval.common.search import nearest
 from fastssl.eval.linear.probe import linear_probe
 from fastssl.loader import Loader
-from fastssl.parsing import Parser
 from fastssl.sampler import Sampler
 
 DRAWS = 20  # of few labelled images; their accuracies are averaged
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser("fastssl quickstart", description=__doc__.splitlines()[0])
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="as for fastssl train")
-    args = parser.parse_args(argv)
+    args = options.parse("quickstart", argv)
     start = time.time()
     try:
         run = config.load(config.quickstart(), args.overrides)

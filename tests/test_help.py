@@ -37,7 +37,8 @@ for argv in {commands!r}:
 
 
 def test_help_and_misspelt_options_import_no_torch():
-    helps = [["--help"], ["eval", "--help"], *(["eval", name, "--help"] for name in fastssl.eval.PROTOCOLS)]
+    names = (*(command.COMMANDS.keys() - {"convert"}), *(f"eval {name}" for name in fastssl.eval.PROTOCOLS))
+    helps = [["--help"], *([*name.split(), "--help"] for name in names)]
     wrong = {
         ("tran",): "'train'",
         ("eval", "liner"): "'linear'",
@@ -45,6 +46,8 @@ def test_help_and_misspelt_options_import_no_torch():
         ("eval", "knn", "--tempreature=1"): "unrecognized arguments: --tempreature=1; did you mean '--temperature'?",
         ("eval", "svm", "--solver", "fsat"): "; did you mean 'fast'?",
         ("eval", "knn", "--k", "1,x"): "--k: '1,x' is not a comma-separated list",
+        ("export", "x", "--to", "tim"): "; did you mean 'timm'?",
+        ("report", "x", "--point", "5"): "unrecognized arguments: --point 5; did you mean '--points'?",
     }
     commands = [*helps, *map(list, wrong)]
     answers = list(answered_without(HEAVY, commands))
@@ -55,10 +58,18 @@ def test_help_and_misspelt_options_import_no_torch():
         assert code == 2 and said.count("\n") == 1 and wrong[tuple(argv)] in said, said
 
 
+def test_help_of_convert_imports_no_torch():
+    """It needs Pillow and NumPy, which are imported quickly."""
+    [(_, code, said)] = answered_without(("torch", "timm", "ffcv", "deepspeed"), [["convert", "--help"]])
+    assert code == 0 and said.startswith("usage: fastssl convert")
+
+
 def test_option_choices_are_those_of_the_protocols():
     from fastssl import amp
     from fastssl.eval import detection, linear, svm
     from fastssl.eval.common import search
+    from fastssl.options import EXPORT_TARGETS
+    from fastssl.weights import export
 
     for protocol, option, known in (
         ("knn", "--backend", search.BACKENDS),
@@ -69,6 +80,7 @@ def test_option_choices_are_those_of_the_protocols():
     ):
         action = next(a for a in options.parser(protocol)._actions if option in a.option_strings)
         assert tuple(action.choices) == tuple(known), option
+    assert tuple(export.TARGETS) == EXPORT_TARGETS
 
 
 def test_a_closed_pipe_prints_no_traceback():

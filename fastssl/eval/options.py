@@ -5,12 +5,11 @@ answered without it.
 from __future__ import annotations
 
 import argparse
-import ast
 from pathlib import Path
 
 from fastssl.config import Optim, settings
 from fastssl.config.backbone_options import add_backbone_options
-from fastssl.parsing import Parser, comma_separated
+from fastssl.parsing import Parser, comma_separated, docstring
 
 MAPS = ("pca", "tsne", "umap")
 SVM_COSTS = (*(0.5**n for n in range(19, 3, -1)), 1.0, 10.0, 100.0)
@@ -28,8 +27,8 @@ FOLDER = Path(__file__).parent
 
 def parser(protocol: str) -> Parser:
     """The parser of `fastssl eval PROTOCOL`; its description is the docstring of the protocol's module."""
-    source = next(p for p in (FOLDER / f"{protocol}.py", FOLDER / protocol / "__init__.py") if p.exists()).read_text()
-    out = Parser(f"fastssl eval {protocol}", ast.get_docstring(ast.parse(source)))
+    module = next(p for p in (FOLDER / f"{protocol}.py", FOLDER / protocol / "__init__.py") if p.exists())
+    out = Parser(f"fastssl eval {protocol}", docstring(module))
     add_target_options(out, WITHOUT.get(protocol, ()))
     add_protocol_options(out, protocol)
     return out

@@ -19,8 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
-from fastssl import dist, files
-from fastssl.parsing import Parser, run_command
+from fastssl import dist, files, options
+from fastssl.parsing import run_command
 from fastssl.report import cards, run_data, tables
 from fastssl.report.charts import Line, label, legend, line_chart, stacked_chart
 from fastssl.report.run_data import CURVES, HINTS, MAIN, PHASES, RunData
@@ -32,21 +32,7 @@ HERE = Path(__file__).parent
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser("fastssl report", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, below work_dirs/")
-    parser.add_argument("--out", default="report.html", metavar="FILE", help="the page")
-    parser.add_argument(
-        "--eval", nargs="+", default=[], metavar="FILE", help="results of fastssl eval --out in other folders"
-    )
-    parser.add_argument("--train", help=".beton for the views; default: each run's")
-    parser.add_argument("--test", help=".beton for neighbours and maps; default: each run's")
-    parser.add_argument(
-        "--points", type=int, default=1000, help="images on the map and in the search for neighbours; 0: no pictures"
-    )
-    parser.add_argument("--batch", type=int, default=64, help="images per pass")
-    parser.add_argument("--workers", type=int, help="decoding threads; default: one for each core")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda when there is one")
-    args = parser.parse_args(argv)
+    args = options.parse("report", argv)
 
     def work() -> None:
         runs = load(args)

@@ -7,8 +7,8 @@ import os
 import re
 from pathlib import Path
 
-from fastssl import files, weights
-from fastssl.parsing import Parser, run_command
+from fastssl import files, options, weights
+from fastssl.parsing import run_command
 from fastssl.weights.source import read_model
 
 
@@ -46,12 +46,7 @@ def _file_names(data: dict) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    about = "Write a run's weights, without the optimizer, to a file that has the beginning of its SHA-256 in its name."
-    parser = Parser("fastssl publish", description=about)
-    parser.add_argument("source", metavar="RUN_OR_FILE", help="run or checkpoint folder, .safetensors, .pt or .pth")
-    parser.add_argument("--out", metavar="FOLDER", help="default: where the source is")
-    parser.add_argument("--name", help="default: the run's or the file's")
-    args = parser.parse_args(argv)
+    args = options.parse("publish", argv)
 
     def work() -> None:
         path, digest = publish(args.source, args.out, args.name)

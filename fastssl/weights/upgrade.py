@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastssl import backbones, files, weights
+from fastssl import backbones, files, options, weights
 from fastssl.config import Backbone
-from fastssl.config.backbone_options import add_backbone_options
-from fastssl.parsing import Parser, run_command
+from fastssl.parsing import run_command
 from fastssl.weights import export
 from fastssl.weights.options import backbone_from
 from fastssl.weights.source import read_model
@@ -48,11 +47,7 @@ def upgrade(old: str | Path, new: str | Path, spec: Backbone | None = None) -> s
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser("fastssl upgrade", description="Rewrite an old flat state dict in the current format.")
-    parser.add_argument("old")
-    parser.add_argument("new", help=".safetensors, or .pth for {'state_dict': ...}")
-    add_backbone_options(parser)
-    args = parser.parse_args(argv)
+    args = options.parse("upgrade", argv)
     return run_command(
         "upgrade", lambda: print(f"{upgrade(args.old, args.new, backbone_from(args))}\nwrote {args.new}")
     )

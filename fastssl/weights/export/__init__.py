@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastssl import backbones, files, weights
+from fastssl import backbones, files, options, weights
 from fastssl.backbones import positions
 from fastssl.config import Backbone
-from fastssl.config.backbone_options import add_backbone_options
-from fastssl.parsing import Parser, run_command
+from fastssl.parsing import run_command
 from fastssl.weights.export import to_detectron2, to_huggingface, to_timm, to_torchvision
 from fastssl.weights.export.common import Target, default_target, image_size, normalization
 from fastssl.weights.options import backbone_from
@@ -104,18 +103,7 @@ TARGETS: dict[str, tuple[str, Callable[[dict, Backbone, Path, dict | None], str]
 
 def main(argv: list[str] | None = None) -> int:
     """`fastssl export RUN_OR_WEIGHTS --to TARGET`"""
-    parser = Parser("fastssl export", description="Write a backbone for other tools.")
-    parser.add_argument("run", metavar="RUN_OR_WEIGHTS", help="run or checkpoint folder, .safetensors, .pt or .pth")
-    parser.add_argument("--to", choices=tuple(TARGETS), help="default: torchvision for a ResNet, timm for any other")
-    parser.add_argument("--out", help="default: backbone.pth, backbone.safetensors, ... in the run's folder")
-    parser.add_argument(
-        "--which",
-        choices=("student", "teacher"),
-        help="the trained network or its moving average; default: what the method evaluates",
-    )
-    parser.add_argument("--prefix", help="another copy in the file, e.g. target.0.")
-    add_backbone_options(parser)
-    args = parser.parse_args(argv)
+    args = options.parse("export", argv)
 
     def work() -> None:
         spec = backbone_from(args, args.run)
