@@ -86,10 +86,10 @@ def measure(t: Trainer, steps: int, blocks: int) -> dict:
 def run_block(t: Trainer, source: Iterator[list], steps: int, writer: Writer | None = None) -> tuple[float, ...]:
     """Seconds of the block; with `writer` those that `save` takes at its start, and those until the files are written
     (as seen after a step, or after the block)."""
-    from fastssl.checkpoint import store
+    from fastssl.checkpoint import disk
     from fastssl.step import step
 
-    start, path = time.perf_counter(), store.directory(t.folder) / f"step_{t.step:08d}"
+    start, path = time.perf_counter(), disk.directory(t.folder) / f"step_{t.step:08d}"
     if writer:
         writer.save()
     waited, written = time.perf_counter() - start, 0.0

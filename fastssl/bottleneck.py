@@ -92,7 +92,9 @@ def automatic_settings(t: Trainer) -> str:
     if speed.graph == "auto":
         why = "ZeRO and DeepSpeed's own steps are not captured" if t.pytorch_step is None else t.pytorch_step.reason
         if why is None or not cuda:  # on CUDA `build` has printed why not
-            parts.append("graph=on (the same bits in less time)" if why is None else f"graph=off ({why})")
+            monitors = any(getattr(hook, "capturable", False) for hook in t.hooks)
+            outside = "; monitors follow it, speed.graph=on captures the probe, too" * monitors
+            parts.append(f"graph=on (the same bits in less time{outside})" if why is None else f"graph=off ({why})")
     if speed.compile == "auto":
         why = t.not_compiled
         parts.append("compile=on (equal losses in less time)" if why is None else f"compile=off ({why})")

@@ -19,6 +19,7 @@ from fastssl.amp import LossScaler, autocast
 from fastssl.checkpoint import run_folder
 from fastssl.compiled import compile_forward
 from fastssl.config import Run
+from fastssl.gradients import ALL_REDUCE_ELEMENTS
 from fastssl.loader import Batch, Loader
 from fastssl.meters import Meter
 from fastssl.sampler import Sampler
@@ -227,7 +228,9 @@ def start_deepspeed(method: nn.Module, optimizer: torch.optim.Optimizer, run: Ru
             "stage": run.speed.zero,
             "overlap_comm": False,
             # the buffer's elements: DeepSpeed's default is 2 GB for a ResNet-50 of 0.1 GB, too
-            "reduce_bucket_size": min(500_000_000, sum(p.numel() for p in method.parameters() if p.requires_grad)),
+            "reduce_bucket_size": min(
+                ALL_REDUCE_ELEMENTS, sum(p.numel() for p in method.parameters() if p.requires_grad)
+            ),
             "stage3_param_persistence_threshold": 0,  # ema_ updates shards: full copies would be outdated
         },
     }

@@ -121,6 +121,17 @@ def check_losses(method: nn.Module, losses: Any) -> dict[str, Any]:
     return losses
 
 
+def check_captured(scalars: dict[str, Any]) -> dict[str, Tensor]:
+    """`scalars` themselves, which hooks have logged in the step's CUDA graph; ValueError unless all are tensors."""
+    for name, value in scalars.items():
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise ValueError(
+                f"a hook with capturable=True has logged {name!r} of type {type(value).__name__}: it must log 0-dim "
+                "tensors, because a replay of the step's CUDA graph executes none of its Python"
+            )
+    return scalars
+
+
 def check_hook(hook: Any) -> Any:
     """`hook` itself; ValueError where one of its methods is missing or misspelt."""
     kind = type(hook).__name__
@@ -132,6 +143,8 @@ def check_hook(hook: Any) -> Any:
             f"the hook {kind} has no {' and no '.join(missing)}: derive it from fastssl.hooks.Hook, whose "
             "methods do nothing, and write those that it needs"
         )
+    if not isinstance(getattr(hook, "capturable", False), bool):
+        raise ValueError(f"{kind}.capturable={hook.capturable!r} must be True (it may be in a CUDA graph) or False")
     for name, arguments in zip(HOOK, (("t",), ("t", "out", "batch"), ("t",))):
         _check_call(f"{kind}.{name}", getattr(hook, name), arguments)
     own = [name for name in vars(type(hook)) if name not in HOOK and name[0] != "_"]

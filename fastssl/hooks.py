@@ -32,7 +32,13 @@ class Hook(Protocol):
 
     `out` and `batch` are the detached outputs and the labels of this rank's shard of the batch.  The state of a hook
     with `state_dict` and `load_state_dict` is saved in checkpoints.
+
+    `capturable` (False): True if `after_step` may become a part of the step's CUDA graph.  It then reads nothing from
+    the device, changes tensors that it made in its first call only in place, and logs 0-dim tensors; a replay executes
+    none of its Python, and `batch.epoch` and `batch.step` are 0-dim tensors.
     """
+
+    capturable: bool = False
 
     def before_epoch(self, t: Trainer) -> None: ...
     def after_step(self, t: Trainer, out: Outputs, batch: Batch) -> None: ...
@@ -120,7 +126,7 @@ def _due(t: Trainer, every: int) -> bool:
     return bool(every) and ((t.epoch + 1) % every == 0 or t.step == t.total_steps)
 
 
-class KnnMonitor:
+class KnnMonitor(Hook):
     """Top-1 accuracy of a weighted kNN classifier every n epochs and at the end: of data.test, with data.bank (default:
     the training file) as neighbours; without data.test, of each image of the bank with the others."""
 
@@ -133,9 +139,6 @@ class KnnMonitor:
     def before_epoch(self, t: Trainer) -> None:
         bank = self.cache.loader(t, self._bank(t))  # fails now, not after an epoch
         self.cache.match_classes(t, bank, t.run.data.test or bank.path, "all")
-
-    def after_step(self, t: Trainer, out: Outputs, batch: Batch) -> None:
-        pass
 
     def after_epoch(self, t: Trainer) -> None:
         if not _due(t, self.every):
@@ -151,13 +154,15 @@ class KnnMonitor:
         return t.run.data.bank or t.run.data.train
 
 
-class LinearProbe:
+class LinearProbe(Hook):
     """A linear classifier trained online on the features that training computes anyway.
 
     Logs probe_loss and probe_top1_train (of the augmented view 0, before the update) every step, and probe_top1 on
     data.test every n epochs.  Statistics and gradient are those of the global batch; unlabelled samples (-1) are
     ignored.  Features are standardised by running statistics and divided by sqrt(dim), so that one lr fits any network.
     """
+
+    capturable = True
 
     def __init__(
         self, every_epochs: int = 0, lr: float = 1.0, momentum: float = 0.9, cache: FeatureCache | None = None
@@ -184,17 +189,19 @@ class LinearProbe:
     @torch.no_grad()
     def after_step(self, t: Trainer, out: Outputs, batch: Batch) -> None:
         x = out["features"].detach().float()
-        known = (batch.label >= 0) & x.isfinite().all(1)  # after an overflow in fp16 the classifier would stay NaN
+        # a row with an infinity, after an overflow in fp16, would leave the classifier NaN; 0 * inf is NaN
+        known = (batch.label >= 0) & ((0 * x).sum(1) == 0)
         x, label = torch.where(known[:, None], x, 0.0), batch.label.clamp(min=0)
-        self._track(*moments(x, known)[1:])
+        count, mean, variance = moments(x, known.sum(0, keepdim=True))
+        self._track(mean, variance)
         x = self._prepare(x)
         logits = x @ self.state["classifier"].T
         loss, by_logits = softmax.loss_and_gradient(logits, label)
-        counts = torch.stack([(loss * known).sum(), (in_top_k(logits, label, 1) & known).sum(), known.sum()])
-        # One all-reduce of the gradient's sum and three counts; the division makes it the mean over the global batch.
-        sums = dist.sum_(torch.cat([((by_logits * known[:, None]).T @ x).flatten(), counts]))
-        grad, (loss, right, count) = sums[:-3].view_as(self.state["classifier"]), sums[-3:]
-        count = count.clamp(min=1)
+        logged = torch.stack([(loss * known).sum(), (in_top_k(logits, label, 1) & known).sum()])
+        # One all-reduce of all sums; the division by `count` makes them means over the global batch.
+        sums = dist.sum_(torch.cat([((by_logits * known[:, None]).T @ x).flatten(), logged]))
+        grad, (loss, right) = sums[:-2].view_as(self.state["classifier"]), sums[-2:]
+        count = count.float().clamp(min=1)
         self.state["buffer"].mul_(self.momentum).add_(grad / count)
         self.state["classifier"].sub_(self.state["buffer"], alpha=self.lr)
         t.log({"probe_loss": loss / count, "probe_top1_train": 100 * right / count})
@@ -208,7 +215,7 @@ class LinearProbe:
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:
         for name, value in {"mean": mean.float(), "variance": variance.float()}.items():
-            self.state[name] = self.state[name].lerp(value, 0.1) if name in self.state else value
+            self.state[name] = self.state[name].lerp_(value, 0.1) if name in self.state else value
 
     def _prepare(self, x_ND: Tensor) -> Tensor:
         """Standardised features of length about 1, with a column of ones for the bias."""
@@ -219,10 +226,11 @@ class LinearProbe:
         return {name: value.cpu() for name, value in self.state.items()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.state = dict(state)
+        for name, value in state.items():  # in place: a CUDA graph keeps the addresses
+            self.state[name] = self.state[name].copy_(value) if name in self.state else value
 
 
-class Collapse:
+class Collapse(Hook):
     """Measures of collapse of the features (and embeddings "z" or "q") of the global batch, every n steps.
 
     std: of the L2-normalised rows, per dimension, times sqrt(dim): 1 where rows are spread evenly over the sphere, 0
@@ -236,9 +244,6 @@ class Collapse:
         if every_steps < 1:
             raise ValueError(f"Collapse(every_steps={every_steps}) must be 1 or more")
         self.every = every_steps
-
-    def before_epoch(self, t: Trainer) -> None:
-        pass
 
     @torch.no_grad()
     def after_step(self, t: Trainer, out: Outputs, batch: Batch) -> None:
@@ -254,17 +259,13 @@ class Collapse:
                 {f"{name}_std": normalized_std(x_ND), f"{name}_rank": HostScalar(gram(x_ND, self.ROWS), effective_rank)}
             )
 
-    def after_epoch(self, t: Trainer) -> None:
-        pass
 
-
-def moments(x_ND: Tensor, keep_N: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Number, mean and variance (over n - 1) per dimension of the rows of all ranks, in float64; `keep_N` selects the
-    rows that count."""
+def moments(x_ND: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Number, mean and variance (over n - 1) per dimension of the rows of all ranks, in float64.  `rows`, of shape
+    (1,): the number of rows that count, where the others are zeros."""
     x = x_ND.double()
-    keep = torch.ones(len(x), dtype=x.dtype, device=x.device) if keep_N is None else keep_N.double()
-    x = x * keep[:, None]
-    sums = dist.sum_(torch.cat([keep.sum()[None], x.sum(0), x.square().sum(0)]))
+    rows = x.new_full((1,), len(x)) if rows is None else rows
+    sums = dist.sum_(torch.cat([rows, x.sum(0), x.square().sum(0)]))
     n = sums[0]
     mean, square = sums[1:].view(2, -1) / n.clamp(min=1)
     return n, mean, ((square - mean.square()) * n / (n - 1).clamp(min=1)).clamp(min=0)

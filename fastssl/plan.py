@@ -18,13 +18,13 @@ from fastssl import backbones, config
 from fastssl.amp import autocast
 from fastssl.config import Run
 from fastssl.files.datacard import DataCard
+from fastssl.gradients import ALL_REDUCE_ELEMENTS
 from fastssl.loader import Batch
 from fastssl.sharded_table import ShardedTable
 from fastssl.trainer import Context
 
 IMAGENET_SAMPLES = 1_281_167
 STATES = {"adamw": 2, "sgd": 1, "lars": 1}  # tensors of the optimizer for each parameter
-ALL_REDUCE_ELEMENTS = 500_000_000  # elements of the largest buffer in which gradients are reduced
 
 
 class Memory(NamedTuple):

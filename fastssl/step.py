@@ -16,22 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl import dist, norm
+from fastssl import contract, dist, norm
 from fastssl.amp import DTYPES
 from fastssl.checkpoint.state import random_states, set_random_states
+from fastssl.gradients import average_gradients, clip_
 from fastssl.kernels.augment import make_views
 from fastssl.loader import Batch
 from fastssl.meters import Flops
 from fastssl.trainer import Outputs, Trainer
 
 Timer = Callable[[str], AbstractContextManager]  # times what runs inside: Meter.phase
-# A bucket of gradients is reduced once it holds more elements; 2 GB in float32, as in DeepSpeed.
-ALL_REDUCE_ELEMENTS = 500_000_000
 
 
 def step(t: Trainer, micro_batches: list[Batch]) -> Outputs:
     """One optimizer step on this rank's shard of a global batch: learning rates, gradients, update, then `after_step`
-    of the method and of each hook.  Returns the detached outputs of the shard; what is to be logged is in `t.scalars`.
+    of the method and of each hook.  Returns the detached outputs of the shard (zeros for a step that is left out,
+    optim.skip_nonfinite); what is to be logged is in `t.scalars`.
 
     The host never waits for the device here, except in `deepspeed_step` and in hooks.
     """
@@ -40,15 +40,22 @@ def step(t: Trainer, micro_batches: list[Batch]) -> Outputs:
     statistics = norm.SavedStatistics(t.method) if t.loss_scaler.skip_nonfinite else None
     make_step = deepspeed_step if t.pytorch_step is None else pytorch_step
     out, scalars = make_step(t, micro_batches, batch)
-    if statistics is not None:  # a step that is left out changes no statistics, and hooks are given zeros
-        left_out = t.loss_scaler.found_inf != 0
-        statistics.restore_where(left_out)
-        out = {k: v.masked_fill(left_out, 0.0) if v.is_floating_point() else v for k, v in out.items()}
+    if statistics is not None:  # a step that is left out changes no statistics
+        statistics.restore_where(t.loss_scaler.found_inf != 0)
     t.log(scalars)
     t.step += 1
+    inside = hooks_inside(t)
     for hook in t.hooks:
-        hook.after_step(t, out, batch)
+        if hook not in inside:
+            hook.after_step(t, out, batch)
     return out
+
+
+def hooks_inside(t: Trainer) -> list:
+    """The hooks that are called in `static_step`, as a part of the CUDA graph; the others follow it.  With
+    speed.graph="auto" there are none, because they have not been measured inside."""
+    possible = t.pytorch_step is not None and t.loader.sampler.micro == 1 and t.run.speed.graph == "on"
+    return [hook for hook in t.hooks if possible and getattr(hook, "capturable", False)]
 
 
 def deepspeed_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Outputs, dict[str, Any]]:
@@ -70,7 +77,7 @@ def deepspeed_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tupl
         applied = t.loss_scaler.step(t.deepspeed)
         if applied:
             t.method.after_step(out, batch, t.step / t.total_steps)
-    return out, detached(losses) | {"loss_scale": t.loss_scaler.value, "applied": applied}
+    return zeros_where_left_out(t, out), detached(losses) | {"loss_scale": t.loss_scaler.value, "applied": applied}
 
 
 def pytorch_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Outputs, dict[str, Any]]:
@@ -114,7 +121,11 @@ def static_step(t: Trainer, batch: Batch, timer: Timer) -> tuple[Outputs, dict[s
     with timer("backward"):
         t.method.zero_grad()  # gradients that a failed capture may have left
         t.loss_scaler.scaled(losses["loss"]).backward()
-    return update(t, out, losses, method_batch, timer)
+    out, scalars = update(t, out, losses, method_batch, timer)
+    observed = replace(t, scalars={})  # what hooks log is packed with the other scalars
+    for hook in hooks_inside(t):
+        hook.after_step(observed, out, tensor_batch)
+    return out, scalars | contract.check_captured(observed.scalars)
 
 
 def update(
@@ -137,34 +148,16 @@ def update(
         t.loss_scaler.update_()
     if found_inf is None:
         return out, detached(losses) | {"loss_scale": 1.0, "applied": True}
-    return out, detached(losses) | {"loss_scale": t.loss_scaler.scale.clone(), "applied": found_inf == 0}
+    scalars = detached(losses) | {"loss_scale": t.loss_scaler.scale.clone(), "applied": found_inf == 0}
+    return zeros_where_left_out(t, out), scalars
 
 
-@torch.no_grad()
-def average_gradients(parameters: list[Tensor]) -> list[Tensor]:
-    """Every parameter's gradient, averaged over ranks in place; one without a gradient gets zeros, for its weight
-    decay."""
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    grads = [p.grad for p in parameters]
-    bucket, size = [], 0
-    for i, g in enumerate(grads if dist.world() > 1 else ()):
-        bucket.append(g)
-        size += g.numel()
-        if size > ALL_REDUCE_ELEMENTS or i == len(grads) - 1:
-            flat = dist.sum_(torch.cat([b.flatten() for b in bucket])).mul_(1 / dist.world())
-            parts = flat.split([b.numel() for b in bucket])
-            torch._foreach_copy_(bucket, [part.view_as(b) for part, b in zip(parts, bucket)])
-            bucket, size = [], 0
-    return grads
-
-
-@torch.no_grad()
-def clip_(grads: list[Tensor], max_norm: float) -> None:
-    """Scale the gradients so that the norm of all together is at most `max_norm`."""
-    total = torch.stack(torch._foreach_norm(grads)).square().sum().sqrt()
-    torch._foreach_mul_(grads, (max_norm / (total + 1e-6)).clamp(max=1.0))
+def zeros_where_left_out(t: Trainer, out: Outputs) -> Outputs:
+    """What hooks are given: zeros in a step that is left out (optim.skip_nonfinite)."""
+    if not t.loss_scaler.skip_nonfinite:
+        return out
+    left_out = t.loss_scaler.found_inf != 0
+    return {name: v.masked_fill(left_out, 0.0) if v.is_floating_point() else v for name, v in out.items()}
 
 
 def accumulate(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Outputs, dict[str, Tensor]]:

@@ -12,6 +12,7 @@ import method_cases as cases
 
 from fastssl import bottleneck, dist, engine
 from fastssl.files.datacard import DataCard
+from fastssl.hooks import LinearProbe
 from fastssl.sampler import Sampler
 
 RECORD = {
@@ -46,7 +47,8 @@ def trainer(device="cuda", *, pixels=1024, workers=64, **speed):
     run = SimpleNamespace(speed=SimpleNamespace(**speed), optim=SimpleNamespace(batch=64, precision="fp16"))
     reason = None if speed["compile"] == "on" else "not compared yet; speed.compile=on compiles it"
     step = SimpleNamespace(reason=None)
-    return SimpleNamespace(run=run, loader=loader, device=torch.device(device), pytorch_step=step, not_compiled=reason)
+    parts = {"pytorch_step": step, "not_compiled": reason, "hooks": []}
+    return SimpleNamespace(run=run, loader=loader, device=torch.device(device), **parts)
 
 
 def summary(t, **changes):
@@ -113,6 +115,10 @@ def test_automatic_settings_are_given_with_their_reason():
         ).count("=")
         == 1
     )
+    t = trainer()
+    assert "graph=on (the same bits in less time)," in bottleneck.automatic_settings(t)
+    t.hooks = [LinearProbe()]
+    assert "less time; monitors follow it, speed.graph=on captures the probe" in bottleneck.automatic_settings(t)
     t = trainer("cpu")
     t.pytorch_step = SimpleNamespace(reason="it needs a CUDA device")
     assert "kernels=reference (no CUDA device), graph=off (it needs a CUDA device)" in bottleneck.automatic_settings(t)

@@ -181,6 +181,9 @@ def test_a_hook_without_all_three_methods_is_refused():
 
     with pytest.raises(ValueError, match="has a method 'after_epochs' that nothing calls; did you mean 'after_epoch'?"):
         contract.check_hook(Misspelt())
+    quiet.capturable = "yes"
+    with pytest.raises(ValueError, match="Quiet.capturable='yes' must be True"):
+        contract.check_hook(quiet)
     for hook in hooks.from_config(Run(method=simclr.Config(), log=Log(knn_epochs=1, probe=True))):
         contract.check_hook(hook)
     with pytest.raises(ValueError, match="the hook Bare has no before_epoch"):  # before a file is opened

@@ -16,12 +16,13 @@ sys.path.insert(0, str(Path(__file__).parent / "methods"))
 import method_cases as cases
 from step_modes import Counts, NoCopies
 
-from fastssl import dist, engine, step
+from fastssl import dist, engine, hooks, step
 from fastssl.loader import Loader
 from fastssl.sampler import Sampler
 
 BATCH = 16
 NAMES = [n for n in cases.CASES if n != "deepcluster pic"]
+PROBE_OPS = 73  # the online probe's
 
 # Calls of operations in one step from views to updated weights, with SGD, of the networks of method_cases (a proxy for
 # kernel launches: without the views, and with the losses and the optimizer in plain PyTorch), under torch 2.11.
@@ -56,14 +57,17 @@ OPS = {
 }
 
 
-def build(name: str):
+def build(name: str, probe: bool):
     dist.init()
-    return cases.build(cases.run(name, batch=BATCH, steps=12, norm=cases.CASES[name].norm))
+    run = cases.run(name, batch=BATCH, steps=12, norm=cases.CASES[name].norm)
+    run.hooks = (hooks.LinearProbe(),) if probe else ()
+    run.speed.graph = "on"  # with the probe inside
+    return cases.build(run)
 
 
-def count(name: str):
+def count(name: str, probe: bool = False):
     """The third step of a method: its counts, its trainer and its batch."""
-    t = build(name)
+    t = build(name, probe)
     source = engine.batches(t)
     for _, micro_batches in itertools.islice(source, 2):  # memory that stays is made by now
         step.step(t, micro_batches)
@@ -98,6 +102,14 @@ def test_a_step_has_no_more_operations_reads_and_copies_than_recorded(name):
     assert groups == 1
     if torch.__version__.startswith("2.11."):
         assert counts.ops <= OPS.get(name, 0), f"a new case: record {counts.ops}" if name not in OPS else name
+
+
+def test_a_probe_in_a_step_has_no_more_operations_than_before():
+    counts, t, _ = count("supervised", probe=True)
+    assert step.hooks_inside(t) == t.hooks
+    assert counts.reads == [] and counts.survivors() == []
+    if torch.__version__.startswith("2.11."):
+        assert counts.ops <= OPS["supervised"] + PROBE_OPS
 
 
 def test_operations_reads_and_kept_tensors_are_counted():

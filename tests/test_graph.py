@@ -17,9 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "methods"))
 import method_cases as cases
-from step_modes import NoCopies, NoReads
+from step_modes import Counts, NoCopies, NoReads
 
-from fastssl import engine, step
+from fastssl import engine, hooks, step
 from fastssl.amp import LossScaler
 from fastssl.build import not_captured
 from fastssl.sharded_table import ShardedTable
@@ -28,12 +28,13 @@ from fastssl.zero import full_state_dict
 BATCH = 16
 
 
-def build(name: str, device: str = "cpu", **changes):
+def build(name: str, device: str = "cpu", probe: bool = False, **changes):
     settings = {"norm": cases.CASES[name].norm, **changes.pop("settings", {})}
     run = cases.run(name, batch=BATCH, steps=12, **settings)
     for key, value in changes.items():
         section, field = key.split("_", 1)
         setattr(getattr(run, section), field, value)
+    run.hooks = (hooks.LinearProbe(),) if probe else ()
     return cases.build(run, device)
 
 
@@ -46,13 +47,14 @@ def seeded(t):
 
 
 def contents(t) -> dict:
-    """Weights, buffers and the optimizer's state."""
+    """Weights, buffers, the optimizer's and the hooks' state."""
     params = [n for n, p in t.method.named_parameters() if p.requires_grad]
     kept = t.deepspeed.optimizer.state
     by_name = dict(t.method.named_parameters())
     return {
         **full_state_dict(t.method),
         **{f"{n} {k}": torch.as_tensor(v).clone() for n in params for k, v in kept[by_name[n]].items()},
+        **{f"hook {k}": v.clone() for hook in t.hooks for k, v in hook.state_dict().items()},
     }
 
 
@@ -193,6 +195,55 @@ def test_the_reason_for_no_capture_is_printed(changes, reason, capsys):
     assert reason in said and said.count("speed.graph") == bool(reason)
 
 
+def recorded(hook) -> list:
+    """The outputs that its after_step will be given."""
+    given, after_step = [], hook.after_step
+    hook.after_step = lambda t, out, batch: (given.append(out), after_step(t, out, batch))
+    return given
+
+
+@pytest.mark.parametrize("skip", [0, 2])
+def test_a_probe_inside_the_step_is_the_probe_after_it(skip):
+    """In every step, also where gradients overflow; with `skip` such a step gives it zeros."""
+    made = []
+    for graph in ("auto", "on"):
+        t = build("simclr", probe=True, speed_graph=graph, optim_precision="fp16", optim_skip_nonfinite=skip)
+        source, logged, given = seeded(t), [], recorded(t.hooks[0])
+        t.loss_scaler.value = 4.0
+        assert step.hooks_inside(t) == (t.hooks if graph == "on" else [])
+        for _ in range(4):
+            advance(t, source, 1, poison=(2,))
+            logged.append({name: float(value) for name, value in t.scalars.items()})
+        made.append((logged, contents(t)))
+        assert [bool(out["features"].any()) for out in given] == [True, True, not skip, True]
+    outside, inside = made
+    assert outside[0] == inside[0]
+    assert {"probe_loss", "probe_top1_train"} < outside[0][0].keys() and not outside[0][2]["applied"]
+    assert_same(outside[1], inside[1])
+
+
+@pytest.mark.parametrize("changes", [{"speed_micro_batch": 4}, {"speed_zero": 1}])
+def test_a_probe_follows_a_step_that_cannot_be_captured(changes):
+    t = build("simclr", probe=True, speed_graph="on", **changes)
+    given = recorded(t.hooks[0])
+    advance(t, engine.batches(t), 2)
+    assert len(given) == 2 and len(given[0]["features"]) == BATCH and "probe_loss" in t.scalars
+    assert step.hooks_inside(t) == []
+
+
+def test_a_hook_inside_the_step_logs_tensors():
+    class Half(hooks.Hook):
+        capturable = True
+
+        def after_step(self, t, out, batch):
+            t.log({"half": 0.5})
+
+    t = build("simclr", speed_graph="on")
+    t.hooks = [Half()]
+    with pytest.raises(ValueError, match="capturable=True has logged 'half' of type float: it must log 0-dim tensors"):
+        advance(t, engine.batches(t), 1)
+
+
 class Pretended:
     """A CUDA graph on the CPU: a capture changes nothing, a replay runs the step on the captured inputs again."""
 
@@ -214,6 +265,8 @@ class Pretended:
         for name, p in self.t.method.named_parameters():
             for key, value in self.t.deepspeed.optimizer.state.get(p, {}).items():
                 value.copy_(kept[f"{name} {key}"])
+        for hook in self.t.hooks:
+            hook.load_state_dict({k: kept[f"hook {k}"] for k in hook.state_dict()})
 
     def replay(self):
         made, groups = self.t.pytorch_step._captured, self.t.deepspeed.optimizer.param_groups
@@ -228,10 +281,11 @@ class Pretended:
 @pytest.mark.parametrize("name", ["simclr", "moco", "byol", "dino", "swav queue", "mae", "npid", "deepclusterv2"])
 def test_replays_take_their_numbers_from_the_device(name, monkeypatch):
     """Over three epochs with moving rates and momentum and two overflows: the same bits as without a graph, although a
-    replay sees only what was written to the device before it."""
+    replay sees only what was written to the device before it.  A probe is a part of the graph, and of the replay."""
     made = []
     for captured in (False, True):
-        t = build(name, optim_precision="fp16", optim_lr=2.0**-4, optim_schedule="cosine")
+        settings = {"optim_precision": "fp16", "optim_lr": 2.0**-4, "optim_schedule": "cosine"}
+        t = build(name, probe=True, speed_graph="on" if captured else "auto", **settings)
         if captured:
             t.pytorch_step.reason, graph = None, Pretended(t)
             monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda graph=graph: graph)
@@ -243,8 +297,14 @@ def test_replays_take_their_numbers_from_the_device(name, monkeypatch):
         losses = advance(t, source, 10, poison=(1, 7))
         made.append((losses, {k: float(v) for k, v in t.scalars.items()}, contents(t)))
     assert t.pytorch_step._captured is not None
-    assert made[0][:2] == made[1][:2]
+    assert made[0][:2] == made[1][:2] and "probe_loss" in made[0][1]
     assert_same(made[0][2], made[1][2])
+    graph.replay = lambda: None
+    _, micro_batches = next(source)
+    with Counts() as counts:
+        step.step(t, micro_batches)
+    # copies of a batch's four tensors, of the step's numbers and of the logged ones, and "applied" as a bool
+    assert counts.ops <= 7 and counts.reads == []
 
 
 FIRST = {"simclr": "lars", "byol": "lars", "moco": "sgd", "barlow": "sgd", "dino": "adamw"}
@@ -253,6 +313,7 @@ REST = {n: "sgd" for n in cases.CASES if n not in FIRST and n not in ("deepclust
 
 def build_gpu(name: str, optimizer: str, graph: str, precision: str = "fp16"):
     run = cases.run(name, norm=cases.CASES[name].norm, batch=BATCH, steps=40)
+    run.hooks = (hooks.LinearProbe(),)
     run.deterministic, run.optim.precision, run.speed.graph, run.optim.name = True, precision, graph, optimizer
     run.optim.schedule = "cosine"
     if optimizer == "adamw":
@@ -294,7 +355,7 @@ def test_a_run_resumes_to_the_same_bits(tmp_path):
     for folder, graph, resume in (("off", "off", False), ("on", "on", False), ("on", "on", True)):
         run = cases.run("relative_loc", norm=True, batch=BATCH, steps=13, dropout=0.5)
         run.name, run.log.root, run.deterministic, run.speed.graph = folder, str(tmp_path), True, graph
-        run.log.every, run.log.checkpoint_steps, run.log.keep = 1, 8, 3
+        run.log.every, run.log.checkpoint_steps, run.log.keep, run.log.probe = 1, 8, 3, True
         t = engine.fit(run, resume=resume, loader=cases.loader(run, "cuda"))
         assert (t.pytorch_step.reason is None) == (graph == "on"), t.pytorch_step.reason
         last = disk.newest(t.folder)

@@ -142,6 +142,10 @@ def test_the_probe_continues_where_it_was(tmp_path):
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     run(second, data[2:])
     assert set(whole.state) == {"classifier", "buffer", "mean", "variance"}
+    addresses = {name: value.data_ptr() for name, value in first.state.items()}
+    first.load_state_dict(whole.state_dict())  # in place
+    run(first, data[2:])
+    assert addresses == {name: value.data_ptr() for name, value in first.state.items()}
     assert all(torch.equal(value, second.state[name]) for name, value in whole.state.items())
     assert hooks.LinearProbe().state_dict() == {}
 

@@ -13,10 +13,11 @@ LAYERS = """
     parsing files launcher host_memory
     kernels data_prep
     config rendezvous
+    options
     dist
     decode sampler sharded_table
     zero
-    amp norm loader backbones optim log meters clustering ending agreement
+    amp gradients norm loader backbones optim log meters clustering ending agreement
     cuda_graph inference
     trainer
     bottleneck checkpoint

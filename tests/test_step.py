@@ -57,9 +57,10 @@ def test_compiled_code_is_counted_eagerly_and_compiled_afterwards():
 
 
 def worker(out: str) -> None:
-    """Losses of two steps after FLOPs were counted, and without that, at each ZeRO stage."""
-    from fastssl import dist
-    from fastssl.step import count_flops, step
+    """Losses of two steps after FLOPs were counted, and without that, at each ZeRO stage; losses of a probe in the step
+    and after it."""
+    from fastssl import dist, hooks
+    from fastssl.step import count_flops, hooks_inside, step
 
     dist.init("cpu")
     found = {}
@@ -73,13 +74,31 @@ def worker(out: str) -> None:
                 step(t, micro_batches)
                 losses.append(dist.mean(t.scalars["loss"]).item())
             found[zero, counted] = losses, t.meter.flops
+    for graph in ("auto", "on"):
+        t, steps = trainer("moco", 8)
+        t.hooks, t.run.speed.graph = [hooks.LinearProbe()], graph
+        t.hooks[0].before_epoch(t)
+        for micro_batches in steps:
+            step(t, micro_batches)
+        found["probe", len(hooks_inside(t))] = dist.mean(t.scalars["probe_loss"]).item(), t.hooks[0].state_dict()
     if dist.is_main():
         torch.save(found, out)
     dist.shutdown()
 
 
-def test_counting_changes_nothing_at_any_zero_stage(tmp_path):
-    found = ranks.launch(__file__, 2, tmp_path / "out.pt")
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    return ranks.launch(__file__, 2, tmp_path_factory.mktemp("step") / "out.pt")
+
+
+def test_a_probe_in_the_step_sees_the_batch_of_all_ranks(two_ranks):
+    (after, after_state), (inside, inside_state) = two_ranks["probe", 0], two_ranks["probe", 1]
+    assert after == inside > 0
+    assert all(torch.equal(value, inside_state[name]) for name, value in after_state.items())
+
+
+def test_counting_changes_nothing_at_any_zero_stage(two_ranks):
+    found = two_ranks
     for zero in range(4):
         (plain, none), (losses, flops) = found[zero, False], found[zero, True]
         assert losses == plain and none is None and flops == found[0, True][1]
