@@ -7,7 +7,6 @@ every mode that they change.  What they measure is logged by `t.log`, tensors on
 from __future__ import annotations
 
 import copy
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from fastssl.trainer import Outputs, Trainer
 DISABLE = "or set log.knn_epochs=0 log.probe=False"
 
 
-class Hook(Protocol):
+class Hook:
     """Derive a class from this one and write the methods that it needs; the others do nothing (docs/extending.md).
 
     `out` and `batch` are the detached outputs and the labels of this rank's shard of the batch.  The state of a hook
