@@ -7,7 +7,6 @@ temporary folder in log.root, whose disk is measured.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import step as bench_step
 import torch
-from common import append, environment, spread
+from common import append, environment, parser_with_dry, spread
 
 from fastssl import config, dist
 
@@ -30,12 +29,11 @@ ALLOWED = 0.02  # of the time of a run that checkpoints may take
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_with_dry(__doc__)
     parser.add_argument("config", help="a config file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
     parser.add_argument("--steps", type=int, default=20, help="of a block; default 20")
     parser.add_argument("--blocks", type=int, default=4, help="of each kind; default 4")
-    parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
     args = parser.parse_intermixed_args()
     try:
         env = environment("deepspeed")
