@@ -51,8 +51,17 @@ def make_views(
         raise ValueError(f"views: seed={seed}: needs 0 <= seed < 2**63")
     if dtype not in TRITON_DTYPES:
         raise ValueError(f"views: dtype={dtype}: choose float32, float16 or bfloat16")
-    if any(view.extra for view in views):
-        return _with_extra(pixels, sizes, index, views, seed, epoch, dtype, impl)
+    if any(view.extra for view in views):  # these are cropped in float32 first
+        cut = functools.partial(make_views, pixels, sizes, index, seed=seed, epoch=epoch, impl=impl)
+        plain = list(zip(views, extra.without_extra(views), streams(views)))
+        finished = iter(cut([bare for view, bare, _ in plain if not view.extra], dtype=dtype))
+        crops = iter(cut([bare for view, bare, _ in plain if view.extra]))
+        return [
+            extra.finish(next(crops), view, extra.Random(index, seed, epoch, stream), dtype)
+            if view.extra
+            else next(finished)
+            for view, _, stream in plain
+        ]
     if choose(impl, pixels) == "reference":
         table = draw(sizes, index, views, seed=seed, epoch=epoch)
         make = _compiled if impl == "auto" and pixels.device.type == "cpu" else reference.make_views
@@ -66,26 +75,3 @@ def _compiled(*args: Any) -> list[Tensor]:
     from . import cpu  # imports numba
 
     return cpu.make_views(*args)
-
-
-def _with_extra(
-    pixels: Tensor,
-    sizes: Tensor,
-    index: Tensor,
-    views: tuple[View, ...],
-    seed: int,
-    epoch: int | Tensor,
-    dtype: torch.dtype,
-    impl: Impl,
-) -> list[Tensor]:
-    """For views of which some have further operations (View.extra): these are cropped in float32 first."""
-    plain, stream_of = extra.without_extra(views), streams(views)
-    with_extra = [i for i, view in enumerate(views) if view.extra]
-    without = [i for i, view in enumerate(views) if not view.extra]
-    cut, out = functools.partial(make_views, pixels, sizes, index, seed=seed, epoch=epoch, impl=impl), {}
-    for i, x in zip(without, cut([plain[i] for i in without], dtype=dtype)):
-        out[i] = x
-    for i, x in zip(with_extra, cut([plain[i] for i in with_extra])):
-        random = extra.Random(index, seed, epoch, stream_of[i])
-        out[i] = extra.finish(x, views[i], random, dtype)
-    return [out[i] for i in range(len(views))]

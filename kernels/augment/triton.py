@@ -8,7 +8,7 @@ import functools
 import json
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,8 +94,7 @@ def launch_all(batch: Batch, views_json: str, dtype: torch.dtype) -> Tensor:
         specs = specs_on(views_json, batch.pixels.device)
         for group in plan(views_json)[0]:
             whole = group.views[0].size <= MAX_WHOLE_SIZE and not group.rotates
-            launch = _launch_whole if whole else _launch_tiles
-            launch(group, batch, specs[group.first :], out)
+            (_launch_whole if whole else _launch_tiles)(group, batch, specs[group.first :], out)
     return out
 
 
@@ -124,44 +123,41 @@ def _empty(pixels: Tensor, views_json: str, dtype: torch.dtype) -> Tensor:
     return torch.empty(len(pixels) * numel, dtype=dtype, device=pixels.device)
 
 
-def draw_flags(view: params.View) -> dict:
+def constants(view: params.View) -> dict[str, Any]:
+    """The kernels' compile-time arguments that are the same for all views of a group."""
     return {
         "CROP": params.CROPS.index(view.crop),
         "SIZE": view.size,
         "RESIZE": view.resize or 0,
         "PAD": view.pad,
         "WINDOW": view.window or 0,
+        "BICUBIC": view.interpolation == "bicubic",
+        "REFLECT": view.pad_mode == "reflect",
+        "OPS": sum(params.OPS.index(op) << (2 * i) for i, op in enumerate(view.order)),
+        "JITTER_AT": view.order.index("jitter"),
+        "BLUR_AT": view.order.index("blur"),
     }
 
 
-def _crop_flags(view: params.View) -> dict:
-    return {"BICUBIC": view.interpolation == "bicubic", "REFLECT": view.pad_mode == "reflect"}
-
-
-def _order_flags(view: params.View) -> dict:
-    ops = sum(params.OPS.index(op) << (2 * i) for i, op in enumerate(view.order))
-    return {"OPS": ops, "JITTER_AT": view.order.index("jitter"), "BLUR_AT": view.order.index("blur")}
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, **named: Any) -> None:
+    """Launch a kernel with those of the `named` arguments that it has."""
+    has = {name: value for name, value in named.items() if name in kernel.arg_names}
+    kernel[grid](*arguments, **has, num_warps=num_warps)
 
 
 def _launch_whole(group: Group, batch: Batch, specs: Tensor, out: Tensor) -> None:
+    pixels, sizes, index, seed, epoch, epoch_ptr = batch
     view = group.views[0]
     tile = max(16, next_power_of_2(view.size))
-    passes.whole_kernel[(len(batch.pixels), len(group.views))](
-        batch.pixels,
-        batch.pixels.shape[1],
-        batch.sizes,
-        batch.index,
-        specs,
-        out,
-        batch.seed,
-        batch.epoch,
-        batch.epoch_ptr,
-        **draw_flags(view),
-        **_crop_flags(view),
-        **_order_flags(view),
+    arguments = pixels, pixels.shape[1], sizes, index, specs, out, seed, epoch, epoch_ptr
+    launch(
+        passes.whole_kernel,
+        (len(pixels), len(group.views)),
+        *arguments,
+        **constants(view),
         JITTERS=group.jitters,
         BLURS=group.halo > 0,
-        EPOCH_PTR=batch.epoch_ptr is not None,
+        EPOCH_PTR=epoch_ptr is not None,
         TILE=tile,
         num_warps=min(8 if group.halo else 16, tile * tile // 128),  # a blur of 64 pixels needs registers, not warps
     )
@@ -185,54 +181,22 @@ def _launch_tiles(group: Group, batch: Batch, specs: Tensor, out: Tensor) -> Non
     crops = memory(group.rotates or group.jitters or group.halo > 0, 3, S, S, dtype=torch.int16)
     # a tile before its blur may overwrite its own crop, unless another tile still reads that to rotate it
     unblurred = memory(group.halo > 0, 3, S, S, dtype=torch.int16) if group.rotates else crops
-    epoch_flag = {"EPOCH_PTR": epoch_ptr is not None}
-    draws.draw_kernel[(B, V)](
-        sizes, index, specs, table, seed, epoch, epoch_ptr, **draw_flags(view), **epoch_flag, num_warps=1
-    )
-    grid = (B * side * side, V)
-    tile_flags = {"SIZE": S, **_crop_flags(view), "TILE": TILE, "SIDE": side}
+    named = {**constants(view), "ROTATE": group.rotates, "JITTERS": group.jitters, "BLURS": group.halo > 0}
+    named |= {"EPOCH_PTR": epoch_ptr is not None}
+    launch(draws.draw_kernel, (B, V), sizes, index, specs, table, seed, epoch, epoch_ptr, **named, num_warps=1)
+    grid, images = (B * side * side, V), (pixels, pixels.shape[1], sizes)
+    named |= {"TILE": TILE, "SIDE": side, "TILES": next_power_of_2(side * side)}
     if group.rotates:
-        passes.crop_kernel[grid](pixels, pixels.shape[1], sizes, table, crops, B, **tile_flags, num_warps=CROP_WARPS)
+        launch(passes.crop_kernel, grid, *images, table, crops, B, **named, num_warps=CROP_WARPS)
     for means in (True, False) if group.jitters else (False,):
         load_crop = group.jitters and not means and not group.rotates  # the first pass stored it
-        passes.colour_kernel[grid](
-            pixels,
-            pixels.shape[1],
-            sizes,
-            table,
-            specs,
-            crops,
-            sums,
-            unblurred,
-            out,
-            B,
-            **tile_flags,
-            **_order_flags(view),
-            ROTATE=group.rotates,
-            JITTERS=group.jitters,
-            BLURS=group.halo > 0,
-            MEANS=means,
-            LOAD_CROP=load_crop,
-            TILES=next_power_of_2(side * side),
-            num_warps=LOAD_WARPS if load_crop else CROP_WARPS,
-        )
+        arguments = *images, table, specs, crops, sums, unblurred, out, B
+        named |= {"MEANS": means, "LOAD_CROP": load_crop}
+        launch(passes.colour_kernel, grid, *arguments, **named, num_warps=LOAD_WARPS if load_crop else CROP_WARPS)
     if group.halo:
-        blur_side = cdiv(S, BLUR_TILE - 2 * group.halo)
-        ops = _order_flags(view)
-        passes.blur_kernel[(B * blur_side * blur_side, V)](
-            table,
-            specs,
-            unblurred,
-            out,
-            B,
-            SIZE=S,
-            OPS=ops["OPS"],
-            BLUR_AT=ops["BLUR_AT"],
-            TILE=BLUR_TILE,
-            HALO=group.halo,
-            SIDE=blur_side,
-            num_warps=8,
-        )
+        side = cdiv(S, BLUR_TILE - 2 * group.halo)
+        named |= {"TILE": BLUR_TILE, "HALO": group.halo, "SIDE": side}
+        launch(passes.blur_kernel, (B * side * side, V), table, specs, unblurred, out, B, **named, num_warps=8)
 
 
 def to_json(views: Sequence[params.View]) -> str:

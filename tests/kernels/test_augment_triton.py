@@ -94,9 +94,8 @@ def test_parameters_equal_the_reference(name):
     expect = draw(sizes, index, [view], seed=2**33 + 1, epoch=7)[0].cpu()
     table = torch.full((n, len(COL)), float("nan"), device=DEVICE)
     specs = fused.specs_on(fused.to_json([view]), torch.device(DEVICE))
-    fused.draws.draw_kernel[(n, 1)](
-        sizes, index, specs, table, 2**33 + 1, 7, None, **fused.draw_flags(view), EPOCH_PTR=False
-    )
+    arguments = sizes, index, specs, table, 2**33 + 1, 7, None
+    fused.launch(fused.draws.draw_kernel, (n, 1), *arguments, **fused.constants(view), EPOCH_PTR=False, num_warps=1)
     torch.testing.assert_close(table.cpu(), expect, rtol=2e-7, atol=1e-7)
     if view.crop == "resized":  # in whole pixels: none may differ
         assert torch.equal(table.cpu()[:, :8], expect[:, :8])
