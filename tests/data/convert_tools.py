@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,11 @@ class Stock:
         return self.data[pointer : pointer + self.sizes[pointer]].view("<f4")
 
 
+def converted(kind, source, out, *options, workers=1) -> Stock:
+    assert convert(kind, source, out, *options, workers=workers) == 0
+    return Stock(out)
+
+
 def photo(seed=0, height=48, width=64) -> np.ndarray:
     """A smooth colour image whose corners differ, so that a rotation or an exchange of channels is detected."""
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
@@ -88,8 +94,14 @@ def refused(capsys, *argv) -> str:
     return line
 
 
-def archive(path, members: dict, mode="w") -> None:
-    with tarfile.open(path, mode) as tar:
+def archive(path, members: dict, compression=zipfile.ZIP_STORED) -> None:
+    """A zip, or a tar that is compressed as its suffix says."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", compression) as z:
+            for name, data in members.items():
+                z.writestr(name, data)
+        return
+    with tarfile.open(path, "w:" + path.suffix[1:].replace("tar", "")) as tar:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)

@@ -9,6 +9,7 @@ from conftest import read_image
 from convert_tools import (
     Stock,
     convert,
+    converted,
     mixed_fixture,  # noqa: F401
 )
 
@@ -70,8 +71,7 @@ def damage(out: Path, how: str, stock: Stock) -> None:
 )
 def test_check_finds_damage(mixed, tmp_path, capsys, how, message):
     out = tmp_path / "o.beton"
-    assert convert("imagefolder", mixed, out) == 0
-    damage(out, how, Stock(out))
+    damage(out, how, converted("imagefolder", mixed, out))
     assert data_prep.main(["check", str(out)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -6,7 +6,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from convert_tools import Stock, convert, folder, photo, refused, save, shared
+from convert_tools import convert, converted, folder, photo, refused, save, shared
 
 from fastssl.data_prep.plainpickle import read_pickle
 
@@ -44,8 +44,7 @@ def test_cifar_python_archives(tmp_path, kind, protocol):
         tar.add(tmp_path / "py", f"{kind}-batches-py")
     for path in (tmp_path / "py", tmp_path / "c.tar.gz"):
         for split in ("train", "test"):
-            assert convert(kind, path, tmp_path / "o.beton", "--split", split, "--force") == 0
-            stock = Stock(tmp_path / "o.beton")
+            stock = converted(kind, path, tmp_path / "o.beton", "--split", split, "--force")
             assert stock.table["label"].tolist() == truth[split][1]
             assert all(np.array_equal(stock.pixels(i), truth[split][0][i]) for i in range(len(truth[split][1])))
             assert stock.card["classes"][3] == "name3" and stock.card["raw"] == stock.card["samples"]
@@ -111,16 +110,13 @@ def test_incomplete_cifar(tmp_path, capsys):
 def test_cifar_class_folders(tmp_path):
     folder(tmp_path / "in" / "train", 2, [f"c{i}" for i in range(10)])
     folder(tmp_path / "in" / "test", 1, [f"c{i}" for i in range(10)])
-    assert convert("cifar10", tmp_path / "in", tmp_path / "o.beton") == 0
-    assert Stock(tmp_path / "o.beton").card["samples"] == 20
-    assert convert("cifar10", tmp_path / "in" / "test", tmp_path / "p.beton") == 0
-    assert Stock(tmp_path / "p.beton").card["samples"] == 10
+    assert converted("cifar10", tmp_path / "in", tmp_path / "o.beton").card["samples"] == 20
+    assert converted("cifar10", tmp_path / "in" / "test", tmp_path / "p.beton").card["samples"] == 10
 
 
 def test_cifar10_from_the_shared_archive(tmp_path):
     path = shared("cifar10.tar.xz")
-    assert convert("cifar10", path, tmp_path / "o.beton", "--split", "test") == 0
-    stock = Stock(tmp_path / "o.beton")
+    stock = converted("cifar10", path, tmp_path / "o.beton", "--split", "test")
     assert stock.card["samples"] == stock.card["copied"] == 10_000
     assert stock.card["classes"] == [
         "airplane",
@@ -148,13 +144,12 @@ def test_digits(tmp_path):
 
     digits = load_digits()
     for split, rows in (("train", range(1437)), ("test", range(1437, 1797))):
-        assert convert("digits", split, tmp_path / f"{split}.beton") == 0
-        stock = Stock(tmp_path / f"{split}.beton")
+        stock = converted("digits", split, tmp_path / f"{split}.beton")
         assert stock.table["label"].tolist() == digits.target[rows].tolist()
         for i in (0, 17, len(rows) - 1):
             assert abs(stock.pixels(i)[..., 2] * (16 / 255) - digits.images[rows[i]]).max() < 0.04
-    assert convert("digits", "-", tmp_path / "a.beton", "--split", "all", "--short-side", 32, "--upscale") == 0
-    assert Stock(tmp_path / "a.beton").pixels(1796).shape == (32, 32, 3)
+    stock = converted("digits", "-", tmp_path / "a.beton", "--split", "all", "--short-side", 32, "--upscale")
+    assert stock.pixels(1796).shape == (32, 32, 3)
 
 
 def voc(root, split="trainval"):
@@ -181,8 +176,7 @@ def test_voc2007(tmp_path, packed):
         path = tmp_path / "voc.tar"
         with tarfile.open(path, packed) as tar:
             tar.add(tmp_path / "VOCdevkit", "VOCdevkit")
-    assert convert("voc2007", path, tmp_path / "o.beton") == 0
-    stock = Stock(tmp_path / "o.beton")
+    stock = converted("voc2007", path, tmp_path / "o.beton")
     assert stock.card["label"] == "multi" and stock.card["classes"] == ["cat", "dog"]
     names = {p.read_bytes(): i for i, p in enumerate(sorted((tmp_path / "VOCdevkit").rglob("*.jpg")))}
     for row in range(5):  # a compressed tar has an order of its own

@@ -5,15 +5,14 @@ import io
 import numpy as np
 import pytest
 from conftest import read_image
-from convert_tools import Stock, convert, photo, save, shared
+from convert_tools import Stock, convert, converted, photo, save, shared
 from PIL import Image
 
 from fastssl.data_prep.image import Options, store, target_size
 
 
 def one(tmp_path, *options) -> Stock:
-    assert convert("imagefolder", tmp_path / "in", tmp_path / "out.beton", *options) == 0
-    return Stock(tmp_path / "out.beton")
+    return converted("imagefolder", tmp_path / "in", tmp_path / "out.beton", *options)
 
 
 @pytest.mark.parametrize(
@@ -233,8 +232,7 @@ def test_an_image_over_pillows_limit_is_read_only_if_it_is_made_smaller(tmp_path
     assert convert("imagefolder", tmp_path / "in", tmp_path / "o.beton") == 2
     assert "--max-pixels" in capsys.readouterr().err
     for option, value, size in (("--short-side", 60, (60, 80)), ("--max-pixels", 1200, (30, 40))):
-        assert convert("imagefolder", tmp_path / "in", tmp_path / "o.beton", option, value, "--force") == 0
-        pixels = Stock(tmp_path / "o.beton").pixels(0)
+        pixels = converted("imagefolder", tmp_path / "in", tmp_path / "o.beton", option, value, "--force").pixels(0)
         small = np.asarray(Image.fromarray(photo(1, 300, 400)).resize(size[::-1], Image.Resampling.BICUBIC))
         assert pixels.shape == (*size, 3) and abs(pixels.astype(int) - small).mean() < 3
     assert Image.MAX_IMAGE_PIXELS == 10_000

@@ -1,7 +1,7 @@
 """List files as source of `fastssl convert`."""
 
 import pytest
-from convert_tools import Stock, convert, folder, photo, refused, save
+from convert_tools import Stock, convert, converted, folder, photo, refused, save
 
 from fastssl import data_prep
 
@@ -10,13 +10,12 @@ def test_list_files(tmp_path):
     save(tmp_path / "img" / "a b.jpg", photo(1))
     save(tmp_path / "img" / "c.jpg", photo(2))
     (tmp_path / "labelled.txt").write_text("img/c.jpg 3\n\nimg/a b.jpg 0\n")
-    assert convert("list", tmp_path / "labelled.txt", tmp_path / "o.beton") == 0
-    stock = Stock(tmp_path / "o.beton")
+    stock = converted("list", tmp_path / "labelled.txt", tmp_path / "o.beton")
     assert stock.table["label"].tolist() == [3, 0] and stock.card["classes"] == ["0", "1", "2", "3"]
     assert stock.payload(1) == (tmp_path / "img" / "a b.jpg").read_bytes()
     (tmp_path / "plain.txt").write_text("a b.jpg\nc.jpg\n")
-    assert convert("list", tmp_path / "plain.txt", tmp_path / "p.beton", "--root", tmp_path / "img") == 0
-    assert Stock(tmp_path / "p.beton").table["label"].tolist() == [-1, -1]
+    stock = converted("list", tmp_path / "plain.txt", tmp_path / "p.beton", "--root", tmp_path / "img")
+    assert stock.table["label"].tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize(
@@ -63,8 +62,7 @@ def listed(tmp_path, text: str | bytes, *options) -> Stock:
     for name in ("a.jpg", "b.jpg", "c.jpg"):
         save(tmp_path / name, photo(ord(name[0])))
     (tmp_path / "l.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert convert("list", tmp_path / "l.txt", tmp_path / "l.beton", "--force", *options) == 0
-    return Stock(tmp_path / "l.beton")
+    return converted("list", tmp_path / "l.txt", tmp_path / "l.beton", "--force", *options)
 
 
 @pytest.mark.parametrize(

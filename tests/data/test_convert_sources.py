@@ -6,15 +6,14 @@ import tarfile
 import zipfile
 
 import pytest
-from convert_tools import Stock, archive, convert, files, folder, refused, save
+from convert_tools import Stock, archive, convert, converted, files, folder, refused, save
 
 from fastssl import data_prep
 
 
 def test_class_folders(tmp_path):
     root = folder(tmp_path / "in", 3, ("zebra", "ant"))
-    assert convert("imagefolder", root, tmp_path / "o.beton") == 0
-    stock = Stock(tmp_path / "o.beton")
+    stock = converted("imagefolder", root, tmp_path / "o.beton")
     assert stock.card["classes"] == ["ant", "zebra"] and stock.card["label"] == "int"
     assert stock.table["label"].tolist() == [0, 0, 0, 1, 1, 1]
     assert stock.table["index"].tolist() == list(range(6))
@@ -33,8 +32,7 @@ def test_nested_class_folders_and_a_linked_one(tmp_path):
     save(tmp_path / "in" / "a" / "deep" / "x.jpg")
     save(tmp_path / "else" / "y.jpg")
     os.symlink(tmp_path / "else", tmp_path / "in" / "b")
-    assert convert("imagefolder", tmp_path / "in", tmp_path / "o.beton") == 0
-    assert Stock(tmp_path / "o.beton").card["classes"] == ["a", "b"]
+    assert converted("imagefolder", tmp_path / "in", tmp_path / "o.beton").card["classes"] == ["a", "b"]
 
 
 def test_a_flat_folder_has_no_labels_and_other_files_are_noted(tmp_path, capsys):
@@ -42,8 +40,7 @@ def test_a_flat_folder_has_no_labels_and_other_files_are_noted(tmp_path, capsys)
     save(tmp_path / "in" / "A.PNG")
     (tmp_path / "in" / "README.txt").write_text("hello")
     (tmp_path / "in" / ".DS_Store").write_text("x")
-    assert convert("imagefolder", tmp_path / "in", tmp_path / "o.beton") == 0
-    stock = Stock(tmp_path / "o.beton")
+    stock = converted("imagefolder", tmp_path / "in", tmp_path / "o.beton")
     assert stock.card["label"] == "none" and stock.card["classes"] is None
     assert stock.table["label"].tolist() == [-1, -1]
     out = capsys.readouterr().out
@@ -54,10 +51,10 @@ def test_a_flat_folder_has_no_labels_and_other_files_are_noted(tmp_path, capsys)
 def test_labels_none_and_split(tmp_path):
     folder(tmp_path / "in" / "train", 2)
     folder(tmp_path / "in" / "val", 1)
-    assert convert("imagefolder", tmp_path / "in", tmp_path / "o.beton", "--split", "val", "--labels", "none") == 0
-    assert Stock(tmp_path / "o.beton").table["label"].tolist() == [-1, -1]
-    assert convert("imagefolder", tmp_path / "in", tmp_path / "p.beton", "--split", "train") == 0
-    assert Stock(tmp_path / "p.beton").table["label"].tolist() == [0, 0, 1, 1]
+    stock = converted("imagefolder", tmp_path / "in", tmp_path / "o.beton", "--split", "val", "--labels", "none")
+    assert stock.table["label"].tolist() == [-1, -1]
+    stock = converted("imagefolder", tmp_path / "in", tmp_path / "p.beton", "--split", "train")
+    assert stock.table["label"].tolist() == [0, 0, 1, 1]
 
 
 def test_invalid_folders(tmp_path, capsys):
@@ -83,14 +80,9 @@ def test_invalid_folders(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tar.xz", "a.zip"])
 def test_archives_equal_the_folder(tmp_path, name):
     members = files(folder(tmp_path / "in", 3))
-    if name.endswith("zip"):
-        with zipfile.ZipFile(tmp_path / name, "w") as z:
-            for member, data in members.items():
-                z.writestr("wrapped/" + member, data)
-            z.writestr("__MACOSX/wrapped/._0.jpg", b"x")
-    else:
-        archive(tmp_path / name, {"./wrapped/" + m: d for m, d in members.items()}, "w:" + name[6:])
-    kind = "zip" if name.endswith("zip") else "tar"
+    kind, root = ("zip", "wrapped/") if name.endswith("zip") else ("tar", "./wrapped/")
+    hidden = {"__MACOSX/wrapped/._0.jpg": b"x"} if kind == "zip" else {}
+    archive(tmp_path / name, {root + member: data for member, data in members.items()} | hidden)
     assert convert("imagefolder", tmp_path / "in", tmp_path / "o.beton") == 0
     for workers in (1, 2):
         assert convert(kind, tmp_path / name, tmp_path / "p.beton", "--force", workers=workers) == 0
@@ -101,12 +93,8 @@ def test_archives_equal_the_folder(tmp_path, name):
 @pytest.mark.parametrize("name", ["../x.jpg", "/etc/x.jpg", "a/../../x.jpg", "..\\x.jpg", "C:/x.jpg"])
 def test_members_that_point_outside(tmp_path, capsys, name):
     data = save(tmp_path / "a.jpg").read_bytes()
-    archive(tmp_path / "in.tar", {"ok.jpg": data, name: data})
-    archive(tmp_path / "in.tar.gz", {"ok.jpg": data, name: data}, "w:gz")
-    with zipfile.ZipFile(tmp_path / "in.zip", "w") as z:
-        z.writestr("ok.jpg", data)
-        z.writestr(name, data)
     for kind, path in (("tar", "in.tar"), ("tar", "in.tar.gz"), ("zip", "in.zip")):
+        archive(tmp_path / path, {"ok.jpg": data, name: data})
         assert "points outside the archive" in refused(capsys, kind, tmp_path / path, tmp_path / "new" / "o.beton")
 
 
@@ -128,12 +116,8 @@ def test_links_in_a_tar(tmp_path, capsys, target, outside):
 
 def test_broken_archives(tmp_path, capsys):
     members = files(folder(tmp_path / "in", 3))
-    archive(tmp_path / "a.tar", members)
-    archive(tmp_path / "a.tar.xz", members, "w:xz")
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as z:
-        for member, data in members.items():
-            z.writestr(member, data)
     for name in ("a.tar", "a.tar.xz", "a.zip"):
+        archive(tmp_path / name, members)
         whole = (tmp_path / name).read_bytes()
         between = 10240  # bytes: the tar then ends between two members
         for size in (len(whole) // 3, len(whole) // 2, between if name == "a.tar" else len(whole) * 2 // 3):
@@ -152,8 +136,7 @@ def test_links_in_an_archive_are_read_as_the_files_they_point_to(tmp_path, name)
     with tarfile.open(tmp_path / name, "w:" + name[6:]) as tar:
         tar.add(root, "in")
     assert convert("imagefolder", root, tmp_path / "o.beton") == 0
-    assert convert("tar", tmp_path / name, tmp_path / "p.beton") == 0
-    ours, theirs = Stock(tmp_path / "p.beton"), Stock(tmp_path / "o.beton")
+    ours, theirs = converted("tar", tmp_path / name, tmp_path / "p.beton"), Stock(tmp_path / "o.beton")
     pairs = [sorted((s.table["label"][i], s.payload(i)) for i in range(6)) for s in (ours, theirs)]
     assert ours.card["samples"] == 6 and pairs[0] == pairs[1]
 
@@ -162,13 +145,9 @@ def test_files_that_are_too_large_or_not_regular_are_refused(tmp_path, capsys, m
     """Declared sizes, pipes and devices; the limit is lowered for the test."""
     monkeypatch.setattr("fastssl.data_prep.file_sources.base.MAX_BYTES", 1 << 20)
     zeros = {"a.jpg": save(tmp_path / "a.jpg").read_bytes(), "z.jpg": bytes(2 << 20)}
-    archive(tmp_path / "a.tar.gz", zeros, "w:gz")
-    archive(tmp_path / "a.tar", zeros)
-    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as z:
-        for member, data in zeros.items():
-            z.writestr(member, data)
     (tmp_path / "new").mkdir()  # for NAME.bad.txt
     for kind, name in (("tar", "a.tar.gz"), ("tar", "a.tar"), ("zip", "a.zip")):
+        archive(tmp_path / name, zeros, zipfile.ZIP_DEFLATED)
         line = refused(capsys, kind, tmp_path / name, tmp_path / "new" / "o.beton")
         assert "1 of 2 images" in line and "z.jpg (OSError: it has 2 MiB, at most 1 MiB are read)" in line
     save(tmp_path / "in" / "a.jpg")

@@ -8,6 +8,7 @@ from conftest import read_image
 from convert_tools import (
     Stock,
     convert,
+    converted,
     folder,
     mixed_fixture,  # noqa: F401
     photo,
@@ -112,8 +113,7 @@ def test_the_page_size_grows_for_a_large_image(tmp_path):
     small, large = np.zeros((900, 1000, 3), np.uint8), np.arange(27_000_000, dtype=np.uint8).reshape(3000, 3000, 3)
     for i, pixels in enumerate([small, small, small, small, large, small, small]):
         save(tmp_path / "in" / f"{i}.png", pixels, compress_level=0)
-    assert convert("imagefolder", tmp_path / "in", tmp_path / "o.beton") == 0
-    stock = Stock(tmp_path / "o.beton")
+    stock = converted("imagefolder", tmp_path / "in", tmp_path / "o.beton")
     assert np.array_equal(stock.pixels(4), large)
     page = int(stock.reader.page_size)
     assert page == 1 << 25
