@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,29 +49,23 @@ class Ours:
         return t.scalars["loss"]
 
 
+@dataclass
 class Peer:
-    """A plain PyTorch loop with a library's DataLoader, views and loss.
+    """A plain PyTorch loop with a library's DataLoader, views and loss."""
 
-    `loader`: function that returns a new DataLoader; `pick`: selects the tensors of its batches; `augment`: computes
-    their views on the device, if the DataLoader does not.
-    """
+    name: str
+    run: Run
+    device: torch.device
+    loader: Callable[[], DataLoader]  # returns a new DataLoader
+    loss: Callable
+    pick: Callable = list  # selects the tensors of its batches
+    augment: Callable = list  # computes their views on the device, if the DataLoader does not
 
-    def __init__(
-        self,
-        name: str,
-        run: Run,
-        device: torch.device,
-        loader: Callable[[], DataLoader],
-        loss: Callable,
-        pick: Callable = list,
-        augment: Callable = list,
-    ):
-        self.name, self.device, self.pick, self.augment, self.loss = name, device, pick, augment, loss
-        self.precision, o = run.optim.precision, run.optim
-        self.loader = loader
-        self.net = plain_network(run).to(device, memory_format=torch.channels_last).train()
+    def __post_init__(self) -> None:
+        o = self.run.optim
+        self.net = plain_network(self.run).to(self.device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.SGD(self.net.parameters(), o.lr, o.momentum, weight_decay=o.weight_decay)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=o.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=o.precision == "fp16")
 
     def load(self) -> Generator:
         while True:
@@ -83,7 +78,7 @@ class Peer:
     def train(self, raw: Any, meter: Meter, views: list[Tensor] | None = None) -> Tensor:
         with meter.phase("views"):
             views = self.make(raw) if views is None else views
-        with meter.phase("forward"), autocast(self.device, self.precision):
+        with meter.phase("forward"), autocast(self.device, self.run.optim.precision):
             z = self.net(torch.cat(views)).float()
         with meter.phase("forward"):
             loss = self.loss(*z.chunk(2))

@@ -74,23 +74,8 @@ def peers(bench, monkeypatch):
     torch.set_num_threads(threads)
 
 
-TINY = [
-    "memory.beton",
-    "data.views.all.size=16",
-    "--batch",
-    "4",
-    "--blocks",
-    "1",
-    "--steps",
-    "1",
-    "--input-steps",
-    "1",
-    "--warm",
-    "1",
-    "--workers",
-    "0",
-    "--dry",
-]
+SMALL = "--batch 4 --blocks 1 --steps 1 --input-steps 1 --warm 1 --workers 0 --dry"
+TINY = ["memory.beton", "data.views.all.size=16", *SMALL.split()]
 
 
 def test_peers_have_the_same_losses(peers, monkeypatch, capsys):
