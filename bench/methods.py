@@ -87,21 +87,8 @@ def measure(name: str, file: Path, folder: Path, run: Run, args: argparse.Namesp
 
 def knn(folder: Path, args: argparse.Namespace, features: str) -> float:
     out = folder / f"knn_{features}.json"
-    call(
-        "eval",
-        "knn",
-        str(folder),
-        "--train",
-        args.train,
-        "--test",
-        args.test,
-        "--k",
-        str(K),
-        "--features",
-        features,
-        "--out",
-        str(out),
-    )
+    options = {"train": args.train, "test": args.test, "k": K, "features": features, "out": out}
+    call("eval", "knn", str(folder), *(f"--{name}={value}" for name, value in options.items()))
     return json.loads(out.read_text())["results"][0]["top1"]
 
 
