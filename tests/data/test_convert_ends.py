@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from convert_tools import (
 
 from fastssl import data_prep
 from fastssl.data_prep import write
+from fastssl.data_prep.kinds import KINDS
 
 
 def test_bad_images_stop_the_conversion_with_a_complete_list(tmp_path, capsys):
@@ -73,24 +75,17 @@ def test_an_existing_target_needs_force(tmp_path, capsys):
 
 
 def child(*argv, **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "fastssl.data_prep", *map(str, argv)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+    command = [sys.executable, "-W", "error::DeprecationWarning", "-m", "fastssl.data_prep", *map(str, argv)]
+    return subprocess.Popen(command, text=True, **options)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk(mixed, tmp_path, workers):
     """Simulated by a limit on the size of files: a write fails, and so does the flush after it."""
     out = tmp_path / "new" / "o.beton"
-    process = child(
-        "imagefolder",
-        mixed,
-        out,
-        "--mode",
-        "raw",
-        "--workers",
-        workers,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18)),
-    )
+    argv = "imagefolder", mixed, out, "--mode", "raw", "--workers", workers
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))
+    process = child(*argv, stderr=subprocess.PIPE, preexec_fn=limit)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 2
     assert error == f"fastssl convert: {out}: File too large; nothing was written\n"
@@ -164,23 +159,8 @@ def command_of(pid: str) -> str:
 def test_help_names_every_source(capsys):
     assert data_prep.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for word in (
-        "imagefolder",
-        "list",
-        "tar",
-        "zip",
-        "cifar10",
-        "cifar100",
-        "voc2007",
-        "digits",
-        "--short-side",
-        "--max-pixels",
-        "--quality",
-        "--mode",
-        "--max-bad",
-        "--force",
-        "check",
-    ):
+    options = ("--short-side", "--max-pixels", "--quality", "--mode", "--max-bad", "--force")
+    for word in (*KINDS, *options, "check"):
         assert word in text
 
 
@@ -200,20 +180,8 @@ def test_progress_on_a_terminal(mixed, tmp_path):
     import pty
 
     ours, theirs = pty.openpty()
-    command = [
-        sys.executable,
-        "-W",
-        "error::DeprecationWarning",
-        "-m",
-        "fastssl.data_prep",
-        "imagefolder",
-        str(mixed),
-        str(tmp_path / "o.beton"),
-        "--workers",
-        "2",
-    ]
-    env = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
-    with subprocess.Popen(command, stderr=theirs, stdout=subprocess.PIPE, text=True, env=env) as process:
+    argv, env = ("imagefolder", mixed, tmp_path / "o.beton", "--workers", 2), {"TERM": "xterm", "COLUMNS": "100"}
+    with child(*argv, stderr=theirs, stdout=subprocess.PIPE, env=os.environ | env) as process:
         os.close(theirs)
         shown = b""
         with contextlib.suppress(OSError):  # Linux raises it at the end of a closed terminal

@@ -55,12 +55,19 @@ def test_the_skipped_images_are_the_same_for_any_number_of_workers(mixed, tmp_pa
     assert Stock(tmp_path / "4.beton").table["index"].tolist() == list(range(151))
 
 
-@pytest.mark.parametrize("os_cache", [True, False])
-def test_stock_ffcv_loads_every_image(tmp_path, monkeypatch, os_cache):
-    """FFCV's Loader with its own decoders, with both of its memory managers, over many pages."""
-    from ffcv.fields.decoders import IntDecoder, NDArrayDecoder, SimpleRGBImageDecoder
+def stock_loader(path, label, **options):
+    """FFCV's Loader with its own decoders; label: the name of that of the labels."""
+    from ffcv.fields import decoders
     from ffcv.loader import Loader, OrderOption
 
+    kinds = {"image": "SimpleRGBImageDecoder", "index": "IntDecoder", "label": label}
+    pipelines = {name: [getattr(decoders, kind)()] for name, kind in kinds.items()}
+    return Loader(str(path), num_workers=1, order=OrderOption.SEQUENTIAL, pipelines=pipelines, **options)
+
+
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_stock_ffcv_loads_every_image(tmp_path, monkeypatch, os_cache):
+    """With both of its memory managers, over many pages."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (97, 64, 48, 3), dtype=np.uint8)
     vectors = rng.integers(-1, 2, (97, 5)).astype(np.float32)
@@ -70,15 +77,8 @@ def test_stock_ffcv_loads_every_image(tmp_path, monkeypatch, os_cache):
         for image, vector in zip(pixels, vectors):
             beton.add(Stored(image.tobytes(), ffcv_format.RAW, 64, 48), vector)
         beton.finish()
-    loader = Loader(
-        str(tmp_path / "o.beton"),
-        batch_size=10,
-        num_workers=1,
-        os_cache=os_cache,
-        drop_last=False,
-        order=OrderOption.SEQUENTIAL,
-        pipelines={"image": [SimpleRGBImageDecoder()], "index": [IntDecoder()], "label": [NDArrayDecoder()]},
-    )
+    options = {"batch_size": 10, "drop_last": False, "os_cache": os_cache}
+    loader = stock_loader(tmp_path / "o.beton", "NDArrayDecoder", **options)
     seen = [[part.copy() for part in batch] for batch in loader]
     images, index, labels = (np.concatenate(parts) for parts in zip(*seen))
     assert np.array_equal(images, pixels)
@@ -87,22 +87,12 @@ def test_stock_ffcv_loads_every_image(tmp_path, monkeypatch, os_cache):
 
 
 def test_stock_ffcv_decodes_jpegs_that_are_stored_unchanged(tmp_path):
-    from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
-    from ffcv.loader import Loader, OrderOption
-
     for i in range(20):
         pixels = photo(i)[..., 0] if i % 5 == 0 else photo(i)
         save(tmp_path / "in" / f"c{i % 2}" / f"{i:02d}.jpg", pixels, quality=90, progressive=i % 3 == 0)
     save(tmp_path / "in" / "c1" / "z.png", photo(99))
     assert convert("imagefolder", tmp_path / "in", tmp_path / "o.beton") == 0
-    loader = Loader(
-        str(tmp_path / "o.beton"),
-        batch_size=21,
-        num_workers=1,
-        order=OrderOption.SEQUENTIAL,
-        pipelines={"image": [SimpleRGBImageDecoder()], "index": [IntDecoder()], "label": [IntDecoder()]},
-    )
-    images, _, labels = next(iter(loader))
+    images, _, labels = next(iter(stock_loader(tmp_path / "o.beton", "IntDecoder", batch_size=21)))
     for image, path in zip(images, sorted((tmp_path / "in").rglob("*.*"))):
         assert abs(image.astype(int) - np.asarray(read_image(path).convert("RGB"))).mean() < 1.5, path
     assert labels.ravel().tolist() == [0] * 10 + [1] * 11
