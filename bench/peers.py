@@ -229,16 +229,9 @@ def main(argv: list[str] | None = None, loader: Loader | None = None) -> int:
         dist.shutdown()
     report(results, losses)
     if not args.dry:
-        facts = {
-            "data": Path(args.data).name,
-            "backbone": args.backbone,
-            "batch": args.batch,
-            "precision": args.precision,
-            "threads": torch.get_num_threads(),
-            "workers": args.workers,
-            "overrides": args.overrides,
-            "load_after": round(os.getloadavg()[0], 1),
-        }
+        facts = {name: getattr(args, name) for name in ("backbone", "batch", "precision", "workers", "overrides")}
+        facts |= {"data": Path(args.data).name, "threads": torch.get_num_threads()}
+        facts |= {"load_after": round(os.getloadavg()[0], 1)}
         where = append("peers", env, **facts, sides=results, losses=losses, left_out=sorted(absent))
         print(f"appended to {where}")
     return 0

@@ -81,7 +81,6 @@ def worker(out: Path, kind: str, args: argparse.Namespace) -> None:
     records = bench_step.run_block(t, source, args.steps)
     if t.pytorch_step is not None:
         t.pytorch_step.reason = "bench/scaling.py times its collectives"  # a replay would not call them
-    calls: list[tuple] = []
     with recorded(device) as found:
         bench_step.run_block(t, source, args.steps)
         calls = found[len(found) * bench_step.WARM // (bench_step.WARM + args.steps) :]
@@ -136,12 +135,11 @@ def model(found: list[dict], latency_us: float, gb_s: float, max_ranks: int = 51
     """Weak scaling on 1 to `max_ranks` ranks, from the step of the fewest ranks measured and the bytes of the most."""
     weak = [r for r in found if r["kind"] == "weak"]
     one, many = min(weak, key=lambda r: r["ranks"]), max(weak, key=lambda r: r["ranks"])
-    rows, ranks = [], 1
-    while ranks <= max_ranks:
+    rows = []
+    for ranks in (1 << i for i in range(max_ranks.bit_length())):
         sent = communication_ms(many["collectives"], ranks, latency_us, gb_s)
         total = one["ms"] + sent
         rows.append({"ranks": ranks, "ms": total, "communication": sent / total, "efficiency": one["ms"] / total})
-        ranks *= 2
     return rows
 
 

@@ -6,7 +6,6 @@ seed, epoch, sample index and the view's stream, not on the batch, the number of
 
 import functools
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,16 +61,13 @@ def make_views(
             else next(finished)
             for view, _, stream in plain
         ]
-    if choose(impl, pixels) == "reference":
-        table = draw(sizes, index, views, seed=seed, epoch=epoch)
-        make = _compiled if impl == "auto" and pixels.device.type == "cpu" else reference.make_views
-        return make(pixels, sizes, views, table, dtype)
-    from . import triton
+    if choose(impl, pixels) == "triton":
+        from . import triton
 
-    return triton.make_views(pixels, sizes, index, views, seed, epoch, dtype)
+        return triton.make_views(pixels, sizes, index, views, seed, epoch, dtype)
+    table = draw(sizes, index, views, seed=seed, epoch=epoch)
+    if impl == "auto" and pixels.device.type == "cpu":
+        from . import cpu  # imports numba
 
-
-def _compiled(*args: Any) -> list[Tensor]:
-    from . import cpu  # imports numba
-
-    return cpu.make_views(*args)
+        return cpu.make_views(pixels, sizes, views, table, dtype)
+    return reference.make_views(pixels, sizes, views, table, dtype)
