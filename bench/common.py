@@ -36,12 +36,11 @@ def device_name() -> str:
 
 def environment(*packages: str) -> dict:
     """Date, commit ("+changes" if the checkout differs from it), device and versions, for a result line."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": (commit or "unknown") + ("+changes" if changed else ""),
+        "commit": commit or "unknown",
         "device": device_name(),
         "cores": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[0], 1),  # before the run; above 0.5 the times are not reliable

@@ -46,18 +46,16 @@ def check_rows(op: str, temperature: float | None = None, **tensors: Tensor) -> 
     """ValueError unless all are floating-point matrices of one width on one device, and the temperature is above 0."""
     if temperature is not None and not temperature > 0:
         raise ValueError(f"{op}: temperature={temperature}: must be above 0")
-    first = None
+    first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
         if x.ndim != 2:
             raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}: expected (rows, dim)")
         if not x.is_floating_point():
             raise ValueError(f"{op}: {name} has dtype {x.dtype}: expected a floating-point type")
-        if first is None:
-            first = (name, x)
-        elif x.shape[1] != first[1].shape[1]:
-            raise ValueError(f"{op}: {name} is {x.shape[1]} wide, {first[0]} is {first[1].shape[1]}: widths must agree")
-        elif x.device != first[1].device:
-            raise ValueError(f"{op}: {name} is on {x.device}, {first[0]} is on {first[1].device}: use one device")
+        if x.shape[1] != first.shape[1]:
+            raise ValueError(f"{op}: {name} is {x.shape[1]} wide, {first_name} is {first.shape[1]}: widths must agree")
+        if x.device != first.device:
+            raise ValueError(f"{op}: {name} is on {x.device}, {first_name} is on {first.device}: use one device")
 
 
 def check_triton_dtype(op: str, **tensors: Tensor) -> None:
