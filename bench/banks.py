@@ -91,7 +91,7 @@ def odc_method(args: argparse.Namespace, batch: int) -> odc.ODC:
 
 def centroids(args: argparse.Namespace, batch: int = 512) -> dict:
     method = odc_method(args, batch)
-    bank, labels, theirs = method.bank.block.cpu(), method.labels.cpu(), torch.zeros(CLUSTERS, 256)
+    bank, labels, theirs = method.bank.local_rows.cpu(), method.labels.cpu(), torch.zeros(CLUSTERS, 256)
     steps = torch.randperm(args.rows)[: 10 * batch].view(10, batch).to(args.device)
 
     def published() -> None:
@@ -103,14 +103,14 @@ def centroids(args: argparse.Namespace, batch: int = 512) -> dict:
 
     def ours() -> None:
         for index in steps:
-            x = method.bank.rows(index)
+            x = method.bank.lookup(index)
             method.move(index, method.labels[index], x, x)
         method.update_centroids()
 
     published()
 
     def from_scratch() -> None:
-        update_centroids_(method.centroids, method.bank.block, method.labels)
+        update_centroids_(method.centroids, method.bank.local_rows, method.labels)
 
     for run in (ours, from_scratch):
         method.centroids.zero_()
@@ -127,7 +127,7 @@ def batch_of(index: torch.Tensor) -> Batch:
 
 def odc_step(args: argparse.Namespace, batch: int = 512) -> dict:
     method = odc_method(args, batch)
-    bank, labels, means = (t.cpu().clone() for t in (method.bank.block, method.labels, method.centroids))
+    bank, labels, means = (t.cpu().clone() for t in (method.bank.local_rows, method.labels, method.centroids))
     index, z = torch.randperm(args.rows)[:batch], torch.randn(batch, 256)
     given = batch_of(index.to(args.device))  # of step 0, in which the centroids are not updated
     out = {"z": z.to(args.device)}
@@ -143,7 +143,7 @@ def odc_step(args: argparse.Namespace, batch: int = 512) -> dict:
 
     published()
     method.after_step(out, given, 0.0)
-    check_equal("odc step", method.bank.block, bank, 1e-5)
+    check_equal("odc step", method.bank.local_rows, bank, 1e-5)
     return {"published": published, "ours": lambda: method.after_step(out, given, 0.0)}
 
 
