@@ -49,7 +49,7 @@ def _run(argv: list[str]) -> int:
         return 2
     from fastssl import options  # late, because it needs fastssl.config
 
-    if argv[0] in options.COMMANDS:  # --help and mistakes are answered before torch is imported
+    if argv[0] in options.COMMANDS:  # --help and mistakes are reported before torch is imported
         options.parse(argv[0], argv[1:])
     module, _ = COMMANDS[argv[0]]
     return importlib.import_module(module).main(argv[1:])

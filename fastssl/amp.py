@@ -53,7 +53,7 @@ class LossScaler:
         """`skip_nonfinite`: of OptimConfig.  If it is not 0, gradients are checked at every precision, and no step is
         applied after more than so many steps in a row whose gradients are not finite at scale 1."""
         self.dynamic, self.skip_nonfinite = precision == "fp16", skip_nonfinite
-        self.checked = self.dynamic or skip_nonfinite > 0  # whether gradients are looked at
+        self.checked = self.dynamic or skip_nonfinite > 0  # whether gradients are checked
         self.scale = torch.full((), 2.0**16 if self.dynamic else 1.0, device=device)
         self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
         self.found_inf = torch.zeros((), device=device)  # not zero: the last gradients overflowed
@@ -72,7 +72,7 @@ class LossScaler:
 
     def unscale_(self, grads: list[Tensor]) -> Tensor | None:
         """Divide gradients by the scale, in one pass.  Returns a flag (0-dim float32 on the device) that is not zero if
-        one of them is not finite; None if they are not looked at."""
+        one of them is not finite; None if they are not checked."""
         if not self.checked:
             return None
         self.found_inf.zero_()

@@ -56,7 +56,7 @@ def build(run: Run, hooks: Sequence[Hook] = (), device: str | None = None, loade
         method.total_steps = schedule.total_steps
     torch.manual_seed(run.seed + 1 + dist.rank())  # dropout and the like differ by rank
     engine = start_deepspeed(method, optimizer, run)
-    zero.partitions(engine)  # refuses what checkpoints do not know
+    zero.partitions(engine)  # ValueError for an optimizer whose partitions checkpoints cannot store
     optim.attach(engine)
     t = Trainer(
         run,

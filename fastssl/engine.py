@@ -199,7 +199,7 @@ def batches(
 ) -> Generator[tuple[int, list[Batch]]]:
     """(epoch, this rank's micro-batches) of one step after another, from `t.step` to the last of the run.
 
-    Where an epoch begins, or goes on after a resume, `t.epoch` is set and `begin(t, step in the epoch)` is called,
+    Where an epoch begins, or continues after a resume, `t.epoch` is set and `begin(t, step in the epoch)` is called,
     which returns the order of the samples (None: the epoch's permutation)."""
     position = t.step
     while position < t.total_steps:

@@ -9,7 +9,7 @@ import os
 import re
 
 PORT = 29500  # torchrun's and deepspeed's default
-SLURM_PORTS = range(15000, 30000)  # below those that Linux gives to clients (32768 on)
+SLURM_PORTS = range(15000, 30000)  # below Linux's ephemeral ports, which begin at 32768
 
 
 def set_variables() -> None:
@@ -63,16 +63,16 @@ def _first_node(nodes: str) -> str:
 
 def _from_open_mpi() -> None:
     env = os.environ
-    ranks, here = (int(env[f"OMPI_COMM_WORLD_{name}"]) for name in ("SIZE", "LOCAL_SIZE"))
+    ranks, local = (int(env[f"OMPI_COMM_WORLD_{name}"]) for name in ("SIZE", "LOCAL_SIZE"))
     env.update(
         RANK=env["OMPI_COMM_WORLD_RANK"],
         WORLD_SIZE=str(ranks),
         LOCAL_RANK=env["OMPI_COMM_WORLD_LOCAL_RANK"],
-        LOCAL_WORLD_SIZE=str(here),
+        LOCAL_WORLD_SIZE=str(local),
     )
-    if "MASTER_ADDR" not in env and here < ranks:
+    if "MASTER_ADDR" not in env and local < ranks:
         raise ValueError(
-            f"mpirun started {ranks} ranks, {here} of them on this node, and MASTER_ADDR is not set: name the first "
+            f"mpirun started {ranks} ranks, {local} of them on this node, and MASTER_ADDR is not set: name the first "
             "node of the hostfile by mpirun -x MASTER_ADDR=NODE (deepspeed: --launcher_args '-x MASTER_ADDR=NODE')"
         )
     env.setdefault("MASTER_ADDR", "127.0.0.1")

@@ -17,7 +17,7 @@ USABLE_FRACTION = 0.9  # of the device's memory: what a step of so many images m
 
 
 def advice(t: Trainer) -> str:
-    """What to change after a torch.OutOfMemoryError, whose traceback must be gone: it holds the step's tensors.
+    """What to change after a torch.OutOfMemoryError.  Its traceback must be deleted first: it holds the step's tensors.
 
     On one rank a forward and backward pass is made with half of the images, a quarter, and so on until one fits.  On
     several ranks the others wait in a collective, so that nothing can be tried."""

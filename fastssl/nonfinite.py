@@ -34,7 +34,7 @@ Source = Callable[[Trainer], Iterator[tuple[int, list[Batch]]]]  # engine.batche
 
 
 class NotFinite(ValueError):
-    """The run cannot go on; `step` is the number (from 1) of the first step whose loss or weights are not finite."""
+    """The run cannot continue; `step` is the number (from 1) of the first step whose loss or weights are not finite."""
 
     def __init__(self, message: str, step: int):
         super().__init__(message)
@@ -42,17 +42,17 @@ class NotFinite(ValueError):
 
 
 class FiniteLossCheck:
-    """Whether the loss is still finite, by the records that have arrived from the device.  `skip`: so many steps in a
-    row that are not are left out before the run ends (optim.skip_nonfinite)."""
+    """Ends the run after too many steps in a row whose loss is not finite, by the records that have arrived from the
+    device.  `skip`: optim.skip_nonfinite, the number of such steps that may be skipped."""
 
     def __init__(self, skip: int = 0) -> None:
         self.limit = skip + 1 if skip else BAD_STEPS
-        self.bad: list[dict] = []  # records of the last steps, which are not finite
+        self.bad: list[dict] = []  # records of the last steps, none of which is finite
         self.error: NotFinite | None = None
 
     def check(self, records: list[dict]) -> None:
-        """NotFinite where too many steps in a row are not finite.  Steps that fp16 skipped because its scale was too
-        high do not count; where the scale is 1 they do, since it cannot be lowered."""
+        """NotFinite after too many steps in a row that are not finite.  Steps that fp16 skipped do not count, unless
+        the loss scale is 1 and cannot be lowered."""
         for record in records if self.error is None else ():
             overflow = record.get("applied") is False
             if "loss" not in record or (overflow and record.get("loss_scale", 1.0) > 1.0):

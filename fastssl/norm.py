@@ -67,9 +67,9 @@ class SyncBatchNormAct(SyncBatchNorm):
 
 
 class SavedStatistics:
-    """Saves the running mean and variance of every batch norm now.  They can be restored, or updated once per optimizer
-    step: by the mean over its micro-batches of the change that each alone would make, whatever the number of calls of a
-    module (one per view).
+    """The running statistics of every batch norm at construction; `restore` sets them back.  `add` after each
+    micro-batch and `apply_mean` at the end update them once per optimizer step, by the mean of the changes that the
+    micro-batches make (each with all calls of a module, one per view).
 
     The modules' momentum is not changed: torch.compile would recompile for every value.
     """

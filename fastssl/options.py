@@ -1,5 +1,5 @@
-"""Options of commands whose modules import torch; --help and a misspelt option are answered without it.  Those of
-`fastssl eval` are in eval/options.py.
+"""Options of commands whose modules import torch, in a file without it, so that --help and errors in options take no
+seconds.  Those of `fastssl eval` are in eval/options.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The outputs of the method in training for the whole training set, which methods that cluster ask for."""
+"""A method's outputs for the whole training set, during training; methods that cluster use them."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def _saved_bytes(method: nn.Module, run: Run, images: int) -> int:
         storage = x.untyped_storage()
         if storage.data_ptr() not in own:
             sizes[storage.data_ptr()] = storage.nbytes()
-        kept.append(x)  # an address is used again once its tensor is gone
+        kept.append(x)  # keeps the address from being used for another tensor
         return x
 
     kept: list[Tensor] = []

@@ -31,7 +31,7 @@ SET_HERE: dict[str, str | None] = {
     "output": "log.root=FOLDER",
     **dict.fromkeys(("array", "open-mode", "requeue", "no-requeue", "parsable", "test-only", "wait", "wrap")),
 }
-REQUESTS_GPUS = re.compile(r"gres|gpus(-per-.*)?|tres-per-task")  # take the place of our --gpus-per-node
+REQUESTS_GPUS = re.compile(r"gres|gpus(-per-.*)?|tres-per-task")  # replace --gpus-per-node
 TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")  # M, M:S, H:M:S, D-H, D-H:M, D-H:M:S
 NAME = re.compile(r"[\w.,/@+-]+")
 # Characters of an #SBATCH line that sbatch reads as they are; with quotes around them also spaces
@@ -131,7 +131,7 @@ def script(args: argparse.Namespace, train: list[str]) -> tuple[Path, str]:
 
 
 def check(args: argparse.Namespace, batch: int) -> None:
-    """ValueError for numbers that cannot be."""
+    """ValueError for numbers out of range."""
     for name in ("nodes", "ranks_per_node", "cpus_per_rank", "grace"):
         if not 1 <= getattr(args, name) <= 65535:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: a number from 1 to 65535")
@@ -149,7 +149,7 @@ def check(args: argparse.Namespace, batch: int) -> None:
 
 
 def _seconds(time: str) -> int:
-    """Of a time limit as sbatch reads it; 0 is none."""
+    """A time limit of sbatch in seconds; 0: none."""
     days, dash, clock = time.rpartition("-")
     parts = [int(part) for part in clock.split(":")]
     if dash:  # hours, minutes, seconds

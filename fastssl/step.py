@@ -240,7 +240,7 @@ def _backward(t: Trainer, loss: Tensor) -> None:
 
 def count_flops(t: Trainer, micro_batches: list[Batch]) -> None:
     """Set `t.meter.flops`, this rank's FLOPs of a step, by a forward and backward that leaves no trace in the run; only
-    where every rank knows its device's peak.  Convolutions and matrix products count, those of a teacher once.
+    where the peak of every rank's device is known.  Convolutions and matrix products count, those of a teacher once.
 
     It is one pass over the first micro-batch, times the number of micro-batches.  `force_eager`: code that Dynamo first
     meets under a dispatch mode would stay uncompiled for the whole run.

@@ -139,6 +139,6 @@ def partitions(engine: DeepSpeedEngine) -> list[tuple[Tensor, list[Fragment]]]:
 
 @torch.no_grad()
 def all_finite(module: nn.Module) -> bool:
-    """Whether every parameter is, on all ranks; under ZeRO-3 each rank looks at its shards."""
+    """Whether all parameters are finite, on all ranks; under ZeRO-3 each rank checks its shards."""
     wrong = sum(~getattr(p, "ds_tensor", p).isfinite().all() for p in module.parameters())
     return not dist.sum_(wrong.float())

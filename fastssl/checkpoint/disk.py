@@ -1,5 +1,5 @@
-"""Checkpoints on disk, complete or absent: written to a temporary folder, sealed by a manifest of sizes and hashes,
-then renamed.  `newest` reports a damaged one and falls back to the one before.
+"""Checkpoints on disk.  Each is written to a temporary folder, with a manifest of sizes and hashes, which is renamed at
+the end: it is complete or absent.  `newest` reports a damaged one and returns the one before.
 """
 
 from __future__ import annotations
@@ -61,10 +61,11 @@ def commit(
     entries: dict[str, dict] | None = None,
     known: set[Path] | None = None,
 ) -> Path:
-    """Seal and rename a folder that all ranks have finished, then delete older ones (`_delete_old`).  Call on one rank.
+    """Write the manifest of a folder that all ranks have finished, rename it and delete older ones (`_delete_old`).
+    Call on one rank.
 
-    `entries`: of the manifest, as `write` returned them; None: the folder is read.  `known`: checkpoints that were
-    found complete, whose contents are not read again; it is added to."""
+    `entries`: of the manifest, as `write` returned them; None: the folder is read.  `known`: checkpoints known to
+    be complete, whose contents are not read again; the new one is added."""
     if entries is None:
         written = sorted(p for p in temporary.rglob("*") if p.is_file())
         entries = {

@@ -90,8 +90,8 @@ def prepare(t: Trainer, checkpoint: Path | None = None, clear: bool = True) -> N
 
 
 def _keep_log(folder: Path, delete: bool) -> None:
-    """Give the log of an earlier run, which has ended before its first checkpoint, another name.  `delete`: with
-    --force it goes, together with the checkpoints."""
+    """Rename the log of an earlier run that ended before its first checkpoint; with `delete` (--force) it is
+    overwritten."""
     log, texts = folder / "log.jsonl", folder / "log.txt"
     if delete or not log.exists():
         return

@@ -1,8 +1,8 @@
 """What a checkpoint holds of a run, in a form that depends neither on the number of ranks nor on the ZeRO stage.
 
-`weights.safetensors`: the parameters and buffers of the method, whole, which evaluation and export read, too.
-`rank_R.safetensors`: what rank R holds of the optimizer's state and of sharded tables, as pieces of whole tensors, and
-its random states.  `state.pt`: step, loss scale, hooks, config.
+`weights.safetensors`: the complete parameters and buffers of the method, which evaluation and export also read.
+`rank_R.safetensors`: rank R's pieces (pieces.py) of the optimizer's state and of sharded tables, and its random states.
+`state.pt`: step, loss scale, hooks, config.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Checkpoints are written by a thread of each rank, while training goes on.
 
-`save` copies this rank's state to host memory; its thread then writes the files.  Rank 0's thread reads in the process
-group's store that all ranks have finished, and commits the checkpoint.  The threads use no collective.
+`save` copies this rank's state to host memory; its thread then writes the files and reports them in the process group's
+store.  Rank 0's thread waits for all reports and commits the checkpoint.  The threads use no collective.
 
-A checkpoint may take longer than `timeout_s`: as long as this rank's thread is at work, waiting for it is progress.
-The other ranks count heartbeats in the store while theirs are; rank 0 waits for those that do.
+A checkpoint may take longer than `timeout_s`: waiting for a thread that is working counts as progress.  While they
+write, the other ranks send heartbeats through the store, and rank 0 waits for ranks that do.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from fastssl.trainer import Trainer
 
 POLL_S = 0.02
 BEAT_S = 1.0  # seconds between two heartbeats of a rank's thread
-SILENT_S = 120.0  # without one after which rank 0 waits no longer; the thread needs Python's lock for each
-STALL_S = 10.0  # the same after an error
-FILE_S = 3600.0  # for one file, with its fsync: a thread that takes longer hangs
+SILENT_S = 120.0  # without a heartbeat, after which rank 0 stops waiting; the thread needs the GIL for each
+STALL_S = 10.0  # as SILENT_S, after an error
+FILE_S = 3600.0  # for one file, with its fsync; a thread that takes longer counts as hanging
 
 
 class Writer:
@@ -49,7 +49,7 @@ class Writer:
         self._complete: set[Path] = set()  # rank 0: checkpoints that need not be read again
         self._error: ValueError | None = None
         self._leaving = False  # after an error
-        self._since = 0.0  # when the thread has begun its present file or heard of another rank
+        self._since = 0.0  # when the thread began its current file or received a heartbeat
         self._connection: td.Store | None = None
 
     def __enter__(self) -> Writer:
@@ -109,7 +109,7 @@ class Writer:
         return time.monotonic() - self._since > FILE_S
 
     def _run(self, folder: Path, token: str, contents: state.Contents) -> None:
-        """In the thread: write this rank's files, then report them; on rank 0 commit."""
+        """In the thread: write this rank's files, then report them, or on rank 0 commit."""
         try:
             with self._heartbeats(token):
                 mine = self._write(folder, contents)
@@ -137,7 +137,7 @@ class Writer:
 
     @contextlib.contextmanager
     def _heartbeats(self, token: str) -> Iterator[None]:
-        """Inside, a second thread tells rank 0 that this rank is at work, unless it hangs."""
+        """Inside, a second thread sends rank 0 heartbeats of this rank, unless it hangs."""
         if dist.is_main():
             yield
             return

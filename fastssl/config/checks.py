@@ -112,7 +112,7 @@ def _check_finite(key: str, value: Any, minimum: int) -> None:
 
 
 def _check_effect(optim: Optim) -> None:
-    """ValueError for a setting that has no effect: it was meant for another optimizer or schedule."""
+    """ValueError for a setting that has no effect with this optimizer or schedule."""
     defaults = Optim()
     for name, (key, readers) in NEEDS.items():
         value, default, choice = getattr(optim, name), getattr(defaults, name), getattr(optim, key)

@@ -1,4 +1,4 @@
-"""What modules of ours define, read from their source: importing the methods or the recipes would import torch."""
+"""What modules of fastssl define, read from their source: importing the methods or the recipes would import torch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 
 from fastssl.config import bounds, sections, settings
 
-VIEW = "fastssl.kernels.augment.params"  # has the class View, to which recipes hand on their keywords
+VIEW = "fastssl.kernels.augment.params"  # has the class View, to which recipes pass their keywords
 
 
 class Callee(NamedTuple):
-    """A class or function of ours: its name in Python's error about a keyword, and the keywords that it takes."""
+    """A class or function of fastssl: its name in Python's error about a keyword, and the keywords that it takes."""
 
     name: str
     parameters: list[str]
 
 
 def file_of(module: str) -> Path | None:
-    """The source of a module of ours; None for any other name."""
+    """The source file of a module of fastssl; None for any other name."""
     first, *rest = module.split(".")[1:] or [""]
     spec = importlib.util.find_spec(f"fastssl.{first}" if first else "fastssl")
     if spec is None or spec.origin is None or not spec.has_location:
@@ -45,7 +45,7 @@ def tree_of(module: str) -> ast.Module | None:
 
 
 def members(module: str) -> list[str] | None:
-    """The public names of a module of ours, its sub-modules included; None where it is not a module."""
+    """The public names of a module of fastssl, its sub-modules included; None where it is not a module."""
     tree, path = tree_of(module), file_of(module)
     if tree is None or path is None:
         return None

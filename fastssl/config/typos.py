@@ -1,7 +1,7 @@
 """Misspelt names and impossible values in a config file and its overrides, found in the text before torch is imported.
 
 Running the file finds the same mistakes and all others with the same messages (tests/test_typos.py), but it imports
-torch, which takes seconds.  What cannot be told from the text alone is passed over here.
+torch, which takes seconds.  What the text alone does not decide is not checked here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def check(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> None
 
 
 class _File:
-    """`imported`: names that mean something of ours, and what: simclr, fastssl.methods.simclr."""
+    """A config file.  `imported`: names that the file imports from fastssl -> dotted names: simclr ->
+    fastssl.methods.simclr."""
 
     def __init__(self, path: str, tree: ast.Module):
         self.path, self.tree = path, tree
@@ -107,7 +108,7 @@ class _File:
         return run
 
     def target(self, node: ast.AST) -> str | None:
-        """The dotted name of ours that an expression means: `simclr.Config`, fastssl.methods.simclr.Config."""
+        """The dotted name in fastssl that an expression refers to: `simclr.Config` -> fastssl.methods.simclr.Config."""
         if isinstance(node, ast.Name):
             return self.imported.get(node.id)
         if isinstance(node, ast.Attribute) and (owner := self.target(node.value)):

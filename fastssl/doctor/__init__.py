@@ -1,7 +1,7 @@
-"""`fastssl doctor`: checks this installation and how to repair it; exit code 1 if something must be repaired.
+"""`fastssl doctor`: checks this installation and names the repair; exit code 1 if something must be repaired.
 
-This module imports the standard library alone.  What may be broken is tried in other processes: a package that raises,
-hangs or crashes the interpreter is a finding.
+This module imports the standard library only.  Packages are imported in other processes, so that one that raises, hangs
+or crashes the interpreter is reported.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ for name in sys.argv[1:]:
 
 
 def check_imports(args: argparse.Namespace) -> list[Finding]:
-    """All packages in one process; where one ends the process, the rest in another."""
+    """Imports all packages in one process; if one ends the process, the rest in another."""
     try:
         lines = [line for line in metadata.requires("fastssl") or [] if "extra" not in line]
     except metadata.PackageNotFoundError:

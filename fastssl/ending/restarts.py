@@ -1,8 +1,8 @@
-"""`--restarts N`: a process beside each rank that starts the rank again, where it is, up to N times.
+"""`--restarts N`: each rank is the child of a process that restarts it on the same node, up to N times.
 
-A killed rank cannot restart itself, so that each rank runs as a child.  When one rank ends, the others end, too
-(watchdog.py; docs/reliability.md says how soon); then all are started again.  What a new start cannot mend is not tried
-again: wrong settings, data and files (exit code 2), a signal (75), Ctrl-C (130).
+When one rank ends, the others end, too (watchdog.py; docs/reliability.md says how soon); then all are restarted.  There
+is no restart after an error that it cannot fix (wrong settings, data or files: exit code 2), a signal (75) and Ctrl-C
+(130).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # variables of deepspeed and 
 
 
 def supervise(command: Sequence[str], restarts: int) -> int:
-    """Run `command` (the training, without --restarts) until it ends for good; returns its exit code.
+    """Run `command` (the training, without --restarts), with restarts; returns the last exit code.
 
-    The signals HANDLED are passed on to the child.  After one no child is started; unless the child ends with a code in
-    FINAL, the result is then REQUEUE (INTERRUPTED for Ctrl-C)."""
+    The signals HANDLED are passed on to the child.  After a signal there is no restart; unless the child ends with a
+    code in FINAL, the result is then REQUEUE (INTERRUPTED for Ctrl-C)."""
     with tempfile.TemporaryDirectory(prefix="fastssl-") as folder, _Rank(_marker(folder)) as rank:
         attempt = 0
         while True:
@@ -54,7 +54,7 @@ def _marker(folder: str) -> Path:
 
 
 def mark_saved() -> None:
-    """On rank 0, when a checkpoint is complete: a restart continues from it, whatever this start was told."""
+    """On rank 0, when a checkpoint is complete: restarts continue from it, whatever the command says."""
     if SAVED in os.environ:
         Path(os.environ[SAVED]).touch()
 
@@ -69,8 +69,8 @@ def _announce(code: int, attempt: int, restarts: int) -> None:
 
 
 def continue_command(command: Sequence[str]) -> list[str]:
-    """`command`, words of `fastssl train`, once the run has written a checkpoint.  Before, a restart repeats it as it
-    is: --force deletes what the start before has not deleted, and --resume-from names the only checkpoint there is."""
+    """`command` of `fastssl train`, changed so that the run continues from its newest checkpoint.  Before the first
+    checkpoint a restart repeats the unchanged command, since --force or --resume-from still apply."""
     kept, words = [], iter(command)
     for word in words:
         if word == "--resume-from":
@@ -81,7 +81,7 @@ def continue_command(command: Sequence[str]) -> list[str]:
 
 
 class _Rank:
-    """Runs the rank as a child, one attempt after the other.  Inside `with`, signals go to the child."""
+    """Runs the rank as a child process.  Inside `with`, signals are passed on to the child."""
 
     def __init__(self, saved: Path):
         self.saved, self.stop = saved, 0  # `stop`: the first signal
@@ -114,7 +114,7 @@ class _Rank:
                 code = child.wait(1.0)
                 return code if code >= 0 else 128 - code
             except subprocess.TimeoutExpired:
-                if launched and os.getppid() != parent:  # the launcher has gone
+                if launched and os.getppid() != parent:  # the launcher has ended
                     self._pass_on(signal.SIGTERM)
                     parent = os.getppid()
 

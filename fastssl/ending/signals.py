@@ -1,4 +1,4 @@
-"""Signals: the ranks agree on one once a step, so that all of them write the same checkpoint."""
+"""Signals: once a step the ranks agree on the signal received, so that all write the same checkpoint."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A thread on every rank that ends it when training cannot go on: another rank has failed, was killed or hangs, or the
-launcher has gone.  Collectives on GPUs would wait for a lost rank without end.
+"""A thread on every rank that ends its process when training cannot continue: another rank has failed, was killed or
+hangs, or the launcher has ended.  Collectives on GPUs would wait for a lost rank forever.
 
-Every rank writes into the process group's store, every two seconds, how far it is and where its main thread is.  Rank 0
-looks at all others, the others look at rank 0.
+Every two seconds each rank writes its step and the location of its main thread to the process group's store.  Rank 0
+checks all other ranks, the others check rank 0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastssl.ending.failure import failed_code, prints_alone, report_failure
 from fastssl.ending.restarts import LAUNCHERS
 from fastssl.ending.signals import Signals
 
-CHECKPOINT_S = 120.0  # for a last checkpoint of ranks whose launcher has gone
+CHECKPOINT_S = 120.0  # for a last checkpoint of ranks whose launcher has ended
 BEAT_S = 2.0  # seconds between two heartbeats of a rank
 # Seconds without a heartbeat until a rank counts as lost, and without an answer from the store until rank 0 does: long,
 # since a heartbeat needs the GIL, and so that a short failure of the network ends no run
@@ -44,7 +44,7 @@ STDLIB, INSTALLED = sysconfig.get_paths()["stdlib"] + os.sep, ("site-packages", 
 
 
 class Progress:
-    """How far training is; the watchdog looks at it.  Outside `watched` nothing is late."""
+    """The progress of training, which the watchdog checks inside `watched`."""
 
     def __init__(self) -> None:
         self.step, self.limit = 0, 0.0
@@ -60,7 +60,7 @@ class Progress:
             self._time = None
 
     def made(self, step: int | None = None) -> None:
-        """Training has come further: a step (its number), or a batch of something else."""
+        """Record progress: a step of training (its number), or a batch of anything else."""
         self.step = self.step if step is None else step
         if self._time is not None:
             self._time = time.monotonic()
@@ -75,7 +75,7 @@ progress = Progress()
 
 
 class Watchdog:
-    """See the module.  `stop` it when the run has ended."""
+    """Runs from its construction until `stop`; see the module."""
 
     def __init__(self) -> None:
         self._end = threading.Event()
@@ -92,7 +92,7 @@ class Watchdog:
         self._end.set()
 
     def lost(self, error: BaseException) -> str | None:
-        """Which rank has gone, if `error` came from a collective that has lost one; takes a few seconds."""
+        """Which rank was lost, if `error` is that of a collective that lost one; takes 10 seconds."""
         if dist.world() == 1 or not any(word in str(error) for word in LOST):
             return None
         try:
@@ -100,7 +100,7 @@ class Watchdog:
             before = self._read(store, range(dist.world()))
             time.sleep(5 * BEAT_S)
             after = self._read(store, range(dist.world()))
-        except RuntimeError:  # the store has gone, with rank 0
+        except RuntimeError:  # the store was lost with rank 0
             return _lost_message(0, None)
         gone = [r for r, beat in before.items() if after[r] == beat and r != dist.rank()]
         return _lost_message(gone[0], before[gone[0]]) if gone else None
@@ -135,7 +135,7 @@ class Watchdog:
                 self._exit(0.0, 1)
 
     def _check(self) -> str | None:
-        """Why the run cannot go on, or None."""
+        """Why the run cannot continue, or None."""
         try:
             if dist.world() == 1:  # or there is no process group yet, or no longer
                 return self._hanging_rank({})
@@ -152,7 +152,7 @@ class Watchdog:
             return _lost_message(0, beat, f"the store of the ranks, which it hosts, has failed for {STORE_S:.0f} s")
 
     def _exchange_heartbeats(self) -> str | None:
-        """Exchange heartbeats; returns why the run cannot go on, or None."""
+        """Exchange heartbeats; returns why the run cannot continue, or None."""
         store, now = self._connect(), time.monotonic()
         code = failed_code(store)
         if code:

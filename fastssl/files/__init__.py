@@ -59,7 +59,7 @@ def atomic_write(path: str | Path, unique: bool = False) -> Iterator[Path]:
     except OSError as error:
         if error.filename is not None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a write does not know its file
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the error of a write has no file name
     except ValueError:
         raise
     except Exception as error:

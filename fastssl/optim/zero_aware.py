@@ -113,7 +113,7 @@ class Fragments:
 
 
 def attach(engine: DeepSpeedEngine) -> None:
-    """Tell the optimizer of `engine` (from deepspeed.initialize) how ZeRO partitions the parameters."""
+    """Pass ZeRO's partitions of the parameters to the optimizer of `engine` (from deepspeed.initialize)."""
     ours = engine.basic_optimizer
     if engine.optimizer is ours or not (getattr(ours, "needs_whole_tensors", False) or getattr(ours, "clip_each", 0)):
         return

@@ -83,7 +83,7 @@ def forward(backbone: nn.Module, x: Tensor, layers: tuple[str, ...]) -> list[Ten
 
 @dataclass(frozen=True, eq=False)
 class Extractor:
-    """What turns images into features: the backbone, the view that it is shown, and which of its layers."""
+    """Computes features of images: a backbone, its input view and the layers to read."""
 
     backbone: nn.Module
     view: View

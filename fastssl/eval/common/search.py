@@ -19,8 +19,8 @@ def nearest(
     bank: Tensor, queries: Tensor, k: int, *, exclude: Tensor | None = None, backend: Backend = "torch"
 ) -> tuple[Tensor, Tensor]:
     """Cosine similarities (M, k) of queries (M, dim) with their nearest rows of bank (N, dim), nearest first, and these
-    rows' numbers, int64 (M, k).  `exclude`: int64 (M,), a row of the bank for each query
-    that is not a neighbour, itself."""
+    rows' numbers, int64 (M, k).  `exclude`: int64 (M,), for each query a row of the bank that
+    is not a neighbour: itself."""
     search, starts = make_search(bank, k, backend), range(0, len(queries), QUERIES)
     parts = [search(queries[i : i + QUERIES], None if exclude is None else exclude[i : i + QUERIES]) for i in starts]
     if not parts:

@@ -1,4 +1,4 @@
-"""Results of single trainings of an evaluation that has many, on disk: after a stop it goes on where it was."""
+"""The results of the trainings of an evaluation, on disk: after a stop it continues with the missing ones."""
 
 from __future__ import annotations
 
