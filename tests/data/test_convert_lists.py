@@ -97,19 +97,11 @@ def test_tiny_imagenets_validation_list_gets_the_numbers_of_its_training_set(tmp
     text = "a.jpg\tn02\t0\t32\t44\t62\nb.jpg\tn03\t52\t55\t57\t59\nc.jpg\tn02\t4\t0\t60\t55\n"
     for classes, labels in (("train.beton", [1, 2, 1]), ("train.json", [1, 2, 1]), ("wnids.txt", [0, 2, 0])):
         (tmp_path / "wnids.txt").write_text("n02\nn01\nn03\n")
-        stock = listed(tmp_path, text, "--label-columns", 2, "--classes", tmp_path / classes)
+        options = "--label-columns", 2, "--classes", tmp_path / classes
+        stock = listed(tmp_path, text, *options)
         assert stock.table["label"].tolist() == labels and len(stock.card["classes"]) == 3
     (tmp_path / "wnids.txt").write_text("n01\nn03\n")
-    line = refused(
-        capsys,
-        "list",
-        tmp_path / "l.txt",
-        tmp_path / "new" / "o.beton",
-        "--label-columns",
-        2,
-        "--classes",
-        tmp_path / "wnids.txt",
-    )
+    line = refused(capsys, "list", tmp_path / "l.txt", tmp_path / "new" / "o.beton", *options)
     assert "line 1: the label 'n02' is not one of the 2 classes" in line
 
 
