@@ -16,7 +16,7 @@ from timm.models import vision_transformer as vit
 from fastssl import backbones, dist, engine
 from fastssl.amp import autocast
 from fastssl.backbones import residual
-from fastssl.checkpoint import store
+from fastssl.checkpoint import disk
 
 CPU = torch.device("cpu")
 DEPTH, DIM = 6, 32
@@ -187,7 +187,7 @@ def test_a_run_resumes_with_it(tmp_path, monkeypatch):
     for resume in (False, True):
         t = engine.fit(run, hooks=[], resume=resume, device="cpu", loader=cases.loader(run))
         found.append({k: v.clone() for k, v in t.method.state_dict().items()})
-        shutil.rmtree(store.newest(t.folder))
+        shutil.rmtree(disk.newest(t.folder))
     assert all(torch.equal(a, b) for a, b in zip(found[0].values(), found[1].values()))
     blocks = [m for m in t.method.modules() if isinstance(m, vit.Block)]
     assert len(blocks) == 2 * len(t.method.backbone.body.blocks) and all(m._forward_pre_hooks for m in blocks)
