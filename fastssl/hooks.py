@@ -283,7 +283,12 @@ def gram(x_ND: Tensor, rows: int) -> Tensor:
 
 
 def effective_rank(gram: Tensor) -> Tensor:
-    """exp(entropy of the singular values) of the rows of which `gram` is the Gram matrix."""
-    s = torch.linalg.eigvalsh(gram.nan_to_num(0, 0, 0)).clamp(min=0).sqrt()  # eigvalsh raises for NaN
+    """exp(entropy of the singular values) of the rows of which `gram`, on the CPU, is the Gram matrix."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for each other without sleeping: seconds where cores have other work
+    try:
+        s = torch.linalg.eigvalsh(gram.nan_to_num(0, 0, 0)).clamp(min=0).sqrt()  # eigvalsh raises for NaN
+    finally:
+        torch.set_num_threads(threads)
     p = s / s.sum().clamp(min=torch.finfo(s.dtype).tiny)
     return torch.special.entr(p).sum().exp() + 0 * gram.sum()  # NaN stays NaN

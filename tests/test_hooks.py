@@ -191,6 +191,21 @@ def test_effective_rank_is_rankme():
         assert hooks.effective_rank(hooks.gram(x, 512)) == pytest.approx(float((-(p * p.log()).sum()).exp()), rel=1e-6)
 
 
+def test_eigenvalues_are_computed_by_one_thread(monkeypatch):
+    def eigvalsh(x, solve=torch.linalg.eigvalsh):
+        assert torch.get_num_threads() == 1
+        return solve(x)
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch.linalg, "eigvalsh", eigvalsh)
+    torch.set_num_threads(2)
+    try:
+        hooks.effective_rank(torch.eye(3))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_collapse_takes_view_0_every_n_steps():
     seen = observe(hooks.Collapse(2), 4)
     assert [set(s) for s in seen] == [set(), {"feature_std", "feature_rank", "embedding_std", "embedding_rank"}] * 2
