@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from fastssl import dist
@@ -28,23 +27,12 @@ class Config:
     norm: bool = True  # batch norm in the projector
 
     def build(self, backbone: nn.Module, context: Context) -> BarlowTwins:
-        return BarlowTwins(self, backbone)
+        projector = parts.mlp(backbone.dim, *self.dims, norm=self.norm, bias=not self.norm, last_bias=False)
+        return BarlowTwins(self, backbone, projector)
 
 
-class BarlowTwins(nn.Module):
-    views = 2
+class BarlowTwins(parts.TwoViews[Config]):
     min_batch = 2
-
-    def __init__(self, config: Config, backbone: nn.Module):
-        super().__init__()
-        self.config = config
-        self.backbone = backbone
-        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, bias=not config.norm, last_bias=False)
-
-    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
-        h = [self.backbone(x) for x in views]
-        z = [self.projector(h_i) for h_i in h]
-        return {"z": torch.stack(z, 1), "features": h[0].detach()}
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         z_0, z_1 = (parts.standardize(z) for z in out["z"].unbind(1))
@@ -53,6 +41,3 @@ class BarlowTwins(nn.Module):
         off_diagonal = parts.off_diagonal(c_DD).square().sum()
         loss = self.config.scale * (on_diagonal + self.config.redundancy * off_diagonal)
         return {"loss": loss, "on_diagonal": on_diagonal, "off_diagonal": off_diagonal}
-
-    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
-        pass

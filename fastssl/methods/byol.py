@@ -9,11 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from fastssl.config import Fraction, PositiveInt
-from fastssl.kernels import Impl
 from fastssl.loader import Batch
 from fastssl.methods import parts
 from fastssl.trainer import Context, Outputs
@@ -35,7 +33,19 @@ class Config:
             haiku_(backbone)
 
     def build(self, backbone: nn.Module, context: Context) -> BYOL:
-        return BYOL(self, backbone, context.kernels)
+        dim, bias = self.dims[-1], self.last_bias
+        projector = parts.mlp(backbone.dim, *self.dims, norm=self.norm, last_bias=bias)
+        predictor = parts.mlp(dim, self.predictor_dim, dim, norm=self.norm, last_bias=bias)
+        if self.init == "openselfsup":
+            parts.kaiming_(projector)
+            parts.kaiming_(predictor)
+            for layer in predictor:
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=0.01)
+        if self.init == "haiku":
+            haiku_(projector)
+            haiku_(predictor)
+        return BYOL(self, backbone, projector, predictor, context.kernels)
 
 
 def haiku_(module: nn.Module) -> None:
@@ -49,40 +59,9 @@ def haiku_(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-class BYOL(nn.Module):
-    views = 2
+class BYOL(parts.WithMomentumEncoder[Config]):
     mean_loss = True
-
-    def __init__(self, config: Config, backbone: nn.Module, kernels: Impl):
-        super().__init__()
-        self.config, self.kernels = config, kernels
-        self.backbone = backbone
-        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_bias=config.last_bias)
-        self.predictor = parts.mlp(
-            config.dims[-1], config.predictor_dim, config.dims[-1], norm=config.norm, last_bias=config.last_bias
-        )
-        if config.init == "openselfsup":
-            for head in (self.projector, self.predictor):
-                parts.kaiming_(head)
-            for layer in self.predictor:
-                if isinstance(layer, nn.Linear):
-                    nn.init.normal_(layer.weight, std=0.01)
-        if config.init == "haiku":
-            haiku_(self.projector)
-            haiku_(self.predictor)
-        self.target = parts.frozen_copy(self.backbone, self.projector)
-
-    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
-        h = [self.backbone(x) for x in views]
-        p = [self.predictor(self.projector(h_i)) for h_i in h]
-        with torch.no_grad():
-            z = [self.target(x) for x in views]
-        return {"p": torch.stack(p, 1), "z": torch.stack(z, 1), "features": h[0].detach()}
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         (p_0, p_1), (z_0, z_1) = out["p"].unbind(1), out["z"].detach().unbind(1)
         return {"loss": 4 - 2 * (parts.mean_cosine(p_0, z_1) + parts.mean_cosine(p_1, z_0))}
-
-    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
-        momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
-        parts.ema_(self.target, [self.backbone, self.projector], momentum, found_inf=found_inf, impl=self.kernels)

@@ -34,24 +34,22 @@ class Config:
 
     def build(self, backbone: nn.Module, context: Context) -> DenseCL:
         parts.check_queue(self.queue, context.batch)
-        if self.shuffle:
-            parts.warn_unshuffled(backbone)
-        return DenseCL(self, backbone, context.kernels)
+        parts.check_shuffle(self.shuffle, backbone)
+        projector, dense_projector = (parts.mlp(backbone.dim, *self.dims, norm=False) for _ in range(2))
+        if self.init == "openselfsup":
+            parts.kaiming_(projector)
+        return DenseCL(self, backbone, projector, dense_projector, context.kernels)
 
 
-class DenseCL(nn.Module):
-    views = 2
+class DenseCL(parts.TwoViews[Config]):
     mean_loss = True
 
-    def __init__(self, config: Config, backbone: nn.Module, kernels: Impl):
-        super().__init__()
-        self.config, self.kernels = config, kernels
-        self.backbone = backbone
-        self.projector = parts.mlp(backbone.dim, *config.dims, norm=False)
-        self.dense_projector = parts.mlp(backbone.dim, *config.dims, norm=False)
-        if config.init == "openselfsup":
-            parts.kaiming_(self.projector)
-        self.target = parts.frozen_copy(self.backbone, self.projector, self.dense_projector)
+    def __init__(
+        self, config: Config, backbone: nn.Module, projector: nn.Module, dense_projector: nn.Module, kernels: Impl
+    ):
+        super().__init__(config, backbone, projector, kernels)
+        self.dense_projector = dense_projector
+        self.target = parts.frozen_copy(backbone, projector, dense_projector)
         for name in ("queue", "dense_queue"):
             self.register_buffer(name, parts.random_directions(config.queue, config.dims[-1]))
         self.register_buffer("pointers", torch.zeros(2, dtype=torch.int64))
@@ -60,12 +58,9 @@ class DenseCL(nn.Module):
         x_q, x_k = views
         h, q, q_dense, f_q = self.embed(x_q, self.backbone, self.projector, self.dense_projector)
         with torch.no_grad():
-            if self.config.shuffle:
-                shuffle = parts.Shuffle(len(x_k), x_k.device)
-                _, *key = self.embed(shuffle.shuffle(x_k), *self.target)
-                k, k_dense, f_k = (shuffle.unshuffle(t) for t in key)
-            else:
-                _, k, k_dense, f_k = self.embed(x_k, *self.target)
+            shuffle = parts.Shuffle(len(x_k), x_k.device, self.config.shuffle)
+            _, *key = self.embed(shuffle.shuffle(x_k), *self.target)
+            k, k_dense, f_k = (shuffle.unshuffle(t) for t in key)
             match = (F.normalize(f_q, dim=2) @ F.normalize(f_k, dim=2).mT).argmax(2)
         return {"q": q, "k": k, "q_dense": q_dense, "k_dense": k_dense, "match": match, "features": h.detach()}
 

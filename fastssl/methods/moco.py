@@ -36,39 +36,32 @@ class Config:
 
     def build(self, backbone: nn.Module, context: Context) -> MoCo:
         parts.check_queue(self.queue, context.batch)
-        if self.shuffle:
-            parts.warn_unshuffled(backbone)
-        return MoCo(self, backbone, context.kernels)
+        parts.check_shuffle(self.shuffle, backbone)
+        projector = parts.projector(backbone.dim, *self.dims, norm=self.norm)
+        if self.init == "openselfsup":
+            parts.kaiming_(projector)
+        return MoCo(self, backbone, projector, context.kernels)
 
 
-class MoCo(nn.Module):
-    views = 2
+class MoCo(parts.TwoViews[Config]):
     mean_loss = True
 
-    def __init__(self, config: Config, backbone: nn.Module, kernels: Impl):
-        super().__init__()
-        self.config, self.kernels = config, kernels
-        self.backbone = backbone
-        self.projector = parts.projector(backbone.dim, *config.dims, norm=config.norm)
-        if config.init == "openselfsup":
-            parts.kaiming_(self.projector)
-        self.target = parts.frozen_copy(self.backbone, self.projector)
+    def __init__(self, config: Config, backbone: nn.Module, projector: nn.Module, kernels: Impl):
+        super().__init__(config, backbone, projector, kernels)
+        self.target = parts.frozen_copy(backbone, projector)
         pairs = 2 if config.symmetric else 1  # of a query view and a key view
         self.register_buffer("queue", parts.random_directions(pairs, config.queue, config.dims[-1]))
         self.register_buffer("pointers", torch.zeros(pairs, dtype=torch.int64))
 
     def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
         query_views, key_views = (views, views[::-1]) if self.config.symmetric else (views[:1], views[1:])
-        h = [self.backbone(x) for x in query_views]
-        q = [self.projector(h_i) for h_i in h]
+        h, q = parts.encode(query_views, self.backbone, self.projector)
         with torch.no_grad():
             k = [self.keys(x) for x in key_views]
         return {"q": torch.stack(q, 1), "k": torch.stack(k, 1), "features": h[0].detach()}
 
     def keys(self, x: Tensor) -> Tensor:
-        if not self.config.shuffle:
-            return self.target(x)
-        shuffle = parts.Shuffle(len(x), x.device)
+        shuffle = parts.Shuffle(len(x), x.device, self.config.shuffle)
         return shuffle.unshuffle(self.target(shuffle.shuffle(x)))
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:

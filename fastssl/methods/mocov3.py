@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastssl import dist
 from fastssl.config import Fraction, Positive, PositiveInt
-from fastssl.kernels import Impl, infonce
+from fastssl.kernels import infonce
 from fastssl.loader import Batch
 from fastssl.methods import parts
 from fastssl.trainer import Context, Outputs
@@ -41,7 +41,19 @@ class Config:
             body.patch_embed.requires_grad_(False)
 
     def build(self, backbone: nn.Module, context: Context) -> MoCoV3:
-        return MoCoV3(self, backbone, context.kernels)
+        dim, norm = self.dims[-1], self.norm
+        projector = parts.projector(backbone.dim, *self.dims, norm=norm, last_affine=False)
+        predictor = parts.mlp(
+            dim,
+            self.predictor_dim,
+            dim,
+            norm=norm,
+            last_norm=norm and self.predictor_norm,
+            last_affine=False,
+            bias=not norm,
+            last_bias=not norm,
+        )
+        return MoCoV3(self, backbone, projector, predictor, context.kernels)
 
 
 @torch.no_grad()
@@ -61,43 +73,16 @@ def authors_init_(body: nn.Module) -> None:
     nn.init.zeros_(projection.bias)
 
 
-class MoCoV3(nn.Module):
-    views = 2
+class MoCoV3(parts.WithMomentumEncoder[Config]):
     min_batch = 2
     total_steps = math.inf  # set to the run's number of steps
 
-    def __init__(self, config: Config, backbone: nn.Module, kernels: Impl):
-        super().__init__()
-        self.config, self.kernels = config, kernels
-        self.backbone = backbone
-        norm, dim = config.norm, config.dims[-1]
-        self.projector = parts.projector(backbone.dim, *config.dims, norm=norm, last_affine=False)
-        self.predictor = parts.mlp(
-            dim,
-            config.predictor_dim,
-            dim,
-            norm=norm,
-            last_norm=norm and config.predictor_norm,
-            last_affine=False,
-            bias=not norm,
-            last_bias=not norm,
-        )
-        self.target = parts.frozen_copy(self.backbone, self.projector)
-
-    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
-        h = [self.backbone(x) for x in views]
-        q = [self.predictor(self.projector(h_i)) for h_i in h]
-        with torch.no_grad():
-            k = [self.target(x) for x in views]
-        return {"q": torch.stack(q, 1), "k": torch.stack(k, 1), "features": h[0].detach()}
-
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
-        (q_0, q_1), (k_0, k_1) = out["q"].unbind(1), out["k"].detach().unbind(1)
+        (q_0, q_1), (k_0, k_1) = out["p"].unbind(1), out["z"].detach().unbind(1)
         t = self.config.temperature
         losses = [infonce(q, k, None, t, group=dist.group(), impl=self.kernels) for q, k in ((q_0, k_1), (q_1, k_0))]
         return {"loss": 2 * t * sum(losses)}
 
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
-        progress = progress + 1 / self.total_steps  # of the next step, as in the original
-        momentum = parts.cosine(self.config.momentum, self.config.momentum_end, progress)
-        parts.ema_(self.target, [self.backbone, self.projector], momentum, found_inf=found_inf, impl=self.kernels)
+        # at the progress of the next step, as in the original
+        super().after_step(out, batch, progress + 1 / self.total_steps, found_inf)

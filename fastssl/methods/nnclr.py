@@ -32,27 +32,19 @@ class Config:
 
     def build(self, backbone: nn.Module, context: Context) -> NNCLR:
         parts.check_queue(self.queue, context.batch)
-        return NNCLR(self, backbone, context.kernels)
+        dim, norm = self.dims[-1], self.norm
+        projector = parts.mlp(backbone.dim, *self.dims, norm=norm, last_norm=norm)
+        predictor = parts.mlp(dim, self.predictor_dim, dim, norm=norm)
+        return NNCLR(self, backbone, projector, predictor, context.kernels)
 
 
-class NNCLR(nn.Module):
-    views = 2
+class NNCLR(parts.WithPredictor[Config]):
     min_batch = 2
 
-    def __init__(self, config: Config, backbone: nn.Module, kernels: Impl):
-        super().__init__()
-        self.config, self.kernels = config, kernels
-        self.backbone = backbone
-        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_norm=config.norm)
-        self.predictor = parts.mlp(config.dims[-1], config.predictor_dim, config.dims[-1], norm=config.norm)
+    def __init__(self, config: Config, backbone: nn.Module, projector: nn.Module, predictor: nn.Module, kernels: Impl):
+        super().__init__(config, backbone, projector, predictor, kernels)
         self.register_buffer("queue", parts.random_directions(config.queue, config.dims[-1]))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
-        h = [self.backbone(x) for x in views]
-        z = [self.projector(h_i) for h_i in h]
-        p = [self.predictor(z_i) for z_i in z]
-        return {"z": torch.stack(z, 1), "p": torch.stack(p, 1), "features": h[0].detach()}
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         (p_0, p_1), (nn_0, nn_1) = out["p"].unbind(1), (self.nearest(z) for z in out["z"].unbind(1))

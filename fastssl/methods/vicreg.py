@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from fastssl import dist
@@ -29,23 +28,12 @@ class Config:
     norm: bool = True  # batch norm in the projector
 
     def build(self, backbone: nn.Module, context: Context) -> VICReg:
-        return VICReg(self, backbone)
+        projector = parts.mlp(backbone.dim, *self.dims, norm=self.norm, last_bias=False)
+        return VICReg(self, backbone, projector)
 
 
-class VICReg(nn.Module):
-    views = 2
+class VICReg(parts.TwoViews[Config]):
     min_batch = 2
-
-    def __init__(self, config: Config, backbone: nn.Module):
-        super().__init__()
-        self.config = config
-        self.backbone = backbone
-        self.projector = parts.mlp(backbone.dim, *config.dims, norm=config.norm, last_bias=False)
-
-    def forward(self, views: list[Tensor], batch: Batch) -> Outputs:
-        h = [self.backbone(x) for x in views]
-        z = [self.projector(h_i) for h_i in h]
-        return {"z": torch.stack(z, 1), "features": h[0].detach()}
 
     def loss(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
         z_0, z_1 = out["z"].unbind(1)
@@ -79,6 +67,3 @@ class VICReg(nn.Module):
         v_D = z_ND.square().sum(0) / (samples - 1)
         k_nN = z_ND[dist.rank() * n :][:n] @ z_ND.T / (samples - 1)
         return v_D, dist.world() * k_nN.square().sum() - v_D.square().sum()
-
-    def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:
-        pass
