@@ -5,6 +5,7 @@ Not measured yet on a GPU.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -125,17 +126,11 @@ def forward(
     return combine(partial, q, inv_norm if normalize else None, bank[positive], dot, temperature, False)
 
 
-@torch.library.custom_op("fastssl::gathered_nce", mutates_args=())
-def gathered_op(
-    q: Tensor, bank: Tensor, positive: Tensor, negatives: Tensor, temperature: float, normalize: bool
-) -> tuple[Tensor, Tensor]:
-    return forward(q, bank, positive, negatives, temperature, normalize)
+gathered_op = torch.library.custom_op("fastssl::gathered_nce", forward, mutates_args=())
 
 
 @gathered_op.register_fake
-def _(
-    q: Tensor, bank: Tensor, positive: Tensor, negatives: Tensor, temperature: float, normalize: bool
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty((), dtype=torch.float32), torch.empty(q.shape, dtype=torch.float32, device=q.device)
 
 

@@ -5,13 +5,15 @@ On one H200 (2026-11-27) LARS takes 0.10 ms for ResNet-18's 11 million weights, 
 1.6 ms.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .reference import LarsOptions
-from .table import CHUNK, table
+from .table import CHUNK, Table, table
 
 BLOCK = 1024  # elements of one pass of a program's loop
 
@@ -20,6 +22,13 @@ BLOCK = 1024  # elements of one pass of a program's loop
 def tensor_ptr(addresses_ptr, row, N, i):
     """The pointer to tensor i of list `row`."""
     return tl.load(addresses_ptr + row * N + i).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def chunk_start(chunks_ptr, CHUNK: tl.constexpr):
+    """The number of the tensor that this program processes a chunk of, and the chunk's first element in it."""
+    chunk = tl.program_id(0)
+    return tl.load(chunks_ptr + 2 * chunk), tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * CHUNK
 
 
 @triton.jit
@@ -59,7 +68,7 @@ def square_sums_kernel(
     ALIGNED: tl.constexpr,
 ):
     chunk = tl.program_id(0)
-    i, start = tl.load(chunks_ptr + 2 * chunk), tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * CHUNK
+    i, start = chunk_start(chunks_ptr, CHUNK)
     size, decay = tl.load(sizes_ptr + i), tl.load(decay_ptr)
     w_ptr, g_ptr = tensor_ptr(addresses_ptr, 0, N, i) + start, tensor_ptr(addresses_ptr, 1, N, i) + start
     size -= start
@@ -120,10 +129,9 @@ def lars_kernel(
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    chunk = tl.program_id(0)
     if CHECK_INF and tl.load(found_inf_ptr) != 0.0:
         return
-    i, start = tl.load(chunks_ptr + 2 * chunk), tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * CHUNK
+    i, start = chunk_start(chunks_ptr, CHUNK)
     size, decay, lr = tl.load(sizes_ptr + i), tl.load(decay_ptr), tl.load(lr_ptr)
     scale = lr if LR_IN_MOMENTUM else 1.0
     if RATIO:
@@ -167,10 +175,9 @@ def lerp_kernel(
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    chunk = tl.program_id(0)
     if CHECK_INF and tl.load(found_inf_ptr) != 0.0:
         return
-    i, start = tl.load(chunks_ptr + 2 * chunk), tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * CHUNK
+    i, start = chunk_start(chunks_ptr, CHUNK)
     size, weight = tl.load(sizes_ptr + i), tl.load(weight_ptr)
     t_ptr, s_ptr = tensor_ptr(addresses_ptr, 0, N, i) + start, tensor_ptr(addresses_ptr, 1, N, i) + start
     size -= start
@@ -190,39 +197,24 @@ def _scalar(x: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((), x, dtype=torch.float32, device=device)
 
 
-def lerp_(targets: list[Tensor], sources: list[Tensor], weight: float | Tensor, found_inf: Tensor | None) -> None:
-    t = table(targets, sources)
+def _launch(kernel: Any, t: Table, *arguments: Any, **flags: bool) -> None:
+    """One program for each chunk of the table's tensors."""
     if len(t.chunks):
-        lerp_kernel[(len(t.chunks),)](
-            t.addresses,
-            t.sizes,
-            t.chunks,
-            _scalar(weight, targets[0].device),
-            found_inf,
-            len(targets),
-            CHECK_INF=found_inf is not None,
-            CHUNK=CHUNK,
-            BLOCK=BLOCK,
-            ALIGNED=t.aligned,
+        kernel[(len(t.chunks),)](
+            t.addresses, t.sizes, t.chunks, *arguments, **flags, CHUNK=CHUNK, BLOCK=BLOCK, ALIGNED=t.aligned
         )
+
+
+def lerp_(targets: list[Tensor], sources: list[Tensor], weight: float | Tensor, found_inf: Tensor | None) -> None:
+    weight = _scalar(weight, targets[0].device)
+    _launch(lerp_kernel, table(targets, sources), weight, found_inf, len(targets), CHECK_INF=found_inf is not None)
 
 
 def square_sums(params: list[Tensor], grads: list[Tensor], weight_decay: float | Tensor) -> Tensor:
     t, n, device = table(params, grads), len(params), params[0].device
     partial = torch.empty(max(len(t.chunks), 1), 3, device=device)
     out = torch.empty(3, n, device=device)
-    if len(t.chunks):
-        square_sums_kernel[(len(t.chunks),)](
-            t.addresses,
-            t.sizes,
-            t.chunks,
-            _scalar(weight_decay, device),
-            partial,
-            n,
-            CHUNK=CHUNK,
-            BLOCK=BLOCK,
-            ALIGNED=t.aligned,
-        )
+    _launch(square_sums_kernel, t, _scalar(weight_decay, device), partial, n)
     add_chunks_kernel[(n, 3)](partial, t.begin, out, n, BLOCK=256)
     return out
 
@@ -236,29 +228,24 @@ def lars_(
     found_inf: Tensor | None,
 ) -> None:
     t, device = table(params, grads, *([buffers] if buffers is not None else [])), params[0].device
-    if len(t.chunks):
-        lars_kernel[(len(t.chunks),)](
-            t.addresses,
-            t.sizes,
-            t.chunks,
-            squares,
-            _scalar(options.lr, device),
-            _scalar(options.weight_decay, device),
-            found_inf,
-            len(params),
-            options.momentum,
-            options.dampening,
-            options.eta,
-            options.eps,
-            MOMENTUM=buffers is not None,
-            RATIO=squares is not None,
-            NORM_OF_SUM=options.norm_of_sum,
-            CLIP_LR=options.clip_lr,
-            LR_IN_MOMENTUM=options.lr_in_momentum,
-            NESTEROV=options.nesterov,
-            FIRST=options.first,
-            CHECK_INF=found_inf is not None,
-            CHUNK=CHUNK,
-            BLOCK=BLOCK,
-            ALIGNED=t.aligned,
-        )
+    _launch(
+        lars_kernel,
+        t,
+        squares,
+        _scalar(options.lr, device),
+        _scalar(options.weight_decay, device),
+        found_inf,
+        len(params),
+        options.momentum,
+        options.dampening,
+        options.eta,
+        options.eps,
+        MOMENTUM=buffers is not None,
+        RATIO=squares is not None,
+        NORM_OF_SUM=options.norm_of_sum,
+        CLIP_LR=options.clip_lr,
+        LR_IN_MOMENTUM=options.lr_in_momentum,
+        NESTEROV=options.nesterov,
+        FIRST=options.first,
+        CHECK_INF=found_inf is not None,
+    )

@@ -9,7 +9,7 @@ from ..precision import input_precision, matmul_float32
 from ..rows import normalize_rows_backward_kernel
 from ..tiling import MAX_D_IN_REGISTERS, cdiv, next_power_of_2, split_tiles
 from .spec import LossSpec, RankRows, Side, gradient_tiles, row_sums_tiles
-from .tile import load_if_labels, logit_gradient_tile, scale_weight, similarity_tile
+from .tile import load_rows, logit_gradient_tile, similarity_tile
 
 MIN_WORKSPACE = 16 << 20  # bytes of logit gradients stored at a time for wide rows, or half of v if that is more
 SIZES = ("M", "N", "positive_offset", "rank_offset", "tiles_per_split", "first_row")  # one build for all sizes
@@ -47,36 +47,15 @@ def row_gradients_kernel(
     offs_u = tl.arange(0, BLOCK_M)[:, None] * D + offs_d[None, :]
     offs_v = tl.arange(0, BLOCK_N)[:, None] * D + offs_d[None, :]
     u = tl.load(u_ptr + pid_m.to(tl.int64) * BLOCK_M * D + offs_u, mask=mask_m[:, None], other=0.0)
-    w_row = scale_weight(tl.load(w_row_ptr + offs_m, mask=mask_m, other=0.0), ONLINE, GRAD_SCALE_LOG2)
-    row_class = load_if_labels(class_ptr, rank_offset, offs_m, mask_m, LABELS)
-    positive_grad = load_if_labels(inv_positives_ptr, 0, offs_m, mask_m, LABELS) * (2.0 ** (GRAD_SCALE_LOG2 + 1))
+    row_ptrs, columns = (w_row_ptr, inv_positives_ptr), (w_col_ptr, class_ptr)
+    sizes = (M, N, positive_offset, rank_offset)
+    rows = load_rows(pid_m, offs_m, mask_m, row_ptrs, class_ptr, rank_offset, LABELS, ONLINE, GRAD_SCALE_LOG2)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     for t in range(pid_split * tiles_per_split, tl.minimum((pid_split + 1) * tiles_per_split, tl.cdiv(N, BLOCK_N))):
         v = tl.load(v_ptr + tl.cast(t, tl.int64) * BLOCK_N * D + offs_v)
         s = tl.dot(u, tl.trans(v), input_precision=INPUT_PRECISION)
         g = logit_gradient_tile(
-            s,
-            w_row,
-            row_class,
-            positive_grad,
-            t,
-            pid_m,
-            offs_m,
-            w_col_ptr,
-            class_ptr,
-            M,
-            N,
-            positive_offset,
-            rank_offset,
-            scale,
-            BLOCK_M,
-            BLOCK_N,
-            EXCLUDE_SELF,
-            DECOUPLED,
-            LABELS,
-            ONLINE,
-            GRAD_SCALE_LOG2,
-            POSITIVE_GRAD,
+            s, t, rows, columns, sizes, scale, EXCLUDE_SELF, DECOUPLED, LABELS, ONLINE, GRAD_SCALE_LOG2, POSITIVE_GRAD
         )
         acc = tl.dot(g.to(v.dtype), v, acc, input_precision=INPUT_PRECISION)
     tl.store(acc_ptr + (pid_split.to(tl.int64) * M + pid_m * BLOCK_M) * D + offs_u, acc, mask=mask_m[:, None])
@@ -116,34 +95,13 @@ def logit_gradients_kernel(
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
     u_ptr += pid_m.to(tl.int64) * BLOCK_M * D
-    w_row = scale_weight(tl.load(w_row_ptr + offs_m, mask=mask_m, other=0.0), ONLINE, GRAD_SCALE_LOG2)
-    row_class = load_if_labels(class_ptr, rank_offset, offs_m, mask_m, LABELS)
-    positive_grad = load_if_labels(inv_positives_ptr, 0, offs_m, mask_m, LABELS) * (2.0 ** (GRAD_SCALE_LOG2 + 1))
+    row_ptrs, columns = (w_row_ptr, inv_positives_ptr), (w_col_ptr, class_ptr)
+    sizes = (M, N, positive_offset, rank_offset)
+    rows = load_rows(pid_m, offs_m, mask_m, row_ptrs, class_ptr, rank_offset, LABELS, ONLINE, GRAD_SCALE_LOG2)
     v_tile_ptr = v_ptr + t.to(tl.int64) * BLOCK_N * D
     s = similarity_tile(offs_m, u_ptr, v_tile_ptr, mask_m, D, BLOCK_M, BLOCK_N, BLOCK_K, INPUT_PRECISION)
     g = logit_gradient_tile(
-        s,
-        w_row,
-        row_class,
-        positive_grad,
-        t,
-        pid_m,
-        offs_m,
-        w_col_ptr,
-        class_ptr,
-        M,
-        N,
-        positive_offset,
-        rank_offset,
-        scale,
-        BLOCK_M,
-        BLOCK_N,
-        EXCLUDE_SELF,
-        DECOUPLED,
-        LABELS,
-        ONLINE,
-        GRAD_SCALE_LOG2,
-        POSITIVE_GRAD,
+        s, t, rows, columns, sizes, scale, EXCLUDE_SELF, DECOUPLED, LABELS, ONLINE, GRAD_SCALE_LOG2, POSITIVE_GRAD
     )
     offs_chunk = (pid_chunk * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     g_ptr += offs_chunk[:, None] * N_PADDED + (t * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]

@@ -98,23 +98,34 @@ def scale_weight(w, ONLINE: tl.constexpr, GRAD_SCALE_LOG2: tl.constexpr):
 
 
 @triton.jit
-def logit_gradient_tile(
-    s,  # (BLOCK_M, BLOCK_N) similarities
-    w_row,
-    row_class,
-    positive_grad,  # (BLOCK_M,) if LABELS: what is subtracted at each positive
-    t,
+def load_rows(
     pid_m,
     offs_m,
-    w_col_ptr,
+    mask_m,
+    row_ptrs,  # w and, if LABELS, 1 / number of positives, of this rank's rows
     class_ptr,
-    M,
-    N,
-    positive_offset,
     rank_offset,
+    LABELS: tl.constexpr,
+    ONLINE: tl.constexpr,
+    GRAD_SCALE_LOG2: tl.constexpr,
+):
+    """The block of rows pid_m for logit_gradient_tile: pid_m, offs_m, w, and if LABELS the class and what is subtracted
+    at each positive."""
+    w_ptr, inv_positives_ptr = row_ptrs
+    w = scale_weight(tl.load(w_ptr + offs_m, mask=mask_m, other=0.0), ONLINE, GRAD_SCALE_LOG2)
+    row_class = load_if_labels(class_ptr, rank_offset, offs_m, mask_m, LABELS)
+    positive_grad = load_if_labels(inv_positives_ptr, 0, offs_m, mask_m, LABELS) * (2.0 ** (GRAD_SCALE_LOG2 + 1))
+    return pid_m, offs_m, w, row_class, positive_grad
+
+
+@triton.jit
+def logit_gradient_tile(
+    s,  # (BLOCK_M, BLOCK_N) similarities
+    t,
+    rows,  # of load_rows
+    columns,  # w_col_ptr, class_ptr
+    sizes,  # M, N, positive_offset, rank_offset
     scale,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr,
     DECOUPLED: tl.constexpr,
     LABELS: tl.constexpr,
@@ -127,6 +138,11 @@ def logit_gradient_tile(
     POSITIVE_GRAD is subtracted at a row's positive; with labels it is 2 / number of positives, equal for all rows of a
     class.
     """
+    BLOCK_M: tl.constexpr = s.shape[0]
+    BLOCK_N: tl.constexpr = s.shape[1]
+    pid_m, offs_m, w_row, row_class, positive_grad = rows
+    w_col_ptr, class_ptr = columns
+    M, N, positive_offset, rank_offset = sizes
     offs_n = t * BLOCK_N + tl.arange(0, BLOCK_N)
     w_col = scale_weight(tl.load(w_col_ptr + offs_n), ONLINE, GRAD_SCALE_LOG2)
     x = s * scale

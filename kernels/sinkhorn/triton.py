@@ -206,9 +206,7 @@ def _(logits: Tensor, epsilon: float, iterations: int, group: str) -> Tensor:
     return logits.new_empty(logits.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("fastssl::sinkhorn_assign", mutates_args=())
-def assign_op(logits: Tensor, center: Tensor, epsilon: float) -> Tensor:
-    return assignments(logits, center, epsilon)
+assign_op = torch.library.custom_op("fastssl::sinkhorn_assign", assignments, mutates_args=())
 
 
 @assign_op.register_fake

@@ -184,8 +184,24 @@ def gradient_kernel(
     tl.store(out_ptr + i.to(tl.int64) * K + offs_k, g.to(out_ptr.dtype.element_ty), mask=mask_k)
 
 
-def _scales(student_temperature: float, teacher_temperature: float | None) -> tuple[float, float]:
-    return 1 / (math.log(2) * student_temperature), 1 / (math.log(2) * (teacher_temperature or 1.0))
+def _launch_arguments(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
+    student_temperature: float,
+    teacher_temperature: float | None,
+) -> tuple[tuple, tuple[float, float], dict[str, int | bool]]:
+    """What the launches over student and teacher have in common: tensors with strides, scales, constants."""
+    return (
+        (student, *student.stride(), teacher, *teacher.stride(), center),
+        (1 / (math.log(2) * student_temperature), 1 / (math.log(2) * (teacher_temperature or 1.0))),
+        {
+            "BLOCK_K": row_block(student.shape[1]),
+            "ALIGN": alignment(student.shape[1], student, teacher),
+            "CENTER": center is not None,
+            "LOGITS": teacher_temperature is not None,
+        },
+    )
 
 
 def forward(
@@ -198,29 +214,14 @@ def forward(
     """The loss, and the (4, M) float32 numbers of the rows that the gradient needs (see rows_kernel)."""
     m, k = student.shape
     f32 = {"dtype": torch.float32, "device": student.device}
-    block_k = row_block(k)
+    inputs, scales, constants = _launch_arguments(student, teacher, center, student_temperature, teacher_temperature)
+    block_k = constants["BLOCK_K"]
     num_splits, tiles_per_split = split_tiles(m, cdiv(k, block_k), student.device, programs_per_sm=2)
     stats = torch.empty((5, num_splits, m), **f32)
-    flags = {"CENTER": center is not None, "LOGITS": teacher_temperature is not None}
-    scales = _scales(student_temperature, teacher_temperature)
-    stats_kernel[(m, num_splits)](
-        student,
-        *student.stride(),
-        teacher,
-        *teacher.stride(),
-        center,
-        stats,
-        m,
-        k,
-        tiles_per_split * block_k,
-        *scales,
-        BLOCK_K=block_k,
-        ALIGN=alignment(k, student, teacher),
-        **flags,
-    )
+    stats_kernel[(m, num_splits)](*inputs, stats, m, k, tiles_per_split * block_k, *scales, **constants)
     softmax, loss = torch.empty((4, m), **f32), torch.empty(cdiv(m, BLOCK_ROWS), **f32)
     rows_kernel[(len(loss),)](
-        stats, softmax, loss, m, num_splits, *scales, math.log(2) / m, BLOCK_M=BLOCK_ROWS, LOGITS=flags["LOGITS"]
+        stats, softmax, loss, m, num_splits, *scales, math.log(2) / m, BLOCK_M=BLOCK_ROWS, LOGITS=constants["LOGITS"]
     )
     return loss.sum(), softmax
 
@@ -236,80 +237,32 @@ def backward(
 ) -> Tensor:
     m, k = student.shape
     out = torch.empty((m, k), dtype=student.dtype, device=student.device)
-    block_k = row_block(k)
-    gradient_kernel[(m, cdiv(k, block_k))](
-        student,
-        *student.stride(),
-        teacher,
-        *teacher.stride(),
-        center,
-        softmax,
-        grad,
-        out,
-        m,
-        k,
-        *_scales(student_temperature, teacher_temperature),
-        1 / (m * student_temperature),
-        BLOCK_K=block_k,
-        ALIGN=alignment(k, student, teacher),
-        CENTER=center is not None,
-        LOGITS=teacher_temperature is not None,
-    )
+    inputs, scales, constants = _launch_arguments(student, teacher, center, student_temperature, teacher_temperature)
+    factor = 1 / (m * student_temperature)
+    gradient_kernel[(m, cdiv(k, constants["BLOCK_K"]))](*inputs, softmax, grad, out, m, k, *scales, factor, **constants)
     return out
 
 
-@torch.library.custom_op("fastssl::soft_cross_entropy", mutates_args=())
-def soft_cross_entropy_op(
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor | None,
-    student_temperature: float,
-    teacher_temperature: float | None,
-) -> tuple[Tensor, Tensor]:
-    return forward(student, teacher, student_temperature, teacher_temperature, center)
+soft_cross_entropy_op = torch.library.custom_op("fastssl::soft_cross_entropy", forward, mutates_args=())
+soft_cross_entropy_backward_op = torch.library.custom_op(
+    "fastssl::soft_cross_entropy_backward", backward, mutates_args=()
+)
 
 
 @soft_cross_entropy_op.register_fake
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor | None,
-    student_temperature: float,
-    teacher_temperature: float | None,
-) -> tuple[Tensor, Tensor]:
+def _(student: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     f32 = {"dtype": torch.float32}
     return student.new_empty((), **f32), student.new_empty((4, student.shape[0]), **f32)
 
 
-@torch.library.custom_op("fastssl::soft_cross_entropy_backward", mutates_args=())
-def soft_cross_entropy_backward_op(
-    grad: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor | None,
-    softmax: Tensor,
-    student_temperature: float,
-    teacher_temperature: float | None,
-) -> Tensor:
-    return backward(grad, student, teacher, center, softmax, student_temperature, teacher_temperature)
-
-
 @soft_cross_entropy_backward_op.register_fake
-def _(
-    grad: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor | None,
-    softmax: Tensor,
-    student_temperature: float,
-    teacher_temperature: float | None,
-) -> Tensor:
+def _(grad: Tensor, student: Tensor, *_: Any) -> Tensor:
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)  # zeros for the outputs that are only saved would cost memory and time
-    student, teacher, center, *ctx.temperatures = inputs
+    student, teacher, *ctx.temperatures, center = inputs
     ctx.save_for_backward(student, teacher, center, *output[1:])
 
 
@@ -331,4 +284,4 @@ def soft_cross_entropy(
 ) -> Tensor:
     center = None if center is None else center.detach().contiguous()
     tt = None if teacher_temperature is None else float(teacher_temperature)
-    return soft_cross_entropy_op(student, teacher.detach(), center, float(student_temperature), tt)[0]
+    return soft_cross_entropy_op(student, teacher.detach(), float(student_temperature), tt, center)[0]

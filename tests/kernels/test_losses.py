@@ -109,8 +109,8 @@ def test_ops_pass_opcheck():
         (queue.infonce_op, (z, k, k, 0.1, True, "")),
         (symmetric.symmetric_op, (z, k.clone().requires_grad_(), 0.1, True, "")),
         (gathered.gathered_op, (z, k, index, index[:, None], 0.1, True)),
-        (student.soft_cross_entropy_op, (s, t, None, 0.1, 0.04)),
-        (student.soft_cross_entropy_op, (s, t, t[0], 0.1, 0.04)),
+        (student.soft_cross_entropy_op, (s, t, 0.1, 0.04, None)),
+        (student.soft_cross_entropy_op, (s, t, 0.1, 0.04, t[0])),
         (assignments.center_op, (t, 0.05, 3, "")),
         (assignments.assign_op, (t, t[0], 0.05)),
     ):
