@@ -43,10 +43,7 @@ class Config:
                 f"method.ensure_neg=True excludes {positives} samples from the negatives, and data.train has "
                 f"{context.samples}, so none is left: use more data or method.ensure_neg=False"
             )
-        if not 0 < self.momentum <= 1:
-            raise ValueError(
-                f"method.momentum={self.momentum}, the weight of the new embedding, must be above 0 and at most 1"
-            )
+        parts.check_bank_momentum(self.momentum)
         return NPID(self, backbone, context)
 
 

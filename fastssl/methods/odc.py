@@ -21,6 +21,7 @@ from fastssl import clustering, dist
 from fastssl.config import Fraction, NonNegative, PositiveInt
 from fastssl.kernels import update_bank_
 from fastssl.loader import Batch
+from fastssl.methods import parts
 from fastssl.sharded_table import ShardedTable
 from fastssl.trainer import Context, ExtractOutputs, Outputs
 
@@ -39,10 +40,7 @@ class Config:
 
     def build(self, backbone: nn.Module, context: Context) -> ODC:
         clustering.check_clusters(self.clusters, context.samples, self.min_cluster_size)
-        if not 0 < self.momentum <= 1:
-            raise ValueError(
-                f"method.momentum={self.momentum}, the weight of the new embedding, must be above 0 and at most 1"
-            )
+        parts.check_bank_momentum(self.momentum)
         return ODC(self, backbone, context)
 
 

@@ -105,15 +105,7 @@ def svm(
         {"class": c, "ap": float(ap), "cv_ap": float(cv), "cost": costs[i]}
         for c, (ap, cv, i) in enumerate(zip(ap_C, cv_C, best_C))
     ]
-    options = {
-        "folds": folds,
-        "costs": list(costs),
-        "positive_weight": POSITIVE_WEIGHT,
-        "solver": solver,
-        "train": len(x),
-        "test": len(x_test),
-        "dim": x.shape[1],
-    }
+    options = {"folds": folds, **_options(costs, solver, x, x_test)}
     return {"protocol": "svm", "options": options, "results": [row], "classes": classes}
 
 
@@ -162,12 +154,7 @@ def low_shot(
     options = {
         "shots": list(shots),
         "samples": samples,
-        "costs": list(costs),
-        "positive_weight": POSITIVE_WEIGHT,
-        "solver": solver,
-        "train": len(x),
-        "test": len(x_test),
-        "dim": x.shape[1],
+        **_options(costs, solver, x, x_test),
         "seed": draws.seed,
         "fits": len(problems) * len(costs),
     }
@@ -181,6 +168,18 @@ def draw(labels: np.ndarray, k: int, classes: int, rng: np.random.Generator) -> 
         known = np.flatnonzero(labels == value)
         parts.append(rng.choice(known, min(n, len(known)), replace=False))
     return np.sort(np.concatenate(parts))
+
+
+def _options(costs: tuple[float, ...], solver: SolverName, x: np.ndarray, x_test: np.ndarray) -> dict:
+    """Options that the results of both protocols record."""
+    return {
+        "costs": list(costs),
+        "positive_weight": POSITIVE_WEIGHT,
+        "solver": solver,
+        "train": len(x),
+        "test": len(x_test),
+        "dim": x.shape[1],
+    }
 
 
 def _choose(k: int, ap_SCA: np.ndarray, held_out_SCA: np.ndarray, costs: tuple[float, ...]) -> list[dict]:

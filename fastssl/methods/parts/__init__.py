@@ -16,6 +16,7 @@ from fastssl.methods.parts.losses import mean_cosine, off_diagonal, require_labe
 from fastssl.methods.parts.momentum import (
     Shuffle,
     assign_,
+    check_bank_momentum,
     check_queue,
     check_shuffle,
     cosine,
@@ -34,6 +35,7 @@ __all__ = [
     "WithMomentumEncoder",
     "WithPredictor",
     "assign_",
+    "check_bank_momentum",
     "check_queue",
     "check_shuffle",
     "cosine",

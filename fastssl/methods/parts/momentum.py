@@ -1,4 +1,4 @@
-"""Momentum encoders, queues of their outputs, and shuffled batch norm."""
+"""Momentum encoders and shuffled batch norm; checks of queues and memory banks."""
 
 from __future__ import annotations
 
@@ -71,6 +71,12 @@ def check_queue(queue: int, batch: int) -> None:
             f"method.queue={queue} is smaller than optim.batch={batch}: "
             f"each step would overwrite its own rows; set method.queue to at least {batch}"
         )
+
+
+def check_bank_momentum(momentum: float) -> None:
+    """ValueError unless 0 < momentum <= 1, the weight of a new embedding in a memory bank."""
+    if not 0 < momentum <= 1:
+        raise ValueError(f"method.momentum={momentum}, the weight of the new embedding, must be above 0 and at most 1")
 
 
 def check_shuffle(shuffle: bool, backbone: nn.Module) -> None:
