@@ -12,7 +12,7 @@ FLOW = {
     "moco symmetric": ("k", "q"),
     "byol": ("z", "p"),
     "simsiam": ("z", "p"),
-    "mocov3": ("k", "q"),
+    "mocov3": ("z", "p"),
     "nnclr": ("z", "p"),
     "dino": ("teacher", "student"),
     "swav": ("z", "scores"),

@@ -63,7 +63,7 @@ def test_mocov3_loss_equals_the_formula():
     for a, b in ((0, 1), (1, 0)):
         logits = unit(array(q))[:, a] @ unit(array(k))[:, b].T / 0.3
         want += -np.diag(log_softmax(logits)).mean() * 2 * 0.3
-    close(build("mocov3", temperature=0.3).loss({"q": q, "k": k}, batch())["loss"], want)
+    close(build("mocov3", temperature=0.3).loss({"p": q, "z": k}, batch())["loss"], want)
 
 
 def test_barlow_loss_equals_the_papers_pseudocode():
