@@ -99,5 +99,5 @@ def automatic_settings(t: Trainer) -> str:
         why = t.not_compiled
         parts.append("compile=on (equal losses in less time)" if why is None else f"compile=off ({why})")
     if speed.micro_batch is None:
-        parts.append(f"micro_batch={t.run.optim.batch // dist.world()} (a rank's whole share of the batch)")
+        parts.append(f"micro_batch={t.run.optim.batch // dist.world()} (all images of a rank)")
     return "speed, chosen automatically: " + ", ".join(parts) if parts else ""

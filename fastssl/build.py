@@ -174,9 +174,9 @@ def micro_batch(run: Run) -> int:
     if batch % world:
         raise ValueError(f"optim.batch={batch} is not a multiple of the {world} ranks")
     local = batch // world
-    micro = min(run.speed.micro_batch or local, local)  # with many ranks a share may be smaller
+    micro = min(run.speed.micro_batch or local, local)  # with many ranks the local batch may be smaller
     if local % micro:
-        raise ValueError(f"speed.micro_batch={micro} does not divide a rank's share, {local} of optim.batch={batch}")
+        raise ValueError(f"speed.micro_batch={micro} does not divide a rank's part, {local} of optim.batch={batch}")
     return micro
 
 

@@ -119,7 +119,7 @@ def test_only_the_newest_checkpoints_are_kept(runs):
             "cannot resume: no complete checkpoint in work_dirs/other/checkpoints; start without --resume",
         ),
         (("optim.lrr=0.2",), "did you mean 'lr'"),
-        (("name=other", "optim.batch=15"), "speed.micro_batch=4 does not divide a rank's share, 15"),
+        (("name=other", "optim.batch=15"), "speed.micro_batch=4 does not divide a rank's part, 15"),
         (("name=other", "data.train=no.beton"), "no.beton"),
         (("name=other", "backbone.in_channels=1"), "backbone.in_channels=1: views have 3 channels"),
         (("name=other", "backbone.name=resnet19"), "did you mean 'resnet1"),

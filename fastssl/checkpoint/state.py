@@ -59,19 +59,19 @@ def snapshot(t: Trainer, copy: Callable[[str, Tensor], Tensor]) -> Contents:
 def _optimizer_pieces(t: Trainer) -> Iterator[tuple[str, Tensor]]:
     """(key, values) of the optimizer's state on this rank: "optimizer/KIND/PARAMETER" has an entry for each element of
     the flattened parameter, "scalar/KIND/PARAMETER" one.  At ZeRO 0, where all ranks hold everything, each takes a
-    share of every parameter."""
+    shard of every parameter."""
     replicated = t.deepspeed.optimizer is t.deepspeed.basic_optimizer
     for target, fragments in zero.partitions(t.deepspeed):
         state = t.deepspeed.basic_optimizer.state.get(target, {})
         for fragment in fragments if state else ():
-            share = dist.shard(fragment.stop) if replicated else slice(fragment.start, fragment.stop)
+            shard = dist.shard(fragment.stop) if replicated else slice(fragment.start, fragment.stop)
             for kind, value in state.items():
-                if value.ndim == 0 and share.start == 0 < share.stop:
+                if value.ndim == 0 and shard.start == 0 < shard.stop:
                     yield piece(f"scalar/{kind}/{fragment.name}", 0), value[None]
-                elif value.ndim and share.start < share.stop:
-                    offset = fragment.offset + share.start - fragment.start
-                    values = value.detach().view(-1)[offset : offset + share.stop - share.start]
-                    yield piece(f"optimizer/{kind}/{fragment.name}", share.start), values
+                elif value.ndim and shard.start < shard.stop:
+                    offset = fragment.offset + shard.start - fragment.start
+                    values = value.detach().view(-1)[offset : offset + shard.stop - shard.start]
+                    yield piece(f"optimizer/{kind}/{fragment.name}", shard.start), values
 
 
 def _table_pieces(method: nn.Module) -> Iterator[tuple[str, Tensor]]:

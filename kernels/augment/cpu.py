@@ -1,7 +1,7 @@
-"""The views on a CPU, compiled by numba: every view of a sample is made at once, in memory that stays in the cache.
+"""The views on a CPU, by loops compiled by numba: one view of one sample at a time, which stays in the CPU's cache.
 
-The same operations as in reference.py, with the same parameters (params.draw).  The samples are shared among torch's
-number of threads.
+The same operations as in reference.py, with the same parameters (params.draw).  As many threads as torch has divide the
+samples.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """The loops of cpu.py, compiled by numba, on views (3, S, S) in [0, 1].
 
-All compiled functions are in this file: numba keeps what it has compiled until the caller's own file changes.
+All compiled functions are in one file: numba's cache notices changes only in the file of the function that is called.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,7 @@ IS_GRAY, SIGMA, IS_SOLARIZED = (COL[k] for k in ("gray", "sigma", "solarize"))
 
 
 class Spec(NamedTuple):
-    """What is the same for all samples of a view."""
+    """The parameters of a view that are the same for all samples."""
 
     bicubic: bool
     reflect: bool
@@ -70,8 +70,8 @@ def apply(op: int, x: Array, row: Array, spec: Spec, scratch: Array) -> None:
 
 @compiled
 def taps(S: int, box: tuple, mirrored: bool, spec: Spec) -> tuple[Array, Array, Array]:
-    """Weights along one axis for each of S output pixels: index of the first source pixel (S,), number of source pixels
-    (S,), and their weights (S, K), of which those after the number are not set.
+    """Resampling weights along one axis for each of S output pixels: index of the first source pixel (S,), number n of
+    source pixels (S,), and weights (S, K), the first n of which are set.
 
     box: start and length of the crop, and the range low <= x < high that may be read, in source pixels."""
     start, length, low, high = box
@@ -210,7 +210,7 @@ def saturation(r: Array, g: Array, b: Array, factor: float) -> None:
 
 @compiled
 def hue(r: Array, g: Array, b: Array, shift: float) -> None:
-    """Through HSV; back by rgb = min + (max - min) * ramp(hue)."""
+    """Shift the hue in HSV; back to RGB by min + (max - min) * ramp(hue)."""
     two, three, four, six = np.float32(2), np.float32(3), np.float32(4), np.float32(6)
     sixth, turn = ONE / six, six * shift
     for i in range(len(r)):
