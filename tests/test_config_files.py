@@ -67,7 +67,7 @@ def test_an_error_in_the_file_names_file_line_and_the_nearest_name(tmp_path, cha
         ((METHOD, "simclr,"), "give its Config, simclr.Config(...)"),
         ((METHOD, "simclr.Config,"), "give an instance, Config(...)"),
         (("optim=Optim(", "optim=dict("), "optim must be Optim(...)"),
-        (("optim=Optim(", "seed=-1, optim=Optim("), "seed=-1 must be 0 or more"),
+        (("optim=Optim(", "seed=-1, optim=Optim("), "seed=-1 must be at least 0 and finite"),
         (("optim=Optim(", "seed='x', optim=Optim("), "seed: expected int, got 'x'"),
         (("optim=Optim(", "deterministic=1, optim=Optim("), "deterministic: expected bool, got 1"),
         (("lr=0.4", "lr=10**400"), "optim.lr: an integer too large"),

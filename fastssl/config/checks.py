@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from pathlib import Path
 from typing import Any
 
 from fastssl.config import settings
 from fastssl.config.sections import Backbone, Data, Log, Optim, Run, Speed
 from fastssl.config.zero import check_zero
-from fastssl.parsing import did_you_mean
 
 SECTIONS = {"backbone": Backbone, "data": Data, "optim": Optim, "speed": Speed, "log": Log}
 # Settings of Optim that have an effect only with some values of another one; with others they must have the default.
@@ -35,16 +33,13 @@ def validate(run: Run) -> None:
     for key in ("hooks", "seed", "deterministic", "sync_bn", "timeout_s", "deepspeed", "name"):
         setattr(run, key, settings.coerce(getattr(run, key), settings.field_types(Run)[key], key))
     _check_views(run.data)
-    check_ranges(run)
+    check_keep(run.log)
     _check_effect(run.optim)
     check_zero(run)
     if run.optim.clip_each and not run.optim.clip:
         raise ValueError("optim.clip_each=True clips every tensor's gradient to optim.clip, which is 0: set optim.clip")
     if not run.data.views:
         raise ValueError("data.views is empty: give a recipe, for example views.simclr(224)")
-    _check_finite("timeout_s", run.timeout_s, 0)
-    if run.seed < 0:
-        raise ValueError(f"seed={run.seed} must be 0 or more")
     run.name = run.name or _default_name(run)
 
 
@@ -73,42 +68,9 @@ def _check_views(data: Data) -> None:
         )
 
 
-def check_ranges(run: Run) -> None:
-    optim, log = run.optim, run.log
-    for key, value in (
-        ("optim.lr", optim.lr),
-        ("optim.batch", optim.batch),
-        ("optim.epochs", optim.epochs),
-        ("log.every", log.every),
-    ):
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{key}={value!r} must be positive")
-    for key, count in (
-        ("optim.steps", optim.steps),
-        ("speed.micro_batch", run.speed.micro_batch),
-        ("log.checkpoint_steps", log.checkpoint_steps),
-    ):
-        if count is not None and count < 1:
-            raise ValueError(f"{key}={count!r} must be at least 1, or None")
+def check_keep(log: Log) -> None:
     if log.keep != -1 and log.keep < 1:
         raise ValueError(f"log.keep={log.keep} must be at least 1, or -1 to keep every checkpoint")
-    if not optim.weight_decay >= 0:
-        raise ValueError(f"optim.weight_decay={optim.weight_decay!r} must be at least 0")
-    if not 0 <= optim.momentum < 1:
-        raise ValueError(f"optim.momentum={optim.momentum!r} must be at least 0, below 1")
-    for name in ("warmup_ratio", "lr_end"):
-        value = getattr(optim, name)
-        if not 0 <= value <= 1:
-            raise ValueError(f"optim.{name}={value!r} is a part of lr: at least 0, at most 1")
-    for section in ("backbone", "optim", "speed", "log"):
-        for name, value in vars(getattr(run, section)).items():
-            _check_finite(f"{section}.{name}", value, -1 if name == "keep" else 0)
-
-
-def _check_finite(key: str, value: Any, minimum: int) -> None:
-    for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, int | float) and not minimum <= number < math.inf:
-            raise ValueError(f"{key}={value!r} must be at least {minimum} and finite")
 
 
 def _check_effect(optim: Optim) -> None:
@@ -126,11 +88,7 @@ def _check_effect(optim: Optim) -> None:
 def _check_names(part: Any, prefix: str) -> None:
     """ValueError for an attribute that is not a setting, such as `run.optim.lrr = 1` in a config file."""
     for name in vars(part).keys() - set(settings.names(part)):
-        known = settings.names(part)
-        raise ValueError(
-            f"{prefix}{name}: unknown setting {name!r}{did_you_mean(name, known)} "
-            f"({type(part).__name__} has {', '.join(known)})"
-        )
+        raise settings.unknown(part, name, prefix + name)
 
 
 def _check_method(method: Any) -> None:

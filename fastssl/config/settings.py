@@ -19,9 +19,13 @@ def names(target: Any) -> list[str]:
     return [f.name for f in dataclasses.fields(target)]
 
 
-def _names_below(target: Any, name: str) -> list[str]:
-    value = getattr(target, name, None)
-    return names(value) if dataclasses.is_dataclass(value) else []
+def unknown(target: Any, name: str, key: str) -> ValueError:
+    """The error about a name that is not a field of the dataclass `target`, with the field that was meant."""
+    known = names(target)
+    groups = [group for group in known if dataclasses.is_dataclass(getattr(target, group, None))]
+    below = next((f"{group}.{name}" for group in groups if name in names(getattr(target, group))), None)
+    meant = f"; did you mean {below!r}?" if below else did_you_mean(name, known)  # lr -> optim.lr
+    return ValueError(f"{key}: unknown setting {name!r}{meant} ({type(target).__name__} has {', '.join(known)})")
 
 
 def assign(target: Any, text: str) -> None:
@@ -55,11 +59,7 @@ def _set(target: Any, path: list[str], value: Any, key: str) -> Any:
     if not dataclasses.is_dataclass(target) or isinstance(target, type):
         raise ValueError(f"{key}: {type(target).__name__} has no settings below it")
     if name not in names(target):
-        below = next((group for group in names(target) if name in _names_below(target, group)), None)  # lr -> optim.lr
-        meant = f"; did you mean {f'{below}.{name}'!r}?" if below else did_you_mean(name, names(target))
-        raise ValueError(
-            f"{key}: unknown setting {name!r}{meant} ({type(target).__name__} has {', '.join(names(target))})"
-        )
+        raise unknown(target, name, key)
     new = _set(getattr(target, name), rest, value, key) if rest else parse(value, field_types(type(target))[name], key)
     if type(target).__dataclass_params__.frozen:  # type: ignore[attr-defined]  # typeshed does not declare it
         try:
@@ -88,13 +88,6 @@ def field_types(kind: type) -> dict[str, Any]:
 def choices(kind: type, name: str) -> tuple:
     """The values of a field whose type is a `Literal`."""
     return typing.get_args(field_types(kind)[name])
-
-
-def check_choices(target: Any, prefix: str) -> None:
-    """ValueError for a field of the dataclass `target` whose value is not in its `Literal` type."""
-    for name, kind in field_types(type(target)).items():
-        if typing.get_origin(kind) is typing.Literal:
-            coerce(getattr(target, name), kind, prefix + name)
 
 
 def parse(value: Any, kind: Any, key: str) -> Any:

@@ -36,7 +36,7 @@ def check(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> None
     for name in checks.SECTIONS:
         if not any(text.partition("=")[0] == name for text in overrides):
             checks.check_section(name, getattr(run, name), checks.SECTIONS[name])
-    checks.check_ranges(run)
+    checks.check_keep(run.log)
     if run.method is not None:
         checks.check_section("method", run.method, type(run.method))
 

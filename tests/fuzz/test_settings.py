@@ -9,7 +9,7 @@ from test_config_files import damaged as damaged_config
 
 from fastssl import config, data_prep
 from fastssl import eval as evaluation
-from fastssl.config import settings
+from fastssl.config import checks, settings
 from fastssl.eval import options
 
 VALUES = [
@@ -82,7 +82,8 @@ def test_damaged_overrides(tmp_path, cases):
         "optim..lr",
         "optim.betas.0",
     ]
-    keys += [f"{name}.{key}" for name in settings.names(run) for key in settings._names_below(run, name)]
+    sections = {**checks.SECTIONS, "method": type(run.method)}
+    keys += [f"{name}.{key}" for name, kind in sections.items() for key in settings.names(kind)]
 
     def make(rng, _):
         given = []
