@@ -5,7 +5,6 @@ Starting centroids are drawn by (seed, sample): any number of ranks gives the cl
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,9 +14,7 @@ from torch import Tensor
 
 from fastssl import dist
 from fastssl.clustering.rows import blocks, find_rows
-from fastssl.kernels import Impl, philox, update_centroids_
-
-STREAM = 0x434C5553  # of the counter-based generator
+from fastssl.kernels import Impl, update_centroids_
 
 
 class Clusters(NamedTuple):
@@ -44,8 +41,6 @@ class KMeans:
     iterations: int = 20
     seed: int = 0
     spherical: bool = False  # centroids of unit length, compared by dot product; rows should have unit length
-    # The first centroids: rows drawn uniformly, or by k-means++ ("++"), which reads the data once per cluster.
-    init: Literal["random", "++"] = "random"
     # An empty cluster takes half of a large one, as in faiss, and after the last iteration the farthest row ("split"),
     # or keeps its centroid and stays empty ("keep").
     empty: Literal["split", "keep"] = "split"
@@ -55,8 +50,6 @@ class KMeans:
     def __post_init__(self) -> None:
         if self.backend not in ("torch", "faiss"):
             raise ValueError(f"backend={self.backend!r} is neither 'torch' nor 'faiss'")
-        if self.init not in ("random", "++"):
-            raise ValueError(f"init={self.init!r} is neither 'random' nor '++'")
 
     def fit(self, x: Tensor, index: Tensor | None = None) -> Clusters:
         """The clusters of the rows x (n_r, D) of all ranks, whose sample numbers are index (n_r,)."""
@@ -66,21 +59,17 @@ class KMeans:
         if self.backend == "faiss":
             centroids = _faiss(x, index, self)
         else:
-            start = _start_random if self.init == "random" else _start_plus_plus
-            centroids = start(x, self.clusters, index, samples, self.seed)
+            centroids = _start(x, self.clusters, index, samples, self.seed)
             for _ in range(self.iterations):
                 labels = assign(x, centroids, self.spherical)[0]
                 centroids = self.update(x, labels, centroids)
-        labels, distances = assign(x, centroids, self.spherical)
-        counts = count(labels, self.clusters)
-        rounds = 10 if self.empty == "split" else 0
-        for _ in range(rounds):  # equal rows fill one cluster: with too few distinct rows some stay empty
-            unused = (counts == 0).nonzero()[:, 0]
-            if not len(unused):
-                break
-            centroids = centroids.index_copy(0, unused, _farthest(x, distances, index, len(unused), samples))
+        for repairs in range(11):  # equal rows fill one cluster: with too few distinct rows some stay empty
             labels, distances = assign(x, centroids, self.spherical)
             counts = count(labels, self.clusters)
+            unused = (counts == 0).nonzero()[:, 0]
+            if not len(unused) or self.empty == "keep" or repairs == 10:
+                break
+            centroids = centroids.index_copy(0, unused, _farthest(x, distances, index, len(unused), samples))
         return Clusters(centroids, labels, counts, float(dist.sum_(distances.double().sum())))
 
     def update(self, x: Tensor, labels: Tensor, old: Tensor) -> Tensor:
@@ -150,26 +139,9 @@ def _by_distance(distances: Tensor, index: Tensor, wanted: int) -> tuple[Tensor,
     return distances[order], index[order]
 
 
-def _start_random(x: Tensor, clusters: int, index: Tensor, samples: int, seed: int) -> Tensor:
+def _start(x: Tensor, clusters: int, index: Tensor, samples: int, seed: int) -> Tensor:
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))  # on the CPU: the same everywhere
     return find_rows(x, index, order[:clusters].to(x.device), samples)
-
-
-def _start_plus_plus(x: Tensor, clusters: int, index: Tensor, samples: int, seed: int) -> Tensor:
-    """Each next centroid is a row drawn with probability proportional to its squared distance from the nearest one: the
-    row with the smallest exponential random number of that rate, drawn by (seed, sample, draw)."""
-    nearest, starts = torch.ones(len(x), dtype=torch.float64, device=x.device), []
-    for draw in range(clusters):
-        exponential = -torch.log1p(-philox.uniform(philox.philox4x32(index, STREAM, draw, 0, seed)[0]))
-        time = torch.where(nearest > 0, exponential / nearest, math.inf)
-        best = time.argmin() if len(x) else None
-        mine = time.new_tensor([math.inf, 0]) if best is None else torch.stack([time[best], index[best].double()])
-        all_ranks = dist.gather(mine[None])
-        winner = all_ranks[all_ranks[:, 0].argmin(), 1].long()
-        starts.append(find_rows(x, index, winner[None], samples))
-        distance = (x - starts[-1]).square().sum(1).double()
-        nearest = distance if draw == 0 else torch.minimum(nearest, distance)
-    return torch.cat(starts)
 
 
 def _faiss(x: Tensor, index: Tensor, options: KMeans) -> Tensor:
