@@ -10,37 +10,31 @@ from torch import Tensor
 from fastssl import dist
 from fastssl.clustering.rows import blocks, scatter
 
+NEIGHBOURS, SIGMA, ITERATIONS = 5, 0.2, 200
+ALPHA = 0.001  # weight of the walk's steps
 
-def pic(
-    x: Tensor,
-    clusters: int,
-    index: Tensor,
-    *,
-    neighbours: int = 5,
-    sigma: float = 0.2,
-    alpha: float = 0.001,
-    iterations: int = 200,
-) -> Tensor:
+
+def pic(x: Tensor, clusters: int, index: Tensor) -> Tensor:
     """(n_r,) int64 labels of the rows x (n_r, D) of all ranks, whose sample numbers are index (n_r,).
 
-    A random walk on the graph of nearest neighbours (`alpha`: the weight of its steps; edges exp(-d^2 / sigma^2)) gives
-    each sample a probability; samples that reach the same local maximum by steepest ascent are a cluster.  A cluster of
-    one sample joins that of its nearest neighbour with more.  Samples outside the `clusters` largest have label -1.
+    A random walk on the graph of nearest neighbours, whose edges are exp(-d^2 / sigma^2), gives each sample a
+    probability; samples that reach the same local maximum by steepest ascent are a cluster.  A cluster of one sample
+    joins that of its nearest neighbour with more.  Samples outside the `clusters` largest have label -1.
     """
     order = dist.gather_ragged(index).argsort()
     all_rows = dist.gather_ragged(x)[order]
     n = len(all_rows)
-    if neighbours >= n:
-        raise ValueError(f"power iteration clustering needs more than {neighbours} samples and has {n}")
-    neighbour, distance = _neighbours(x, index, all_rows, neighbours)
-    neighbour, weight = scatter(neighbour, index, n), torch.exp(-scatter(distance, index, n).double() / sigma**2)
+    if n <= NEIGHBOURS:
+        raise ValueError(f"power iteration clustering needs more than {NEIGHBOURS} samples and has {n}")
+    neighbour, distance = _neighbours(x, index, all_rows)
+    neighbour, weight = scatter(neighbour, index, n), torch.exp(-scatter(distance, index, n).double() / SIGMA**2)
     rows = torch.arange(n, device=x.device)[:, None].expand_as(neighbour).flatten()
     edges = torch.stack([torch.cat([rows, neighbour.flatten()]), torch.cat([neighbour.flatten(), rows])])
     with torch.sparse.check_sparse_tensor_invariants(False):  # without this torch warns
         graph = torch.sparse_coo_tensor(edges, weight.flatten().repeat(2), (n, n)).coalesce()  # A + A^T
     v = torch.full((n, 1), 1 / n, dtype=torch.float64, device=x.device)
-    for _ in range(iterations):
-        v = alpha * torch.sparse.mm(graph, v) + (1 - alpha) / n
+    for _ in range(ITERATIONS):
+        v = ALPHA * torch.sparse.mm(graph, v) + (1 - ALPHA) / n
         v = v / v.sum()
     labels = _peaks(graph, v[:, 0])
     labels = _join_singles(labels, neighbour)
@@ -50,13 +44,13 @@ def pic(
     return dist.broadcast_(labels)[index]  # the sparse product rounds differently on each device
 
 
-def _neighbours(x: Tensor, index: Tensor, all_rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(n_r, k) nearest other samples of this rank's rows and their squared distances."""
+def _neighbours(x: Tensor, index: Tensor, all_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(n_r, NEIGHBOURS) nearest other samples of this rank's rows and their squared distances."""
     half, neighbours, distances = all_rows.square().sum(1) / 2, [], []
     for part, own in zip(blocks(x, len(all_rows)), blocks(index, len(all_rows))):
         score = torch.addmm(-half, part, all_rows.T)
         score.scatter_(1, own[:, None], -math.inf)
-        neighbours.append(score.topk(k, 1).indices)
+        neighbours.append(score.topk(NEIGHBOURS, 1).indices)
         distances.append((part[:, None] - all_rows[neighbours[-1]]).square().sum(2))
     return torch.cat(neighbours), torch.cat(distances)
 
