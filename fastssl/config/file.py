@@ -86,19 +86,23 @@ def explain(error: BaseException, path: Path) -> str:
         where = f"{error.filename or path}" + (f", line {error.lineno}" if error.lineno else "")
         code = f" ({error.text.strip()})" if error.text and error.text.strip() else ""
         return f"{where}: {type(error).__name__}: {error.msg}{code}"
-    frame = _user_frame(error.__traceback__, path)
-    where = f"{frame.filename}, line {_line_number(error, frame)}" if frame else str(path)
+    frame, call, where = _user_frame(error.__traceback__, path), None, str(path)
+    if frame:
+        argument = UNEXPECTED.search(str(error))
+        call = _call(frame, argument[2]) if argument else None
+        line = next(k.lineno for k in call.keywords if k.arg == argument[2]) if argument and call else frame.lineno
+        where = f"{frame.filename}, line {line}"
     text = " ".join(str(error).split()) or "no message"
     text = re.sub(r"\.? Did you mean:? '\w+'\?", "", text)  # Python 3.12 adds its own suggestion to some errors
     is_plain = isinstance(error, ValueError) and not _is_decoding_error(error)
-    return f"{where}: {'' if is_plain else type(error).__name__ + ': '}{text[:500]}{_suggestion(error, frame)}"
+    return f"{where}: {'' if is_plain else type(error).__name__ + ': '}{text[:500]}{_suggestion(error, frame, call)}"
 
 
-def _suggestion(error: BaseException, frame: traceback.FrameSummary | None) -> str:
+def _suggestion(error: BaseException, frame: traceback.FrameSummary | None, call: ast.Call | None) -> str:
     """The known name nearest to a misspelt one, and for arguments all known names; else ""."""
     argument = UNEXPECTED.search(str(error))
     if argument:
-        known = _parameters(error.__traceback__, frame, *argument.groups())
+        known = _parameters(_frames(error.__traceback__), frame, call, argument[1])
         listed = f" (arguments: {', '.join(known)})" if known else ""
         return did_you_mean(argument[2], known) + listed
     if isinstance(error, AttributeError) and error.name is not None:
@@ -125,20 +129,20 @@ def _frames(tb: TracebackType | None) -> list[FrameType]:
 
 
 def _parameters(
-    tb: TracebackType | None, frame: traceback.FrameSummary | None, function: str, argument: str
+    frames: list[FrameType], frame: traceback.FrameSummary | None, call: ast.Call | None, function: str
 ) -> list[str]:
     """Keyword arguments of the user's call that raised, without an unknown one: the function's parameters and, if it
     passes **keywords on to a dataclass (as recipes do to View), the fields of that dataclass."""
     known: list[str] = []
-    user = next((f for f in reversed(_frames(tb)) if frame and f.f_code.co_filename == frame.filename), None)
-    callee = _callee(frame, user, argument) if frame and user else None
+    user = next((f for f in reversed(frames) if frame and f.f_code.co_filename == frame.filename), None)
+    callee = _callee(call, user) if call and user else None
     if callee:
         parameters = inspect.signature(callee).parameters.values()
         known = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return known
     owner = function.rpartition(".")[0]
-    for f in _frames(tb):
+    for f in frames:
         for value in (*f.f_locals.values(), *f.f_globals.values()):
             kind = value if isinstance(value, type) else type(value)
             if kind.__qualname__ == owner and is_dataclass(kind):
@@ -159,19 +163,8 @@ def _call(frame: traceback.FrameSummary, argument: str) -> ast.Call | None:
     return min(calls, key=lambda c: (c.end_lineno or 0) - c.lineno, default=None)
 
 
-def _line_number(error: BaseException, frame: traceback.FrameSummary) -> int | None:
-    """The frame's line number or, for an unexpected keyword argument, that of the keyword."""
-    argument = UNEXPECTED.search(str(error))
-    name = argument[2] if argument else ""
-    call = _call(frame, name) if name else None
-    return next(k.lineno for k in call.keywords if k.arg == name) if call else frame.lineno
-
-
-def _callee(frame: traceback.FrameSummary, user: FrameType, argument: str) -> Any:
-    """The function or class that the file calls with `argument=` on the frame's line; None if it is not found."""
-    call = _call(frame, argument)
-    if call is None:
-        return None
+def _callee(call: ast.Call, user: FrameType) -> Any:
+    """The function or class that a call in the user's frame names; None if it is not found."""
     try:
         value: Any = None
         for i, name in enumerate(ast.unparse(call.func).split(".")):
