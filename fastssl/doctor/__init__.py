@@ -21,12 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-MODULES = {
-    "faiss-gpu": "faiss",
-    "cupy-cuda13x": "cupy",
-    "scikit-learn": "sklearn",
-    "pillow": "PIL",
-}  # others have the same name
+# Packages whose module has another name
+MODULES = {"faiss-gpu": "faiss", "cupy-cuda13x": "cupy", "scikit-learn": "sklearn", "pillow": "PIL"}
 REMEDIES = (  # (pattern in the error of an import, remedy); see "When FFCV does not install" in docs/install.md
     (r"libGL\.so", "apt-get install libgl1, or pip install --force-reinstall --no-deps opencv-python-headless"),
     (r"libturbojpeg", "apt-get install libturbojpeg0"),
@@ -133,29 +129,26 @@ def _check_package(requirement: str, level: Level) -> Finding:
         found = metadata.version(name)
     except metadata.PackageNotFoundError:
         return Finding(level, name, "is not installed", fix)
-    if _fits(found, requirement[len(name) :]):
+    try:
+        from packaging.specifiers import SpecifierSet
+
+        fits = found is not None and SpecifierSet(requirement[len(name) :]).contains(found, prereleases=True)
+    except ImportError:  # a requirement of DeepSpeed, where its absence is found
+        fits = True
+    if fits:
         return Finding("ok", name, found)
     return Finding(level, name, f"{found or 'of no version'}, required is {requirement}", fix)
 
 
-def _fits(found: str | None, specifier: str) -> bool:
-    try:
-        from packaging.specifiers import SpecifierSet
-    except ImportError:
-        return True  # a requirement of DeepSpeed, where its absence is found
-    return found is not None and SpecifierSet(specifier).contains(found, prereleases=True)
-
-
 IMPORTER = """
-import importlib, sys, time
+import importlib, sys
 for name in sys.argv[1:]:
-    print("start", name, flush=True)
-    start = time.time()
+    print("import", name, flush=True)
     try:
         importlib.import_module(name)
-        print("ok", name, f"{time.time() - start:.1f}", flush=True)
     except BaseException as error:
         print("error", name, f"{type(error).__name__}: {error}".replace(chr(10), " ")[:300], flush=True)
+print("imported all", flush=True)
 """
 
 
@@ -167,23 +160,18 @@ def check_imports(args: argparse.Namespace) -> list[Finding]:
         lines = ["torch", "torchvision", "ffcv", "deepspeed"]
     names = [_name(line) for line in lines]
     left = list(dict.fromkeys(MODULES.get(name, name) for name in [*names, "triton", "cv2"]))
-    out, seconds = [], 0.0
+    out, start = [], time.time()
     while left:
         output, ending = _run([sys.executable, "-c", IMPORTER, *left], timeout=240)
-        name = left[0]
-        for line in output.splitlines():
-            word, _, rest = line.partition(" ")
-            if word == "start" and rest in left:
-                name, left = rest, left[left.index(rest) + 1 :]
-            elif word == "ok" and rest.startswith(name + " "):
-                seconds, name = seconds + float(rest.split()[1]), ""
-            elif word == "error" and rest.startswith(name + " "):
-                out.append(_broken(name, rest[len(name) + 1 :]))
-                name = ""
-        if name:  # its import ended the process
-            left = left[1:] if name in left else left
-            out.append(_broken(name, f"importing it {ending}"))
-    return out or [Finding("ok", "imports", f"all packages, in {seconds:.0f} s")]
+        errors = re.findall(r"^error (\S+) (.*)$", output, re.M)
+        out += [_broken(name, error) for name, error in errors if name in left]
+        if "\nimported all\n" in output:
+            break
+        begun = [name for name in re.findall(r"^import (\S+)$", output, re.M) if name in left]
+        last = begun[-1] if begun else left[0]
+        out.append(_broken(last, f"importing it {ending}"))
+        left = left[left.index(last) + 1 :]
+    return out or [Finding("ok", "imports", f"all packages, in {time.time() - start:.0f} s")]
 
 
 def _broken(name: str, error: str) -> Finding:
@@ -201,10 +189,8 @@ def check_gpu(args: argparse.Namespace) -> list[Finding]:
     if isinstance(result, str):
         return [Finding("FAIL", "gpu", result, "repair torch first")]
     if result["devices"]:
-        return [
-            Finding("ok", f"gpu {i}", f"{d}; CUDA {result['cuda']}, driver {driver or 'unknown'}")
-            for i, d in enumerate(result["devices"])
-        ]
+        versions = f"CUDA {result['cuda']}, driver {driver or 'unknown'}"
+        return [Finding("ok", f"gpu {i}", f"{device}; {versions}") for i, device in enumerate(result["devices"])]
     if smi and driver:
         detail = f"driver {driver} is there and torch (CUDA {result['cuda']}) sees no GPU: {result['reason']}"
         return [Finding("FAIL", "gpu", detail, "update the driver to one for that CUDA, or check CUDA_VISIBLE_DEVICES")]
@@ -285,14 +271,8 @@ def _disk_speed(folder: Path) -> tuple[float, float]:
 def _run(command: list[str], timeout: float, errors: bool = False) -> tuple[str, str]:
     """What a process printed, and how it ended in words; "ended" is a success."""
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout,
-            env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
-        )
+        env = {"OMP_NUM_THREADS": "1", **os.environ}
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout, env=env)
     except subprocess.TimeoutExpired as error:
         out = error.stdout or b""
         return out.decode(errors="replace") if isinstance(out, bytes) else out, f"did not end in {timeout:.0f} s"
