@@ -24,21 +24,14 @@ from fastssl.weights import foreign
 MAX_DICTS = 100_000  # dictionaries inside each other, or beside each other, in one file of weights
 SPEC_KEY = "fastssl.backbone"  # metadata key of our safetensors exports: the Backbone as JSON
 # First names of keys that hold the state of a training.  Other optimizers' states have numbers for keys.
-TRAINING_STATE = {
-    "optimizer",
-    "optimizers",
-    "optimizer_states",
-    "optimizer_state_dict",
-    "scaler",
-    "amp",
+TRAINING_STATE = {"optimizer", "optimizers", "optimizer_states", "optimizer_state_dict", "scaler", "amp", "meta"} | {
+    "scheduler",
     "lr_scheduler",
     "lr_schedulers",
-    "scheduler",
+    "param_schedulers",
     "loops",
     "callbacks",
-    "param_schedulers",
     "message_hub",
-    "meta",
 }
 CONTAINERS = {"state_dict", "model"}  # keys under which a checkpoint has all its weights
 
@@ -127,20 +120,13 @@ def spec_of(path: str | Path) -> Backbone | None:
 
 
 def _backbone(fields: Any, source: str | Path) -> Backbone:
-    """The Backbone with these fields; ValueError for unknown names and other types than those of the defaults."""
-    defaults = vars(Backbone())
-
-    def is_valid(key: str, value: Any) -> bool:
-        return key in defaults and (
-            type(value) is type(defaults[key]) or (key == "pretrained" and isinstance(value, str))
-        )
-
-    wrong = ["backbone"]
-    if isinstance(fields, dict):
-        wrong = [key for key, value in fields.items() if not is_valid(key, value)]
-    if wrong:
-        raise ValueError(f"{source} does not describe a backbone of this version: {wrong[0]!r:.60}")
-    return Backbone(**fields)
+    """The Backbone with these fields; ValueError for unknown names and impossible values."""
+    try:
+        spec = Backbone(**fields)
+        checks.check_section("backbone", spec, Backbone)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source} does not describe a backbone of this version: {error}") from None
+    return spec
 
 
 def _architecture(spec: Backbone) -> Backbone:
