@@ -17,24 +17,13 @@ from fastssl.backbones import positions
 from fastssl.config import Backbone
 
 # A copy of the network with one of these names in its prefix is the teacher or the student of another copy.
-TEACHER = {
-    "teacher",
-    "target",
-    "ema",
-    "encoder_k",
-    "key_encoder",
-    "teacher_backbone",
-    "momentum_backbone",
-    "backbone_momentum",  # lightly, solo-learn
-    "momentum_encoder",
-    "target_net",
-    "target_encoder",
-    "target_network",
-    "target_network_state_dict",  # MoCo v3, BYOLs
-    "state_dict_ema",
-    "model_ema",
-    "ema_model",  # timm, torchvision
-}
+TEACHER = (
+    {"teacher", "target", "ema", "encoder_k", "key_encoder", "teacher_backbone"}
+    | {"momentum_backbone", "backbone_momentum"}  # lightly, solo-learn
+    | {"momentum_encoder"}  # MoCo v3
+    | {"target_net", "target_encoder", "target_network", "target_network_state_dict"}  # BYOLs
+    | {"state_dict_ema", "model_ema", "ema_model"}  # timm, torchvision
+)
 STUDENT = {"student", "student_backbone"}
 
 

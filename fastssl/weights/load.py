@@ -23,25 +23,11 @@ from fastssl.weights import foreign
 from fastssl.weights.source import download, read, spec_of
 
 # First names of keys beside the backbone's, under the same prefix.  They are reported and not loaded.
-HEADS = {
-    "fc",
-    "head",
-    "heads",
-    "classifier",
-    "linear",
-    "projection_head",
-    "prototypes",
-    "projector",
-    "predictor",
-    "pre_logits",
-    "head_dist",  # timm's older ViTs
-    "mask_token",
-    "decoder_embed",
-    "decoder_pos_embed",
-    "decoder_blocks",
-    "decoder_norm",
-    "decoder_pred",  # MAE
-}
+HEADS = (
+    {"fc", "head", "heads", "classifier", "linear", "projection_head", "prototypes", "projector", "predictor"}
+    | {"pre_logits", "head_dist"}  # timm's older ViTs
+    | {"mask_token", "decoder_embed", "decoder_pos_embed", "decoder_blocks", "decoder_norm", "decoder_pred"}  # MAE
+)
 # In our checkpoints DINO's alone: no other method's momentum encoder has prototypes.  DINO evaluates the teacher.
 DINO_KEY = "target.1.prototypes.weight"
 TRAINING_OPTIONS = re.compile(r"drop|_rate$|init|img_size|dynamic_")  # timm's, without effect on a trained network
