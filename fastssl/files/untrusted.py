@@ -31,19 +31,15 @@ def regular_file_size(path: str | Path) -> int:
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if not stat.S_ISREG(info.st_mode):
-        raise ValueError(f"{path} is {_kind(info.st_mode)}, not a regular file")
+        names = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise ValueError(f"{path} is {names.get(stat.S_IFMT(info.st_mode), 'a device')}, not a regular file")
     return info.st_size
 
 
-def _kind(mode: int) -> str:
-    names = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-    return names.get(stat.S_IFMT(mode), "a device")
-
-
-def one_line(error: BaseException, limit: int = 200) -> str:
+def one_line(error: BaseException) -> str:
     """An exception as part of a one-line message."""
     text = " ".join(str(error).split())
-    return (f"{type(error).__name__}: {text}" if text else type(error).__name__)[:limit]
+    return (f"{type(error).__name__}: {text}" if text else type(error).__name__)[:200]
 
 
 def read_pt(path: str | Path, allow: Sequence[type] = ()) -> Any:
@@ -122,26 +118,26 @@ def parse_json(text: str | bytes, name: str | Path) -> Any:
 
 def read_json(path: str | Path, max_bytes: int = JSON_BYTES) -> Any:
     """The value in a JSON file of at most `max_bytes` bytes."""
-    size = regular_file_size(path)
-    if size > max_bytes:
-        raise ValueError(f"{path} has {size} bytes: the largest JSON file that is read here has {max_bytes}")
-    try:
-        return parse_json(Path(path).read_bytes(), path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    return parse_json(_read_bytes(path, max_bytes), path)
 
 
 def read_lines(path: str | Path, max_bytes: int = JSON_BYTES) -> list[str]:
     """The lines of a text file in UTF-8 of at most `max_bytes` bytes, without empty ones and spaces around them."""
-    if regular_file_size(path) > max_bytes:
-        raise ValueError(f"{path} has {regular_file_size(path)} bytes: the largest list that is read has {max_bytes}")
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = _read_bytes(path, max_bytes).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file: {error.reason} for UTF-8 at byte {error.start}") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _read_bytes(path: str | Path, max_bytes: int) -> bytes:
+    size = regular_file_size(path)
+    if size > max_bytes:
+        raise ValueError(f"{path} has {size} bytes: the largest file that is read here has {max_bytes}")
+    try:
+        return Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def read_safetensors(path: str | Path, tensors: bool = True) -> tuple[dict[str, str], dict]:
