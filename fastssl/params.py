@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastssl import backbones, config, options
 from fastssl.config import Backbone
 from fastssl.config.backbone_options import build_spec, given_fields
-from fastssl.parsing import run_command
+from fastssl.parsing import columns, run_command
 from fastssl.plan import training_samples
 from fastssl.trainer import Context
 
@@ -86,7 +86,6 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{args.overrides[0]!r} replaces a setting of a config, and {args.target} is a backbone")
         spec = None if is_config else build_spec(args.target, given, args.option)
         rows = params(args.target, args.overrides, size=args.size, samples=args.samples, spec=spec)
-        width = max(len(label) for label, _ in rows)
-        print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
+        print(columns(rows, left=2))
 
     return run_command("params", work)

@@ -7,7 +7,7 @@ import ast
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -73,6 +73,19 @@ def comma_separated(kind: Callable[[str], object]) -> Callable[[str], tuple]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of numbers") from None
 
     return parse
+
+
+def columns(rows: Sequence[Sequence[object]], left: int = 0) -> str:
+    """A table of text: the first `left` columns are aligned to the left, the others to the right."""
+    text = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*text)]
+    align = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    return "\n".join("  ".join(f(cell, n) for f, cell, n in zip(align, row, widths)).rstrip() for row in text)
+
+
+def settings_text(row: dict) -> str:
+    """{"k": 20, "lr": 0.1} -> "k=20 lr=0.1"."""
+    return " ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items())
 
 
 def run_command(command: str, work: Callable[[], None]) -> int:

@@ -20,6 +20,7 @@ from fastssl.config import Run
 from fastssl.files.datacard import DataCard
 from fastssl.gradients import ALL_REDUCE_ELEMENTS
 from fastssl.loader import Batch
+from fastssl.parsing import columns
 from fastssl.sharded_table import ShardedTable
 from fastssl.trainer import Context
 
@@ -123,13 +124,11 @@ def report(path: str, overrides: Sequence[str], gpus: int) -> str:
     for stage in range(4):
         m = memory(method, run, stage, gpus)
         rows.append([stage, *(f"{v / 2**30:.2f}" for v in (*m, forward, sum(m) + forward))])
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    table = "\n".join("  ".join(f"{row[i]:>{widths[i]}}" for i in range(len(row))) for row in rows)
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     total = sum(p.numel() for p in method.parameters())
     return (
         f"GiB on each of {gpus} GPUs: {total / 1e6:.1f} M parameters ({trained / 1e6:.1f} M trained), "
-        f"{run.optim.name}, {samples:,} samples, {run.optim.precision}\n{table}\n"
+        f"{run.optim.name}, {samples:,} samples, {run.optim.precision}\n{columns(rows)}\n"
         f"activations: {micro} images of {each / 2**20:.1f} MiB, which autograd keeps in a forward pass (measured on "
         "the CPU with 2 and 4 images, extrapolated); speed.micro_batch lowers them.\nNot included: the images, "
         "workspaces of cuDNN, CUDA's context, fragmentation. A checkpoint takes as much memory of the host as the "

@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from fastssl import files
-from fastssl.parsing import did_you_mean, run_command
+from fastssl.parsing import columns, did_you_mean, run_command, settings_text
 
 if TYPE_CHECKING:
     from fastssl.eval.common.target import EvalTarget
@@ -60,8 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"  {name:<12}{what}" for name, what in PROTOCOLS.items()))
         return 0 if argv else 2
     if argv[0] not in PROTOCOLS:
-        hint = did_you_mean(argv[0], PROTOCOLS) or f"; known are {', '.join(PROTOCOLS)}"
-        print(f"fastssl eval: unknown protocol {argv[0]!r}{hint}", file=sys.stderr)
+        meant = did_you_mean(argv[0], PROTOCOLS) or f"; known are {', '.join(PROTOCOLS)}"
+        print(f"fastssl eval: unknown protocol {argv[0]!r}{meant}", file=sys.stderr)
         return 2
     from fastssl.eval import options  # late, because it needs fastssl.config
 
@@ -117,11 +116,8 @@ def default_out(target: EvalTarget, name: str, args: argparse.Namespace) -> str 
         args.features if args.features != "weights" else None,
         args.which,
         path.name if path.resolve() != folder.resolve() else None,
-    ]
-    parts += [
-        Path(given).stem
-        for given, default in ((args.train, data.get("bank") or data.get("train")), (args.test, data.get("test")))
-        if given and given != default
+        Path(args.train).stem if args.train not in (None, data.get("bank") or data.get("train")) else None,
+        Path(args.test).stem if args.test not in (None, data.get("test")) else None,
     ]
     return str(folder / "eval" / ("-".join(filter(None, parts)) + ".json"))
 
@@ -132,12 +128,6 @@ def table(results: list[dict]) -> str:
     used = [key for key in METRICS if any(key in row for _, row in lines)]
     rows = [["protocol", "setting", *(METRICS[key] for key in used)]]
     for result, row in lines:
-        setting = " ".join(
-            f"{key}={value:g}" if isinstance(value, (int, float)) else f"{key}={value}"
-            for key, value in row.items()
-            if key not in METRICS
-        )
+        setting = settings_text({key: value for key, value in row.items() if key not in METRICS})
         rows.append([result["protocol"], setting, *(f"{row[key]:.2f}" if key in row else "" for key in used)])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    align: list[Callable[[str, int], str]] = [str.ljust, str.ljust, *[str.rjust] * len(used)]
-    return "\n".join("  ".join(f(cell, n) for f, cell, n in zip(align, row, widths)).rstrip() for row in rows)
+    return columns(rows, left=2)
