@@ -46,12 +46,10 @@ LR_END = 1e-6  # MAE's min_lr
 
 
 def run(target: EvalTarget, args: argparse.Namespace) -> dict:
-    is_transformer = hasattr(getattr(target.backbone, "body", None), "patch_embed")
-    chosen = {
-        key: getattr(args, key) if getattr(args, key) is not None else value
-        for key, value in (TRANSFORMER if is_transformer else OTHER).items()
-    }
-    _check({**chosen, "mixup": args.mixup, "cutmix": args.cutmix, "clip": args.clip})
+    defaults = TRANSFORMER if hasattr(getattr(target.backbone, "body", None), "patch_embed") else OTHER
+    given: dict[str, Any] = {key: getattr(args, key) for key in (*defaults, "mixup", "cutmix", "clip", "pool", "seed")}
+    chosen: dict[str, Any] = {key: defaults.get(key) if value is None else value for key, value in given.items()}
+    _check(chosen)
     backbone = copy.deepcopy(target.backbone)
     if args.pool:
         finetuning.transformer_blocks(backbone, "--pool")
@@ -62,7 +60,7 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     classes = finetuning.count_classes(loader)
     if (args.mixup or args.cutmix) and loader.batch // dist.world() // loader.sampler.micro % 2:
         raise ValueError("--mixup and --cutmix mix pairs: the images per rank and pass must be even")
-    optim = optim_config(backbone, chosen, args.clip, args.precision)
+    optim = optim_config(backbone, chosen, args.precision)
     model = finetuning.train(
         backbone,
         loader,
@@ -72,25 +70,12 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
         options=finetuning.TrainingOptions(args.seed, chosen["smoothing"], args.mixup, args.cutmix),
     )
     row = finetuning.accuracy(model, test, target.view, classes=classes, precision=args.precision)
-    options = {
-        **chosen,
-        "mixup": args.mixup,
-        "cutmix": args.cutmix,
-        "clip": args.clip,
-        "pool": args.pool,
-        "seed": args.seed,
-        "train": loader.samples,
-        "test": test.samples,
-        "classes": classes,
-    }
-    return {
-        "protocol": "finetune",
-        "options": options,
-        "results": [{"optimizer": chosen["optimizer"], "epochs": chosen["epochs"], **row}],
-    }
+    options = {**chosen, "train": loader.samples, "test": test.samples, "classes": classes}
+    row = {"optimizer": chosen["optimizer"], "epochs": chosen["epochs"], **row}
+    return {"protocol": "finetune", "options": options, "results": [row]}
 
 
-def optim_config(backbone: nn.Module, chosen: dict, clip: float, precision: Precision) -> Optim:
+def optim_config(backbone: nn.Module, chosen: dict, precision: Precision) -> Optim:
     """config.Optim of these options; for transformers with a rate for each layer and no decay of norms and biases."""
     lr, batch = chosen["lr"], chosen["train_batch"]
     paramwise: dict[str, dict[str, Any]] = {}
@@ -104,17 +89,13 @@ def optim_config(backbone: nn.Module, chosen: dict, clip: float, precision: Prec
     return Optim(
         name=chosen["optimizer"],
         nesterov=chosen["optimizer"] == "sgd",
-        lr=lr,
-        base_batch=256,
         batch=batch,
-        epochs=chosen["epochs"],
-        weight_decay=chosen["weight_decay"],
-        warmup_epochs=chosen["warmup_epochs"],
-        warmup_ratio=0.0,
+        base_batch=256,
         lr_end=min(1.0, LR_END / (lr * batch / 256)),
-        clip=clip,
+        warmup_ratio=0.0,
         precision=precision,
         paramwise=paramwise,
+        **{key: chosen[key] for key in ("lr", "epochs", "weight_decay", "warmup_epochs", "clip")},
     )
 
 

@@ -24,9 +24,7 @@ K = (10, 20, 100, 200)
 def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     bank_size = target.loader(target.train).samples
     k = args.k or tuple(n for n in K if n <= bank_size) or (bank_size,)
-    _check(k, args.temperature)  # before the features are computed
-    if max(k) > bank_size:
-        raise ValueError(f"--k {max(k)}: must be between 1 and {bank_size}, the images of {target.train}")
+    _check(k, args.temperature, bank_size)  # before the features are computed
     return knn(
         *target.features(target.train),
         *target.features(target.test),
@@ -61,11 +59,7 @@ def knn(
         raise ValueError("the queries have no labels: give `labels`, or no queries")
     check_features("queries", queries, labels)
     k = tuple(sorted(set(k)))
-    _check(k, temperature)
-    if k[-1] > len(bank) - leave_one_out:
-        raise ValueError(
-            f"k={k}: must be between 1 and {len(bank) - leave_one_out}, the samples that can be neighbours"
-        )
+    _check(k, temperature, len(bank) - leave_one_out)
     if bank.shape[1] != queries.shape[1]:
         raise ValueError(f"the bank has {bank.shape[1]} dimensions, the queries {queries.shape[1]}")
     find = search.make_search(bank, k[-1], backend)
@@ -91,9 +85,9 @@ def knn(
     return {"protocol": "knn", "options": options, "results": results}
 
 
-def _check(k: tuple[int, ...], temperature: float) -> None:
-    if not k or min(k) < 1:
-        raise ValueError(f"k={k}: must be between 1 and the number of samples that can be neighbours")
+def _check(k: tuple[int, ...], temperature: float, most: int) -> None:
+    if not k or min(k) < 1 or max(k) > most:
+        raise ValueError(f"k={k}: must be between 1 and {most}, the samples that can be neighbours")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive")
 

@@ -114,9 +114,7 @@ def project(
         raise ValueError("some features are NaN or infinite: the training diverged, or precision is too low")
     x = F.normalize(features.double(), dim=1).cpu().numpy()
     if x.std(0).max() < EQUAL:  # scikit-learn's t-SNE divides by it and crashes (SIGSEGV)
-        raise ValueError(
-            f"the features of all {len(x)} images are equal: the images are equal, or the network has collapsed"
-        )
+        raise ValueError(f"the features of all {len(x)} images are equal: so are the images, or the network collapsed")
     from sklearn.decomposition import PCA
 
     dims = min(2 if method == "pca" else DIMS, *x.shape)

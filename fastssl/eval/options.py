@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from fastssl.config import Optim, settings
@@ -32,10 +33,17 @@ def parser(protocol: str) -> Parser:
     return out
 
 
+def target_options(**given: object) -> argparse.Namespace:
+    """The options that protocols share, with their defaults and those that are given."""
+    out = argparse.ArgumentParser()
+    add_target_options(out)
+    return argparse.Namespace(**{**vars(out.parse_args([])), **given})
+
+
 def add_protocol_options(parser: argparse.ArgumentParser, protocol: str) -> None:
     """The options that one protocol alone has."""
     adders = (_knn, _linear, _classifier, _extract, _svm, _semisup, _finetune, _detection, _maps, _neighbours)
-    {add.__name__[1:]: add for add in adders}[protocol](parser)
+    {add.__name__[1:]: add for add in adders}[protocol](parser.add_argument)
 
 
 def add_target_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
@@ -87,105 +95,103 @@ def add_target_options(parser: argparse.ArgumentParser, without: tuple[str, ...]
     add("--seed", type=int, default=0, help="of random numbers")
 
 
-def _add_micro_batch(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--micro-batch", type=int, help="images per rank and pass; default: all of the rank")
+def _micro_batch(add: Callable) -> None:
+    add("--micro-batch", type=int, help="images per rank and pass; default: all of the rank")
 
 
-def _knn(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _knn(add: Callable) -> None:
+    add(
         "--k",
         type=comma_separated(int),
         help="numbers of neighbours; default: those of 10,20,100,200 that the training file has images for",
     )
-    parser.add_argument("--temperature", type=float, default=0.07, help="T in the weights exp(cosine / T) of the votes")
-    parser.add_argument("--backend", choices=("torch", "faiss"), default="torch", help="of the search")
+    add("--temperature", type=float, default=0.07, help="T in the weights exp(cosine / T) of the votes")
+    add("--backend", choices=("torch", "faiss"), default="torch", help="of the search")
 
 
-def _linear(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _linear(add: Callable) -> None:
+    add(
         "--recipe",
         choices=("probe", "moco", "multi", "places205", "lars"),
         default="probe",
         help="probe: on cached features, the rate chosen on held-out images; the others as published: "
         "moco (OpenSelfSup's Last), multi (five layers), places205, lars (SimSiam, MMSelfSup)",
     )
-    parser.add_argument("--solver", choices=("sgd", "lbfgs"), help="of the probe; default: sgd")
-    parser.add_argument(
+    add("--solver", choices=("sgd", "lbfgs"), help="of the probe; default: sgd")
+    add(
         "--grid",
         type=comma_separated(float),
         help="learning rates, trained at once (probe with lbfgs: l2 penalties); default: the recipe's",
     )
-    parser.add_argument("--epochs", type=int, help="default: the recipe's; probe: 100 (lbfgs: the most iterations)")
-    parser.add_argument("--probe-batch", type=int, help="of all ranks together; default: the recipe's, probe: 1024")
-    parser.add_argument(
+    add("--epochs", type=int, help="default: the recipe's; probe: 100 (lbfgs: the most iterations)")
+    add("--probe-batch", type=int, help="of all ranks together; default: the recipe's, probe: 1024")
+    add(
         "--held-out",
         type=float,
         help="fraction of the training set on which the setting is chosen; default: 0.1 for the probe, 0 for the "
         "published recipes",
     )
-    parser.add_argument(
+    add(
         "--layers",
         type=comma_separated(str),
         help="of the published recipes: stem,layer1,...,layer4,last; default: the recipe's",
     )
-    parser.add_argument(
+    add(
         "--no-augment",
         action="store_true",
         help="published recipes on the cached features of the test's crop: minutes, and not what the papers report",
     )
 
 
-def _classifier(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--head", metavar="NAME", help="name of the linear layer in the file, e.g. head.fc_cls; default: found"
-    )
+def _classifier(add: Callable) -> None:
+    add("--head", metavar="NAME", help="name of the linear layer in the file, e.g. head.fc_cls; default: found")
 
 
-def _extract(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _extract(add: Callable) -> None:
+    add(
         "--layers",
         type=comma_separated(str),
         default=("last",),
         help="stem,layer1,layer2,layer3,layer4,last (other networks than ResNets: stage1, ...) or all",
     )
-    parser.add_argument("--only", choices=("train", "test"), help="one of the two files; default: both")
-    parser.add_argument(
+    add("--only", choices=("train", "test"), help="one of the two files; default: both")
+    add(
         "--to",
         choices=("npy", "safetensors"),
         default="npy",
         help="npy: a file for each layer and one for the labels; safetensors: one file for all",
     )
-    parser.add_argument(
+    add(
         "--squash",
         action="store_true",
         help="the whole image at the view's size instead of a crop, as OpenSelfSup does for VOC07",
     )
-    parser.add_argument("--folder", help="default: eval/ in the run's folder")
-    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    add("--folder", help="default: eval/ in the run's folder")
+    add("--force", action="store_true", help="replace files that are there")
 
 
-def _svm(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _svm(add: Callable) -> None:
+    add(
         "--layers",
         type=comma_separated(str),
         default=("last",),
         help="stem,layer1,...,layer4,last; published figures are the best of the first five",
     )
-    parser.add_argument("--low-shot", action="store_true", help="few images a class instead of all")
-    parser.add_argument(
+    add("--low-shot", action="store_true", help="few images a class instead of all")
+    add(
         "--shots",
         type=comma_separated(int),
         help="positives of each class, with C - 1 times as many negatives; default: 1,2,4,8,16,32,64,96",
     )
-    parser.add_argument("--samples", type=int, help="independent draws of each number of shots; default: 5")
-    parser.add_argument("--costs", type=comma_separated(float), default=SVM_COSTS, help="default: the published 19")
-    parser.add_argument("--folds", type=int, help="of the cross-validation; default: 3")
-    parser.add_argument(
+    add("--samples", type=int, help="independent draws of each number of shots; default: 5")
+    add("--costs", type=comma_separated(float), default=SVM_COSTS, help="default: the published 19")
+    add("--folds", type=int, help="of the cross-validation; default: 3")
+    add(
         "--solver",
         choices=("fast", "cuda", "sklearn"),
         help="default: cuda on a GPU, fast elsewhere and for more images than twice the dimensions",
     )
-    parser.add_argument(
+    add(
         "--crop",
         choices=("squash", "center"),
         default="squash",
@@ -193,8 +199,7 @@ def _svm(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _semisup(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+def _semisup(add: Callable) -> None:
     add("--percent", type=float, help="of the training images of each class, drawn by --seed; default: 1")
     add(
         "--subset",
@@ -222,11 +227,10 @@ def _semisup(parser: argparse.ArgumentParser) -> None:
     )
     add("--gamma", type=float, default=0.2, help="see --milestones")
     add("--weight-decay", type=float, help="default: 5e-4 for 1 %%, 1e-4 for 10 %%")
-    _add_micro_batch(parser)
+    _micro_batch(add)
 
 
-def _finetune(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+def _finetune(add: Callable) -> None:
     add("--optimizer", choices=("adamw", "sgd"), help="default: adamw for transformers, else sgd")
     add("--lr", type=float, help="for a batch of 256; scaled linearly; default: 5e-4 for transformers, else 0.05")
     add("--train-batch", type=int, help="of all ranks together; default: 1024 for transformers, else 256")
@@ -244,11 +248,10 @@ def _finetune(parser: argparse.ArgumentParser) -> None:
     add("--cutmix", type=float, default=0.0, help="alpha (MAE: 1.0)")
     add("--clip", type=float, default=0.0, help="largest norm of the gradient; 0: no clipping")
     add("--pool", choices=("avg", "token"), help="transformers: input of the head (MAE: avg); default: timm's")
-    _add_micro_batch(parser)
+    _micro_batch(add)
 
 
-def _detection(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+def _detection(add: Callable) -> None:
     add("--voc", metavar="FOLDER", help="VOCdevkit: holds VOC2007, VOC2012 (Annotations, ImageSets, JPEGImages)")
     add("--coco", metavar="FOLDER", help="holds annotations/instances_SPLIT.json and the images in SPLIT/")
     add("--train-split", help="default: VOC2007/trainval,VOC2012/trainval or train2017")
@@ -275,16 +278,16 @@ def _detection(parser: argparse.ArgumentParser) -> None:
     add("--max-size", type=int, default=1333, help="of the long side")
 
 
-def _maps(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", default="tsne", help=f"some of {', '.join(MAPS)}, with commas between them")
-    parser.add_argument("--points", type=int, default=5000, help="images drawn from the test file; 0: all")
-    parser.add_argument("--perplexity", type=float, help="of t-SNE; default: 30, or a third of fewer than 90 points")
-    parser.add_argument("--near", type=int, help="n_neighbors of UMAP; default: 15")
-    parser.add_argument("--min-dist", type=float, help="min_dist of UMAP; default: 0.1")
-    parser.add_argument("--folder", help="for map_METHOD.png and .npy; default: eval/ in the run's folder")
+def _maps(add: Callable) -> None:
+    add("--method", default="tsne", help=f"some of {', '.join(MAPS)}, with commas between them")
+    add("--points", type=int, default=5000, help="images drawn from the test file; 0: all")
+    add("--perplexity", type=float, help="of t-SNE; default: 30, or a third of fewer than 90 points")
+    add("--near", type=int, help="n_neighbors of UMAP; default: 15")
+    add("--min-dist", type=float, help="min_dist of UMAP; default: 0.1")
+    add("--folder", help="for map_METHOD.png and .npy; default: eval/ in the run's folder")
 
 
-def _neighbours(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--k", type=int, default=8, help="neighbours of each image")
-    parser.add_argument("--queries", type=int, default=10, help="test images on the sheet, drawn by --seed")
-    parser.add_argument("--folder", help="for neighbours.png; default: eval/ in the run's folder")
+def _neighbours(add: Callable) -> None:
+    add("--k", type=int, default=8, help="neighbours of each image")
+    add("--queries", type=int, default=10, help="test images on the sheet, drawn by --seed")
+    add("--folder", help="for neighbours.png; default: eval/ in the run's folder")

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import itertools
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from fastssl.eval.common.stored_results import StoredResults
 from fastssl.eval.common.target import EvalTarget
 from fastssl.files import untrusted
 from fastssl.loader import Loader
+from fastssl.parsing import settings_text
 from fastssl.sampler import permutation
 
 NEEDS = ("train", "test")
@@ -38,11 +40,11 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     trainings = Trainings(target, args, len(grid))
     cells = []
     for lr, mult in grid:
-        cell = {"lr": lr, "head_mult": mult, **trainings.test_accuracy(lr, mult)}
+        cell = {"lr": lr, "head_mult": mult, **trainings.accuracy(lr, mult, False)}
         if len(trainings.held_out):
-            cell["held_out_top1"] = trainings.held_out_accuracy(lr, mult)["top1"]
+            cell["held_out_top1"] = trainings.accuracy(lr, mult, True)["top1"]
         cells.append(cell)
-        dist.print_main(" ".join(f"{key}={value:g}" for key, value in cell.items()))
+        dist.print_main(settings_text(cell))
     trainings.stored.remove()
     rows = [{"percent": trainings.percent, **row} for row in results(cells)]
     return {"protocol": "semisup", "options": trainings.options(), "results": rows, "selection": cells}
@@ -66,22 +68,13 @@ class Trainings:
         if self.stored.done:
             dist.print_main(f"{len(self.stored.done)} of {self.total} trainings are read from {self.stored.path}")
 
-    def test_accuracy(self, lr: float, mult: float) -> dict:
-        """Accuracy on the test set after training on all labelled images; see finetuning.accuracy."""
-        name = f"lr={lr:g} head_mult={mult:g} tested on the test set"
-        return self.stored.get(name, partial(self._train_and_test, name, lr, mult, self.rows, self.test, None))
+    def accuracy(self, lr: float, mult: float, on_held_out: bool) -> dict:
+        """Accuracy on the test set after training on all labelled images, or on the held-out ones after training on the
+        others; see finetuning.accuracy."""
+        name = f"lr={lr:g} head_mult={mult:g} tested on {'held-out images' if on_held_out else 'the test set'}"
+        return self.stored.get(name, partial(self._train_and_test, name, lr, mult, on_held_out))
 
-    def held_out_accuracy(self, lr: float, mult: float) -> dict:
-        """Accuracy on the held-out images after training on the other labelled ones."""
-        name = f"lr={lr:g} head_mult={mult:g} tested on held-out images"
-        train_and_test = partial(
-            self._train_and_test, name, lr, mult, self.not_held_out, self.evaluation_loader, self.held_out
-        )
-        return self.stored.get(name, train_and_test)
-
-    def _train_and_test(
-        self, name: str, lr: float, mult: float, train_rows: np.ndarray, test: Loader, test_rows: np.ndarray | None
-    ) -> dict:
+    def _train_and_test(self, name: str, lr: float, mult: float, on_held_out: bool) -> dict:
         progress = f"training {len(self.stored.done) + 1} of {self.total}, {name}, "
         view = self.target.view
         try:
@@ -91,13 +84,14 @@ class Trainings:
                 finetuning.training_view(view),
                 finetuning.with_head_rate(self.optim, lr, mult),
                 classes=self.classes,
-                rows=train_rows,
+                rows=self.not_held_out if on_held_out else self.rows,
                 options=finetuning.TrainingOptions(seed=self.args.seed, name=progress),
             )
         except finetuning.Diverged:
             return {"top1": 0.0, "diverged": True}
+        test, rows = (self.evaluation_loader, self.held_out) if on_held_out else (self.test, None)
         precision = self.args.precision
-        return finetuning.accuracy(model, test, view, classes=self.classes, rows=test_rows, precision=precision)
+        return finetuning.accuracy(model, test, view, classes=self.classes, rows=rows, precision=precision)
 
     def _facts(self) -> dict:
         """What the results depend on, beside the rates."""
@@ -119,11 +113,7 @@ class Trainings:
             "percent": self.percent,
             "labelled": len(self.rows),
             "subset": self.args.subset or "drawn",
-            "epochs": self.args.epochs,
-            "batch": self.args.train_batch,
-            "milestones": list(self.args.milestones),
-            "gamma": self.args.gamma,
-            "weight_decay": self.optim.weight_decay,
+            **{key: getattr(self.optim, key) for key in ("epochs", "batch", "milestones", "gamma", "weight_decay")},
             "held_out": len(self.held_out),
             "seed": self.args.seed,
             "train": self.loader.samples,
@@ -156,9 +146,9 @@ def base_optim(args: argparse.Namespace, percent: float) -> Optim:
 def results(cells: list[dict]) -> list[dict]:
     """The best cell on the test set and, if cells have "held_out_top1", on held-out images; the first of equal ones."""
     keys = ("lr", "head_mult", "top1", "top5")
-    keys_by = {"test": "top1"} | ({"held-out": "held_out_top1"} if "held_out_top1" in cells[0] else {})
-    best = {on: max(cells, key=lambda cell: cell[key]) for on, key in keys_by.items()}
-    return [{"selected_on": on, **{key: cell[key] for key in keys if key in cell}} for on, cell in best.items()]
+    chosen = [(on, key) for on, key in (("test", "top1"), ("held-out", "held_out_top1")) if key in cells[0]]
+    best = [(on, max(cells, key=itemgetter(key))) for on, key in chosen]
+    return [{"selected_on": on, **{key: cell[key] for key in keys if key in cell}} for on, cell in best]
 
 
 def _check(args: argparse.Namespace, rates: tuple[float, ...], mults: tuple[float, ...]) -> None:

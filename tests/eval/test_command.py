@@ -38,7 +38,7 @@ def test_the_default_k_fits_a_small_bank(run_folder, files, tmp_path, capsys):
     capsys.readouterr()
     assert call("knn", run_folder, "--k", "5,61") == 2
     out, err = capsys.readouterr()
-    assert "--k 61: must be between 1 and 60, the images of" in err and "features of" not in out
+    assert "k=(5, 61): must be between 1 and 60" in err and "features of" not in out
 
 
 def test_results_of_a_run_are_saved_in_its_folder(run_folder, files, tmp_path, capsys):

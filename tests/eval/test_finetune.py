@@ -154,7 +154,7 @@ def test_layer_decay_equals_maes(decay):
     net = backbones.build(Backbone("test_vit"))
     model = finetuning.Classifier(net, 7)
     chosen = {**finetune.TRANSFORMER, "layer_decay": decay}
-    settings = finetune.optim_config(net, chosen, 0.0, "fp32")
+    settings = finetune.optim_config(net, {**chosen, "clip": 0.0}, "fp32")
     made, schedule = optim.build(model.named_parameters(), settings, steps_per_epoch=10)
     names = {p: name for name, p in model.named_parameters()}
     for step, factor in ((0, 0.0), (25, 0.5), (50, 1.0)):  # of 5 epochs of warm-up

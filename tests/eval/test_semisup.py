@@ -86,7 +86,7 @@ def test_the_published_settings():
     assert semisup.WEIGHT_DECAY == {1: 5e-4, 10: 1e-4}
     assert finetuning.training_view(View(224, crop="center", resize=256)) == views.supervised(224)[0]
     assert finetuning.training_view(replace(VIEW, mean=(0, 0, 0))).mean == (0, 0, 0)
-    other = finetune.optim_config(Linear(), finetune.OTHER, 0.0, "fp32")  # SimCLR, appendix B.5
+    other = finetune.optim_config(Linear(), finetune.OTHER | {"clip": 0.0}, "fp32")  # SimCLR, appendix B.5
     assert (other.name, other.nesterov, other.momentum, other.weight_decay) == ("sgd", True, 0.9, 0.0)
     assert other.lr * other.batch / other.base_batch == 0.05 and not other.paramwise
     for n, of, decay in ((12811, 1281167, 5e-4), (128116, 1281167, 1e-4)):  # SimCLR's lists

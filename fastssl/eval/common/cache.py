@@ -20,6 +20,7 @@ import time
 import zlib
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -148,10 +149,6 @@ class FeatureStore:
                 shutil.rmtree(path, ignore_errors=True)
         files.write_json(self.folder / "manifest.json", self.about, unique=True)
 
-    def check_space(self, shards: int) -> None:
-        """ValueError when the disk cannot hold that many."""
-        check_disk_space(self.folder, shards * SHARD_ROWS * sum(self.dims) * 4, REMEDY)
-
 
 def _read_array(file: Path, shape: tuple[int, int], crc: int) -> np.ndarray:
     try:
@@ -174,9 +171,7 @@ def check_disk_space(folder: Path, need: int, remedy: str) -> None:
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if need > free:
-        raise ValueError(
-            f"{folder} needs {need / 2**30:.1f} GiB and its disk has {free / 2**30:.1f} GiB free: {remedy}"
-        )
+        raise ValueError(f"{folder} needs {need / 2**30:.1f} GiB, its disk has {free / 2**30:.1f} GiB free: {remedy}")
 
 
 def hash_weights(backbone: nn.Module) -> str:
@@ -211,8 +206,10 @@ def _compute(
     store: FeatureStore | None, missing: list[int], extractor: Extractor, loader: Loader, receive: Receive
 ) -> None:
     if store:
-        on_main(lambda: store.check_space(len(missing)), REMEDY)
-    for shards in _consecutive(missing):
+        need = len(missing) * SHARD_ROWS * sum(store.dims) * 4
+        on_main(lambda: check_disk_space(store.folder, need, REMEDY), REMEDY)
+    for _, group in groupby(enumerate(missing), lambda pair: pair[1] - pair[0]):
+        shards = [k for _, k in group]  # consecutive ones
         last = min((shards[-1] + 1) * SHARD_ROWS, loader.samples)
         start, stop = shards[0] * SHARD_ROWS // loader.batch, -(-last // loader.batch)
         waiting = []  # rows of this rank that are in no finished shard: [features of each layer, sample numbers]
@@ -242,14 +239,3 @@ def _finish_shard(store: FeatureStore | None, k: int, rows: list[Tensor], loader
     if store:
         on_main(lambda: store.write(k, [part.cpu().numpy() for part in parts]), REMEDY)
     receive(first, parts)
-
-
-def _consecutive(numbers: list[int]) -> list[list[int]]:
-    """[0, 1, 4] -> [[0, 1], [4]]"""
-    out: list[list[int]] = []
-    for n in numbers:
-        if out and out[-1][-1] == n - 1:
-            out[-1].append(n)
-        else:
-            out.append([n])
-    return out

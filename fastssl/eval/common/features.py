@@ -122,39 +122,25 @@ class Extractor:
             yield from forward_batches(self, loader, start=start, stop=stop, order=order)
 
 
-def extract(extractor: Extractor, loader: Loader) -> tuple[Tensor, ...]:
-    """float32 features (N, dim) of each layer, then labels (N,) or (N, C), of all samples of `loader`; row i is sample
-    i's.
+def extract(extractor: Extractor, loader: Loader, rows: np.ndarray | None = None) -> tuple[Tensor, ...]:
+    """float32 features (N, dim) of each layer, then labels (N,) or (N, C), of all samples of `loader`, or of the N
+    different samples `rows` alone, in the order of the file.
 
     `loader` has the sampler Sampler.sequential(); each rank computes its shard and every rank gets all.  The features
     are not normalised, and on the loader's device, where N * dim * 4 bytes must fit twice.
     """
     check_loader(loader)
-    *parts, index = _all_ranks(extractor.batches(loader))
-    order = index.argsort()
-    if not torch.equal(index[order], torch.arange(loader.samples, device=index.device)):
-        raise ValueError(
-            f"{loader.path}: the loader gave {len(index)} samples that are not 0 to {loader.samples - 1}, "
-            "each once; were all ranks given the same file?"
-        )
-    return tuple(part[order] for part in parts)
-
-
-def extract_rows(extractor: Extractor, loader: Loader, rows: np.ndarray) -> tuple[Tensor, ...]:
-    """As `extract`, of the samples `rows` (different ones) alone, in the order of the file."""
-    check_loader(loader)
+    rows = np.arange(loader.samples) if rows is None else np.sort(rows)
     stop, order = -(-len(rows) // loader.batch), np.resize(rows, loader.samples)
-    *parts, index = _all_ranks(extractor.batches(loader, stop=stop, order=order))
-    sorting = index.argsort(stable=True)
-    first = torch.ones_like(index, dtype=torch.bool)
-    first[1:] = index[sorting][1:] != index[sorting][:-1]  # the last batch is filled up with repetitions
-    return tuple(part[sorting[first]] for part in parts)
-
-
-def _all_ranks(batches: Iterator[tuple[Batch, list[Tensor]]]) -> list[Tensor]:
-    """Features of each layer, labels and sample numbers of all ranks."""
-    rows = [(*parts, batch.label, batch.index) for batch, parts in batches]
-    return [dist.gather_ragged(torch.cat(part)) for part in zip(*rows)]
+    found = [(*x, batch.label, batch.index) for batch, x in extractor.batches(loader, stop=stop, order=order)]
+    *parts, index = (dist.gather_ragged(torch.cat(part)) for part in zip(*found))
+    samples, first = np.unique(index.cpu().numpy(), return_index=True)  # the last batch is filled up with repetitions
+    if len(index) != min(stop * loader.batch, loader.samples) or not np.array_equal(samples, rows):
+        raise ValueError(
+            f"{loader.path}: the ranks gave {len(samples)} samples that are not the {len(rows)} of the evaluation; "
+            "were all given the same file?"
+        )
+    return tuple(part[torch.from_numpy(first).to(part.device)] for part in parts)
 
 
 def check_loader(loader: Loader) -> None:

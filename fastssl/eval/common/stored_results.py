@@ -33,7 +33,8 @@ class StoredResults:
         if name not in self.done:
             self.done[name] = compute()
             if self.path:
-                on_main(partial(self._append, self.path, {"name": name, "result": self.done[name]}), REMEDY)
+                line = json.dumps({"name": name, "result": self.done[name]}) + "\n"
+                on_main(partial(self._append, self.path, line), REMEDY)
         return self.done[name]
 
     def remove(self) -> None:
@@ -57,9 +58,9 @@ class StoredResults:
         path.write_text("".join(json.dumps(line) + "\n" for line in [{"key": self.key}, *results]))
         return {line["name"]: line["result"] for line in results}
 
-    def _append(self, path: Path, line: dict) -> None:
+    def _append(self, path: Path, line: str) -> None:
         with open(path, "a") as f:
-            f.write(json.dumps(line) + "\n")
+            f.write(line)
             f.flush()
             os.fsync(f.fileno())
 

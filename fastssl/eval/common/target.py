@@ -139,9 +139,7 @@ def _view(args: argparse.Namespace, data: dict, spec: Backbone, card: DataCard |
     try:
         view = View(**{key: value for key, value in fields.items() if key != "type"})
     except TypeError as error:  # of another version, or written by hand
-        raise ValueError(
-            f"{args.target}: config.json describes a view that this version does not have: {error}"
-        ) from None
+        raise ValueError(f"{args.target}: config.json has a view that this version does not: {error}") from None
     if not data.get("eval_view"):  # the default for the size, whatever crops the training uses
         plain = {key: changes.pop(key) for key in ("size",) if key in changes}
         view = views.default_view(View(**{"size": view.size, **plain, "mean": view.mean, "std": view.std}), card)

@@ -76,16 +76,12 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     if args.voc:
         rows += [{"data": name, "metric": "voc07", **average_precision(test, len(classes), found, eleven=True)}]
     options = {
+        **{key: getattr(args, key) for key in ("lr", "weight_decay", "bn", "max_size", "seed")},
         "steps": steps,
         "milestones": list(milestones),
         "warmup_steps": warmup,
-        "lr": args.lr,
         "batch": args.train_batch,
-        "weight_decay": args.weight_decay,
-        "bn": args.bn,
         "min_size": list(sizes),
-        "max_size": args.max_size,
-        "seed": args.seed,
         "train": len(train),
         "test": len(test),
         "classes": len(classes),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,20 +36,17 @@ def average_precision(
                 g["iscrowd"] = crowd
             return out
 
-    truth, detected = COCO(), COCO()
-    common = {
-        "images": [{"id": i} for i in range(len(pictures))],
-        "categories": [{"id": c + 1} for c in range(classes)],
-    }
+    truth = COCO()
     objects = [(i, p, k) for i, p in enumerate(pictures) for k in range(len(p.boxes))]
     truth.dataset = {
-        **common,
+        "images": [{"id": i} for i in range(len(pictures))],
+        "categories": [{"id": c + 1} for c in range(classes)],
         "annotations": [
             {
                 "id": n,
                 "image_id": i,
                 "category_id": p.labels[k],
-                "bbox": _xywh(p.boxes[k]),
+                "bbox": _xywh(np.array(p.boxes[k])).tolist(),
                 "area": p.areas[k],
                 "iscrowd": int(p.crowd[k] or p.difficult[k]),
                 "difficult": p.difficult[k],
@@ -58,24 +54,10 @@ def average_precision(
             for n, (i, p, k) in enumerate(objects, 1)
         ],
     }
-    detected.dataset = {
-        **common,
-        "annotations": [
-            {
-                "id": n,
-                "image_id": int(row[0]),
-                "category_id": int(row[1]),
-                "score": row[2],
-                "bbox": _xywh(row[3:]),
-                "area": (row[5] - row[3]) * (row[6] - row[4]),
-                "iscrowd": 0,
-            }
-            for n, row in enumerate(found.tolist(), 1)
-        ],
-    }
+    rows = np.column_stack([found[:, 0], _xywh(found[:, 3:]), found[:, 2], found[:, 1]])
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         truth.createIndex()
-        detected.createIndex()
+        detected = truth.loadRes(rows) if len(rows) else COCO()
         run = Evaluation(truth, detected, "bbox")
         run.params.areaRng, run.params.areaRngLbl, run.params.maxDets = [[0, 1e10]], ["all"], [100]
         if eleven:
@@ -90,8 +72,8 @@ def average_precision(
     return {"ap": float(per_iou.mean()), "ap50": float(per_iou[0]), "ap75": float(per_iou[5])}
 
 
-def _xywh(box: Sequence[float]) -> list[float]:
-    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+def _xywh(boxes: np.ndarray) -> np.ndarray:
+    return np.concatenate([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], -1)
 
 
 def import_pycocotools() -> tuple[Any, Any]:

@@ -56,10 +56,7 @@ class Picture:
         if x1 <= x0 or y1 <= y0:
             if drop_empty:
                 return
-            raise ValueError(
-                f"{where}: the box {box} (x0, y0, x1, y1) has no area: repair it, or leave such boxes out "
-                "with --drop-empty"
-            )
+            raise ValueError(f"{where}: the box {box} (x0, y0, x1, y1) has no area: repair it, or give --drop-empty")
         self.boxes.append(box)
         self.labels.append(label)
         self.areas.append((x1 - x0) * (y1 - y0) if area is None else area)

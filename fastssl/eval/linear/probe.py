@@ -79,11 +79,8 @@ def linear_probe(
     w_DC = fit(x, train_labels, (best,), *settings)[:, 0]
     setting = "lr" if solver == "sgd" else "l2"
     about = {
-        "solver": solver,
-        "epochs": options.epochs,
+        **{key: getattr(options, key) for key in ("solver", "epochs", "held_out", "seed")},
         **({"batch": min(options.batch, len(train))} if solver == "sgd" else {}),
-        "held_out": options.held_out,
-        "seed": options.seed,
         "train": len(train),
         "test": len(test),
         "dim": train.shape[1],

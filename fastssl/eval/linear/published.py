@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from fastssl.eval.linear.recipes import RECIPES, Recipe, rate_factor
 from fastssl.inference import forward_batches
 from fastssl.kernels.augment import make_views
 from fastssl.loader import Batch, Loader
+from fastssl.parsing import settings_text
 from fastssl.sampler import Sampler, permutation
 
 
@@ -71,16 +73,13 @@ def train_and_test(
     )
     curve = []
     for epoch in range(recipe.epochs):
-        losses = _train_epoch(classifiers, batches(epoch, len(rows) // recipe.batch), rate_factor(recipe, epoch))
-        curve += _curve_rows(epoch, names, rates, losses, classifiers, sets)
+        factor, steps = rate_factor(recipe, epoch), batches(epoch, len(rows) // recipe.batch)
+        losses = [torch.stack([c.step(x, y, factor) for c, x in zip(classifiers, xs)]) for xs, y in steps]
+        curve += _curve_rows(epoch, names, rates, torch.stack(losses).mean(0).tolist(), classifiers, sets)
     options = {
         "recipe": name,
-        "published": recipe.published,
-        "epochs": recipe.epochs,
-        "batch": recipe.batch,
+        **{key: getattr(recipe, key) for key in ("published", "epochs", "batch", "weight_decay", "lars")},
         "milestones": list(recipe.milestones),
-        "weight_decay": recipe.weight_decay,
-        "lars": recipe.lars,
         "augment": recipe.augment if augment else "none",
         "held_out": len(held_out_rows),
         "seed": target.args.seed,
@@ -104,19 +103,11 @@ def _test_sets(
     """Features of each layer and labels of the test set ("test") and of the held-out images ("held-out"), if any."""
     sets = {"test": target.features(target.test, layers)}
     if len(held_out_rows):
-        sets["held-out"] = features.extract_rows(extractor, target.loader(target.train), held_out_rows)
+        sets["held-out"] = features.extract(extractor, target.loader(target.train), held_out_rows)
     for name, (*xs, y) in sets.items():
         for x in xs:
             check_features(name, x, y)
     return sets
-
-
-def _train_epoch(
-    classifiers: list[LinearClassifiers], batches: Iterator[tuple[list[Tensor], Tensor]], factor: float
-) -> list[list[float]]:
-    """One step of every classifier for each batch; returns the mean losses by layer and rate."""
-    losses = [torch.stack([c.step(x, y, factor) for c, x in zip(classifiers, xs)]) for xs, y in batches]
-    return torch.stack(losses).mean(0).tolist()
 
 
 def _curve_rows(
@@ -136,7 +127,7 @@ def _curve_rows(
             if "held-out" in sets:
                 row["held_out_top1"] = accuracies["held-out"][j]["top1"]
             rows.append(row)
-            dist.print_main(" ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
+            dist.print_main(settings_text(row))
     return rows
 
 
@@ -144,22 +135,14 @@ def results(curve: list[dict], layers: tuple[str, ...]) -> list[dict]:
     """The rows that `train_and_test` returns, chosen from those of all layers, rates and epochs; the first of
     equals."""
     rows, last = [], max(row["epoch"] for row in curve)
+    keys = ("layer", "lr", "epoch", "selected_on", "top1", "top5")
     for layer in layers:
         layer_rows = [row for row in curve if row["layer"] == layer]
         chosen = [("none", row) for row in layer_rows if row["epoch"] == last]
-        chosen += [("test", max(layer_rows, key=lambda r: r["top1"]))]
-        if "held_out_top1" in layer_rows[0]:
-            chosen.append(("held-out", max(layer_rows, key=lambda r: r["held_out_top1"])))
-        rows += [
-            {
-                "layer": layer,
-                "lr": row["lr"],
-                "epoch": row["epoch"],
-                "selected_on": on,
-                **{key: row[key] for key in ("top1", "top5") if key in row},
-            }
-            for on, row in chosen
-        ]
+        for on, key in (("test", "top1"), ("held-out", "held_out_top1")):
+            chosen += [(on, max(layer_rows, key=itemgetter(key)))] if key in layer_rows[0] else []
+        found = [{**row, "selected_on": on} for on, row in chosen]
+        rows += [{key: row[key] for key in keys if key in row} for row in found]
     return rows
 
 
@@ -193,7 +176,7 @@ def augmented_batches(extractor: Extractor, recipe: Recipe, loader: Loader, rows
 
     def forward(batch: Batch) -> list[Tensor]:
         (x,) = make_views(batch.pixels, batch.sizes, batch.index, (view,), seed=seed, epoch=batch.epoch)
-        return extractor.of_images(finish(x, batch.index, batch.epoch, seed))
+        return extractor.of_images(finish(x, batch.index, batch.epoch, seed) if finish else x)
 
     def batches(epoch: int, steps: int) -> Iterator[tuple[list[Tensor], Tensor]]:
         order = np.resize(rows[permutation(len(rows), seed, epoch + 1)], loader.samples)

@@ -140,17 +140,17 @@ def low_shot(
     problems = [(k, s, c) for k in shots for s in range(samples) for c in range(classes)]
     drawn = [draw(y[:, c], k, classes, np.random.default_rng((draws.seed, k, s, c))) for k, s, c in problems]
     fits = SOLVERS[solver](x, x_test)
-    ap = {True: np.zeros((len(shots), samples, classes, len(costs)))}
-    ap[False] = np.full_like(ap[True], np.nan)
+    ap_test = np.zeros((len(shots), samples, classes, len(costs)))
+    ap_held_out = np.full_like(ap_test, np.nan)
     scored = fits.few([(rows, y[rows, c] > 0) for rows, (_, _, c) in zip(drawn, problems)], costs)
     for (k, s, c), rows, (on_test, on_train) in zip(problems, drawn, scored):
         rest = y[:, c].copy()
         rest[rows] = -1
         at = shots.index(k), s, c
-        ap[True][at] = 100 * average_precision(on_test, np.broadcast_to(y_test[:, c], on_test.shape))
+        ap_test[at] = 100 * average_precision(on_test, np.broadcast_to(y_test[:, c], on_test.shape))
         if (rest > 0).any():  # else all images of the class are drawn
-            ap[False][at] = 100 * average_precision(on_train, np.broadcast_to(rest, on_train.shape))
-    results = [row for i, k in enumerate(shots) for row in _choose(k, ap[True][i], ap[False][i], costs)]
+            ap_held_out[at] = 100 * average_precision(on_train, np.broadcast_to(rest, on_train.shape))
+    results = [row for i, k in enumerate(shots) for row in _choose(k, ap_test[i], ap_held_out[i], costs)]
     options = {
         "shots": list(shots),
         "samples": samples,
@@ -197,9 +197,7 @@ def _choose(k: int, ap_SCA: np.ndarray, held_out_SCA: np.ndarray, costs: tuple[f
                 "selected_on": chosen,
                 "cost": costs[best],
                 "map": float(map_S.mean()),
-                "map_std": float(map_S.std()),
-                "map_min": float(map_S.min()),
-                "map_max": float(map_S.max()),
+                **{f"map_{name}": float(getattr(map_S, name)()) for name in ("std", "min", "max")},
             }
         )
     return rows
