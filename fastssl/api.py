@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from fastssl.data_prep.image import Options
 from fastssl.data_prep.memory import open_memory
 from fastssl.data_prep.write import convert as write
 from fastssl.eval.common.target import load_target
-from fastssl.eval.options import add_target_options
+from fastssl.eval.options import target_options
 from fastssl.parsing import did_you_mean
 from fastssl.trainer import Trainer
 
@@ -50,13 +49,10 @@ def features(
     each.  options: those of `fastssl eval` by their names: batch=256, precision="bf16", backbone="resnet50", which=...
     Returns float32 (N, dim) and int64 (N,), -1 without a label, or float32 (N, C).
     """
-    parser = argparse.ArgumentParser()
-    add_target_options(parser)
-    args = parser.parse_args([])
+    args = target_options(target=None if target is None else str(getattr(target, "folder", target)))
     _check_names("features", options, sorted(vars(args).keys() - {"target", "train", "test", "out"}))
     which = str(data) if str(data) in ("train", "test") else "train"
-    vars(args).update(options, target=None if target is None else str(getattr(target, "folder", target)))
-    setattr(args, which, None if str(data) == which else str(data))
+    vars(args).update(options, **{which: None if str(data) == which else str(data)})
     with _group(args.device):
         args.device = dist.init(args.device)
         loaded = load_target(args, (which,))

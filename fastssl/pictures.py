@@ -37,8 +37,8 @@ def view_rows(batch: Batch, views: tuple[View, ...], seed: int, epochs: int = 3)
 
 def first_rows(path: str, rows: np.ndarray, *, device: torch.device | None = None, workers: int | None = None) -> Batch:
     """These rows of a file, in their order, as one batch; all of them on this rank."""
-    loader = _loader(path, len(rows), device, workers)
-    ((batch, _),) = forward_batches(lambda batch: [], loader, stop=1, order=np.resize(rows, loader.samples))
+    beton = loader(path, len(rows), device, workers)
+    ((batch, _),) = forward_batches(lambda batch: [], beton, stop=1, order=np.resize(rows, beton.samples))
     return batch
 
 
@@ -47,17 +47,17 @@ def images(
 ) -> Tensor:
     """Tiles (len(rows), SIDE, SIDE, 3) of these rows of a file, which may repeat, as `view` shows them."""
     unique, inverse = np.unique(rows, return_inverse=True)
-    loader = _loader(path, min(64, len(unique)), device, workers)
+    beton = loader(path, min(64, len(unique)), device, workers)
 
     def forward(batch: Batch) -> list[Tensor]:
         return [tiles(make_views(batch.pixels, batch.sizes, batch.index, (view,), seed=0, epoch=0)[0], view)]
 
-    stop, order = -(-len(unique) // loader.batch), np.resize(unique, loader.samples)
-    parts = [part for _, (part,) in forward_batches(forward, loader, stop=stop, order=order)]
+    stop, order = -(-len(unique) // beton.batch), np.resize(unique, beton.samples)
+    parts = [part for _, (part,) in forward_batches(forward, beton, stop=stop, order=order)]
     return torch.cat(parts)[torch.from_numpy(inverse)]  # the last batch may be filled up with repetitions
 
 
-def _loader(path: str, batch: int, device: torch.device | None, workers: int | None) -> Loader:
+def loader(path: str, batch: int, device: torch.device | None, workers: int | None) -> Loader:
     return Loader(path, batch, Sampler.sequential(rank=0, world=1), device=device, workers=workers)
 
 

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastssl import dist, files, options
+from fastssl.log.records import PHASES, TIMING_KEYS
 from fastssl.parsing import run_command
 from fastssl.report import cards, run_data, tables
-from fastssl.report.charts import Line, label, legend, line_chart, stacked_chart
-from fastssl.report.run_data import CURVES, HINTS, MAIN, PHASES, RunData
+from fastssl.report.charts import Line, about, label, legend, line_chart, note, stacked_chart
+from fastssl.report.run_data import CURVES, HINTS, MAIN, RunData
 
 T = TypeVar("T")
 
@@ -41,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         with files.atomic_write(out) as temporary:
             temporary.write_text(page, encoding="utf-8", errors="replace")
         for run in runs:
-            for note in run.notes:
-                print(f"{run.label}: {note}")
+            for text in run.notes:
+                print(f"{run.label}: {text}")
         print(f"{out} ({out.stat().st_size / 2**20:.1f} MB): {', '.join(run.label for run in runs)}")
 
     try:
@@ -53,9 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def load(args: argparse.Namespace) -> list[RunData]:
     if len(args.runs) > MAX_RUNS:
-        raise ValueError(
-            f"{len(args.runs)} runs: a page has at most {MAX_RUNS}, because more colours could not be distinguished"
-        )
+        raise ValueError(f"{len(args.runs)} runs: a page has at most {MAX_RUNS}, whose colours can be distinguished")
     if args.points < 0 or 0 < args.points < 5:
         raise ValueError(f"points={args.points}: a map needs 5 or more images; 0 leaves the pictures out")
     same = {str(Path(folder).resolve()) for folder in args.runs}
@@ -127,10 +126,6 @@ script-src 'sha256-{digest}'">
 """
 
 
-def note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
-
-
 def lines_of(runs: list[RunData], key: str, factor: float = 1.0, weight: str | None = None) -> tuple[list[Line], str]:
     """The runs' curves and the name of the x axis: epochs, or steps if one of the runs is in its first epoch."""
     logged = [(i, run) for i, run in enumerate(runs) if key in run.scalars]
@@ -144,31 +139,26 @@ def lines_of(runs: list[RunData], key: str, factor: float = 1.0, weight: str | N
 
 
 def training(runs: list[RunData]) -> str:
-    keys = list(dict.fromkeys([*CURVES, *(key for run in runs for key in run_data.curves(run))]))
+    keys = dict.fromkeys([*CURVES, *(key for run in runs for key in run.scalars if key not in TIMING_KEYS)])
     figures, constant, missing = [], [], []
     for key in keys:
         lines, x_label = lines_of(runs, key)
         if not lines:
             if key in MAIN:
-                missing.append(
-                    note(f"{CURVES[key][0]}: no run has logged it" + (f"; {HINTS[key]}." if key in HINTS else "."))
-                )
+                missing.append(note(f"{CURVES[key][0]}: no run has logged it{HINTS.get(key, '')}."))
             continue
         values = {v for line in lines for v in line.range}
         if len(values) == 1 and key not in CURVES:
             constant.append(f"{key} = {label(values.pop())}")
             continue
-        title, unit, about = CURVES.get(key, (key, "", ""))
+        title, unit, text = CURVES.get(key, (key, "", ""))
         absent = [run.label for run in runs if key not in run.scalars] if key in MAIN else []
-        about += f" Not logged by {', '.join(absent)}." if absent else ""
-        figures.append(line_chart(title, lines, x_label=x_label, unit=unit, about=about))
-    same = f'<p class="about">Constant: {escape("; ".join(constant))}.</p>' if constant else ""
+        text += f" Not logged by {', '.join(absent)}." if absent else ""
+        figures.append(line_chart(title, lines, x_label=x_label, unit=unit, text=text))
+    same = about(f"Constant: {'; '.join(constant)}.") if constant else ""
     binned = any(len(x) > 400 for run in runs for x, _ in run.scalars.values())
-    lead = (
-        "Each point is the mean of an interval of steps, the pale band its smallest and largest value."
-        if binned
-        else "Every logged value."
-    )
+    lead = "Each point is the mean of an interval of steps, the pale band its smallest and largest value."
+    lead = lead if binned else "Every logged value."
     charts = f'<div class="charts">{"".join(figures)}</div>'
     return f'<p class="lead">{lead}</p>{_legend(runs)}{"".join(missing)}{charts}{same}'
 
@@ -185,34 +175,21 @@ def speed(runs: list[RunData]) -> str:
         lines, x_label = lines_of(runs, key, factor, "total_ms")
         if lines:
             out.append(line_chart(title, lines, x_label=x_label, unit=unit))
-    unknown = [run.label for run in runs if "mfu" not in run.scalars and not run.on_cpu]
-    notes = (
-        note(
-            f"MFU of {', '.join(unknown)}: not known; it needs a GPU whose peak FLOP/s are listed in fastssl/meters.py."
-        )
-        if unknown
-        else ""
-    )
+    unknown = ", ".join(run.label for run in runs if "mfu" not in run.scalars and not run.on_cpu)
+    text = f"MFU of {unknown}: not known; it needs a GPU whose peak FLOP/s are listed in fastssl/meters.py."
+    notes = note(text) if unknown else ""
     phases = []
     for i, run in enumerate(runs):
         if run in timed:
             x, percent = run_data.time_per_phase(run)
-            phases.append(
-                stacked_chart(
-                    f"Phases of the step: {run.label}",
-                    i,
-                    x * run.x_per_step,
-                    percent,
-                    PHASES,
-                    x_label="epoch" if run.steps_per_epoch else "step",
-                )
-            )
+            title, x_label = f"Phases of the step: {run.label}", "epoch" if run.steps_per_epoch else "step"
+            phases.append(stacked_chart(title, i, x * run.x_per_step, percent, PHASES, x_label=x_label))
     names = ("data wait", *PHASES[1:])
     parts = legend([(f"p{i}", name) for i, name in enumerate(names)])
     return (
         f'{_legend(runs)}{notes}<div class="charts">{"".join(out)}</div><h3>Where the time of a step goes</h3>'
         f'<p class="about">other: hooks, logging, evaluations and checkpoints between two steps.</p>{parts}'
-        f'<div class="charts">{"".join(phases)}</div>{tables.timings(timed, runs)}'
+        f'<div class="charts">{"".join(phases)}</div>{tables.timings(runs)}'
     )
 
 

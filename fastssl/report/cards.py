@@ -10,7 +10,7 @@ import numpy as np
 
 from fastssl.files.datacard import DataCard
 from fastssl.report import run_data
-from fastssl.report.charts import duration
+from fastssl.report.charts import about, duration, note
 from fastssl.report.run_data import CURVES, MAIN, RunData
 
 
@@ -23,7 +23,7 @@ def summary(runs: list[RunData], baselines: list[str]) -> str:
             f"<div><dt>{escape(name)}</dt><dd>{escape(value)} <small>{escape(more)}</small></dd></div>"
             for name, value, more in key_figures(run)
         )
-        notes = "".join(f'<p class="note">{escape(text)}</p>' for text in run.notes)
+        notes = "".join(map(note, run.notes))
         warning = collapse(run)
         bad = f'<p class="note bad"><b>Collapsed.</b> {escape(warning)}</p>' if warning else ""
         cards.append(
@@ -92,9 +92,8 @@ def _machine(run: RunData) -> str:
         return ""
     ranks = last.get("ranks", 1)
     precision = run.setting("optim.precision")
-    return f"{ranks} rank{'s' * (ranks != 1)}, {'each ' * (ranks != 1)}{last['device']}" + (
-        f", {precision}" if precision else ""
-    )
+    text = f"{ranks} ranks, each {last['device']}" if ranks != 1 else f"1 rank, {last['device']}"
+    return f"{text}, {precision}" if precision else text
 
 
 def collapse(run: RunData) -> str:
@@ -130,16 +129,12 @@ def key_figures(run: RunData) -> list[tuple[str, str, str]]:
     return out
 
 
-def baselines(found: list[tuple[str, float | None]], about: str) -> str:
-    """Bars of (name, kNN accuracy in percent or None), the network first and then its baselines; the best is bold."""
-    best = max((value for _, value in found if value is not None), default=0)
-    rows = []
-    for i, (name, value) in enumerate(found):
-        text = "none" if value is None else f"{value:.1f} %"
-        bar = f'<i style="width:{max(0.0, min(100.0, value or 0)):.1f}%"></i>'
-        mark = " best" if value == best else ""
-        rows.append(
-            f'<li class="{"own" if not i else "base"}{mark}"><span>{escape(name)}</span><b>{text}</b>'
-            f'<span class="bar100">{bar}</span></li>'
-        )
-    return f'<p class="about">{escape(about)}</p><ul class="baselines">{"".join(rows)}</ul>'
+def baselines(found: list[tuple[str, float]], text: str) -> str:
+    """Bars of (name, kNN accuracy in percent), the network first and then its baselines; the best is bold."""
+    best = max(value for _, value in found)
+    rows = [
+        f'<li class="{"base" if i else "own"}{" best" * (value == best)}"><span>{escape(name)}</span>'
+        f'<b>{value:.1f} %</b><span class="bar100"><i style="width:{value:.1f}%"></i></span></li>'
+        for i, (name, value) in enumerate(found)
+    ]
+    return f'{about(text)}<ul class="baselines">{"".join(rows)}</ul>'

@@ -118,10 +118,10 @@ class Frame:
         return escape(json.dumps(box, allow_nan=False, separators=(",", ":")))
 
 
-def line_chart(title: str, lines: list[Line], *, x_label: str, unit: str = "", about: str = "") -> str:
+def line_chart(title: str, lines: list[Line], *, x_label: str, unit: str = "", text: str = "") -> str:
     lines = [line for line in lines if len(line.x)]
     if not lines:
-        return figure(title, '<p class="note">nothing logged</p>', about)
+        return figure(title, note("nothing logged"), text)
     low, high, cut = limits([line.y for line in lines])
     frame = Frame((min(line.x.min() for line in lines), max(line.x.max() for line in lines)), (low, high))
     shapes = [_band(frame, line) + _curve(frame, line) for line in lines]
@@ -129,40 +129,38 @@ def line_chart(title: str, lines: list[Line], *, x_label: str, unit: str = "", a
         {"n": line.name, "c": f"s{line.run}", "r": line.run, "x": _round(line.x), "y": _round(line.y)} for line in lines
     ]
     if cut is not None:
-        about += f"{' ' if about else ''}Some values are beyond the axis, up to {label(cut)}."
-    label_text = "; ".join(
-        f"{line.name}: {label(float(line.y[0]))} at {x_label} {label(float(line.x[0]))}, "
-        f"{label(float(line.y[-1]))} at {label(float(line.x[-1]))}"
-        for line in lines
-    )
-    return figure(
-        title,
-        svg(
-            f"{title}. {label_text}",
-            frame.axes(x_label) + "".join(shapes),
-            f'data-lines="{frame.data(x_label, unit, series)}"',
-        ),
-        about,
-        unit,
-    )
+        text += f"{' ' if text else ''}Some values are beyond the axis, up to {label(cut)}."
+    ends = [[label(float(value)) for value in (line.y[0], line.x[0], line.y[-1], line.x[-1])] for line in lines]
+    texts = [f"{line.name}: {a} at {x_label} {b}, {c} at {d}" for line, (a, b, c, d) in zip(lines, ends)]
+    data = frame.data(x_label, unit, series)
+    return figure(title, svg(f"{title}. {'; '.join(texts)}", frame.axes(x_label) + "".join(shapes), data), text, unit)
 
 
 def _curve(frame: Frame, line: Line) -> str:
-    points = list(zip(frame.px(line.x), frame.py(line.y)))
-    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    out = f'<path class="line s{line.run} r{line.run}" d="{path}"/>'
-    if len(points) <= 40:
-        out += f'<path class="dots s{line.run} r{line.run}" d="{"".join(f"M{x:.1f} {y:.1f}h0" for x, y in points)}"/>'
+    xs, ys = frame.px(line.x), frame.py(line.y)
+    out = f'<path class="line s{line.run} r{line.run}" d="M{_path(xs, ys)}"/>'
+    if len(xs) <= 40:
+        out += f'<path class="dots s{line.run} r{line.run}" d="{_dots(xs, ys)}"/>'
     return out
 
 
 def _band(frame: Frame, line: Line) -> str:
     if line.low is None or line.high is None or not (line.high > line.low).any():
         return ""
-    x = np.r_[line.x, line.x[::-1]]
-    y = np.r_[line.high, line.low[::-1]]
-    path = "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(frame.px(x), frame.py(y)))
-    return f'<path class="band s{line.run} r{line.run}" d="M{path}Z"/>'
+    return _area(frame, line.x, line.low, line.high, f"band s{line.run} r{line.run}")
+
+
+def _area(frame: Frame, x: np.ndarray, low: np.ndarray, high: np.ndarray, kind: str) -> str:
+    xs, ys = frame.px(np.r_[x, x[::-1]]), frame.py(np.r_[high, low[::-1]])
+    return f'<path class="{kind}" d="M{_path(xs, ys)}Z"/>'
+
+
+def _dots(xs: np.ndarray, ys: np.ndarray) -> str:
+    return "".join(f"M{x:.1f} {y:.1f}h0" for x, y in zip(xs, ys))
+
+
+def _path(xs: np.ndarray, ys: np.ndarray) -> str:
+    return "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(xs, ys))
 
 
 def stacked_chart(
@@ -174,22 +172,14 @@ def stacked_chart(
     frame = Frame((x.min(), x.max()), (0.0, 100.0))
     upper = percent.cumsum(1)
     lower = upper - percent
-    shapes = []
-    for part in range(len(names)):
-        xs, ys = np.r_[x, x[::-1]], np.r_[upper[:, part], lower[::-1, part]]
-        path = "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(frame.px(xs), frame.py(ys)))
-        shapes.append(f'<path class="area p{part}" d="M{path}Z"/>')
+    shapes = [_area(frame, x, lower[:, part], upper[:, part], f"area p{part}") for part in range(len(names))]
     series = [{"n": name, "c": f"p{i}", "x": _round(x), "y": _round(percent[:, i])} for i, name in enumerate(names)]
     label_text = ", ".join(f"{name} {percent[:, i].mean():.0f} %" for i, name in enumerate(names))
-    body = svg(
-        f"{title}. On average: {label_text}",
-        "".join(shapes) + frame.axes(x_label),
-        f'data-lines="{frame.data(x_label, "%", series)}"',
-    )
-    return figure(title, body, unit="%", run=run)
+    inside, data = "".join(shapes) + frame.axes(x_label), frame.data(x_label, "%", series)
+    return figure(title, svg(f"{title}. On average: {label_text}", inside, data), unit="%", run=run)
 
 
-def scatter(title: str, xy: np.ndarray, groups: list[tuple[str, str, np.ndarray]], about: str = "") -> str:
+def scatter(title: str, xy: np.ndarray, groups: list[tuple[str, str, np.ndarray]], text: str = "") -> str:
     """Points (n, 2) in a square; groups: (name, colour, indices or mask of its points)."""
     side = 440
     low, span = xy.min(0), max(float((xy.max(0) - xy.min(0)).max()), 1e-12)
@@ -198,8 +188,7 @@ def scatter(title: str, xy: np.ndarray, groups: list[tuple[str, str, np.ndarray]
     at[:, 1] = side - at[:, 1]
     size = 7 if len(xy) <= 500 else 5 if len(xy) <= 2000 else 3
     shapes = [
-        f'<path class="points" stroke="{colour}" stroke-width="{size}" '
-        f'd="{"".join(f"M{x:.1f} {y:.1f}h0" for x, y in at[points])}"/>'
+        f'<path class="points" stroke="{colour}" stroke-width="{size}" d="{_dots(*at[points].T)}"/>'
         for _, colour, points in reversed(groups)
     ]
     group_of = np.zeros(len(xy), int)
@@ -215,21 +204,28 @@ def scatter(title: str, xy: np.ndarray, groups: list[tuple[str, str, np.ndarray]
         f'data-points="{escape(json.dumps(data, separators=(",", ":")))}">{"".join(shapes)}'
         f'<circle class="ring" r="{size}" visibility="hidden"/></svg>'
     )
-    return figure(title, body, about)
+    return figure(title, body, text)
 
 
-def svg(label_text: str, inside: str, attributes: str) -> str:
+def svg(label_text: str, inside: str, data: str) -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(label_text)}" {attributes}>'
-        f'{inside}<line class="cursor" y1="{TOP}" y2="{TOP + PLOT_H}" visibility="hidden"/></svg>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(label_text)}" '
+        f'data-lines="{data}">{inside}<line class="cursor" y1="{TOP}" y2="{TOP + PLOT_H}" visibility="hidden"/></svg>'
     )
 
 
-def figure(title: str, body: str, about: str = "", unit: str = "", run: int | None = None) -> str:
+def note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def about(text: str) -> str:
+    return f'<p class="about">{escape(text)}</p>'
+
+
+def figure(title: str, body: str, text: str = "", unit: str = "", run: int | None = None) -> str:
     unit = f' <span class="unit">{escape(unit)}</span>' if unit else ""
-    about = f'<p class="about">{escape(about)}</p>' if about else ""
     owner = f' class="r{run}"' if run is not None else ""
-    return f"<figure{owner}><figcaption>{escape(title)}{unit}</figcaption>{body}{about}</figure>"
+    return f"<figure{owner}><figcaption>{escape(title)}{unit}</figcaption>{body}{about(text) if text else ''}</figure>"
 
 
 def legend(items: list[tuple[str, str]]) -> str:

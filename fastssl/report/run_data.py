@@ -15,13 +15,12 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from fastssl.checkpoint import disk
-from fastssl.log.records import COLLAPSE_LIMITS, TIMING_KEYS
+from fastssl.log.records import COLLAPSE_LIMITS, PHASES
 from fastssl.report.charts import duration
 
 MAX_NUMBER = 1e100  # a larger one is damage, and its square would not be finite
 MAX_DEPTH = 30  # of nested values that are shown
 MAX_STEP = 2**53  # steps and epochs below it are exact as floats
-PHASES = ("data", "views", "forward", "backward", "optimizer", "other", "step")  # step: all of it, as a CUDA graph
 
 CURVES = {  # key of the log: title, unit, explanation
     "loss": ("Loss", "", "Losses of different methods or temperatures cannot be compared with each other."),
@@ -36,7 +35,7 @@ CURVES = {  # key of the log: title, unit, explanation
     "embedding_rank": ("Effective rank of the embeddings", "", ""),
 }
 MAIN = ("loss", "knn_top1", "probe_top1")  # the report says where they are missing
-HINTS = {"knn_top1": "log.knn_epochs=10 log it", "probe_top1": "log.probe=True log.knn_epochs=10 log it"}
+HINTS = {"knn_top1": "; log.knn_epochs=10 logs it", "probe_top1": "; log.probe=True log.knn_epochs=10 log it"}
 
 
 @dataclass(eq=False)
@@ -259,11 +258,9 @@ def binned(
     w = _values_at(run, weight, x) if weight else np.ones(len(x))
     if len(x) <= bins:
         return x.astype(float), y, y, y
-    interval = ((x - x[0]) * bins // (x[-1] - x[0] + 1)).astype(int)
-    edges = np.flatnonzero(np.r_[True, np.diff(interval) > 0])
+    edges, middle = _intervals(x, bins)
     total = np.add.reduceat(w, edges)
     mean = np.add.reduceat(y * w, edges) / np.where(total > 0, total, 1)
-    middle = np.add.reduceat(x.astype(float), edges) / np.diff(np.r_[edges, len(x)])
     return middle, mean, np.minimum.reduceat(y, edges), np.maximum.reduceat(y, edges)
 
 
@@ -271,11 +268,16 @@ def time_per_phase(run: RunData, bins: int = 120) -> tuple[np.ndarray, np.ndarra
     """Steps (n,) and the time of each of PHASES in percent of the step (n, 7)."""
     x = run.scalars["total_ms"][0]
     parts = np.stack([_values_at(run, f"{name}_ms", x) for name in PHASES], 1)
-    interval = ((x - x[0]) * bins // (x[-1] - x[0] + 1)).astype(int) if len(x) > bins else np.arange(len(x))
-    edges = np.flatnonzero(np.r_[True, np.diff(interval) > 0])
-    middle = np.add.reduceat(x.astype(float), edges) / np.diff(np.r_[edges, len(x)])
+    edges, middle = _intervals(x, bins)
     sums = np.add.reduceat(parts, edges, axis=0)
     return middle, 100 * sums / np.maximum(sums.sum(1, keepdims=True), 1e-12)
+
+
+def _intervals(x: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """First rows and mean steps of at most `bins` intervals of the steps x (n,)."""
+    interval = (x - x[0]) * bins // (x[-1] - x[0] + 1) if len(x) > bins else np.arange(len(x))
+    edges = np.flatnonzero(np.r_[True, np.diff(interval) > 0])
+    return edges, np.add.reduceat(x.astype(float), edges) / np.diff(np.r_[edges, len(x)])
 
 
 def _values_at(run: RunData, key: str, steps: np.ndarray) -> np.ndarray:
@@ -285,8 +287,3 @@ def _values_at(run: RunData, key: str, steps: np.ndarray) -> np.ndarray:
     x, y = run.scalars[key]
     at = np.searchsorted(x, steps).clip(max=len(x) - 1)
     return np.where(x[at] == steps, y[at], 0.0)
-
-
-def curves(run: RunData) -> list[str]:
-    """Keys of the curves under Training: all but those of the meter."""
-    return [key for key in run.scalars if key not in TIMING_KEYS]

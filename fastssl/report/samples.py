@@ -24,12 +24,10 @@ from fastssl.eval import knn, maps
 from fastssl.eval.common import features
 from fastssl.eval.common.search import nearest
 from fastssl.eval.common.target import load_target
-from fastssl.eval.options import add_target_options
+from fastssl.eval.options import target_options
 from fastssl.kernels.augment import View
-from fastssl.loader import Loader
 from fastssl.report import cards, charts
 from fastssl.report.run_data import RunData
-from fastssl.sampler import Sampler
 
 ROWS = 6  # images on a sheet
 COLUMNS = 12  # views on a sheet, at most
@@ -44,7 +42,7 @@ def views(run: RunData, args: argparse.Namespace) -> str:
     recipe = tuple(View(**{k: v for k, v in view.items() if k != "type"}) for view in run.setting("data.views", ()))
     if not recipe:
         raise ValueError("config.json names no views")
-    rows = maps.sample(_samples(path, args), ROWS)
+    rows = maps.sample(pictures.loader(path, 1, args.device, 1).samples, ROWS)
     batch = pictures.first_rows(path, rows, device=args.device, workers=args.workers)
     epochs = max(1, min(3, COLUMNS // len(recipe)))
     grid = pictures.view_rows(batch, recipe[:COLUMNS], run.setting("seed", 0), epochs)
@@ -53,12 +51,10 @@ def views(run: RunData, args: argparse.Namespace) -> str:
         [_tile(tile, f"image {row}: {name}", " first" * (name == "image")) for tile, name in zip(tiles, names)]
         for row, tiles in zip(rows, grid)
     ]
-    left_out = f" (the first {COLUMNS} of {len(recipe)})" if len(recipe) > COLUMNS else ""
-    return _sheet(
-        lines,
-        f"Images of {Path(path).name}, each whole and then as its {len(recipe)} "
-        f"view{'s' * (len(recipe) > 1)}{left_out} of the first {epochs} epoch{'s' * (epochs > 1)}.",
-    )
+    count = f"{len(recipe)} view{'s' * (len(recipe) > 1)}"
+    count += f" (the first {COLUMNS} of {len(recipe)})" * (len(recipe) > COLUMNS)
+    times = f"first {epochs} epoch{'s' * (epochs > 1)}"
+    return _sheet(lines, f"Images of {Path(path).name}, each whole and then as its {count} of the {times}.")
 
 
 class SmallPixels(nn.Module):
@@ -74,28 +70,20 @@ class Features:
     def __init__(
         self, run: RunData, args: argparse.Namespace, kind: Literal["weights", "untrained", "pixels"] = "weights"
     ) -> None:
-        parser = argparse.ArgumentParser()
-        add_target_options(parser)
-        options = parser.parse_args([str(run.folder), "--batch", str(min(args.batch, args.points))])
-        options.device, options.workers, options.train, options.test = args.device, args.workers, args.train, args.test
-        options.features = kind
+        given = {key: getattr(args, key) for key in ("device", "workers", "train", "test")}
+        options = target_options(target=str(run.folder), batch=min(args.batch, args.points), features=kind, **given)
         which = "test" if args.test or run.setting("data.test") else "train"
         self.path = _file(getattr(args, which) or run.setting(f"data.{which}"), f"--{which}")
         self.target = load_target(options, (which,))
         loader = self.target.loader(self.path)
         self.names, self.args, self.run = loader.classes, args, run
         self.rows = maps.sample(loader.samples, min(args.points, loader.samples))
-        self.x, labels = self._extract()
-        self.labels = labels.numpy() if labels.ndim == 1 else np.full(len(labels), -1)
-
-    def _extract(self) -> tuple[Tensor, Tensor]:
         extractor = self.target.extractor()
-        if isinstance(extractor.backbone, features.Pixels) and self.target.view.size > PIXELS:
+        if kind == "pixels" and self.target.view.size > PIXELS:
             extractor = replace(extractor, backbone=SmallPixels())
-        x, labels = (p.cpu() for p in features.extract_rows(extractor, self.target.loader(self.path), self.rows))
-        if not x.isfinite().all():
-            raise ValueError("some features are NaN or infinite: the training diverged")
-        return x, labels
+        self.x, labels = (part.cpu() for part in features.extract(extractor, loader, self.rows))
+        features.check_finite(self.path, self.x)
+        self.labels = labels.numpy() if labels.ndim == 1 else np.full(len(labels), -1)
 
     def name(self, label: int) -> str:
         if label < 0:
@@ -114,20 +102,14 @@ class Features:
         counts = np.unique(known, return_counts=True)[1]
         if len(counts) < 2:
             return ""
-        found: list[tuple[str, float | None]] = [
+        found = [
             ("this network", self.accuracy()),
             ("the same network, untrained", Features(self.run, self.args, "untrained").accuracy()),
             ("pixels", Features(self.run, self.args, "pixels").accuracy()),
+            ("chance (the largest class)", 100 * counts.max() / counts.sum()),
         ]
-        found.append(("chance (the largest class)", 100 * counts.max() / counts.sum()))
-        return cards.baselines(
-            found,
-            f"kNN, top-1, k = {min(K, len(known) - 1)}, of {len(known):,} images of "
-            f"{Path(self.path).name}, each by the others.",
-        )
-
-    def caption(self, label: int) -> str:
-        return "" if label < 0 else self.name(label)
+        which = f"{len(known):,} images of {Path(self.path).name}"
+        return cards.baselines(found, f"kNN, top-1, k = {min(K, len(known) - 1)}, of {which}, each by the others.")
 
     def neighbours(self) -> str:
         """Some of the images with their nearest others by cosine similarity."""
@@ -139,42 +121,21 @@ class Features:
             self.path, self.rows[shown.flatten()], self.target.view, device=self.args.device, workers=self.args.workers
         )
         tiles = tiles.view(*shown.shape, pictures.SIDE, pictures.SIDE, 3)
-        lines = []
-        for r, positions in enumerate(shown):
-            first_label = self.labels[positions[0]]
-            line = [
-                _tile(
-                    tiles[r, 0],
-                    f"image {self.rows[positions[0]]}, {self.name(first_label)}",
-                    " first",
-                    self.caption(first_label),
-                )
-            ]
-            for c, position in enumerate(positions[1:]):
-                label = self.labels[position]
-                mark = "" if first_label < 0 or label < 0 else " same" if label == first_label else " other"
-                relation = ", the same class" if mark == " same" else ", another class" if mark else ""
-                line.append(
-                    _tile(
-                        tiles[r, c + 1],
-                        f"image {self.rows[position]}, {self.name(label)}{relation}, similarity {similarity[r, c]:.3f}",
-                        mark,
-                        self.caption(label),
-                    )
-                )
-            lines.append(line)
-        marked = ""
+        labels = self.labels[shown]
+        same, known = labels == labels[:, :1], (labels >= 0) & (labels[:, :1] >= 0)
+        lines: list[list[str]] = [[] for _ in shown]
+        for r, c in np.ndindex(shown.shape):
+            text, mark = f"image {self.rows[shown[r, c]]}, {self.name(labels[r, c])}", " first"
+            if c:
+                mark = "" if not known[r, c] else " same" if same[r, c] else " other"
+                text += {" same": ", the same class", " other": ", another class", "": ""}[mark]
+                text += f", similarity {similarity[r, c - 1]:.3f}"
+            lines[r].append(_tile(tiles[r, c], text, mark, self.name(labels[r, c]) if labels[r, c] >= 0 else ""))
+        about = f"An image and its nearest among {len(x):,} of {Path(self.path).name}, by cosine similarity."
         if (self.labels >= 0).any():
-            same = np.array([self.labels[positions[1:]] == self.labels[positions[0]] for positions in shown])
-            marked = (
-                f" The class is below each image; a frame and a cross mark another class than that of the first image: "
-                f"{100 * same.mean():.0f} % have the same."
-            )
-        return _sheet(
-            lines,
-            f"An image and its nearest among {len(x):,} of {Path(self.path).name}, by cosine "
-            f"similarity of the features.{marked}",
-        )
+            about += " The class is below each image; a frame and a cross mark another class than that of the first"
+            about += f" image: {100 * same[:, 1:].mean():.0f} % have the same."
+        return _sheet(lines, about)
 
     def map(self, method: str) -> str:
         xy, facts = maps.project(self.x, method)
@@ -182,7 +143,7 @@ class Features:
             "pca": f"{facts.get('variance_%', 0):g} % of the variance",
             "tsne": f"perplexity {facts.get('perplexity', 0):g}; distances between far groups mean nothing",
         }[method]
-        title = f"{ {'pca': 'PCA', 'tsne': 't-SNE'}[method] } of {self.run.label}"
+        title = f"{'PCA' if method == 'pca' else 't-SNE'} of {self.run.label}"
         if len(xy) <= maps.TRUST_POINTS:
             title += f", trustworthiness {maps.trustworthiness(self.x, xy):.1f} %"
         return charts.scatter(title, xy, self.groups(), f"{len(xy):,} images of {Path(self.path).name}; {note}.")
@@ -195,23 +156,14 @@ def _file(path: str | None, option: str) -> str:
     if not path:
         raise ValueError(f"the run names no such file: give {option} NAME.beton")
     if not Path(path).is_file():
-        raise ValueError(
-            f"{path} does not exist: start the report in the folder of the training, or give {option} NAME.beton"
-        )
+        raise ValueError(f"{path} does not exist: start where the training was started, or give {option} NAME.beton")
     return path
 
 
-def _samples(path: str, args: argparse.Namespace) -> int:
-    return Loader(path, 1, Sampler.sequential(rank=0, world=1), device=args.device, workers=1).samples
-
-
-def _sheet(lines: list[list[str]], about: str) -> str:
-    columns = len(lines[0])
+def _sheet(lines: list[list[str]], text: str) -> str:
     inside = "".join("".join(line) for line in lines)
-    return (
-        f'<div class="scroll"><div class="sheet" style="--n:{columns - 1}">{inside}'
-        f'</div></div><p class="about">{escape(about)}</p>'
-    )
+    sheet = f'<div class="sheet" style="--n:{len(lines[0]) - 1}">{inside}</div>'
+    return f'<div class="scroll">{sheet}</div>{charts.about(text)}'
 
 
 def _tile(pixels: Tensor, text: str, mark: str = "", caption: str = "") -> str:

@@ -15,9 +15,12 @@ from fastssl import methods
 from fastssl.config import Run, dump
 from fastssl.eval import METRICS, PROTOCOLS
 from fastssl.kernels.augment import View
-from fastssl.report.run_data import PHASES, RunData
+from fastssl.log.records import PHASES
+from fastssl.parsing import settings_text
+from fastssl.report.charts import about, note
+from fastssl.report.run_data import RunData
 
-HIDDEN = {"picture", "path"}  # keys of a row of results that name files
+HIDDEN = {"picture", "path", "selected_on", ""}  # keys of a row of results that are not part of its setting
 SPREAD = {"map_std", "map_min", "map_max"}  # of METRICS: the spread over draws, which has no best value
 
 
@@ -42,22 +45,19 @@ def table(heads: list[str], runs: list[RunData], rows: list[Row], code: bool = F
     return f'<div class="table"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def timings(timed: list[RunData], runs: list[RunData]) -> str:
+def timings(runs: list[RunData]) -> str:
     rows = []
     for name in (*PHASES, "total"):
-        if not any(run.scalars[f"{name}_ms"][1].any() for run in timed if f"{name}_ms" in run.scalars):
+        times = [run.scalars[f"{name}_ms"][1] if f"{name}_ms" in run.scalars else np.zeros(0) for run in runs]
+        if not any(y.any() for y in times):
             continue  # "step" without a CUDA graph
-        cells = []
-        for run in runs:
-            if run not in timed or f"{name}_ms" not in run.scalars:
-                cells.append("")
-                continue
-            y, total = run.scalars[f"{name}_ms"][1], run.scalars["total_ms"][1]
-            cells.append(f"{np.median(y):.1f} <small>{100 * y.sum() / total.sum():.0f} %</small>")
+        totals = [run.scalars["total_ms"][1].sum() if "total_ms" in run.scalars else 0.0 for run in runs]
+        cells = [
+            f"{np.median(y):.1f} <small>{100 * y.sum() / total:.0f} %</small>" if len(y) and total else ""
+            for y, total in zip(times, totals)
+        ]
         rows.append(([("data wait" if name == "data" else name)], cells, False))
-    return '<p class="about">Median milliseconds of a step, and percent of the total time.</p>' + table(
-        ["phase"], runs, rows
-    )
+    return about("Median milliseconds of a step, and percent of the total time.") + table(["phase"], runs, rows)
 
 
 def weights_of(result: dict) -> str:
@@ -77,10 +77,7 @@ def owner(runs: list[RunData], result: dict) -> RunData | None:
 def evaluations(runs: list[RunData]) -> str:
     """A row for each metric of each protocol and test file; the best of all runs and settings in it is marked."""
     if not any(run.evaluations for run in runs):
-        return (
-            '<p class="note">No results: fastssl eval knn RUN writes its results into the run folder; --eval names '
-            "files in other folders.</p>"
-        )
+        return note("No results: fastssl eval knn RUN writes its into the run folder; --eval names files elsewhere.")
     found: dict[tuple, dict[int, list[dict]]] = {}  # (protocol, features, test file) -> run -> rows
     for i, run in enumerate(runs):
         for file, result in run.evaluations:
@@ -120,11 +117,7 @@ def _cell(rows: list[dict], metric: str, best: float | None) -> str:
         value = row.get(metric)
         if metric and value is None:
             continue
-        setting = " ".join(
-            f"{k}={_short(v)}"
-            for k, v in row.items()
-            if k and k not in METRICS and k not in HIDDEN and k != "selected_on"
-        )
+        setting = settings_text({k: v for k, v in row.items() if k not in METRICS and k not in HIDDEN})
         badge = ' <span class="badge">selected on test data</span>' if row.get("selected_on") == "test" else ""
         chosen = " (selected on held-out data)" if row.get("selected_on") == "held-out" else ""
         text = f"{value:.2f}" if is_number(value) else escape(str(value or ""))
@@ -140,23 +133,17 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def _short(value: Any) -> str:
-    return f"{value:g}" if is_number(value) else str(value)
-
-
 def configuration(runs: list[RunData]) -> str:
     if not any(run.config for run in runs):
-        return '<p class="note">No run has a config.json that can be read.</p>'
+        return note("No run has a config.json that can be read.")
     flat, default = [flatten(run.config) for run in runs], [defaults(run.config) for run in runs]
     rows = []
     for key in dict.fromkeys(key for part in flat for key in part):
         values = [part.get(key, own.get(key)) if run.config else None for part, own, run in zip(flat, default, runs)]
         cells = [
-            ""
-            if v is None
-            else f'<span class="default" title="the default">{escape(v)}</span>'
-            if own.get(key) == v
-            else escape(v)
+            f'<span class="default" title="the default">{escape(v)}</span>'
+            if v and own.get(key) == v
+            else escape(v or "")
             for v, own in zip(values, default)
         ]
         rows.append(([f"<code>{escape(key)}</code>"], cells, len(runs) > 1 and len(set(values)) > 1 and key != "name"))
@@ -165,11 +152,9 @@ def configuration(runs: list[RunData]) -> str:
     if len(runs) == 1:
         return lead + table(["setting"], runs, rows, code=True)
     differing = [row for row in rows if row[2]]
-    top = (
-        f"{gray}</p>" + table(["setting that differs"], runs, differing, code=True)
-        if differing
-        else '<p class="lead">All settings are equal.</p>'
-    )
+    top = '<p class="lead">All settings are equal.</p>'
+    if differing:
+        top = f"{gray}</p>" + table(["setting that differs"], runs, differing, code=True)
     everything = table(["setting"], runs, rows, code=True)
     return f"{top}<details><summary>All {len(rows)} settings</summary>{lead}{everything}</details>"
 
@@ -195,11 +180,8 @@ def flatten(value: Any, key: str = "") -> dict[str, str]:
     if isinstance(value, dict) and value:
         if str(value.get("type", "")).endswith(".View"):
             default = {f.name: f.default for f in dataclasses.fields(View)}
-            value = {
-                k: v
-                for k, v in value.items()
-                if k != "type" and (tuple(v) if isinstance(v, list) else v) != default.get(k)
-            }
+            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k != "type"}
+            value = {k: value[k] for k, v in fields.items() if v != default.get(k)}
         parts = [flatten(part, f"{key}.{name}" if key else name) for name, part in value.items()]
         return {k: v for part in parts for k, v in part.items()}
     if isinstance(value, list) and any(isinstance(part, dict) for part in value):
@@ -211,19 +193,14 @@ def environment(runs: list[RunData]) -> str:
     out = []
     for run in runs:
         if not run.environment:
-            out.append(
-                f'<p class="note">{escape(run.label)}: environment.json is absent; runs of this version write '
-                "it when they start.</p>"
-            )
+            out.append(note(f"{run.label}: environment.json is absent; runs of this version write it when they start."))
         elif len(run.environment) > 1:
             starts = "; ".join(
                 f"step {e.get('step')}, {e.get('time')}, {e.get('ranks')} ranks, {e.get('device')}"
                 for e in run.environment
             )
-            out.append(
-                f'<p class="about">{escape(run.label)} was started {len(run.environment)} times: '
-                f"{escape(starts)}. The table has the last.</p>"
-            )
+            count = f"{run.label} was started {len(run.environment)} times"
+            out.append(about(f"{count}: {starts}. The table has the last."))
     last = [run.environment[-1] if run.environment else {} for run in runs]
     keys = [key for key in dict.fromkeys(k for part in last for k in part) if key != "step"]
     rows = []
