@@ -96,10 +96,7 @@ class BetonReader:
         self.index = np.ascontiguousarray(reader.metadata[columns["index"]])
         self.samples, self.max_pixels = len(self.image), max_pixels(self.image)
         if not np.array_equal(self.index, np.arange(self.samples)):
-            raise ValueError(
-                f"{path}: the index field must hold the row numbers 0..{self.samples - 1}: memory banks "
-                "and views go by it; convert again"
-            )
+            raise ValueError(f"{path}: the index field must hold the row numbers 0..{self.samples - 1}; convert again")
 
         table = np.sort(reader.alloc_table, order="ptr")
         self.pointers, self.lengths = np.ascontiguousarray(table["ptr"]), np.ascontiguousarray(table["size"])
@@ -115,9 +112,7 @@ class BetonReader:
         dtype, shape = self._label_field.dtype, self._label_field.shape
         lengths = self.lengths[np.searchsorted(self.pointers, self._label)]
         if dtype.kind not in "fiu" or math.prod(map(int, shape)) * dtype.itemsize != lengths[0] or np.ptp(lengths):
-            raise ValueError(
-                f"{self.path} is damaged: its label vectors are not of {dtype} and shape {shape}; convert again"
-            )
+            raise ValueError(f"{self.path} is damaged: its labels are not of {dtype} and shape {shape}; convert again")
 
     @cached_property
     def fingerprint(self) -> str:

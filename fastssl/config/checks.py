@@ -62,10 +62,7 @@ def _check_views(data: Data) -> None:
         if not isinstance(view, View):
             raise ValueError(f"data.views.{i} must be a View, got {view!r}; recipes are tuples, joined by +")
     if not isinstance(data.eval_view, View | None):
-        raise ValueError(
-            f"data.eval_view must be one View or None, got {data.eval_view!r}: of a recipe its first, "
-            "views.center(224)[0]"
-        )
+        raise ValueError(f"data.eval_view must be one View or None, got {data.eval_view!r}; try views.center(224)[0]")
 
 
 def check_keep(log: Log) -> None:
@@ -104,10 +101,7 @@ def _check_method(method: Any) -> None:
     if not dataclasses.is_dataclass(method):
         raise ValueError(f"method must be a method's Config, a dataclass with build(backbone, ...), got {method!r}")
     if not callable(getattr(method, "build", None)):
-        raise ValueError(
-            f"method: {type(method).__name__} has no build(backbone, context) "
-            "that returns the method; see docs/extending.md"
-        )
+        raise ValueError(f"method: {type(method).__name__} has no build(backbone, context); see docs/extending.md")
 
 
 def _default_name(run: Run) -> str:
