@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 from fastssl.inference import forward_batches
 from fastssl.kernels.augment import View, make_views
@@ -69,22 +69,15 @@ def sheet(path: Path, panels: list[tuple[str, Tensor]]) -> None:
     from matplotlib import pyplot
 
     widths = [t.shape[1] for _, t in panels]
-    figure, axes = pyplot.subplots(
-        1,
-        len(panels),
-        width_ratios=widths,
-        squeeze=False,
-        layout="constrained",
-        figsize=(0.6 * sum(widths) + len(panels), 0.6 * panels[0][1].shape[0] + 0.6),
+    figure = pyplot.figure(
+        figsize=(0.6 * sum(widths) + len(panels), 0.6 * panels[0][1].shape[0] + 0.6), layout="constrained"
     )
+    axes = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)
     for axis, (title, grid) in zip(axes[0], panels):
-        (rows, columns), step, apart = grid.shape[:2], SIDE + SIDE // 16, SIDE // 8
-        canvas = torch.ones(rows * step, columns * step + apart, 3)
-        for r in range(rows):
-            for c in range(columns):
-                top, left = r * step, c * step + (apart if c else 0)
-                canvas[top : top + SIDE, left : left + SIDE] = grid[r, c]
-        axis.imshow(canvas.numpy())
+        step, apart = SIDE + SIDE // 16, SIDE // 8
+        spaced = pad(grid, (0, 0, 0, step - SIDE, 0, step - SIDE), value=1)
+        rows = [torch.cat([pad(row[0], (0, 0, 0, apart), value=1), *row[1:]], 1) for row in spaced]
+        axis.imshow(torch.cat(rows).numpy())
         axis.set_title(title, fontsize=10)
         axis.set_axis_off()
     path.parent.mkdir(parents=True, exist_ok=True)

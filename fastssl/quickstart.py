@@ -94,8 +94,8 @@ def report(run: config.Run) -> None:
         f"{'linear, all labels':>20}"
     )
     for name, network in networks.items():
-        bank, bank_labels, x, y = (part for loader in loaders for part in extract(network.to(device), loader, run))
-        sets = bank, bank_labels, x, y
+        bank, test = (extract(network.to(device), loader, run) for loader in loaders)
+        sets = *bank, *test
         few = [sum(few_labels(*sets, count, seed) for seed in range(DRAWS)) / DRAWS for count in (1, 5)]
         knn_top1 = knn.knn(*sets, k=(10,))["results"][0]["top1"]
         probe = linear_probe(*sets)["results"][0]["top1"]
@@ -122,11 +122,9 @@ def draw(path: Path, loaders: list[Loader], network: nn.Module, run: config.Run)
     first.pixels, first.sizes, first.index = first.pixels[:rows], first.sizes[:rows], first.index[:rows]
     views = pictures.view_rows(first, run.data.views, run.seed)
     (bank, _), (queries, _) = (extract(network, loader, run) for loader in loaders)
-    plain = [extract(features.Pixels(run.data.eval_view.size), loader, run)[0] for loader in loaders]
-    images = [
-        pictures.tiles(x.view(-1, 3, run.data.eval_view.size, run.data.eval_view.size), run.data.eval_view)
-        for x in plain
-    ]
+    view = run.data.eval_view
+    plain = [extract(features.Pixels(view.size), loader, run)[0] for loader in loaders]
+    images = [pictures.tiles(x.view(-1, 3, view.size, view.size), view) for x in plain]
     shown = torch.arange(0, len(queries), len(queries) // rows)[:rows]
     neighbours = nearest(bank, queries[shown.to(queries.device)], 6)[1].cpu()
     grid = torch.cat([images[1][shown][:, None], images[0][neighbours]], 1)

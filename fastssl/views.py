@@ -13,32 +13,6 @@ from fastssl.kernels.augment import View
 from fastssl.kernels.augment.extra import Erase, Lighting, Random, Transform
 from fastssl.kernels.augment.randaugment import RandAugment
 
-__all__ = [
-    "CIFAR10",
-    "CIFAR100",
-    "Erase",
-    "Lighting",
-    "RandAugment",
-    "Random",
-    "Transform",
-    "View",
-    "byol",
-    "center",
-    "deepcluster",
-    "default_view",
-    "dino",
-    "mae",
-    "moco_v1",
-    "moco_v2",
-    "npid",
-    "padded",
-    "patches",
-    "rotation",
-    "simclr",
-    "supervised",
-    "swav",
-]
-
 
 class Normalization(TypedDict):
     """Of pixels in [0, 1]: (x - mean) / std."""

@@ -17,19 +17,3 @@ from fastssl.clustering.sampling import (
     weighted_mean,
 )
 from fastssl.clustering.whitening import pca_whiten
-
-__all__ = [
-    "KMeans",
-    "check_clusters",
-    "class_weights",
-    "describe",
-    "pca_whiten",
-    "pic",
-    "replacement_order",
-    "scatter",
-    "total_weight",
-    "two_means",
-    "uniform_order",
-    "weighted_cross_entropy",
-    "weighted_mean",
-]

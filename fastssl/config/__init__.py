@@ -5,26 +5,3 @@ from fastssl.config.checks import validate
 from fastssl.config.loading import check, load, quickstart, set_override
 from fastssl.config.sections import STEMS, Backbone, Data, Log, Optim, Precision, Run, Speed
 from fastssl.config.serialize import dump, with_defaults
-
-__all__ = [
-    "STEMS",
-    "Backbone",
-    "Count",
-    "Data",
-    "Fraction",
-    "Log",
-    "NonNegative",
-    "Optim",
-    "Positive",
-    "PositiveInt",
-    "Precision",
-    "Run",
-    "Speed",
-    "check",
-    "dump",
-    "load",
-    "quickstart",
-    "set_override",
-    "validate",
-    "with_defaults",
-]

@@ -15,27 +15,15 @@ def add_backbone_options(parser: argparse.ArgumentParser, name: bool = True) -> 
     if name:
         parser.add_argument("--backbone", metavar="NAME", help="for weights that do not say what they are")
     default = Backbone("resnet50")
-    parser.add_argument(
-        "--stem", choices=settings.choices(Backbone, "stem"), help=f"of a ResNet; default: {default.stem}"
-    )
-    parser.add_argument(
-        "--norm", choices=settings.choices(Backbone, "norm"), help=f"of a ResNet; default: {default.norm}"
-    )
+    for key in ("stem", "norm"):
+        choices = settings.choices(Backbone, key)
+        parser.add_argument(f"--{key}", choices=choices, help=f"of a ResNet; default: {getattr(default, key)}")
     parser.add_argument("--width", type=int, help=f"channels of a ResNet's first stage; default: {default.width}")
     parser.add_argument("--in-channels", type=int, dest="in_channels", help=f"default: {default.in_channels}")
-    parser.add_argument(
-        "--sobel",
-        action="store_true",
-        default=None,
-        help="the network sees gradients (DeepCluster); default: if the weights' first convolution has two channels",
-    )
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an argument of timm's model, such as num_heads=12; may be given several times",
-    )
+    about = "the network sees gradients (DeepCluster); default: if the weights' first convolution has two channels"
+    parser.add_argument("--sobel", action="store_true", default=None, help=about)
+    about = "an argument of timm's model, such as num_heads=12; may be given several times"
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help=about)
 
 
 def given_fields(args: argparse.Namespace) -> dict:

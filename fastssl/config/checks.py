@@ -90,14 +90,11 @@ def _check_names(part: Any, prefix: str) -> None:
 
 def _check_method(method: Any) -> None:
     """ValueError for anything but a method's Config, a dataclass with build(backbone, context)."""
+    name = getattr(method, "__name__", "")
     if inspect.ismodule(method):
-        raise ValueError(
-            f"method is the module {method.__name__}: give its Config, {method.__name__.rpartition('.')[2]}.Config(...)"
-        )
+        raise ValueError(f"method is the module {name}: give its Config, {name.rpartition('.')[2]}.Config(...)")
     if isinstance(method, type):
-        raise ValueError(
-            f"method is the class {method.__module__}.{method.__name__}: give an instance, {method.__name__}(...)"
-        )
+        raise ValueError(f"method is the class {method.__module__}.{name}: give an instance, {name}(...)")
     if not dataclasses.is_dataclass(method):
         raise ValueError(f"method must be a method's Config, a dataclass with build(backbone, ...), got {method!r}")
     if not callable(getattr(method, "build", None)):

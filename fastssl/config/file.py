@@ -67,16 +67,16 @@ def _is_decoding_error(error: BaseException) -> bool:
     return isinstance(error, UnicodeError) or "null bytes" in str(error)
 
 
-def _user_frame(tb: TracebackType | None, path: Path) -> traceback.FrameSummary | None:
-    """The innermost frame in the file `path` or in another module of the user in or below its folder."""
+def _user_frame(tb: TracebackType | None, path: Path) -> tuple[FrameType, int] | None:
+    """The innermost frame, and its line, in the file `path` or in another module of the user in or below its folder."""
     folder = path.resolve().parent
 
-    def is_users(frame: FrameType, summary: traceback.FrameSummary) -> bool:
-        file = Path(summary.filename)
+    def is_users(frame: FrameType) -> bool:
+        file = Path(frame.f_code.co_filename)
         library = frame.f_globals.get("__name__", "").split(".")[0] == "fastssl" or "site-packages" in file.parts
         return file == path or (file.is_file() and folder in file.resolve().parents and not library)
 
-    frames = [s for (f, _), s in zip(traceback.walk_tb(tb), traceback.extract_tb(tb)) if is_users(f, s)]
+    frames = [(frame, line) for frame, line in traceback.walk_tb(tb) if is_users(frame)]
     return frames[-1] if frames else None
 
 
@@ -86,23 +86,25 @@ def explain(error: BaseException, path: Path) -> str:
         where = f"{error.filename or path}" + (f", line {error.lineno}" if error.lineno else "")
         code = f" ({error.text.strip()})" if error.text and error.text.strip() else ""
         return f"{where}: {type(error).__name__}: {error.msg}{code}"
-    frame, call, where = _user_frame(error.__traceback__, path), None, str(path)
-    if frame:
+    callee, where = None, str(path)
+    if found := _user_frame(error.__traceback__, path):
+        frame, line = found
         argument = UNEXPECTED.search(str(error))
-        call = _call(frame, argument[2]) if argument else None
-        line = next(k.lineno for k in call.keywords if k.arg == argument[2]) if argument and call else frame.lineno
-        where = f"{frame.filename}, line {line}"
+        if argument and (call := _call(frame.f_code.co_filename, line, argument[2])):
+            callee = _callee(call, frame)
+            line = next(k.lineno for k in call.keywords if k.arg == argument[2])
+        where = f"{frame.f_code.co_filename}, line {line}"
     text = " ".join(str(error).split()) or "no message"
     text = re.sub(r"\.? Did you mean:? '\w+'\?", "", text)  # Python 3.12 adds its own suggestion to some errors
     is_plain = isinstance(error, ValueError) and not _is_decoding_error(error)
-    return f"{where}: {'' if is_plain else type(error).__name__ + ': '}{text[:500]}{_suggestion(error, frame, call)}"
+    return f"{where}: {'' if is_plain else type(error).__name__ + ': '}{text[:500]}{_suggestion(error, callee)}"
 
 
-def _suggestion(error: BaseException, frame: traceback.FrameSummary | None, call: ast.Call | None) -> str:
+def _suggestion(error: BaseException, callee: Any) -> str:
     """The known name nearest to a misspelt one, and for arguments all known names; else ""."""
     argument = UNEXPECTED.search(str(error))
     if argument:
-        known = _parameters(_frames(error.__traceback__), frame, call, argument[1])
+        known = _parameters(_frames(error.__traceback__), callee, argument[1])
         listed = f" (arguments: {', '.join(known)})" if known else ""
         return did_you_mean(argument[2], known) + listed
     if isinstance(error, AttributeError) and error.name is not None:
@@ -128,14 +130,10 @@ def _frames(tb: TracebackType | None) -> list[FrameType]:
     return [frame for frame, _ in traceback.walk_tb(tb)]
 
 
-def _parameters(
-    frames: list[FrameType], frame: traceback.FrameSummary | None, call: ast.Call | None, function: str
-) -> list[str]:
+def _parameters(frames: list[FrameType], callee: Any, function: str) -> list[str]:
     """Keyword arguments of the user's call that raised, without an unknown one: the function's parameters and, if it
     passes **keywords on to a dataclass (as recipes do to View), the fields of that dataclass."""
     known: list[str] = []
-    user = next((f for f in reversed(frames) if frame and f.f_code.co_filename == frame.filename), None)
-    callee = _callee(call, user) if call and user else None
     if callee:
         parameters = inspect.signature(callee).parameters.values()
         known = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
@@ -150,12 +148,11 @@ def _parameters(
     return known
 
 
-def _call(frame: traceback.FrameSummary, argument: str) -> ast.Call | None:
-    """The innermost call with `argument=` on the frame's line."""
-    line = frame.lineno or 0
+def _call(file: str, line: int, argument: str) -> ast.Call | None:
+    """The innermost call with `argument=` on a line of the file."""
     calls = [
         node
-        for node in ast.walk(ast.parse(Path(frame.filename).read_text()))
+        for node in ast.walk(ast.parse(Path(file).read_text()))
         if isinstance(node, ast.Call)
         and node.lineno <= line <= (node.end_lineno or 0)
         and argument in [k.arg for k in node.keywords]

@@ -42,11 +42,8 @@ def dump(run: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             kind = type(value)
             fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-            return (
-                fields
-                if kind.__module__ == sections.__name__
-                else {"type": f"{kind.__module__}.{kind.__name__}", **fields}
-            )
+            is_section = kind.__module__ == sections.__name__
+            return fields if is_section else {"type": f"{kind.__module__}.{kind.__name__}", **fields}
         if isinstance(value, dict):
             return {str(k): plain(v) for k, v in value.items()}
         if isinstance(value, list | tuple):

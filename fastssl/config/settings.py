@@ -50,7 +50,10 @@ def _set(target: Any, path: list[str], value: Any, key: str) -> Any:
         target[name] = _set(target[name], rest, value, key) if rest else parse(value, Any, key)
         return target
     if isinstance(target, tuple | list):
-        positions = range(len(target)) if name == "all" else [_position(target, name, key)]
+        if name != "all" and (not name.isdecimal() or int(name) >= len(target)):
+            last = len(target) - 1
+            raise ValueError(f"{key}: {name!r} is not one of its {len(target)} places: 0 to {last}, or all")
+        positions = range(len(target)) if name == "all" else [int(name)]
         new = [
             (_set(item, rest, value, key) if rest else parse(value, type(item), key)) if i in positions else item
             for i, item in enumerate(target)
@@ -68,12 +71,6 @@ def _set(target: Any, path: list[str], value: Any, key: str) -> Any:
             raise ValueError(f"{key}: {error}") from error
     setattr(target, name, new)
     return target
-
-
-def _position(items: tuple | list, name: str, key: str) -> int:
-    if not name.isdecimal() or int(name) >= len(items):
-        raise ValueError(f"{key}: {name!r} is not one of its {len(items)} places: 0 to {len(items) - 1}, or all")
-    return int(name)
 
 
 def field_types(kind: type) -> dict[str, Any]:
@@ -150,9 +147,7 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
         for part in value.values() if args and args[1] is not Any else ():
             coerce(part, args[1], key)
         return value
-    elif (
-        isinstance(kind, type) and isinstance(value, kind) and not isinstance(value, bool)
-    ):  # bool is a subclass of int
+    elif isinstance(kind, type) and isinstance(value, kind) and not isinstance(value, bool):  # a bool is an int
         return value
     elif origin is typing.Literal:
         if not any(value == choice and type(value) is type(choice) for choice in args):

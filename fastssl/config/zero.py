@@ -6,6 +6,13 @@ from fastssl.config.sections import Run
 
 AUTOCAST = "set optim.precision, which keeps weights, normalisation and statistics in fp32"
 PARTITION = "its parts of the parameters are not those that checkpoints, LARS and momentum encoders know: leave it out"
+OTHER_PARTITIONS = (
+    "mics_shard_size",
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_gradients",
+    "stage3_param_persistence_threshold",
+)
 # Settings of DeepSpeed, and those below "zero_optimization", that are refused, with the remedy.
 REFUSED = {
     **dict.fromkeys(("bf16", "fp16", "amp", "torch_autocast", "data_types"), AUTOCAST),
@@ -14,20 +21,9 @@ REFUSED = {
     "train_batch_size": "set optim.batch",
     "train_micro_batch_size_per_gpu": "set speed.micro_batch",
     "gradient_accumulation_steps": "set speed.micro_batch; the loss is then that of the whole batch",
-    **dict.fromkeys(
-        ("checkpoint", "load_universal_checkpoint"), "checkpoints are fastssl's: set log.checkpoint_epochs"
-    ),
+    **dict.fromkeys(("checkpoint", "load_universal_checkpoint"), "set log.checkpoint_epochs"),
     "zero_optimization.stage": "set speed.zero",
-    **dict.fromkeys(
-        (
-            "zero_optimization.mics_shard_size",
-            "zero_optimization.zero_hpz_partition_size",
-            "zero_optimization.zero_quantized_weights",
-            "zero_optimization.zero_quantized_gradients",
-            "zero_optimization.stage3_param_persistence_threshold",
-        ),
-        PARTITION,
-    ),
+    **{f"zero_optimization.{name}": PARTITION for name in OTHER_PARTITIONS},
 }
 
 

@@ -32,14 +32,8 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
 def head(file: str, state: dict[str, Tensor], dim: int, name: str | None = None) -> tuple[Tensor, Tensor]:
     """Weight (C, dim) and bias (C,) of the linear classifier on features of `dim` dimensions in a file.  `name`: the
     end of its name; None for the usual ones.  ValueError where there is not exactly one."""
-    found = [
-        key[: -len(".weight")]
-        for key, value in state.items()
-        if key.endswith(".weight")
-        and value.ndim == 2
-        and value.shape[1] == dim
-        and f"{key[: -len('weight')]}bias" in state
-    ]
+    layers = [key.removesuffix(".weight") for key, value in state.items() if value.shape[1:] == (dim,)]
+    found = [layer for layer in layers if f"{layer}.weight" in state and f"{layer}.bias" in state]
     named = [key for key in found if (f".{key}".endswith(f".{name}") if name else key.split(".")[-1] in NAMES)]
     if name and not named:
         raise ValueError(

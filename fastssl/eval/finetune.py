@@ -20,28 +20,18 @@ from fastssl.eval.common import finetuning
 from fastssl.eval.common.target import EvalTarget
 
 NEEDS = ("train", "test")
-TRANSFORMER: dict[str, Any] = {
-    "optimizer": "adamw",
-    "lr": 5e-4,
-    "train_batch": 1024,
-    "epochs": 100,
-    "warmup_epochs": 5.0,
-    "weight_decay": 0.05,
-    "layer_decay": 0.65,
-    "drop_path": 0.1,
-    "smoothing": 0.1,
+DEFAULTS: dict[str, tuple[Any, Any]] = {  # of timm's transformers, and of other networks
+    "optimizer": ("adamw", "sgd"),
+    "lr": (5e-4, 0.05),
+    "train_batch": (1024, 256),
+    "epochs": (100, 30),
+    "warmup_epochs": (5.0, 0.0),
+    "weight_decay": (0.05, 0.0),
+    "layer_decay": (0.65, 1.0),
+    "drop_path": (0.1, 0.0),
+    "smoothing": (0.1, 0.0),
 }
-OTHER: dict[str, Any] = {
-    "optimizer": "sgd",
-    "lr": 0.05,
-    "train_batch": 256,
-    "epochs": 30,
-    "warmup_epochs": 0.0,
-    "weight_decay": 0.0,
-    "layer_decay": 1.0,
-    "drop_path": 0.0,
-    "smoothing": 0.0,
-}
+TRANSFORMER, OTHER = ({key: pair[i] for key, pair in DEFAULTS.items()} for i in (0, 1))
 LR_END = 1e-6  # MAE's min_lr
 
 

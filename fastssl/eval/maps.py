@@ -49,14 +49,8 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
         labels = y.numpy() if y.ndim == 1 else np.full(len(y), -1)
         names = target.loader(target.test).classes
         for method in methods:
-            xy, facts = project(
-                x,
-                method,
-                seed=args.seed,
-                perplexity=args.perplexity,
-                near=15 if args.near is None else args.near,
-                min_dist=0.1 if args.min_dist is None else args.min_dist,
-            )
+            options_of = {key: getattr(args, key) for key in ("seed", "perplexity", "near", "min_dist")}
+            xy, facts = project(x, method, **options_of)
             if len(x) <= TRUST_POINTS:
                 facts["trustworthiness"] = trustworthiness(x, xy)
             title = f"{method} of {name_of(target)}, {len(xy):,} images of {Path(target.test).name}"
@@ -102,8 +96,8 @@ def project(
     *,
     seed: int = 0,
     perplexity: float | None = None,
-    near: int = 15,
-    min_dist: float = 0.1,
+    near: int | None = None,
+    min_dist: float | None = None,
 ) -> tuple[np.ndarray, dict]:
     """float32 coordinates (N, 2) of features (N, dim), and the settings and figures of the method.
     ValueError for fewer than 5 rows, and where they are NaN or all equal."""
@@ -125,6 +119,7 @@ def project(
         return xy.astype(np.float32), {"variance_%": round(100 * float(pca.explained_variance_ratio_.sum()), 2)}
     if method == "tsne":
         return _tsne(x, seed, perplexity)
+    near, min_dist = 15 if near is None else near, 0.1 if min_dist is None else min_dist
     if not 1 < near < len(x):
         raise ValueError(f"near={near}: must be between 2 and {len(x) - 1}, the other points")
     xy = _umap()(n_neighbors=near, min_dist=min_dist, random_state=seed, n_jobs=1).fit_transform(x)

@@ -59,29 +59,12 @@ def add_target_options(parser: argparse.ArgumentParser, without: tuple[str, ...]
     add("target", nargs="?", metavar="RUN_OR_WEIGHTS", help="run folder, checkpoint folder, .safetensors, .pt or .pth")
     add("--train", help=".beton of the bank or the training set; default: the run's")
     add("--test", help=".beton to evaluate on; default: the run's")
-    add(
-        "--features",
-        choices=("weights", "untrained", "pixels"),
-        default="weights",
-        help="of the network, or of a baseline: the untrained network, or the pixels",
-    )
-    add(
-        "--cache",
-        metavar="DIR",
-        help="where features are stored for later evaluations; default: "
-        "features/ in the run's folder or beside the weight file",
-    )
+    kinds = ("weights", "untrained", "pixels")
+    add("--features", choices=kinds, default="weights", help="of the network, or of a baseline")
+    add("--cache", metavar="DIR", help="where features are stored; default: features/ in the folder of the weights")
     add("--no-cache", action="store_true", help="compute the features and do not store them")
-    add(
-        "--out",
-        help="write the result as JSON; default: eval/PROTOCOL.json in the run's folder, where the report "
-        "looks for it; nothing is written for a weight file",
-    )
-    add(
-        "--which",
-        choices=("student", "teacher"),
-        help="the trained network or its moving average; default: what the method evaluates",
-    )
+    add("--out", help="write the result as JSON; default: eval/PROTOCOL.json in the run's folder, if it is a run")
+    add("--which", choices=("student", "teacher"), help="the network or its moving average; default: the method's")
     add("--prefix", help="prefix of the backbone's keys in the file, e.g. teacher.backbone.; default: detected")
     add_backbone_options(parser)
     add("--size", type=int, help="side of the centre crop")
@@ -95,16 +78,8 @@ def add_target_options(parser: argparse.ArgumentParser, without: tuple[str, ...]
     add("--seed", type=int, default=0, help="of random numbers")
 
 
-def _micro_batch(add: Callable) -> None:
-    add("--micro-batch", type=int, help="images per rank and pass; default: all of the rank")
-
-
 def _knn(add: Callable) -> None:
-    add(
-        "--k",
-        type=comma_separated(int),
-        help="numbers of neighbours; default: those of 10,20,100,200 that the training file has images for",
-    )
+    add("--k", type=comma_separated(int), help="numbers of neighbours; default: 10,20,100,200, up to the images")
     add("--temperature", type=float, default=0.07, help="T in the weights exp(cosine / T) of the votes")
     add("--backend", choices=("torch", "faiss"), default="torch", help="of the search")
 
@@ -114,33 +89,15 @@ def _linear(add: Callable) -> None:
         "--recipe",
         choices=("probe", "moco", "multi", "places205", "lars"),
         default="probe",
-        help="probe: on cached features, the rate chosen on held-out images; the others as published: "
-        "moco (OpenSelfSup's Last), multi (five layers), places205, lars (SimSiam, MMSelfSup)",
+        help="probe: on cached features, the rate chosen on held-out images; the others as published",
     )
     add("--solver", choices=("sgd", "lbfgs"), help="of the probe; default: sgd")
-    add(
-        "--grid",
-        type=comma_separated(float),
-        help="learning rates, trained at once (probe with lbfgs: l2 penalties); default: the recipe's",
-    )
+    add("--grid", type=comma_separated(float), help="learning rates (lbfgs: l2 penalties); default: the recipe's")
     add("--epochs", type=int, help="default: the recipe's; probe: 100 (lbfgs: the most iterations)")
     add("--probe-batch", type=int, help="of all ranks together; default: the recipe's, probe: 1024")
-    add(
-        "--held-out",
-        type=float,
-        help="fraction of the training set on which the setting is chosen; default: 0.1 for the probe, 0 for the "
-        "published recipes",
-    )
-    add(
-        "--layers",
-        type=comma_separated(str),
-        help="of the published recipes: stem,layer1,...,layer4,last; default: the recipe's",
-    )
-    add(
-        "--no-augment",
-        action="store_true",
-        help="published recipes on the cached features of the test's crop: minutes, and not what the papers report",
-    )
+    add("--held-out", type=float, help="fraction to choose the setting on; default: 0.1 for the probe, 0 for recipes")
+    add("--layers", type=comma_separated(str), help="of recipes: stem,layer1,...,layer4,last; default: the recipe's")
+    add("--no-augment", action="store_true", help="recipes on cached features: faster, and not what papers report")
 
 
 def _classifier(add: Callable) -> None:
@@ -155,34 +112,16 @@ def _extract(add: Callable) -> None:
         help="stem,layer1,layer2,layer3,layer4,last (other networks than ResNets: stage1, ...) or all",
     )
     add("--only", choices=("train", "test"), help="one of the two files; default: both")
-    add(
-        "--to",
-        choices=("npy", "safetensors"),
-        default="npy",
-        help="npy: a file for each layer and one for the labels; safetensors: one file for all",
-    )
-    add(
-        "--squash",
-        action="store_true",
-        help="the whole image at the view's size instead of a crop, as OpenSelfSup does for VOC07",
-    )
+    add("--to", choices=("npy", "safetensors"), default="npy", help="a file for each layer, or one for all")
+    add("--squash", action="store_true", help="the whole image at the view's size instead of a crop (VOC07)")
     add("--folder", help="default: eval/ in the run's folder")
     add("--force", action="store_true", help="replace files that are there")
 
 
 def _svm(add: Callable) -> None:
-    add(
-        "--layers",
-        type=comma_separated(str),
-        default=("last",),
-        help="stem,layer1,...,layer4,last; published figures are the best of the first five",
-    )
+    add("--layers", type=comma_separated(str), default=("last",), help="stem,layer1,...,layer4,last")
     add("--low-shot", action="store_true", help="few images a class instead of all")
-    add(
-        "--shots",
-        type=comma_separated(int),
-        help="positives of each class, with C - 1 times as many negatives; default: 1,2,4,8,16,32,64,96",
-    )
+    add("--shots", type=comma_separated(int), help="positives of each class; default: 1,2,4,8,16,32,64,96")
     add("--samples", type=int, help="independent draws of each number of shots; default: 5")
     add("--costs", type=comma_separated(float), default=SVM_COSTS, help="default: the published 19")
     add("--folds", type=int, help="of the cross-validation; default: 3")
@@ -191,40 +130,19 @@ def _svm(add: Callable) -> None:
         choices=("fast", "cuda", "sklearn"),
         help="default: cuda on a GPU, fast elsewhere and for more images than twice the dimensions",
     )
-    add(
-        "--crop",
-        choices=("squash", "center"),
-        default="squash",
-        help="squash: the whole image, without keeping its proportions, as published",
-    )
+    add("--crop", choices=("squash", "center"), default="squash", help="squash: the whole image, as published")
 
 
 def _semisup(add: Callable) -> None:
     add("--percent", type=float, help="of the training images of each class, drawn by --seed; default: 1")
-    add(
-        "--subset",
-        metavar="FILE",
-        help="the labelled images: on each line a row of the .beton (from 0) or, with "
-        "--names, the name of an image (SimCLR's lists); 'all' if --train is the subset itself",
-    )
-    add(
-        "--names",
-        metavar="FILE",
-        help="names of the images of the .beton in its order, 'name' or 'name label' "
-        "on each line: the list that it was converted from",
-    )
-    add(
-        "--lr",
-        type=comma_separated(float),
-        help="rates of the backbone; default: 0.001,0.01,0.1 (with Sobel filters 0.01)",
-    )
+    add("--subset", metavar="FILE", help="labelled images: rows from 0, or names with --names; 'all': those of --train")
+    add("--names", metavar="FILE", help="names of all images in order: the list that the .beton was converted from")
+    add("--lr", type=comma_separated(float), help="rates of the backbone; default: 0.001,0.01,0.1 (Sobel: 0.01)")
     add("--head-mult", type=comma_separated(float), help="multiples of --lr for the head; default: 1,10,100 (Sobel: 1)")
     add("--held-out", type=float, default=0.2, help="fraction of the labelled images, for the held-out row; 0: none")
     add("--train-batch", type=int, default=256, help="of all ranks together")
     add("--epochs", type=int, default=20, help="of each training")
-    add(
-        "--milestones", type=comma_separated(float), default=(12.0, 16.0), help="epochs where the rates fall by --gamma"
-    )
+    add("--milestones", type=comma_separated(float), default=(12.0, 16.0), help="epochs where rates fall by --gamma")
     add("--gamma", type=float, default=0.2, help="see --milestones")
     add("--weight-decay", type=float, help="default: 5e-4 for 1 %%, 1e-4 for 10 %%")
     _micro_batch(add)
@@ -237,11 +155,7 @@ def _finetune(add: Callable) -> None:
     add("--epochs", type=int, help="default: 100 for transformers, else 30")
     add("--warmup-epochs", type=float, help="default: 5 for transformers, else 0; then a cosine")
     add("--weight-decay", type=float, help="default: 0.05 for transformers (not on norms and biases), else 0")
-    add(
-        "--layer-decay",
-        type=float,
-        help="factor of the rate from a block to the one before it; default: 0.65 for transformers, else 1",
-    )
+    add("--layer-decay", type=float, help="of the rate, from a block to the one before; default: 0.65 (others: 1)")
     add("--drop-path", type=float, help="stochastic depth in the last block; default: 0.1 for transformers, else 0")
     add("--smoothing", type=float, help="label smoothing; default: 0.1 for transformers, else 0")
     add("--mixup", type=float, default=0.0, help="alpha (MAE: 0.8)")
@@ -249,6 +163,10 @@ def _finetune(add: Callable) -> None:
     add("--clip", type=float, default=0.0, help="largest norm of the gradient; 0: no clipping")
     add("--pool", choices=("avg", "token"), help="transformers: input of the head (MAE: avg); default: timm's")
     _micro_batch(add)
+
+
+def _micro_batch(add: Callable) -> None:
+    add("--micro-batch", type=int, help="images per rank and pass; default: all of the rank")
 
 
 def _detection(add: Callable) -> None:
@@ -263,17 +181,11 @@ def _detection(add: Callable) -> None:
     add("--train-batch", type=int, default=16, help="images of all ranks together")
     add("--lr", type=float, default=0.02, help="for 16 images; scaled linearly with --train-batch")
     add("--weight-decay", type=float, default=1e-4, help="not of norms")
-    add(
-        "--bn",
-        choices=("sync", "frozen"),
-        default="sync",
-        help="sync: batch norm over all ranks, also in the pyramid (MoCo); frozen: the pretrained statistics",
-    )
+    add("--bn", choices=("sync", "frozen"), default="sync", help="batch norm over all ranks, or as pretrained")
     add(
         "--min-size",
         type=comma_separated(int),
-        help="short sides, of which one is drawn for each training image and the last is used in tests; default: "
-        "480 to 800 by 32 for VOC, from 640 for COCO",
+        help="short sides to draw from, the last in tests; default: 480 (COCO: 640) to 800 by 32",
     )
     add("--max-size", type=int, default=1333, help="of the long side")
 

@@ -87,16 +87,10 @@ class Terminal:
         if not sys.stdout.isatty():
             return
         if self._progress is None:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-            self._progress = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("eta"),
-                TimeRemainingColumn(),
-                speed_estimate_period=120,
-            )
+            columns = ("training", BarColumn(), MofNCompleteColumn(), "eta", TimeRemainingColumn())
+            self._progress = Progress(*columns, speed_estimate_period=120)
             self._progress.start()
             atexit.register(self._progress.stop)  # after an error, too: it shows the terminal's cursor again
             self._task = self._progress.add_task("", total=self.total_steps)

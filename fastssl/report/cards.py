@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastssl.files.datacard import DataCard
+from fastssl.log.records import COLLAPSE_LIMITS
 from fastssl.report import run_data
 from fastssl.report.charts import about, duration, note
 from fastssl.report.run_data import CURVES, MAIN, RunData
@@ -98,10 +99,12 @@ def _machine(run: RunData) -> str:
 
 def collapse(run: RunData) -> str:
     """The measures that show a collapse at the end of the run (log.records.COLLAPSE_LIMITS), or ""."""
-    found = [
-        f"{CURVES[key][0]} {value:.3g} (below {limit:g}; mean of the last {count} measures)"
-        for key, value, limit, count in run_data.collapsed(run)
-    ]
+    found = []
+    for key, limit in COLLAPSE_LIMITS.items():
+        last = run.scalars[key][1][-max(3, len(run.scalars[key][1]) // 10) :] if key in run.scalars else np.empty(0)
+        if len(last) >= 3 and last.mean() < limit:
+            measures = f"mean of the last {len(last)} measures"
+            found.append(f"{CURVES[key][0]} {last.mean():.3g} (below {limit:g}; {measures})")
     return f"The network gives nearly the same for every image: {'; '.join(found)}." if found else ""
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from fastssl.checkpoint import disk
-from fastssl.log.records import COLLAPSE_LIMITS, PHASES
+from fastssl.log.records import PHASES
 from fastssl.report.charts import duration
 
 MAX_NUMBER = 1e100  # a larger one is damage, and its square would not be finite
@@ -119,18 +119,6 @@ def read(folder: str | Path) -> RunData:
         if is_evaluation(result):
             run.evaluations.append((str(file), result))
     return run
-
-
-def collapsed(run: RunData) -> list[tuple[str, float, float, int]]:
-    """(key, mean, limit, count) of the measures of collapse whose mean is below the limit in the last tenth, at least
-    three measures."""
-    out = []
-    for key, limit in COLLAPSE_LIMITS.items():
-        y = run.scalars[key][1] if key in run.scalars else np.empty(0)
-        count = max(3, len(y) // 10)
-        if len(y) >= 3 and (value := float(y[-count:].mean())) < limit:
-            out.append((key, value, limit, min(count, len(y))))
-    return out
 
 
 def is_evaluation(value: Any) -> TypeGuard[dict]:

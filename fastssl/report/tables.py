@@ -21,6 +21,7 @@ from fastssl.report.charts import about, note
 from fastssl.report.run_data import RunData
 
 HIDDEN = {"picture", "path", "selected_on", ""}  # keys of a row of results that are not part of its setting
+VIEW = {f.name: f.default for f in dataclasses.fields(View) if f.default is not dataclasses.MISSING}
 SPREAD = {"map_std", "map_min", "map_max"}  # of METRICS: the spread over draws, which has no best value
 
 
@@ -60,18 +61,22 @@ def timings(runs: list[RunData]) -> str:
     return about("Median milliseconds of a step, and percent of the total time.") + table(["phase"], runs, rows)
 
 
+def evaluated(result: dict) -> dict:
+    """What a result says that it was computed from."""
+    return of if isinstance(of := result.get("of"), dict) else {}
+
+
 def weights_of(result: dict) -> str:
-    of = result.get("of")
-    return str(of.get("weights", "")) if isinstance(of, dict) else ""
+    return str(evaluated(result).get("weights", ""))
 
 
 def owner(runs: list[RunData], result: dict) -> RunData | None:
     """The run from whose checkpoints a result was computed, by the path in it; None: another run."""
-    path = weights_of(result)
-    for run in runs:
-        if any(f"{name}/checkpoints/" in path for name in (str(run.folder), str(run.folder.resolve()))):
-            return run
-    return None
+
+    def made(run: RunData) -> bool:
+        return any(f"{folder}/checkpoints/" in weights_of(result) for folder in (run.folder, run.folder.resolve()))
+
+    return next(filter(made, runs), None)
 
 
 def evaluations(runs: list[RunData]) -> str:
@@ -81,8 +86,7 @@ def evaluations(runs: list[RunData]) -> str:
     found: dict[tuple, dict[int, list[dict]]] = {}  # (protocol, features, test file) -> run -> rows
     for i, run in enumerate(runs):
         for file, result in run.evaluations:
-            of = result.get("of")
-            of = of if isinstance(of, dict) else {}
+            of = evaluated(result)
             key = result["protocol"], str(of.get("features", "weights")), str(of.get("test") or "")
             rows = found.setdefault(key, {}).setdefault(i, [])
             rows += [{**row, "": f"{file}: {json.dumps(result.get('options', {}))}"} for row in result["results"]]
@@ -169,9 +173,8 @@ def defaults(config: dict) -> dict[str, str]:
         given = dump(importlib.import_module(kind.rpartition(".")[0]).Config())
         out |= flatten({k: v for k, v in given.items() if k != "type"}, "method")
     views = config.get("data", {}).get("views") if isinstance(config.get("data"), dict) else None
-    view = {f.name: f.default for f in dataclasses.fields(View) if f.default is not dataclasses.MISSING}
     for i in range(len(views) if isinstance(views, list) else 0):
-        out |= flatten(view, f"data.views[{i}]")
+        out |= flatten(VIEW, f"data.views[{i}]")
     return out
 
 
@@ -179,9 +182,8 @@ def flatten(value: Any, key: str = "") -> dict[str, str]:
     """Dotted keys -> JSON of the leaves; of views only what differs from their defaults."""
     if isinstance(value, dict) and value:
         if str(value.get("type", "")).endswith(".View"):
-            default = {f.name: f.default for f in dataclasses.fields(View)}
             fields = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k != "type"}
-            value = {k: value[k] for k, v in fields.items() if v != default.get(k)}
+            value = {k: value[k] for k, v in fields.items() if v != VIEW.get(k)}
         parts = [flatten(part, f"{key}.{name}" if key else name) for name, part in value.items()]
         return {k: v for part in parts for k, v in part.items()}
     if isinstance(value, list) and any(isinstance(part, dict) for part in value):

@@ -2,14 +2,3 @@
 
 from fastssl.weights.load import LoadReport, check_pretrained_kept, load_backbone
 from fastssl.weights.source import has_sobel, metadata, read, run_config, spec_of
-
-__all__ = [
-    "LoadReport",
-    "check_pretrained_kept",
-    "has_sobel",
-    "load_backbone",
-    "metadata",
-    "read",
-    "run_config",
-    "spec_of",
-]

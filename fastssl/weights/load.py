@@ -198,17 +198,11 @@ def _check(file: str, prefix: str, found: dict[str, Tensor], needed: list[str], 
     """ValueError unless `found` has every needed tensor, each of the right shape and finite, and no unknown one."""
     where = f"{file}" + (f" (prefix {prefix!r})" if prefix else "")
     missing = [name for name in needed if name not in found]
-    extra = [
-        name
-        for name in found
-        if name not in own and name.split(".")[0] not in HEADS and not name.endswith("num_batches_tracked")
-    ]  # a frozen batch norm has none
+    extra = [name for name in found if name not in own and name.split(".")[0] not in HEADS]
+    extra = [name for name in extra if not name.endswith("num_batches_tracked")]  # a frozen batch norm has none
     if missing or extra:
-        parts = []
-        if missing:
-            parts += [f"{len(missing)} of the backbone's {len(needed)} tensors are not in it: {_first(missing)}"]
-        if extra:
-            parts += [f"{len(extra)} of its tensors load nowhere: {_first(extra)}"]
+        parts = [f"{len(missing)} of the backbone's {len(needed)} tensors are not in it: {_first(missing)}"]
+        parts = parts * bool(missing) + [f"{len(extra)} of its tensors load nowhere: {_first(extra)}"] * bool(extra)
         raise ValueError(f"{where} does not fit the backbone; " + "; ".join(parts))
     for name, tensor in found.items():
         if name not in own:

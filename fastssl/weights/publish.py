@@ -25,7 +25,9 @@ def publish(source: str | Path, folder: str | Path | None = None, name: str | No
     run, spec = weights.run_config(source), weights.spec_of(source)
     metadata = weights.metadata(spec) if spec else {"format": "pt"}
     if run:
-        metadata["fastssl.config"] = json.dumps({**run, "data": {**run["data"], **_file_names(run["data"])}})
+        data = run["data"]  # the files without their folders, which are private
+        names = {key: Path(data[key]).name for key in ("train", "test", "bank") if data.get(key)}
+        metadata["fastssl.config"] = json.dumps({**run, "data": {**data, **names}})
     name = name or (run["name"].replace("/", "_") if run else re.sub(r"-[0-9a-f]{8}$", "", Path(source).stem))
     folder = Path(folder or (source if Path(source).is_dir() else Path(source).parent))
     temporary = folder / f"{name}.publishing"  # the hash, and so the name, follows from the written bytes
@@ -38,11 +40,6 @@ def publish(source: str | Path, folder: str | Path | None = None, name: str | No
     finally:
         temporary.unlink(missing_ok=True)
     return path, digest
-
-
-def _file_names(data: dict) -> dict:
-    """The run's data files without their folders, which are private."""
-    return {key: Path(data[key]).name for key in ("train", "test", "bank") if data.get(key)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -81,9 +81,7 @@ def _faiss(bank: Tensor, k: int) -> Search:
     def search(queries: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
         found = index.search(queries.cpu().numpy(), k + (exclude is not None))
         value, rows = (torch.from_numpy(part).to(bank.device) for part in found)
-        if (
-            exclude is not None
-        ):  # drop the query itself; among many exact duplicates it may be absent, then the last goes
+        if exclude is not None:  # the query itself; among many exact duplicates it may be absent, then the last goes
             itself = rows == exclude[:, None]
             itself[~itself.any(1), -1] = True
             value, rows = (part[~itself].view(len(queries), k) for part in (value, rows))

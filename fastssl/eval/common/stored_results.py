@@ -54,7 +54,8 @@ class StoredResults:
             print(f"{path} is of other settings, data or weights: starting over", flush=True)
             lines = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        results = [line for line in lines[1:] if _is_result(line)]
+        valid = [line for line in lines[1:] if isinstance(line, dict) and isinstance(line.get("name"), str)]
+        results = [line for line in valid if "result" in line]
         path.write_text("".join(json.dumps(line) + "\n" for line in [{"key": self.key}, *results]))
         return {line["name"]: line["result"] for line in results}
 
@@ -63,7 +64,3 @@ class StoredResults:
             f.write(line)
             f.flush()
             os.fsync(f.fileno())
-
-
-def _is_result(line: Any) -> bool:
-    return isinstance(line, dict) and isinstance(line.get("name"), str) and "result" in line

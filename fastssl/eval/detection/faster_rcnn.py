@@ -34,13 +34,8 @@ def build(
     net = copy.deepcopy(backbone)
     if bn == "frozen":
         freeze(net)
-    body = BackboneWithFPN(
-        net,
-        {f"layer{i}": str(i - 1) for i in range(1, 5)},
-        list(net.stages[1:]),
-        CHANNELS,
-        norm_layer=nn.BatchNorm2d if bn == "sync" else None,
-    )
+    layers, norm = {f"layer{i}": str(i - 1) for i in range(1, 5)}, nn.BatchNorm2d if bn == "sync" else None
+    body = BackboneWithFPN(net, layers, list(net.stages[1:]), CHANNELS, norm_layer=norm)
     return FasterRCNN(body, classes + 1, min_size=min_size, max_size=max_size, image_mean=mean, image_std=std)
 
 

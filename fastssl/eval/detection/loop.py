@@ -105,12 +105,7 @@ def detect(
         with autocast(device, precision):
             found = model(images)
         for i, out in zip(part, found):
-            columns = [
-                torch.full_like(out["scores"], i)[:, None].double(),
-                out["labels"][:, None].double(),
-                out["scores"][:, None].double(),
-                out["boxes"].double(),
-            ]
-            rows.append(torch.cat(columns, 1))
+            columns = (torch.full_like(out["scores"], i), out["labels"], out["scores"], out["boxes"])
+            rows.append(torch.column_stack([column.double() for column in columns]))
     rows = dist.gather_ragged(torch.cat(rows)).cpu().numpy()
     return rows[np.argsort(rows[:, 0], kind="stable")]

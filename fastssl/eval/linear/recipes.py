@@ -21,9 +21,8 @@ class Recipe:
     lars: bool = False
     norm: bool = False  # batch norm over all ranks without affine, per channel of the pooled map
     augment: Literal["resized", "jittered", "window"] = "resized"
-    published: Literal["none", "test"] = (
-        "none"  # "selected_on" of the row that papers report: "none", the last epoch, or "test", the best one
-    )
+    # "selected_on" of the row that papers report: "none", the last epoch, or "test", the best one
+    published: Literal["none", "test"] = "none"
 
 
 RECIPES = {
@@ -40,12 +39,5 @@ RECIPES = {
 
 def rate_factor(recipe: Recipe, epoch: int) -> float:
     """What the learning rate is multiplied by in an epoch."""
-    optim = Optim(
-        lr=1.0,
-        schedule="step" if recipe.milestones else "cosine_epoch",
-        gamma=0.1,
-        lr_end=0.0,
-        milestones=recipe.milestones,
-        warmup_epochs=0,
-    )
+    optim = Optim(schedule="step" if recipe.milestones else "cosine_epoch", gamma=0.1, milestones=recipe.milestones)
     return lr_multiplier(optim, epoch * 1000, 1000, recipe.epochs * 1000)  # 1000: milestones may fall into an epoch

@@ -23,12 +23,10 @@ def write(state: dict[str, Tensor], spec: Backbone, path: Path, run: dict | None
 
 
 def _recipe(spec: Backbone) -> str:
-    norm = "torch.nn.BatchNorm2d"
-    lines = ["import torch, torchvision"]
+    lines, norm, argument = ["import torch, torchvision"], "torch.nn.BatchNorm2d", ""
     if spec.norm == "gn":
         lines = ["import math, torch, torchvision", "norm = lambda c: torch.nn.GroupNorm(math.gcd(32, c // 2), c)"]
-        norm = "norm"
-    argument = f"norm_layer={norm}" if spec.norm == "gn" else ""
+        norm, argument = "norm", "norm_layer=norm"
     if hasattr(torchvision.models, spec.name) and spec.width == 64:
         lines += [f"net = torchvision.models.{spec.name}({argument})"]
     else:  # torchvision's class with stages of other lengths and widths
