@@ -136,7 +136,7 @@ def baselines(found: list[tuple[str, float]], text: str) -> str:
     """Bars of (name, kNN accuracy in percent), the network first and then its baselines; the best is bold."""
     best = max(value for _, value in found)
     rows = [
-        f'<li class="{"base" if i else "own"}{" best" * (value == best)}"><span>{escape(name)}</span>'
+        f'<li class="{"base" if i else "own"}{" best" if value == best else ""}"><span>{escape(name)}</span>'
         f'<b>{value:.1f} %</b><span class="bar100"><i style="width:{value:.1f}%"></i></span></li>'
         for i, (name, value) in enumerate(found)
     ]

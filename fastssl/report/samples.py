@@ -156,7 +156,7 @@ def _file(path: str | None, option: str) -> str:
     if not path:
         raise ValueError(f"the run names no such file: give {option} NAME.beton")
     if not Path(path).is_file():
-        raise ValueError(f"{path} does not exist: start where the training was started, or give {option} NAME.beton")
+        raise ValueError(f"{path} does not exist: start the report in the folder of the training, or give {option}")
     return path
 
 
