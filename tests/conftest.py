@@ -81,6 +81,25 @@ def write_beton(path, images, labels=None, fields=("image", "index", "label")):
     return path
 
 
+def write_card(path, images, classes=None, label="int"):
+    """The data card of a .beton that holds these uint8 arrays; returns the path of the .beton."""
+    from fastssl.files.datacard import DataCard
+
+    heights, widths = zip(*(image.shape[:2] for image in images))
+    card = DataCard(
+        samples=len(images),
+        bytes=path.stat().st_size,
+        max_pixels=max(h * w for h, w in zip(heights, widths)),
+        min_side=min(*heights, *widths),
+        max_height=max(heights),
+        max_width=max(widths),
+        classes=classes,
+        label=label,
+    )
+    card.write(path.with_suffix(".json"))
+    return path
+
+
 @pytest.fixture(scope="session")
 def photos():
     """103 sources of 20 to 60 pixels a side: JPEG bytes (three kinds of subsampling, some gray) and raw arrays."""

@@ -1,7 +1,6 @@
 """Observers: exact over ranks, resumable, and without any trace in what they observe."""
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from conftest import write_beton
+from conftest import write_beton, write_card
 from torch import nn
 
 from fastssl import dist, hooks
@@ -215,29 +214,11 @@ def test_collapse_takes_view_0_every_n_steps():
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
     """30 flat colours in three classes that pixels tell apart, and a card."""
-    from fastssl.decode import BetonReader
-
     rng = np.random.default_rng(0)
     colours = np.eye(3)[np.arange(30) % 3] * 200 + rng.integers(0, 50, (30, 3))
     images = [np.full((8, 8, 3), c, np.uint8) for c in colours]
     path = write_beton(tmp_path_factory.mktemp("hooks") / "colours.beton", images, [i % 3 for i in range(30)])
-    opened = BetonReader(str(path))
-    path.with_suffix(".json").write_text(
-        json.dumps(
-            {
-                "format": 1,
-                "samples": 30,
-                "max_pixels": opened.max_pixels,
-                "bytes": opened.bytes.size,
-                "label": "int",
-                "classes": list("rgb"),
-                "min_side": 8,
-                "max_height": 8,
-                "max_width": 8,
-            }
-        )
-    )
-    return str(path)
+    return str(write_card(path, images, list("rgb")))
 
 
 class Net(nn.Module):

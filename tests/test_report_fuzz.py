@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from test_report import lines, write_run
+from report_runs import lines, write_run
 
 from fastssl import report
 

@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from test_report import write_run
+from report_runs import write_run
 
 from fastssl import report
 

@@ -36,10 +36,10 @@ def regular_file_size(path: str | Path) -> int:
     return info.st_size
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException, limit: int = 200) -> str:
     """An exception as part of a one-line message."""
     text = " ".join(str(error).split())
-    return (f"{type(error).__name__}: {text}" if text else type(error).__name__)[:200]
+    return (f"{type(error).__name__}: {text}" if text else type(error).__name__)[:limit]
 
 
 def read_pt(path: str | Path, allow: Sequence[type] = ()) -> Any:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import photo, write_beton
+from conftest import photo, write_beton, write_card
 
 import fastssl.eval
 import fastssl.report
@@ -27,20 +27,8 @@ def files_fixture(tmp_path_factory):
         labels = [i % 6 for i in range(n)]
         tint = [[100 * (y & 1), 100 * (y >> 1 & 1), 100 * (y >> 2)] for y in labels]
         images = [(photo(rng, 20, 20) // 4 + t).astype(np.uint8) for t in tint]
-        out.append(str(write_beton(folder / f"{name}.beton", images, labels)))
-        size = (folder / f"{name}.beton").stat().st_size
-        card = {
-            "format": 1,
-            "samples": n,
-            "bytes": size,
-            "max_pixels": 400,
-            "min_side": 20,
-            "max_height": 20,
-            "max_width": 20,
-            "classes": list("abcdef"),
-            "label": "int",
-        }
-        (folder / f"{name}.json").write_text(json.dumps(card))
+        path = write_beton(folder / f"{name}.beton", images, labels)
+        out.append(str(write_card(path, images, list("abcdef"))))
     return out
 
 

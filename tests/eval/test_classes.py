@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import write_beton
+from conftest import write_beton, write_card
 from torch import nn
 
 import fastssl.eval
@@ -33,21 +33,7 @@ def make(path, names, per_class=6, card=True, labels=None, flat=False):
     write_beton(path, images, labels)
     if card:
         called = list(map(str, range(len(names)))) if card == "list" else list(names)
-        kind = {"label": "none", "classes": None} if card == "none" else {"label": "int", "classes": called}
-        path.with_suffix(".json").write_text(
-            json.dumps(
-                {
-                    "format": 1,
-                    "samples": len(images),
-                    "max_pixels": 64,
-                    "bytes": path.stat().st_size,
-                    "min_side": 8,
-                    "max_height": 8,
-                    "max_width": 8,
-                    **kind,
-                }
-            )
-        )
+        write_card(path, images, *((None, "none") if card == "none" else (called, "int")))
     return str(path)
 
 
@@ -118,25 +104,9 @@ def test_columns_of_several_labels_are_matched(tmp_path):
     made = []
     for name, order in (("train", "abc"), ("test", "cab"), ("two", "abd")):
         columns = ["abc".find(c) for c in order]
-        path = write_beton(
-            tmp_path / f"{name}.beton", [np.zeros((8, 8, 3), np.uint8)] * 3, [rows[c][columns] for c in "abc"]
-        )
-        path.with_suffix(".json").write_text(
-            json.dumps(
-                {
-                    "format": 1,
-                    "samples": 3,
-                    "max_pixels": 64,
-                    "bytes": path.stat().st_size,
-                    "min_side": 8,
-                    "max_height": 8,
-                    "max_width": 8,
-                    "classes": list(order),
-                    "label": "multi",
-                }
-            )
-        )
-        made.append(load(path))
+        images = [np.zeros((8, 8, 3), np.uint8)] * 3
+        path = write_beton(tmp_path / f"{name}.beton", images, [rows[c][columns] for c in "abc"])
+        made.append(load(write_card(path, images, list(order), "multi")))
     match(made[0], made[1])
     assert made[1].labels().tolist() == made[0].labels().tolist() == np.stack(list(rows.values())).tolist()
     assert made[1].classes == list("abc") and next(made[1].epoch(0)).label.tolist() == made[0].labels().tolist()

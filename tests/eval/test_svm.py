@@ -1,22 +1,15 @@
-"""The SVM protocols against scikit-learn: decision values, mAP, folds, draws, average precision; the GPU's kernel."""
-
-import ctypes
-import json
-import re
-import subprocess
+"""The SVM protocols against scikit-learn: decision values, mAP, folds, draws, average precision."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import photo, write_beton
 from sklearn.datasets import make_classification
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 
-import fastssl.eval
 from fastssl.eval import svm
-from fastssl.eval.svm import cpu, cuda, newton
+from fastssl.eval.svm import cpu, newton
 from fastssl.eval.svm.solvers import average_precision
 
 
@@ -215,171 +208,6 @@ def test_one_label_per_image_is_one_against_all():
     y, y_test = (torch.from_numpy(rng.integers(0, 3, len(part))) for part in (x, x_test))
     hot, hot_test = (torch.nn.functional.one_hot(part, 3).float() for part in (y, y_test))
     assert svm.svm(x, y, x_test, y_test)["results"] == svm.svm(x, hot, x_test, hot_test)["results"]
-
-
-SHIM = """
-#include <math.h>
-#define WARP 1
-#define __device__
-#define __global__
-#define __shared__ static
-struct Dim { int x; };
-static Dim threadIdx = {0}, blockDim = {1}, blockIdx = {0};
-static void __syncthreads() {}
-static double __shfl_down_sync(unsigned, double, int) { return 0; }
-%s
-extern "C" void launch(int blocks, const float* K, i64 N, const int* rows, const i64* starts, const float* y,
-                       const float* w, const double* costs, int n_costs, float* b, float* f, double* gaps, float* s) {
-    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
-        newton(K, N, rows, starts, y, w, costs, n_costs, b, f, gaps, s, 1e-7, 60, 400);
-}
-"""
-
-
-def problems():
-    """A Gram matrix and problems of some of its rows."""
-    x, y = made(160, 170)
-    rng, out = np.random.default_rng(0), []
-    for n in (160, 90, 20):
-        rows = np.sort(rng.permutation(160)[:n])
-        weight = np.where(y[rows] > 0, 2.0, 1.0)
-        weight[:: 3 if n == 160 else n] = 0
-        out.append((rows, y[rows], weight))
-    return cpu.Rows(x).operator[0], out
-
-
-def test_the_cuda_source_finds_the_optimum_on_one_thread_of_a_cpu(tmp_path):
-    (tmp_path / "a.cc").write_text(SHIM % cuda.SOURCE)
-    library = tmp_path / "a.so"
-    subprocess.run(["g++", "-O2", "-shared", "-fPIC", "-o", library, tmp_path / "a.cc"], check=True)
-    K, chosen = problems()
-    rows, y, weight = (np.concatenate(part) for part in zip(*chosen))
-    starts, costs, n = np.cumsum([0, *(len(p[0]) for p in chosen)]), np.array(svm.COSTS), len(rows)
-    b, f = np.zeros(19 * n, np.float32), np.zeros(19 * n, np.float32)
-    gaps, scratch = np.zeros((3, 19)), np.full(cuda.SCRATCH * n, np.nan, np.float32)
-    arrays = [K, rows.astype(np.int32), starts.astype(np.int64), y.astype(np.float32), weight.astype(np.float32), costs]
-    pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in (*arrays, b, f, gaps, scratch)]
-    ctypes.CDLL(library).launch(3, pointers[0], ctypes.c_longlong(len(K)), *pointers[1:6], 19, *pointers[6:])
-    assert (gaps <= 1e-6).all(), gaps
-    for i, (some, label, w) in enumerate(chosen):
-        part = slice(19 * starts[i], 19 * starts[i + 1])
-        want = cpu.solve_few(K[np.ix_(some, some)], label, w, svm.COSTS, 1e-7) @ K[np.ix_(some, some)]
-        mine = f[part].reshape(19, -1)
-        np.testing.assert_allclose(mine, want, rtol=2e-3, atol=2e-3)
-        np.testing.assert_allclose(b[part].reshape(19, -1) @ K[np.ix_(some, some)], mine, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("architecture", [80, 90])
-def test_the_cuda_source_compiles(architecture):
-    nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
-    program = nvrtc.createProgram(cuda.SOURCE, "svm.cu", (), ())
-    try:
-        nvrtc.compileProgram(program, (f"--gpu-architecture=sm_{architecture}",))
-    except Exception:
-        pytest.fail(nvrtc.getProgramLog(program))
-    assert len(nvrtc.getCUBIN(program)) > 1000
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_gpu_gives_the_numbers_of_the_cpu():
-    for call, options in ((svm.svm, {}), (svm.low_shot, {"draws": svm.Draws((2, 8), 2)})):
-        cpu, gpu = (call(*data(), solver=solver, **options)["results"] for solver in ("fast", "cuda"))
-        for a, b in zip(cpu, gpu):
-            assert a["map"] == pytest.approx(b["map"], abs=0.1)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_without_a_gpu_the_cuda_solver_is_refused():
-    with pytest.raises(ValueError, match="--solver cuda needs"):
-        svm.svm(*data(), solver="cuda")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder, rng, out = tmp_path_factory.mktemp("files"), np.random.default_rng(0), []
-    for name, n in (("train", 60), ("test", 50)):
-        labels = [(rng.random(3) < 0.4).astype(np.float32) for _ in range(n)]
-        images = [(photo(rng, 20, 14) // 4 + 120 * y).astype(np.uint8) for y in labels]
-        labels[5][1] = -1
-        out.append(str(write_beton(folder / f"{name}.beton", images, labels)))
-        size = (folder / f"{name}.beton").stat().st_size
-        card = {
-            "format": 1,
-            "samples": n,
-            "bytes": size,
-            "max_pixels": 280,
-            "min_side": 14,
-            "max_height": 20,
-            "max_width": 14,
-            "classes": list("abc"),
-            "label": "multi",
-        }
-        (folder / f"{name}.json").write_text(json.dumps(card))
-    return out
-
-
-def call(files, *argv):
-    argv = [
-        "svm",
-        "--train",
-        files[0],
-        "--test",
-        files[1],
-        "--features",
-        "untrained",
-        "--backbone",
-        "resnet10",
-        "--stem",
-        "cifar",
-        "--width",
-        8,
-        "--size",
-        16,
-        "--device",
-        "cpu",
-        "--workers",
-        1,
-        *argv,
-    ]
-    try:
-        return fastssl.eval.main([str(word) for word in argv])
-    except SystemExit as stop:
-        return stop.code
-
-
-def test_eval_svm_evaluates_a_run(files, tmp_path, capsys):
-    out = tmp_path / "a.json"
-    assert call(files, "--layers", "stem,last", "--out", out) == 0, capsys.readouterr().err
-    result = json.loads(out.read_text())
-    assert [(row["layer"], row.get("selected_on")) for row in result["results"]][:2] == [("stem", None), ("last", None)]
-    assert [row["selected_on"] for row in result["results"][2:]] == ["test", "held-out"]
-    assert result["results"][2]["map"] == max(row["map"] for row in result["results"][:2])
-    assert result["options"]["crop"] == "squash" and len(result["classes"]["last"]) == 3
-    assert "mAP %" in capsys.readouterr().out
-    assert call(files, "--low-shot", "--shots", "1,4", "--samples", 2, "--out", out) == 0, capsys.readouterr().err
-    result = json.loads(out.read_text())
-    assert [row["shots"] for row in result["results"]] == [1, 1, 4, 4] and result["options"]["fits"] == 2 * 2 * 3 * 19
-
-
-@pytest.mark.parametrize(
-    "argv, text",
-    [
-        (["--costs", "1,0"], "give positive numbers"),
-        (["--folds", 1], "folds=1"),
-        (["--folds", 50], "50 folds need as many"),
-        (["--shots", 1], "--shots is for the protocol with --low-shot"),
-        (["--low-shot", "--folds", 2], "--folds is for the protocol without --low-shot"),
-        (["--resize", 20], "--resize 20 is for --crop center"),
-        (["--low-shot", "--shots", "0,1"], "shots=.0, 1."),
-        (["--layers", "top"], "this backbone has stem"),
-        (["--solver", "liblinear"], "invalid choice"),
-    ],
-    ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
-)
-def test_wrong_arguments_raise(files, capsys, argv, text):
-    assert call(files, *argv) == 2
-    err = capsys.readouterr().err
-    assert "Traceback" not in err and re.search(text, err), err
 
 
 BAD = [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import jpeg, photo, write_beton
 from mutations import both, damaged, fuzz, mixed, odd, odd_json
-from test_report import SPEC, lines, write_run
+from report_runs import SPEC, lines, write_run
 
 from fastssl import backbones, data_prep, log, report, weights
 from fastssl.checkpoint import state
