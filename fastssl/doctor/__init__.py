@@ -59,7 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of CONFIG")
     args = parser.parse_intermixed_args(argv)
     if args.plan:
-        return plan(args)
+        from fastssl import parsing
+        from fastssl.plan import report  # torch
+
+        return parsing.run_command("doctor", lambda: print(report(args.plan, args.overrides, args.gpus)))
     if args.overrides:
         parser.error(f"{args.overrides[0]} needs --plan CONFIG")
     findings = []
@@ -76,14 +79,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         Path(args.json).write_text(json.dumps([vars(f) for f in findings], indent=1) + "\n")
     return int(bool(failed))
-
-
-def plan(args: argparse.Namespace) -> int:
-    """Print the memory that a run needs."""
-    from fastssl import parsing
-    from fastssl.plan import report  # torch
-
-    return parsing.run_command("doctor", lambda: print(report(args.plan, args.overrides, args.gpus)))
 
 
 def check_machine(args: argparse.Namespace) -> list[Finding]:

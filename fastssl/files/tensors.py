@@ -43,12 +43,12 @@ def blocks(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = Non
     text = text.ljust(-(-len(text) // 8) * 8)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
-        data = _bytes(state[name])
+        data = tensor_bytes(state[name])
         for start in range(0, len(data), BLOCK):
             yield data[start : start + BLOCK]
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
     import torch  # takes a second, and not every user of `files` needs it
 
     return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -31,6 +31,7 @@ from fastssl import dist, files
 from fastssl.eval.common.features import Extractor, check_finite, check_loader, check_memory
 from fastssl.eval.common.ranks import on_main
 from fastssl.files import untrusted
+from fastssl.files.tensors import tensor_bytes
 from fastssl.loader import Loader
 
 SHARD_ROWS = 4096  # 32 MB of 2048 dimensions, and what an interruption may cost
@@ -177,9 +178,8 @@ def check_disk_space(folder: Path, need: int, remedy: str) -> None:
 def hash_weights(backbone: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(backbone.state_dict().items()):
-        value = value.detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        digest.update(value.view(torch.uint8).numpy() if value.ndim else value[None].view(torch.uint8).numpy())
+        digest.update(tensor_bytes(value))
     return digest.hexdigest()
 
 

@@ -191,15 +191,9 @@ def _choose(k: int, ap_SCA: np.ndarray, held_out_SCA: np.ndarray, costs: tuple[f
             continue  # all images of every class are drawn: none is left to choose on
         best = int(table[:, known].mean((0, 1)).argmax())
         map_S = ap_SCA[:, :, best].mean(1)
-        rows.append(
-            {
-                "shots": k,
-                "selected_on": chosen,
-                "cost": costs[best],
-                "map": float(map_S.mean()),
-                **{f"map_{name}": float(getattr(map_S, name)()) for name in ("std", "min", "max")},
-            }
-        )
+        spread = {f"map_{name}": float(getattr(map_S, name)()) for name in ("std", "min", "max")}
+        row = {"shots": k, "selected_on": chosen, "cost": costs[best], "map": float(map_S.mean())}
+        rows.append({**row, **spread})
     return rows
 
 
