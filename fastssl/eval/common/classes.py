@@ -45,7 +45,8 @@ def match(train: Loader, test: Loader, labelled: Labelled = "all") -> None:
         return _by_name(train, names, test, test_names, y.ndim == 2)
     if names and test_names and not _are_numbers(names) and not _are_numbers(test_names):
         unknown = [name for name in test_names if name not in names]
-        why = f"{_some(unknown)} of the first, not among {_some(names)}" if unknown else "some names occur twice"
+        why = f"{_some(unknown)} of the first {'are' if unknown[1:] else 'is'} not among {_some(names)} of the second"
+        why = why if unknown else "some names occur twice"
         raise ValueError(f"{test.path} and {train.path} have different classes: {why}; give files of one data set")
     # A folder that lacks a class numbers the later classes lower; without names in the other file this is not noticed.
     if found > known or (found < known and test_names and not _are_numbers(test_names)):
