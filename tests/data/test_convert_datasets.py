@@ -118,18 +118,7 @@ def test_cifar10_from_the_shared_archive(tmp_path):
     path = shared("cifar10.tar.xz")
     stock = converted("cifar10", path, tmp_path / "o.beton", "--split", "test")
     assert stock.card["samples"] == stock.card["copied"] == 10_000
-    assert stock.card["classes"] == [
-        "airplane",
-        "automobile",
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "ship",
-        "truck",
-    ]
+    assert " ".join(stock.card["classes"]) == "airplane automobile bird cat deer dog frog horse ship truck"
     assert np.bincount(stock.table["label"]).tolist() == [1000] * 10
     with tarfile.open(path) as tar:
         for member in tar:
