@@ -22,7 +22,7 @@ from fastssl.sampler import Sampler
 
 BATCH = 16
 NAMES = [n for n in cases.CASES if n != "deepcluster pic"]
-PROBE_OPS = 73  # the online probe's
+PROBE_OPS = 74  # the online probe's
 
 # Calls of operations in one step from views to updated weights, with SGD, of the networks of method_cases (a proxy for
 # kernel launches: without the views, and with the losses and the optimizer in plain PyTorch), under torch 2.11.

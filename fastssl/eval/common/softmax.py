@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -9,6 +10,8 @@ def loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The cross entropy (B, ...) of each row of logits (B, ..., C) and its gradient by the logits, softmax - one-hot;
     labels (B,)."""
     log_p = logits.log_softmax(-1)
-    column = labels.view(-1, *[1] * (logits.ndim - 1)).expand(*logits.shape[:-1], 1)
-    loss = -log_p.gather(-1, column)[..., 0]
-    return loss, log_p.exp_().scatter_add_(-1, column, log_p.new_full(column.shape, -1.0))
+    column = labels.view(-1, *[1] * (logits.ndim - 1))
+    loss = -log_p.gather(-1, column.expand(*logits.shape[:-1], 1))[..., 0]
+    one_hot = torch.arange(logits.shape[-1], device=logits.device) == column
+    # not scatter_add_, for which CUDA waits with deterministic algorithms, so that it could not be captured
+    return loss, log_p.exp_().add_(one_hot, alpha=-1)
