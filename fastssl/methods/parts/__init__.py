@@ -24,35 +24,4 @@ from fastssl.methods.parts.momentum import (
     ema_,
     frozen_copy,
 )
-from fastssl.methods.parts.two_views import Contrastive, TwoViews, WithMomentumEncoder, WithPredictor
-from fastssl.methods.parts.views import encode, multi_crop
-
-__all__ = [
-    "Contrastive",
-    "Prototypes",
-    "Shuffle",
-    "TwoViews",
-    "WithMomentumEncoder",
-    "WithPredictor",
-    "assign_",
-    "check_bank_momentum",
-    "check_queue",
-    "check_shuffle",
-    "cosine",
-    "disable_drop_path_",
-    "ema_",
-    "encode",
-    "fixed_positions_",
-    "frozen_copy",
-    "kaiming_",
-    "mean_cosine",
-    "mlp",
-    "multi_crop",
-    "off_diagonal",
-    "projector",
-    "random_directions",
-    "require_labels",
-    "standardize",
-    "view_classification",
-    "vision_transformer",
-]
+from fastssl.methods.parts.views import Contrastive, TwoViews, WithMomentumEncoder, WithPredictor, encode, multi_crop
