@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = """
 import os, signal, time
 from pathlib import Path
+import torch
 from fastssl import ending, views
 from fastssl.config import Backbone, Data, Log, Optim, Run, Speed
 from fastssl.hooks import Hook
@@ -28,6 +29,8 @@ class Act(Hook):
             os.kill(os.getpid(), signal.SIGUSR1)
         if mode == "error" and rank == 1 and t.step == 5:
             raise ValueError("image 100 is damaged")
+        if mode == "memory" and rank == 1 and t.step == 4:
+            t.method.forward = self.forward
         life = mode + os.environ.get("FASTSSL_RESTARTS", "")
         if life == "restarts0" and rank == 1 and t.step == 5:
             while not Path("work_dirs/restarts/checkpoints/step_00000004").exists():
@@ -40,6 +43,9 @@ class Act(Hook):
         if mode == "gone" and t.step == 2:
             Path(f"pid{{rank}}.new").write_text(f"{{os.getpid()}} {{os.getppid()}}")
             Path(f"pid{{rank}}.new").rename(f"pid{{rank}}")
+
+    def forward(self, views, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 def get_config():
     return Run(method=simclr.Config(dims=(32, 16)), backbone=Backbone("resnet10", stem="cifar", width=8),
@@ -114,6 +120,15 @@ def test_an_error_on_one_rank_is_the_last_line_and_ends_the_other(folder, stoppe
     assert any(line.startswith("step 4/") for line in lines)
     assert lines[-1] == f"fastssl: image 100 is damaged (rank 1 on {socket.gethostname()})"
     assert not [line for line in lines if "Traceback" in line]
+
+
+def test_a_lack_of_memory_on_one_rank_ends_both_with_one_message(folder, stopped):
+    codes, lines = srun(folder, "memory", "--resume")
+    assert codes == [2, 2], lines
+    message = "fastssl: out of memory after step 4: set speed.micro_batch=4 (now 8), which is the next smaller one: "
+    assert lines[-1].startswith(message)
+    assert lines[-1].endswith(f"CUDA out of memory. Tried to allocate 2.00 GiB.) (rank 1 on {socket.gethostname()})")
+    assert sum("out of memory" in line for line in lines) == 1 and not [line for line in lines if "Traceback" in line]
 
 
 @pytest.fixture(scope="module")
