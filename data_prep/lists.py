@@ -7,6 +7,7 @@ numbers from 0, with -1 for none, or names.
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ def open_list(
     if not rows:
         raise ValueError(f"{path} lists no image")
     names = [name for _, name, _ in rows]
-    if not any((base / name).exists() for name in names):
+    if not any(os.path.exists(base / name) for name in names):  # False, too, for a name that is too long
         hint = "give another --root" if root else "give the folder of the images by --root"
         raise ValueError(f"{path}: none of its {len(rows)} images exists, the first is {base / names[0]}: {hint}")
     multi = columns is not None and columns[1] != columns[0] + 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from .base import ARCHIVE_ERRORS, FileRef, FileSource
+from .base import ARCHIVE_ERRORS, FileRef, FileSource, archive_errors
 from .folder import Folder
 from .tar import Tar
 from .zip import Zip
@@ -25,4 +25,6 @@ def open_files(path: Path) -> FileSource:
         raise ValueError(
             f"there is no file or folder {path}" if not path.exists() else f"{path} is neither a file nor a folder"
         )
-    return Zip(path) if zipfile.is_zipfile(path) else Tar(path)
+    with archive_errors(path):
+        zipped = zipfile.is_zipfile(path)
+    return Zip(path) if zipped else Tar(path)

@@ -31,6 +31,7 @@ ARCHIVE_ERRORS = (
     struct.error,
     IndexError,
     KeyError,
+    TypeError,  # from tarfile, for a gzip header that is cut short
     OverflowError,
 )
 MAX_BYTES = 512 << 20  # of one encoded image; the largest photographs have some 100 MB

@@ -18,7 +18,11 @@ LEGACY_PICKLES = 5  # of a file without a zip: magic number, version, system, ob
 def check(path: str | Path, size: int) -> None:
     """ValueError for a file of `size` bytes that would fill the memory or crash the process.  Other damage is left to
     torch.load."""
-    if not zipfile.is_zipfile(path):
+    try:
+        zipped = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not a complete PyTorch file ({error})") from None
+    if not zipped:
         with open(path, "rb") as file:
             for _ in range(LEGACY_PICKLES):
                 if not _check_nesting(file, path):

@@ -128,32 +128,38 @@ def files_below(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
 
 
+def is_refused(read, case, folder: Path, longest: int = 1000) -> bool:
+    """Whether `read(case)` raises, which must be a ValueError of one line that leaves no file in `folder` behind.  No
+    code from the data is run and no file outside the folder changes."""
+    present, start, refused = files_below(folder), time.monotonic(), False
+    WATCH.folder, WATCH.seen = folder, []
+    try:
+        read(case)
+    except ValueError as error:
+        refused = True
+        known = type(error) in (ValueError, untrusted.CodeRefused) or "fastssl" in type(error).__module__
+        assert known, repr(error)
+        line, *proposed = str(error).split("\n")
+        assert len(line) < longest and all(text.startswith("  python -c") for text in proposed), str(error)
+        left = {path: size for path, size in files_below(folder).items() if not path.endswith(".bad.txt")}
+        assert left == present, "a refused file left others behind or changed"
+    finally:
+        WATCH.folder = None
+    assert not WATCH.seen, WATCH.seen
+    assert time.monotonic() - start < HANG_S
+    return refused
+
+
 def fuzz(make, read, cases: int, folder: Path, refused_at_least: int | None = None, longest: int = 1000) -> None:
-    """`read(make(rng, case))` for as many cases, whose files are in `folder`: errors are ValueErrors of one line that
-    leave no file behind, and some cases fail.  No code from the data is run and no file outside the folder changes."""
+    """`read(make(rng, case))` for as many cases, whose files are in `folder`, each as in `is_refused`; some cases
+    fail."""
     count, refused = 0, 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def one(rng, _):  # the number makes every case another one for hypothesis, also where `make` draws nothing
         nonlocal count, refused
         count += 1
-        case = make(rng, count - 1)
-        present, start = files_below(folder), time.monotonic()
-        WATCH.folder, WATCH.seen = folder, []
-        try:
-            read(case)
-        except ValueError as error:
-            refused += 1
-            known = type(error) in (ValueError, untrusted.CodeRefused) or "fastssl" in type(error).__module__
-            assert known, repr(error)
-            line, *proposed = str(error).split("\n")
-            assert len(line) < longest and all(text.startswith("  python -c") for text in proposed), str(error)
-            left = {path: size for path, size in files_below(folder).items() if not path.endswith(".bad.txt")}
-            assert left == present, "a refused file left others behind or changed"
-        finally:
-            WATCH.folder = None
-        assert not WATCH.seen, WATCH.seen
-        assert time.monotonic() - start < HANG_S
+        refused += is_refused(read, make(rng, count - 1), folder, longest)
 
     limits = settings(
         max_examples=cases,

@@ -288,3 +288,21 @@ def test_damaged_lists(tmp_path, cases):
         return rng.choice([None, None, "2", "2-", "2-3", "x", "1", "9999999"])
 
     fuzz(make, lambda columns: list(open_list(str(tmp_path / "l.txt"), None, columns).items()), cases, tmp_path)
+
+
+DISKS = b"PK\x06\x07" + struct.pack("<LQL", 0, 0, 2) + b"PK\x05\x06" + bytes(18)  # the end of a zip on two disks
+
+
+@pytest.mark.parametrize(
+    "read, data",
+    [
+        (weights.read, DISKS),
+        (open_files, DISKS),
+        (open_files, b"\x1f\x8b\x08\x04" + bytes(6)),  # gzip, cut off before an extra field
+        (lambda path: open_list(str(path), None, None), b"a" * 5000 + b".jpg 0\n"),
+    ],
+)
+def test_what_coverage_guided_fuzzing_has_found(tmp_path, read, data):
+    (tmp_path / "a").write_bytes(data)
+    with pytest.raises(ValueError):
+        read(tmp_path / "a")
