@@ -152,6 +152,8 @@ TARGETS = {
 
 
 def main(target: str, *options: str) -> None:
+    import fastssl.decode  # noqa: F401  (not instrumented; it takes longer than a case may)
+
     make, read = TARGETS[target]
     with tempfile.TemporaryDirectory() as made, warnings.catch_warnings():
         warnings.simplefilter("ignore")
