@@ -23,9 +23,9 @@ OPTIMIZERS = {
     "dino": {"name": "adamw", "lr": 1e-3, "momentum": 0.9, "clip": 1.0, "clip_each": True},
 }
 METHOD = {"dino": {"freeze_epochs": 2}}
-# Pixels of the smallest crop.  With 8, group norm in the last stage has two values in a group: it gives their order,
-# +1 and -1, and where they are nearly equal a rounding error changes the losses.
-MIN_SIZE = 12
+# Pixels of the small crops: with 8, group norm in the last stage has two values in a group.  It gives their order, +1
+# and -1, and where they are nearly equal a rounding error changes the losses.
+SMALL_CROPS = {8: 12}
 
 
 class Change(NamedTuple):
@@ -64,7 +64,7 @@ def make_run(case: str, stage: int, world: int, root: str):
 
     run = method_cases.run(case, batch=BATCH, steps=STEPS, zero=stage, **METHOD.get(case, {}))
     run.optim = replace(run.optim, **OPTIMIZERS.get(case, {}))
-    run.data.views = tuple(replace(view, size=max(view.size, MIN_SIZE)) for view in run.data.views)
+    run.data.views = tuple(replace(view, size=SMALL_CROPS.get(view.size, view.size)) for view in run.data.views)
     run.name, run.log.root = f"{case}_{stage}_{world}".replace(" ", "_"), root
     run.log.checkpoint_steps, run.log.every, run.log.probe, run.log.keep = SAVED, 1, True, 3
     return run
