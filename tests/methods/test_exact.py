@@ -77,7 +77,7 @@ def clustering() -> dict:
     x[200:230] = x[200]  # equal rows, so that some clusters are empty
     cuts = {1: [], 2: [300], 4: [1, 150, 151]}[dist.world()]
     index = order.tensor_split(cuts)[dist.rank()]
-    variants = {"random": {}, "++": {"init": "++"}, "spherical": {"spherical": True}, "many": {"clusters": 300}}
+    variants = {"random": {}, "spherical": {"spherical": True}, "many": {"clusters": 300}}
     if importlib.util.find_spec("faiss"):
         variants["faiss"] = {"backend": "faiss"}
     found = {}
