@@ -96,7 +96,7 @@ def test_overrides_reach_every_section_with_the_right_type(file):
         ("data.views.blur=0.5", "'blur' is not one of its 2 places"),
         ("data.views.0.blurr=0.5", "did you mean 'blur'"),
         ("data.views.0.blur=x", "expected float, got 'x'"),
-        ("data.views.0.blur=2", "View(blur=2.0): is a probability"),
+        ("data.views.0.blur=2", "data.views.0.blur: View(blur=2.0): must be a probability"),
         ("data.views=moco_v3", "did you mean 'moco_v2'"),
         ("data.views=simclr(size=8, blurr=1)", "did you mean 'blur'"),
         ("data.views=[1]", "give a name, or name(argument=value, ...)"),

@@ -67,7 +67,7 @@ def _set(target: Any, path: list[str], value: Any, key: str) -> Any:
     if type(target).__dataclass_params__.frozen:  # type: ignore[attr-defined]  # typeshed does not declare it
         try:
             return dataclasses.replace(target, **{name: new})
-        except (TypeError, AttributeError) as error:  # from a __post_init__ that does not expect the value
+        except (TypeError, AttributeError, ValueError) as error:  # from __post_init__
             raise ValueError(f"{key}: {error}") from error
     setattr(target, name, new)
     return target

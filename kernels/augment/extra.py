@@ -101,7 +101,7 @@ class Erase:
     fill: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
-        require(0 <= self.p <= 1, self, "p", "is a probability, in [0, 1]")
+        require(0 <= self.p <= 1, self, "p", "must be a probability, from 0 to 1")
         require(0 < self.scale[0] <= self.scale[1] <= 1, self, "scale", "needs 0 < low <= high <= 1")
         require(0 < self.ratio[0] <= self.ratio[1], self, "ratio", "needs 0 < low <= high")
 
@@ -145,7 +145,7 @@ class Transform:
     waits: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        require(0 <= self.p <= 1, self, "p", "is a probability, in [0, 1]")
+        require(0 <= self.p <= 1, self, "p", "must be a probability, from 0 to 1")
 
     def apply(self, x: Tensor, random: Random, view: Any) -> Tensor:
         if isinstance(self.fn, str):

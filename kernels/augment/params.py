@@ -124,17 +124,17 @@ class View:
             f"has no meaning for a {self.crop} crop",
         )
         for field in ("flip", "jitter_p", "gray", "blur", "solarize"):
-            require(0 <= getattr(self, field) <= 1, field, "is a probability, in [0, 1]")
+            require(0 <= getattr(self, field) <= 1, field, "must be a probability, from 0 to 1")
         require(
             len(self.jitter) == 4 and min(self.jitter) >= 0 and self.jitter[3] <= 0.5,
             "jitter",
             "needs four strengths (brightness, contrast, saturation, hue) >= 0 and hue <= 0.5",
         )
         require(0 < self.blur_sigma[0] <= self.blur_sigma[1], "blur_sigma", "needs 0 < low <= high")
-        require(0 <= self.rotate <= 180, "rotate", "is the largest angle in degrees, 0 to 180")
+        require(0 <= self.rotate <= 180, "rotate", "must be the largest angle in degrees, from 0 to 180")
         require(self.order.index("jitter") < self.order.index("blur"), "order", "must have jitter before blur")
-        require(self.quarter_turns in (0, 1, 2, 3), "quarter_turns", "is 0, 1, 2 or 3")
-        require(self.stream is None or 0 <= self.stream < 2**32, "stream", "is None or a number from 0")
+        require(self.quarter_turns in (0, 1, 2, 3), "quarter_turns", "must be 0, 1, 2 or 3")
+        require(self.stream is None or 0 <= self.stream < 2**32, "stream", "must be None or from 0 to 2**32 - 1")
         require(min(self.std) > 0, "std", "must be above 0")
         if self.crop == "patch":
             require(self.cell is not None and 0 <= self.cell <= 8, "cell", "a patch crop needs a cell from 0 to 8")
@@ -144,12 +144,12 @@ class View:
                 f"a patch crop needs a window of at least 3 x {self.size}",
             )
             fits = self.resize is None or (self.window is not None and self.resize >= self.window)
-            require(fits, "resize", f"is below window={self.window}")
+            require(fits, "resize", f"must not be below window={self.window}")
         else:
             require(self.cell is None, "cell", "is for crop='patch'")
             require(self.window is None, "window", "is for crop='patch'")
             available = None if self.resize is None else self.resize + 2 * self.pad
-            require(available is None or available >= self.size, "resize", f"is below size={self.size}")
+            require(available is None or available >= self.size, "resize", f"must not be below size={self.size}")
 
     @property
     def blur_radius(self) -> int:

@@ -30,8 +30,8 @@ class RandAugment:
     waits: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        require(isinstance(self.ops, int) and 1 <= self.ops <= 16, self, "ops", "is a number from 1 to 16")
-        require(0 <= self.magnitude <= MAX_MAGNITUDE, self, "magnitude", f"is 0 to {MAX_MAGNITUDE}")
+        require(isinstance(self.ops, int) and 1 <= self.ops <= 16, self, "ops", "must be from 1 to 16")
+        require(0 <= self.magnitude <= MAX_MAGNITUDE, self, "magnitude", f"must be from 0 to {MAX_MAGNITUDE}")
 
     def apply(self, x: Tensor, random: Random, view: Any) -> Tensor:
         words = random.words(2 * self.ops).view(-1, self.ops, 2)

@@ -270,11 +270,11 @@ def test_recipe_with_extra_survives_dump_and_load():
     [
         (lambda: View(24, extra=(3,)), "3 is not an operation"),
         (lambda: View(24, extra=(Erase,)), "is not an operation"),
-        (lambda: Erase(p=2), "Erase(p=2): is a probability"),
+        (lambda: Erase(p=2), "Erase(p=2): must be a probability"),
         (lambda: Erase(scale=(0.5, 0.1)), "Erase(scale=(0.5, 0.1))"),
         (lambda: Lighting(-1.0), "Lighting(std=-1.0)"),
         (lambda: RandAugment(0), "RandAugment(ops=0)"),
-        (lambda: RandAugment(2, 31), "RandAugment(magnitude=31): is 0 to 30"),
+        (lambda: RandAugment(2, 31), "RandAugment(magnitude=31): must be from 0 to 30"),
         (lambda: Transform(torch.relu, p=-1), "Transform(p=-1)"),
         (lambda: make_views(*BATCH, [View(24, extra=(lambda x: x[:, :4],))], **KEY), "made torch.float32 (3, 4, 24)"),
         (lambda: make_views(*BATCH, [View(24, extra=(lambda x: None,))], **KEY), "made NoneType"),
