@@ -52,10 +52,11 @@ def ntxent(
 def _row_labels(labels: Tensor, z: Tensor, group: Group) -> Tensor:
     """Labels of the rows of all ranks (int64); each sample without a class gets a unique one."""
     rows = z.shape[0]
-    if labels.is_floating_point() or labels.shape not in ((rows,), (rows // 2,)) or labels.device != z.device:
+    shapes = [(rows,)] if rows % 2 else [(rows // 2,), (rows,)]
+    if labels.is_floating_point() or labels.shape not in shapes or labels.device != z.device:
         raise ValueError(
             f"ntxent: labels are {labels.dtype} {tuple(labels.shape)} on {labels.device}: "
-            f"expected integers ({rows // 2},) or ({rows},) on {z.device}"
+            f"expected integers {' or '.join(map(str, shapes))} on {z.device}"
         )
     own = torch.arange(labels.shape[0], device=labels.device) + rank_world(group)[0] * labels.shape[0]
     labels = torch.where(labels < 0, -1 - own, labels.long())

@@ -40,6 +40,11 @@ def test_labels_of_samples_apply_to_both_views():
     assert torch.allclose(ntxent(z, 0.2, labels=-torch.ones(4, dtype=torch.int64)), ntxent(z, 0.2), rtol=1e-12)
 
 
+def test_an_odd_number_of_rows_has_no_labels_of_samples():
+    with pytest.raises(ValueError, match=r"expected integers \(3,\) on cpu"):
+        ntxent(torch.randn(3, 5), 0.2, labels=torch.tensor([1]))
+
+
 def test_splits_cover_all_columns_and_fill_the_gpu():
     from fastssl.kernels.tiling import _split_tiles
 
