@@ -141,7 +141,7 @@ def check(args: argparse.Namespace, batch: int) -> None:
             f"optim.batch={batch} is not a multiple of the {ranks} ranks ({args.nodes} nodes of "
             f"{args.ranks_per_node}): change it, --nodes or --ranks-per-node"
         )
-    if args.time and _seconds(args.time) <= args.grace:
+    if args.time and 0 < _seconds(args.time) <= args.grace:
         raise ValueError(
             f"--time {args.time} is not longer than --grace {args.grace}, the seconds before its end at "
             "which the last checkpoint is written"

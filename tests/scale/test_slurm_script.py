@@ -188,6 +188,10 @@ def test_time_limits_are_read_as_by_sbatch(text, seconds):
     assert slurm._seconds(text) == seconds
 
 
+def test_a_time_limit_of_zero_is_none(folder, capsys):
+    assert "#SBATCH --time=0" in dry_run(capsys, "--time", "0").splitlines()
+
+
 def test_a_job_is_submitted_with_the_script_in_the_run_folder(folder, capsys, monkeypatch):
     program(folder, "sbatch")
     monkeypatch.setenv("PATH", f"{folder.parent}/bin")
