@@ -117,6 +117,14 @@ def test_chunks_of_logits_change_nothing(digits, monkeypatch):
     torch.testing.assert_close(probe._lbfgs(x, y, (1e-3, 1e-2), 10, 20), want, rtol=1e-3, atol=2e-4)
 
 
+def test_one_sample_is_left_to_train_on(digits, monkeypatch):
+    train, y, test, test_y = digits
+    rows, sgd = [], probe._sgd
+    monkeypatch.setattr(probe, "_sgd", lambda x, *rest: (rows.append(len(x)), sgd(x, *rest))[1])
+    run_probe(train[:30], y[:30], test[:9], test_y[:9], held_out=0.99, epochs=1)
+    assert rows == [1, 30]  # 0.99 of 30 rows, rounded, are all of them
+
+
 BAD = [
     ({"solver": "adam"}, "solver='adam'"),
     ({"grid": ()}, r"grid=\(\)"),

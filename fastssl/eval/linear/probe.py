@@ -66,7 +66,7 @@ def linear_probe(
         raise ValueError(f"class {int(test_labels.max())} of the test set is not in the training set")
     grid = tuple(sorted(options.grid or (LEARNING_RATES if solver == "sgd" else PENALTIES)))
     order = torch.from_numpy(permutation(len(train), options.seed, 0)).to(train.device)
-    count = max(1, round(options.held_out * len(train)))
+    count = min(max(1, round(options.held_out * len(train))), len(train) - 1)
     held_out, rest = order[:count], order[count:]
 
     mean, scale = _standard(train)
