@@ -55,9 +55,8 @@ class Head(nn.Module):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
         self.prototypes = parts.Prototypes(config.dims[-1], config.prototypes)
-        self.prototypes.weight.data *= (
-            3**-0.5
-        )  # the norm that nn.Linear gives; the effective learning rate depends on it
+        # the norm that nn.Linear gives; the effective learning rate depends on it
+        self.prototypes.weight.data *= 3**-0.5
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
         return self.prototypes(F.normalize(self.mlp(x), dim=-1), frozen)
@@ -102,7 +101,7 @@ class DINO(nn.Module):
 
     def teacher_temperature(self, epoch: int) -> float:
         c = self.config
-        progress = min(1.0, epoch / (c.teacher_epochs - 1)) if c.teacher_epochs > 1 else 1.0
+        progress = min(1.0, epoch / max(c.teacher_epochs - 1, 1)) if c.teacher_epochs else 1.0
         return c.teacher_temperature + (c.teacher_temperature_end - c.teacher_temperature) * progress
 
     def after_step(self, out: Outputs, batch: Batch, progress: float | Tensor, found_inf: Tensor | None = None) -> None:

@@ -139,6 +139,8 @@ def test_dino_loss_and_center_equal_the_formulas():
     assert len(want) == 6
     close(method.loss({"student": s, "teacher": t}, batch(epoch=2))["loss"], np.mean(want))
     assert [round(method.teacher_temperature(e), 6) for e in (0, 1, 2, 3, 9)] == [0.04, 0.05, 0.06, 0.07, 0.07]
+    one = build("dino", dims=(D,), prototypes=7, teacher_temperature_end=0.07, teacher_epochs=1)  # np.linspace(a, b, 1)
+    assert [round(one.teacher_temperature(e), 6) for e in (0, 1, 2)] == [0.04, 0.07, 0.07]
 
     center = method.center.clone()
     method.after_step({"teacher": t.detach()}, batch(), 0.5)
