@@ -145,7 +145,7 @@ class KnnMonitor(Hook):
         sets = [*self.cache(t, self._bank(t))]
         if t.run.data.test:
             sets += self.cache(t, t.run.data.test, self.cache.loader(t, self._bank(t)))
-        k = min(self.k, len(sets[0]) - 1)
+        k = min(self.k, len(sets[0]) - (not t.run.data.test))  # without a test file an image is not its own neighbour
         result = knn.knn(*sets, k=(k,), temperature=self.temperature)
         t.log({"knn_top1": result["results"][0]["top1"]})
 
@@ -192,7 +192,7 @@ class LinearProbe(Hook):
         known = (batch.label >= 0) & ((0 * x).sum(1) == 0)
         x, label = torch.where(known[:, None], x, 0.0), batch.label.clamp(min=0)
         count, mean, variance = moments(x, known.sum(0, keepdim=True))
-        self._track(mean, variance)
+        self._track(count, mean, variance)
         x = self._prepare(x)
         logits = x @ self.state["classifier"].T
         loss, by_logits = softmax.loss_and_gradient(logits, label)
@@ -212,9 +212,10 @@ class LinearProbe(Hook):
         right = in_top_k(self._prepare(x) @ self.state["classifier"].T, labels, 1)
         t.log({"probe_top1": 100 * right.float().mean().item()})
 
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
+    def _track(self, count: Tensor, mean: Tensor, variance: Tensor) -> None:
+        weight = 0.1 * (count > 0)  # a batch without labels changes nothing
         for name, value in {"mean": mean.float(), "variance": variance.float()}.items():
-            self.state[name] = self.state[name].lerp_(value, 0.1) if name in self.state else value
+            self.state[name] = self.state[name].lerp_(value, weight) if name in self.state else value
 
     def _prepare(self, x_ND: Tensor) -> Tensor:
         """Standardised features of length about 1, with a column of ones for the bias."""

@@ -161,6 +161,16 @@ def test_the_probe_survives_overflow_and_gives_no_gradient():
     assert x.grad is None
 
 
+def test_a_batch_without_labels_leaves_the_statistics_of_the_probe():
+    probe, t = hooks.LinearProbe(), trainer()
+    probe.before_epoch(t)
+    x, label = next(steps(1))
+    probe.after_step(t, {"features": x}, SimpleNamespace(label=label))
+    before = {name: probe.state[name].clone() for name in ("mean", "variance")}
+    probe.after_step(t, {"features": x}, SimpleNamespace(label=torch.full_like(label, -1)))
+    assert all(torch.equal(probe.state[name], value) for name, value in before.items())
+
+
 def test_missing_labels_raise_before_training():
     t = trainer()
     t.loader.classes = None
@@ -263,6 +273,17 @@ def test_without_a_test_file_the_bank_is_left_one_out(labelled):
     monitor.before_epoch(t)
     monitor.after_epoch(t)
     assert t.scalars["knn_top1"] > 90
+
+
+def test_no_more_neighbours_than_there_are(labelled, monkeypatch):
+    used, knn = [], hooks.knn.knn
+    monkeypatch.setattr(hooks.knn, "knn", lambda *sets, k, temperature: (used.append(k), knn(*sets, k=k))[1])
+    for data in ({}, {"test": labelled}):
+        t = trainer(Net(), bank=labelled, views=(View(size=8),), **data)
+        monitor = hooks.KnnMonitor(1, k=100)
+        monitor.before_epoch(t)
+        monitor.after_epoch(t)
+    assert used == [(29,), (30,)]  # of 30 images: without a test file each has the others
 
 
 if __name__ == "__main__":
