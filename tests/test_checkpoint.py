@@ -1,14 +1,17 @@
 """Only complete checkpoints are used."""
 
 import errno
+import itertools
 import json
 import os
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fastssl import engine
-from fastssl.checkpoint import disk
+from fastssl.checkpoint import disk, pieces
 from fastssl.checkpoint.resume import find_checkpoint
 from fastssl.report.run_data import has_checkpoint
 
@@ -149,6 +152,15 @@ def test_an_unreadable_file_makes_a_checkpoint_damaged(tmp_path, monkeypatch, ca
     monkeypatch.setattr(disk.files, "sha256", failing)
     assert disk.newest(tmp_path).name == "step_00000001"
     assert "cannot be read: Input/output error" in capsys.readouterr().out
+
+
+def test_any_rows_of_a_tensor_in_pieces_are_read(tmp_path):
+    whole = torch.arange(10.0).view(5, 2)
+    for rank, (start, stop) in enumerate(((0, 0), (0, 3), (3, 5))):
+        save_file({pieces.piece("x", start): whole[start:stop].clone()}, tmp_path / str(rank))
+    saved = pieces.Pieces(tmp_path / str(rank) for rank in range(3))["x"]
+    for start, stop in itertools.combinations_with_replacement(range(6), 2):
+        assert torch.equal(saved[start:stop], whole[start:stop])
 
 
 @pytest.mark.parametrize("epochs, due", [(0.1, [1, 2, 3, 4]), (0.5, [2, 4]), (1, [4]), (0, [])])

@@ -41,9 +41,9 @@ class SavedTensor:
         found = [
             file.get_slice(key)[max(begin - start, 0) : max(min(end, stop) - start, 0)]
             for (start, file, key), stop in zip(self._parts, stops)
-            if (start < end and stop > begin) or len(self._parts) == 1
+            if start < end and stop > begin
         ]
-        return torch.cat(found)
+        return torch.cat(found or [self._parts[0][1].get_slice(self._parts[0][2])[0:0]])
 
 
 class Pieces(Mapping):
