@@ -125,11 +125,7 @@ def _svm(add: Callable) -> None:
     add("--samples", type=int, help="independent draws of each number of shots; default: 5")
     add("--costs", type=comma_separated(float), default=SVM_COSTS, help="default: the published 19")
     add("--folds", type=int, help="of the cross-validation; default: 3")
-    add(
-        "--solver",
-        choices=("fast", "cuda", "sklearn"),
-        help="default: cuda on a GPU, fast elsewhere and for more images than twice the dimensions",
-    )
+    add("--solver", choices=("fast", "cuda", "sklearn"), default="fast", help="default: fast")
     add("--crop", choices=("squash", "center"), default="squash", help="squash: the whole image, as published")
 
 

@@ -51,11 +51,7 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
 def _layers(
     features: dict[str, tuple[Tensor, Tensor]], labels: Tensor, test_labels: Tensor, args: argparse.Namespace
 ) -> dict:
-    few = len(labels) <= 2 * max(part.shape[1] for part, _ in features.values())  # else see newton.Rows
-    options: dict[str, Any] = {
-        "costs": args.costs,
-        "solver": args.solver or ("cuda" if args.device.type == "cuda" and few else "fast"),
-    }
+    options: dict[str, Any] = {"costs": args.costs, "solver": args.solver}
     given = {key: getattr(args, key) for key in ("shots", "samples", "folds") if getattr(args, key) is not None}
     call: Callable[..., dict] = low_shot if args.low_shot else svm
     options |= {"draws": Draws(seed=args.seed, **given)} if args.low_shot else given
