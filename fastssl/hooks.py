@@ -192,7 +192,8 @@ class LinearProbe(Hook):
         known = (batch.label >= 0) & ((0 * x).sum(1) == 0)
         x, label = torch.where(known[:, None], x, 0.0), batch.label.clamp(min=0)
         count, mean, variance = moments(x, known.sum(0, keepdim=True))
-        self._track(count, mean, variance)
+        count = count.float()
+        self._track(mean, variance, count.clamp(max=0.1))  # a batch without labels changes no statistics
         x = self._prepare(x)
         logits = x @ self.state["classifier"].T
         loss, by_logits = softmax.loss_and_gradient(logits, label)
@@ -200,7 +201,7 @@ class LinearProbe(Hook):
         # One all-reduce of all sums; the division by `count` makes them means over the global batch.
         sums = dist.sum_(torch.cat([((by_logits * known[:, None]).T @ x).flatten(), logged]))
         grad, (loss, right) = sums[:-2].view_as(self.state["classifier"]), sums[-2:]
-        count = count.float().clamp(min=1)
+        count = count.clamp(min=1)
         self.state["buffer"].mul_(self.momentum).add_(grad / count)
         self.state["classifier"].sub_(self.state["buffer"], alpha=self.lr)
         t.log({"probe_loss": loss / count, "probe_top1_train": 100 * right / count})
@@ -212,8 +213,7 @@ class LinearProbe(Hook):
         right = in_top_k(self._prepare(x) @ self.state["classifier"].T, labels, 1)
         t.log({"probe_top1": 100 * right.float().mean().item()})
 
-    def _track(self, count: Tensor, mean: Tensor, variance: Tensor) -> None:
-        weight = 0.1 * (count > 0)  # a batch without labels changes nothing
+    def _track(self, mean: Tensor, variance: Tensor, weight: Tensor) -> None:
         for name, value in {"mean": mean.float(), "variance": variance.float()}.items():
             self.state[name] = self.state[name].lerp_(value, weight) if name in self.state else value
 
