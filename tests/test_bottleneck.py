@@ -106,7 +106,7 @@ def test_automatic_settings_are_given_with_their_reason():
         "kernels=triton (a CUDA device)",
         "graph=on (",
         "compile=off (not compared",
-        "micro_batch=64 (a rank's",
+        "micro_batch=64 (all images of a rank)",
     ):
         assert part in texts
     assert (
