@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -113,14 +114,23 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_not_passed_over(tmp_path)
     write(tmp_path / "r", 1)
     path = write(tmp_path / "r", 2)
     set_format(path, 2)
-    for resume in (True, "auto", path, False):
+    for arguments in ((True,), ("auto",), (False, path), (False,)):
         with pytest.raises(
             ValueError, match="step_00000002 has format 2, and this version of fastssl reads format 1: use"
         ):
-            find_checkpoint(run, resume)
+            find_checkpoint(run, *arguments)
     assert path.exists() and find_checkpoint(run, False, force=True) is None
     notes = SimpleNamespace(folder=tmp_path / "r", notes=[])
     assert not has_checkpoint(notes) and "has format 2" in notes.notes[0]
+
+
+@pytest.mark.parametrize("resume", ["step_00000001", Path("step_00000001"), "Auto"])
+def test_resume_takes_no_checkpoint(tmp_path, resume):
+    """The newest would be continued from, and not the one that is named."""
+    run = SimpleNamespace(log=SimpleNamespace(root=tmp_path, name="r"), name="r")
+    write(tmp_path / "r", 1)
+    with pytest.raises(ValueError, match=f"resume='{resume}' must be True, False or 'auto'; resume_from takes"):
+        find_checkpoint(run, resume)
 
 
 def test_a_checkpoint_of_a_newer_format_counts_among_those_kept(tmp_path):

@@ -28,6 +28,8 @@ def find_checkpoint(
 def _find(run: Run, resume: bool | Literal["auto"], resume_from: str | Path | None, force: bool) -> Path | None:
     folder = run_folder.path(run)
     existing = disk.list_checkpoints(folder)
+    if resume and resume not in (True, "auto"):
+        raise ValueError(f"resume={str(resume)!r} must be True, False or 'auto'; resume_from takes a checkpoint")
     if resume and resume_from is not None:
         raise ValueError(f"resume={resume!r} and resume_from={str(resume_from)!r}: give one of them")
     if resume_from is None and (not resume or (resume == "auto" and not existing)):
