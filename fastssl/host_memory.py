@@ -42,5 +42,8 @@ def _left_in_groups(root: Path) -> Iterator[int]:
 
 def _cached(folder: Path) -> int:
     """Bytes of files' pages in a control group; in version 1 those of its children are in "total_..."."""
-    values = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    file = folder / "memory.stat"
+    if not file.exists():  # some sandboxes have a limit without statistics
+        return 0
+    values = dict(line.split() for line in file.read_text().splitlines())
     return sum(int(values.get(f"total_{name}", values.get(name, 0))) for name in ("inactive_file", "active_file"))

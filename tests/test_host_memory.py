@@ -51,6 +51,7 @@ def at(folder: str, files: dict[str, str]) -> dict[str, str]:
         ("0::/", {}, 900),
         ("0::/a/b", at("a/b", group(2, 500, 200)), 300),
         ("0::/a/b", at("a/b", group(2, 500, 200, cached=150)), 450),
+        ("0::/a", {"a/memory.max": str(500 * MIB), "a/memory.current": str(200 * MIB)}, 300),  # no memory.stat
         ("0::/a/b", at("a/b", group(2, "max", 200)) | at("a", group(2, 600, 350)), 250),
         ("0::/a/b", at("a/b", group(2, 5000, 200)), 900),
         ("0::/a/b", at("a/b", group(2, 100, 200)), 0),
