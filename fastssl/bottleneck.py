@@ -61,7 +61,7 @@ class StepTimes:
         if not cuda:
             return "the network on this CPU: no setting of speed helps; use a GPU or a smaller network"
         captured = self.fraction("step") > 0
-        if not captured and speed.graph != "on" and not speed.zero and t.loader.sampler.micro == 1:
+        if not captured and speed.graph != "on" and not speed.zero and t.loader.sampler.micro_per_step == 1:
             return "the network, or the CPU that starts its kernels: try speed.graph=on"
         if t.not_compiled is not None and speed.zero < 3:
             return "the network's kernels: try speed.compile=on"

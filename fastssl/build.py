@@ -106,7 +106,7 @@ def not_captured(t: Trainer) -> str | None:
     run = t.run
     if run.speed.graph == "off":
         return "speed.graph=off"
-    if t.loader.sampler.micro > 1:
+    if t.loader.sampler.micro_per_step > 1:
         return "it has several micro-batches (speed.micro_batch)"
     if t.device.type != "cuda":
         return "it needs a CUDA device"
@@ -164,7 +164,7 @@ def build_method(run: Run, loader: Loader) -> nn.Module:
 def open_loader(run: Run, device: torch.device) -> Loader:
     """data.train, with the micro-batches of this rank."""
     batch, speed = run.optim.batch, run.speed
-    sampler = Sampler(run.seed, micro=batch // dist.world() // micro_batch(run))
+    sampler = Sampler(run.seed, micro_per_step=batch // dist.world() // micro_batch(run))
     return Loader(run.data.train, batch, sampler, device=device, workers=speed.workers, resident=speed.resident)
 
 
@@ -174,10 +174,10 @@ def micro_batch(run: Run) -> int:
     if batch % world:
         raise ValueError(f"optim.batch={batch} is not a multiple of the {world} ranks")
     local = batch // world
-    micro = min(run.speed.micro_batch or local, local)  # with many ranks the local batch may be smaller
-    if local % micro:
-        raise ValueError(f"speed.micro_batch={micro} does not divide a rank's part, {local} of optim.batch={batch}")
-    return micro
+    images = min(run.speed.micro_batch or local, local)  # with many ranks the local batch may be smaller
+    if local % images:
+        raise ValueError(f"speed.micro_batch={images} does not divide a rank's part, {local} of optim.batch={batch}")
+    return images
 
 
 def check_views(method: nn.Module, views: tuple) -> None:

@@ -216,7 +216,7 @@ def batches(
 
 def _next_micro_batches(t: Trainer, source: Iterator[Batch]) -> list[Batch]:
     with t.meter.phase("data"):
-        return list(itertools.islice(source, t.loader.sampler.micro))
+        return list(itertools.islice(source, t.loader.sampler.micro_per_step))
 
 
 def end_epoch(t: Trainer, log: Log) -> None:

@@ -32,7 +32,7 @@ def forward_batches(
     """
     with contextlib.closing(loader.epoch(epoch, start, order)) as batches:
         for step in range(start, loader.steps if stop is None else stop):
-            for _ in range(loader.sampler.micro):
+            for _ in range(loader.sampler.micro_per_step):
                 batch = next(batches, None)
                 progress.made()
                 if batch is not None:

@@ -79,7 +79,7 @@ class Loader:
         self.class_numbers: np.ndarray | None = None  # position in `classes` of each class of the file; see relabel
         self._decoders = ThreadPoolExecutor(self.workers, "decode")
         self._prefetcher = ThreadPoolExecutor(1, "prefetch")
-        self._buffer_shape = (batch // self.sampler.world // self.sampler.micro, self._beton.max_pixels, 3)
+        self._buffer_shape = (batch // self.sampler.world // self.sampler.micro_per_step, self._beton.max_pixels, 3)
         self._free: list[np.ndarray] = []  # buffers that no tensor refers to
         self._check_memory()
         if self.device.type == "cuda":
@@ -99,7 +99,7 @@ class Loader:
         images, pixels, _ = self._buffer_shape
         one, free = images * pixels * 3, free_memory(torch.device("cpu"))
         cuda = self.device.type == "cuda"
-        count, each = (2, 1 << (one - 1).bit_length()) if cuda else (2 * self.sampler.micro + AHEAD, one)
+        count, each = (2, 1 << (one - 1).bit_length()) if cuda else (2 * self.sampler.micro_per_step + AHEAD, one)
         if count * each > free:
             raise ValueError(
                 f"{self.path}: the largest image ({pixels / 1e6:.0f} megapixels) needs {count * each / 2**30:.1f} "
@@ -163,7 +163,7 @@ class Loader:
         largest = self._buffer_shape[0] * self.sampler.world
         other = copy.copy(self)
         other.batch = largest if batch is None else batch if self._resident is not None else min(batch, largest)
-        other.sampler = replace(self.sampler, micro=1, shuffle=False, drop_last=False)
+        other.sampler = replace(self.sampler, micro_per_step=1, shuffle=False, drop_last=False)
         return other
 
     def _batches(self, epoch: int, micro_batches: list[MicroBatch], repeats: bool) -> Generator[Batch]:

@@ -21,7 +21,7 @@ def advice(t: Trainer) -> str:
 
     On one rank a forward and backward pass is made with half of the images, a quarter, and so on until one fits.  On
     several ranks the others wait in a collective, so that nothing can be tried."""
-    local = t.run.optim.batch // dist.world() // t.loader.sampler.micro
+    local = t.run.optim.batch // dist.world() // t.loader.sampler.micro_per_step
     smaller = [n for n in range(local // 2, 0, -1) if local % n == 0]
     if dist.world() > 1:
         return _settings(smaller[0], local, "is the next smaller one") if smaller else _too_large()

@@ -230,7 +230,7 @@ def _saved_batches(folder: Path, t: Trainer) -> list[Batch]:
     if not parts or any(not isinstance(part, dict) or part.keys() != names for part in parts):
         raise ValueError(f"{folder}: its batches are damaged or incomplete; train again to save them")
     merged = {k: torch.cat([p[k] for p in parts]) for k in ("pixels", "sizes", "index", "label")}
-    rows, count = dist.shard(len(merged["index"])), t.loader.sampler.micro
+    rows, count = dist.shard(len(merged["index"])), t.loader.sampler.micro_per_step
     mine = {k: v[rows].to(t.device).chunk(count) for k, v in merged.items()}
     first, out = parts[0], []
     for i in range(count):

@@ -29,14 +29,14 @@ class Sampler:
     ValueError for numbers that are out of range."""
 
     seed: int = 0
-    micro: int = 1  # equal micro-batches of each rank in a step
+    micro_per_step: int = 1  # equal micro-batches of each rank in a step
     shuffle: bool = True
     drop_last: bool = True
     rank: int = field(default_factory=dist.rank)
     world: int = field(default_factory=dist.world)
 
     def __post_init__(self) -> None:
-        for name in ("world", "micro"):
+        for name in ("world", "micro_per_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
         if not 0 <= self.rank < self.world:
@@ -49,11 +49,11 @@ class Sampler:
 
     def check_batch(self, batch: int, samples: int, path: str) -> None:
         """ValueError for a batch (of all ranks together) that cannot be divided, or that the file cannot fill."""
-        parts = self.world * self.micro
+        parts = self.world * self.micro_per_step
         if batch < 1 or batch % parts:
             nearest = max(1, round(batch / parts)) * parts
             raise ValueError(
-                f"batch={batch} is not divisible by world * micro = {self.world} * {self.micro}; "
+                f"batch={batch} is not divisible by world * micro_per_step = {self.world} * {self.micro_per_step}; "
                 f"the nearest batch that is: {nearest}"
             )
         if self.drop_last and batch > samples:
@@ -75,7 +75,7 @@ class Sampler:
         positions, found = np.arange(samples), []
         for step in range(start, self.steps(batch, samples)):
             of_rank = _slice(positions[step * batch : (step + 1) * batch], self.rank, self.world)
-            for part in (_slice(of_rank, k, self.micro) for k in range(self.micro)):
+            for part in (_slice(of_rank, k, self.micro_per_step) for k in range(self.micro_per_step)):
                 if len(part):
                     found.append(MicroBatch(step, int(part[0]), order[part]))
         return found

@@ -54,7 +54,7 @@ def step(t: Trainer, micro_batches: list[Batch]) -> Outputs:
 def hooks_inside(t: Trainer) -> list:
     """The hooks that are called in `static_step`, as a part of the CUDA graph; the others follow it.  With
     speed.graph="auto" there are none, because they have not been measured inside."""
-    possible = t.pytorch_step is not None and t.loader.sampler.micro == 1 and t.run.speed.graph == "on"
+    possible = t.pytorch_step is not None and t.loader.sampler.micro_per_step == 1 and t.run.speed.graph == "on"
     return [hook for hook in t.hooks if possible and getattr(hook, "capturable", False)]
 
 

@@ -131,7 +131,7 @@ def test_operations_reads_and_kept_tensors_are_counted():
 @pytest.mark.parametrize("micro", [1, 2])
 def test_an_image_is_decoded_once(beton, micro):
     """In an epoch, whatever the number of its views (the loader knows none); ahead of time, and not again."""
-    loader = Loader(beton, 16, Sampler(micro=micro), workers=2, device="cpu")
+    loader = Loader(beton, 16, Sampler(micro_per_step=micro), workers=2, device="cpu")
     decode, rows = loader._beton.decode, []
     loader._beton.decode = lambda which, *where: (rows.extend(which.tolist()), decode(which, *where))
     for epoch in range(2):

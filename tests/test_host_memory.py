@@ -105,10 +105,10 @@ def test_the_memory_that_is_checked_holds_all_buffers_of_a_training_loop(beton, 
     free = [0]
     monkeypatch.setattr(loader, "free_memory", lambda device: free[0])
     with pytest.raises(ValueError) as refused:
-        loader.Loader(beton, 16, Sampler(micro=micro), device="cpu", workers=2)
+        loader.Loader(beton, 16, Sampler(micro_per_step=micro), device="cpu", workers=2)
     (count,) = re.findall(r"for (\d+) micro-batches of", str(refused.value))
     free[0] = 2**40
-    opened = loader.Loader(beton, 16, Sampler(micro=micro), device="cpu", workers=2)
+    opened = loader.Loader(beton, 16, Sampler(micro_per_step=micro), device="cpu", workers=2)
     trainer = types.SimpleNamespace(step=0, total_steps=12, loader=opened, meter=Meter("cpu", batch=16))
     for _, micro_batches in batches(trainer, lambda t, start: None):
         assert len(micro_batches) == micro

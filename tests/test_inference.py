@@ -56,5 +56,5 @@ def test_start_stop_and_order_select_the_rows(beton):
     rows, calls = run(in_file_order(beton, 20), start=1, stop=3, order=order)
     assert [step for step, *_ in rows] == [1, 2] and calls == [20, 20]
     assert torch.cat([index for _, index, *_ in rows]).tolist() == list(range(82, 42, -1))
-    rows, calls = run(load(beton, 20, micro=2), epoch=3, stop=2)
+    rows, calls = run(load(beton, 20, micro_per_step=2), epoch=3, stop=2)
     assert calls == [10] * 4 and [step for step, *_ in rows] == [0, 0, 1, 1]

@@ -48,7 +48,7 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
         finetuning.drop_path_(backbone, chosen["drop_path"])
     loader, test = finetuning.training_loader(target, chosen["train_batch"]), target.loader(target.test)
     classes = finetuning.count_classes(loader)
-    if (args.mixup or args.cutmix) and loader.batch // dist.world() // loader.sampler.micro % 2:
+    if (args.mixup or args.cutmix) and loader.batch // dist.world() // loader.sampler.micro_per_step % 2:
         raise ValueError("--mixup and --cutmix mix pairs: the images per rank and pass must be even")
     optim = optim_config(backbone, chosen, args.precision)
     model = finetuning.train(

@@ -133,7 +133,7 @@ def test_permutation_is_the_same_in_all_versions():
 def test_any_ranks_and_micro_batches_make_the_same_global_batches(beton, world, micro):
     whole = list(open_loader(beton, seed=5).epoch(3))
     assert [b.step for b in whole] == list(range(103 // 16)) and {b.epoch for b in whole} == {3}
-    ranks = [list(open_loader(beton, seed=5, rank=r, world=world, micro=micro).epoch(3)) for r in range(world)]
+    ranks = [list(open_loader(beton, seed=5, rank=r, world=world, micro_per_step=micro).epoch(3)) for r in range(world)]
     for step, one in enumerate(whole):
         parts = [b for r in ranks for b in r if b.step == step]
         assert [len(p.index) for p in parts] == [16 // world // micro] * (world * micro)
@@ -157,7 +157,9 @@ def test_a_given_order_is_followed_on_any_number_of_ranks(beton, resident):
     whole = list(open_loader(beton).epoch(5, 2, order))
     assert torch.cat([b.index for b in whole]).tolist() == order[32:96].tolist()
     assert [(b.step, b.position) for b in whole] == [(2, 32), (3, 48), (4, 64), (5, 80)]
-    ranks = [open_loader(beton, rank=r, world=2, micro=2, resident=resident).epoch(5, 2, order) for r in range(2)]
+    ranks = [
+        open_loader(beton, rank=r, world=2, micro_per_step=2, resident=resident).epoch(5, 2, order) for r in range(2)
+    ]
     for parts in zip(whole, *[zip(r, r) for r in ranks]):
         assert parts[0].index.tolist() == [i for rank in parts[1:] for b in rank for i in b.index.tolist()]
         assert [b.position - parts[0].position for rank in parts[1:] for b in rank] == [0, 4, 8, 12]
@@ -169,7 +171,7 @@ def test_a_given_order_is_followed_on_any_number_of_ranks(beton, resident):
 
 
 def test_resume_gives_the_rest_and_decodes_nothing_before_it(beton, decoded):
-    loader = open_loader(beton, micro=2)
+    loader = open_loader(beton, micro_per_step=2)
     all_of_it = [b.index.tolist() for b in loader.epoch(2)]
     decoded.clear()
     rest = list(loader.epoch(2, start=4))
@@ -264,9 +266,9 @@ def test_importing_is_fast_and_does_not_change_torchs_threads():
 
 
 def test_resident_images_give_the_same_batches_and_are_decoded_once(beton, decoded):
-    streamed = list(open_loader(beton, micro=2).epoch(1))
+    streamed = list(open_loader(beton, micro_per_step=2).epoch(1))
     decoded.clear()
-    loader = open_loader(beton, micro=2, resident=True)
+    loader = open_loader(beton, micro_per_step=2, resident=True)
     assert sorted(decoded) == list(range(103))
     for _ in range(2):
         held = list(loader.epoch(1))
@@ -278,7 +280,9 @@ def test_resident_images_give_the_same_batches_and_are_decoded_once(beton, decod
 @pytest.mark.parametrize("resident", [False, True])
 def test_in_file_order_every_sample_comes_once_from_the_same_source(beton, decoded, resident):
     plain = list(open_loader(beton, 4, shuffle=False, drop_last=False).epoch(2))
-    loaders = [open_loader(beton, rank=r, world=2, micro=4, resident=resident) for r in range(2)]  # 2 images each
+    loaders = [
+        open_loader(beton, rank=r, world=2, micro_per_step=4, resident=resident) for r in range(2)
+    ]  # 2 images each
     decoded.clear()
     ranks = [list(loader.in_file_order().epoch(2)) for loader in loaders]
     assert torch.cat([b.index for b in plain]).tolist() == list(range(103))
@@ -311,13 +315,13 @@ def test_resident_warns_if_the_images_do_not_fit(beton, monkeypatch):
 
 def test_errors_of_wrong_batches_suggest_a_fix(beton):
     for options, message in [
-        ({"batch": 20, "world": 2, "micro": 4}, r"batch=20 .*2 \* 4; the nearest batch that is: 16"),
+        ({"batch": 20, "world": 2, "micro_per_step": 4}, r"batch=20 .*2 \* 4; the nearest batch that is: 16"),
         ({"batch": 0}, "batch=0 "),
         ({"batch": 128}, r"batch=128 is larger than .*\(103 samples\); use at most 103"),
         ({"batch": 128, "world": 4}, "use at most 100"),
         ({"rank": 2, "world": 2}, "rank=2"),
         ({"workers": -1}, "workers=-1"),
-        ({"micro": 0}, "micro=0"),
+        ({"micro_per_step": 0}, "micro_per_step=0"),
     ]:
         with pytest.raises(ValueError, match=message):
             open_loader(beton, **{"batch": 16, **options})
@@ -404,9 +408,9 @@ def test_on_cuda_the_batches_are_those_of_the_cpu(beton):
     """The caller's stream is kept busy, so that the test fails if a wait is missing or memory is reused too early."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    expected = list(open_loader(beton, 8, micro=2).epoch(0))
+    expected = list(open_loader(beton, 8, micro_per_step=2).epoch(0))
     for resident in (False, True):
-        loader, got = open_loader(beton, 8, micro=2, device="cuda", resident=resident), []
+        loader, got = open_loader(beton, 8, micro_per_step=2, device="cuda", resident=resident), []
         for b in loader.epoch(0):
             torch.cuda._sleep(20_000_000)
             got.append([t.clone() for t in (b.pixels, b.sizes, b.index, b.label)])

@@ -81,7 +81,11 @@ def test_micro_batches_change_nothing_without_batch_norm(files):
         torch.manual_seed(0)
         nets.append(
             finetuning.train(
-                Linear(), training(files[0], 32, micro=micro), VIEW, Optim(batch=32, epochs=1, lr=0.01), classes=3
+                Linear(),
+                training(files[0], 32, micro_per_step=micro),
+                VIEW,
+                Optim(batch=32, epochs=1, lr=0.01),
+                classes=3,
             )
         )
     for a, b in zip(nets[0].parameters(), nets[1].parameters()):

@@ -162,7 +162,7 @@ class Memory:
         self.steps = self.sampler.steps(batch, SAMPLES)
 
     def in_file_order(self):
-        world, micro = self.sampler.world, self.sampler.micro
+        world, micro = self.sampler.world, self.sampler.micro_per_step
         sampler = Sampler.sequential(seed=self.sampler.seed)
         return Memory(None, self.batch // world // micro * world, sampler, device=self.device)
 

@@ -94,7 +94,7 @@ def train(
         sync = contextlib.nullcontext() if last or parallel is model else parallel.no_sync()
         with sync, autocast(device, optim.precision):
             loss = F.cross_entropy(parallel(x).float(), labels, label_smoothing=smoothing)
-            scaler.scale(loss / loader.sampler.micro).backward()
+            scaler.scale(loss / loader.sampler.micro_per_step).backward()
         return loss.detach().double()
 
     def update() -> None:
@@ -112,8 +112,10 @@ def train(
         with contextlib.closing(loader.epoch(epoch, order=order)) as batches:
             for step in range(steps):
                 schedule.set_lr(optimizer, epoch * steps + step)
-                for i, batch in enumerate(islice(batches, loader.sampler.micro), 1):
-                    total += add_gradient(batch, last=i == loader.sampler.micro) / (steps * loader.sampler.micro)
+                for i, batch in enumerate(islice(batches, loader.sampler.micro_per_step), 1):
+                    total += add_gradient(batch, last=i == loader.sampler.micro_per_step) / (
+                        steps * loader.sampler.micro_per_step
+                    )
                 update()
         mean = dist.mean(total).item()
         dist.print_main(f"{options.name}epoch {epoch + 1}/{optim.epochs}: loss {mean:.4f}")
@@ -207,7 +209,7 @@ def training_loader(target: EvalTarget, batch: int) -> Loader:
             f"--train-batch {batch} must be a positive multiple of the {dist.world()} ranks"
             + (f" times --micro-batch {size}" if args.micro_batch else "")
         )
-    sampler = Sampler(args.seed, micro=batch_local // size)
+    sampler = Sampler(args.seed, micro_per_step=batch_local // size)
     return Loader(target.train, batch, sampler, device=args.device, workers=args.workers)
 
 

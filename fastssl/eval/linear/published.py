@@ -183,7 +183,7 @@ def augmented_batches(extractor: Extractor, recipe: Recipe, loader: Loader, rows
         with evaluating(extractor.backbone):
             micro_batches = forward_batches(forward, loader, epoch=epoch, stop=steps, order=order)
             for _ in range(steps):
-                parts = [(*xs, batch.label) for batch, xs in islice(micro_batches, loader.sampler.micro)]
+                parts = [(*xs, batch.label) for batch, xs in islice(micro_batches, loader.sampler.micro_per_step)]
                 *xs, y = (torch.cat(part) for part in zip(*parts))
                 yield xs, y
 
