@@ -79,8 +79,8 @@ def worker(out: Path, kind: str, args: argparse.Namespace) -> None:
     t = bench_step.build(run)
     source = bench_step.synthetic_batches(next(bench_step.real_batches(t)))
     records = bench_step.run_block(t, source, args.steps)
-    if t.pytorch_step is not None:
-        t.pytorch_step.reason = "bench/scaling.py times its collectives"  # a replay would not call them
+    if t.capturable_step is not None:
+        t.capturable_step.reason = "bench/scaling.py times its collectives"  # a replay would not call them
     with recorded(device) as found:
         bench_step.run_block(t, source, args.steps)
         calls = found[len(found) * bench_step.WARM // (bench_step.WARM + args.steps) :]

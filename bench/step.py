@@ -210,7 +210,7 @@ def describe(t: Trainer) -> dict:
         "resident": run.speed.resident,
         "channels_last": run.speed.channels_last,
         "compile": t.not_compiled is None,
-        "graph": t.pytorch_step is not None and t.pytorch_step.reason is None,
+        "graph": t.capturable_step is not None and t.capturable_step.reason is None,
         "kernels": run.speed.kernels,
         "samples": t.loader.samples,
         "mean_pixels": t.loader.card.mean_pixels,

@@ -90,7 +90,9 @@ def automatic_settings(t: Trainer) -> str:
     if speed.kernels == "auto":
         parts.append("kernels=triton (a CUDA device)" if cuda else "kernels=reference (no CUDA device)")
     if speed.graph == "auto":
-        why = "ZeRO and DeepSpeed's own steps are not captured" if t.pytorch_step is None else t.pytorch_step.reason
+        why = (
+            "ZeRO and DeepSpeed's own steps are not captured" if t.capturable_step is None else t.capturable_step.reason
+        )
         if why is None or not cuda:  # on CUDA `build` has printed why not
             monitors = any(getattr(hook, "capturable", False) for hook in t.hooks)
             outside = "; monitors follow it, speed.graph=on captures the probe, too" * monitors

@@ -72,16 +72,16 @@ def build(run: Run, hooks: Sequence[Hook] = (), device: str | None = None, loade
         hooks,
         not_compiled=not_compiled(run, device_used),
     )
-    set_pytorch_step(t)
+    set_capturable_step(t)
     return t
 
 
-def set_pytorch_step(t: Trainer) -> None:
-    """Decide whether a step bypasses DeepSpeed and whether it is captured as a CUDA graph; print why it is not."""
+def set_capturable_step(t: Trainer) -> None:
+    """Decide whether a step bypasses DeepSpeed and whether it is captured as a CUDA graph; print why not."""
     why = needs_deepspeed(t)
     if why is None:
-        t.pytorch_step = cuda_graph.CapturableStep(partial(static_step, t), not_captured(t))
-        why = t.pytorch_step.reason
+        t.capturable_step = cuda_graph.CapturableStep(partial(static_step, t), not_captured(t))
+        why = t.capturable_step.reason
     mode = t.run.speed.graph
     if dist.is_main() and why and (mode == "on" or (mode == "auto" and t.device.type == "cuda")):
         print(f"speed.graph={mode}: the step is not a CUDA graph: {why}")
@@ -89,13 +89,13 @@ def set_pytorch_step(t: Trainer) -> None:
 
 def needs_deepspeed(t: Trainer) -> str | None:
     """Why a step must go through DeepSpeed; None: it need not."""
-    run, more = t.run, sorted(set(t.run.deepspeed) - {"zero_optimization"})
+    run, settings = t.run, sorted(set(t.run.deepspeed) - {"zero_optimization"})
     if run.speed.zero:
         return f"ZeRO {run.speed.zero} reads numbers from the device; use speed.zero=0"
     if t.deepspeed.optimizer is not t.deepspeed.basic_optimizer:
         return f"the optimizer is DeepSpeed's {type(t.deepspeed.optimizer).__name__}"
-    if more:
-        return f"deepspeed={{{more[0]!r}: ...}} acts in DeepSpeed's own step"
+    if settings:
+        return f"deepspeed={{{settings[0]!r}: ...}} acts in DeepSpeed's own step"
     if t.loss_scaler.checked and "found_inf" not in inspect.signature(t.method.after_step).parameters:
         return f"{type(t.method).__name__}.after_step has no found_inf: the host must know of an overflow"
     return None
@@ -206,7 +206,8 @@ def prepare(method: nn.Module, run: Run, device: torch.device) -> nn.Module:
             out = contract.check_output(method, forward(views, batch), len(batch.index))
         return {name: v.float() if v.dtype in (torch.bfloat16, torch.float16) else v for name, v in out.items()}
 
-    method.forward, loss = autocast_forward, method.loss
+    method.forward = autocast_forward
+    loss = method.loss
     method.loss = lambda out, batch: contract.check_losses(method, loss(out, batch))
     return method
 
@@ -227,7 +228,7 @@ def start_deepspeed(method: nn.Module, optimizer: torch.optim.Optimizer, run: Ru
         "zero_optimization": {
             "stage": run.speed.zero,
             "overlap_comm": False,
-            # the buffer's elements: DeepSpeed's default is 2 GB for a ResNet-50 of 0.1 GB, too
+            # elements: DeepSpeed's default allocates 2 GB even for a ResNet-50, whose gradients have 0.1 GB
             "reduce_bucket_size": min(
                 ALL_REDUCE_ELEMENTS, sum(p.numel() for p in method.parameters() if p.requires_grad)
             ),

@@ -40,8 +40,8 @@ class StepInputs:
         self._packed.copy_(host, non_blocking=True)  # torch's allocator keeps pinned memory until the copy is done
 
     @contextlib.contextmanager
-    def in_groups(self, groups: list[dict], decays: bool) -> Iterator[None]:
-        """Inside, the groups' lr (with `decays` weight decay, too) are tensors of the parameters' dtype; outside
+    def tensor_rates(self, groups: list[dict], decays: bool) -> Iterator[None]:
+        """Inside, the groups' lr (with `decays` also the weight decay) are tensors of the parameters' dtype; outside
         they are numbers, as checkpoints need them."""
         numbers = [(g["lr"], g["weight_decay"]) for g in groups]
         rates = self._rates.to(groups[0]["params"][0].dtype).unbind()

@@ -26,7 +26,7 @@ def advice(t: Trainer) -> str:
     if dist.world() > 1:
         return _settings(smaller[0], local, "is the next smaller one") if smaller else _too_large()
     t.method.zero_grad(set_to_none=True)
-    t.pytorch_step = None  # with the memory of a CUDA graph
+    t.capturable_step = None  # with the memory of a CUDA graph
     gc.collect()
     if t.device.type == "cuda":
         torch.cuda.empty_cache()

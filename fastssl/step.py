@@ -30,7 +30,7 @@ Timer = Callable[[str], AbstractContextManager]  # times what runs inside: Meter
 
 def step(t: Trainer, micro_batches: list[Batch]) -> Outputs:
     """One optimizer step on this rank's shard of a global batch: learning rates, gradients, update, then `after_step`
-    of the method and of each hook.  Returns the detached outputs of the shard (zeros for a step that is left out,
+    of the method and of each hook.  Returns the detached outputs of the shard (zeros for a step that is skipped,
     optim.skip_nonfinite); what is to be logged is in `t.scalars`.
 
     The host never waits for the device here, except in `deepspeed_step` and in hooks.
@@ -38,23 +38,23 @@ def step(t: Trainer, micro_batches: list[Batch]) -> Outputs:
     t.scalars = {"lr": t.schedule.set_lr(t.deepspeed.optimizer, t.step)}
     batch = micro_batches[0] if len(micro_batches) == 1 else merge_without_pixels(micro_batches)
     statistics = norm.SavedStatistics(t.method) if t.loss_scaler.skip_nonfinite else None
-    make_step = deepspeed_step if t.pytorch_step is None else pytorch_step
+    make_step = deepspeed_step if t.capturable_step is None else pytorch_step
     out, scalars = make_step(t, micro_batches, batch)
-    if statistics is not None:  # a step that is left out changes no statistics
+    if statistics is not None:  # a skipped step changes no statistics
         statistics.restore_where(t.loss_scaler.found_inf != 0)
     t.log(scalars)
     t.step += 1
-    inside = hooks_inside(t)
+    done = hooks_in_graph(t)
     for hook in t.hooks:
-        if hook not in inside:
+        if hook not in done:
             hook.after_step(t, out, batch)
     return out
 
 
-def hooks_inside(t: Trainer) -> list:
-    """The hooks that are called in `static_step`, as a part of the CUDA graph; the others follow it.  With
-    speed.graph="auto" there are none, because they have not been measured inside."""
-    possible = t.pytorch_step is not None and t.loader.sampler.micro_per_step == 1 and t.run.speed.graph == "on"
+def hooks_in_graph(t: Trainer) -> list:
+    """The hooks that `static_step` calls, which the CUDA graph captures; `step` calls the others after it.  With
+    speed.graph="auto" there are none, because that has not been measured."""
+    possible = t.capturable_step is not None and t.loader.sampler.micro_per_step == 1 and t.run.speed.graph == "on"
     return [hook for hook in t.hooks if possible and getattr(hook, "capturable", False)]
 
 
@@ -77,24 +77,24 @@ def deepspeed_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tupl
         applied = t.loss_scaler.step(t.deepspeed)
         if applied:
             t.method.after_step(out, batch, t.step / t.total_steps)
-    return zeros_where_left_out(t, out), detached(losses) | {"loss_scale": t.loss_scaler.value, "applied": applied}
+    return zeros_if_skipped(t, out), detached(losses) | {"loss_scale": t.loss_scaler.value, "applied": applied}
 
 
 def pytorch_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Outputs, dict[str, Any]]:
     """A step at ZeRO 0, in which the host does not wait for the device.  With one micro-batch and a captured CUDA
     graph, it replays the graph.  DeepSpeed's forward, backward and step are not called; only its counters are kept up
     to date."""
-    assert t.pytorch_step is not None, "without it DeepSpeed makes the step"
+    assert t.capturable_step is not None, "without it DeepSpeed makes the step"
     t.step_inputs.write(batch, t.deepspeed.optimizer.param_groups, t.step / t.total_steps)
     method_key = t.method.graph_key(batch.epoch) if hasattr(t.method, "graph_key") else None
     frozen = tuple(group["frozen"] for group in t.deepspeed.optimizer.param_groups)  # by optim.Schedule
     if len(micro_batches) > 1:
         out, scalars = update(t, *accumulate(t, micro_batches, batch), batch, t.meter.phase)
-    elif t.pytorch_step.ready(batch, (method_key, frozen)):
+    elif t.capturable_step.ready(batch, (method_key, frozen)):
         with t.meter.phase("step"):
-            out, scalars = t.pytorch_step.replay(batch)
+            out, scalars = t.capturable_step.replay(batch)
     else:
-        out, scalars = t.pytorch_step.function(batch, t.meter.phase)
+        out, scalars = t.capturable_step.function(batch, t.meter.phase)
     t.deepspeed.global_steps += 1
     t.deepspeed.micro_steps += 1
     t.deepspeed.global_samples += t.deepspeed.train_batch_size()
@@ -123,7 +123,7 @@ def static_step(t: Trainer, batch: Batch, timer: Timer) -> tuple[Outputs, dict[s
         t.loss_scaler.scaled(losses["loss"]).backward()
     out, scalars = update(t, out, losses, method_batch, timer)
     observed = replace(t, scalars={})  # what hooks log is packed with the other scalars
-    for hook in hooks_inside(t):
+    for hook in hooks_in_graph(t):
         hook.after_step(observed, out, tensor_batch)
     return out, scalars | contract.check_captured(observed.scalars)
 
@@ -136,7 +136,7 @@ def update(
     out, groups = detached(out), t.deepspeed.optimizer.param_groups
     with timer("backward"):
         grads = average_gradients([p for p in t.method.parameters() if p.requires_grad])
-    with timer("optimizer"), t.step_inputs.in_groups(groups, t.run.optim.weight_decay_end is not None):
+    with timer("optimizer"), t.step_inputs.tensor_rates(groups, t.run.optim.weight_decay_end is not None):
         found_inf = t.loss_scaler.unscale_(grads)
         if t.run.optim.clip and not t.run.optim.clip_each:
             clip_(grads, t.run.optim.clip)
@@ -149,15 +149,15 @@ def update(
     if found_inf is None:
         return out, detached(losses) | {"loss_scale": 1.0, "applied": True}
     scalars = detached(losses) | {"loss_scale": t.loss_scaler.scale.clone(), "applied": found_inf == 0}
-    return zeros_where_left_out(t, out), scalars
+    return zeros_if_skipped(t, out), scalars
 
 
-def zeros_where_left_out(t: Trainer, out: Outputs) -> Outputs:
-    """What hooks are given: zeros in a step that is left out (optim.skip_nonfinite)."""
+def zeros_if_skipped(t: Trainer, out: Outputs) -> Outputs:
+    """The outputs for hooks: zeros in a step that is skipped (optim.skip_nonfinite)."""
     if not t.loss_scaler.skip_nonfinite:
         return out
-    left_out = t.loss_scaler.found_inf != 0
-    return {name: v.masked_fill(left_out, 0.0) if v.is_floating_point() else v for name, v in out.items()}
+    skipped = t.loss_scaler.found_inf != 0
+    return {name: v.masked_fill(skipped, 0.0) if v.is_floating_point() else v for name, v in out.items()}
 
 
 def accumulate(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[Outputs, dict[str, Tensor]]:
@@ -227,12 +227,12 @@ def accumulate_cached(t: Trainer, micro_batches: list[Batch], batch: Batch) -> t
 
 
 def _forward(t: Trainer) -> Callable[[list[Tensor], Batch], Outputs]:
-    return t.deepspeed if t.pytorch_step is None else t.method.forward
+    return t.deepspeed if t.capturable_step is None else t.method.forward
 
 
 def _backward(t: Trainer, loss: Tensor) -> None:
     """Of one micro-batch; `update` or DeepSpeed averages the sum of all of them over ranks."""
-    if t.pytorch_step is None:
+    if t.capturable_step is None:
         t.loss_scaler.backward(t.deepspeed, loss)
     else:
         t.loss_scaler.scaled(loss).backward()

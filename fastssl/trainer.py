@@ -80,9 +80,9 @@ class Method(Protocol):
 
         `progress` is the fraction of the run's steps before this one, a 0-dim tensor on the device except where
         DeepSpeed makes the step.  Where the step may be captured in a CUDA graph, `batch.epoch` and `batch.step` are
-        0-dim tensors, too, also in `forward` and `loss`.  A nonzero `found_inf` means that
-        gradients overflowed in fp16 and nothing may change.  A method without this argument is not called after such a
-        step; the host then waits for the device at every step."""
+        0-dim tensors, too, also in `forward` and `loss`.  A nonzero `found_inf` means that gradients overflowed in fp16
+        and nothing may change.  A method without this argument is not called after such a step; the host then waits for
+        the device at every step."""
 
 
 @dataclass
@@ -100,8 +100,8 @@ class Trainer:
     loss_scaler: LossScaler
     step_inputs: cuda_graph.StepInputs  # the numbers of the current step, on the device
     hooks: list = field(default_factory=list)
-    # the step without DeepSpeed, eager or as a CUDA graph; None: DeepSpeed makes the step
-    pytorch_step: cuda_graph.CapturableStep | None = None
+    # what step.pytorch_step runs, eagerly or as a CUDA graph; None: step.deepspeed_step
+    capturable_step: cuda_graph.CapturableStep | None = None
     not_compiled: str | None = None  # why the method's forward is not compiled; None: it is
     step: int = 0  # optimizer steps done, skipped ones included
     epoch: int = 0

@@ -47,7 +47,7 @@ def trainer(device="cuda", *, pixels=1024, workers=64, **speed):
     run = SimpleNamespace(speed=SimpleNamespace(**speed), optim=SimpleNamespace(batch=64, precision="fp16"))
     reason = None if speed["compile"] == "on" else "not compared yet; speed.compile=on compiles it"
     step = SimpleNamespace(reason=None)
-    parts = {"pytorch_step": step, "not_compiled": reason, "hooks": []}
+    parts = {"capturable_step": step, "not_compiled": reason, "hooks": []}
     return SimpleNamespace(run=run, loader=loader, device=torch.device(device), **parts)
 
 
@@ -120,7 +120,7 @@ def test_automatic_settings_are_given_with_their_reason():
     t.hooks = [LinearProbe()]
     assert "less time; monitors follow it, speed.graph=on captures the probe" in bottleneck.automatic_settings(t)
     t = trainer("cpu")
-    t.pytorch_step = SimpleNamespace(reason="it needs a CUDA device")
+    t.capturable_step = SimpleNamespace(reason="it needs a CUDA device")
     assert "kernels=reference (no CUDA device), graph=off (it needs a CUDA device)" in bottleneck.automatic_settings(t)
     t.not_compiled = None
     assert "compile=on (" in bottleneck.automatic_settings(t)

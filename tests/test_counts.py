@@ -106,7 +106,7 @@ def test_a_step_has_no_more_operations_reads_and_copies_than_recorded(name):
 
 def test_a_probe_in_a_step_has_no_more_operations_than_before():
     counts, t, _ = count("supervised", probe=True)
-    assert step.hooks_inside(t) == t.hooks
+    assert step.hooks_in_graph(t) == t.hooks
     assert counts.reads == [] and counts.survivors() == []
     if torch.__version__.startswith("2.11."):
         assert counts.ops <= OPS["supervised"] + PROBE_OPS

@@ -96,7 +96,7 @@ def test_the_pytorch_step_equals_deepspeeds_bit_for_bit(name):
     made = []
     for loop in (plain_loop, advance):
         t = build(name, optim_lr=2.0**-4)
-        assert t.pytorch_step is not None
+        assert t.capturable_step is not None
         loop(t, seeded(t), 4)
         made.append((contents(t), t.deepspeed.global_steps, t.deepspeed.micro_steps, t.deepspeed.global_samples))
     assert_same(made[0][0], made[1][0])
@@ -107,7 +107,7 @@ def test_the_pytorch_step_equals_deepspeeds_bit_for_bit(name):
 def test_a_step_of_several_micro_batches_does_not_wait_for_the_device(name, monkeypatch):
     """In fp16 neither, where gradients may overflow."""
     t = build(name, optim_precision="fp16", speed_micro_batch=BATCH // 4, settings={"norm": False})
-    assert t.pytorch_step is not None and "micro-batches" in not_captured(t)
+    assert t.capturable_step is not None and "micro-batches" in not_captured(t)
     (_, first), (_, micro_batches) = itertools.islice(engine.batches(t), 2)
     t.step_inputs.write(first[0], t.deepspeed.optimizer.param_groups, 0.5)
     views = {id(b.pixels): step.batch_views(t, b) for b in micro_batches}  # the reference reads
@@ -149,7 +149,7 @@ KEEP_STATE = [n for n in cases.CASES if not n.startswith(("deepcluster", "odc"))
 def test_an_overflow_changes_nothing(name):
     """The optimizer's state included, on the device alone; the scale halves."""
     t = build(name, optim_precision="fp16", settings={"norm": False})
-    assert t.pytorch_step is not None
+    assert t.capturable_step is not None
     source = engine.batches(t)
     t.loss_scaler.value = 4.0
     advance(t, source, 2)
@@ -210,7 +210,7 @@ def test_a_probe_inside_the_step_is_the_probe_after_it(skip):
         t = build("simclr", probe=True, speed_graph=graph, optim_precision="fp16", optim_skip_nonfinite=skip)
         source, logged, given = seeded(t), [], recorded(t.hooks[0])
         t.loss_scaler.value = 4.0
-        assert step.hooks_inside(t) == (t.hooks if graph == "on" else [])
+        assert step.hooks_in_graph(t) == (t.hooks if graph == "on" else [])
         for _ in range(4):
             advance(t, source, 1, poison=(2,))
             logged.append({name: float(value) for name, value in t.scalars.items()})
@@ -228,7 +228,7 @@ def test_a_probe_follows_a_step_that_cannot_be_captured(changes):
     given = recorded(t.hooks[0])
     advance(t, engine.batches(t), 2)
     assert len(given) == 2 and len(given[0]["features"]) == BATCH and "probe_loss" in t.scalars
-    assert step.hooks_inside(t) == []
+    assert step.hooks_in_graph(t) == []
 
 
 def test_a_hook_inside_the_step_logs_tensors():
@@ -269,10 +269,10 @@ class Pretended:
             hook.load_state_dict({k: kept[f"hook {k}"] for k in hook.state_dict()})
 
     def replay(self):
-        made, groups = self.t.pytorch_step._captured, self.t.deepspeed.optimizer.param_groups
+        made, groups = self.t.capturable_step._captured, self.t.deepspeed.optimizer.param_groups
         for group in groups:
             group["lr"] = float("nan")  # of the host
-        out, scalars = self.t.pytorch_step.function(made.batch, lambda name: contextlib.nullcontext())
+        out, scalars = self.t.capturable_step.function(made.batch, lambda name: contextlib.nullcontext())
         for name, value in out.items():
             made.out[name].copy_(value)
         made.packed.copy_(torch.stack([v.float().reshape(()) for v in scalars.values() if isinstance(v, torch.Tensor)]))
@@ -287,7 +287,7 @@ def test_replays_take_their_numbers_from_the_device(name, monkeypatch):
         settings = {"optim_precision": "fp16", "optim_lr": 2.0**-4, "optim_schedule": "cosine"}
         t = build(name, probe=True, speed_graph="on" if captured else "auto", **settings)
         if captured:
-            t.pytorch_step.reason, graph = None, Pretended(t)
+            t.capturable_step.reason, graph = None, Pretended(t)
             monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda graph=graph: graph)
             monkeypatch.setattr(torch.cuda, "graph", graph.capture)
             monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
@@ -296,7 +296,7 @@ def test_replays_take_their_numbers_from_the_device(name, monkeypatch):
         source = seeded(t)
         losses = advance(t, source, 10, poison=(1, 7))
         made.append((losses, {k: float(v) for k, v in t.scalars.items()}, contents(t)))
-    assert t.pytorch_step._captured is not None
+    assert t.capturable_step._captured is not None
     assert made[0][:2] == made[1][:2] and "probe_loss" in made[0][1]
     assert_same(made[0][2], made[1][2])
     graph.replay = lambda: None
@@ -333,8 +333,8 @@ def test_a_replay_equals_the_eager_step_bit_for_bit(name):
         losses = advance(t, source, 10, poison=(1, 7))
         made[graph] = losses, contents(t), torch.cuda.get_rng_state(), t.loss_scaler.state_dict()
         if graph == "on":
-            assert t.pytorch_step.reason is None, t.pytorch_step.reason
-            assert t.pytorch_step._captured is not None
+            assert t.capturable_step.reason is None, t.capturable_step.reason
+            assert t.capturable_step._captured is not None
         torch.cuda.synchronize()
         start = time.perf_counter()
         advance(t, source, 8)
@@ -357,7 +357,7 @@ def test_a_run_resumes_to_the_same_bits(tmp_path):
         run.name, run.log.root, run.deterministic, run.speed.graph = folder, str(tmp_path), True, graph
         run.log.every, run.log.checkpoint_steps, run.log.keep, run.log.probe = 1, 8, 3, True
         t = engine.fit(run, resume=resume, loader=cases.loader(run, "cuda"))
-        assert (t.pytorch_step.reason is None) == (graph == "on"), t.pytorch_step.reason
+        assert (t.capturable_step.reason is None) == (graph == "on"), t.capturable_step.reason
         last = disk.newest(t.folder)
         found.append(safetensors.torch.load_file(last / "weights.safetensors"))
         shutil.rmtree(last)
@@ -375,5 +375,5 @@ def test_a_failed_capture_leaves_the_eager_step(capsys):
         torch.manual_seed(5)
         advance(t, engine.batches(t), 8)
         made.append(contents(t))
-    assert "capture failed" in t.pytorch_step.reason and capsys.readouterr().out.count("capture failed") == 1
+    assert "capture failed" in t.capturable_step.reason and capsys.readouterr().out.count("capture failed") == 1
     assert_same(*made)

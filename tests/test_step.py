@@ -60,7 +60,7 @@ def worker(out: str) -> None:
     """Losses of two steps after FLOPs were counted, and without that, at each ZeRO stage; losses of a probe in the step
     and after it."""
     from fastssl import dist, hooks
-    from fastssl.step import count_flops, hooks_inside, step
+    from fastssl.step import count_flops, hooks_in_graph, step
 
     dist.init("cpu")
     found = {}
@@ -80,7 +80,7 @@ def worker(out: str) -> None:
         t.hooks[0].before_epoch(t)
         for micro_batches in steps:
             step(t, micro_batches)
-        found["probe", len(hooks_inside(t))] = dist.mean(t.scalars["probe_loss"]).item(), t.hooks[0].state_dict()
+        found["probe", len(hooks_in_graph(t))] = dist.mean(t.scalars["probe_loss"]).item(), t.hooks[0].state_dict()
     if dist.is_main():
         torch.save(found, out)
     dist.shutdown()

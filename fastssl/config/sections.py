@@ -84,7 +84,7 @@ class Optim:
     residual_in_fp32: bool = True
     clip: NonNegative = 0.0  # largest gradient norm; 0: not clipped
     clip_each: bool = False  # clip the gradient of every tensor separately (DINO)
-    # steps in a row with NaN or infinite gradients that are left out before the run stops; 0: it stops (docs/runs.md)
+    # steps in a row with NaN or infinite gradients that are skipped before the run stops; 0: it stops (docs/runs.md)
     skip_nonfinite: Count = 0
     # regular expression -> options; see optim.group_parameters
     paramwise: dict[str, dict] = field(default_factory=dict)
