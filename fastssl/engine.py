@@ -81,7 +81,7 @@ def fit(
             run_folder.prepare(t)
             log.text(t.schedule.table)
         run_folder.record_environment(t)
-        log.text(opening(t))
+        log.text(opening_line(t))
         if choice := bottleneck.automatic_settings(t):
             log.text(choice)
         not_finite: tuple[str, int] | None = None  # the message, and the step that failed
@@ -97,7 +97,7 @@ def fit(
         if out_of_memory is not None:
             raise ValueError(f"out of memory after step {t.step}: {memory.advice(t)} ({out_of_memory})")
         if not_finite is None:
-            log.text(closing(t))
+            log.text(closing_line(t))
             return t
         message, failed_step = not_finite
         seconds_per_step = (time.monotonic() - started_at) / max(t.step - first_step, 1)
@@ -197,7 +197,7 @@ def begin_epoch(t: Trainer, start: int = 0, text: Callable[[str], None] = print)
 def batches(
     t: Trainer, begin: Callable[[Trainer, int], np.ndarray | None] = begin_epoch
 ) -> Generator[tuple[int, list[Batch]]]:
-    """(epoch, this rank's micro-batches) of one step after another, from `t.step` to the last of the run.
+    """Yields (epoch, this rank's micro-batches) for each step from `t.step` to the last of the run.
 
     Where an epoch begins, or continues after a resume, `t.epoch` is set and `begin(t, step in the epoch)` is called,
     which returns the order of the samples (None: the epoch's permutation)."""
@@ -249,7 +249,7 @@ def save(t: Trainer, log: Log, writer: Writer, loss_check: FiniteLossCheck, stop
     log.text(f"step {t.step}: no checkpoint is written: {problem}")
 
 
-def opening(t: Trainer) -> str:
+def opening_line(t: Trainer) -> str:
     """What is trained on what, in one line."""
     optim, world, epochs = t.run.optim, dist.world(), t.total_steps / t.loader.steps
     device = torch.cuda.get_device_name(t.device) if t.device.type == "cuda" else "CPU"
@@ -261,7 +261,7 @@ def opening(t: Trainer) -> str:
     )
 
 
-def closing(t: Trainer) -> str:
+def closing_line(t: Trainer) -> str:
     """Where the result is and the command to look at it."""
     if not t.loader.classes:
         return f"done: {t.folder}; next: fastssl report {t.folder}"

@@ -29,8 +29,9 @@ DISABLE = "or set log.knn_epochs=0 log.probe=False"
 class Hook:
     """Derive a class from this one and write the methods that it needs; the others do nothing (docs/extending.md).
 
-    `out` and `batch` are the detached outputs and the labels of this rank's shard of the batch.  The state of a hook
-    with `state_dict` and `load_state_dict` is saved in checkpoints.
+    `out` has the detached outputs of this rank's shard of the batch, which a CUDA graph overwrites in the next step
+    (keep a clone), `batch` its labels.  A hook's state is saved in checkpoints if it has `state_dict` and
+    `load_state_dict`.
 
     `capturable` (False): True if `after_step` may become a part of the step's CUDA graph.  It then reads nothing from
     the device, changes tensors that it made in its first call only in place, and logs 0-dim tensors; a replay executes

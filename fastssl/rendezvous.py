@@ -11,17 +11,17 @@ from typing import Any
 
 import torch.distributed as td
 
-START = timedelta(minutes=10)  # until all ranks have connected: nodes do not start at the same moment
+CONNECT_TIMEOUT = timedelta(minutes=10)  # until all ranks have connected: nodes do not start at the same moment
 ANSWER_S = 60.0  # rank 0 answers at once; what accepts connections for so long without an answer is another program
 REMEDY = (
-    "choose one by deepspeed --master_port N (torchrun: --standalone, or --master_port N; srun and mpirun: "
+    "choose a free one by deepspeed --master_port N (torchrun: --standalone, or --master_port N; srun and mpirun: "
     "MASTER_PORT=N)"
 )
 
 
 def connect() -> td.Store:
     """Wait for the store, by the variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.  ValueError where the port is
-    in use by another job or program, or not all ranks connect within START."""
+    in use by another job or program, or not all ranks connect within CONNECT_TIMEOUT."""
     rank, where = os.environ["RANK"], f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store = _connect()
@@ -45,25 +45,26 @@ def connect() -> td.Store:
 
 
 def _connect() -> td.Store:
-    """In a thread, since PyTorch waits without end for the answer of a program that accepts its connection.
+    """Connect in a thread, since PyTorch waits without end for the answer of a program that accepts its connection.
     TimeoutError after ANSWER_S of such a wait."""
     outcome: list[Any] = []
 
     def run() -> None:
         try:
-            outcome.append(next(td.rendezvous("env://", timeout=START))[0])
+            outcome.append(next(td.rendezvous("env://", timeout=CONNECT_TIMEOUT))[0])
         except Exception as error:  # of any type: it is raised in the main thread
             outcome.append(error)
 
     thread = threading.Thread(target=run, name="fastssl-rendezvous", daemon=True)
     thread.start()
-    end, unanswered = time.monotonic() + START.total_seconds() + ANSWER_S, 0.0  # PyTorch ends soon after START
+    end = time.monotonic() + CONNECT_TIMEOUT.total_seconds() + ANSWER_S  # PyTorch ends soon after CONNECT_TIMEOUT
+    unanswered = 0.0
     while thread.is_alive() and unanswered < ANSWER_S and time.monotonic() < end:
         thread.join(1.0)
         # rank 0's own store listens while it waits for the others
         unanswered = unanswered + 1.0 if os.environ["RANK"] != "0" and _is_listening() else 0.0
     if not outcome:
-        raise TimeoutError if unanswered else td.DistStoreError(f"no connection in {START}")
+        raise TimeoutError if unanswered else td.DistStoreError(f"no connection in {CONNECT_TIMEOUT}")
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]

@@ -231,7 +231,7 @@ def _forward(t: Trainer) -> Callable[[list[Tensor], Batch], Outputs]:
 
 
 def _backward(t: Trainer, loss: Tensor) -> None:
-    """Of one micro-batch; `update` or DeepSpeed averages the sum of all of them over ranks."""
+    """Backward of one micro-batch; `update` or DeepSpeed averages the sum of their gradients over ranks."""
     if t.capturable_step is None:
         t.loss_scaler.backward(t.deepspeed, loss)
     else:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 Outputs = dict[str, Tensor]  # what a method's forward returns: each tensor has one row per sample
-ExtractOutputs = Callable[..., tuple[Tensor, Tensor]]  # outputs.extract_outputs of the run
+ExtractOutputs = Callable[..., tuple[Tensor, Tensor]]  # `outputs.extract_outputs` without its first argument
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,7 @@ def list_checkpoints(run_dir: str | Path) -> list[Path]:
     return sorted(found, key=_step, reverse=True)
 
 
-def precedes(path: Path, checkpoint: Path) -> bool:
+def is_at_or_before(path: Path, checkpoint: Path) -> bool:
     """Whether `path` is `checkpoint` or an earlier one of the same run."""
     return path.parent.resolve() == checkpoint.parent.resolve() and path.name <= checkpoint.name
 

@@ -42,7 +42,7 @@ def _find(run: Run, resume: bool | Literal["auto"], resume_from: str | Path | No
     if path is None:
         hint = "start anew with --force, which deletes the damaged ones" if existing else "start without --resume"
         raise ValueError(f"cannot resume: no complete checkpoint in {disk.directory(folder)}; {hint}")
-    newer = [p for p in existing if not disk.precedes(p, path)]
+    newer = [p for p in existing if not disk.is_at_or_before(p, path)]
     if newer and not resume and not force:
         raise ValueError(
             f"{folder} holds {newer[0].name}, which does not lead to {path}: give another name=..., or "

@@ -83,7 +83,7 @@ def prepare(t: Trainer, checkpoint: Path | None = None, clear: bool = True) -> N
         if checkpoint is None:
             _keep_log(t.folder, delete=clear and bool(disk.list_checkpoints(t.folder)))
         for old in disk.list_checkpoints(t.folder) if clear else ():
-            if checkpoint is None or not disk.precedes(old, checkpoint):
+            if checkpoint is None or not disk.is_at_or_before(old, checkpoint):
                 shutil.rmtree(old)
         files.write_json(t.folder / "config.json", dump(t.run), indent=2)
     dist.barrier()

@@ -117,7 +117,7 @@ class Writer:
                 self._path = self._commit(folder, [mine, *self._reports(folder, token)])
                 return
             self._store().set(_key(token, dist.rank()), json.dumps(mine))
-            _files(mine)
+            _files(mine)  # raises this rank's own error
         except Exception as error:  # of any type: it is raised in the main thread
             if dist.is_main():
                 shutil.rmtree(folder, ignore_errors=True)
@@ -137,7 +137,7 @@ class Writer:
 
     @contextlib.contextmanager
     def _heartbeats(self, token: str) -> Iterator[None]:
-        """Inside, a second thread sends rank 0 heartbeats of this rank, unless it hangs."""
+        """Inside, a second thread sends rank 0 heartbeats, as long as writing does not hang."""
         if dist.is_main():
             yield
             return
@@ -200,7 +200,7 @@ class Writer:
 
 
 def interval_in_steps(epochs: float, steps: int) -> int:
-    """Of an interval in epochs of so many steps: at least 1; 0 for 0, which is none."""
+    """An interval of `epochs` epochs, of `steps` steps each, in steps: at least 1, or 0 for 0 (no interval)."""
     return max(1, round(epochs * steps)) if epochs else 0
 
 

@@ -92,7 +92,7 @@ class Watchdog:
         self._end.set()
 
     def lost(self, error: BaseException) -> str | None:
-        """Which rank was lost, if `error` is that of a collective that lost one; takes 10 seconds."""
+        """A message that names the lost rank, if `error` is that of a collective that lost one; takes 10 seconds."""
         if dist.world() == 1 or not any(word in str(error) for word in LOST):
             return None
         try:
@@ -244,6 +244,6 @@ def _is_ours(file: str) -> bool:
 
 @functools.cache
 def _folders() -> tuple[Path, ...]:
-    """Of fastssl's packages; in a checkout kernels, data_prep and configs lie beside the folder fastssl."""
+    """The folders of fastssl's packages; in a checkout kernels, data_prep and configs lie beside the folder fastssl."""
     found = [importlib.util.find_spec(name) for name in PACKAGES]
     return tuple(Path(folder) for spec in found if spec for folder in spec.submodule_search_locations or ())

@@ -18,7 +18,7 @@ from fastssl.eval.common.target import EvalTarget
 from fastssl.eval.maps import output_folder, sample
 
 NEEDS = ("train", "test")
-LABELLED = "none"
+LABELLED = "none"  # labels are optional
 
 
 def run(target: EvalTarget, args: argparse.Namespace) -> dict:

@@ -49,7 +49,7 @@ class MoCo(parts.TwoViews[Config]):
     def __init__(self, config: Config, backbone: nn.Module, projector: nn.Module, kernels: Impl):
         super().__init__(config, backbone, projector, kernels)
         self.target = parts.frozen_copy(backbone, projector)
-        pairs = 2 if config.symmetric else 1  # of a query view and a key view
+        pairs = 2 if config.symmetric else 1  # (query view, key view)
         self.register_buffer("queue", parts.random_directions(pairs, config.queue, config.dims[-1]))
         self.register_buffer("pointers", torch.zeros(pairs, dtype=torch.int64))
 

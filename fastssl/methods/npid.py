@@ -57,7 +57,8 @@ class NPID(nn.Module):
         self.projector = parts.mlp(backbone.dim, *config.dims, norm=False)
         if config.init == "openselfsup":
             parts.kaiming_(self.projector)
-        self.mean_loss = not (config.shared and config.ensure_neg)  # then the negatives depend on the whole batch
+        # with both, the negatives of a sample depend on the whole batch
+        self.mean_loss = not (config.shared and config.ensure_neg)
         self.register_buffer("bank", parts.random_directions(context.samples, config.dims[-1]))
 
     def forward(self, views: list[Tensor], batch: Batch) -> Outputs:

@@ -103,7 +103,7 @@ def row_losses_kernel(
     count_ptr,  # (num_slots,) int32, if LABELS: rows of each class
     w_ptr,  # (M,) out: 1 / row sum, ONLINE: log2 of the row sum; 0 (ONLINE: inf) for a row without loss
     inv_positives_ptr,  # (M,) out, if LABELS: 1 / number of positives of the row, 0 for a row without loss
-    loss_ptr,  # (cdiv(M, BLOCK_M),) out: each block's sum of the rows' losses, in powers of two, times factor
+    loss_ptr,  # (cdiv(M, BLOCK_M),) out: each block's sum of the rows' losses, as log2, times factor
     M,
     num_splits,
     rank_offset,

@@ -232,7 +232,9 @@ def compute(beton, tiny):
             x[:80], y[:80], x[80:], y[80:], probe.ProbeOptions(solver=solver, epochs=30, **options)
         )
         fit = {"sgd": probe._sgd, "lbfgs": probe._lbfgs}[solver]
-        result[f"{solver} weights"] = fit(probe._scaled(x, *probe._standard(x)), y, (0.01, 1.0), 10, 20, 33, 0)
+        result[f"{solver} weights"] = fit(
+            probe._standardised(x, *probe._mean_and_scale(x)), y, (0.01, 1.0), 10, 20, 33, 0
+        )
     return result
 
 

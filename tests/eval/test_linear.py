@@ -22,8 +22,8 @@ def digits():
 
 
 def scaled(train, test):
-    mean, scale = probe._standard(train)
-    return [probe._scaled(x, mean, scale)[:, :-1].numpy() for x in (train, test)]
+    mean, scale = probe._mean_and_scale(train)
+    return [probe._standardised(x, mean, scale)[:, :-1].numpy() for x in (train, test)]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_gradient_is_that_of_cross_entropy():
 
 def test_classifiers_trained_together_are_those_trained_alone(digits):
     train, y = digits[:2]
-    x = probe._scaled(train, *probe._standard(train))
+    x = probe._standardised(train, *probe._mean_and_scale(train))
     together = probe._sgd(x, y, (0.3, 3.0, 30.0), 10, 5, 256, seed=0)
     for i, rate in enumerate((0.3, 3.0, 30.0)):
         torch.testing.assert_close(together[:, i], probe._sgd(x, y, (rate,), 10, 5, 256, seed=0)[:, 0])
@@ -111,7 +111,7 @@ def test_features_of_any_scale_and_dead_dimensions(digits):
 
 def test_chunks_of_logits_change_nothing(digits, monkeypatch):
     train, y = digits[0][:200], digits[1][:200]
-    x = probe._scaled(train, *probe._standard(train))
+    x = probe._standardised(train, *probe._mean_and_scale(train))
     want = probe._lbfgs(x, y, (1e-3, 1e-2), 10, 20)
     monkeypatch.setattr(probe, "LOGITS", 10 * 33)
     torch.testing.assert_close(probe._lbfgs(x, y, (1e-3, 1e-2), 10, 20), want, rtol=1e-3, atol=2e-4)

@@ -12,7 +12,7 @@ from fastssl import dist, rendezvous
 @pytest.fixture
 def rank_1(monkeypatch):
     """Sets the variables of rank 1 of two, with rank 0 at a port."""
-    monkeypatch.setattr(rendezvous, "START", timedelta(seconds=2))
+    monkeypatch.setattr(rendezvous, "CONNECT_TIMEOUT", timedelta(seconds=2))
     monkeypatch.setattr(rendezvous, "ANSWER_S", 2.0)
 
     def set_variables(port: int) -> str:
@@ -29,7 +29,9 @@ def test_a_rank_does_not_join_another_job(rank_1):
     store = td.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
     store.set("fastssl/rank/1", "process 5 on node7")
     where = rank_1(store.port)
-    expected = f"port {where} is in use by another job, whose rank 1 is process 5 on node7: choose one by deepspeed"
+    expected = (
+        f"port {where} is in use by another job, whose rank 1 is process 5 on node7: choose a free one by deepspeed"
+    )
     with pytest.raises(ValueError, match=expected):
         dist.init("cpu")
 
@@ -54,6 +56,6 @@ def test_rank_0_does_not_count_its_own_store_as_a_silent_program(rank_1, monkeyp
     port = rendezvous.free_port()
     where = rank_1(port)
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(rendezvous, "START", timedelta(seconds=5))
+    monkeypatch.setattr(rendezvous, "CONNECT_TIMEOUT", timedelta(seconds=5))
     with pytest.raises(ValueError, match=f"not all ranks have connected to rank 0 at {where}: .*1/2 clients joined"):
         dist.init("cpu")

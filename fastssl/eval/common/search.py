@@ -12,15 +12,15 @@ from torch import Tensor
 QUERIES = 1024  # rows of the similarity matrix at a time
 SIMILARITIES = 1 << 26  # entries of it at a time: 256 MB
 Backend = Literal["torch", "faiss"]
-Search = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # of unit queries; see `nearest`
+Search = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # (queries, exclude) -> see `nearest`
 
 
 def nearest(
     bank: Tensor, queries: Tensor, k: int, *, exclude: Tensor | None = None, backend: Backend = "torch"
 ) -> tuple[Tensor, Tensor]:
     """Cosine similarities (M, k) of queries (M, dim) with their nearest rows of bank (N, dim), nearest first, and these
-    rows' numbers, int64 (M, k).  `exclude`: int64 (M,), for each query a row of the bank that
-    is not a neighbour: itself."""
+    rows' numbers, int64 (M, k).  `exclude`: int64 (M,), for each query a row of the bank that is not a neighbour:
+    itself."""
     search, starts = make_search(bank, k, backend), range(0, len(queries), QUERIES)
     parts = [search(queries[i : i + QUERIES], None if exclude is None else exclude[i : i + QUERIES]) for i in starts]
     if not parts:
@@ -37,7 +37,7 @@ def make_search(bank: Tensor, k: int, backend: Backend = "torch") -> Search:
     return lambda queries, exclude: search(F.normalize(queries.float(), dim=1), exclude)
 
 
-def _torch(bank: Tensor, k: int) -> Search:
+def _torch(bank: Tensor, k: int) -> Search:  # this and `_faiss`: of rows of unit length
     width = max(SIMILARITIES // QUERIES, k)
 
     def search(queries: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:

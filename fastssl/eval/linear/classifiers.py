@@ -11,7 +11,8 @@ from fastssl.eval.common.softmax import loss_and_gradient
 from fastssl.eval.linear.recipes import Recipe
 from fastssl.norm import convert_sync_bn
 
-MOMENTUM, ETA = 0.9, 1e-3
+MOMENTUM = 0.9
+TRUST = 1e-3  # coefficient of LARS
 ROWS = 4096  # of test features at a time
 
 
@@ -78,7 +79,7 @@ def update_(p: Tensor, grad: Tensor, velocity: Tensor, rate_G1: Tensor, recipe: 
     if recipe.lars:
         others = [i for i in range(p.ndim) if i != p.ndim - 2]
         w, g = (t.square().sum(others).sqrt()[:, None] for t in (p, grad))
-        ratio = torch.where((w > 0) & (g > 0), ETA * w / (g + recipe.weight_decay * w), 1.0)
+        ratio = torch.where((w > 0) & (g > 0), TRUST * w / (g + recipe.weight_decay * w), 1.0)
         velocity.mul_(MOMENTUM).add_(ratio * rate_G1 * d)
         p.sub_(velocity)
     else:

@@ -69,8 +69,8 @@ def linear_probe(
     count = min(max(1, round(options.held_out * len(train))), len(train) - 1)
     held_out, rest = order[:count], order[count:]
 
-    mean, scale = _standard(train)
-    x = _scaled(train, mean, scale)
+    mean, scale = _mean_and_scale(train)
+    x = _standardised(train, mean, scale)
     fit = _sgd if solver == "sgd" else _lbfgs
     settings = (classes, options.epochs, options.batch, options.seed)
     w_DGC = fit(x[rest], train_labels[rest], grid, *settings)
@@ -86,18 +86,18 @@ def linear_probe(
         "dim": train.shape[1],
         "classes": classes,
     }
-    result = {setting: best, **accuracy(_scaled(test, mean, scale) @ w_DC, test_labels)}
+    result = {setting: best, **accuracy(_standardised(test, mean, scale) @ w_DC, test_labels)}
     tried = [{setting: value, "held_out_top1": percent} for value, percent in zip(grid, top1)]
     return {"protocol": "linear", "options": about, "results": [result], "selection": tried}
 
 
-def _standard(x: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
     std, mean = torch.std_mean(x.float(), 0, correction=0)
     varies = std > 1e-6 * std.max()  # a constant dimension would amplify rounding errors of the test set
     return mean, torch.where(varies, 1 / std, 0.0) / math.sqrt(x.shape[1])
 
 
-def _scaled(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+def _standardised(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     """(N, dim + 1): standardised, and a column of ones for the bias."""
     x = (x.float() - mean) * scale
     return torch.cat([x, x.new_ones(len(x), 1)], 1)

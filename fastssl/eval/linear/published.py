@@ -51,7 +51,7 @@ def train_and_test(
     `epochs` other than the recipe's scale the milestones, another `batch` scales the rate.  `augment=False` trains on
     cached features of the test crop.
     """
-    recipe = _with_length(RECIPES[name], batch, epochs)
+    recipe = _rescaled(RECIPES[name], batch, epochs)
     rates = (recipe.lr,) if rates is None else tuple(sorted(set(rates)))
     known = features.layers_of(target.backbone)
     names = features.check_layers(target.backbone, layers or recipe.layers or known[:-1])
@@ -90,7 +90,7 @@ def train_and_test(
     return {"protocol": "linear", "options": options, "results": results(curve, names), "curve": curve}
 
 
-def _with_length(recipe: Recipe, batch: int | None, epochs: int | None) -> Recipe:
+def _rescaled(recipe: Recipe, batch: int | None, epochs: int | None) -> Recipe:
     """The recipe with another batch, which scales its rate, and other epochs, which scale its milestones."""
     batch, epochs = recipe.batch if batch is None else batch, recipe.epochs if epochs is None else epochs
     milestones = tuple(m * epochs / recipe.epochs for m in recipe.milestones)
@@ -170,7 +170,7 @@ Batches = Callable[[int, int], Iterator[tuple[list[Tensor], Tensor]]]
 
 
 def augmented_batches(extractor: Extractor, recipe: Recipe, loader: Loader, rows: np.ndarray) -> Batches:
-    """Of the training images `rows`, with new augmentations in each epoch."""
+    """Batches of the training images `rows`, with new augmentations in each epoch."""
     view, finish = AUGMENT[recipe.augment](extractor.view)
     seed = loader.sampler.seed
 
@@ -179,6 +179,7 @@ def augmented_batches(extractor: Extractor, recipe: Recipe, loader: Loader, rows
         return extractor.of_images(finish(x, batch.index, batch.epoch, seed) if finish else x)
 
     def batches(epoch: int, steps: int) -> Iterator[tuple[list[Tensor], Tensor]]:
+        # repeated to the length of the file, as the loader needs; only the first `steps` batches are read
         order = np.resize(rows[permutation(len(rows), seed, epoch + 1)], loader.samples)
         with evaluating(extractor.backbone):
             micro_batches = forward_batches(forward, loader, epoch=epoch, stop=steps, order=order)
@@ -191,7 +192,7 @@ def augmented_batches(extractor: Extractor, recipe: Recipe, loader: Loader, rows
 
 
 def cached_batches(target: EvalTarget, recipe: Recipe, layers: tuple[str, ...], rows: np.ndarray) -> Batches:
-    """Of the cached features of the training images `rows`."""
+    """Batches of cached features of the training images `rows`."""
     *xs, y = target.features(target.train, layers)
     for x in xs:
         check_features("training set", x, y)
