@@ -63,7 +63,7 @@ class FeatureCache:
 
     def __init__(self) -> None:
         self._loaders: dict[str, Loader] = {}
-        self._features: dict[str, tuple[Tensor, Tensor]] = {}
+        self.features: dict[str, tuple[Tensor, Tensor]] = {}
         self._numbers: dict[tuple[str, str], np.ndarray | None] = {}  # (test file, training file): see classes.match
         self._step = -1
 
@@ -101,16 +101,16 @@ class FeatureCache:
     def __call__(self, t: Trainer, path: str, train: Loader | None = None) -> tuple[Tensor, Tensor]:
         """Features (N, dim) and labels (N,); in the class numbers of `train`, after `match_classes`."""
         if self._step != t.step:
-            self._features, self._step = {}, t.step
-        if path not in self._features:
+            self.features, self._step = {}, t.step
+        if path not in self.features:
             loader, data = self.loader(t, path), t.run.data
             view = data.eval_view or views.default_view(data.views[0], loader.card)
             with t.plain_backbone() as backbone:
                 extractor = features.Extractor(
                     backbone, view, precision=t.run.optim.precision, kernels=t.run.speed.kernels
                 )
-                self._features[path] = features.extract(extractor, loader)
-        x, labels = self._features[path]
+                self.features[path] = features.extract(extractor, loader)
+        x, labels = self.features[path]
         numbers = self._numbers[path, train.path] if train else None
         if numbers is None:
             return x, labels
@@ -137,6 +137,7 @@ class KnnMonitor(Hook):
         self.cache = cache or FeatureCache()
 
     def before_epoch(self, t: Trainer) -> None:
+        self.cache.features.clear()  # on the device they take memory from training
         bank = self.cache.loader(t, self._bank(t))  # fails now, not after an epoch
         self.cache.match_classes(t, bank, t.run.data.test or bank.path, "all")
 
@@ -173,6 +174,7 @@ class LinearProbe(Hook):
         self.state: dict[str, Tensor] = {}
 
     def before_epoch(self, t: Trainer) -> None:
+        self.cache.features.clear()  # on the device they take memory from training
         names = t.loader.classes
         if not names or t.loader.card.label == "multi":
             raise ValueError(

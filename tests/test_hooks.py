@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -264,6 +265,10 @@ def test_the_knn_monitor_separates_classes_and_changes_no_state(labelled):
     assert all(m.training for m in net.modules())
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert len(found[0].cache._loaders) == 1  # the probe uses the features that kNN made
+    kept = weakref.ref(found[0].cache.features[labelled][0])
+    for hook in found:
+        hook.before_epoch(t)
+    assert kept() is None, "features of the last epoch take memory in this one"
 
 
 def test_without_a_test_file_the_bank_is_left_one_out(labelled):
