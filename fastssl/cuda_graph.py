@@ -97,8 +97,8 @@ class CapturableStep:
         self._captured: Captured | None = None
         self._warmup: tuple[Hashable, int] = (None, 0)  # key, eager steps with it
 
-    def ready(self, batch: Batch, step_key: Hashable = None) -> bool:
-        """Whether the next step can be a replay; captures it after the warm-up."""
+    def prepare_replay(self, batch: Batch, step_key: Hashable = None) -> bool:
+        """Count a warm-up step, or capture the step after them; returns whether it can be replayed."""
         if self.reason is not None:
             return False
         key = (step_key, batch.position is None, *(getattr(batch, name).shape for name in TENSORS), batch.label.dtype)
@@ -113,7 +113,7 @@ class CapturableStep:
         return self._captured is not None
 
     def replay(self, batch: Batch) -> tuple[dict[str, Tensor], dict]:
-        assert self._captured is not None, "replay follows ready"
+        assert self._captured is not None, "replay follows prepare_replay"
         return self._captured.replay(batch)
 
     def _capture(self, key: Hashable, batch: Batch) -> Captured | None:

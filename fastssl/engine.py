@@ -65,18 +65,18 @@ def fit(
     hooks = monitors.from_config(run) if hooks is None else hooks
     with run_folder.locked(run), contextlib.ExitStack() as at_exit:
         agreement.check_folder(run_folder.path(run), run_folder.LOCK)
-        path = find_checkpoint(run, resume, resume_from, force)
+        start = find_checkpoint(run, resume, resume_from, force)
         t = build(run, hooks, device, loader)
         log = Log(t.folder, every=run.log.every, total_steps=t.total_steps, tensorboard=run.log.tensorboard)
         at_exit.callback(log.close_files)
-        if path:
-            run_folder.check_data(t, path)
-            notes = state.load(t, path) + describe_changes(t, path)
-            run_folder.prepare(t, path, clear=not resume)
+        if start:
+            run_folder.check_data(t, start)
+            notes = state.load(t, start) + describe_changes(t, start)
+            run_folder.prepare(t, start, clear=not resume)
             log.truncate(t.step)
             for note in notes:
                 log.text(note)
-            log.text(f"continuing {path}")
+            log.text(f"continuing {start}")
         else:
             run_folder.prepare(t)
             log.text(t.schedule.table)
@@ -103,7 +103,7 @@ def fit(
         seconds_per_step = (time.monotonic() - started_at) / max(t.step - first_step, 1)
         loader, folder = t.loader, t.folder
         del t, writer  # frees the device memory for the trainer that find_nonfinite builds
-        found = find_nonfinite(run, device, loader, folder, path, failed_step, seconds_per_step)
+        found = find_nonfinite(run, device, loader, folder, start, failed_step, seconds_per_step)
         raise ValueError(f"{message}; {found}")
 
 

@@ -20,7 +20,7 @@ from fastssl.parsing import Parser, run_command
 # Options of sbatch that are set here, with the option of `fastssl slurm` that sets them
 SET_HERE: dict[str, str | None] = {
     "nodes": "--nodes",
-    "ntasks": "--ranks-per-node",
+    "ntasks": "--nodes and --ranks-per-node",
     "ntasks-per-node": "--ranks-per-node",
     "cpus-per-task": "--cpus-per-rank",
     "partition": "--partition",

@@ -90,7 +90,7 @@ def pytorch_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[
     frozen = tuple(group["frozen"] for group in t.deepspeed.optimizer.param_groups)  # by optim.Schedule
     if len(micro_batches) > 1:
         out, scalars = update(t, *accumulate(t, micro_batches, batch), batch, t.meter.phase)
-    elif t.capturable_step.ready(batch, (method_key, frozen)):
+    elif t.capturable_step.prepare_replay(batch, (method_key, frozen)):
         with t.meter.phase("step"):
             out, scalars = t.capturable_step.replay(batch)
     else:

@@ -33,7 +33,7 @@ from fastssl.trainer import Trainer
 POLL_S = 0.02
 BEAT_S = 1.0  # seconds between two heartbeats of a rank's thread
 SILENT_S = 120.0  # without a heartbeat, after which rank 0 stops waiting; the thread needs the GIL for each
-STALL_S = 10.0  # as SILENT_S, after an error
+STALL_S = 10.0  # as SILENT_S, in `Writer.__exit__`
 FILE_S = 3600.0  # for one file, with its fsync; a thread that takes longer counts as hanging
 
 
@@ -48,7 +48,7 @@ class Writer:
         self._path: Path | None = None  # rank 0: of the last complete checkpoint
         self._complete: set[Path] = set()  # rank 0: checkpoints that need not be read again
         self._error: ValueError | None = None
-        self._leaving = False  # after an error
+        self._leaving = False  # in `__exit__`
         self._since = 0.0  # when the thread began its current file or received a heartbeat
         self._connection: td.Store | None = None
 
@@ -97,7 +97,7 @@ class Writer:
         return self._path
 
     def _join(self) -> None:
-        """Wait for the thread; after an error not for one that hangs."""
+        """Wait for the thread; in `__exit__` not for one that hangs."""
         while self._thread is not None and not (self._leaving and self._hangs()):
             if not self._hangs():
                 progress.made()
