@@ -231,6 +231,22 @@ def test_a_probe_follows_a_step_that_cannot_be_captured(changes):
     assert step.hooks_in_graph(t) == []
 
 
+@dataclasses.dataclass
+class Count(hooks.Hook):
+    steps: torch.Tensor
+    capturable: bool = False
+
+    def after_step(self, t, out, batch):
+        self.steps += 1
+
+
+def test_equal_hooks_inside_and_outside_the_step_are_each_called_once():
+    t = build("simclr", speed_graph="on")
+    t.hooks = [Count(torch.zeros(2), inside) for inside in (True, True, False, False)]
+    advance(t, engine.batches(t), 3)
+    assert [hook.steps.tolist() for hook in t.hooks] == [[3, 3]] * 4
+
+
 def test_a_hook_inside_the_step_logs_tensors():
     class Half(hooks.Hook):
         capturable = True
