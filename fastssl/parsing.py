@@ -24,6 +24,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str | None = None, **options):
         super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_Help, **options)
 
+    def add_argument(self, *names, **options) -> argparse.Action:
+        action = super().add_argument(*names, **options)
+        if action.nargs == argparse.ZERO_OR_MORE:
+            action.required = False  # else argparse names it beside an argument that is missing
+        return action
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {self.explain(message)}; see {self.prog} --help\n")
 

@@ -178,7 +178,7 @@ def sbatch_options(args: argparse.Namespace, name: str, folder: Path, device: st
         lines.append(f"gpus-per-node={args.ranks_per_node}")
     lines += [f"{key}={value}" for key in ("partition", "account", "time") if (value := getattr(args, key))]
     lines += [
-        f"output={_quoted(f'{folder}/slurm-%j.out')}",
+        f"output={_quoted(str(folder).replace('%', '%%') + '/slurm-%j.out')}",
         "open-mode=append",  # queued again, the job writes to the same file
         "requeue",
         f"signal=USR1@{args.grace}",  # to the ranks, not to the script

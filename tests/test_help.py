@@ -47,6 +47,9 @@ def test_help_and_misspelt_options_import_no_torch():
         ("eval", "svm", "--solver", "fsat"): "; did you mean 'fast'?",
         ("eval", "knn", "--k", "1,x"): "--k: '1,x' is not a comma-separated list",
         ("export", "x", "--to", "tim"): "; did you mean 'timm'?",
+        ("params",): "the following arguments are required: CONFIG|BACKBONE; see",
+        ("replay", "--device", "cpu"): "the following arguments are required: config; see",
+        ("doctor", "--quik"): "unrecognized arguments: --quik; did you mean '--quick'?",
         ("report", "x", "--point", "5"): "unrecognized arguments: --point 5; did you mean '--points'?",
     }
     commands = [*helps, *map(list, wrong)]

@@ -86,6 +86,11 @@ def test_the_script_has_the_options_of_the_job(folder, capsys):
     assert os.listdir(folder) == ["my c.py"], "--dry-run writes nothing"
 
 
+def test_the_output_is_in_a_run_folder_with_a_percent_sign(folder, capsys):
+    """sbatch replaces %x, %j, ... in the path of the output, and %% by %."""
+    assert options(dry_run(capsys, "name=a%j"))["output"] == "/runs/a%%j/slurm-%j.out"
+
+
 def test_gpus_are_requested_once_or_not_at_all(folder, capsys):
     assert options(dry_run(capsys, "--sbatch", "gres=gpu:a100:8")).get("gpus-per-node") is None
     assert options(dry_run(capsys, "--device", "cpu")).get("gpus-per-node") is None
