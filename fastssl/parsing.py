@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import difflib
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -64,9 +64,9 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"{text}{'; ' if text else ''}default: {str(value).replace('%', '%%')}"
 
 
-def docstring(path: Path) -> str | None:
-    """Of a module that is not imported."""
-    return ast.get_docstring(ast.parse(path.read_text()))
+def docstring(path: Path) -> str:
+    """Of a module of this package, which is not imported."""
+    return inspect.cleandoc(path.read_text().split('"""')[1])
 
 
 def comma_separated(kind: Callable[[str], object]) -> Callable[[str], tuple]:

@@ -211,7 +211,7 @@ def test_a_full_disk_and_a_missing_folder_raise(beton, tmp_path, monkeypatch):
     full = lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000)  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(cache.shutil, "disk_usage", full)
-        with pytest.raises(ValueError, match=r"needs 0.0 GiB .* give --cache DIR elsewhere, or --no-cache"):
+        with pytest.raises(ValueError, match=r"needs 0.0 GiB, .* free: give --cache DIR elsewhere, or --no-cache"):
             cached(tmp_path, load(beton))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"file/.*--no-cache"):

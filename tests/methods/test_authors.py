@@ -246,7 +246,8 @@ def test_npid_with_zero_negatives_is_a_softmax_over_the_bank():
 def test_momentum_schedule_equals_the_authors(name, later, monkeypatch):
     """BYOL and DINO: momentum at it / T after step `it`; MoCo v3: before step `it`, that is after step it - 1."""
     seen = []
-    monkeypatch.setattr(parts, "ema_", lambda target, online, momentum, **_: seen.append(float(momentum)))
+    for module in (parts, parts.views):
+        monkeypatch.setattr(module, "ema_", lambda target, online, momentum, **_: seen.append(float(momentum)))
     from fastssl import dist, engine
     from fastssl.step import step
 

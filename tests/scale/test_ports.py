@@ -12,6 +12,7 @@ from fastssl import dist, rendezvous
 @pytest.fixture
 def rank_1(monkeypatch):
     """Sets the variables of rank 1 of two, with rank 0 at a port."""
+    dist.shutdown()  # a test before may have left its process group, which dist.init would keep
     monkeypatch.setattr(rendezvous, "CONNECT_TIMEOUT", timedelta(seconds=2))
     monkeypatch.setattr(rendezvous, "ANSWER_S", 2.0)
 
