@@ -252,6 +252,7 @@ def test_cached_features_train_the_same_classifiers(folder, tmp_path):
         ({"batch": 0}, "batch=0"),
         ({"batch": 200}, "use at most"),
         ({"held_out": 1.0}, "held_out=1.0"),
+        ({"held_out": 0.007}, "held_out=0.007 of 66 training images is none"),
         ({"layers": ("layer9",)}, "no layer9; this backbone has stem, layer1"),
         ({"layers": ("stem", "stem")}, "each once"),
     ],

@@ -60,6 +60,8 @@ def train_and_test(
     classes = finetuning.count_classes(loader)
     order = permutation(loader.samples, target.args.seed, 0)
     held_out_rows, rows = np.split(order, [round(held_out * len(order))])
+    if held_out and not len(held_out_rows):
+        raise ValueError(f"held_out={held_out} of {len(order)} training images is none: use a larger fraction")
     if recipe.batch > len(rows):
         raise ValueError(f"batch={recipe.batch} is more than the {len(rows)} training images: use at most that many")
     extractor = target.extractor(names)
