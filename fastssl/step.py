@@ -122,7 +122,7 @@ def static_step(t: Trainer, batch: Batch, timer: Timer) -> tuple[Outputs, dict[s
         t.method.zero_grad()  # gradients that a failed capture may have left
         t.loss_scaler.scaled(losses["loss"]).backward()
     out, scalars = update(t, out, losses, method_batch, timer)
-    observed = replace(t, scalars={})  # what hooks log is packed with the other scalars
+    observed = replace(t, scalars={}, step=t.step + 1)  # what hooks log is packed with the other scalars
     for hook in hooks_in_graph(t):
         hook.after_step(observed, out, tensor_batch)
     return out, scalars | contract.check_captured(observed.scalars)
