@@ -22,6 +22,9 @@ REMEDY = (
 def connect() -> td.Store:
     """Wait for the store, by the variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.  ValueError where the port is
     in use by another job or program, or not all ranks connect within CONNECT_TIMEOUT."""
+    port, lowest = os.environ["MASTER_PORT"], 0 if os.environ["WORLD_SIZE"] == "1" else 1  # 0: any free one
+    if not (port.isdecimal() and lowest <= int(port) <= 65535):
+        raise ValueError(f"MASTER_PORT={port!r}: a port is a number from {lowest} to 65535")
     rank, where = os.environ["RANK"], f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store = _connect()

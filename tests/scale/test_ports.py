@@ -16,7 +16,7 @@ def rank_1(monkeypatch):
     monkeypatch.setattr(rendezvous, "CONNECT_TIMEOUT", timedelta(seconds=2))
     monkeypatch.setattr(rendezvous, "ANSWER_S", 2.0)
 
-    def set_variables(port: int) -> str:
+    def set_variables(port: int | str) -> str:
         variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -59,4 +59,11 @@ def test_rank_0_does_not_count_its_own_store_as_a_silent_program(rank_1, monkeyp
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(rendezvous, "CONNECT_TIMEOUT", timedelta(seconds=5))
     with pytest.raises(ValueError, match=f"not all ranks have connected to rank 0 at {where}: .*1/2 clients joined"):
+        dist.init("cpu")
+
+
+@pytest.mark.parametrize("port", ["abc", "", "-1", "0", "65536"])
+def test_a_port_is_a_number(rank_1, port):
+    rank_1(port)
+    with pytest.raises(ValueError, match=f"MASTER_PORT='{port}': a port is a number from 1 to 65535"):
         dist.init("cpu")
