@@ -49,7 +49,6 @@ def test_help_and_misspelt_options_import_no_torch():
         ("export", "x", "--to", "tim"): "; did you mean 'timm'?",
         ("params",): "the following arguments are required: CONFIG|BACKBONE; see",
         ("replay", "--device", "cpu"): "the following arguments are required: config; see",
-        ("doctor", "--quik"): "unrecognized arguments: --quik; did you mean '--quick'?",
         ("report", "x", "--point", "5"): "unrecognized arguments: --point 5; did you mean '--points'?",
     }
     commands = [*helps, *map(list, wrong)]

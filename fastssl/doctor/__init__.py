@@ -1,7 +1,7 @@
 """`fastssl doctor`: checks this installation and names the repair; exit code 1 if something must be repaired.
 
-This module and parsing.py import the standard library only.  Packages are imported in other processes, so that one that
-raises, hangs or crashes the interpreter is reported.
+This module imports the standard library only.  Packages are imported in other processes, so that one that raises, hangs
+or crashes the interpreter is reported.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-from fastssl.parsing import Parser, run_command
 
 # Packages whose module has another name
 MODULES = {"faiss-gpu": "faiss", "cupy-cuda13x": "cupy", "scikit-learn": "sklearn", "pillow": "PIL"}
@@ -51,19 +49,22 @@ class Finding:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser("fastssl doctor", description="Check this installation and this machine.")
+    parser = argparse.ArgumentParser(
+        "fastssl doctor", allow_abbrev=False, description="Check this installation and this machine."
+    )
     parser.add_argument("--quick", action="store_true", help="no measurements and no compilation")
     parser.add_argument("--data", help="a .beton to measure the loader with; default: scikit-learn's digits")
-    parser.add_argument("--folder", default=".", help="the folder whose disk is measured; default: this one")
+    parser.add_argument("--folder", default=".", help="the folder whose disk is measured (default: this one)")
     parser.add_argument("--json", metavar="FILE", help="write the findings, for a bug report")
     parser.add_argument("--plan", metavar="CONFIG", help="the memory that a run of this config needs on each GPU")
-    parser.add_argument("--gpus", type=int, default=1, help="of the plan")
+    parser.add_argument("--gpus", type=int, default=1, help="of the plan (default: 1)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of CONFIG")
     args = parser.parse_intermixed_args(argv)
     if args.plan:
+        from fastssl import parsing
         from fastssl.plan import report  # torch
 
-        return run_command("doctor", lambda: print(report(args.plan, args.overrides, args.gpus)))
+        return parsing.run_command("doctor", lambda: print(report(args.plan, args.overrides, args.gpus)))
     if args.overrides:
         parser.error(f"{args.overrides[0]} needs --plan CONFIG")
     findings = []
