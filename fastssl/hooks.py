@@ -193,6 +193,8 @@ class LinearProbe(Hook):
         x = out["features"].detach().float()
         # a row with an infinity, after an overflow in fp16, would leave the classifier NaN; 0 * inf is NaN
         known = (batch.label >= 0) & ((0 * x).sum(1) == 0)
+        if t.loss_scaler.skip_nonfinite:  # the outputs of a skipped step are zeros
+            known &= t.loss_scaler.found_inf == 0
         x, label = torch.where(known[:, None], x, 0.0), batch.label.clamp(min=0)
         count, mean, variance = moments(x, known.sum(0, keepdim=True))
         count = count.float()

@@ -14,6 +14,7 @@ from conftest import write_beton, write_card
 from torch import nn
 
 from fastssl import dist, hooks
+from fastssl.amp import LossScaler
 from fastssl.config import Data, Log, Optim, Run
 from fastssl.files.datacard import DataCard
 from fastssl.kernels.augment import View
@@ -43,7 +44,15 @@ def trainer(backbone=None, **data):
     )
     method = SimpleNamespace(backbone=backbone)
     return Trainer(
-        run=run, method=method, loader=loader, device=torch.device("cpu"), step=0, epoch=0, total_steps=100, scalars={}
+        loss_scaler=LossScaler("fp32"),
+        run=run,
+        method=method,
+        loader=loader,
+        device=torch.device("cpu"),
+        step=0,
+        epoch=0,
+        total_steps=100,
+        scalars={},
     )
 
 

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "methods"))
 import method_cases as cases
 
-from fastssl import dist, engine, nonfinite
+from fastssl import dist, engine, hooks, nonfinite
 
 STEPS, BAD = 12, 6  # 4 steps an epoch
 
@@ -142,29 +142,26 @@ def records(folder: Path) -> list[dict]:
 
 
 def test_skipped_steps_change_nothing(tmp_path, poison):
-    """Weights, optimizer and running statistics stay as they are; more steps in a row than allowed end the run."""
+    """Weights, running statistics and those of the probe stay as they are."""
     sample = seen_in(1)
     poison("output", sample, (1,))
     run = make_run(tmp_path, "skip", optim_skip_nonfinite=1, backbone_norm="bn")
-    seen = {}
+    seen, probe = {}, hooks.LinearProbe()
 
-    class Look:
-        def before_epoch(self, t):
-            pass
-
-        after_epoch = before_epoch
-
+    class Look(hooks.Hook):
         def after_step(self, t, out, batch):
             assert all(v.isfinite().all() for v in out.values() if v.is_floating_point())
-            seen[t.step] = {k: v.clone() for k, v in t.method.state_dict().items()}
+            state = t.method.state_dict() | {f"probe.{name}": probe.state[name] for name in ("mean", "variance")}
+            seen[t.step] = {k: v.clone() for k, v in state.items()}
 
     dist.init("cpu")
-    engine.fit(run, hooks=[Look()], device="cpu", loader=cases.loader(run))
+    engine.fit(run, hooks=[probe, Look()], device="cpu", loader=cases.loader(run))
     applied = {r["step"]: r["applied"] for r in records(tmp_path / "skip") if "loss" in r}
     assert [step for step, done in applied.items() if not done] == [BAD] and len(applied) == STEPS
     assert all(torch.equal(v, seen[BAD - 1][k]) for k, v in seen[BAD].items())
     assert "backbone.layer3.0.bn1.running_mean" in seen[BAD]
-    assert not torch.equal(seen[BAD + 1]["backbone.conv1.weight"], seen[BAD]["backbone.conv1.weight"])
+    for name in ("backbone.conv1.weight", "probe.mean", "probe.variance"):
+        assert not torch.equal(seen[BAD + 1][name], seen[BAD][name])
     assert all(v.isfinite().all() for v in seen[STEPS].values())
 
 
