@@ -1,6 +1,5 @@
 """Observers: exact over ranks, resumable, and without any trace in what they observe."""
 
-import contextlib
 import sys
 import weakref
 from pathlib import Path
@@ -11,25 +10,16 @@ import pytest
 import ranks
 import torch
 from conftest import write_beton, write_card
+from hook_trainer import hook_trainer
 from torch import nn
 
 from fastssl import dist, hooks
-from fastssl.amp import LossScaler
 from fastssl.config import Data, Log, Optim, Run
 from fastssl.files.datacard import DataCard
 from fastssl.kernels.augment import View
 from fastssl.log import read
 
 N, DIM, CLASSES = 64, 12, 3
-
-
-class Trainer(SimpleNamespace):
-    def log(self, scalars):
-        self.scalars.update(scalars)
-
-    @contextlib.contextmanager
-    def plain_backbone(self):
-        yield self.method.backbone
 
 
 def trainer(backbone=None, **data):
@@ -42,18 +32,7 @@ def trainer(backbone=None, **data):
         path="train.beton",
         labels=lambda: np.arange(9) % 3,
     )
-    method = SimpleNamespace(backbone=backbone)
-    return Trainer(
-        loss_scaler=LossScaler("fp32"),
-        run=run,
-        method=method,
-        loader=loader,
-        device=torch.device("cpu"),
-        step=0,
-        epoch=0,
-        total_steps=100,
-        scalars={},
-    )
+    return hook_trainer(run, backbone, loader, total_steps=100)
 
 
 def steps(count):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_beton, write_card
+from hook_trainer import hook_trainer
 from torch import nn
 
 import fastssl.eval
@@ -254,28 +255,9 @@ class Colour(nn.Module):
         return x.mean((2, 3))
 
 
-class Trainer(SimpleNamespace):
-    def log(self, scalars):
-        self.scalars |= scalars
-
-    def plain_backbone(self):
-        import contextlib
-
-        return contextlib.nullcontext(self.method.backbone)
-
-
 def trainer(train, test, bank=None):
     run = Run(method=None, data=Data(train=train, test=test, bank=bank, views=(View(size=8),)), optim=Optim(batch=6))
-    return Trainer(
-        run=run,
-        method=SimpleNamespace(backbone=Colour()),
-        loader=load(train),
-        device=torch.device("cpu"),
-        step=10,
-        epoch=0,
-        total_steps=10,
-        scalars={},
-    )
+    return hook_trainer(run, Colour(), load(train), total_steps=10, step=10)
 
 
 @pytest.mark.parametrize("resident", [False, True])
