@@ -243,7 +243,7 @@ def _saved_batches(folder: Path, t: Trainer) -> list[Batch]:
 
 def checkpoint_before(folder: Path, step: int) -> Path | None:
     """The newest complete checkpoint of at most `step` steps."""
-    found = [path for path in disk.list_checkpoints(folder) if int(path.name.removeprefix("step_")) <= step]
+    found = [path for path in disk.list_checkpoints(folder) if disk.step_of(path) <= step]
     return next((path for path in found if disk.damage(path) is None), None)
 
 

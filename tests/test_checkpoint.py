@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastssl import engine
+from fastssl import engine, nonfinite
 from fastssl.checkpoint import disk, pieces
 from fastssl.checkpoint.resume import find_checkpoint
 from fastssl.report.run_data import has_checkpoint
@@ -35,6 +36,20 @@ def test_the_newest_checkpoints_are_kept_and_found(tmp_path):
     ]
     assert disk.newest(tmp_path).name == "step_00000100"
     assert disk.newest(tmp_path / "elsewhere") is None
+
+
+def test_steps_above_8_digits_are_compared_as_numbers(tmp_path):
+    first, second, copy = (disk.directory(tmp_path / "r") / name for name in ("step_99999999", "step_100000001", "z"))
+    for step in (99999999, 100000001):
+        write(tmp_path / "r", step, keep=2)
+    assert disk.list_checkpoints(tmp_path / "r") == [second, first]
+    assert disk.is_at_or_before(first, second) and not disk.is_at_or_before(second, first)
+    assert nonfinite.checkpoint_before(tmp_path / "r", 100000000) == first
+    shutil.copytree(first, copy)
+    run = SimpleNamespace(log=SimpleNamespace(root=tmp_path, name="r"), name="r")
+    for path in (first, copy):  # the second would stay, and the next resume would continue from it
+        with pytest.raises(ValueError, match=f"holds step_100000001, which does not lead to {path}"):
+            find_checkpoint(run, False, path)
 
 
 def test_an_interrupted_write_is_not_a_checkpoint(tmp_path):

@@ -9,8 +9,9 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastssl import files
 from fastssl.files import tensors, untrusted
@@ -90,13 +91,13 @@ def _delete_old(path: Path, keep: int, keep_interval: int, known: set[Path]) -> 
     A checkpoint of a later step was damaged when the run was resumed from one before it: it is deleted, too."""
     complete = 1
     for other in list_checkpoints(path.parent.parent):
-        if _step(other) > _step(path):
+        if step_of(other) > step_of(path):
             shutil.rmtree(other)
         elif other == path or keep < 1:
             continue
         elif complete < keep:
             complete += _is_complete(other, known)
-        elif not keep_interval or _step(other) % keep_interval:
+        elif not keep_interval or step_of(other) % keep_interval:
             shutil.rmtree(other)
 
 
@@ -116,24 +117,15 @@ def _sync(path: Path) -> None:
     os.close(handle)
 
 
-def newest(run_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint; a line is printed for every damaged one that is newer.  NewerFormat, instead of
-    the one before, if it is of a newer format: to go on from an older one would discard it."""
-    path, damaged = find_newest(run_dir)
-    for line in damaged:
-        print(line)
-    return path
-
-
-def find_newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint, and a line for every damaged one that is newer."""
-    damaged: list[str] = []
+def newest(run_dir: str | Path, report: Callable[[str], Any] = print) -> Path | None:
+    """The newest complete checkpoint; `report` gets a line for every damaged one that is newer.  NewerFormat, instead
+    of the one before, if it is of a newer format: to go on from an older one would discard it."""
     for path in list_checkpoints(run_dir):
         problem = damage(path)
         if problem is None:
-            return path, damaged
-        damaged.append(f"checkpoint {path} is damaged ({problem}); trying the one before")
-    return None, damaged
+            return path
+        report(f"checkpoint {path} is damaged ({problem}); trying the one before")
+    return None
 
 
 def damage(path: Path, read: bool = True) -> str | None:
@@ -185,14 +177,16 @@ def _read_manifest(manifest: Path) -> dict[str, dict]:
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
     """Checkpoint folders, newest first, damaged ones included."""
-    found = (p for p in directory(run_dir).glob("step_*") if re.fullmatch(r"step_\d+", p.name))
-    return sorted(found, key=_step, reverse=True)
+    found = (p for p in directory(run_dir).glob("step_*") if step_of(p) >= 0)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def is_at_or_before(path: Path, checkpoint: Path) -> bool:
     """Whether `path` is `checkpoint` or an earlier one of the same run."""
-    return path.parent.resolve() == checkpoint.parent.resolve() and path.name <= checkpoint.name
+    return path.parent.resolve() == checkpoint.parent.resolve() and step_of(path) <= step_of(checkpoint)
 
 
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint folder; -1 for another name.  Above 8 digits the names sort differently."""
+    number = re.fullmatch(r"step_(\d+)", path.name)
+    return int(number[1]) if number else -1

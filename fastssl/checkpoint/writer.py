@@ -192,7 +192,7 @@ class Writer:
         if isinstance(error, Exception):
             error = error.strerror if isinstance(error, OSError) and error.strerror else untrusted.one_line(error)
         try:
-            last, _ = disk.find_newest(folder.parent.parent)
+            last = disk.newest(folder.parent.parent, lambda damaged: None)
         except (OSError, disk.NewerFormat) as unreadable:
             why = unreadable.strerror if isinstance(unreadable, OSError) else unreadable
             return f"{folder.parent}: {error}; its checkpoints cannot be read: {why}"

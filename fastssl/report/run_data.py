@@ -128,11 +128,10 @@ def is_evaluation(value: Any) -> TypeGuard[dict]:
 
 def has_checkpoint(run: RunData) -> bool:
     try:
-        path, damaged = disk.find_newest(run.folder)
+        return disk.newest(run.folder, run.notes.append) is not None
     except disk.NewerFormat as error:
-        path, damaged = None, [str(error)]
-    run.notes += damaged
-    return path is not None
+        run.notes.append(str(error))
+        return False
 
 
 def name_runs(runs: list[RunData]) -> None:

@@ -60,7 +60,7 @@ def unfinished(root: Path) -> set[tuple[str, int]]:
 def steps_done(root: Path, name: str) -> int:
     """Of the newest checkpoint folder."""
     found = disk.list_checkpoints(root / name)
-    return int(found[0].name.removeprefix("step_")) if found else 0
+    return disk.step_of(found[0]) if found else 0
 
 
 def main(root: Path, kills: int, steps: int, seed: int, seconds: int) -> dict:

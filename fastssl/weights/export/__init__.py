@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastssl import backbones, files, options, weights
 from fastssl.backbones import positions
+from fastssl.checkpoint import disk
 from fastssl.config import Backbone
 from fastssl.parsing import run_command
 from fastssl.weights.export import to_detectron2, to_huggingface, to_timm, to_torchvision
@@ -118,8 +119,8 @@ def main(argv: list[str] | None = None) -> int:
         backbone = backbones.build(spec)
         report = weights.load_backbone(args.run, backbone, prefix=args.prefix, which=args.which)
         print(report)
-        step = re.search(r"step_(\d+)", Path(report.file).parent.name)
-        code = write(backbone, out, to, run=weights.run_config(args.run), steps=step and int(step[1]))
+        step = disk.step_of(Path(report.file).parent)
+        code = write(backbone, out, to, run=weights.run_config(args.run), steps=None if step < 0 else step)
         print(f"wrote {out}; load it with\n\n{code}")
 
     return run_command("export", work)
