@@ -43,7 +43,7 @@ SCRIPT = """\
 {options}
 
 cd -- {folder} || exit
-saved={marker}-"$SLURM_JOB_ID".saved # the run creates it when its first checkpoint is complete
+saved={marker}-"$SLURM_JOB_ID".saved # the run creates it with its first checkpoint
 if [ "${{SLURM_RESTART_COUNT:-0}}" -eq 0 ]; then
     rm -f -- "$saved"
 fi

@@ -30,7 +30,9 @@ def parser(prog: str = "fastssl train") -> argparse.ArgumentParser:
     p.add_argument("config", nargs="?", help="a config file (default: configs/quickstart.py)")
     p.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the file")
     p.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint of the run")
-    p.add_argument("--continue", action="store_true", help="--resume where the run has a checkpoint, else start it")
+    p.add_argument(
+        "--continue", action="store_true", help="--resume where the run has a checkpoint, else as without it"
+    )
     p.add_argument("--resume-from", metavar="CHECKPOINT", help="continue from this checkpoint's folder")
     p.add_argument("--force", action="store_true", help="start anew, deleting the checkpoints of the folder")
     p.add_argument("--restarts", type=int, default=0, metavar="N", help="start again up to N times after a crash")
@@ -46,9 +48,9 @@ def parse(argv: list[str] | None, prog: str = "fastssl train") -> argparse.Names
     args = parser(prog).parse_intermixed_args(argv)
     if args.restarts < 0:
         raise ValueError(f"--restarts {args.restarts}: must be 0 or more")
-    given = [f"--{name.replace('_', '-')}" for name in ("resume", "continue", "resume_from") if getattr(args, name)]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)}: give one of them")
+    others = [f"--{name.replace('_', '-')}" for name in ("continue", "resume_from") if getattr(args, name)]
+    if args.resume and others:
+        raise ValueError(f"--resume and {' and '.join(others)}: give one of them")
     args.config, args.overrides = _config_and_overrides([*filter(None, [args.config]), *args.overrides])
     return args
 

@@ -148,6 +148,20 @@ def test_resume_takes_no_checkpoint(tmp_path, resume):
         find_checkpoint(run, resume)
 
 
+def test_a_run_continues_its_own_checkpoint_before_the_one_it_was_to_start_from(tmp_path, monkeypatch):
+    """As a run that is started again does, whose first start had --resume-from."""
+    run = SimpleNamespace(log=SimpleNamespace(root=tmp_path, name="r"), name="r")
+    monkeypatch.setattr("fastssl.checkpoint.resume.state.read", lambda path: {})
+    monkeypatch.setattr("fastssl.checkpoint.resume.check_compatible", lambda *_: None)
+    other = write(tmp_path / "other", 7)
+    for arguments in ((True, other), ("auto", other, True)):
+        with pytest.raises(ValueError, match="give one of them"):
+            find_checkpoint(run, *arguments)
+    assert find_checkpoint(run, "auto", other) == other
+    own = write(tmp_path / "r", 2)
+    assert find_checkpoint(run, "auto", other) == own
+
+
 def test_a_checkpoint_of_a_newer_format_counts_among_those_kept(tmp_path):
     set_format(write(tmp_path, 2), 2)
     write(tmp_path, 3)

@@ -30,7 +30,7 @@ def _find(run: Run, resume: bool | Literal["auto"], resume_from: str | Path | No
     existing = disk.list_checkpoints(folder)
     if resume and resume not in (True, "auto"):
         raise ValueError(f"resume={str(resume)!r} must be True, False or 'auto'; resume_from takes a checkpoint")
-    if resume and resume_from is not None:
+    if resume is True and resume_from is not None:
         raise ValueError(f"resume={resume!r} and resume_from={str(resume_from)!r}: give one of them")
     if resume_from is None and (not resume or (resume == "auto" and not existing)):
         if existing and not force:
@@ -38,7 +38,8 @@ def _find(run: Run, resume: bool | Literal["auto"], resume_from: str | Path | No
         return None
     if resume and force:
         raise ValueError("--force starts anew and --resume and --continue continue: give one of them")
-    path = disk.newest(folder) if resume_from is None else _complete(Path(resume_from))
+    own = resume_from is None or (resume == "auto" and existing)
+    path = disk.newest(folder) if own else _complete(Path(resume_from))
     if path is None:
         hint = "start anew with --force, which deletes the damaged ones" if existing else "start without --resume"
         raise ValueError(f"cannot resume: no complete checkpoint in {disk.directory(folder)}; {hint}")

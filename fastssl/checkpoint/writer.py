@@ -177,9 +177,8 @@ class Writer:
         log, self._since = self._t.run.log, time.monotonic()
         entries = {name: entry for report in reports for name, entry in _files(report).items()}
         kept = interval_in_steps(log.keep_every, self._t.loader.steps)
-        path = disk.commit(folder, log.keep, kept, entries, self._complete)
         mark_saved()
-        return path
+        return disk.commit(folder, log.keep, kept, entries, self._complete)
 
     def _store(self) -> td.Store:
         """The process group's, by a connection of its own: the main thread may wait in the other one."""

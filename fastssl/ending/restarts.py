@@ -23,7 +23,7 @@ from fastssl.ending.signals import HANDLED, INTERRUPTED, REQUEUE
 FINAL = (0, 2, REQUEUE, INTERRUPTED)
 PAUSE_S = 1.0  # before a restart
 PORT_STEP = 100  # between the ports of two starts, so that a second job can have the next port
-SAVED = "FASTSSL_SAVED"  # variable: a file that rank 0 creates when it has written a checkpoint (also for slurm.py)
+SAVED = "FASTSSL_SAVED"  # variable: a file that rank 0 creates with the first checkpoint (also for slurm.py)
 LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # variables of deepspeed and torchrun
 
 
@@ -54,7 +54,10 @@ def _marker(folder: str) -> Path:
 
 
 def mark_saved() -> None:
-    """On rank 0, when a checkpoint is complete: restarts continue from it, whatever the command says."""
+    """On rank 0, just before a checkpoint is complete: restarts continue from it, whatever the command says.
+
+    Before, because a restart that repeats --force would delete a checkpoint without the file.  The file without a
+    checkpoint does no harm: --force has already deleted what was there, and --continue then starts the run."""
     if SAVED in os.environ:
         Path(os.environ[SAVED]).touch()
 
@@ -70,14 +73,8 @@ def _announce(code: int, attempt: int, restarts: int) -> None:
 
 def continue_command(command: Sequence[str]) -> list[str]:
     """`command` of `fastssl train`, changed so that the run continues from its newest checkpoint.  Before the first
-    checkpoint a restart repeats the unchanged command, since --force or --resume-from still apply."""
-    kept, words = [], iter(command)
-    for word in words:
-        if word == "--resume-from":
-            next(words, None)
-        elif word not in ("--force", "--resume", "--continue") and not word.startswith("--resume-from="):
-            kept.append(word)
-    return [*kept, "--continue"]
+    checkpoint a restart repeats the unchanged command, since --force still applies."""
+    return [*(word for word in command if word not in ("--force", "--resume", "--continue")), "--continue"]
 
 
 class _Rank:

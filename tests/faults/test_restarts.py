@@ -1,12 +1,12 @@
 """--restarts: what is started again, with which arguments, and what is not."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -69,10 +69,10 @@ def test_a_crashed_run_is_restarted_and_continues(run):
 
 @pytest.mark.parametrize("given", ["--force", "--resume-from a/b x=1", "--resume-from=a/b"])
 def test_before_the_first_checkpoint_a_restart_repeats_the_command(run, given):
-    """Else --continue would take up the run that --force discards, or leave out the checkpoint to start from."""
+    """Else --continue would take up the run that --force discards."""
     _, lives, _ = run("1,saved 1,0", 2, *given.split(), "y=2")
     assert [life.split()[2:] for life in lives[:2]] == [[*given.split(), "y=2"]] * 2
-    assert lives[2].split()[2:] == [*re.findall("x=1", given), "y=2", "--continue"]
+    assert lives[2].split()[2:] == [*given.replace("--force", "").split(), "y=2", "--continue"]
 
 
 def test_a_slurm_job_and_its_restarts_share_the_file_that_tells_of_a_checkpoint(run, tmp_path, monkeypatch):
@@ -82,7 +82,8 @@ def test_a_slurm_job_and_its_restarts_share_the_file_that_tells_of_a_checkpoint(
     assert (tmp_path / "slurm-7.saved").exists()
 
 
-def test_rank_0_marks_a_complete_checkpoint(tmp_path, monkeypatch):
+def test_rank_0_marks_a_checkpoint_before_it_is_complete(tmp_path, monkeypatch):
+    """Else a job that ends in between would be started again with --force, which deletes the checkpoint."""
     monkeypatch.setenv("FASTSSL_SAVED", str(tmp_path / "saved"))
     log = SimpleNamespace(keep=1, keep_every=0)
     t = SimpleNamespace(run=SimpleNamespace(log=log), loader=SimpleNamespace(steps=1), folder=tmp_path, device=CPU)
@@ -90,8 +91,14 @@ def test_rank_0_marks_a_complete_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no space"):
         writer._commit(disk.create(tmp_path, 1), [{"error": "no space"}])
     assert not (tmp_path / "saved").exists()
-    writer._commit(disk.create(tmp_path, 1), [{"files": {}}])
-    assert (tmp_path / "saved").exists()
+    rename = Path.rename
+
+    def marked_before(path, to):
+        assert (tmp_path / "saved").exists()
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", marked_before)
+    assert writer._commit(disk.create(tmp_path, 1), [{"files": {}}]).exists()
 
 
 def test_each_start_has_its_own_port_that_exists():
@@ -168,6 +175,13 @@ def test_the_child_is_stopped_when_the_launcher_has_gone(launcher, code, monkeyp
 def test_the_child_gets_the_arguments_without_restarts():
     given = ["c.py", "--restarts", "2", "a.b=1", "--restarts=3", "--resume"]
     assert train._without_restarts(given) == ["c.py", "a.b=1", "--resume"]
+
+
+def test_a_restart_may_name_the_checkpoint_to_start_from(capsys):
+    args = train.parse(["c.py", "--resume-from", "a", "--continue"])
+    assert vars(args)["continue"] and args.resume_from == "a"
+    assert train.main(["--resume", "--resume-from", "a"]) == 2
+    assert "--resume and --resume-from: give one of them" in capsys.readouterr().err
 
 
 def test_a_negative_number_of_restarts_is_refused(capsys):

@@ -142,7 +142,8 @@ def test_bash_passes_every_argument_on_and_queues_a_stopped_run_again(folder, ca
 )
 def test_a_job_that_is_queued_again_after_a_checkpoint_continues_however_it_was_started(folder, capsys, start):
     again = next(line for line in dry_run(capsys, *start).splitlines() if "--continue)" in line)
-    assert again.strip() == "arguments=('my c.py' log.root=/runs --continue)"
+    source = "".join(f" {word}" for word in start if "a/step_1" in word or word == "--resume-from")
+    assert again.strip() == f"arguments=('my c.py'{source} log.root=/runs --continue)"
 
 
 @pytest.mark.parametrize(
