@@ -18,8 +18,19 @@ def free_bytes(root: Path = Path("/")) -> int:
     systemd unit) has a lower limit.  Cached pages of files count as free: the kernel drops them for new memory.
 
     `root`: of the file system, for tests."""
-    lines = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
-    return max(0, min([int(lines["MemAvailable"].split()[0]) * 1024, *_left_in_groups(root)]))
+    return max(0, min([_available((root / "proc/meminfo").read_text()), *_left_in_groups(root)]))
+
+
+def _available(meminfo: str) -> int:
+    """Bytes that the kernel estimates to be free for new memory.  Where it gives no estimate (before Linux 3.14, and in
+    some containers): free pages, and cached ones of files, which "Cached" counts together with shared memory."""
+    values = dict(line.partition(":")[::2] for line in meminfo.splitlines())
+
+    def kib(name: str) -> int:
+        return int(values.get(name, "0 kB").split()[0])
+
+    available = kib("MemAvailable") if "MemAvailable" in values else kib("MemFree") + kib("Cached") - kib("Shmem")
+    return available * 1024
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:

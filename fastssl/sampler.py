@@ -50,6 +50,11 @@ class Sampler:
     def check_batch(self, batch: int, samples: int, path: str) -> None:
         """ValueError for a batch (of all ranks together) that cannot be divided, or that the file cannot fill."""
         parts = self.world * self.micro_per_step
+        if self.drop_last and samples < parts:
+            raise ValueError(
+                f"{path} has {samples} samples, fewer than the {self.world} * {self.micro_per_step} (world * "
+                "micro_per_step) parts of a batch: use fewer ranks, a larger speed.micro_batch, or more data"
+            )
         if batch < 1 or batch % parts:
             nearest = max(1, round(batch / parts)) * parts
             raise ValueError(

@@ -21,7 +21,7 @@ from fastssl.parsing import Parser, run_command
 SET_HERE: dict[str, str | None] = {
     "nodes": "--nodes",
     "ntasks": "--nodes and --ranks-per-node",
-    "ntasks-per-node": "--ranks-per-node",
+    **dict.fromkeys(("ntasks-per-node", "tasks-per-node"), "--ranks-per-node"),
     "cpus-per-task": "--cpus-per-rank",
     "partition": "--partition",
     "time": "--time",
@@ -31,7 +31,8 @@ SET_HERE: dict[str, str | None] = {
     "output": "log.root=FOLDER",
     **dict.fromkeys(("array", "open-mode", "requeue", "no-requeue", "parsable", "test-only", "wait", "wrap")),
 }
-REQUESTS_GPUS = re.compile(r"gres|gpus(-per-.*)?|tres-per-task")  # replace --gpus-per-node
+# Options that replace --gpus-per-node
+REQUESTS_GPUS = ("gres", "gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task", "tres-per-task")
 TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")  # M, M:S, H:M:S, D-H, D-H:M, D-H:M:S
 NAME = re.compile(r"[\w.,/@+-]+")
 # Characters of an #SBATCH line that sbatch reads as they are; with quotes around them also spaces
@@ -168,13 +169,16 @@ def sbatch_options(args: argparse.Namespace, name: str, folder: Path, device: st
         if option in SET_HERE:
             instead = f"use {SET_HERE[option]}" if SET_HERE[option] else "it would break queueing again and resuming"
             raise ValueError(f"--sbatch {option}: `fastssl slurm` sets it; {instead}")
+        known = [name for name in (*SET_HERE, *REQUESTS_GPUS) if name.startswith(option)]
+        if known and option not in REQUESTS_GPUS:  # sbatch accepts abbreviations
+            raise ValueError(f"--sbatch {option}: write the whole name of the option, such as {known[0]}")
     lines = [
         f"job-name={_quoted(args.job_name or name)}",
         f"nodes={args.nodes}",
         f"ntasks-per-node={args.ranks_per_node}",
         f"cpus-per-task={args.cpus_per_rank}",
     ]
-    if device != "cpu" and not any(REQUESTS_GPUS.fullmatch(option) for option in extra):
+    if device != "cpu" and not any(option in REQUESTS_GPUS for option in extra):
         lines.append(f"gpus-per-node={args.ranks_per_node}")
     lines += [f"{key}={value}" for key in ("partition", "account", "time") if (value := getattr(args, key))]
     lines += [

@@ -76,6 +76,13 @@ def test_a_kernel_without_control_groups(tmp_path):
     assert host_memory.free_bytes(tmp_path) == 900 * MIB
 
 
+@pytest.mark.parametrize("shared, free", [("", 300), ("Shmem: 51200 kB\n", 250)])
+def test_a_kernel_without_an_estimate_of_available_memory(tmp_path, shared, free):
+    machine(tmp_path, "0::/")
+    (tmp_path / "proc/meminfo").write_text(f"MemTotal: 9999999 kB\nMemFree: 204800 kB\nCached: 102400 kB\n{shared}")
+    assert host_memory.free_bytes(tmp_path) == free * MIB
+
+
 def test_a_real_control_group():
     """The child is in a group of 300 MiB, of which the interpreter takes some."""
     parents = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")]

@@ -319,6 +319,7 @@ def test_errors_of_wrong_batches_suggest_a_fix(beton):
         ({"batch": 0}, "batch=0 "),
         ({"batch": 128}, r"batch=128 is larger than .*\(103 samples\); use at most 103"),
         ({"batch": 128, "world": 4}, "use at most 100"),
+        ({"batch": 128, "world": 64, "micro_per_step": 2}, r"103 samples, fewer than the 64 \* 2 .*: use fewer ranks"),
         ({"rank": 2, "world": 2}, "rank=2"),
         ({"workers": -1}, "workers=-1"),
         ({"micro_per_step": 0}, "micro_per_step=0"),

@@ -74,6 +74,17 @@ def test_without_queries_each_sample_is_classified_by_the_others(data, backend):
     )
 
 
+@pytest.mark.parametrize("exclude, most", [(None, 6), (torch.arange(6), 5)])
+def test_the_search_refuses_more_neighbours_than_rows_that_are_left(exclude, most):
+    """It would give the excluded row, or fewer columns."""
+    x = torch.randn(6, 4)
+    similarity, rows = search.nearest(x, x, most, exclude=exclude)
+    assert rows.shape == (6, most) and similarity.isfinite().all()
+    assert exclude is None or not (rows == exclude[:, None]).any()
+    with pytest.raises(ValueError, match=f"k={most + 1}: must be at most {most}, the rows that can be neighbours"):
+        search.nearest(x, x, most + 1, exclude=exclude)
+
+
 def test_top5_counts_classes_without_a_vote_as_dino_does():
     """Five neighbours of class 7: the first five are 7, 0, 1, 2, 3; with two neighbours the first two."""
     bank, bank_y = torch.eye(10)[:6], torch.tensor([7, 7, 7, 7, 7, 9])

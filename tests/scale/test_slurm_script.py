@@ -93,6 +93,8 @@ def test_the_output_is_in_a_run_folder_with_a_percent_sign(folder, capsys):
 
 def test_gpus_are_requested_once_or_not_at_all(folder, capsys):
     assert options(dry_run(capsys, "--sbatch", "gres=gpu:a100:8")).get("gpus-per-node") is None
+    flags = options(dry_run(capsys, "--sbatch", "gres-flags=enforce-binding", "--sbatch", "time-min=10"))
+    assert flags["gres-flags"] and flags["time-min"] == "10" and flags["gpus-per-node"] == "8"
     assert options(dry_run(capsys, "--device", "cpu")).get("gpus-per-node") is None
     assert options(dry_run(capsys, "--ranks-per-node", "4"))["gpus-per-node"] == "4"
 
@@ -156,6 +158,9 @@ def test_a_job_that_is_queued_again_after_a_checkpoint_continues_however_it_was_
         (["--time", "00:02:59"], "--time 00:02:59 is not longer than --grace 180"),
         (["--time", "1:30"], "--time 1:30 is not longer than --grace 180"),
         (["--sbatch", "nodes=2"], "--sbatch nodes: `fastssl slurm` sets it; use --nodes"),
+        (["--sbatch", "tasks-per-node=2"], "`fastssl slurm` sets it; use --ranks-per-node"),
+        (["--sbatch", "arr=0-3"], "--sbatch arr: write the whole name of the option, such as array"),
+        (["--sbatch", "gre=gpu:8"], "--sbatch gre: write the whole name of the option, such as gres"),
         (["--sbatch", "no-requeue"], "it would break queueing again and resuming"),
         (["optim.lrr=1"], "did you mean 'lr'"),
         (["name=a#b"], "an #SBATCH line cannot hold the character '#'"),

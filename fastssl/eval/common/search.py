@@ -20,7 +20,7 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """Cosine similarities (M, k) of queries (M, dim) with their nearest rows of bank (N, dim), nearest first, and these
     rows' numbers, int64 (M, k).  `exclude`: int64 (M,), for each query a row of the bank that is not a neighbour:
-    itself."""
+    itself.  ValueError if fewer than k rows are left."""
     search, starts = make_search(bank, k, backend), range(0, len(queries), QUERIES)
     parts = [search(queries[i : i + QUERIES], None if exclude is None else exclude[i : i + QUERIES]) for i in starts]
     if not parts:
@@ -34,7 +34,14 @@ def make_search(bank: Tensor, k: int, backend: Backend = "torch") -> Search:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
     search = BACKENDS[backend](F.normalize(bank.float(), dim=1), k)
-    return lambda queries, exclude: search(F.normalize(queries.float(), dim=1), exclude)
+
+    def checked(queries: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+        rows = len(bank) - (exclude is not None)
+        if k > rows:
+            raise ValueError(f"k={k}: must be at most {rows}, the rows that can be neighbours")
+        return search(F.normalize(queries.float(), dim=1), exclude)
+
+    return checked
 
 
 def _torch(bank: Tensor, k: int) -> Search:  # this and `_faiss`: of rows of unit length
