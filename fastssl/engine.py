@@ -48,7 +48,8 @@ def fit(
     `hooks`: the monitors; None: those that `run.log` names (kNN, probe, collapse).  `resume`: continue from the newest
     complete checkpoint of the run's folder, an error if there is none; "auto": or start a new run, or continue from
     `resume_from`, if the folder has no checkpoints.  `resume_from`: continue from this checkpoint.  `force`: delete the
-    folder's checkpoints and start at step 0.  `device`: "cpu" or "cuda"; None: CUDA if there is one.  `loader`: None opens `data.train`.
+    folder's checkpoints and start at step 0.  `device`: "cpu" or "cuda"; None: CUDA if there is one.  `loader`: None
+    opens `data.train`.
 
     Returns the trainer after the last step.  ValueError where the device has too little memory or a loss is not finite.
     """

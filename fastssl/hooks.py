@@ -64,18 +64,18 @@ class FeatureCache:
     def __init__(self) -> None:
         self._loaders: dict[str, Loader] = {}
         self.features: dict[str, tuple[Tensor, Tensor]] = {}
-        self._numbers: dict[tuple[str, str], np.ndarray | None] = {}  # (test file, training file): see classes.match
+        # (test file, training file) -> (labelled, class numbers), of classes.match
+        self._matched: dict[tuple[str, str], tuple[classes.Labelled, np.ndarray | None]] = {}
         self._step = -1
 
     def loader(self, t: Trainer, path: str) -> Loader:
         """Opens the file at the first call; ValueError for one that has not one class per image."""
         if path not in self._loaders:
-            run = t.run
+            run, speed = t.run, t.run.speed
             batch = dist.world() * min(images_per_pass(run.data.views[0].size), 4 * run.optim.batch // dist.world())
             if path == run.data.train:  # no second copy of a resident set
                 loader = t.loader.in_file_order(batch)
             else:
-                speed = run.speed
                 loader = Loader(
                     path, batch, Sampler.sequential(), device=t.device, workers=speed.workers, resident=speed.resident
                 )
@@ -90,13 +90,13 @@ class FeatureCache:
 
     def match_classes(self, t: Trainer, train: Loader, test: str, labelled: classes.Labelled) -> None:
         """Number the classes of the file `test` as in `train`; ValueError where their names do not match."""
-        if (test, train.path) not in self._numbers:
+        if self._matched.get((test, train.path), (None,))[0] not in (labelled, "all"):
             loader = copy.copy(self.loader(t, test))
             try:
                 classes.match(train, loader, labelled)
             except ValueError as error:
                 raise ValueError(f"{error} (data.bank, data.test); {DISABLE}") from None
-            self._numbers[test, train.path] = loader.class_numbers
+            self._matched[test, train.path] = labelled, loader.class_numbers
 
     def __call__(self, t: Trainer, path: str, train: Loader | None = None) -> tuple[Tensor, Tensor]:
         """Features (N, dim) and labels (N,); in the class numbers of `train`, after `match_classes`."""
@@ -111,7 +111,7 @@ class FeatureCache:
                 )
                 self.features[path] = features.extract(extractor, loader)
         x, labels = self.features[path]
-        numbers = self._numbers[path, train.path] if train else None
+        numbers = self._matched[path, train.path][1] if train else None
         if numbers is None:
             return x, labels
         return x, torch.where(labels < 0, labels, torch.from_numpy(numbers).to(labels.device)[labels])

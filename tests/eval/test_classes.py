@@ -276,6 +276,13 @@ def test_monitors_match_classes_by_name(files, bank, resident):
     assert t.scalars["knn_top1"] == 100 and t.scalars["probe_top1"] == 100
 
 
+def test_knn_needs_every_label_of_the_bank_whatever_the_probe_has_checked(files):
+    t, shared = trainer(files["some"], files["same"]), hooks.FeatureCache()
+    hooks.LinearProbe(1, cache=shared).before_epoch(t)
+    with pytest.raises(ValueError, match="some.beton has 1 of 9 images without label"):
+        hooks.KnnMonitor(1, cache=shared).before_epoch(t)
+
+
 def test_a_resident_file_is_relabelled(files):
     whole = Loader(files["turned"], 8, Sampler.sequential(), device="cpu", workers=1, resident=True)
     other = whole.in_file_order(4)
