@@ -38,8 +38,9 @@ def _find(run: Run, resume: bool | Literal["auto"], resume_from: str | Path | No
         return None
     if resume and force:
         raise ValueError("--force starts anew and --resume and --continue continue: give one of them")
-    own = resume_from is None or (resume == "auto" and existing)
-    path = disk.newest(folder) if own else _complete(Path(resume_from))
+    if resume == "auto" and existing:
+        resume_from = None
+    path = disk.newest(folder) if resume_from is None else _complete(Path(resume_from))
     if path is None:
         hint = "start anew with --force, which deletes the damaged ones" if existing else "start without --resume"
         raise ValueError(f"cannot resume: no complete checkpoint in {disk.directory(folder)}; {hint}")
