@@ -10,6 +10,3 @@ def main(argv: list[str] | None = None) -> int:
     from .cli import main as run  # here, so that importing the package is fast
 
     return run(argv)
-
-
-__all__ = ["main"]

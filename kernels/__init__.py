@@ -13,20 +13,3 @@ from .ntxent import ntxent
 from .queue import enqueue_
 from .sinkhorn import sinkhorn, sinkhorn_center
 from .soft_cross_entropy import soft_cross_entropy
-
-__all__ = [
-    "Impl",
-    "enqueue_",
-    "gathered_nce",
-    "infonce",
-    "infonce_symmetric",
-    "lars_",
-    "lerp_",
-    "ntxent",
-    "sinkhorn",
-    "sinkhorn_center",
-    "soft_cross_entropy",
-    "square_sums",
-    "update_bank_",
-    "update_centroids_",
-]

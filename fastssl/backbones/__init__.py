@@ -21,21 +21,6 @@ from fastssl.backbones.timm_models import Timm, timm_defaults, timm_model, timm_
 from fastssl.config import Backbone
 from fastssl.parsing import did_you_mean
 
-__all__ = [
-    "RESNETS",
-    "Conv2d",
-    "ResNet",
-    "Timm",
-    "build",
-    "channels_last_",
-    "check_sizes",
-    "evaluating",
-    "timm_defaults",
-    "timm_model",
-    "timm_signature",
-    "use_autocast_dtype_",
-]
-
 
 def build(spec: Backbone, method: object = None) -> nn.Module:
     """The backbone that `spec` describes, with initial weights; weights.load_backbone loads `spec.pretrained`.

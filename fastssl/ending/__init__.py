@@ -4,20 +4,3 @@ from fastssl.ending.failure import report_failure
 from fastssl.ending.restarts import SAVED, continue_command, mark_saved, supervise
 from fastssl.ending.signals import DELAY, FAIL, HANDLED, INTERRUPTED, REQUEUE, Signals, Stopped
 from fastssl.ending.watchdog import Watchdog, progress
-
-__all__ = [
-    "DELAY",
-    "FAIL",
-    "HANDLED",
-    "INTERRUPTED",
-    "REQUEUE",
-    "SAVED",
-    "Signals",
-    "Stopped",
-    "Watchdog",
-    "continue_command",
-    "mark_saved",
-    "progress",
-    "report_failure",
-    "supervise",
-]

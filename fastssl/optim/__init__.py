@@ -16,18 +16,6 @@ from fastssl.optim.optimizers import AdamW, Lars
 from fastssl.optim.schedule import Schedule, lr_multiplier
 from fastssl.optim.zero_aware import attach
 
-__all__ = [
-    "NORM_AND_BIAS",
-    "AdamW",
-    "Lars",
-    "Schedule",
-    "attach",
-    "build",
-    "frozen",
-    "group_parameters",
-    "lr_multiplier",
-]
-
 # Optim.lars_denominator -> fields of LarsOptions
 DENOMINATORS: dict[str, dict[str, Any]] = {"openselfsup": {}, "larc": {"eps": 1e-8}, "sum": {"norm_of_sum": True}}
 

@@ -14,8 +14,6 @@ from ..common import TRITON_DTYPES, Impl, choose
 from . import extra, reference
 from .params import COL, COLUMNS, IMAGENET_MEAN, IMAGENET_STD, View, draw, streams
 
-__all__ = ["COL", "COLUMNS", "IMAGENET_MEAN", "IMAGENET_STD", "View", "draw", "make_views"]
-
 
 @torch.no_grad()
 def make_views(

@@ -14,8 +14,6 @@ from ..common import Impl, choose
 from . import reference
 from .reference import LarsOptions
 
-__all__ = ["LarsOptions", "lars_", "lerp_", "square_sums"]
-
 
 def lerp_(
     targets: list[Tensor],

@@ -12,5 +12,3 @@ small p of a large queue stay normal numbers in float16.
 from .autograd import register_ready_gradient
 from .combine import combine
 from .keys import loss_and_gradient
-
-__all__ = ["combine", "loss_and_gradient", "register_ready_gradient"]

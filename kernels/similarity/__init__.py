@@ -16,5 +16,3 @@ from .gradients import row_gradients
 from .labels import classes_of
 from .row_sums import loss_parts, row_losses
 from .spec import LossSpec, RankRows, Side
-
-__all__ = ["LossSpec", "RankRows", "Side", "classes_of", "loss_parts", "row_gradients", "row_losses"]
