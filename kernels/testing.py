@@ -1,5 +1,5 @@
-"""Checks for kernels: compare errors with float64, fill new memory with NaN, count allocations, and record and compile
-launches ahead of time for an architecture (the last two need neither a GPU nor the interpreter).
+"""Checks for kernels: compare errors with float64, fill new memory with NaN, and record and compile launches ahead of
+time for an architecture (which needs neither a GPU nor the interpreter).
 """
 
 import math
@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import tempfile
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from .common import Impl
 
@@ -126,32 +123,6 @@ def check(op: ModuleType, case: Any, device: str = "cpu", impl: Impl = "triton")
 def leaf(x: Tensor) -> Tensor:
     """x as a leaf that requires a gradient, without a copy."""
     return x.detach().requires_grad_()
-
-
-class Allocations(TorchDispatchMode):
-    """Counts the bytes of storages that operations allocate: `now` (those not freed yet) and their `peak`.
-
-    Meta tensors count as if they were real, so a workload of many GB can be measured on a small machine.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in tree_iter(out):
-            if isinstance(x, Tensor) and x.untyped_storage() not in self._seen:
-                storage = x.untyped_storage()
-                self._seen[storage] = True
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _free(self, nbytes: int) -> None:
-        self.now -= nbytes
 
 
 class Launch(NamedTuple):

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from augment_cases import ONE_OP, RAW, SHAPES, pack, scenes
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from fastssl import views as recipes
 from fastssl.kernels.augment import COL, View, draw, make_views
-from fastssl.kernels.augment.cases import ONE_OP, RAW, SHAPES, pack, scenes
 from fastssl.kernels.augment.reference import JITTER_ORDERS
 
 DATA = Path(os.environ.get("FASTSSL_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from augment_cases import RAW, SHAPES, pack, scenes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from fastssl import config, views
 from fastssl.kernels.augment import View, make_views
-from fastssl.kernels.augment.cases import RAW, SHAPES, pack, scenes
 from fastssl.kernels.augment.randaugment import OPERATIONS
 from fastssl.methods import simclr
 from fastssl.views import Erase, Lighting, RandAugment, Random, Transform

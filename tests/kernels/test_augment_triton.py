@@ -11,12 +11,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from augment_cases import BENCH, ONE_OP, RAW, SHAPES, pack, scenes
 from kernel_device import DEVICE, needs_triton
 
 from fastssl import views as recipes
 from fastssl.kernels.augment import COL, View, draw, make_views
 from fastssl.kernels.augment import triton as fused
-from fastssl.kernels.augment.cases import BENCH, ONE_OP, RAW, SHAPES, pack, scenes
 from fastssl.kernels.augment.colour import jitter_order
 from fastssl.kernels.augment.reference import JITTER_ORDERS
 from fastssl.kernels.philox import philox4x32
@@ -227,7 +227,7 @@ BUILD = """
 import json, sys, torch
 from fastssl.kernels import testing
 from fastssl.kernels.augment import triton as fused
-from fastssl.kernels.augment.cases import BENCH
+from augment_cases import BENCH
 meta = {"device": "meta"}
 pixels = torch.empty(64, 1000, 3, dtype=torch.uint8, **meta)
 sizes, index = torch.empty(64, 2, dtype=torch.int32, **meta), torch.empty(64, dtype=torch.int64, **meta)
@@ -247,7 +247,7 @@ def test_builds_for_two_architectures_without_spills():
     compiled = ["simclr_32", "simclr_64", "patches_64", "byol_224", "deepcluster_224"]
     run = subprocess.run(
         [sys.executable, "-c", BUILD, *compiled],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.path.dirname(__file__)},
         capture_output=True,
         text=True,
     )

@@ -1,4 +1,4 @@
-"""Images, views and batches for tests and benchmarks.  Views repeat recipes, which kernels cannot import."""
+"""Images, views and batches for the tests of kernels/augment."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .params import View
+from fastssl.kernels.augment import View
 
 RAW: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 SHAPES = [(48, 64), (64, 48), (40, 40), (33, 90), (57, 41), (32, 32), (120, 100), (47, 31)]
