@@ -88,14 +88,19 @@ class CapturableStep:
     """`function(batch, timer) -> (out, scalars)`, a step that reads nothing from the device, captured as a CUDA graph.
 
     `reason`: why it is not captured; None: it is.  The first WARMUP_STEPS steps run eagerly, then the step is captured;
-    for other shapes of the batch, or another `graph_key` of the method, this starts again.  If a capture fails, that is
-    printed once and all further steps run eagerly.
+    for other shapes of the batch, or another `graph_key` of the method, this starts again.  If a capture fails, on any
+    rank, that is printed once and all further steps run eagerly.
     """
 
     def __init__(self, function: Callable, reason: str | None):
         self.function, self.reason = function, reason
         self._captured: Captured | None = None
         self._warmup: tuple[Hashable, int] = (None, 0)  # key, eager steps with it
+        dist.graphs.add(self)
+
+    def close(self) -> None:
+        """Delete the graph."""
+        self._captured = None
 
     def prepare_replay(self, batch: Batch, step_key: Hashable = None) -> bool:
         """Count a warm-up step, or capture the step after them; returns whether it can be replayed."""
@@ -108,6 +113,7 @@ class CapturableStep:
         seen = self._warmup[1] if self._warmup[0] == key else 0
         if seen == WARMUP_STEPS:
             self._captured = self._capture(key, batch)
+            self._compare_ranks(batch.pixels.device)
             seen = 0
         self._warmup = (key, seen + (self._captured is None))
         return self._captured is not None
@@ -134,10 +140,18 @@ class CapturableStep:
             while first.__context__ is not None:
                 first = first.__context__
             self.reason = f"the capture failed: {type(first).__name__}: {' '.join(str(first).split())[:300]}"
-            if dist.is_main():
-                print(f"speed.graph: the step is not a CUDA graph: {self.reason}")
             return None
         return Captured(key, graph, static, out, scalars, packed)
+
+    def _compare_ranks(self, device: torch.device) -> None:
+        """No rank may replay its graph where another's capture has failed: NCCL needs collectives that all ranks have
+        captured."""
+        if dist.world() > 1:
+            captured = dist.sum_(torch.tensor(int(self._captured is not None), device=device))
+            if captured < dist.world():
+                self._captured, self.reason = None, self.reason or "the capture failed on another rank"
+        if self._captured is None and dist.is_main():
+            print(f"speed.graph: the step is not a CUDA graph: {self.reason}")
 
 
 def _recover(device: torch.device, pool: tuple, state: Tensor) -> None:

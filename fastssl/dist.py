@@ -12,6 +12,7 @@ import contextlib
 import os
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,10 @@ from fastssl import launcher, rendezvous
 # What one rank does while the others wait (scikit-learn's SVMs, faiss, t-SNE) may take more than NCCL's ten minutes.
 TIMEOUT = timedelta(hours=2)
 
+# Objects whose `close` deletes a CUDA graph.  Where it holds collectives, NCCL (2.26 and later) waits for its deletion,
+# without end, when the process group is destroyed.
+graphs: weakref.WeakSet[Any] = weakref.WeakSet()
+
 
 def init(device: str | None = None) -> torch.device:
     """Join the process group of the launcher (deepspeed, torchrun, srun, mpirun; none: one rank) and choose the device.
@@ -33,9 +38,9 @@ def init(device: str | None = None) -> torch.device:
     `device`: "cpu" or "cuda"; None: CUDA if there is a GPU.  The backend is NCCL on CUDA, gloo on CPU.  ValueError for
     "cuda" without a GPU, and where the ranks cannot connect.
     """
-    if device is not None and device.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device={device!r}: cpu or cuda")
-    cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    if device not in ("cpu", "cuda", None):
+        raise ValueError(f"device={device!r}: cpu or cuda (CUDA_VISIBLE_DEVICES=1 selects a GPU)")
+    cuda = torch.cuda.is_available() if device is None else device == "cuda"
     if cuda and not torch.cuda.is_available():
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         raise ValueError(
@@ -68,6 +73,8 @@ def init(device: str | None = None) -> torch.device:
 
 def shutdown() -> None:
     """Leave the process group; without it the DeepSpeed launcher reports exit code -6."""
+    for graph in list(graphs):
+        graph.close()
     comm = sys.modules.get("deepspeed.comm")
     if comm is not None and comm.is_initialized():
         comm.destroy_process_group()  # also clears its own groups, so that another run can start

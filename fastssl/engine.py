@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import signal
 import time
@@ -103,7 +104,8 @@ def fit(
         message, failed_step = not_finite
         seconds_per_step = (time.monotonic() - started_at) / max(t.step - first_step, 1)
         loader, folder = t.loader, t.folder
-        del t, writer  # frees the device memory for the trainer that find_nonfinite builds
+        del t, writer
+        gc.collect()  # the trainer is in cycles, and find_nonfinite builds another one in its memory
         found = find_nonfinite(run, device, loader, folder, start, failed_step, seconds_per_step)
         raise ValueError(f"{message}; {found}")
 

@@ -10,6 +10,7 @@ import itertools
 import shutil
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent / "methods"))
 import method_cases as cases
 from step_modes import Counts, NoCopies, NoReads
 
-from fastssl import engine, hooks, step
+from fastssl import cuda_graph, dist, engine, hooks, step
 from fastssl.amp import LossScaler
 from fastssl.build import not_captured
+from fastssl.loader import Batch
 from fastssl.sharded_table import ShardedTable
 from fastssl.zero import full_state_dict
 
@@ -323,6 +325,42 @@ def test_replays_take_their_numbers_from_the_device(name, monkeypatch):
     assert counts.ops <= 7 and counts.reads == []
 
 
+def test_leaving_the_process_group_deletes_the_graph_first(monkeypatch):
+    """NCCL would wait for it, without end."""
+    t, order = build("simclr"), []
+    t.capturable_step._captured = captured = type("Graph", (), {})()
+    weakref.finalize(captured, order.append, "graph")
+    del captured
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: order.append("group"))
+    monkeypatch.setattr(sys.modules["deepspeed.comm"], "is_initialized", lambda: False)
+    dist.shutdown()
+    assert order == ["graph", "group"]
+
+
+@pytest.mark.parametrize("failed", ["nowhere", "here", "on another rank"])
+def test_a_capture_that_fails_on_one_of_two_ranks_is_used_on_none(failed, monkeypatch, capsys):
+    step = cuda_graph.CapturableStep(None, None)
+    part = torch.zeros(4, 1)
+    batch = Batch(part, part, part, part, 0, 0)
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    monkeypatch.setattr(dist, "sum_", lambda count: count + (failed != "on another rank"))
+
+    def capture(key, batch):
+        step.reason = "the capture failed: CUDA" if failed == "here" else None
+        return None if failed == "here" else type("Captured", (), {"key": key})()
+
+    monkeypatch.setattr(step, "_capture", capture)
+    steps = [step.prepare_replay(batch) for _ in range(cuda_graph.WARMUP_STEPS + 2)]
+    assert steps == [False] * cuda_graph.WARMUP_STEPS + [failed == "nowhere"] * 2
+    reasons = {
+        "nowhere": None,
+        "here": "the capture failed: CUDA",
+        "on another rank": "the capture failed on another rank",
+    }
+    assert step.reason == reasons[failed]
+    assert capsys.readouterr().out.count("is not a CUDA graph: the capture failed") == (failed != "nowhere")
+
+
 FIRST = {"simclr": "lars", "byol": "lars", "moco": "sgd", "barlow": "sgd", "dino": "adamw"}
 REST = {n: "sgd" for n in cases.CASES if n not in FIRST and n not in ("deepcluster pic", "odc", "lejepa")}
 
@@ -340,6 +378,7 @@ def build_gpu(name: str, optimizer: str, graph: str, precision: str = "fp16"):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:method.shuffle=True has no effect on one GPU:UserWarning")  # with batch norm
 @pytest.mark.parametrize("name", [*FIRST, *REST])
 def test_a_replay_equals_the_eager_step_bit_for_bit(name):
     made = {}
@@ -358,6 +397,23 @@ def test_a_replay_equals_the_eager_step_bit_for_bit(name):
     (a, b) = made.values()
     assert a[0] == b[0] and a[3] == b[3] and torch.equal(a[2], b[2])
     assert_same(a[1], b[1])
+
+
+@pytest.mark.gpu
+def test_collectives_are_captured(monkeypatch):
+    """NCCL's, in the group of one rank, in which `dist` otherwise calls none."""
+    monkeypatch.setattr(dist, "sum_", lambda x: torch.distributed.all_reduce(x) or x)
+    monkeypatch.setattr(dist, "gather", lambda x: dist._Gather.apply(x))
+    monkeypatch.setattr(dist, "group", lambda: torch.distributed.group.WORLD)
+    made = []
+    for graph in ("off", "on"):
+        t = build_gpu("simclr", "lars", graph)
+        made.append((advance(t, seeded(t), 8, poison=(1, 6)), contents(t)))
+        assert (t.capturable_step.reason is None) == (graph == "on"), t.capturable_step.reason
+    dist.shutdown()
+    assert t.capturable_step._captured is None
+    assert made[0][0] == made[1][0]
+    assert_same(made[0][1], made[1][1])
 
 
 @pytest.mark.gpu

@@ -137,7 +137,11 @@ def test_a_missing_gpu_is_a_one_line_error(capsys, monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for device, said in (("cuda", "finds no GPU on this machine; use cpu"), ("gpu", "device='gpu': cpu or cuda")):
+    for device, said in (
+        ("cuda", "finds no GPU on this machine; use cpu"),
+        ("gpu", "device='gpu': cpu or cuda"),
+        ("cuda:1", "device='cuda:1': cpu or cuda (CUDA_VISIBLE_DEVICES=1 selects a GPU)"),
+    ):
         assert command.main(["eval", "knn", "--features", "pixels", "--device", device]) == 2
         err = capsys.readouterr().err
         assert said in err and err.count("\n") == 1

@@ -1,9 +1,11 @@
 """A loss, gradient or weight that is not finite: the run ends with the step, the samples and the first tensor, and
 `fastssl replay` makes the step again; or steps are left out."""
 
+import gc
 import json
 import math
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,6 +125,27 @@ def test_the_run_ends_and_names_the_step_the_sample_and_the_first_tensor(tmp_pat
     dist.init("cpu")
     t = engine.build_plain(run, "cpu", cases.loader(run))
     assert f"in step {BAD}: {what}" in nonfinite.replay(t, engine.batches)
+
+
+def test_the_trainer_of_a_failed_run_is_freed_before_another_is_built(tmp_path, poison, monkeypatch):
+    """Else the device must hold both.  It is in cycles, which Python frees some time later."""
+    poison("output", seen_in(1), (1,))
+    methods, build, kept = [], engine.build, []
+
+    def recording(*args):
+        t = build(*args)
+        methods.append(weakref.ref(t.method))
+        return t
+
+    monkeypatch.setattr(engine, "build", recording)
+    monkeypatch.setattr(engine, "find_nonfinite", lambda *_: kept.append(methods[0]()) or "found")
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="; found"):
+            fit(make_run(tmp_path, "freed"))
+    finally:
+        gc.enable()
+    assert kept == [None]
 
 
 def test_a_rerun_that_takes_too_long_names_the_replay_command(tmp_path, poison, monkeypatch):
