@@ -12,7 +12,7 @@ import torch.distributed as td
 
 from fastssl import dist, ending
 from fastssl.checkpoint import disk, state, writer
-from fastssl.checkpoint.writer import Writer
+from fastssl.checkpoint.writer import HostCopies, Writer
 
 SLOW_S, LIMIT_S = 1.5, 0.9  # how long a file takes, and how long the run may be without progress
 
@@ -175,3 +175,23 @@ def test_another_rank_sends_heartbeats_and_notices_a_store_that_fails(make, idle
     made.save()
     made._thread.join()
     assert made.failed
+
+
+@pytest.mark.gpu
+def test_copies_have_the_values_of_their_step():
+    """While the device is busy with it, the next step changes the tensors, and the copies begin late."""
+    copies, device = HostCopies(torch.device("cuda")), {"device": "cuda"}
+    weights = torch.randn(1 << 20, **device), torch.randn(64, 3, 3, 32, **device).permute(0, 3, 1, 2)
+    tensors = *weights, torch.arange(9, **device)[:, None], torch.tensor(3, **device)
+    for _ in range(2):  # into new host memory, then into the same again
+        before = [x.cpu() for x in tensors]
+        torch.cuda._sleep(200_000_000)
+        kept = [copies(str(i), x) for i, x in enumerate(tensors)]
+        copies.record()
+        for x in tensors:
+            x.add_(1)
+        assert not copies._copied.query(), "the host has waited for the device"
+        thread = threading.Thread(target=copies.wait)
+        thread.start()
+        thread.join()
+        assert all(torch.equal(a, b) and a.is_pinned() for a, b in zip(kept, before))

@@ -79,6 +79,7 @@ def test_nan_and_inf_propagate_to_the_loss(name, value):
 
 
 @needs_triton
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # of inductor, on a GPU
 @pytest.mark.parametrize("name", ["ntxent", "queue", "batch", "both", "gathered", "swav"])
 def test_kernels_compile_fullgraph(name):
     z, w = good(8), good(32).requires_grad_()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from augment_cases import RAW, SHAPES, pack, scenes
+from kernel_device import DEVICE, needs_triton
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
@@ -82,9 +83,10 @@ def test_extra_operations_do_not_depend_on_the_batch():
     assert [x.shape for x in make_views(pixels[:0], sizes[:0], index[:0], recipe, **KEY)] == [(0, 3, 24, 24)] * 2
 
 
+@needs_triton
 def test_extra_operations_after_the_triton_kernel():
-    recipe = views.simclr(16, extra=(Lighting(0.1), Erase(0.8)))
-    a, b = (make_views(*BATCH, recipe, impl=impl, **KEY) for impl in ("reference", "triton"))
+    recipe, there = views.simclr(16, extra=(Lighting(0.1), Erase(0.8))), [part.to(DEVICE) for part in BATCH]
+    a, b = (make_views(*there, recipe, impl=impl, **KEY) for impl in ("reference", "triton"))
     for x, y in zip(a, b):
         assert (x - y).abs().mean() < 1e-4
 

@@ -123,6 +123,7 @@ def test_in_place_kernels_compile_fullgraph():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 def test_updates_do_not_wait_for_the_device():
     queue, pointer = torch.zeros(4096, 128, device="cuda").half(), torch.zeros(1, dtype=torch.int64, device="cuda")
     rows, index = torch.randn(256, 128, device="cuda"), torch.randint(0, 4096, (256,), device="cuda")
