@@ -1,15 +1,20 @@
 """Run all measurements on a GPU, the most important first, within a time limit:  python bench/lease.py --minutes 12
 
-Tests run before measurements. Each result is appended to bench/results/<device>.jsonl at once. Finished items are not
-repeated at the same commit (--again repeats them); --list shows finished and remaining items, --only NAME chooses some.
-At the end a table of the measured steps is printed, for docs/performance.md.
+Each result is appended to bench/results/<device>.jsonl at once.  Finished items are not repeated at the same commit
+(--again repeats them); one that fails or takes too long does not stop the others.  At its time limit an item gets
+SIGTERM, so that the training run writes a checkpoint, from which the next call continues.  --list shows finished and
+remaining items, --only NAME chooses some.  At the end a table of the measured steps is printed, for
+docs/performance.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -40,6 +45,15 @@ VARIANTS = {  # of the step, in order of value
     "compile": ["speed.graph=off", "speed.compile=on"],
 }
 KERNELS = ("infonce", "ntxent", "augment", "soft_cross_entropy", "sinkhorn", "gathered", "queue_bank")
+FASTEST = VARIANTS["compile_graph"]
+LOSSES = {  # step of STEPS, both sides, settings of both; what may make a setting the default: docs/measure.md
+    "compile_r18": ("simclr_r18", "speed.compile=off", "speed.compile=on", ["speed.graph=on"]),
+    "graph_r18": ("simclr_r18", "speed.graph=off", "speed.graph=on", ["speed.compile=off", "deterministic=True"]),
+    "compile_vits16": ("barlow_vits16", "speed.compile=off", "speed.compile=on", ["speed.graph=on"]),
+    "residual_vits16": ("barlow_vits16", "optim.residual_in_fp32=True", "optim.residual_in_fp32=False", FASTEST),
+}
+LEAST = 40  # seconds; with less left, no item is started
+STOP = 20  # of them, to end after SIGTERM
 
 
 @dataclass(frozen=True)
@@ -51,38 +65,50 @@ class Item:
     check: bool = False  # a test, whose failures are printed
 
 
-def items() -> list[Item]:
+def items(commit: str) -> list[Item]:
+    """In order of value.  `commit` is part of the name of the training run, which continues in later calls."""
     py = sys.executable
-    pytest = [py, "-m", "pytest", "-n", "8"]
+    # other versions of a library may warn, which the tests' own settings turn into errors
+    pytest = [py, "-m", "pytest", "-n", "8", "-W", "default", "--durations=5"]
     cifar, photos = ("data/cifar10_train.beton", "data/cifar10_test.beton"), ("data/photos.beton",)
-    found = [
-        Item(
-            "tests_graph",
-            [py, "-m", "pytest", "tests/test_graph.py", "tests/kernels/test_multi_tensor.py"],
-            150,
-            check=True,
-        ),
-        Item("tests_kernels", [*pytest, "tests/kernels", "-k", "not every_size and not builds"], 240, check=True),
-    ]
-    for variant in ("graph", "plain"):
-        found += [_step(name, variant, cifar, photos) for name in list(STEPS)[:3]]
-    train = [py, "-m", "fastssl", "train", "configs/simclr/r18_cifar10_200ep.py", *CIFAR, "log.knn_epochs=10"]
-    found.append(Item("run_simclr_cifar10", [*train, "name=lease/simclr_r18"], 540, cifar))
-    found += [
-        _step(name, variant, cifar, photos)
-        for variant in VARIANTS
-        for name in STEPS
-        if not (variant in ("graph", "plain") and name in list(STEPS)[:3])
-    ]
-    found += [Item(f"kernels_{op}", [py, "bench/ops.py", op, "--json"], 200) for op in KERNELS]
-    peers = [py, "bench/peers.py", cifar[0], CIFAR[0], "--batch", "256", "--seconds", "60"]
-    found.append(Item("peers_simclr_r18", peers, 150, cifar[:1]))
+    data = {"simclr_r18": cifar[:1], "barlow_vits16": photos}
+    losses = {
+        name: Item(
+            f"losses_{name}",
+            [py, "bench/losses.py", f"configs/{STEPS[of][0]}", a, b, *STEPS[of][1], *both, "--steps", "200"],
+            180,
+            data[of],
+        )
+        for name, (of, a, b, both) in LOSSES.items()
+    }
+    train = [py, "bench/run.py", "configs/simclr/r18_cifar10_200ep.py", *CIFAR, *FASTEST]
+    train += ["log.knn_epochs=20", "log.checkpoint_epochs=20", f"name=lease/{commit}/simclr_r18"]
     moco, overrides = STEPS["moco_r50"]
     checkpoint = [py, "bench/checkpoint.py", f"configs/{moco}", *overrides]
-    found.append(Item("checkpoint_moco_r50", checkpoint, 150, photos))
+    peers = [py, "bench/peers.py", cifar[0], CIFAR[0], "--batch", "256", "--seconds", "60"]
+    first = [(name, variant) for variant in ("graph", "plain") for name in list(STEPS)[:3]]
+    rest = [(name, variant) for variant in VARIANTS for name in STEPS if (name, variant) not in first]
+    found = [
+        Item("tests_gpu", [*pytest, "-m", "gpu", "-k", "not every_size"], 200, check=True),
+        Item("run_simclr_cifar10", train, 420, cifar),
+        losses["compile_r18"],
+        losses["graph_r18"],
+        Item(
+            "tests_kernels",
+            [*pytest, "tests/kernels", "-m", "not gpu and not full", "-k", "not builds"],
+            200,
+            check=True,
+        ),
+        losses["compile_vits16"],
+        Item("checkpoint_moco_r50", checkpoint, 150, photos),
+        losses["residual_vits16"],
+        Item("peers_simclr_r18", peers, 150, cifar[:1]),
+        *(_step(name, variant, cifar, photos) for name, variant in first + rest),
+    ]
+    found += [Item(f"kernels_{op}", [py, "bench/ops.py", op, "--json"], 200) for op in KERNELS]
     for method in ("barlow", "byol", "moco", "dino", "vicreg", "swav", "simsiam"):
-        command = [py, "bench/methods.py", method, "--set", "cifar10_200ep", "--override", CIFAR[0]]
-        found.append(Item(f"run_{method}", command, 900, cifar))
+        command = [py, "bench/methods.py", method, "--set", "cifar10_200ep"]
+        found.append(Item(f"run_{method}", [*command, *(f"--override={o}" for o in (*CIFAR, *FASTEST))], 900, cifar))
     found.append(Item("tests_every_size", [*pytest, "tests/kernels", "-k", "every_size"], 500, check=True))
     return found
 
@@ -122,7 +148,7 @@ def main() -> int:
     args = parser.parse_args()
     env = environment("triton")
     record = Record(ROOT / "bench" / "results" / f"{device_name()}-lease.json", env)
-    chosen = [i for i in items() if not args.only or i.name.startswith(tuple(args.only))]
+    chosen = [i for i in items(env["commit"]) if not args.only or i.name.startswith(tuple(args.only))]
     if not chosen:
         names = " or ".join(args.only)
         print(f"bench/lease.py: no item begins with {names}; --list shows their names", file=sys.stderr)
@@ -138,10 +164,10 @@ def main() -> int:
         if missing:
             print(f"{item.name}: skipped, {missing[0]} does not exist; see docs/measure.md", flush=True)
         elif args.again or record.state(item.name) != "done":
-            if left < 20:
+            if left < LEAST:
                 print("time limit reached; the next call continues here", flush=True)
                 break
-            if not run(item, min(item.seconds, left), record):
+            if not run(item, min(item.seconds, left - STOP), record):
                 failed.append(item.name)
     print("\n" + table(ROOT / "bench" / "results" / f"{env['device']}.jsonl", env["commit"]))
     if failed:
@@ -180,11 +206,14 @@ def run(item: Item, seconds: float, record: Record) -> bool:
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with log.open("w") as file:
+        # a process group of its own, not a session: what stops this program by its session stops the item, too
+        process = subprocess.Popen(item.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp)
         try:
-            done = subprocess.run(item.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds)
-            rc = done.returncode
+            rc = process.wait(seconds)
         except subprocess.TimeoutExpired:
             rc = 124
+        finally:
+            stop(process)
     spent = time.monotonic() - began
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     last = lines[-1][-160:] if lines else ""
@@ -193,6 +222,19 @@ def run(item: Item, seconds: float, record: Record) -> bool:
     if rc and item.check:
         print("\n".join(line for line in lines if re.match(r"(FAILED|ERROR)", line))[:3000], flush=True)
     return rc == 0
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End all processes that an item has started, of which a training run may write a checkpoint."""
+    deadline = time.monotonic() + STOP
+    with contextlib.suppress(ProcessLookupError):  # none is left
+        os.killpg(process.pid, signal.SIGTERM)
+        while time.monotonic() < deadline:
+            process.poll()
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def table(results: Path, commit: str) -> str:
@@ -212,4 +254,5 @@ def table(results: Path, commit: str) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally` in `run`
     sys.exit(main())

@@ -121,8 +121,8 @@ def not_captured(t: Trainer) -> str | None:
 
 
 def not_compiled(run: Run, device: torch.device) -> str | None:
-    """Why the method's forward is not compiled; None: it is.  With speed.compile=auto it is where a result in
-    bench/results shows equal losses and a shorter step."""
+    """Why the method's forward is not compiled; None: it is.  With speed.compile=auto it is where results of
+    bench/losses.py show equal losses and a shorter step (docs/measure.md)."""
     mode, set_on = run.speed.compile, "speed.compile=on compiles it"
     if mode != "auto":
         return None if mode == "on" else "speed.compile=off"

@@ -201,3 +201,83 @@ def test_collectives_are_recorded(bench, monkeypatch):
         "all_reduce": {"calls": 1, "bytes": 24},
         "all_gather_into_tensor": {"calls": 1, "bytes": 16},
     }
+
+
+def test_losses_of_two_settings_are_compared(bench, monkeypatch, capsys):
+    """With itself, with a slightly different momentum, and with another temperature."""
+    import losses
+
+    from fastssl import config, engine
+
+    def load(file, overrides):
+        run = cases.run("simclr", norm=False, batch=8)
+        for override in overrides:
+            config.set_override(run, override)
+        return run
+
+    recorded = []
+    monkeypatch.setattr(losses, "WINDOW", 4)
+    monkeypatch.setattr(losses.config, "load", load)
+    monkeypatch.setattr(engine, "build", lambda run, hooks: cases.build(run))
+    monkeypatch.setattr(losses.bench_step, "describe", lambda t: {})
+    monkeypatch.setattr(dist, "shutdown", lambda: None)
+    monkeypatch.setattr(losses, "append", lambda name, env, **found: recorded.append(found))
+    for b, verdict in (
+        ("optim.lr=0.05", "bits"),
+        ("optim.momentum=0.90001", "rounding"),
+        ("method.temperature=2.0", "different"),
+    ):
+        argv = ["losses.py", "x.py", "optim.lr=0.05", b, "log.probe=False", "--steps", "12"]
+        monkeypatch.setattr(sys, "argv", argv)
+        assert losses.main() == (verdict == "different"), capsys.readouterr().out
+        assert recorded[-1]["verdict"] == verdict
+        assert (recorded[-1]["a"], recorded[-1]["b"]) == (["optim.lr=0.05"], [b]) and recorded[-1]["ms_a_step"]["a"] > 0
+    assert recorded[1]["first"] == 0 and recorded[1]["apart"]["loss"] > 0
+    nan = float("nan")
+    assert (
+        losses.verdict({"loss": [1.0] * 8}, {"loss": [1.0, *[nan] * 7]}, {"loss": [2.0] * 8})["verdict"] == "different"
+    )
+    monkeypatch.setattr(sys, "argv", ["losses.py", "x.py", "a=1", "b=1", "--steps", "5"])
+    assert losses.main() == 2 and "at least 8, two windows of 4" in capsys.readouterr().err
+
+
+def test_a_run_is_recorded_and_continued(bench, monkeypatch, tmp_path, capsys):
+    """The command is replaced by one that writes the log of a run; the second is stopped by SIGTERM."""
+    import json
+
+    import run as bench_run
+
+    def step(n, **more):
+        times = {
+            "total_ms": 6.0 + n,
+            "step_ms": 6.0,
+            "data_ms": 0.0,
+            "other_ms": n,
+            "images_per_s": 100,
+            "memory_gib": 1,
+        }
+        return {"step": n, "epoch": 0, "loss": 5.0 - n, **times, **more}
+
+    folder = tmp_path / "named"
+    folder.mkdir()
+    lines = [step(1), step(2), {"step": 2, "epoch": 0, "knn_top1": 71.234}]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recorded: list[dict] = []
+    monkeypatch.setattr(bench_run, "append", lambda name, env, **found: recorded.append(found))
+    argv = ["run.py", "configs/quickstart.py", "name=named", f"log.root={tmp_path}"]
+    monkeypatch.chdir(ROOT)
+    for code, script in ((0, ""), (75, "import os, signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); ")):
+        end = "os.kill(os.getppid(), 15); time.sleep(60)" if code else "pass"
+        child = [sys.executable, "-c", script + end]
+        monkeypatch.setattr(bench_run, "start", lambda command, child=child: subprocess.Popen(child))
+        monkeypatch.setattr(sys, "argv", argv)
+        before = bench_run.signal.getsignal(bench_run.signal.SIGTERM)
+        try:
+            assert bench_run.main() == code
+        finally:
+            bench_run.signal.signal(bench_run.signal.SIGTERM, before)
+        found = recorded[-1]
+        assert found["finished"] is (code == 0) and found["steps"] == 2 and found["seconds"] == 0.0
+        assert found["command"].endswith("--continue") and found["knn_top1"] == {"1": 71.23}
+        assert found["longest_ms"] == {"2": 8, "1": 7} and found["ms"]["total"] == 7.5
+    assert "appended to" in capsys.readouterr().out

@@ -22,7 +22,7 @@ def lease(monkeypatch, tmp_path):
 
 
 def test_every_item_can_be_started(lease):
-    items = lease.items()
+    items = lease.items("0123456789ab+changes")
     assert len({i.name for i in items}) == len(items)
     for item in items:
         for word in item.command:
@@ -40,7 +40,7 @@ def test_a_second_call_continues_with_the_remaining_items(lease, monkeypatch, ca
         lease.Item(name, [sys.executable, "-c", script, str(ran), name, rc], 60, files)
         for name, rc, files in (("a", "0", ()), ("b", "3", ()), ("c", "0", ("absent.beton",)))
     ]
-    monkeypatch.setattr(lease, "items", lambda: made)
+    monkeypatch.setattr(lease, "items", lambda commit: made)
     monkeypatch.setattr(sys, "argv", ["lease.py"])
     assert lease.main() == 1
     assert lease.main() == 1
@@ -50,6 +50,28 @@ def test_a_second_call_continues_with_the_remaining_items(lease, monkeypatch, ca
     assert "c: skipped, absent.beton does not exist" in out
     (state,) = (lease.ROOT / "bench" / "results").glob("*-lease.json")
     assert {name: entry["rc"] for name, entry in json.loads(state.read_text()).items()} == {"a": 0, "b": 3}
+
+
+def test_an_item_at_its_limit_is_told_to_stop_with_its_children_and_the_next_one_runs(lease, monkeypatch, capsys):
+    """The first ignores SIGTERM and has started another process; the second uses it to write a checkpoint."""
+    ran, child = lease.ROOT / "ran", "import time; time.sleep(60)"
+    stubborn = "import signal, subprocess, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    stubborn += f"open({str(ran)!r}, 'a').write(str(subprocess.Popen([sys.executable, '-c', {child!r}]).pid) + ' ')\n"
+    polite = "import signal, sys, time\n"
+    polite += f"signal.signal(signal.SIGTERM, lambda *_: (open({str(ran)!r}, 'a').write('saved '), sys.exit(75)))\n"
+    made = [
+        lease.Item(name, [sys.executable, "-c", script + "time.sleep(60)"], 2)
+        for name, script in (("stubborn", stubborn), ("polite", polite))
+    ]
+    made.append(lease.Item("last", [sys.executable, "-c", f"open({str(ran)!r}, 'a').write('last')"], 30))
+    monkeypatch.setattr(lease, "items", lambda commit: made)
+    monkeypatch.setattr(lease, "STOP", 1)
+    monkeypatch.setattr(sys, "argv", ["lease.py"])
+    assert lease.main() == 1
+    pid, *rest = ran.read_text().split()
+    assert rest == ["saved", "last"]
+    assert not Path(f"/proc/{pid}").exists() or "Z (zombie)" in Path(f"/proc/{pid}/status").read_text()
+    assert capsys.readouterr().out.count("exit status 124") == 2
 
 
 def test_an_unknown_item_is_refused(lease, monkeypatch, capsys):
