@@ -69,7 +69,7 @@ def items(commit: str) -> list[Item]:
     """In order of value.  `commit` is part of the name of the training run, which continues in later calls."""
     py = sys.executable
     # other versions of a library may warn, which the tests' own settings turn into errors
-    pytest = [py, "-m", "pytest", "-n", "8", "-W", "default", "--durations=5"]
+    pytest = [py, "-m", "pytest", "-n", "12", "-vv", "--tb=short", "-W", "default", "--durations=5"]
     cifar, photos = ("data/cifar10_train.beton", "data/cifar10_test.beton"), ("data/photos.beton",)
     data = {"simclr_r18": cifar[:1], "barlow_vits16": photos}
     losses = {
@@ -220,7 +220,7 @@ def run(item: Item, seconds: float, record: Record) -> bool:
     record.write(item.name, rc, spent, last)
     print(f"{item.name}: {'done' if rc == 0 else f'exit status {rc}'} in {spent:.0f} s: {last}", flush=True)
     if rc and item.check:
-        print("\n".join(line for line in lines if re.match(r"(FAILED|ERROR)", line))[:3000], flush=True)
+        print("\n".join(line for line in lines if re.search(r"(^|\] )(FAILED|ERROR) ", line))[:3000], flush=True)
     return rc == 0
 
 
