@@ -1,5 +1,7 @@
 """LARS against plain translations of its two sources, SGD, clipping, and steps that overflow."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from optim_cases import SETTINGS, Net, batches
@@ -82,15 +84,32 @@ def test_lars_denominators_equal_their_sources(denominator):
     torch.testing.assert_close(w.detach(), plain - lr * eta * plain.norm() / below * decayed, rtol=1e-14, atol=0)
 
 
+def test_settings_reach_the_optimizer():
+    settings = replace(SETTINGS["solo"], dampening=0.2, nesterov=True)
+    found = optim.build(Net().named_parameters(), settings, steps_per_epoch=5)[0].defaults
+    names = ("clip_lr", "lr_in_momentum", "eta", "dampening", "nesterov", "momentum", "weight_decay", "lr")
+    assert {k: found[k] for k in names} == {k: getattr(settings, k) for k in names}
+    for wrong in ({"dampening": 0.1}, {"momentum": 0.0}):
+        with pytest.raises(ValueError, match="optim.nesterov=True needs optim.momentum above 0"):
+            optim.build(Net().named_parameters(), replace(SETTINGS["sgd"], **wrong), steps_per_epoch=5)
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_a_frozen_group_equals_dinos_gradient_of_none(name):
     """Neither decay nor moments nor the step count of Adam run on while a group is frozen."""
+    moments = {"betas": (0.8, 0.95), "eps": 1e-2} if name == "adamw" else {}
     settings = Optim(
-        name=name, lr=0.1, weight_decay=0.1, epochs=1, schedule="constant", paramwise={"^head": {"freeze_epochs": 0.6}}
+        name=name,
+        lr=0.1,
+        weight_decay=0.1,
+        epochs=1,
+        schedule="constant",
+        paramwise={"^head": {"freeze_epochs": 0.6}},
+        **moments,
     )
     nets = Net().double(), Net().double()
     ours, schedule = optim.build(nets[0].named_parameters(), settings, steps_per_epoch=5)
-    kind, options = (torch.optim.AdamW, {}) if name == "adamw" else (torch.optim.SGD, {"momentum": 0.9})
+    kind, options = (torch.optim.AdamW, moments) if name == "adamw" else (torch.optim.SGD, {"momentum": 0.9})
     theirs = kind(nets[1].parameters(), lr=0.1, weight_decay=0.1, **options)
     assert "frozen for 0.6 epochs" in schedule.table
     for step, (x, y) in enumerate(batches()):
@@ -119,6 +138,8 @@ def test_clip_each_equals_dinos_clipping():
         clipped += bool(factor < 1)
         want.append(p.detach() - p.grad * min(factor, 1.0))
     assert 0 < clipped < len(want)
+    together, _ = optim.build(net.named_parameters(), replace(settings, clip_each=False), steps_per_epoch=5)
+    assert together.clip_each == 0  # the engine clips
     optimizer.step()
     for p, value in zip(net.parameters(), want):
         torch.testing.assert_close(p.detach(), value, rtol=1e-13, atol=1e-15)
@@ -134,9 +155,10 @@ def test_lars_never_waits_for_the_device():
             seen.add(func.overloadpacket.__name__)
             return func(*args, **(kwargs or {}))
 
-    for name in ("lars", "solo"):
+    for name, found_inf in (("lars", None), ("solo", None), ("lars", torch.zeros(1))):
         net = Net()
         optimizer, schedule = optim.build(net.named_parameters(), SETTINGS[name], steps_per_epoch=5)
+        optimizer.found_inf = found_inf
         for p in net.parameters():
             p.grad = torch.ones_like(p)
         with Ops():
@@ -156,6 +178,11 @@ def test_parameters_without_gradient_do_not_change():
     assert not torch.equal(used, torch.ones(3, 3))
 
 
+def rates_to_tensors(optimizer):
+    for group in optimizer.param_groups:
+        group.update({k: torch.tensor(group[k]) for k in ("lr", "weight_decay")})
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_lr_and_weight_decay_may_be_tensors(name):
     """A captured step reads them from the device; the numbers are the same, but for the order of rounding."""
@@ -166,26 +193,32 @@ def test_lr_and_weight_decay_may_be_tensors(name):
         for step, (x, y) in enumerate(batches()):
             schedule.set_lr(optimizer, step)
             if as_tensor:
-                for group in optimizer.param_groups:
-                    group.update({k: torch.tensor(group[k]) for k in ("lr", "weight_decay")})
+                rates_to_tensors(optimizer)
             optimizer.zero_grad()
             (net(x) - y).square().mean().backward()
+            before = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
             optimizer.step()
+            assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == before
         results.append([p.detach() for p in net.parameters()])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("at", [0, 2])
-def test_a_step_that_overflowed_changes_nothing(name, at):
+DAMPED = Optim(name="sgd", lr=0.1, momentum=0.9, dampening=0.5, epochs=1)  # the first step has no dampening
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, "damped"])
+@pytest.mark.parametrize("at, as_tensor", [(0, False), (2, False), (2, True)])
+def test_a_step_that_overflowed_changes_nothing(name, at, as_tensor):
     """Neither parameters nor state: the run goes on as if the step had not been."""
     results = []
     for overflow in (False, True):
         net = Net()
-        optimizer, schedule = optim.build(net.named_parameters(), SETTINGS[name], steps_per_epoch=5)
+        optimizer, schedule = optim.build(net.named_parameters(), SETTINGS.get(name, DAMPED), steps_per_epoch=5)
         for step, (x, y) in enumerate(batches()):
             schedule.set_lr(optimizer, step)
+            if as_tensor:
+                rates_to_tensors(optimizer)
             optimizer.zero_grad()
             (net(x) - y).square().mean().backward()
             if overflow and step == at:
@@ -203,9 +236,10 @@ def test_a_step_that_overflowed_changes_nothing(name, at):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_sgd_equals_torchs():
+@pytest.mark.parametrize("kind", [{"nesterov": True, "dampening": 0.0}, {"nesterov": False, "dampening": 0.4}])
+def test_sgd_equals_torchs(kind):
     nets = Net().double(), Net().double()
-    ours, schedule = optim.build(nets[0].named_parameters(), SETTINGS["sgd"], steps_per_epoch=5)
+    ours, schedule = optim.build(nets[0].named_parameters(), replace(SETTINGS["sgd"], **kind), steps_per_epoch=5)
     options = [
         {
             "params": [p for n, p in nets[1].named_parameters() if n.startswith("predictor") == own],
@@ -213,7 +247,7 @@ def test_sgd_equals_torchs():
         }
         for own in (False, True)
     ]
-    theirs = torch.optim.SGD(options, lr=0.1, momentum=0.9, weight_decay=1e-2, nesterov=True)
+    theirs = torch.optim.SGD(options, lr=0.1, momentum=0.9, weight_decay=1e-2, **kind)
     for step, (x, y) in enumerate(batches()):
         schedule.set_lr(ours, step)
         theirs.param_groups[0]["lr"] = 0.1 * schedule.multiplier(step)

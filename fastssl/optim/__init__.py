@@ -21,19 +21,14 @@ DENOMINATORS: dict[str, dict[str, Any]] = {"openselfsup": {}, "larc": {"eps": 1e
 
 
 def build(
-    named_parameters: Iterable[tuple[str, Tensor]],
-    optim: Optim,
-    *,
-    steps_per_epoch: int,
-    total_steps: int | None = None,
-    impl: Impl = "auto",
+    named_parameters: Iterable[tuple[str, Tensor]], optim: Optim, *, steps_per_epoch: int, impl: Impl = "auto"
 ) -> tuple[torch.optim.Optimizer, Schedule]:
     """The optimizer of the trainable parameters and its schedule; `schedule.table` lists the parameter groups.
 
     `impl`: implementation of the update, "auto", "reference" or "triton"; AdamW is always torch's.
     Call `attach(engine)` after `deepspeed.initialize`, and `schedule.set_lr(optimizer, step)` before every step.
     """
-    schedule = Schedule(named_parameters, optim, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+    schedule = Schedule(named_parameters, optim, steps_per_epoch=steps_per_epoch)
     groups = [{"params": g.params, **g.options} for g in schedule.groups]
     clip_each = optim.clip if optim.clip_each else 0.0
     sgd = LarsOptions(

@@ -45,7 +45,7 @@ class Group:
 
 def matches(pattern: str, name: str, parameter: Tensor) -> bool:
     if pattern == NORM_AND_BIAS:
-        return len(getattr(parameter, "ds_shape", parameter.shape)) <= 1  # zero.Init leaves an empty 1-d placeholder
+        return parameter.ndim <= 1
     return re.search(pattern, name) is not None
 
 
@@ -126,7 +126,7 @@ def describe_groups(groups: list[Group]) -> str:
         options = ", ".join(f"{k} {v:g}" for k, v in g.options.items() if k != "lars_exclude")
         options += ", no LARS" * g.options.get("lars_exclude", False) + ", constant lr" * (g.schedule == "constant")
         options += f", frozen for {g.freeze_epochs:g} epochs" * bool(g.freeze_epochs)
-        count = sum(getattr(p, "ds_numel", p.numel()) for p in g.params)
+        count = sum(p.numel() for p in g.params)
         rows.append((" + ".join(g.patterns) or "(no pattern)", str(len(g.params)), f"{count:,}", options))
     a, b, c = (max(len(row[i]) for row in rows) for i in range(3))
     return "\n".join(f"{row[0]:<{a}}  {row[1]:>{b}}  {row[2]:>{c}}  {row[3]}" for row in rows)

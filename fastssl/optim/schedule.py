@@ -39,11 +39,9 @@ def _cosine(done: float, start: float, end: float) -> float:
 class Schedule:
     """The lr and weight decay of every group as functions of the step; it has no state to save in checkpoints."""
 
-    def __init__(
-        self, named: Iterable[tuple[str, Tensor]], optim: Optim, *, steps_per_epoch: int, total_steps: int | None = None
-    ):
+    def __init__(self, named: Iterable[tuple[str, Tensor]], optim: Optim, *, steps_per_epoch: int):
         self.optim, self.steps_per_epoch = optim, steps_per_epoch
-        self.total_steps = total_steps or optim.steps or optim.epochs * steps_per_epoch
+        self.total_steps = optim.steps or optim.epochs * steps_per_epoch
         if optim.schedule == "step" and not optim.milestones:
             raise ValueError("optim.schedule='step' needs optim.milestones, the epochs where lr falls by optim.gamma")
         if optim.warmup_epochs and optim.warmup_epochs * steps_per_epoch >= self.total_steps:
