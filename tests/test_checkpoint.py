@@ -18,12 +18,13 @@ from fastssl.checkpoint.resume import find_checkpoint
 from fastssl.report.run_data import has_checkpoint
 
 
-def write(run, step, keep=3):
+def write(run, step, keep=3, keep_interval=0):
     folder = disk.create(run, step)
     (folder / "more").mkdir()
     (folder / "more" / "states.pt").write_bytes(b"x" * 1000 + str(step).encode())
     (folder / "state.pt").write_bytes(b"y" * 10)
-    return disk.commit(folder, keep)
+    (folder / "empty").write_bytes(b"")
+    return disk.commit(folder, keep, keep_interval)
 
 
 def test_the_newest_checkpoints_are_kept_and_found(tmp_path):
@@ -65,6 +66,11 @@ def names(run):
     return sorted(int(p.name.removeprefix("step_")) for p in disk.directory(run).iterdir())
 
 
+def replace_by_a_device(path):
+    (path / "empty").unlink()
+    (path / "empty").symlink_to(os.devnull)  # which is empty, too; others can be read without end
+
+
 def change_a_byte(path):
     (path / "state.pt").write_bytes(b"z" * 10)
 
@@ -89,6 +95,57 @@ def test_damaged_checkpoints_do_not_count_among_those_kept(tmp_path, change):
     assert names(tmp_path) == [400, 500]
 
 
+def test_multiples_of_the_interval_are_kept(tmp_path):
+    for step in range(10, 70, 10):
+        write(tmp_path, step, keep=2, keep_interval=20)
+    assert names(tmp_path) == [20, 40, 50, 60]
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    change_a_byte(write(tmp_path, 1))
+    assert disk.damage(write(tmp_path, 1)) is None
+
+
+def test_files_manifest_and_folder_are_on_the_disk_before_older_ones_are_deleted(tmp_path, monkeypatch):
+    done, fsync, rmtree = [], os.fsync, disk.shutil.rmtree
+    write(tmp_path, 1)
+    monkeypatch.setattr(
+        disk.os, "fsync", lambda fd: (done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), fsync(fd))
+    )
+    monkeypatch.setattr(
+        disk.shutil, "rmtree", lambda path, **o: (done.append(f"delete {path.name}"), rmtree(path, **o))
+    )
+    folder = disk.create(tmp_path, 2)
+    disk.commit(folder, 1, entries={"state.pt": disk.write(folder / "state.pt", b"y")})
+    wanted = ["state.pt", "manifest.json", "checkpoints", "delete step_00000001"]
+    assert [step for step in done if step in wanted] == wanted
+
+
+def test_which_checkpoints_lead_to_another(tmp_path):
+    one, two = (tmp_path / "a" / f"step_{i:08d}" for i in (1, 2))
+    assert disk.is_at_or_before(one, two) and disk.is_at_or_before(two, two) and not disk.is_at_or_before(two, one)
+    assert not disk.is_at_or_before(tmp_path / "b" / one.name, two), "of another run"
+
+
+@pytest.mark.parametrize("name", ["../outside", "more/../../outside", "/etc/hostname", "a\0b"])
+def test_a_manifest_that_names_a_file_outside_is_damage(tmp_path, name):
+    path = write(tmp_path, 1)
+    manifest = json.loads((path / disk.MANIFEST).read_text())
+    manifest["files"][name] = manifest["files"]["state.pt"]
+    (path / disk.MANIFEST).write_text(json.dumps(manifest))
+    assert disk.damage(path) == "manifest.json is missing or unreadable"
+
+
+def test_a_checkpoint_of_an_earlier_process_is_read_once(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    known, read, sha256 = set(), [], disk.files.sha256
+    monkeypatch.setattr(disk.files, "sha256", lambda path: read.append(path.name) or sha256(path))
+    for step in (2, 3):
+        folder = disk.create(tmp_path, step)
+        disk.commit(folder, 9, entries={"state.pt": disk.write(folder / "state.pt", b"y")}, known=known)
+    assert sorted(read) == ["empty", "state.pt", "states.pt"]
+
+
 def test_a_checkpoint_found_complete_is_not_read_again(tmp_path, monkeypatch):
     known, read = set(), []
     monkeypatch.setattr(disk.files, "sha256", lambda path: read.append(path) or "")
@@ -105,13 +162,14 @@ def test_a_checkpoint_found_complete_is_not_read_again(tmp_path, monkeypatch):
         (lambda p: (p / "state.pt").write_bytes(b"z" * 10), "state.pt has changed"),
         (lambda p: (p / "state.pt").write_bytes(b"y" * 9), "state.pt has 9 bytes, not 10"),
         (lambda p: (p / "more" / "states.pt").unlink(), "states.pt is missing"),
+        (replace_by_a_device, "empty is missing"),
         (lambda p: (p / disk.MANIFEST).write_text('{"format": 1, "fi'), "manifest.json is missing or unreadable"),
     ],
 )
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, change, problem, capsys):
     write(tmp_path, 1)
     path = write(tmp_path, 2)
-    assert json.loads((path / disk.MANIFEST).read_text())["files"].keys() == {"state.pt", "more/states.pt"}
+    assert json.loads((path / disk.MANIFEST).read_text())["files"].keys() == {"state.pt", "more/states.pt", "empty"}
     change(path)
     assert disk.newest(tmp_path).name == "step_00000001"
     (line,) = capsys.readouterr().out.splitlines()
@@ -197,9 +255,18 @@ def test_any_rows_of_a_tensor_in_pieces_are_read(tmp_path):
     whole = torch.arange(10.0).view(5, 2)
     for rank, (start, stop) in enumerate(((0, 0), (0, 3), (3, 5))):
         save_file({pieces.piece("x", start): whole[start:stop].clone()}, tmp_path / str(rank))
-    saved = pieces.Pieces(tmp_path / str(rank) for rank in range(3))["x"]
-    for start, stop in itertools.combinations_with_replacement(range(6), 2):
-        assert torch.equal(saved[start:stop], whole[start:stop])
+    for ranks in ((0, 1, 2), (0, 2, 1)):
+        saved = pieces.Pieces(tmp_path / str(rank) for rank in ranks)["x"]
+        for start, stop in itertools.combinations_with_replacement(range(6), 2):
+            assert torch.equal(saved[start:stop], whole[start:stop])
+
+
+@pytest.mark.parametrize("start, shape", [(2, (2, 2)), (4, (2, 2)), (3, (2, 3)), (3, ())])
+def test_pieces_that_do_not_follow_each_other_are_refused(tmp_path, start, shape):
+    save_file({"x@0": torch.zeros(3, 2)}, tmp_path / "0")
+    save_file({f"x@{start}": torch.zeros(shape)}, tmp_path / "1")
+    with pytest.raises(ValueError, match=f"the pieces of x do not follow each other at {start}"):
+        pieces.Pieces([tmp_path / "0", tmp_path / "1"])
 
 
 @pytest.mark.parametrize("epochs, due", [(0.1, [1, 2, 3, 4]), (0.5, [2, 4]), (1, [4]), (0, [])])

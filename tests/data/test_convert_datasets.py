@@ -100,6 +100,10 @@ def test_incomplete_cifar(tmp_path, capsys):
     cifar(tmp_path / "py")
     (tmp_path / "py" / "data_batch_2").write_bytes(b"no pickle")
     assert "data_batch_2" in refused(capsys, "cifar10", tmp_path / "py", tmp_path / "new" / "o.beton")
+    batch = {b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]}
+    (tmp_path / "py" / "data_batch_2").write_bytes(pickle.dumps(batch, 2))
+    line = refused(capsys, "cifar10", tmp_path / "py", tmp_path / "new" / "o.beton")
+    assert "data_batch_2 has no 'labels' of 1 numbers from 0 to 9" in line
     (tmp_path / "py" / "data_batch_2").unlink()
     assert "incomplete" in refused(capsys, "cifar10", tmp_path / "py", tmp_path / "new" / "o.beton")
     assert convert("cifar10", tmp_path / "py", tmp_path / "o.beton", "--split", "test") == 0
@@ -180,6 +184,8 @@ def test_voc2007_that_is_incomplete(tmp_path, capsys):
     text = (main / "cat_trainval.txt").read_text()
     (main / "cat_trainval.txt").write_text(text.replace("000005 -1", "000005  x"))
     assert "000005 x" in refused(capsys, "voc2007", path, out)
+    (main / "cat_trainval.txt").write_text(text.replace("000005", "000099"))
+    assert "cat_trainval.txt does not list the images of trainval.txt" in refused(capsys, "voc2007", path, out)
     (main / "cat_trainval.txt").write_text(text)
     (path / "VOC2007" / "JPEGImages" / "000007.jpg").unlink()
     assert "000007.jpg" in refused(capsys, "voc2007", path, out)

@@ -30,6 +30,7 @@ def test_list_files(tmp_path):
         ('a.jpg,"x\n', "line 1"),
         ("a.jpg\0 1\n", "not a text file"),
         (",1\n,2\n", "the path is empty"),
+        ("path,label\na.jpg,0\n,1\n", "line 3: the path is empty"),
         ("\n\n", "lists no image"),
         ("a.jpg 20000000\n", "too large for 1 lines"),
     ],
@@ -75,6 +76,8 @@ def listed(tmp_path, text: str | bytes, *options) -> Stock:
         ("a.jpg\tn2\nb.jpg\tn1\n", [1, 0], ["n1", "n2"]),
         ("a.jpg 0\nb.jpg -1\nc.jpg 1\n", [0, -1, 1], ["0", "1"]),
         ("a.jpg -1\nb.jpg -1\n", [-1, -1], None),
+        ("a.jpg 999\nb.jpg 0\n", [999, 0], [str(i) for i in range(1000)]),
+        ("a.jpg , dog \nb.jpg, cat\n", [1, 0], ["cat", "dog"]),
     ],
 )
 def test_labels_in_a_list(tmp_path, text, labels, classes):
@@ -105,15 +108,31 @@ def test_tiny_imagenets_validation_list_gets_the_numbers_of_its_training_set(tmp
     assert "line 1: the label 'n02' is not one of the 2 classes" in line
 
 
+def test_a_label_is_a_name_first_and_otherwise_a_number(tmp_path, capsys):
+    (tmp_path / "names.txt").write_text("1\n0\ncat\n")
+    stock = listed(tmp_path, "a.jpg 1\nb.jpg cat\nc.jpg 2\n", "--classes", tmp_path / "names.txt")
+    assert stock.table["label"].tolist() == [0, 2, 2]
+    (tmp_path / "names.txt").write_text("cat\ndog\ncat\n")
+    line = refused(
+        capsys, "list", tmp_path / "l.txt", tmp_path / "new" / "o.beton", "--classes", tmp_path / "names.txt"
+    )
+    assert "the name 'cat' occurs more than once" in line
+    (tmp_path / "l.txt").write_text("a.jpg 0\nb.jpg\n")
+    line = refused(capsys, "list", tmp_path / "l.txt", tmp_path / "new" / "o.beton", "--label-columns", 2)
+    assert "line 2 has 1 columns, and --label-columns is 2" in line
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "a.jpg cat dog\nb.jpg\nc.jpg dog\n",
         "a.jpg,cat;dog\nb.jpg,\nc.jpg,dog\n",
+        "a.jpg,cat|dog\nb.jpg,\nc.jpg,dog\n",
         "a.jpg\tcat\tdog\nb.jpg\t\t\nc.jpg\tdog\t\n",
+        "a.jpg 0 1\nb.jpg -1\nc.jpg 1 -1\n",
     ],
 )
 def test_several_labels_per_line(tmp_path, text):
     stock = listed(tmp_path, text, "--label-columns", "2-")
-    assert stock.card["label"] == "multi" and stock.card["classes"] == ["cat", "dog"]
+    assert stock.card["label"] == "multi" and stock.card["classes"] == (["0", "1"] if "0" in text else ["cat", "dog"])
     assert [stock.vector(i).tolist() for i in range(3)] == [[1, 1], [0, 0], [0, 1]]

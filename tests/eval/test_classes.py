@@ -52,6 +52,7 @@ def files(tmp_path_factory):
         "bare": make(at / "bare.beton", train, 3, card=None),
         "other": make(at / "other.beton", ("red", "gray"), 3),
         "longer": make(at / "longer.beton", (*train, "gray"), 3, card="list"),
+        "twice": make(at / "twice.beton", ("red", "red", "blue"), 3),
         "none": make(at / "none.beton", train, 3, card="none", labels=[-1] * 9),
         "some": make(at / "some.beton", train, 3, labels=[0, 0, 0, 1, 1, -1, 2, 2, 2]),
     }
@@ -87,6 +88,8 @@ def test_labels_of_the_test_file_get_the_training_files_numbers(files, capsys, n
     "train, test, text",
     [
         ("train", "other", "different classes: 'gray' of the first is not among 'red', 'green', 'blue' of the second"),
+        ("train", "twice", "different classes: some names occur twice"),
+        ("twice", "one", "different classes: some names occur twice"),
         ("train", "longer", "has 4 classes .* and .*train.beton 3"),
         ("list", "subset", "has 2 classes .'green', 'blue'. and .*list.beton 3"),
         ("train", "none", "none.beton has no labels"),
@@ -98,6 +101,15 @@ def test_labels_of_the_test_file_get_the_training_files_numbers(files, capsys, n
 def test_files_that_do_not_match_are_refused(files, train, test, text):
     with pytest.raises(ValueError, match=text):
         match(load(files[train]), load(files[test]))
+
+
+def test_how_many_images_must_have_a_label(files):
+    match(load(files["some"]), load(files["same"]), "test")  # some images of the training file may have none
+    with pytest.raises(ValueError, match="some.beton has 1 of 9 images without label"):
+        match(load(files["same"]), load(files["some"]), "test")
+    match(load(files["train"]), load(files["none"]), "none")
+    with pytest.raises(ValueError, match="different classes"):
+        match(load(files["some"]), load(files["other"]), "none")
 
 
 def test_columns_of_several_labels_are_matched(tmp_path):

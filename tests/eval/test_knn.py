@@ -148,6 +148,11 @@ def test_a_collapsed_network_has_chance_accuracy():
     assert rows[1]["top1"] == 10 and rows[1]["top5"] == 50
 
 
+def test_a_class_without_neighbours_is_never_predicted():
+    (row,) = knn(torch.eye(4), torch.tensor([0, 0, 1, 1]), torch.eye(4)[:2], torch.tensor([0, 7]), k=(1,))["results"]
+    assert (row["top1"], row["top5"]) == (50, 50)
+
+
 def test_few_classes_have_no_top5():
     x, y = blobs(60, classes=5)
     assert set(knn(x, y, k=(3,))["results"][0]) == {"k", "top1"}

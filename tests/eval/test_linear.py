@@ -82,6 +82,26 @@ def test_classifiers_trained_together_are_those_trained_alone(digits):
         torch.testing.assert_close(together[:, i], probe._sgd(x, y, (rate,), 10, 5, 256, seed=0)[:, 0])
 
 
+def test_sgd_is_torchs_with_a_cosine_by_steps(digits):
+    x, y = probe._standardised(digits[0], *probe._mean_and_scale(digits[0]))[:300].double(), digits[1][:300]
+    w = torch.zeros(x.shape[1], 10, dtype=torch.float64, requires_grad=True)
+    sgd = torch.optim.SGD([w], lr=3.0, momentum=0.9)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 3 * 3)
+    for epoch in range(3):
+        for rows in torch.from_numpy(probe.permutation(300, 4, epoch + 1)).split(128):
+            sgd.zero_grad()
+            torch.nn.functional.cross_entropy(x[rows] @ w, y[rows]).backward()
+            sgd.step(), cosine.step()
+    ours = probe._sgd(x, y, (3.0,), 10, 3, 128, seed=4)[:, 0]
+    torch.testing.assert_close(ours, w.detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_a_batch_larger_than_the_data_is_all_of_it(digits):
+    x, y = probe._standardised(digits[0], *probe._mean_and_scale(digits[0])), digits[1]
+    large, whole = (probe._sgd(x, y, (3.0,), 10, 2, batch, seed=0) for batch in (5000, len(x)))
+    assert torch.equal(large, whole)
+
+
 def test_the_seed_decides_everything(digits):
     run = lambda seed: run_probe(*digits, epochs=3, seed=seed)  # noqa: E731
     torch.manual_seed(1)
@@ -104,8 +124,10 @@ def test_features_of_any_scale_and_dead_dimensions(digits):
     shift = torch.linspace(1, 1e3, 64)
     got = run_probe(train * shift + 5, y, test * shift + 5, test_y, epochs=20)["results"]
     assert got[0]["top1"] == pytest.approx(want[0]["top1"], abs=1.0)
-    dead = [torch.cat([x, x.new_full((len(x), 1), c)], 1) for x, c in ((train, 3.0), (test, 1e4))]
-    assert run_probe(dead[0], y, dead[1], test_y, epochs=20)["results"][0]["top1"] > 90
+    for rounding in (0.0, 3e-7):
+        dead = [torch.cat([x, x.new_full((len(x), 1), c)], 1) for x, c in ((train, 3.0), (test, 1e4))]
+        dead[0][::2, -1] += rounding
+        assert run_probe(dead[0], y, dead[1], test_y, epochs=20)["results"][0]["top1"] > 90
     assert run_probe(torch.ones(50, 4), y[:50], torch.ones(20, 4), y[:20], epochs=2)["results"][0]["top1"] <= 50
 
 
@@ -121,8 +143,12 @@ def test_one_sample_is_left_to_train_on(digits, monkeypatch):
     train, y, test, test_y = digits
     rows, sgd = [], probe._sgd
     monkeypatch.setattr(probe, "_sgd", lambda x, *rest: (rows.append(len(x)), sgd(x, *rest))[1])
-    run_probe(train[:30], y[:30], test[:9], test_y[:9], held_out=0.99, epochs=1)
+    found = run_probe(train[:30], y[:30], test[:9], test_y[:9], held_out=0.99, epochs=1)
     assert rows == [1, 30]  # 0.99 of 30 rows, rounded, are all of them
+    assert found["options"]["batch"] == 30
+    rows.clear()
+    run_probe(train[:30], y[:30], test[:9], test_y[:9], held_out=0.01, epochs=1)
+    assert rows == [29, 30]  # 0.01 of 30 rows, rounded, are none
 
 
 BAD = [

@@ -103,6 +103,15 @@ def test_centroids_are_means_and_empty_ones_do_not_change(impl, rows, dim, k, dt
     assert torch.equal(out[-1].cpu(), torch.full((dim,), 7.0))
 
 
+def test_more_than_65536_centroids():
+    k = 65536 * 2 + 9
+    labels = torch.tensor([5, 65536 + 5, k - 1, 5, 65536 * 2 + 5])
+    rows, out = torch.arange(1.0, 6.0)[:, None].repeat(1, 2), torch.zeros(k, 2)
+    update_centroids_(out, rows, labels, impl="reference")
+    found = {int(c): out[c, 0].item() for c in out[:, 0].nonzero()}
+    assert found == {5: 2.5, 65536 + 5: 2.0, k - 1: 3.0, 65536 * 2 + 5: 5.0}
+
+
 @needs_triton
 def test_in_place_kernels_compile_fullgraph():
     start = torch.randn(12, 32, device=DEVICE)
