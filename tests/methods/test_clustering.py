@@ -33,6 +33,13 @@ def test_npid_negatives_depend_on_sample_and_epoch():
     again = method.draw_negatives(SimpleNamespace(index=torch.tensor([5, 2]), epoch=3))
     assert torch.equal(again, whole[[5, 2]])
     assert not torch.equal(method.draw_negatives(SimpleNamespace(index=torch.arange(8), epoch=4)), whole)
+    shared = [
+        method.draw_shared_negatives(SimpleNamespace(index=torch.arange(8), epoch=e, step=s))
+        for e, s in ((3, 5), (4, 5), (3, 6))
+    ]
+    method.seed += 1
+    other = method.draw_negatives(SimpleNamespace(index=torch.arange(8), epoch=3))
+    assert len({tuple(row.tolist()) for row in (*whole, *other, *shared)}) == 8 + 8 + 3, "all are different"
     counts = torch.bincount(whole.flatten(), minlength=60)
     assert counts.shape == (60,) and (counts - 8 * 4001 / 60).abs().max() < 6 * (8 * 4001 / 60) ** 0.5
 
@@ -103,6 +110,11 @@ def test_deepcluster_before_epoch_assigns_clusters_and_resets_the_head():
     assert not torch.equal(method.head.weight, before) and method.head.bias.abs().max() == 0
     assert abs(method.head.weight.std() - 0.01) < 0.003
     assert method.order(0) is None
+    head, labels = method.head.weight.clone(), method.labels.clone()
+    method.before_epoch(1, lambda name: (x[shuffled], shuffled))
+    assert not torch.equal(method.head.weight, head) and not torch.equal(method.labels, labels)
+    method.before_epoch(0, lambda name: (x[shuffled], shuffled))
+    assert torch.equal(method.head.weight, head) and torch.equal(method.labels, labels)
 
     logits = rows(N, 5)
     want = torch.nn.functional.cross_entropy(logits, method.labels[:N], weight=method.weights)
@@ -113,6 +125,7 @@ def test_deepcluster_uniform_sampling_draws_clusters_equally_often():
     method = build("deepcluster", clusters=5, pca_dim=0)
     method.labels.copy_(torch.tensor([0] * 40 + [3] * 20))
     assert np.bincount(method.labels[method.order(2)]).tolist() == [30, 0, 0, 30]
+    assert method.order(2).tolist() == method.order(2).tolist() != method.order(3).tolist()
     assert torch.equal(method.weights, torch.full((5,), 0.2).double())
 
 
@@ -165,7 +178,7 @@ def test_odc_first_epoch_starts_from_kmeans_of_unit_embeddings():
 
 
 def test_odc_step_equals_the_formulas():
-    method = odc(clusters=4, momentum=0.5, centroid_interval=2, min_cluster_size=1)
+    method = odc(clusters=4, momentum=0.75, centroid_interval=3, min_cluster_size=1)
     x, group = groups(40, D)
     group %= 4
     bank = torch.nn.functional.normalize(x, dim=1)
@@ -179,9 +192,9 @@ def test_odc_step_equals_the_formulas():
 
     z = rows(N, D, seed=4).detach()
     centroids = array(method.centroids).copy()
-    mixed = unit(0.5 * array(bank) + 0.5 * 0)
+    mixed = array(bank).copy()
     for i, row in zip(some.index.tolist(), unit(array(z))):  # of the two rows of sample 7 the last one counts
-        mixed[i] = unit(0.5 * array(bank)[i] + 0.5 * row)
+        mixed[i] = unit(0.25 * array(bank)[i] + 0.75 * row)
     new = (mixed @ centroids.T).argmax(1)
     labels = array(group).copy()
     labels[some.index] = new[some.index]
@@ -189,11 +202,11 @@ def test_odc_step_equals_the_formulas():
     np.testing.assert_allclose(array(method.bank.local_rows)[some.index], mixed[some.index], rtol=1e-12)
     assert method.labels.tolist() == labels.tolist() and labels.tolist() != group.tolist()
     close(method.loss({"logits": logits}, some)["changed"], (labels != array(group))[some.index].mean())
-    np.testing.assert_allclose(array(method.centroids), centroids, rtol=1e-12)  # every second step
+    np.testing.assert_allclose(array(method.centroids), centroids, rtol=1e-12)  # every third step
     sizes = np.bincount(labels, minlength=4) + 1e-5
     np.testing.assert_allclose(array(method.weights), sizes**-0.5 / (sizes**-0.5).sum(), rtol=1e-6)
 
-    some.step = 1
+    some.epoch, some.step = 1, 1  # the twelfth step, ten an epoch
     method.after_step({"z": z}, some, 0.2)
     for k in range(4):
         torch.testing.assert_close(method.centroids[k], method.bank.local_rows[method.labels == k].mean(0))
@@ -220,6 +233,25 @@ def test_odc_replaces_small_clusters_by_parts_of_the_largest():
     before = got.clone()
     method.replace_small_clusters()
     assert torch.equal(method.labels, before), "no cluster is too small any more"
+
+
+def test_odc_clusters_of_the_smallest_size_stay():
+    method = odc(min_cluster_size=15)
+    bank, labels = torch.nn.functional.normalize(rows(60, D).detach(), dim=1), torch.arange(60) % 4
+    set_odc(method, bank, labels.clone())
+    method.replace_small_clusters()
+    assert torch.equal(method.labels, labels)
+
+
+def test_odc_sums_fit_and_an_empty_cluster_keeps_its_centroid():
+    method, bank = odc(), torch.zeros(60, D).double()
+    bank[:, 0] = 1  # the sum of all is the largest that there is
+    set_odc(method, bank, torch.zeros(60, dtype=torch.int64))
+    method.centroids.copy_(rows(4, D).detach())
+    before = method.centroids[1:].clone()
+    method.update_centroids()
+    torch.testing.assert_close(method.centroids[0], bank[0])
+    assert torch.equal(method.centroids[1:], before)
 
 
 def test_odc_incremental_sums_equal_a_recount():
@@ -285,6 +317,7 @@ def test_deepclusterv2_clusterings_use_the_crops_in_turn():
         torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(5).double())
         nearest = (method.memory.local_rows[:, i % 2] @ prototypes.T).argmax(1)
         assert torch.equal(nearest, method.labels[i])
+    assert not torch.equal(method.labels[0], method.labels[2]), "another initialisation for each"
     before = method.labels.clone()
     method.before_epoch(1, None)
     assert not torch.equal(method.labels, before), "another initialisation in each epoch"

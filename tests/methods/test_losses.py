@@ -147,10 +147,20 @@ def test_dino_loss_and_center_equal_the_formulas():
     torch.testing.assert_close(method.center, 0.9 * center + 0.1 * t.detach().mean((0, 1)), rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("queue", [0, 8])
-def test_swav_loss_equals_the_formula(queue):
-    method = build("swav", dims=(4, D), prototypes=3, queue=queue, queue_epoch=1)
+@pytest.mark.parametrize("queue, weight_norm", [(0, False), (8, False), (8, True)])
+def test_swav_loss_equals_the_formula(queue, weight_norm):
+    method = build(
+        "swav",
+        dims=(4, D),
+        prototypes=3,
+        queue=queue,
+        queue_epoch=1,
+        weight_norm=weight_norm,
+        sinkhorn_iterations=3 + weight_norm,
+    )
     method.prototypes.normalize_()
+    with torch.no_grad():
+        method.prototypes.weight *= 1 + weight_norm  # with it their length does not matter
     scores = rows(N, 3, 3, seed=4)
     want = []
     for i in range(2):
@@ -160,7 +170,7 @@ def test_swav_loss_equals_the_formula(queue):
             own = np.concatenate([own, array(method.queue)[i] @ unit(w).T])
         q = np.exp(own / 0.05).T  # as in the paper's appendix: prototypes x samples
         q /= q.sum()
-        for _ in range(3):
+        for _ in range(3 + weight_norm):
             q /= q.sum(1, keepdims=True) * 3
             q /= q.sum(0, keepdims=True) * q.shape[1]
         q = (q * q.shape[1]).T[:N]
@@ -217,6 +227,8 @@ def test_densecl_matches_positions_by_backbone_features():
     x = torch.rand(2, 3, 4, 4).double()
     out = method([x, x.flip(3)], batch(2))  # the same image flipped: each position matches its mirror image
     assert out["match"].tolist() == [[1, 0, 3, 2]] * 2
+    out = method([x, x.rot90(1, (2, 3))], batch(2))
+    assert out["match"].tolist() == [[2, 0, 3, 1]] * 2
 
 
 def test_supervised_ignores_images_without_labels():
@@ -255,13 +267,13 @@ def test_relative_loc_gradients_equal_those_of_all_pairs():
 
 
 def test_sigreg_equals_the_integral():
-    method = build("lejepa", directions=4, knots=2001, sigreg_weight=0.3)
+    method = build("lejepa", directions=4, knots=2001, sigreg_weight=0.3, t_max=4.0)
     z = rows(N, 3, D)
     out = method.loss({"z": z}, batch(epoch=2, step=5))
     generator = torch.Generator().manual_seed(method.seed + (2 << 32) + 5)
     a = torch.randn(D, 4, generator=generator).numpy().astype(np.float64)
     a /= np.linalg.norm(a, axis=0)
-    t = np.linspace(-5, 5, 20001)
+    t = np.linspace(-4, 4, 20001)
     gauss, found = np.exp(-(t**2) / 2), []
     for v in range(3):
         for m in range(4):
