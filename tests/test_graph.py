@@ -374,11 +374,11 @@ FIRST = {"simclr": "lars", "byol": "lars", "moco": "sgd", "barlow": "sgd", "dino
 REST = {n: "sgd" for n in cases.CASES if n not in FIRST and n not in ("deepcluster pic", "odc", "lejepa")}
 
 
-def build_gpu(name: str, optimizer: str, graph: str, precision: str = "fp16"):
+def build_gpu(name: str, optimizer: str, graph: str, precision: str = "fp16", skip: int = 0):
     run = cases.run(name, norm=cases.CASES[name].norm, batch=BATCH, steps=40)
     run.hooks = (hooks.LinearProbe(),)
     run.deterministic, run.optim.precision, run.speed.graph, run.optim.name = True, precision, graph, optimizer
-    run.optim.schedule = "cosine"
+    run.optim.schedule, run.optim.skip_nonfinite = "cosine", skip
     if optimizer == "adamw":
         run.optim.lr, run.optim.weight_decay_end = 1e-3, 1e-2
     if run.backbone.norm == "gn":
@@ -406,6 +406,28 @@ def test_a_replay_equals_the_eager_step_bit_for_bit(name):
     (a, b) = made.values()
     assert a[0] == b[0] and a[3] == b[3] and torch.equal(a[2], b[2])
     assert_same(a[1], b[1])
+
+
+@pytest.mark.gpu
+def test_skipped_steps_are_the_same_with_a_graph():
+    made = []
+    for graph in ("off", "on"):
+        t = build_gpu("simclr", "lars", graph, skip=2)
+        made.append((advance(t, seeded(t), 10, poison=(1, 7)), contents(t)))
+        assert (t.capturable_step.reason is None) == (graph == "on"), t.capturable_step.reason
+    assert made[0][0] == made[1][0]
+    assert_same(made[0][1], made[1][1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["simclr", "byol", "dino", "mae"])
+def test_micro_batches_have_the_losses_of_one_batch_on_a_gpu(name):
+    """Within the rounding of TF32; tests/methods/test_accumulation.py has the exact comparison, on a CPU."""
+    made = []
+    for micro in (None, BATCH // 4):
+        t = build(name, "cuda", optim_lr=2.0**-8, speed_micro_batch=micro, settings={"norm": False})
+        made.append(torch.tensor(advance(t, seeded(t), 4)))
+    torch.testing.assert_close(*made, rtol=1e-2, atol=0)
 
 
 @pytest.mark.gpu

@@ -31,7 +31,7 @@ class Poisoned(torch.nn.Module):
         y = self.block(x)
         if self.row is None:
             return y
-        weight = torch.ones(len(y), *(1 for _ in y.shape[1:]))
+        weight = y.new_ones(len(y), *(1 for _ in y.shape[1:]))
         weight[self.row] = math.nan
         if self.where == "output":
             return y * weight
@@ -88,9 +88,9 @@ def poison(monkeypatch):
     dist.shutdown()
 
 
-def fit(run, **options):
-    dist.init("cpu")
-    return engine.fit(run, hooks=[], device="cpu", loader=cases.loader(run), **options)
+def fit(run, device="cpu", **options):
+    dist.init(device)
+    return engine.fit(run, hooks=[], device=device, loader=cases.loader(run, device), **options)
 
 
 def step_of(sample: int, epoch: int) -> int:
@@ -104,14 +104,21 @@ def seen_in(epoch: int) -> int:
     return next(b for b in cases.loader(make_run(Path(), "any")).epoch(epoch) if b.step == 1).index[3].item()
 
 
-@pytest.mark.parametrize("where, what", [("output", "output of backbone.layer2"), ("gradient", "gradient of ")])
-def test_the_run_ends_and_names_the_step_the_sample_and_the_first_tensor(tmp_path, poison, where, what):
+@pytest.mark.parametrize(
+    "where, what, device",
+    [
+        ("output", "output of backbone.layer2", "cpu"),
+        ("gradient", "gradient of ", "cpu"),
+        pytest.param("output", "output of backbone.layer2", "cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_the_run_ends_and_names_the_step_the_sample_and_the_first_tensor(tmp_path, poison, where, what, device):
     sample = seen_in(1)
     assert step_of(sample, 1) == BAD
     poison(where, sample, (1,))
-    run = make_run(tmp_path, where)
+    run = make_run(tmp_path, where, speed_graph="off")  # the poison is Python in the forward
     with pytest.raises(ValueError) as error:
-        fit(run)
+        fit(run, device)
     message = str(error.value)
     assert f"the loss is nan since step {BAD if where == 'output' else BAD + 1} (epoch 1): lower optim.lr" in message
     assert f"the first tensor that is not finite, in step {BAD}: {what}" in message
@@ -122,8 +129,8 @@ def test_the_run_ends_and_names_the_step_the_sample_and_the_first_tensor(tmp_pat
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{BAD - 1:08d}"]
     assert [p.name for p in (tmp_path / where / "checkpoints").iterdir()] == ["step_00000004"]
 
-    dist.init("cpu")
-    t = engine.build_plain(run, "cpu", cases.loader(run))
+    dist.init(device)
+    t = engine.build_plain(run, device, cases.loader(run, device))
     assert f"in step {BAD}: {what}" in nonfinite.replay(t, engine.batches)
 
 
