@@ -50,7 +50,7 @@ class LossScaler:
     INTERVAL = 2000
 
     def __init__(self, precision: Precision, device: torch.device | str = "cpu", skip_nonfinite: int = 0):
-        """`skip_nonfinite`: of OptimConfig.  If it is not 0, gradients are checked at every precision, and no step is
+        """`skip_nonfinite`: of config.Optim.  If it is not 0, gradients are checked at every precision, and no step is
         applied after more than so many steps in a row whose gradients are not finite at scale 1."""
         self.dynamic, self.skip_nonfinite = precision == "fp16", skip_nonfinite
         self.checked = self.dynamic or skip_nonfinite > 0  # whether gradients are checked

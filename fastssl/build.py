@@ -151,11 +151,11 @@ def build_method(run: Run, loader: Loader) -> nn.Module:
         method = run.method.build(backbone, context)
     contract.check_method(method, run.method)
     check_views(method, run.data.views)
-    if run.optim.batch < getattr(method, "min_batch", 1) and dist.is_main():
+    min_batch = getattr(method, "min_batch", 1)
+    if run.optim.batch < min_batch and dist.is_main():
         warnings.warn(
-            f"optim.batch={run.optim.batch}: the loss of {type(method).__name__} compares the images of a "
-            "batch, and here there is one; use a larger optim.batch (it counts the "
-            "images of all GPUs together; speed.micro_batch limits the memory)",
+            f"optim.batch={run.optim.batch}: the loss of {type(method).__name__} compares the images of a batch and "
+            f"needs {min_batch} or more, of all GPUs together (speed.micro_batch limits the memory)",
             stacklevel=2,
         )
     return method

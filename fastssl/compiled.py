@@ -15,8 +15,8 @@ from fastssl.files.untrusted import one_line
 Forward = Callable[..., dict[str, Tensor]]
 
 
-def compile_forward(forward: Forward, required: bool, backend: str = "inductor") -> Forward:
-    """`forward` compiled with its backward, when it is first called and for every new shape.
+def compile_forward(forward: Forward, required: bool) -> Forward:
+    """`forward` compiled by inductor with its backward, when it is first called and for every new shape.
 
     If that fails: ValueError where it is `required`; otherwise the reason is printed once, and the graph runs
     uncompiled.  A graph is compiled before any of it runs, so statistics and random states are those before the call.
@@ -30,7 +30,7 @@ def compile_forward(forward: Forward, required: bool, backend: str = "inductor")
         try:
             # the backward, too: by default it is compiled when it first runs, and the forward would have run before
             with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
-                return torch._dynamo.lookup_backend(backend)(graph, inputs)
+                return torch._dynamo.lookup_backend("inductor")(graph, inputs)
         except Exception as error:  # of a compiler or of a pass of inductor
             if required:
                 raise

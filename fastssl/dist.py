@@ -83,15 +83,15 @@ def shutdown() -> None:
     _wait_for_gloo()
 
 
-def _wait_for_gloo(seconds: float = 10.0) -> None:
-    """Wait until gloo's threads are idle.
+def _wait_for_gloo() -> None:
+    """Wait, at most 10 seconds, until gloo's threads are idle.
 
     A gloo thread releases the tensors of a collective some time after the caller has returned, and needs the
     interpreter for it.  If the interpreter is finalising, the thread is ended, which aborts the process after a
     successful run.  Destroyed groups join their threads, but DeepSpeed's hooks keep some groups alive.  A thread that
     waits for the interpreter gets it while this one sleeps: one whose state is equal before and after is idle.
     """
-    deadline, before = time.monotonic() + seconds, None
+    deadline, before = time.monotonic() + 10, None
     while (now := _gloo_threads()) != before or any("State:\tS (sleeping)" not in lines for lines in now.values()):
         if time.monotonic() > deadline:
             break

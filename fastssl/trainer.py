@@ -111,10 +111,6 @@ class Trainer:
     def total_steps(self) -> int:
         return self.schedule.total_steps
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.loader.steps
-
     def log(self, scalars: dict[str, Any]) -> None:
         """Add numbers, or 0-dim tensors, to the record of this step.  Tensors are averaged over ranks: log them on
         every rank."""

@@ -16,9 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from fastssl.ending.signals import HANDLED, INTERRUPTED, REQUEUE
+from fastssl.ending.signals import INTERRUPTED, REQUEUE, handled_by
 
 FINAL = (0, 2, REQUEUE, INTERRUPTED)
 PAUSE_S = 1.0  # before a restart
@@ -30,22 +29,23 @@ LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # variables of deepspeed and 
 def supervise(command: Sequence[str], restarts: int) -> int:
     """Run `command` (the training, without --restarts), with restarts; returns the last exit code.
 
-    The signals HANDLED are passed on to the child.  After a signal there is no restart; unless the child ends with a
-    code in FINAL, the result is then REQUEUE (INTERRUPTED for Ctrl-C)."""
-    with tempfile.TemporaryDirectory(prefix="fastssl-") as folder, _Rank(_marker(folder)) as rank:
-        attempt = 0
-        while True:
-            code = rank.run(continue_command(command) if rank.saved.exists() else command, attempt)
-            if code in FINAL:
-                return code
-            if not rank.stop and attempt < restarts:
-                _announce(code, attempt + 1, restarts)
-                time.sleep(PAUSE_S)
-            if rank.stop:
-                return INTERRUPTED if rank.stop == signal.SIGINT else REQUEUE
-            if attempt == restarts:
-                return code
-            attempt += 1
+    Its signals (signals.HANDLED) are passed on to the child.  After a signal there is no restart; unless the child ends
+    with a code in FINAL, the result is then REQUEUE (INTERRUPTED for Ctrl-C)."""
+    with tempfile.TemporaryDirectory(prefix="fastssl-") as folder:
+        rank, attempt = _Rank(_marker(folder)), 0
+        with handled_by(rank.pass_on):
+            while True:
+                code = rank.run(continue_command(command) if rank.saved.exists() else command, attempt)
+                if code in FINAL:
+                    return code
+                if not rank.stop and attempt < restarts:
+                    _announce(code, attempt + 1, restarts)
+                    time.sleep(PAUSE_S)
+                if rank.stop:
+                    return INTERRUPTED if rank.stop == signal.SIGINT else REQUEUE
+                if attempt == restarts:
+                    return code
+                attempt += 1
 
 
 def _marker(folder: str) -> Path:
@@ -78,24 +78,13 @@ def continue_command(command: Sequence[str]) -> list[str]:
 
 
 class _Rank:
-    """Runs the rank as a child process.  Inside `with`, signals are passed on to the child."""
+    """Runs the rank as a child process."""
 
     def __init__(self, saved: Path):
         self.saved, self.stop = saved, 0  # `stop`: the first signal
         self._child: subprocess.Popen | None = None
-        self._before: dict[int, Any] = {}  # handlers, as signal.signal returns them
 
-    def __enter__(self) -> _Rank:
-        for number in HANDLED:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # under nohup the child ignores it, too
-                self._before[number] = signal.signal(number, self._pass_on)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _pass_on(self, number: int, frame: FrameType | None = None) -> None:
+    def pass_on(self, number: int, frame: FrameType | None = None) -> None:
         self.stop = self.stop or number
         if self._child is not None:
             self._child.send_signal(number)
@@ -112,7 +101,7 @@ class _Rank:
                 return code if code >= 0 else 128 - code
             except subprocess.TimeoutExpired:
                 if launched and os.getppid() != parent:  # the launcher has ended
-                    self._pass_on(signal.SIGTERM)
+                    self.pass_on(signal.SIGTERM)
                     parent = os.getppid()
 
     def _environment(self, attempt: int) -> dict[str, str]:

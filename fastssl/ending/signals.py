@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as td
@@ -31,26 +32,34 @@ class Stopped(SystemExit):
         super().__init__(INTERRUPTED if number == signal.SIGINT else REQUEUE)
 
 
+@contextlib.contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Inside, the signals HANDLED call `handler`.  Those that the process ignores (SIGHUP under nohup) stay ignored."""
+    taken = [number for number in HANDLED if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    before = [(number, signal.signal(number, handler)) for number in taken]
+    try:
+        yield
+    finally:
+        for number, old in before:
+            signal.signal(number, old)
+
+
 class Signals:
-    """Inside `with`, the signals HANDLED are recorded and do not end the process; a second Ctrl-C interrupts at once.
-    Signals that the process ignores (SIGHUP under nohup) stay ignored."""
+    """Inside `with`, the signals HANDLED are recorded and end nothing; a second Ctrl-C interrupts at once."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self._number, self._time = 0, 0.0
-        self._before: dict[int, Any] = {}  # handlers, as signal.signal returns them
+        self._handled = contextlib.ExitStack()
         self._sent: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():  # only the main thread may set handlers
-            for number in HANDLED:
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self._before[number] = signal.signal(number, self._record)
+            self._handled.enter_context(handled_by(self._record))
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handled.close()
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         if number == self._number == signal.SIGINT and time.monotonic() - self._time > REPEAT_S:

@@ -121,10 +121,10 @@ def read_json(path: str | Path, max_bytes: int = JSON_BYTES) -> Any:
     return parse_json(_read_bytes(path, max_bytes), path)
 
 
-def read_lines(path: str | Path, max_bytes: int = JSON_BYTES) -> list[str]:
-    """The lines of a text file in UTF-8 of at most `max_bytes` bytes, without empty ones and spaces around them."""
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file in UTF-8 of at most JSON_BYTES bytes, without empty ones and spaces around them."""
     try:
-        text = _read_bytes(path, max_bytes).decode("utf-8-sig")
+        text = _read_bytes(path, JSON_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file: {error.reason} for UTF-8 at byte {error.start}") from None
     return [line.strip() for line in text.splitlines() if line.strip()]

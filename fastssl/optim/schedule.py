@@ -67,9 +67,7 @@ class Schedule:
     def set_lr(self, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Set the options of every group of `optimizer` (ours or DeepSpeed's wrapper) for `step`.
 
-        Returns the lr of a group without patterns.  All options are set, not only lr, because DeepSpeed's universal
-        checkpoints restore every group with the options of the first.
-        """
+        Returns the lr of a group without patterns."""
         groups = optimizer.param_groups
         assert len(groups) == len(self.groups), (len(groups), len(self.groups))
         factor, decay = self.multiplier(step), 1.0

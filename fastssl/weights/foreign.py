@@ -7,7 +7,7 @@ MAE, solo-learn, VISSL's `trunk._feature_blocks.`, ...).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -98,18 +98,15 @@ def check_num_heads(file: str, table: Tensor, net: nn.Module, spec: Backbone) ->
         )
 
 
-def _by_patterns(*rules: tuple[str, str]) -> Callable[[list[str]], dict[str, str]]:
-    compiled = [(re.compile(pattern), new) for pattern, new in rules]
+def by_patterns(*rules: tuple[str, str | Callable]) -> Callable[[Iterable[str]], dict[str, str]]:
+    """A function from keys to their new names: each rule (regular expression, replacement) is applied in turn."""
 
-    def rename(keys: list[str]) -> dict[str, str]:
-        out = {}
-        for key in keys:
-            out[key] = key
-            for pattern, new in compiled:
-                out[key] = pattern.sub(new, out[key])
-        return out
+    def renamed(key: str) -> str:
+        for pattern, new in rules:
+            key = re.sub(pattern, new, key)
+        return key
 
-    return rename
+    return lambda keys: {key: renamed(key) for key in keys}
 
 
 def _children(relu: bool, keys: list[str]) -> dict[str, str]:
@@ -136,9 +133,9 @@ NO_RELU = "numbered children without the stem's ReLU"
 LAYOUTS: dict[str, Callable[[list[str]], dict[str, str]]] = {
     "numbered children": partial(_children, True),  # of torchvision's ResNet: lightly's examples, PyTorch-BYOL
     NO_RELU: partial(_children, False),  # of lightly's ResNet, in its CIFAR benchmarks
-    "shortcut for downsample": _by_patterns((r"(layer\d\.\d+\.)shortcut\.", r"\1downsample.")),  # lightly's ResNet
-    "OpenMMLab group norm": _by_patterns((r"(^|\.)gn(\d)\.", r"\1bn\2.")),
-    "OpenMMLab ViT": _by_patterns(
+    "shortcut for downsample": by_patterns((r"(layer\d\.\d+\.)shortcut\.", r"\1downsample.")),  # lightly's ResNet
+    "OpenMMLab group norm": by_patterns((r"(^|\.)gn(\d)\.", r"\1bn\2.")),
+    "OpenMMLab ViT": by_patterns(
         (r"(^|\.)layers\.(\d+)\.ffn\.layers\.0\.0\.", r"\1layers.\2.mlp.fc1."),
         (r"(^|\.)layers\.(\d+)\.ffn\.layers\.1\.", r"\1layers.\2.mlp.fc2."),
         (r"(^|\.)layers\.(\d+)\.ln(\d)\.", r"\1blocks.\2.norm\3."),
@@ -146,7 +143,7 @@ LAYOUTS: dict[str, Callable[[list[str]], dict[str, str]]] = {
         (r"(^|\.)ln1\.(weight|bias)$", r"\1norm.\2"),
         (r"(^|\.)patch_embed\.projection\.", r"\1patch_embed.proj."),
     ),
-    "torchvision ViT": _by_patterns(
+    "torchvision ViT": by_patterns(
         (r"(^|\.)conv_proj\.", r"\1patch_embed.proj."),
         (r"(^|\.)class_token$", r"\1cls_token"),
         (r"(^|\.)encoder\.pos_embedding$", r"\1pos_embed"),

@@ -15,13 +15,11 @@ Backend = Literal["torch", "faiss"]
 Search = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # (queries, exclude) -> see `nearest`
 
 
-def nearest(
-    bank: Tensor, queries: Tensor, k: int, *, exclude: Tensor | None = None, backend: Backend = "torch"
-) -> tuple[Tensor, Tensor]:
+def nearest(bank: Tensor, queries: Tensor, k: int, *, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Cosine similarities (M, k) of queries (M, dim) with their nearest rows of bank (N, dim), nearest first, and these
     rows' numbers, int64 (M, k).  `exclude`: int64 (M,), for each query a row of the bank that is not a neighbour:
     itself.  ValueError if fewer than k rows are left."""
-    search, starts = make_search(bank, k, backend), range(0, len(queries), QUERIES)
+    search, starts = make_search(bank, k), range(0, len(queries), QUERIES)
     parts = [search(queries[i : i + QUERIES], None if exclude is None else exclude[i : i + QUERIES]) for i in starts]
     if not parts:
         return queries.new_empty(0, k), torch.empty(0, k, dtype=torch.int64, device=queries.device)

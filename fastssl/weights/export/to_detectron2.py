@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,16 @@ from torch import Tensor
 from fastssl import files
 from fastssl.config import Backbone
 from fastssl.weights.export.common import normalization, unsupported
+from fastssl.weights.foreign import by_patterns
 
-
-def detectron2_names(keys: Iterable[str]) -> dict[str, str]:
-    """torchvision's names of a ResNet's tensors -> detectron2's."""
-    rules = (
-        (r"^(?!layer)", "stem."),
-        (r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}"),
-        (r"\bbn(\d)", r"conv\1.norm"),
-        (r"downsample\.0", "shortcut"),
-        (r"downsample\.1", "shortcut.norm"),
-    )
-    out = {}
-    for key in keys:
-        out[key] = key
-        for pattern, new in rules:
-            out[key] = re.sub(pattern, new, out[key])
-    return out
+# torchvision's names of a ResNet's tensors -> detectron2's
+detectron2_names = by_patterns(
+    (r"^(?!layer)", "stem."),
+    (r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}"),
+    (r"\bbn(\d)", r"conv\1.norm"),
+    (r"downsample\.0", "shortcut"),
+    (r"downsample\.1", "shortcut.norm"),
+)
 
 
 class _Pickler(pickle.Pickler):
