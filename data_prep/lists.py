@@ -122,7 +122,7 @@ def _rows(
         return
     separator = _separator(lines[0][1], base)
     cells = list(_cells(path, lines, separator, columns, base))
-    if separator and len(cells) > 1 and not _is_image(cells[0][0], base):
+    if separator and len(cells) > 1 and not (cells[0][0].lower().endswith(SUFFIXES) or _is_file(base / cells[0][0])):
         notes.append(f"line {lines[0][0]} of {path} was read as the names of the columns: {lines[0][1].strip()!r}")
         lines, cells = lines[1:], cells[1:]
     labelled = len(cells[0]) > 1
@@ -188,10 +188,6 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # a name too long
         return False
-
-
-def _is_image(name: str, base: Path) -> bool:
-    return name.lower().endswith(SUFFIXES) or _is_file(base / name)
 
 
 def _names(path: str, labels: list[tuple[int, str]], images: int) -> list[str]:

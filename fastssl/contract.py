@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from fastssl.parsing import did_you_mean
 from fastssl.trainer import Context
 
-METHOD = ("backbone", "views", "forward", "loss", "after_step")
+METHOD = {
+    "backbone": "the backbone given to build, as an attribute",
+    "views": "the number of views, or None for any",
+    "forward": "forward(views, batch) -> dict of tensors with a row for each sample",
+    "loss": "loss(out, batch) -> dict with 'loss'",
+    "after_step": "after_step(out, batch, progress), which may do nothing",
+}
 CONTEXT = tuple(field.name for field in dataclasses.fields(Context))
 HOOK = ("before_epoch", "after_step", "after_epoch")
 
@@ -30,17 +36,9 @@ def check_method(method: Any, config: Any) -> None:
     missing = [name for name in METHOD if not hasattr(method, name)]
     if type(method).forward is nn.Module.forward:
         missing.append("forward")
-    what = {
-        "backbone": "the backbone given to build, as an attribute",
-        "views": "the number of views, or None for any",
-        "forward": "forward(views, batch) -> dict of tensors with a row for each sample",
-        "loss": "loss(out, batch) -> dict with 'loss'",
-        "after_step": "after_step(out, batch, progress), which may do nothing",
-    }
     if missing:
-        raise ValueError(
-            f"the method {kind} has no {'; '.join(f'{name} ({what[name]})' for name in missing)}; see docs/extending.md"
-        )
+        lacking = "; ".join(f"{name} ({METHOD[name]})" for name in missing)
+        raise ValueError(f"the method {kind} has no {lacking}; see docs/extending.md")
     _check_call(f"{kind}.forward", method.forward, ("views", "batch"))
     _check_call(f"{kind}.loss", method.loss, ("out", "batch"))
     _check_call(f"{kind}.after_step", method.after_step, ("out", "batch", "progress"))

@@ -37,10 +37,6 @@ class Memory(NamedTuple):
     gradients: int
     reduction: int  # the buffer in which they are averaged over ranks
 
-    @property
-    def states(self) -> int:
-        return self.parameters + self.optimizer + self.buffers
-
 
 def training_samples(run: Run) -> int:
     """From the data card of the training set; ImageNet's where there is none yet."""

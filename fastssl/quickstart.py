@@ -7,7 +7,6 @@ one.  With all labels, raw pixels already do well; with few labels, pretraining 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastssl import backbones, config, data_prep, dist, options, pictures, train, weights
+from fastssl import backbones, config, data_prep, dist, options, pictures, rendezvous, train, weights
 from fastssl.checkpoint import disk, run_folder
 from fastssl.eval import knn
 from fastssl.eval.common import features
@@ -70,8 +69,7 @@ def pretrain(run: config.Run, overrides: list[str]) -> None:
     command = ["--num_gpus", str(count), str(Path(train.__file__)), str(config.quickstart()), *overrides]
     print(f"\n$ deepspeed {' '.join(command)}", flush=True)
     env = os.environ if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ}
-    with socket.create_server(("localhost", 0)) as free:  # DeepSpeed's default, 29500, may be in use by another run
-        port = str(free.getsockname()[1])
+    port = str(rendezvous.free_port())  # DeepSpeed's default, 29500, may be in use by another run
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", port]
     subprocess.run([*launcher, *command], env=env, check=True)
 

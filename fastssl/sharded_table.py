@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -80,19 +79,15 @@ class ShardedTable(nn.Module):
 
     def full_table(self, everywhere: bool = False) -> Tensor | None:
         """(N, ...) on the CPU of rank 0 (elsewhere None), or of every rank; all ranks must call it."""
-        parts = self._rows_of_each_rank()
-        if everywhere or dist.is_main():
-            return torch.cat([part.cpu() for part in parts])
-        deque(parts, maxlen=0)
-        return None
-
-    def _rows_of_each_rank(self) -> Iterator[Tensor]:
+        wanted, parts = everywhere or dist.is_main(), []
         for rank in range(dist.world()):
             shard = dist.shard(self.samples, rank)
-            size = shard.stop - shard.start
-            mine = rank == dist.rank()
-            part = self.local_rows.clone() if mine else self._storage.new_empty(size, *self._storage.shape[1:])
-            yield dist.broadcast_(part, rank)
+            shape = shard.stop - shard.start, *self._storage.shape[1:]
+            part = self.local_rows.clone() if rank == dist.rank() else self._storage.new_empty(shape)
+            part = dist.broadcast_(part, rank)
+            if wanted:
+                parts.append(part.cpu())
+        return torch.cat(parts) if wanted else None
 
     @torch.no_grad()
     def load_(self, table: Tensor | Sliceable) -> None:

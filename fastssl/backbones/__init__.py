@@ -18,7 +18,7 @@ from fastssl.backbones.memory_format import Conv2d, channels_last_
 from fastssl.backbones.residual import use_autocast_dtype_
 from fastssl.backbones.resnet import RESNETS, ResNet
 from fastssl.backbones.timm_models import Timm, timm_defaults, timm_model, timm_signature
-from fastssl.config import Backbone
+from fastssl.config import Backbone, checks
 from fastssl.parsing import did_you_mean
 
 
@@ -28,6 +28,7 @@ def build(spec: Backbone, method: object = None) -> nn.Module:
     A name in RESNETS is torchvision's network; any other name, also "timm/resnet50", is timm's.  `method`: a method's
     Config, whose optional init_backbone(backbone) may set initial weights and freeze parts.
     """
+    checks.check_section("backbone", spec, Backbone)
     backbone = _build(spec)
     if hasattr(method, "init_backbone"):
         method.init_backbone(backbone)

@@ -50,13 +50,9 @@ class ResNet(nn.Module):
                 f"backbone.options={spec.options} are arguments of timm's models, but {spec.name!r} is torchvision's: "
                 f"set backbone.name='timm/{spec.name}', or use backbone.width, stem, norm, ... instead"
             )
-        if spec.width < 1:
-            raise ValueError(f"backbone.width={spec.width} must be positive")
         if spec.width != 64 and (groups, group_width) != (1, 64):
             raise ValueError(f"backbone.width={spec.width}: the width of {spec.name} is fixed; leave backbone.width=64")
-        norm = {"bn": nn.BatchNorm2d, "gn": group_norm, "frozen": FrozenBatchNorm2d}.get(spec.norm)
-        if norm is None:
-            raise ValueError(f"backbone.norm={spec.norm!r} is not one of 'bn', 'gn' and 'frozen'")
+        norm = {"bn": nn.BatchNorm2d, "gn": group_norm, "frozen": FrozenBatchNorm2d}[spec.norm]
         if not 0 <= spec.frozen < 5:
             raise ValueError(
                 f"backbone.frozen={spec.frozen} must be 0 to 4, the number of stages to freeze; the stem is "
@@ -124,8 +120,6 @@ class Sobel(nn.Module):
 
 
 def _stem(spec: Backbone) -> nn.Conv2d:
-    if spec.stem not in STEMS:
-        raise ValueError(f"backbone.stem={spec.stem!r} is not one of {', '.join(STEMS)}")
     kernel, stride, padding = STEMS[spec.stem]
     return nn.Conv2d(2 if spec.sobel else spec.in_channels, spec.width, kernel, stride, padding, bias=False)
 

@@ -32,7 +32,8 @@ def supervise(command: Sequence[str], restarts: int) -> int:
     Its signals (signals.HANDLED) are passed on to the child.  After a signal there is no restart; unless the child ends
     with a code in FINAL, the result is then REQUEUE (INTERRUPTED for Ctrl-C)."""
     with tempfile.TemporaryDirectory(prefix="fastssl-") as folder:
-        rank, attempt = _Rank(_marker(folder)), 0
+        # rank 0 creates this file: that of the Slurm job, or one here
+        rank, attempt = _Rank(Path(os.environ.get(SAVED) or Path(folder) / "saved")), 0
         with handled_by(rank.pass_on):
             while True:
                 code = rank.run(continue_command(command) if rank.saved.exists() else command, attempt)
@@ -46,11 +47,6 @@ def supervise(command: Sequence[str], restarts: int) -> int:
                 if attempt == restarts:
                     return code
                 attempt += 1
-
-
-def _marker(folder: str) -> Path:
-    """The file that rank 0 creates: that of the Slurm job, or one in `folder`."""
-    return Path(os.environ.get(SAVED) or Path(folder) / "saved")
 
 
 def mark_saved() -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,7 +84,3 @@ def main(argv: list[str] | None = None) -> int:
         for name in members.split():
             print(f"  {name}\n{describe(name)}\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

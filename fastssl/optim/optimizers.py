@@ -88,7 +88,10 @@ class Lars(ZeroAware, torch.optim.Optimizer):
         exclude = group["lars_exclude"]
         views = (lambda _, values: values) if exclude else self._views
         w, g = views(params, params), views(params, [p.grad for p in params])
-        squares = None if exclude else self._squares(group, params, w, g)
+        squares = None
+        if not exclude:  # (3, n): for each fragment, the sums of squares of its whole tensor
+            own = multi_tensor.square_sums(w, g, group["weight_decay"], impl=self.impl) if w else None
+            squares = self._add_fragments(params, own, 3)
         buffers = None
         if group["momentum"]:
             for p in params if first else ():
@@ -96,8 +99,3 @@ class Lars(ZeroAware, torch.optim.Optimizer):
             buffers = views(params, [self.state[p]["momentum_buffer"] for p in params])
         options = LarsOptions(**{k: group[k] for k in LarsOptions._fields if k != "first"}, first=first)
         multi_tensor.lars_(w, g, buffers, squares, options, found_inf=self.found_inf, impl=self.impl)
-
-    def _squares(self, group: dict, params: list[Tensor], w: list[Tensor], g: list[Tensor]) -> Tensor | None:
-        """(3, n): for each fragment, the sums of squares (see kernels.multi_tensor.square_sums) of its whole tensor."""
-        squares = multi_tensor.square_sums(w, g, group["weight_decay"], impl=self.impl) if w else None
-        return self._add_fragments(params, squares, 3)

@@ -24,15 +24,11 @@ from fastssl.weights import foreign
 MAX_DICTS = 100_000  # dictionaries inside each other, or beside each other, in one file of weights
 SPEC_KEY = "fastssl.backbone"  # metadata key of our safetensors exports: the Backbone as JSON
 # First names of keys that hold the state of a training.  Other optimizers' states have numbers for keys.
-TRAINING_STATE = {"optimizer", "optimizers", "optimizer_states", "optimizer_state_dict", "scaler", "amp", "meta"} | {
-    "scheduler",
-    "lr_scheduler",
-    "lr_schedulers",
-    "param_schedulers",
-    "loops",
-    "callbacks",
-    "message_hub",
-}
+TRAINING_STATE = (
+    {"optimizer", "optimizers", "optimizer_states", "optimizer_state_dict", "scaler", "amp", "meta"}
+    | {"scheduler", "lr_scheduler", "lr_schedulers", "param_schedulers"}
+    | {"loops", "callbacks", "message_hub"}
+)
 CONTAINERS = {"state_dict", "model"}  # keys under which a checkpoint has all its weights
 
 

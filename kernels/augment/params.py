@@ -108,8 +108,7 @@ class View:
         object.__setattr__(self, "json", json.dumps(known))
 
         def require(ok: bool, field: str, what: str) -> None:
-            if not ok:
-                raise ValueError(f"View({field}={getattr(self, field)!r}): {what}")
+            operations.require(ok, self, field, what)
 
         require(self.size >= 1, "size", "needs at least 1 pixel")
         for field, choices in (("crop", Crop), ("interpolation", Interpolation), ("pad_mode", PadMode)):
