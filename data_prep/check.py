@@ -66,9 +66,9 @@ class BetonInspector:
 
     def require(self, name: str, found: object) -> None:
         """ValueError unless the field `name` of the card is `found`."""
-        if (said := getattr(self.card, name)) != found:
+        if (stated := getattr(self.card, name)) != found:
             raise ValueError(
-                f"{self.target.beton} does not match its data card: {name} is {found}, the card says {said}: "
+                f"{self.target.beton} does not match its data card: {name} is {found}, the card says {stated}: "
                 "convert or copy it again"
             )
 

@@ -59,17 +59,17 @@ def build(run: Run, hooks: Sequence[Hook] = (), device: str | None = None, loade
     zero.partitions(engine)  # ValueError for an optimizer whose partitions checkpoints cannot store
     optim.attach(engine)
     t = Trainer(
-        run,
-        run_folder.path(run),
-        device_used,
-        method,
-        engine,
-        schedule,
-        loader,
-        Meter(device_used, batch=run.optim.batch, precision=run.optim.precision),
-        LossScaler(run.optim.precision, "cpu" if run.speed.zero else device_used, run.optim.skip_nonfinite),
-        cuda_graph.StepInputs(len(engine.optimizer.param_groups), device_used),
-        hooks,
+        run=run,
+        folder=run_folder.path(run),
+        device=device_used,
+        method=method,
+        deepspeed=engine,
+        schedule=schedule,
+        loader=loader,
+        meter=Meter(device_used, batch=run.optim.batch, precision=run.optim.precision),
+        loss_scaler=LossScaler(run.optim.precision, "cpu" if run.speed.zero else device_used, run.optim.skip_nonfinite),
+        step_inputs=cuda_graph.StepInputs(len(engine.optimizer.param_groups), device_used),
+        hooks=hooks,
         not_compiled=not_compiled(run, device_used),
     )
     set_capturable_step(t)

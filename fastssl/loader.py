@@ -117,9 +117,9 @@ class Loader:
         if not Path(self.path).with_suffix(".json").exists():
             return DataCard(**found)
         card = DataCard.read(self.path)
-        if (said := {name: getattr(card, name) for name in found}) != found:
+        if (stated := {name: getattr(card, name) for name in found}) != found:
             raise ValueError(
-                f"the data card of {self.path} belongs to another file: it says {said}, the file has {found}; "
+                f"the data card of {self.path} belongs to another file: it says {stated}, the file has {found}; "
                 "convert again"
             )
         return card

@@ -23,7 +23,7 @@ from fastssl.config import Precision
 Mark = Any  # a torch.cuda.Event; without CUDA seconds
 Phase = tuple[str, Mark, Mark]  # name, start, stop
 
-PHASES = ("data", "views", "forward", "backward", "optimizer", "step")
+PHASES = ("data", "views", "forward", "backward", "optimizer", "step")  # step: views to optimizer, as a CUDA graph
 
 # Dense tensor-core TFLOP/s, bf16 or fp16 with fp32 accumulation, from NVIDIA's data sheets (half of "with sparsity").
 # TF32, which convolutions use in an fp32 run, is half of it on all of them.  The first name that matches counts.

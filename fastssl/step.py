@@ -111,7 +111,7 @@ def static_step(t: Trainer, batch: Batch, timer: Timer) -> tuple[Outputs, dict[s
     method_batch = tensor_batch  # what the method's forward, loss and after_step get
     if hasattr(t.method, "graph_key"):  # it branches on the epoch, on the host; each key has its own graph
         method_batch = replace(tensor_batch, epoch=batch.epoch)
-    elif hasattr(t.method, "not_capturable"):
+    elif hasattr(t.method, "not_capturable"):  # it may use the numbers on the host
         method_batch = batch
     with timer("views"):
         views = batch_views(t, tensor_batch)

@@ -27,7 +27,7 @@ FORBIDDEN = {
 }  # fmt: skip
 METHODS = {"extractall"}  # of archives
 ALLOWED = {
-    ("fastssl/config/file.py", "exec"): "a config file is a program of the user's",
+    ("fastssl/config/python_file.py", "exec"): "a config file is a program of the user's",
     ("fastssl/config/source.py", "exec"): "the source of fastssl's own methods",
     ("fastssl/files/untrusted.py", "torch.load"): "weights_only=True, and its result is checked",
     ("fastssl/eval/common/cache.py", "np.load"): "without allow_pickle",

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.resources
 from pathlib import Path
 
-from fastssl.config import file as config_file
-from fastssl.config import names, settings, typos
+from fastssl.config import names, python_file, settings, typos
 from fastssl.config.checks import validate
 from fastssl.config.sections import Run
 from fastssl.parsing import did_you_mean
@@ -36,7 +35,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:
     """
     path = Path(path)
     check(path, overrides)
-    run = config_file.call(path, "get_config")
+    run = python_file.call(path, "get_config")
     if not isinstance(run, Run):
         raise ValueError(f"get_config() of {path} returned {type(run).__name__}, not fastssl.config.Run")
     run.name = run.name or _run_name(path)

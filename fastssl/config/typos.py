@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastssl.config import checks, names, settings, source
-from fastssl.config import file as config_file
+from fastssl.config import checks, names, python_file, settings, source
 from fastssl.config.sections import Run
 from fastssl.parsing import did_you_mean
 
@@ -26,7 +25,7 @@ def check(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> None
     try:
         file = _File(str(path), ast.parse(Path(path).read_bytes(), str(path)))
     except (SyntaxError, ValueError) as error:
-        raise ValueError(config_file.explain(error, Path(path))) from error
+        raise ValueError(python_file.explain(error, Path(path))) from error
     except (RecursionError, MemoryError):
         return  # running the file says so
     file.check_names()

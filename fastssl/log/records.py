@@ -10,7 +10,7 @@ from fastssl.files import untrusted
 # Below these a run has collapsed (hooks.Collapse).  Digits, a ResNet-10, 100 steps: SimCLR has embedding_std 1.0,
 # embedding_rank 21 and feature_rank 58; VICReg without its variance and covariance terms 0.07, 1.7 and 30.
 COLLAPSE_LIMITS = {"feature_std": 0.02, "feature_rank": 2.0, "embedding_std": 0.1, "embedding_rank": 2.0}
-PHASES = ("data", "views", "forward", "backward", "optimizer", "other", "step")  # step: all of it, as a CUDA graph
+PHASES = ("data", "views", "forward", "backward", "optimizer", "other", "step")  # meters.PHASES and the rest
 TIMING_KEYS = (*(f"{name}_ms" for name in (*PHASES, "total")), "images_per_s", "memory_gib", "mfu")
 
 
