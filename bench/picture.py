@@ -19,10 +19,8 @@ KINDS = {  # colour, and pattern of kernel names; the first one that matches cou
     "batch norm": ("#1f77b4", r"batchnorm"),
     "layer norm": ("#1f77b4", r"layer_norm|GammaBeta"),
     "GELU": ("#e377c2", r"(?i)gelu"),
-    "ReLU": (
-        "#e377c2",
-        r"BinaryFunctor<c10::Half|\(anonymous namespace\)::la",
-    ),  # threshold_backward; launch_clamp_scalar
+    # threshold_backward; launch_clamp_scalar
+    "ReLU": ("#e377c2", r"BinaryFunctor<c10::Half|\(anonymous namespace\)::la"),
     "matrix products": ("#2ca02c", r"nvjet|_gemm_f32|splitKreduce"),
     "convolutions": ("#2ca02c", r"_xmma_|cudnn|cutlass|nhwcAddPadding"),
     "copies and casts": ("#ff7f0e", r"copy|Memcpy|Memset|memcpy|FillFunctor|CatArray|stack"),

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from .common import Impl
 
-os.environ.setdefault(
-    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-)  # without it torch refuses matmuls inside nan_memory on CUDA
+# without it torch refuses matmuls inside nan_memory on CUDA
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory for one program, by compute capability
 
 
