@@ -57,10 +57,10 @@ def main() -> int:
             rounded, _, _ = train(args.config, [*args.overrides, *sides["a"]], args.steps, rounded=True)
             print(f"a, weights rounded: {summary(rounded)}", flush=True)
             result = verdict(losses["a"], losses["b"], rounded)
-        print(result)
         if not args.dry:
             where = append("losses", env, **facts, **sides, steps=args.steps, ms_a_step=ms, **result)
             print(f"appended to {where}")
+        print(f"{result}\nverdict: {result['verdict']}, {ms['a']:.2f} and {ms['b']:.2f} ms a step")
     except ValueError as error:
         print(f"bench/losses.py: {error}", file=sys.stderr)
         return 2

@@ -41,9 +41,9 @@ def main() -> int:
     if log.exists():
         found = {"command": " ".join(["fastssl", *command]), "finished": code == 0}
         found |= {"call_s": round(time.perf_counter() - began, 1), **measured(log)}
-        print(json.dumps(found, indent=1))
         if not args.dry:
             print(f"appended to {append('run', env, **found)}")
+        print(json.dumps(found))
     return code
 
 
