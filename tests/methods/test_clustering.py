@@ -122,7 +122,7 @@ def test_deepcluster_before_epoch_assigns_clusters_and_resets_the_head():
 
 
 def test_deepcluster_uniform_sampling_draws_clusters_equally_often():
-    method = build("deepcluster", clusters=5, pca_dim=0)
+    method = build("deepcluster", clusters=5, pca_dim=8)  # of 8 features
     method.labels.copy_(torch.tensor([0] * 40 + [3] * 20))
     assert np.bincount(method.labels[method.order(2)]).tolist() == [30, 0, 0, 30]
     assert method.order(2).tolist() == method.order(2).tolist() != method.order(3).tolist()
@@ -243,6 +243,25 @@ def test_odc_clusters_of_the_smallest_size_stay():
     assert torch.equal(method.labels, labels)
 
 
+def test_odc_samples_leave_a_small_cluster_although_it_is_the_nearest():
+    """Cluster 2 has two equal samples, and cluster 0, which is split in its place, all but one equal."""
+    points = torch.tensor([[1.0, 0.0], [0.8, -0.6], [0.0, 1.0], [-0.6, 0.8], [-1.0, 0.0]]).double()
+    point_of = torch.tensor([0] * 9 + [1] + [2] * 4 + [4] * 3 + [3] * 2)
+    method = odc(dims=(6, 2))
+    set_odc(method, points[point_of].clone(), torch.tensor([0] * 10 + [1] * 4 + [3] * 3 + [2] * 2))
+    method.replace_small_clusters()
+    assert method.labels[17:].tolist() == [1, 1]
+    assert torch.bincount(method.labels).tolist() == [5, 6, 5, 3], "each part has at least three samples"
+
+
+def test_odc_starts_without_small_clusters():
+    x = torch.eye(D).double()[torch.tensor([0] * 29 + [1] * 29 + [2] * 2)]
+    method = odc(clusters=3)
+    note = method.before_epoch(0, lambda name: {"z": (x, torch.arange(60))}[name])
+    assert note == "3 clusters, 0 empty, the others of 2 to 29 samples"
+    assert torch.bincount(method.labels).tolist() == method.sizes.tolist() and method.sizes.min() >= 3
+
+
 def test_odc_sums_fit_and_an_empty_cluster_keeps_its_centroid():
     method, bank = odc(), torch.zeros(60, D).double()
     bank[:, 0] = 1  # the sum of all is the largest that there is
@@ -321,3 +340,7 @@ def test_deepclusterv2_clusterings_use_the_crops_in_turn():
     before = method.labels.clone()
     method.before_epoch(1, None)
     assert not torch.equal(method.labels, before), "another initialisation in each epoch"
+    method.memory.load_(x[:2].repeat(30, 1)[:, None].repeat(1, 2, 1))
+    method.before_epoch(2, None)
+    similarity = method.prototypes_0 @ x[:2].T  # three clusters are empty and keep their centroid, one of the rows
+    torch.testing.assert_close(similarity.amax(1), torch.ones(5).double())
