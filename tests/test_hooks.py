@@ -158,6 +158,7 @@ def test_a_batch_without_labels_leaves_the_statistics_of_the_probe():
     before = {name: probe.state[name].clone() for name in ("mean", "variance")}
     probe.after_step(t, {"features": x}, SimpleNamespace(label=torch.full_like(label, -1)))
     assert all(torch.equal(probe.state[name], value) for name, value in before.items())
+    assert all(value.isfinite().all() for value in probe.state.values())
 
 
 def test_missing_labels_raise_before_training():
@@ -178,6 +179,39 @@ def test_collapse_measures_at_full_and_no_spread():
     assert 30 < hooks.effective_rank(hooks.gram(wide, 512)) <= 32
     plane = torch.randn(400, 2) @ torch.randn(2, 32)
     assert 1.5 < hooks.effective_rank(hooks.gram(plane, 512)) < 2.01
+
+
+def test_collapse_takes_q_where_there_is_no_z():
+    x = torch.randn(9, DIM, generator=torch.Generator().manual_seed(0))
+    seen = []
+    for out in ({"q": 1 + x}, {"z": 1 + x, "q": x}, {"z": x}):
+        t = trainer()
+        hooks.Collapse(1).after_step(t, {"features": x, **out}, None)
+        seen.append(float(t.scalars["embedding_std"]))
+    assert seen[0] == seen[1] != seen[2] == float(t.scalars["feature_std"])
+
+
+def test_the_gram_matrix_has_as_many_rows_from_each_rank(monkeypatch):
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    monkeypatch.setattr(dist, "gather", lambda x: torch.cat([x, x]))
+    x = torch.randn(20, 3)
+    half = x[:4].double()
+    torch.testing.assert_close(hooks.gram(x, 8), 2 * half.T @ half)
+    assert hooks.gram(x, 1).shape == (2, 2)  # one row of each
+
+
+def test_values_that_are_not_finite_have_no_rank():
+    assert hooks.effective_rank(torch.full((2, 2), torch.nan)).isnan()
+
+
+def test_images_of_a_pass_have_the_pixels_of_128_of_224():
+    assert [hooks.images_per_pass(size) for size in (448, 224, 112, 32)] == [128, 128, 512, 2048]
+
+
+def test_intervals_and_neighbours_of_zero_are_refused():
+    for make in (lambda: hooks.KnnMonitor(0), lambda: hooks.KnnMonitor(1, k=0), lambda: hooks.Collapse(0)):
+        with pytest.raises(ValueError, match="must be 1 or more"):
+            make()
 
 
 def test_effective_rank_is_rankme():
@@ -253,10 +287,14 @@ def test_the_knn_monitor_separates_classes_and_changes_no_state(labelled):
     assert all(m.training for m in net.modules())
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert len(found[0].cache._loaders) == 1  # the probe uses the features that kNN made
-    kept = weakref.ref(found[0].cache.features[labelled][0])
-    for hook in found:
+    for hook in found[:2]:
+        kept = weakref.ref(found[0].cache(t, labelled)[0])
         hook.before_epoch(t)
-    assert kept() is None, "features of the last epoch take memory in this one"
+        assert kept() is None, "features of the last epoch take memory in this one"
+    probe = hooks.LinearProbe(2)
+    probe.before_epoch(t)
+    probe.after_epoch(t)  # the epoch had no steps
+    assert "mean" not in probe.state
 
 
 def test_without_a_test_file_the_bank_is_left_one_out(labelled):
@@ -266,6 +304,16 @@ def test_without_a_test_file_the_bank_is_left_one_out(labelled):
     monitor.before_epoch(t)
     monitor.after_epoch(t)
     assert t.scalars["knn_top1"] > 90
+
+
+def test_the_monitor_needs_one_class_per_image(beton, tmp_path):
+    several = write_beton(
+        tmp_path / "multi.beton", [np.zeros((8, 8, 3), np.uint8)] * 3, list(np.eye(3, dtype=np.float32))
+    )
+    write_card(several, [np.zeros((8, 8, 3), np.uint8)] * 3, list("abc"), "multi")
+    for path, message in ((beton, "has no classes: kNN and the probe need"), (several, "has several labels per image")):
+        with pytest.raises(ValueError, match=message):
+            hooks.KnnMonitor(1).before_epoch(trainer(Net(), bank=str(path), views=(View(size=8),)))
 
 
 def test_no_more_neighbours_than_there_are(labelled, monkeypatch):

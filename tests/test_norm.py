@@ -30,6 +30,27 @@ def test_timm_s_batch_norm_keeps_its_activation(two_ranks, name):
     torch.testing.assert_close(there.eval()(x), net.eval()(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_on_one_rank_it_is_torchs(options, dtype):
+    torch.manual_seed(0)
+    ours, theirs = norm.SyncBatchNorm(5, **options), nn.BatchNorm2d(5, **options)
+    if dtype == torch.float64:
+        ours, theirs = ours.double(), theirs.double()
+    if ours.affine:
+        nn.init.uniform_(ours.weight), nn.init.uniform_(ours.bias)
+        theirs.load_state_dict(ours.state_dict())
+    for training in (True, True, True, False):
+        x = (3 + torch.randn(8, 5, 4, 4)).to(dtype)
+        a, b = (m.train(training)(x) for m in (ours, theirs))
+        assert a.dtype == dtype
+        torch.testing.assert_close(a, b, **({} if dtype == torch.float64 else {"rtol": 1e-2, "atol": 2e-2}))
+    for name, value in theirs.named_buffers():
+        torch.testing.assert_close(ours.get_buffer(name), value, rtol=1e-6, atol=1e-6)
+
+
 def test_an_unknown_subclass_of_batch_norm_is_refused(two_ranks):
     class Shifted(nn.BatchNorm2d):
         def forward(self, x):

@@ -125,8 +125,9 @@ def test_permutation_is_the_same_in_all_versions():
     assert len(orders) == 16
     first = np.array([permutation(20, 0, e)[0] for e in range(4000)])
     assert np.bincount(first, minlength=20).min() > 130  # 200 expected, 13.8 the standard deviation
-    with pytest.raises(ValueError, match="seed=-1"):
-        permutation(10, -1, 0)
+    for seed, epoch in ((-1, 0), (0, -1)):
+        with pytest.raises(ValueError, match=f"seed={seed}, epoch={epoch}: both must be 0 or more"):
+            permutation(10, seed, epoch)
 
 
 @pytest.mark.parametrize("world, micro", [(2, 1), (1, 4), (2, 2), (4, 4)])
@@ -317,6 +318,7 @@ def test_errors_of_wrong_batches_suggest_a_fix(beton):
     for options, message in [
         ({"batch": 20, "world": 2, "micro_per_step": 4}, r"batch=20 .*2 \* 4; the nearest batch that is: 16"),
         ({"batch": 0}, "batch=0 "),
+        ({"batch": 1, "world": 4}, "the nearest batch that is: 4"),
         ({"batch": 128}, r"batch=128 is larger than .*\(103 samples\); use at most 103"),
         ({"batch": 128, "world": 4}, "use at most 100"),
         ({"batch": 128, "world": 64, "micro_per_step": 2}, r"103 samples, fewer than the 64 \* 2 .*: use fewer ranks"),

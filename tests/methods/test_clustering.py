@@ -340,7 +340,5 @@ def test_deepclusterv2_clusterings_use_the_crops_in_turn():
     before = method.labels.clone()
     method.before_epoch(1, None)
     assert not torch.equal(method.labels, before), "another initialisation in each epoch"
-    method.memory.load_(x[:2].repeat(30, 1)[:, None].repeat(1, 2, 1))
-    method.before_epoch(2, None)
-    similarity = method.prototypes_0 @ x[:2].T  # three clusters are empty and keep their centroid, one of the rows
-    torch.testing.assert_close(similarity.amax(1), torch.ones(5).double())
+    method.memory.load_(x[:6].repeat(10, 1)[:, None].repeat(1, 2, 1))  # equal rows are drawn as centroids
+    assert method.before_epoch(2, None).count("5 clusters, 0 empty") < 3, "an empty cluster stays empty"
