@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
+from fastssl.log.records import RESERVED
 from fastssl.parsing import did_you_mean
-from fastssl.trainer import Context
+from fastssl.trainer import Context, Trainer
 
 METHOD = {
     "backbone": "the backbone given to build, as an attribute",
@@ -116,18 +117,34 @@ def check_losses(method: nn.Module, losses: Any) -> dict[str, Any]:
             f'{kind}.loss returned a "loss" without a gradient: it must depend on an output of forward '
             "that is not detached"
         )
+    _check_names(f"{kind}.loss returned", losses)
     return losses
 
 
-def check_captured(scalars: dict[str, Any]) -> dict[str, Tensor]:
-    """`scalars` themselves, which hooks have logged in the step's CUDA graph; ValueError unless all are tensors."""
+def _check_names(who: str, names: Iterable[str], taken: Container[str] = ()) -> None:
+    """ValueError for a scalar whose name is one of the trainer's own or in `taken`: one would overwrite the other."""
+    for name in names:
+        if name in RESERVED or name in taken:
+            owner = "the trainer" if name in RESERVED else "the method or another hook"
+            raise ValueError(f"{who} {name!r}, which {owner} logs, too: give it another name")
+
+
+def call_hook(hook: Any, name: str, t: Trainer, *arguments: Any) -> None:
+    """hook.name(t, *arguments); ValueError where it logs a scalar by a name that is taken."""
+    before = dict(t.scalars)
+    getattr(hook, name)(t, *arguments)
+    logged = [key for key, value in t.scalars.items() if key not in before or value is not before[key]]
+    _check_names(f"the hook {type(hook).__name__} has logged", logged, before)
+
+
+def check_captured(scalars: dict[str, Any]) -> None:
+    """ValueError unless all `scalars`, which hooks have logged in the step's CUDA graph, are 0-dim tensors."""
     for name, value in scalars.items():
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ValueError(
                 f"a hook with capturable=True has logged {name!r} of type {type(value).__name__}: it must log 0-dim "
                 "tensors, because a replay of the step's CUDA graph executes none of its Python"
             )
-    return scalars
 
 
 def check_hook(hook: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fastssl import agreement, bottleneck, config, dist, ending, memory, nonfinite
+from fastssl import agreement, bottleneck, config, contract, dist, ending, memory, nonfinite
 from fastssl import hooks as monitors
 from fastssl.amp import emulated
 from fastssl.build import build
@@ -226,7 +226,7 @@ def end_epoch(t: Trainer, log: Log) -> None:
     """Call the hooks and log what they measure."""
     t.scalars = {}
     for hook in t.hooks:
-        hook.after_epoch(t)
+        contract.call_hook(hook, "after_epoch", t)
     log.epoch(t.step, t.epoch, t.scalars)
 
 

@@ -47,7 +47,7 @@ def step(t: Trainer, micro_batches: list[Batch]) -> Outputs:
     done = hooks_in_graph(t)
     for hook in t.hooks:
         if all(hook is not other for other in done):  # not ==, which a dataclass defines
-            hook.after_step(t, out, batch)
+            contract.call_hook(hook, "after_step", t, out, batch)
     return out
 
 
@@ -122,10 +122,11 @@ def static_step(t: Trainer, batch: Batch, timer: Timer) -> tuple[Outputs, dict[s
         t.method.zero_grad()  # gradients that a failed capture may have left
         t.loss_scaler.scaled(losses["loss"]).backward()
     out, scalars = update(t, out, losses, method_batch, timer)
-    observed = replace(t, scalars={}, step=t.step + 1)  # what hooks log is packed with the other scalars
+    observed = replace(t, scalars=dict(scalars), step=t.step + 1)  # what hooks log is packed with the other scalars
     for hook in hooks_in_graph(t):
-        hook.after_step(observed, out, tensor_batch)
-    return out, scalars | contract.check_captured(observed.scalars)
+        contract.call_hook(hook, "after_step", observed, out, tensor_batch)
+    contract.check_captured({name: value for name, value in observed.scalars.items() if name not in scalars})
+    return out, observed.scalars
 
 
 def update(

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from hook_trainer import hook_trainer
 from torch import nn
 
 from fastssl import backbones, config, contract, engine, hooks, loader, methods, views
@@ -188,6 +189,35 @@ def test_a_hook_without_all_three_methods_is_refused():
         contract.check_hook(hook)
     with pytest.raises(ValueError, match="the hook Bare has no before_epoch"):  # before a file is opened
         engine.build(run(simclr.Config(), "no.beton", hooks=(Bare(),)), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["lr", "loss_scale", "applied", "step", "epoch", "mfu", "views_ms", "images_per_s"])
+def test_a_loss_with_a_name_of_the_trainer_is_refused_at_its_first_step(name):
+    with pytest.raises(ValueError, match=f"Small.loss returned '{name}', which the trainer logs, too: give it another"):
+        step(made(losses=lambda z: {"loss": z.square().mean(), name: z.mean()}))
+
+
+def test_a_hook_that_logs_by_a_name_that_is_taken_is_refused():
+    class Logs(hooks.Hook):
+        def __init__(self, *scalars):
+            self.scalars = scalars
+
+        def after_epoch(self, t):
+            for scalars in self.scalars:
+                t.log(scalars)
+
+    t = hook_trainer(run(None, "x.beton"), nn.Identity(), None, total_steps=1)
+    t.scalars = {"loss": torch.tensor(1.0), "lr": 0.1, "applied": True}
+    t.hooks = [Logs({"a": 1.0}, {"a": 2.0}), Logs({"b": 1.0})]  # a hook may log a number again
+    for hook in t.hooks:
+        contract.call_hook(hook, "after_epoch", t)
+    assert t.scalars["a"] == 2.0 and t.scalars["b"] == 1.0
+    for name, owner in (("loss", "the method"), ("a", "the method or another hook"), ("lr", "the trainer")):
+        with pytest.raises(ValueError, match=f"the hook Logs has logged '{name}', which {owner}"):
+            contract.call_hook(Logs({name: 3.0}), "after_epoch", t)
+    t.hooks = [Logs({"c": 1.0}), Logs({"c": 2.0})]
+    with pytest.raises(ValueError, match="the hook Logs has logged 'c'"):
+        engine.end_epoch(t, None)
 
 
 def test_fit_uses_the_monitors_named_in_run_log(monkeypatch):

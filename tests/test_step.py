@@ -56,6 +56,24 @@ def test_compiled_code_is_counted_eagerly_and_compiled_afterwards():
     assert graphs
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_hook_that_logs_the_loss_of_the_method_is_refused(inside):
+    """Inside and outside the part of the step that a CUDA graph captures."""
+    from fastssl import hooks
+    from fastssl.step import step
+
+    class Zero(hooks.Hook):
+        capturable = inside
+
+        def after_step(self, t, out, batch):
+            t.log({"loss": torch.zeros(())})
+
+    t, (first, _) = trainer("simclr", 16)
+    t.hooks, t.run.speed.graph = [Zero()], "on"
+    with pytest.raises(ValueError, match="the hook Zero has logged 'loss', which the method"):
+        step(t, first)
+
+
 def worker(out: str) -> None:
     """Losses of two steps after FLOPs were counted, and without that, at each ZeRO stage; losses of a probe in the step
     and after it."""

@@ -12,6 +12,7 @@ from fastssl.files import untrusted
 COLLAPSE_LIMITS = {"feature_std": 0.02, "feature_rank": 2.0, "embedding_std": 0.1, "embedding_rank": 2.0}
 PHASES = ("data", "views", "forward", "backward", "optimizer", "other", "step")  # meters.PHASES and the rest
 TIMING_KEYS = (*(f"{name}_ms" for name in (*PHASES, "total")), "images_per_s", "memory_gib", "mfu")
+RESERVED = ("step", "epoch", "lr", "loss_scale", "applied", *TIMING_KEYS)  # what a method or a hook must not log
 
 
 def read(path: str | Path) -> list[dict]:
