@@ -42,6 +42,7 @@ def fit(
     force: bool = False,
     device: str | None = None,
     loader: Loader | None = None,
+    config_file: str | Path | None = None,
 ) -> Trainer:
     """Train `run` to its end.  On a signal it writes a checkpoint and raises `ending.Stopped`, a SystemExit
     (docs/runs.md).
@@ -50,7 +51,7 @@ def fit(
     complete checkpoint of the run's folder, an error if there is none; "auto": or start a new run, or continue from
     `resume_from`, if the folder has no checkpoints.  `resume_from`: continue from this checkpoint.  `force`: delete the
     folder's checkpoints and start at step 0.  `device`: "cpu" or "cuda"; None: CUDA if there is one.  `loader`: None
-    opens `data.train`.
+    opens `data.train`.  `config_file`: that of `run`, which its folder records.
 
     Returns the trainer after the last step.  ValueError where the device has too little memory or a loss is not finite.
     """
@@ -65,9 +66,9 @@ def fit(
         run = replace(run, optim=replace(run.optim, precision="fp32", residual_in_fp32=True))
     agreement.compare(run)
     hooks = monitors.from_config(run) if hooks is None else hooks
-    with run_folder.locked(run), contextlib.ExitStack() as at_exit:
+    with run_folder.locked(run, config_file), contextlib.ExitStack() as at_exit:
         agreement.check_folder(run_folder.path(run), run_folder.LOCK)
-        start = find_checkpoint(run, resume, resume_from, force)
+        start = find_checkpoint(run, resume, resume_from, force, config_file)
         t = build(run, hooks, device, loader)
         log = Log(t.folder, every=run.log.every, total_steps=t.total_steps, tensorboard=run.log.tensorboard)
         at_exit.callback(log.close_files)
@@ -82,7 +83,7 @@ def fit(
         else:
             run_folder.prepare(t)
             log.text(t.schedule.table)
-        run_folder.record_environment(t)
+        run_folder.record_environment(t, config_file)
         log.text(opening_line(t))
         if choice := bottleneck.automatic_settings(t):
             log.text(choice)

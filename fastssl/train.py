@@ -72,17 +72,26 @@ def main(argv: list[str] | None = None) -> int:
     if args.restarts:
         return ending.supervise([sys.executable, __file__, *_without_restarts(argv)], args.restarts)
 
+    config_file = args.config or config.quickstart()
+
     def work() -> None:
         if launcher.ranks() > 1:
             dist.init(args.device)  # at first, so that an error on one rank reaches the others
-        run = config.load(args.config or config.quickstart(), args.overrides)
+        run = config.load(config_file, args.overrides)
         run.deterministic |= args.deterministic
         run.backbone.pretrained = args.pretrained or run.backbone.pretrained
         choose_accelerator(args.device)
         from fastssl import engine  # DeepSpeed picks its accelerator when it is imported
 
         resume: bool | Literal["auto"] = "auto" if vars(args)["continue"] else args.resume
-        engine.fit(run, resume=resume, resume_from=args.resume_from, force=args.force, device=args.device)
+        engine.fit(
+            run,
+            resume=resume,
+            resume_from=args.resume_from,
+            force=args.force,
+            device=args.device,
+            config_file=config_file,
+        )
 
     return guarded(work)
 

@@ -11,13 +11,13 @@ from fastssl.config import Run
 from fastssl.trainer import Trainer
 
 
-def hook_trainer(run: Run, backbone: nn.Module, loader, total_steps: int, **state) -> Trainer:
+def hook_trainer(run: Run, backbone: nn.Module, loader, total_steps: int, folder=Path("."), **state) -> Trainer:
     """`state`: other attributes of the trainer, such as `step`.  What is not given and no hook reads is None."""
     method = nn.Module()
     method.backbone = backbone
     return Trainer(
         run=run,
-        folder=Path("."),
+        folder=folder,
         device=torch.device("cpu"),
         method=method,
         deepspeed=None,

@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hook_trainer import hook_trainer
 from safetensors.torch import save_file
 
 from fastssl import engine, nonfinite
-from fastssl.checkpoint import disk, pieces
+from fastssl.checkpoint import disk, pieces, run_folder
 from fastssl.checkpoint.resume import find_checkpoint
+from fastssl.config import Log, Run
 from fastssl.report.run_data import has_checkpoint
 
 
@@ -218,6 +220,29 @@ def test_a_run_continues_its_own_checkpoint_before_the_one_it_was_to_start_from(
     assert find_checkpoint(run, "auto", other) == other
     own = write(tmp_path / "r", 2)
     assert find_checkpoint(run, "auto", other) == own
+
+
+def test_a_config_with_the_file_name_of_another_does_not_delete_its_run(tmp_path):
+    ours, theirs = (tmp_path / folder / "c.py" for folder in "ab")
+    for file in (ours, theirs):
+        file.parent.mkdir()
+        file.touch()
+    run = Run(method=None, name="c", log=Log(root=str(tmp_path)))
+    write(tmp_path / "c", 1)
+    assert find_checkpoint(run, False, force=True, config_file=ours) is None  # of a version that records no config
+    run_folder.record_environment(hook_trainer(run, None, None, 1, folder=tmp_path / "c"), theirs)
+    with pytest.raises(ValueError, match=f"already holds step_00000001 of {theirs}: give another name=...$"):
+        find_checkpoint(run, False, config_file=ours)
+    with pytest.raises(
+        ValueError, match=f"--force would delete the run of {theirs} in {tmp_path}/c: give another name"
+    ):
+        find_checkpoint(run, False, force=True, config_file=ours)
+    with pytest.raises(ValueError, match="already holds step_00000001: continue it with --resume"):
+        find_checkpoint(run, False, config_file=theirs)
+    assert find_checkpoint(run, False, force=True, config_file=theirs) is None
+    assert find_checkpoint(run, False, force=True, config_file=tmp_path / "d.py") is None  # name=c was given
+    theirs.rename(tmp_path / "moved.py")
+    assert find_checkpoint(run, False, force=True, config_file=ours) is None
 
 
 def test_a_checkpoint_of_a_newer_format_counts_among_those_kept(tmp_path):

@@ -66,6 +66,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_can_be_resumed(train, monk
         "continue with --resume"
     ) in lines
     assert checkpoints() == [2, 3] and len(losses()) == 3 and signal.getsignal(number) is before
+    assert json.loads(Path("work_dirs/r/environment.json").read_text())[-1]["config"] == str(Path("c.py").resolve())
     monkeypatch.delenv("SEND")
     assert train("--resume")[0] == 0
     assert checkpoints()[-1] == 6 and len(losses()) == 6
@@ -121,9 +122,10 @@ def test_the_first_lines_describe_the_run_and_the_last_the_next_command(train):
 def test_a_folder_in_use_or_with_checkpoints_is_refused(train):
     from fastssl.checkpoint import run_folder
 
-    with run_folder.lock("work_dirs/r"):
+    with run_folder.lock("work_dirs/r", "b/c.py"):
         code, lines = train()
     assert code == 2 and f"is being trained by another process (process {os.getpid()} on " in lines[-1]
+    assert f", {Path('b/c.py').resolve()}): wait for its end" in lines[-1]
     assert train()[0] == 0
     for path in Path("work_dirs/r/checkpoints").glob("*/state.pt"):
         path.write_bytes(b"damaged")

@@ -16,25 +16,38 @@ LENGTH = ("optim.epochs", "optim.steps")  # may change where lr and weight decay
 
 
 def find_checkpoint(
-    run: Run, resume: bool | Literal["auto"], resume_from: str | Path | None = None, force: bool = False
+    run: Run,
+    resume: bool | Literal["auto"],
+    resume_from: str | Path | None = None,
+    force: bool = False,
+    config_file: str | Path | None = None,
 ) -> Path | None:
     """The checkpoint to continue from, None for a new run.  ValueError, on every rank and before anything is built,
     where `run` can neither start nor continue.
 
     The arguments are those of `engine.fit`."""
-    return dist.on_main(_find, run, resume, resume_from, force)
+    return dist.on_main(_find, run, resume, resume_from, force, config_file)
 
 
-def _find(run: Run, resume: bool | Literal["auto"], resume_from: str | Path | None, force: bool) -> Path | None:
+def _find(
+    run: Run,
+    resume: bool | Literal["auto"],
+    resume_from: str | Path | None,
+    force: bool,
+    config_file: str | Path | None,
+) -> Path | None:
     folder = run_folder.path(run)
     existing = disk.list_checkpoints(folder)
+    other = run_folder.other_config(run, config_file) if existing else None
+    if other and force:
+        raise ValueError(f"--force would delete the run of {other} in {folder}: give another name=..., or delete it")
     if resume and resume not in (True, "auto"):
         raise ValueError(f"resume={str(resume)!r} must be True, False or 'auto'; resume_from takes a checkpoint")
     if resume is True and resume_from is not None:
         raise ValueError(f"resume={resume!r} and resume_from={str(resume_from)!r}: give one of them")
     if resume_from is None and (not resume or (resume == "auto" and not existing)):
         if existing and not force:
-            raise ValueError(_not_empty(folder))
+            raise ValueError(_not_empty(folder, other))
         return None
     if resume and force:
         raise ValueError("--force starts anew and --resume and --continue continue: give one of them")
@@ -54,8 +67,10 @@ def _find(run: Run, resume: bool | Literal["auto"], resume_from: str | Path | No
     return path
 
 
-def _not_empty(folder: Path) -> str:
+def _not_empty(folder: Path, other: Path | None) -> str:
     path = disk.newest(folder)
+    if path and other:
+        return f"{folder} already holds {path.name} of {other}: give another name=..."
     what = (
         f"already holds {path.name}: continue it with --resume"
         if path

@@ -20,7 +20,7 @@ import torch
 
 from fastssl import dist, files
 from fastssl.checkpoint import disk
-from fastssl.config import Run, dump
+from fastssl.config import Run, dump, run_name
 from fastssl.files import untrusted
 from fastssl.trainer import Trainer
 
@@ -33,17 +33,17 @@ def path(run: Run) -> Path:
 
 
 @contextlib.contextmanager
-def locked(run: Run) -> Iterator[None]:
+def locked(run: Run, config_file: str | Path | None = None) -> Iterator[None]:
     """Keep other processes out of the run's folder.  ValueError on every rank if one is training there."""
     with contextlib.ExitStack() as stack:
-        dist.on_main(lambda: stack.enter_context(lock(path(run))))
+        dist.on_main(lambda: stack.enter_context(lock(path(run), config_file)))
         yield
 
 
 @contextlib.contextmanager
-def lock(folder: str | Path) -> Iterator[None]:
-    """Create `folder` and keep other processes out of it; ValueError if one holds it.  Folders that were created and
-    are still empty at the end are removed.
+def lock(folder: str | Path, config_file: str | Path | None = None) -> Iterator[None]:
+    """Create `folder` and keep other processes out of it; ValueError if one holds it, with its process and its config.
+    Folders that were created and are still empty at the end are removed.
 
     An flock: the kernel releases it however the process ends, and NFS (version 4) and Lustre (mounted with -o flock)
     pass it to other nodes.  A file system without locks gives a printed warning.
@@ -52,7 +52,8 @@ def lock(folder: str | Path) -> Iterator[None]:
     with files.new_folder(folder) as created, open(folder / LOCK, "a+") as file:
         _acquire(file, folder)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        config = f", {Path(config_file).resolve()}" if config_file else ""
+        file.write(f"process {os.getpid()} on {socket.gethostname()}{config}\n")
         file.flush()
         try:
             yield
@@ -102,9 +103,9 @@ def _keep_log(folder: Path, delete: bool) -> None:
     print(f"{folder}: the log of a run that has left no checkpoint is kept as log-{number}.jsonl", flush=True)
 
 
-def record_environment(t: Trainer) -> None:
-    """Add an entry to environment.json: the machine and the versions with which the run starts or continues, and the
-    step."""
+def record_environment(t: Trainer, config_file: str | Path | None = None) -> None:
+    """Add an entry to environment.json: the machine and the versions with which the run starts or continues, the step,
+    and the config file."""
     if not dist.is_main():
         return
     device = t.device
@@ -120,10 +121,20 @@ def record_environment(t: Trainer) -> None:
         "system": platform.platform(),
         "python": platform.python_version(),
         "cuda": torch.version.cuda or "none",
+        **({"config": str(Path(config_file).resolve())} if config_file else {}),
         **({"data": t.loader.fingerprint} if hasattr(t.loader, "fingerprint") else {}),
         **{name: metadata.version(name) for name in ("fastssl", "torch", "torchvision", "ffcv", "deepspeed")},
     }
     files.write_json(t.folder / ENVIRONMENT, [*before, entry])
+
+
+def other_config(run: Run, config_file: str | Path | None) -> Path | None:
+    """The config file of the run in the folder of `run`, if it is another one, and the folder is named by the file."""
+    known = [entry["config"] for entry in _environments(path(run)) if isinstance(entry.get("config"), str)]
+    if not known or config_file is None or run.name != run_name(config_file):
+        return None
+    other = Path(known[-1])
+    return other if other.is_file() and not other.samefile(config_file) else None
 
 
 def check_data(t: Trainer, checkpoint: Path) -> None:

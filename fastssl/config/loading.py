@@ -38,16 +38,16 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:
     run = python_file.call(path, "get_config")
     if not isinstance(run, Run):
         raise ValueError(f"get_config() of {path} returned {type(run).__name__}, not fastssl.config.Run")
-    run.name = run.name or _run_name(path)
+    run.name = run.name or run_name(path)
     for override in names.in_order(overrides):
         set_override(run, override)
     validate(run)
     return run
 
 
-def _run_name(path: Path) -> str:
-    """configs/simclr/r50.py -> simclr/r50, for a folder configs anywhere."""
-    parts = path.with_suffix("").parts
+def run_name(path: str | Path) -> str:
+    """configs/simclr/r50.py -> simclr/r50, for a folder configs anywhere; other/r50.py -> r50."""
+    parts = Path(path).with_suffix("").parts
     if "configs" in parts:
         parts = parts[len(parts) - parts[::-1].index("configs") :]
     else:
