@@ -6,11 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bare_trainer import bare_trainer
 
 sys.path.insert(0, str(Path(__file__).parent / "methods"))
 import method_cases as cases
 
 from fastssl import bottleneck, dist, engine
+from fastssl.config import Optim, Run, Speed
+from fastssl.cuda_graph import CapturableStep
 from fastssl.files.datacard import DataCard
 from fastssl.hooks import LinearProbe
 from fastssl.sampler import Sampler
@@ -32,23 +35,13 @@ def records(n, **changes):
 
 
 def trainer(device="cuda", *, pixels=1024, workers=64, **speed):
-    speed = {
-        "resident": False,
-        "workers": None,
-        "kernels": "auto",
-        "graph": "auto",
-        "compile": "auto",
-        "zero": 0,
-        "micro_batch": None,
-    } | speed
     loader = SimpleNamespace(
         card=DataCard(samples=1000, bytes=0, max_pixels=pixels), samples=1000, workers=workers, sampler=Sampler()
     )
-    run = SimpleNamespace(speed=SimpleNamespace(**speed), optim=SimpleNamespace(batch=64, precision="fp16"))
-    reason = None if speed["compile"] == "on" else "not compared yet; speed.compile=on compiles it"
-    step = SimpleNamespace(reason=None)
-    parts = {"capturable_step": step, "not_compiled": reason, "hooks": []}
-    return SimpleNamespace(run=run, loader=loader, device=torch.device(device), **parts)
+    run = Run(method=None, speed=Speed(**speed), optim=Optim(batch=64, precision="fp16"))
+    reason = None if run.speed.compile == "on" else "not compared yet; speed.compile=on compiles it"
+    step = CapturableStep(None, reason=None)
+    return bare_trainer(run, loader, device=torch.device(device), capturable_step=step, not_compiled=reason)
 
 
 def summary(t, **changes):
@@ -120,7 +113,7 @@ def test_automatic_settings_are_given_with_their_reason():
     t.hooks = [LinearProbe()]
     assert "less time; monitors follow it, speed.graph=on captures the probe" in bottleneck.automatic_settings(t)
     t = trainer("cpu")
-    t.capturable_step = SimpleNamespace(reason="it needs a CUDA device")
+    t.capturable_step = CapturableStep(None, reason="it needs a CUDA device")
     assert "kernels=reference (no CUDA device), graph=off (it needs a CUDA device)" in bottleneck.automatic_settings(t)
     t.not_compiled = None
     assert "compile=on (" in bottleneck.automatic_settings(t)

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hook_trainer import hook_trainer
+from bare_trainer import bare_trainer
 from safetensors.torch import save_file
 
 from fastssl import engine, nonfinite
 from fastssl.checkpoint import disk, pieces, run_folder
 from fastssl.checkpoint.resume import find_checkpoint
 from fastssl.config import Log, Run
-from fastssl.report.run_data import has_checkpoint
+from fastssl.report.run_data import RunData, has_checkpoint
 
 
 def write(run, step, keep=3, keep_interval=0):
@@ -49,7 +49,7 @@ def test_steps_above_8_digits_are_compared_as_numbers(tmp_path):
     assert disk.is_at_or_before(first, second) and not disk.is_at_or_before(second, first)
     assert nonfinite.checkpoint_before(tmp_path / "r", 100000000) == first
     shutil.copytree(first, copy)
-    run = SimpleNamespace(log=SimpleNamespace(root=tmp_path, name="r"), name="r")
+    run = Run(method=None, name="r", log=Log(root=str(tmp_path)))
     for path in (first, copy):  # the second would stay, and the next resume would continue from it
         with pytest.raises(ValueError, match=f"holds step_100000001, which does not lead to {path}"):
             find_checkpoint(run, False, path)
@@ -185,7 +185,7 @@ def set_format(path, number):
 
 def test_a_checkpoint_of_a_newer_format_is_refused_and_not_passed_over(tmp_path):
     """An older one would be continued from, and the newer one deleted with the next checkpoint."""
-    run = SimpleNamespace(log=SimpleNamespace(root=tmp_path, name="r"), name="r")
+    run = Run(method=None, name="r", log=Log(root=str(tmp_path)))
     write(tmp_path / "r", 1)
     path = write(tmp_path / "r", 2)
     set_format(path, 2)
@@ -195,14 +195,14 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_not_passed_over(tmp_path)
         ):
             find_checkpoint(run, *arguments)
     assert path.exists() and find_checkpoint(run, False, force=True) is None
-    notes = SimpleNamespace(folder=tmp_path / "r", notes=[])
-    assert not has_checkpoint(notes) and "has format 2" in notes.notes[0]
+    data = RunData(tmp_path / "r")
+    assert not has_checkpoint(data) and "has format 2" in data.notes[0]
 
 
 @pytest.mark.parametrize("resume", ["step_00000001", Path("step_00000001"), "Auto"])
 def test_resume_takes_no_checkpoint(tmp_path, resume):
     """The newest would be continued from, and not the one that is named."""
-    run = SimpleNamespace(log=SimpleNamespace(root=tmp_path, name="r"), name="r")
+    run = Run(method=None, name="r", log=Log(root=str(tmp_path)))
     write(tmp_path / "r", 1)
     with pytest.raises(ValueError, match=f"resume='{resume}' must be True, False or 'auto'; resume_from takes"):
         find_checkpoint(run, resume)
@@ -210,7 +210,7 @@ def test_resume_takes_no_checkpoint(tmp_path, resume):
 
 def test_a_run_continues_its_own_checkpoint_before_the_one_it_was_to_start_from(tmp_path, monkeypatch):
     """As a run that is started again does, whose first start had --resume-from."""
-    run = SimpleNamespace(log=SimpleNamespace(root=tmp_path, name="r"), name="r")
+    run = Run(method=None, name="r", log=Log(root=str(tmp_path)))
     monkeypatch.setattr("fastssl.checkpoint.resume.state.read", lambda path: {})
     monkeypatch.setattr("fastssl.checkpoint.resume.check_compatible", lambda *_: None)
     other = write(tmp_path / "other", 7)
@@ -230,7 +230,7 @@ def test_a_config_with_the_file_name_of_another_does_not_delete_its_run(tmp_path
     run = Run(method=None, name="c", log=Log(root=str(tmp_path)))
     write(tmp_path / "c", 1)
     assert find_checkpoint(run, False, force=True, config_file=ours) is None  # of a version that records no config
-    run_folder.record_environment(hook_trainer(run, None, None, 1, folder=tmp_path / "c"), theirs)
+    run_folder.record_environment(bare_trainer(run, folder=tmp_path / "c"), theirs)
     with pytest.raises(ValueError, match=f"already holds step_00000001 of {theirs}: give another name=...$"):
         find_checkpoint(run, False, config_file=ours)
     with pytest.raises(
@@ -296,7 +296,5 @@ def test_pieces_that_do_not_follow_each_other_are_refused(tmp_path, start, shape
 
 @pytest.mark.parametrize("epochs, due", [(0.1, [1, 2, 3, 4]), (0.5, [2, 4]), (1, [4]), (0, [])])
 def test_a_checkpoint_is_due_every_so_many_epochs_and_at_least_a_step_apart(epochs, due):
-    log = SimpleNamespace(checkpoint_steps=0, checkpoint_epochs=epochs, keep_every=0)
-    loader = SimpleNamespace(steps=4)
-    t = SimpleNamespace(run=SimpleNamespace(log=log), loader=loader, total_steps=100)
-    assert [step for step in range(1, 5) if engine.checkpoint_due(SimpleNamespace(**vars(t), step=step))] == due
+    run, loader = Run(method=None, log=Log(checkpoint_epochs=epochs)), SimpleNamespace(steps=4)
+    assert [n for n in range(1, 5) if engine.checkpoint_due(bare_trainer(run, loader, step=n))] == due

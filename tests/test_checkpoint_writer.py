@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as td
+from bare_trainer import bare_trainer
 
 from fastssl import dist, ending
 from fastssl.checkpoint import disk, state, writer
@@ -30,11 +31,7 @@ def make(tmp_path, monkeypatch):
         monkeypatch.setattr(dist, "is_main", lambda: rank == 0)
         monkeypatch.setattr(dist, "on_main", lambda function, *args: function(*args))
         monkeypatch.setattr(writer.secrets, "token_hex", lambda n: "token")
-        run = SimpleNamespace(log=SimpleNamespace(keep=2, keep_every=0))
-        t = SimpleNamespace(
-            device=torch.device("cpu"), folder=tmp_path, step=1, run=run, loader=SimpleNamespace(steps=4)
-        )
-        made = Writer(t)
+        made = Writer(bare_trainer(None, SimpleNamespace(steps=4), folder=tmp_path, step=1))
         made._connection = td.HashStore()
         return made
 

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from hook_trainer import hook_trainer
+from bare_trainer import bare_trainer
 from torch import nn
 
 from fastssl import backbones, config, contract, engine, hooks, loader, methods, views
@@ -206,7 +206,7 @@ def test_a_hook_that_logs_by_a_name_that_is_taken_is_refused():
             for scalars in self.scalars:
                 t.log(scalars)
 
-    t = hook_trainer(run(None, "x.beton"), nn.Identity(), None, total_steps=1)
+    t = bare_trainer()
     t.scalars = {"loss": torch.tensor(1.0), "lr": 0.1, "applied": True}
     t.hooks = [Logs({"a": 1.0}, {"a": 2.0}), Logs({"b": 1.0})]  # a hook may log a number again
     for hook in t.hooks:

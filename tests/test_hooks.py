@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import ranks
 import torch
+from bare_trainer import bare_trainer
 from conftest import write_beton, write_card
-from hook_trainer import hook_trainer
 from torch import nn
 
 from fastssl import dist, hooks
@@ -32,7 +32,7 @@ def trainer(backbone=None, **data):
         path="train.beton",
         labels=lambda: np.arange(9) % 3,
     )
-    return hook_trainer(run, backbone, loader, total_steps=100)
+    return bare_trainer(run, loader, backbone=backbone)
 
 
 def steps(count):

@@ -6,10 +6,10 @@ import re
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
+from bare_trainer import bare_trainer
 
 from fastssl import host_memory, loader
 from fastssl.engine import batches
@@ -116,7 +116,7 @@ def test_the_memory_that_is_checked_holds_all_buffers_of_a_training_loop(beton, 
     (count,) = re.findall(r"for (\d+) micro-batches of", str(refused.value))
     free[0] = 2**40
     opened = loader.Loader(beton, 16, Sampler(micro_per_step=micro), device="cpu", workers=2)
-    trainer = types.SimpleNamespace(step=0, total_steps=12, loader=opened, meter=Meter("cpu", batch=16))
+    trainer = bare_trainer(None, opened, total_steps=12, meter=Meter("cpu", batch=16))
     for _, micro_batches in batches(trainer, lambda t, start: None):
         assert len(micro_batches) == micro
         time.sleep(0.1)  # what is decoded in advance is ready

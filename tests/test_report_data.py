@@ -4,11 +4,11 @@ import json
 import re
 import sys
 from html import escape
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from bare_trainer import bare_trainer
 from report_runs import PER_EPOCH, data_fixture, record, write_run  # noqa: F401
 
 from fastssl import report
@@ -63,18 +63,14 @@ def test_defaults_are_gray_and_modules_named_in_a_config_are_not_imported(data, 
 def test_each_start_of_a_run_is_recorded_and_shown(data, tmp_path):
     folder = write_run(tmp_path / "run", data, 25, weights=False)
     for step in (0, 20):
-        run_folder.record_environment(
-            SimpleNamespace(folder=folder, device=torch.device("cpu"), step=step, loader=None)
-        )
+        run_folder.record_environment(bare_trainer(folder=folder, step=step))
     first, second = json.loads((folder / "environment.json").read_text())
     assert (first["step"], second["step"], second["ranks"]) == (0, 20, 1)
     assert first["torch"] == torch.__version__.split("+")[0]
     assert report.main([str(folder), "--points", "0", "--out", str(tmp_path / "o.html")]) == 0
     text = (tmp_path / "o.html").read_text()
     assert "was started 2 times: step 0" in text and escape(first["device"]) in text
-    run_folder.record_environment(
-        SimpleNamespace(folder=folder, device=torch.device("cpu"), step=0, loader=None)
-    )  # a new run in its place
+    run_folder.record_environment(bare_trainer(folder=folder))  # a new run in its place
     assert len(json.loads((folder / "environment.json").read_text())) == 1
 
 

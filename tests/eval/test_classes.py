@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from bare_trainer import bare_trainer
 from conftest import write_beton, write_card
-from hook_trainer import hook_trainer
 from torch import nn
 
 import fastssl.eval
@@ -269,7 +269,7 @@ class Colour(nn.Module):
 
 def trainer(train, test, bank=None):
     run = Run(method=None, data=Data(train=train, test=test, bank=bank, views=(View(size=8),)), optim=Optim(batch=6))
-    return hook_trainer(run, Colour(), load(train), total_steps=10, step=10)
+    return bare_trainer(run, load(train), backbone=Colour(), total_steps=10, step=10)
 
 
 @pytest.mark.parametrize("resident", [False, True])

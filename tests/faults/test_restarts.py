@@ -10,14 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
+from bare_trainer import bare_trainer
 
 from fastssl import train
 from fastssl.checkpoint import disk
 from fastssl.checkpoint.writer import Writer
 from fastssl.ending import restarts, supervise
 
-CPU = torch.device("cpu")
 LIFE = """
 import os, pathlib, signal, sys, time
 life, ends = os.environ["FASTSSL_RESTARTS"], sys.argv[1].split(",")
@@ -85,9 +84,7 @@ def test_a_slurm_job_and_its_restarts_share_the_file_that_tells_of_a_checkpoint(
 def test_rank_0_marks_a_checkpoint_before_it_is_complete(tmp_path, monkeypatch):
     """Else a job that ends in between would be started again with --force, which deletes the checkpoint."""
     monkeypatch.setenv("FASTSSL_SAVED", str(tmp_path / "saved"))
-    log = SimpleNamespace(keep=1, keep_every=0)
-    t = SimpleNamespace(run=SimpleNamespace(log=log), loader=SimpleNamespace(steps=1), folder=tmp_path, device=CPU)
-    writer = Writer(t)
+    writer = Writer(bare_trainer(None, SimpleNamespace(steps=1), folder=tmp_path))
     with pytest.raises(ValueError, match="no space"):
         writer._commit(disk.create(tmp_path, 1), [{"error": "no space"}])
     assert not (tmp_path / "saved").exists()

@@ -6,13 +6,13 @@ import pickle
 import random
 import struct
 import tarfile
-import types
 import zipfile
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from bare_trainer import bare_trainer
 from conftest import jpeg, photo
 from mutations import both, damaged, fuzz, odd, odd_json
 
@@ -135,7 +135,7 @@ def test_damaged_logs(tmp_path, cases):
 @both
 def test_damaged_environments(tmp_path, monkeypatch, cases):
     monkeypatch.setattr(run_folder.metadata, "version", lambda name: "1")  # 60 ms for each entry
-    trainer = types.SimpleNamespace(folder=tmp_path, step=5, device=torch.device("cpu"), loader=None)
+    trainer = bare_trainer(folder=tmp_path, step=5)
     rng = random.Random(0)
     for case in range(cases):
         (tmp_path / "environment.json").write_bytes(b"null" if case == 0 else odd_json([{"step": 0, "ranks": 1}], rng))

@@ -4,11 +4,11 @@ import importlib
 import pkgutil
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import method_cases as cases
 import pytest
 import torch
+from bare_trainer import bare_trainer
 
 from fastssl import backbones, kernels
 from fastssl.outputs import extract_outputs
@@ -54,7 +54,7 @@ def test_methods_pass_speed_kernels_to_every_op(name, op_calls):
     torch.manual_seed(0)
     context = Context(loader.samples, loader.batch, loader.classes, kernels=run.speed.kernels)
     method = run.method.build(backbones.build(run.backbone), context)
-    t = SimpleNamespace(run=run, loader=loader, method=method, deepspeed=method, device=torch.device("cpu"), epoch=0)
+    t = bare_trainer(run, loader, method=method, deepspeed=method)
     if hasattr(method, "before_epoch"):
         method.before_epoch(0, partial(extract_outputs, t))
     batch = next(loader.epoch(0))
