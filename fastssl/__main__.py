@@ -7,9 +7,10 @@ import os
 import signal
 import sys
 import textwrap
+from pathlib import Path
 
 from fastssl.eval import PROTOCOLS
-from fastssl.parsing import did_you_mean
+from fastssl.parsing import did_you_mean, shorten_warnings
 
 COMMANDS = {
     "train": ("fastssl.train", "pretrain a backbone in one process (in several: deepspeed --module fastssl.train)"),
@@ -29,6 +30,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
+    shorten_warnings()
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
@@ -43,7 +45,10 @@ def _run(argv: list[str]) -> int:
         print("usage: fastssl COMMAND ...  (fastssl COMMAND --help)\n")
         for name, (_, what) in COMMANDS.items():
             print(textwrap.fill(what, 100, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14))
+        print("\nfastssl --import FILE COMMAND ...  runs a Python file first, such as one with your own backbone")
         return 0
+    if argv[0] == "--import":
+        return _import(argv[1:])
     if argv[0] not in COMMANDS:
         print(f"fastssl: unknown command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}", file=sys.stderr)
         return 2
@@ -53,6 +58,20 @@ def _run(argv: list[str]) -> int:
         options.parse(argv[0], argv[1:])
     module, _ = COMMANDS[argv[0]]
     return importlib.import_module(module).main(argv[1:])
+
+
+def _import(argv: list[str]) -> int:
+    """`fastssl --import FILE COMMAND ...`: FILE registers a backbone with timm, for example."""
+    from fastssl.config import file
+
+    try:
+        if len(argv) < 2:
+            raise ValueError("--import needs a Python file and a command: fastssl --import FILE COMMAND ...")
+        file.call(Path(argv[0]), None)
+    except ValueError as error:
+        print(f"fastssl: {error}", file=sys.stderr)
+        return 2
+    return _run(argv[1:])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from fastssl.config.backbone_options import add_backbone_options
-from fastssl.parsing import Parser, docstring
+from fastssl.parsing import Parser, docstring, existing
 
 EXPORT_TARGETS = ("torchvision", "timm", "safetensors", "detectron2", "huggingface")
 FOLDER = Path(__file__).parent
@@ -58,7 +58,8 @@ def _report() -> Parser:
 
 def _export() -> Parser:
     parser = Parser("fastssl export", description="Write a backbone for other tools.")
-    parser.add_argument("run", metavar="RUN_OR_WEIGHTS", help="run or checkpoint folder, .safetensors, .pt or .pth")
+    about = "run or checkpoint folder, .safetensors, .pt or .pth"
+    parser.add_argument("run", type=existing, metavar="RUN_OR_WEIGHTS", help=about)
     parser.add_argument("--to", choices=EXPORT_TARGETS, help="default: torchvision for a ResNet, timm for any other")
     parser.add_argument("--out", help="default: backbone.pth, backbone.safetensors, ... in the run's folder")
     parser.add_argument(
@@ -74,7 +75,8 @@ def _export() -> Parser:
 def _publish() -> Parser:
     about = "Write a run's weights, without the optimizer, to a file that has the beginning of its SHA-256 in its name."
     parser = Parser("fastssl publish", description=about)
-    parser.add_argument("source", metavar="RUN_OR_FILE", help="run or checkpoint folder, .safetensors, .pt or .pth")
+    about = "run or checkpoint folder, .safetensors, .pt or .pth"
+    parser.add_argument("source", type=existing, metavar="RUN_OR_FILE", help=about)
     parser.add_argument("--out", metavar="FOLDER", help="default: where the source is")
     parser.add_argument("--name", help="default: the run's or the file's")
     return parser
@@ -82,7 +84,7 @@ def _publish() -> Parser:
 
 def _upgrade() -> Parser:
     parser = Parser("fastssl upgrade", description="Rewrite an old flat state dict in the current format.")
-    parser.add_argument("old")
+    parser.add_argument("old", type=existing)
     parser.add_argument("new", help=".safetensors, or .pth for {'state_dict': ...}")
     add_backbone_options(parser)
     return parser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,8 @@ def params(
     nothing."""
     run = config.load(target, list(overrides)) if target.endswith(".py") else None
     spec = run.backbone if run else spec or Backbone(name=target)
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are about training with the ranks of this process
         backbone = backbones.build(spec, run and run.method)
         rows = [("backbone", spec.name), *_parameters("backbone", backbone)]
         if run:

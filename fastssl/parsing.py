@@ -7,6 +7,7 @@ import difflib
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -81,6 +82,15 @@ def comma_separated(kind: Callable[[str], object]) -> Callable[[str], tuple]:
     return parse
 
 
+def existing(text: str) -> str:
+    """For `type=` of an argument: a run folder or a weight file that exists."""
+    path = Path(text)
+    if path.exists():
+        return text
+    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise argparse.ArgumentTypeError(f"no run folder or weight file {text}{did_you_mean(path.name, names)}")
+
+
 def columns(rows: Sequence[Sequence[object]], left: int = 0) -> str:
     """A table of text: the first `left` columns are aligned to the left, the others to the right."""
     text = [[str(cell) for cell in row] for row in rows]
@@ -92,6 +102,22 @@ def columns(rows: Sequence[Sequence[object]], left: int = 0) -> str:
 def settings_text(row: dict) -> str:
     """{"k": 20, "lr": 0.1} -> "k=20 lr=0.1"."""
     return " ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items())
+
+
+def shorten_warnings() -> None:
+    """Print fastssl's own warnings without the place in its source, and all others as before."""
+    warnings.formatwarning = _format_warning
+
+
+_default_format = warnings.formatwarning
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
+        return f"warning: {message}\n"
+    return _default_format(message, category, filename, lineno, line)
 
 
 def run_command(command: str, work: Callable[[], None]) -> int:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from fastssl import config, launcher
-from fastssl.parsing import Parser
+from fastssl.parsing import Parser, shorten_warnings
 
 
 def parser(prog: str = "fastssl train") -> argparse.ArgumentParser:
@@ -56,6 +56,7 @@ def parse(argv: list[str] | None, prog: str = "fastssl train") -> argparse.Names
 
 
 def main(argv: list[str] | None = None) -> int:
+    shorten_warnings()
     try:
         launcher.set_variables()
         args = parse(argv)

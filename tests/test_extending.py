@@ -13,6 +13,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import ranks
 
+from fastssl.__main__ import main
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "extending.md").read_text()
 FILES = dict(re.findall(r"```python\n# (exp/\w+\.py)\n(.*?)```", TEXT, re.S))
@@ -36,7 +38,7 @@ def folder(tmp_path_factory):
 
 
 def test_every_block_of_the_page_is_a_file():
-    assert list(FILES) == [f"exp/{name}.py" for name in ("align", "watch", "make_data", "recipe", "mine")]
+    assert list(FILES) == [f"exp/{name}.py" for name in ("align", "net", "watch", "make_data", "recipe", "mine")]
     assert TEXT.count("```python") == len(FILES)
 
 
@@ -61,6 +63,35 @@ def test_the_page_trains_with_its_method_hook_source_and_views(folder):
         text=True,
     )
     assert again.returncode == 0 and "continuing" in again.stdout, again.stderr  # the same config in another process
+
+
+def test_a_run_with_its_method_and_backbone_is_evaluated_and_exported(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    run = "work_dirs/mine"
+    monkeypatch.setattr(sys, "path", [*sys.path])  # --import adds to it
+    (result,) = Path(run).glob("eval/knn*.json")  # written by the page's last command
+    assert json.loads(result.read_text())["results"]
+    assert main(["publish", run]) == 0
+    assert main(["export", run]) == 2
+    assert "unknown backbone 'plain'" in (error := capsys.readouterr().err) and "fastssl --import FILE" in error
+    assert main(["--import", "exp/net.py", "export", run]) == 0
+    assert main(["report", run, "--points", "20", "--out", str(tmp_path / "o.html")]) == 0  # it is registered now
+    assert "align.Config" in (page := (tmp_path / "o.html").read_text()) and "the same network, untrained" in page
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--import"], "--import needs a Python file and a command"),
+        (["--import", "nowhere.py", "methods"], "nowhere.py: FileNotFoundError"),
+        (["--import", "BROKEN", "methods"], "broken.py, line 1: ZeroDivisionError"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_one_line(tmp_path, capsys, argv, message):
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    assert main([str(tmp_path / "broken.py") if word == "BROKEN" else word for word in argv]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
 
 
 def test_the_recipes_of_the_page_can_be_built(folder, monkeypatch):

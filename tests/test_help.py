@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 
 import fastssl.eval
 from fastssl import __main__ as command
+from fastssl import methods, parsing
 from fastssl.eval import options
 
 HEAVY = ("torch", "timm", "ffcv", "numpy", "deepspeed", "PIL")  # 4 to 7 s of CPU
@@ -42,11 +44,15 @@ def test_help_and_misspelt_options_import_no_torch():
     wrong = {
         ("tran",): "'train'",
         ("eval", "liner"): "'linear'",
-        ("eval", "knn", "--trian", "x"): "unrecognized arguments: --trian; did you mean '--train'?",
+        ("eval", "knn", "--trian", "."): "unrecognized arguments: --trian; did you mean '--train'?",
         ("eval", "knn", "--tempreature=1"): "unrecognized arguments: --tempreature=1; did you mean '--temperature'?",
         ("eval", "svm", "--solver", "fsat"): "; did you mean 'fast'?",
         ("eval", "knn", "--k", "1,x"): "--k: '1,x' is not a comma-separated list",
-        ("export", "x", "--to", "tim"): "; did you mean 'timm'?",
+        ("export", ".", "--to", "tim"): "; did you mean 'timm'?",
+        ("export", "fastsl/train.py"): "RUN_OR_WEIGHTS: no run folder or weight file fastsl/train.py; see",
+        ("publish", __file__.replace("help", "hlep")): "; did you mean 'test_help.py'?",
+        ("eval", "knn", "nowhere"): "no run folder or weight file nowhere",
+        ("upgrade", "nowhere", "x.pth"): "no run folder or weight file nowhere",
         ("params",): "the following arguments are required: CONFIG|BACKBONE; see",
         ("replay", "--device", "cpu"): "the following arguments are required: config; see",
         ("report", "x", "--point", "5"): "unrecognized arguments: --point 5; did you mean '--points'?",
@@ -145,3 +151,15 @@ def test_a_missing_gpu_is_a_one_line_error(capsys, monkeypatch):
         assert command.main(["eval", "knn", "--features", "pixels", "--device", device]) == 2
         err = capsys.readouterr().err
         assert said in err and err.count("\n") == 1
+
+
+def test_warnings_of_fastssl_are_short_and_others_unchanged(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    before = warnings.formatwarning("slow", UserWarning, "/elsewhere/mine.py", 3)
+    parsing.shorten_warnings()
+    assert warnings.formatwarning("slow", UserWarning, options.__file__, 3) == "warning: slow\n"
+    assert warnings.formatwarning("slow", UserWarning, "/elsewhere/mine.py", 3) == before
+
+
+def test_a_method_is_described_without_warnings_about_its_training():
+    assert "state    target, pointers, queue" in methods.describe("moco")  # pytest makes warnings errors

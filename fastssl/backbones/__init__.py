@@ -43,7 +43,8 @@ def _build(spec: Backbone) -> nn.Module:
     name = spec.name.removeprefix("timm/")
     if not timm.is_model(name):
         hint = did_you_mean(name, [*RESNETS, *timm.list_models()])
-        raise ValueError(f"unknown backbone {spec.name!r}{hint} (known: {', '.join(RESNETS)} and timm's models)")
+        known = f"{', '.join(RESNETS)}, timm's models, and your own after fastssl --import FILE"
+        raise ValueError(f"unknown backbone {spec.name!r}{hint} (known: {known})")
     return Timm(name, spec)
 
 

@@ -22,8 +22,9 @@ from fastssl.config import settings
 from fastssl.parsing import did_you_mean
 
 
-def call(path: Path, function: str) -> Any:
-    """Execute the Python file `path` as a module and return the result of its function `function()`.
+def call(path: Path, function: str | None) -> Any:
+    """Execute the Python file `path` as a module and return the result of its function `function()`; with None, only
+    execute it.
 
     ValueError for any exception in the file, including SystemExit and RecursionError."""
     name = "fastssl_config_" + path.stem
@@ -34,6 +35,8 @@ def call(path: Path, function: str) -> Any:
         with _first_on_sys_path(path.resolve().parent):
             # not by import: the modification time of a cached .pyc has a resolution of one second
             exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), vars(module))
+            if function is None:
+                return None
             if not callable(getattr(module, function, None)):
                 raise ValueError(f"{path} has no {function}() -> Run")
             return getattr(module, function)()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastssl.config import Optim, settings
 from fastssl.config.backbone_options import add_backbone_options
-from fastssl.parsing import Parser, comma_separated, docstring
+from fastssl.parsing import Parser, comma_separated, docstring, existing
 
 MAPS = ("pca", "tsne", "umap")
 SVM_COSTS = (*(0.5**n for n in range(19, 3, -1)), 1.0, 10.0, 100.0)
@@ -56,7 +56,8 @@ def add_target_options(parser: argparse.ArgumentParser, without: tuple[str, ...]
         else:
             parser.add_argument(name, **options)
 
-    add("target", nargs="?", metavar="RUN_OR_WEIGHTS", help="run folder, checkpoint folder, .safetensors, .pt or .pth")
+    about = "run folder, checkpoint folder, .safetensors, .pt or .pth"
+    add("target", nargs="?", type=existing, metavar="RUN_OR_WEIGHTS", help=about)
     add("--train", help=".beton of the bank or the training set; default: the run's")
     add("--test", help=".beton to evaluate on; default: the run's")
     kinds = ("weights", "untrained", "pixels")

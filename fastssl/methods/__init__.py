@@ -43,15 +43,13 @@ def state(method: nn.Module) -> list[str]:
 
 def describe(name: str) -> str:
     """Title, paper, views, state, settings and configs of a method, from its file and its configs."""
-    from fastssl import backbones, config  # seconds: torchvision
-    from fastssl.trainer import Context
+    from fastssl import config, plan  # seconds: torchvision
 
     module = importlib.import_module(f"{__name__}.{name}")
     about = module.__doc__ or ""
     folder = config.quickstart().parent
     run = config.load(folder / "smoke" / f"{name}.py")
-    backbone = backbones.build(run.backbone, run.method)
-    built = run.method.build(backbone, Context(50_000, run.optim.batch, ["a", "b"], kernels="reference"))
+    built = plan.build_method(run, 50_000, "meta")
     lines = {
         "": re.sub(r"\s*https?://\S+", "", about.split("\n\n")[0]).replace("\n", " ").strip(),
         "paper": " ".join(re.findall(r"https?://\S+", about)),

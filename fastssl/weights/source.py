@@ -98,7 +98,7 @@ def _checked_config(config: Any, path: Path) -> dict:
     views, method = config["data"]["views"], config.setdefault("method", {"type": "unknown.unknown.Config"})
     require(isinstance(views, list) and all(isinstance(view, dict) for view in views), "data.views", views)
     require(isinstance(config["data"]["eval_view"], dict | None), "data.eval_view", config["data"]["eval_view"])
-    require(isinstance(method, dict) and str(method.get("type")).count(".") > 1, "method", method)
+    require(isinstance(method, dict) and "." in str(method.get("type")), "method", method)
     require(isinstance(config.setdefault("name", ""), str), "name", config["name"])
     require(type(config.setdefault("seed", 0)) is int, "seed", config["seed"])
     return config
