@@ -102,4 +102,4 @@ def automatic_settings(t: Trainer) -> str:
         parts.append("compile=on (equal losses in less time)" if why is None else f"compile=off ({why})")
     if speed.micro_batch is None:
         parts.append(f"micro_batch={t.run.optim.batch // dist.world()} (all images of a rank)")
-    return "speed, chosen automatically: " + ", ".join(parts) if parts else ""
+    return "\n  ".join(["speed, chosen automatically:", *parts]) if parts else ""

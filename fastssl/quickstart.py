@@ -7,6 +7,7 @@ one.  With all labels, raw pixels already do well; with few labels, pretraining 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from fastssl.eval.linear.probe import linear_probe
 from fastssl.loader import Loader
 from fastssl.sampler import Sampler
 
+SCRIPTS = (Path(train.__file__), config.quickstart())
 DRAWS = 20  # of few labelled images; their accuracies are averaged
 
 
@@ -66,9 +68,11 @@ def pretrain(run: config.Run, overrides: list[str]) -> None:
         return
     limit = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
     count = max(n for n in range(1, limit + 1) if run.optim.batch % n == 0)
-    command = ["--num_gpus", str(count), str(Path(train.__file__)), str(config.quickstart()), *overrides]
-    print(f"\n$ deepspeed {' '.join(command)}", flush=True)
-    env = os.environ if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ}
+    scripts = [os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path) for path in SCRIPTS]
+    command = ["--quiet", "--num_gpus", str(count), *scripts, *overrides]
+    variables = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    env = {**variables, **os.environ}
+    print("\n$", shlex.join([*(f"{key}={env[key]}" for key in variables), "deepspeed", *command]), flush=True)
     port = str(rendezvous.free_port())  # DeepSpeed's default, 29500, may be in use by another run
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", port]
     subprocess.run([*launcher, *command], env=env, check=True)

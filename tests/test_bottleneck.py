@@ -109,12 +109,13 @@ def test_automatic_settings_are_given_with_their_reason():
         == 1
     )
     t = trainer()
-    assert "graph=on (the same bits in less time)," in bottleneck.automatic_settings(t)
+    assert "graph=on (the same bits in less time)\n" in bottleneck.automatic_settings(t)
     t.hooks = [LinearProbe()]
     assert "less time; monitors follow it, speed.graph=on captures the probe" in bottleneck.automatic_settings(t)
     t = trainer("cpu")
     t.capturable_step = CapturableStep(None, reason="it needs a CUDA device")
-    assert "kernels=reference (no CUDA device), graph=off (it needs a CUDA device)" in bottleneck.automatic_settings(t)
+    chosen = bottleneck.automatic_settings(t)
+    assert "kernels=reference (no CUDA device)\n  graph=off (it needs a CUDA device)" in chosen
     t.not_compiled = None
     assert "compile=on (" in bottleneck.automatic_settings(t)
 
@@ -125,5 +126,5 @@ def test_a_run_reports_its_bottleneck_and_automatic_settings(tmp_path, capsys):
     run.log.root, run.optim.epochs, run.speed.workers = str(tmp_path), 6, None
     engine.fit(run, hooks=[], loader=cases.loader(run))
     out = capsys.readouterr().out
-    assert "speed, chosen automatically: kernels=reference" in out
+    assert "speed, chosen automatically:\n  kernels=reference" in out
     assert out.count("time of a step: ") == 1 and "the bottleneck is" in out

@@ -20,6 +20,7 @@ class Terminal:
         self.folder, self.total_steps = folder, total_steps
         self._progress: Any = None
         self._window: list[dict] = []  # timed records since the last line of a step
+        self._started = False  # the line of the first step, which has compilation and the loader's start, is printed
         self._below_limit = 0  # measures of collapse in a row below their limit
 
     def text(self, text: str) -> None:
@@ -52,11 +53,15 @@ class Terminal:
         return parts + [f"{k} {_short(v)}" for k, v in record.items() if k not in hidden and v is not None]
 
     def _speed(self, step: int) -> list[str]:
-        """Means over the steps since the last line, weighted by their time."""
+        """Means over the steps since the last line, weighted by their time; of the first step its time alone."""
         timed = [r for r in self._window if r.get("total_ms")]
         if not timed:
             return []
-        total = sum(r["total_ms"] for r in timed)
+        self._window = []
+        total, memory = sum(r["total_ms"] for r in timed), f"{timed[-1]['memory_gib']:.1f} GiB"
+        if not self._started:
+            self._started = True
+            return [f"first step in {total / 1e3:.1f} s", memory]
         parts = [
             f"{sum(r['images_per_s'] * r['total_ms'] for r in timed) / total:.0f} images/s",
             f"data {100 * sum(r['data_ms'] for r in timed) / total:.0f} %",
@@ -64,8 +69,7 @@ class Terminal:
         if timed[-1].get("mfu"):
             parts.append(f"mfu {100 * sum(r['mfu'] * r['total_ms'] for r in timed if r['mfu']) / total:.0f} %")
         seconds = round((self.total_steps - step) * total / len(timed) / 1e3)
-        self._window = []
-        return [*parts, f"{timed[-1]['memory_gib']:.1f} GiB", f"eta {_clock(seconds)}"]
+        return [*parts, memory, f"eta {_clock(seconds)}"]
 
     def _warn_collapse(self, record: dict) -> None:
         if not COLLAPSE_LIMITS.keys() & record.keys():

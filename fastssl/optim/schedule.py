@@ -47,7 +47,7 @@ class Schedule:
         if optim.warmup_epochs and optim.warmup_epochs * steps_per_epoch >= self.total_steps:
             raise ValueError(
                 f"optim.warmup_epochs={optim.warmup_epochs} is not shorter than the run of "
-                f"{self.total_steps / steps_per_epoch:g} epochs"
+                f"{self.total_steps / steps_per_epoch:g} epochs: set it lower (0: no warm-up) or optim.epochs higher"
             )
         if optim.weight_decay_end is not None and not optim.weight_decay:
             raise ValueError("optim.weight_decay_end needs optim.weight_decay > 0 to start from")
