@@ -149,7 +149,7 @@ def test_missing_parts_of_a_run_are_explained(page):
     assert "gone.beton does not exist: start the report in the folder of the training" in text
     assert "there is no complete checkpoint: features need one" in text
     assert "killed: environment.json is absent" in text
-    assert "Probe, top-1: no run has logged it; log.probe=True" in text
+    assert "Probe, top-1: no run has logged it: set log.probe=True" in text
     assert "MFU of killed: not known; it needs a GPU" in text, "and nothing of the first, which ran on a CPU"
     assert "finished: 60 steps" in text and "at step 25 of 60, last written" in text
 

@@ -129,6 +129,24 @@ def test_percentages_of_the_step_add_up_to_100(data, tmp_path):
     assert run.steps_per_epoch == PER_EPOCH and run.total_steps == 60
 
 
+def test_the_table_of_times_leaves_out_the_first_steps(tmp_path):
+    run = run_data.RunData(tmp_path)
+    steps, first = np.arange(1, 21), np.r_[5000.0, np.zeros(19)]  # compilation
+    run.scalars = {"views_ms": (steps, 1 + first), "total_ms": (steps, 10 + first)}
+    assert "1.0 <small>10 %</small>" in tables.timings([run])
+    run.scalars = {key: (x[:3], y[:3]) for key, (x, y) in run.scalars.items()}
+    assert "<small>99 %</small>" in tables.timings([run])  # a shorter run has no others
+
+
+def test_results_without_a_figure_are_not_in_the_table(tmp_path):
+    run = run_data.RunData(tmp_path)
+    extract = {"protocol": "extract", "results": [{"file": "test", "layer": "last", "rows": 3, "path": "a.npy"}]}
+    run.evaluations = [("extract.json", extract)]
+    assert "No results" in tables.evaluations([run])
+    run.evaluations += [("knn.json", {"protocol": "knn", "results": [{"k": 20, "top1": 50.0}]})]
+    assert "50.00" in tables.evaluations([run]) and "extract" not in tables.evaluations([run])
+
+
 @pytest.mark.parametrize(
     "low, high, expected",
     [(0, 10, [0, 2, 4, 6, 8, 10]), (0.93, 1.0, [0.94, 0.96, 0.98, 1.0]), (-1, 1, [-1, -0.5, 0, 0.5, 1]), (3, 3, [3])],

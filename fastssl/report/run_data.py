@@ -35,7 +35,7 @@ CURVES = {  # key of the log: title, unit, explanation
     "embedding_rank": ("Effective rank of the embeddings", "", ""),
 }
 MAIN = ("loss", "knn_top1", "probe_top1")  # the report says where they are missing
-HINTS = {"knn_top1": "; log.knn_epochs=10 logs it", "probe_top1": "; log.probe=True log.knn_epochs=10 log it"}
+HINTS = {"knn_top1": ": set log.knn_epochs=10", "probe_top1": ": set log.probe=True log.knn_epochs=10"}
 
 
 @dataclass(eq=False)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastssl import methods
+from fastssl.bottleneck import SKIPPED_STEPS
 from fastssl.config import Run, dump
 from fastssl.eval import METRICS, PROTOCOLS
 from fastssl.kernels.augment import View
@@ -47,18 +48,23 @@ def table(heads: list[str], runs: list[RunData], rows: list[Row], code: bool = F
 
 
 def timings(runs: list[RunData]) -> str:
+    """Of the steps that the summary of a training counts, or of all in a shorter run."""
+
+    def times(run: RunData, name: str) -> np.ndarray:
+        y = run.scalars[f"{name}_ms"][1] if f"{name}_ms" in run.scalars else np.zeros(0)
+        return y[SKIPPED_STEPS:] if len(y) > SKIPPED_STEPS else y
+
     rows = []
     for name in (*PHASES, "total"):
-        times = [run.scalars[f"{name}_ms"][1] if f"{name}_ms" in run.scalars else np.zeros(0) for run in runs]
-        if not any(y.any() for y in times):
+        if not any(times(run, name).any() for run in runs):
             continue  # "step" without a CUDA graph
-        totals = [run.scalars["total_ms"][1].sum() if "total_ms" in run.scalars else 0.0 for run in runs]
-        cells = [
-            f"{np.median(y):.1f} <small>{100 * y.sum() / total:.0f} %</small>" if len(y) and total else ""
-            for y, total in zip(times, totals)
-        ]
+        cells = []
+        for run in runs:
+            y, total = times(run, name), times(run, "total").sum()
+            cells.append(f"{np.median(y):.1f} <small>{100 * y.sum() / total:.0f} %</small>" if len(y) and total else "")
         rows.append(([("data wait" if name == "data" else name)], cells, False))
-    return about("Median milliseconds of a step, and percent of the total time.") + table(["phase"], runs, rows)
+    lead = f"Median milliseconds of a step, and percent of the total time, without the first {SKIPPED_STEPS} steps."
+    return about(lead) + table(["phase"], runs, rows)
 
 
 def evaluated(result: dict) -> dict:
@@ -81,15 +87,17 @@ def owner(runs: list[RunData], result: dict) -> RunData | None:
 
 def evaluations(runs: list[RunData]) -> str:
     """A row for each metric of each protocol and test file; the best of all runs and settings in it is marked."""
-    if not any(run.evaluations for run in runs):
-        return note("No results: fastssl eval knn RUN writes its into the run folder; --eval names files elsewhere.")
     found: dict[tuple, dict[int, list[dict]]] = {}  # (protocol, features, test file) -> run -> rows
     for i, run in enumerate(runs):
         for file, result in run.evaluations:
             of = evaluated(result)
             key = result["protocol"], str(of.get("features", "weights")), str(of.get("test") or "")
-            rows = found.setdefault(key, {}).setdefault(i, [])
-            rows += [{**row, "": f"{file}: {json.dumps(result.get('options', {}))}"} for row in result["results"]]
+            source = f"{file}: {json.dumps(result.get('options', {}))}"
+            rows = [{**row, "": source} for row in result["results"] if METRICS.keys() & row.keys()]
+            if rows:  # not of `extract`, which measures nothing
+                found.setdefault(key, {}).setdefault(i, []).extend(rows)
+    if not found:
+        return note("No results: fastssl eval knn RUN writes its into the run folder; --eval names files elsewhere.")
     order = list(PROTOCOLS)
 
     def rank(key: tuple[str, str, str]) -> tuple:
@@ -105,12 +113,11 @@ def evaluations(runs: list[RunData]) -> str:
         what = {"weights": "", "untrained": "untrained network", "pixels": "pixels"}.get(features, features)
         first = escape(protocol) + (f"<small>{escape(Path(test).name)}</small>" if test else "")
         first += f'<span class="badge base">baseline: {escape(what)}</span>' if what else ""
-        metrics = [m for m in METRICS if any(m in row for row in all_rows)]
-        for metric in metrics or [""]:
+        for metric in [m for m in METRICS if any(m in row for row in all_rows)]:
             values = [row[metric] for row in all_rows if is_number(row.get(metric))]
             best = max(values) if len(values) > 1 and metric not in SPREAD else None
             cells = [_cell(by_run.get(i, []), metric, best) for i in range(len(runs))]
-            lines.append(([first, escape(METRICS.get(metric, ""))], cells, False))
+            lines.append(([first, escape(METRICS[metric])], cells, False))
     marked = '<p class="about">The <b class="best">best</b> of a row is marked; the setting is above each figure.</p>'
     return marked + table(["protocol, test file", "metric"], runs, lines)
 
@@ -119,12 +126,12 @@ def _cell(rows: list[dict], metric: str, best: float | None) -> str:
     out = []
     for row in rows:
         value = row.get(metric)
-        if metric and value is None:
+        if value is None:
             continue
         setting = settings_text({k: v for k, v in row.items() if k not in METRICS and k not in HIDDEN})
         badge = ' <span class="badge">selected on test data</span>' if row.get("selected_on") == "test" else ""
         chosen = " (selected on held-out data)" if row.get("selected_on") == "held-out" else ""
-        text = f"{value:.2f}" if is_number(value) else escape(str(value or ""))
+        text = f"{value:.2f}" if is_number(value) else escape(str(value))
         kind = ' class="best"' if is_number(value) and value == best else ""
         out.append(
             f'<span class="value" title="{escape(row[""])}"><small>{escape(setting + chosen)}</small>'
