@@ -149,6 +149,7 @@ def test_prefixes_are_found_by_keys(tmp_path, small, wrap, prefix, ohwi):
         backbones.channels_last_(net)
     report = weights.load_backbone(tmp_path / "a.pt", net)
     assert report.prefix == prefix and same(small, net)
+    assert not {"state_dict", "module"} & report.other.keys()  # which say nothing about what is in the file
 
 
 def test_two_different_copies_need_a_choice(tmp_path, small):

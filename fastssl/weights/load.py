@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastssl.backbones import positions
 from fastssl.config import Backbone
 from fastssl.weights import foreign
-from fastssl.weights.source import download, read, spec_of
+from fastssl.weights.source import CONTAINERS, download, read, spec_of
 
 # First names of keys beside the backbone's, under the same prefix.  They are reported and not loaded.
 HEADS = (
@@ -41,7 +41,7 @@ class LoadReport:
     prefix: str
     loaded: int
     heads: list[str]  # keys of classifier and projection heads under the prefix
-    other: dict[str, int]  # first name of keys outside the prefix -> how many
+    other: dict[str, int]  # part of the model outside the prefix -> how many keys
     layout: str | None = None  # of foreign.LAYOUTS, where the file's keys are not ours
     resampled: str | None = None  # how position embeddings of another size were changed
 
@@ -85,7 +85,7 @@ def load_backbone(
     _check(file, prefix, found, needed, own)
     net.load_state_dict({name: found.get(name, own[name]) for name in own})
     heads = [prefix + name for name in found if name not in own]
-    other = Counter(key.split(".")[0] for key in state if not key.startswith(prefix))
+    other = Counter(_part(key) for key in state if not key.startswith(prefix))
     return LoadReport(file, prefix, sum(name in found for name in own), heads, dict(other), layout, resampled)
 
 
@@ -129,6 +129,12 @@ def _resample(found: dict[str, Tensor], net: nn.Module) -> str | None:
         return None
     found["pos_embed"] = positions.resample(table, (side, side), tuple(grid))
     return f"positions resampled from {side} x {side} to {grid[0]} x {grid[1]} patches"
+
+
+def _part(key: str) -> str:
+    """The part of a model that a key belongs to: "head" of "state_dict.module.head.fc.weight"."""
+    names = key.split(".")
+    return next((name for name in names if name not in CONTAINERS | {"module"}), names[-1])
 
 
 def _rename_keys(state: dict[str, Tensor], needed: list[str]) -> tuple[str | None, dict[str, Tensor]]:
