@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import inspect
+import os
 import re
 import sys
 import warnings
@@ -84,11 +86,13 @@ def comma_separated(kind: Callable[[str], object]) -> Callable[[str], tuple]:
 
 def existing(text: str) -> str:
     """For `type=` of an argument: a run folder or a weight file that exists."""
-    path = Path(text)
-    if path.exists():
+    if os.path.exists(text):  # unlike Path.exists, False for a name that is too long
         return text
-    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise argparse.ArgumentTypeError(f"no run folder or weight file {text}{did_you_mean(path.name, names)}")
+    folder, name = os.path.split(text)
+    names: list[str] = []
+    with contextlib.suppress(OSError, ValueError):  # there is no such folder either
+        names = os.listdir(folder or ".")
+    raise argparse.ArgumentTypeError(f"no run folder or weight file {text}{did_you_mean(name, names)}")
 
 
 def columns(rows: Sequence[Sequence[object]], left: int = 0) -> str:
