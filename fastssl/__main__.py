@@ -62,12 +62,12 @@ def _run(argv: list[str]) -> int:
 
 def _import(argv: list[str]) -> int:
     """`fastssl --import FILE COMMAND ...`: FILE registers a backbone with timm, for example."""
-    from fastssl.config import file
+    from fastssl.config import python_file
 
     try:
         if len(argv) < 2:
             raise ValueError("--import needs a Python file and a command: fastssl --import FILE COMMAND ...")
-        file.call(Path(argv[0]), None)
+        python_file.call(Path(argv[0]), None)
     except ValueError as error:
         print(f"fastssl: {error}", file=sys.stderr)
         return 2
