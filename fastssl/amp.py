@@ -114,8 +114,9 @@ class LossScaler:
         return applied
 
     def state_dict(self) -> dict:
-        return {"value": self.value, "good": int(self.good_steps)}
+        return {"value": self.value, "good": int(self.good_steps), "bad": int(self.bad_steps)}
 
     def load_state_dict(self, values: dict) -> None:
         self.value = values["value"]
         self.good_steps.fill_(values["good"])
+        self.bad_steps.fill_(values.get("bad", 0))

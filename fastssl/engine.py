@@ -242,7 +242,8 @@ def checkpoint_due(t: Trainer) -> bool:
 def save(t: Trainer, log: Log, writer: Writer, loss_check: FiniteLossCheck, stopping: bool) -> None:
     """Start writing a checkpoint.  If the loss or a weight is not finite, none is written, because it would replace a
     good one: NotFinite if the run ends here (`stopping`, or the last step), else a line in the log."""
-    problem = loss_check.problem() or nonfinite.weights_problem(t)
+    # a step that was skipped has changed nothing
+    problem = (None if t.run.optim.skip_nonfinite else loss_check.problem()) or nonfinite.weights_problem(t)
     if problem is None:
         writer.save()
         return

@@ -80,8 +80,9 @@ class SavedStatistics:
         ]
         moving = [b for m in norms for b in (m.running_mean, m.running_var)]
         self.buffers = [b for b in (moving, [m.num_batches_tracked for m in norms]) if b]  # by dtype, for foreach
-        self.start = [[b.clone() for b in buffers] for buffers in self.buffers]
-        self.change = [[torch.zeros_like(b) for b in buffers] for buffers in self.buffers]
+        self.flat_start = [_flat(buffers) for buffers in self.buffers]  # one kernel instead of one for each buffer
+        self.start = [_split(flat, buffers) for flat, buffers in zip(self.flat_start, self.buffers)]
+        self.change = [_split(torch.zeros_like(flat), b) for flat, b in zip(self.flat_start, self.buffers)]
 
     def restore(self) -> None:
         """Undo the changes of forward passes.  Only after their backward: autograd has saved these buffers."""
@@ -90,8 +91,8 @@ class SavedStatistics:
 
     def restore_where(self, condition: Tensor) -> None:
         """`restore` where the 0-dim `condition` holds, without waiting for the device."""
-        for buffers, start in zip(self.buffers, self.start):
-            torch._foreach_copy_(buffers, [torch.where(condition, s, b) for s, b in zip(start, buffers)])
+        for buffers, start in zip(self.buffers, self.flat_start):
+            torch._foreach_copy_(buffers, _split(torch.where(condition, start, _flat(buffers)), buffers))
 
     def add(self) -> None:
         """Record the change that a micro-batch has made, and undo it."""
@@ -104,3 +105,12 @@ class SavedStatistics:
         for change, buffers in zip(self.change, self.buffers):
             integer = not buffers[0].is_floating_point()  # num_batches_tracked, the same in every micro-batch
             torch._foreach_add_(buffers, [c // count for c in change] if integer else torch._foreach_div(change, count))
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def _split(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Views of `flat` with the shapes of `tensors`."""
+    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]

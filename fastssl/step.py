@@ -37,11 +37,11 @@ def step(t: Trainer, micro_batches: list[Batch]) -> Outputs:
     """
     t.scalars = {"lr": t.schedule.set_lr(t.deepspeed.optimizer, t.step)}
     batch = micro_batches[0] if len(micro_batches) == 1 else merge_without_pixels(micro_batches)
-    statistics = norm.SavedStatistics(t.method) if t.loss_scaler.skip_nonfinite else None
+    statistics = norm.SavedStatistics(t.method) if t.loss_scaler.checked else None
     make_step = deepspeed_step if t.capturable_step is None else pytorch_step
     out, scalars = make_step(t, micro_batches, batch)
-    if statistics is not None:  # a skipped step changes no statistics
-        statistics.restore_where(t.loss_scaler.found_inf != 0)
+    if statistics is not None:  # a skipped step changes no statistics; an overflow in the forward would leave them NaN
+        statistics.restore_where((t.loss_scaler.found_inf != 0).to(t.device))
     t.log(scalars)
     t.step += 1
     done = hooks_in_graph(t)

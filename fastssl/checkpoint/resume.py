@@ -11,7 +11,8 @@ from fastssl.config import Run, dump, with_defaults
 from fastssl.trainer import Trainer
 
 FIXED = ("method", "backbone", "data", "optim", "seed", "sync_bn")  # sections that a resumed run must share, ...
-MONITORED = ("data.test", "data.bank", "data.eval_view")  # ... without what only hooks read
+# ... without what only hooks read, and what acts only where a run would otherwise end
+FREE = ("data.test", "data.bank", "data.eval_view", "optim.skip_nonfinite")
 LENGTH = ("optim.epochs", "optim.steps")  # may change where lr and weight decay do not depend on the run's length
 
 
@@ -94,7 +95,7 @@ def check_compatible(values: dict, run: Run, path: Path) -> None:
     """ValueError where `run` cannot continue from a checkpoint with the `values` of state.pt."""
     for section in FIXED:
         for key, saved, value in _differences(section, values["config"].get(section), getattr(run, section)):
-            if key in MONITORED or (key in LENGTH and is_independent_of_length(run)):
+            if key in FREE or (key in LENGTH and is_independent_of_length(run)):
                 continue
             longer = (
                 f"; optim.schedule={run.optim.schedule!r} follows the run's length, so train longer in a new "

@@ -1,7 +1,7 @@
 """A sheet of test images with their nearest training images by cosine similarity, and how many share their class.
 
 The number is the precision at k: the fraction of the k nearest training images that have the class of the query, over
-all test images.
+all test images.  Images without a label do not count.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ def run(target: EvalTarget, args: argparse.Namespace) -> dict:
     queries, labels = target.features(target.test)
     found = nearest(bank, queries, args.k)
     row = {"k": args.k}
-    if bank_labels.ndim == 1 and labels.ndim == 1 and (labels >= 0).any():
-        known = labels >= 0
-        row["precision"] = 100 * (bank_labels[found] == labels[:, None])[known].float().mean().item()
+    if bank_labels.ndim == 1 and labels.ndim == 1:
+        of_found = bank_labels[found]
+        known = (of_found >= 0) & (labels >= 0)[:, None]
+        if known.any():
+            row["precision"] = 100 * (of_found == labels[:, None])[known].float().mean().item()
     shown = sample(len(queries), min(args.queries, len(queries)), args.seed)
     path = folder / "neighbours.png"
     if dist.is_main():

@@ -15,7 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "methods"))
 import method_cases as cases
 
-from fastssl import dist, engine, hooks, nonfinite
+from fastssl import amp, dist, engine, hooks, nonfinite
+from fastssl.amp import LossScaler
+from fastssl.checkpoint import disk, state
 
 STEPS, BAD = 12, 6  # 4 steps an epoch
 
@@ -99,9 +101,9 @@ def step_of(sample: int, epoch: int) -> int:
     return next(epoch * loader.steps + b.step + 1 for b in loader.epoch(epoch) if sample in b.index.tolist())
 
 
-def seen_in(epoch: int) -> int:
-    """A sample that this epoch trains on in its second step."""
-    return next(b for b in cases.loader(make_run(Path(), "any")).epoch(epoch) if b.step == 1).index[3].item()
+def seen_in(epoch: int, step: int = 1) -> int:
+    """A sample that this epoch trains on in its step `step` (from 0)."""
+    return next(b for b in cases.loader(make_run(Path(), "any")).epoch(epoch) if b.step == step).index[3].item()
 
 
 @pytest.mark.parametrize(
@@ -193,6 +195,30 @@ def test_skipped_steps_change_nothing(tmp_path, poison):
     for name in ("backbone.conv1.weight", "probe.mean", "probe.variance"):
         assert not torch.equal(seen[BAD + 1][name], seen[BAD][name])
     assert all(v.isfinite().all() for v in seen[STEPS].values())
+
+
+def test_a_run_that_ended_continues_without_its_last_step(tmp_path, poison):
+    """The step that is left out is no reason to write no checkpoint, which has the number of such steps in a row."""
+    poison("output", seen_in(2, step=3), (2,))
+    run = make_run(tmp_path, "last")
+    with pytest.raises(ValueError, match="no checkpoint of step 12 is written"):
+        fit(run)
+    run.optim.skip_nonfinite = 1
+    fit(run, resume=True)
+    path = disk.newest(tmp_path / "last")
+    assert path.name == "step_00000012" and state.read(path)["scale"]["bad"] == 1
+    scaler = LossScaler("fp32", skip_nonfinite=1)
+    scaler.load_state_dict(state.read(path)["scale"])
+    scaler.unscale_([torch.full((2,), math.nan)])
+    assert scaler.bad_steps == 2
+
+
+def test_an_overflow_of_fp16_in_the_forward_leaves_no_trace_in_running_statistics(tmp_path, poison, monkeypatch):
+    monkeypatch.setattr(amp, "NATIVE", {})  # otherwise a CPU without instructions for fp16 trains in fp32
+    poison("output", seen_in(1), (1,))
+    t = fit(make_run(tmp_path, "fp16", optim_precision="fp16", backbone_norm="bn"))
+    assert [r["step"] for r in records(tmp_path / "fp16") if r.get("applied") is False] == [BAD]
+    assert all(v.isfinite().all() for v in t.method.state_dict().values() if v.is_floating_point())
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path, poison):
