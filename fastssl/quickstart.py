@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import backbones, config, data_prep, dist, options, pictures, rendezvous, train, weights
-from fastssl.checkpoint import disk, run_folder
+from fastssl.checkpoint import run_folder
 from fastssl.eval import knn
 from fastssl.eval.common import features
 from fastssl.eval.common.search import nearest
@@ -62,14 +62,10 @@ def convert(run: config.Run) -> None:
 
 
 def pretrain(run: config.Run, overrides: list[str]) -> None:
-    folder = run_folder.path(run)
-    if disk.directory(folder).exists():
-        print(f"\n{folder} is already trained; delete it to train again")
-        return
     limit = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
     count = max(n for n in range(1, limit + 1) if run.optim.batch % n == 0)
     scripts = [os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path) for path in SCRIPTS]
-    command = ["--quiet", "--num_gpus", str(count), *scripts, *overrides]
+    command = ["--quiet", "--num_gpus", str(count), *scripts, *overrides, "--continue"]
     variables = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     env = {**variables, **os.environ}
     print("\n$", shlex.join([*(f"{key}={env[key]}" for key in variables), "deepspeed", *command]), flush=True)

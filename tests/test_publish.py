@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,8 @@ def build(seed=0, spec=SMALL):
 @pytest.fixture
 def run_folder(tmp_path):
     data = config.Data(train="/secret/place/y.beton", views=views.byol(32))
-    run = config.Run(method=byol.Config(), backbone=SMALL, name="byol/mine", data=data, optim=config.Optim())
+    backbone, log = replace(SMALL, pretrained="/secret/place/w.pth"), config.Log(root="/secret/place")
+    run = config.Run(method=byol.Config(), backbone=backbone, name="byol/mine", data=data, log=log)
     folder = tmp_path / "run"
     temporary = disk.create(folder, 1)
     state = {f"backbone.{k}": v for k, v in build().state_dict().items()}
@@ -55,7 +57,8 @@ def test_publish_a_run(run_folder, capsys):
     assert not [key for key in safetensors.torch.load_file(file) if "optim" in key]
     with safetensors.safe_open(file, "pt") as f:
         run = json.loads(f.metadata()["fastssl.config"])
-    assert run["data"]["train"] == "y.beton"
+    assert run["data"]["train"] == "y.beton" and run["backbone"]["pretrained"] == "w.pth"
+    assert "secret" not in json.dumps(run)
     assert weights.spec_of(file) == SMALL
     for which, seed in (("student", 0), ("teacher", 1)):
         net = build(2)

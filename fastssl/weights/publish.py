@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from fastssl import files, options, weights
 from fastssl.parsing import run_command
@@ -25,9 +26,9 @@ def publish(source: str | Path, folder: str | Path | None = None, name: str | No
     run, spec = weights.run_config(source), weights.spec_of(source)
     metadata = weights.metadata(spec) if spec else {"format": "pt"}
     if run:
-        data = run["data"]  # the files without their folders, which are private
+        data = run["data"]
         names = {key: Path(data[key]).name for key in ("train", "test", "bank") if data.get(key)}
-        metadata["fastssl.config"] = json.dumps({**run, "data": {**data, **names}})
+        metadata["fastssl.config"] = json.dumps(_without_folders({**run, "data": {**data, **names}}))
     name = name or (run["name"].replace("/", "_") if run else re.sub(r"-[0-9a-f]{8}$", "", Path(source).stem))
     folder = Path(folder or (source if Path(source).is_dir() else Path(source).parent))
     temporary = folder / f"{name}.publishing"  # the hash, and so the name, follows from the written bytes
@@ -40,6 +41,15 @@ def publish(source: str | Path, folder: str | Path | None = None, name: str | No
     finally:
         temporary.unlink(missing_ok=True)
     return path, digest
+
+
+def _without_folders(value: Any) -> Any:
+    """JSON data in which an absolute path is only its last part: folders are private."""
+    if isinstance(value, dict):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def main(argv: list[str] | None = None) -> int:
