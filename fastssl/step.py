@@ -41,7 +41,7 @@ def step(t: Trainer, micro_batches: list[Batch]) -> Outputs:
     make_step = deepspeed_step if t.capturable_step is None else pytorch_step
     out, scalars = make_step(t, micro_batches, batch)
     if statistics is not None:  # a skipped step changes no statistics; an overflow in the forward would leave them NaN
-        statistics.restore_where((t.loss_scaler.found_inf != 0).to(t.device))
+        statistics.restore_where(t.loss_scaler.found_inf != 0)
     t.log(scalars)
     t.step += 1
     done = hooks_in_graph(t)
