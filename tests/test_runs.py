@@ -278,16 +278,3 @@ def test_srun_is_a_launcher(monkeypatch, nodes, first):
         monkeypatch.setattr(os, "environ", step | other)
         launcher.set_variables()
         assert "WORLD_SIZE" not in os.environ
-
-
-def test_a_quickstart_that_was_interrupted_continues(tmp_path, monkeypatch):
-    """Its checkpoint is not that of a trained network."""
-    from fastssl import config, quickstart
-    from fastssl.checkpoint import disk
-
-    run = config.load(config.quickstart(), [f"log.root={tmp_path}"])
-    disk.directory(tmp_path / run.name).mkdir(parents=True)
-    started = []
-    monkeypatch.setattr(quickstart.subprocess, "run", lambda command, **options: started.append(command))
-    quickstart.pretrain(run, ["optim.lr=0.1"])
-    assert started[0][-2:] == ["optim.lr=0.1", "--continue"]
