@@ -7,6 +7,7 @@ import random
 from mutations import both, fuzz
 from test_config_files import damaged as damaged_config
 
+import fastssl.views  # noqa: F401  (before the first case: torch's compiler, which it imports, makes a folder in /tmp)
 from fastssl import config, data_prep
 from fastssl import eval as evaluation
 from fastssl.config import checks, settings
