@@ -51,6 +51,18 @@ def test_on_one_rank_it_is_torchs(options, dtype):
         torch.testing.assert_close(ours.get_buffer(name), value, rtol=1e-6, atol=1e-6)
 
 
+def test_the_layer_between_norm_and_activation_is_kept(two_ranks):
+    net = nn.Sequential(timm.layers.BatchNormAct2d(3, drop_layer=nn.Softsign))
+    ours, x = norm.convert_sync_bn(copy.deepcopy(net), torch.device("cpu")), torch.randn(8, 3, 4, 4)
+    torch.testing.assert_close(ours(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_without_running_statistics_has_none_to_save():
+    saved = norm.SavedStatistics(nn.BatchNorm1d(3, track_running_stats=False))
+    saved.add(), saved.apply_mean(2)
+    assert not saved.buffers
+
+
 def test_an_unknown_subclass_of_batch_norm_is_refused(two_ranks):
     class Shifted(nn.BatchNorm2d):
         def forward(self, x):

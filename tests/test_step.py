@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,20 @@ def test_flops_are_those_of_a_step(name, monkeypatch):
     monkeypatch.setattr(t.meter, "phase", lambda name: counting.get(name, contextlib.nullcontext()))
     step(t, first)
     assert t.meter.flops == counter.total > 1e6
+
+
+def test_views_are_those_of_seed_epoch_and_sample_or_position():
+    from fastssl.kernels.augment import make_views
+    from fastssl.step import batch_views
+
+    t, _ = trainer("simclr", 16)
+    batch, recipe = next(t.loader.epoch(2)), t.run.data.views
+    for position, key in ((None, batch.index), (32, torch.arange(32, 48))):
+        got = batch_views(t, replace(batch, position=position))
+        want = make_views(batch.pixels, batch.sizes, key, recipe, seed=t.run.seed, epoch=2)
+        assert len(got) == len(recipe) and all(map(torch.equal, got, want))
+    (other,) = batch_views(t, batch, (replace(recipe[0], size=8),))
+    assert other.shape == (16, 3, 8, 8)
 
 
 def test_compiled_code_is_counted_eagerly_and_compiled_afterwards():

@@ -84,6 +84,7 @@ def test_npid_ensure_neg_with_too_few_samples_raises():
 def test_bank_momentum_of_zero_raises(name):
     with pytest.raises(ValueError, match="method.momentum=0.0, the weight of the new embedding, must be above 0"):
         build(name, momentum=0.0, **({"clusters": 2} if name == "odc" else {}))
+    build(name, momentum=1.0, **({"clusters": 2} if name == "odc" else {}))
 
 
 def groups(samples=60, dim=8):

@@ -307,6 +307,7 @@ def test_methods_with_labels_and_no_classes_raise(name):
 def test_queue_smaller_than_the_batch_raises(name):
     with pytest.raises(ValueError, match=r"method.queue=7 is smaller than optim.batch=8: .* at least 8"):
         cases.config(name, queue=7).build(Tiny(), Context(samples=60, batch=8))
+    cases.config(name, queue=8).build(Tiny(), Context(samples=60, batch=8))
 
 
 @pytest.mark.parametrize("name, sizes", [("dino", [8]), ("swav", [8, 4, 4]), ("lejepa", [8])])
