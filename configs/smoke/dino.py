@@ -2,7 +2,7 @@
 
     fastssl train configs/smoke/dino.py
 
-fastssl: kNN (k=20) 36.6 %, the untrained network 31.2 % (docs/results.md).
+fastssl: kNN (k=20) 36.4 %, the untrained network 31.2 % (docs/results.md).
 """
 
 from fastssl import views

@@ -2,7 +2,7 @@
 
     fastssl train configs/smoke/mae.py
 
-fastssl: kNN (k=20) 33.8 %, the untrained network 28.8 % (docs/results.md).
+fastssl: kNN (k=20) 33.2 %, the untrained network 28.7 % (docs/results.md).
 """
 
 from fastssl import views
