@@ -57,6 +57,22 @@ def test_moco_keys_are_of_the_other_view(symmetric):
     assert not out["k"].requires_grad
 
 
+@pytest.mark.parametrize("name", ["moco", "densecl"])
+def test_keys_are_computed_in_shuffled_order(name, monkeypatch):
+    """Of two ranks, the second of which is left out: what is exchanged is what this one sends."""
+    method, seen = build(name), []
+    views = [torch.rand(N, 3, 4, 4).double() for _ in range(2)]
+    want = method(views, batch())["k"]
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    monkeypatch.setattr("fastssl.methods.parts.momentum._exchange", lambda x: x)
+    method.target[0].conv.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    torch.testing.assert_close(method(views, batch())["k"], want)
+    assert not torch.equal(seen[0], views[1])
+    assert sorted(seen[0].sum((1, 2, 3)).tolist()) == pytest.approx(sorted(views[1].sum((1, 2, 3)).tolist()))
+    with pytest.raises(ValueError, match="sends equal parts of 5 samples to 2 ranks"):
+        method([view[:5] for view in views], batch(5))
+
+
 def test_mocov3_loss_equals_the_formula():
     q, k = rows(N, 2, D), rows(N, 2, D, seed=2)
     want = 0.0
