@@ -72,7 +72,7 @@ def test_an_existing_target_needs_force(tmp_path, capsys):
 
 
 def child(*argv, **options) -> subprocess.Popen:
-    command = [sys.executable, "-W", "error::DeprecationWarning", "-m", "fastssl", "convert", *map(str, argv)]
+    command = [sys.executable, "-W", "error::DeprecationWarning", "-m", "fastssl.data_prep", *map(str, argv)]
     return subprocess.Popen(command, text=True, **options)
 
 
