@@ -58,6 +58,7 @@ def build(run: Run, hooks: Sequence[Hook] = (), device: str | None = None, loade
     engine = start_deepspeed(method, optimizer, run)
     zero.partitions(engine)  # ValueError for an optimizer whose partitions checkpoints cannot store
     optim.attach(engine)
+    scaler = LossScaler(run.optim.precision, "cpu" if run.speed.zero else device_used, run.optim.skip_nonfinite)
     t = Trainer(
         run=run,
         folder=run_folder.path(run),
@@ -67,9 +68,10 @@ def build(run: Run, hooks: Sequence[Hook] = (), device: str | None = None, loade
         schedule=schedule,
         loader=loader,
         meter=Meter(device_used, batch=run.optim.batch, precision=run.optim.precision),
-        loss_scaler=LossScaler(run.optim.precision, "cpu" if run.speed.zero else device_used, run.optim.skip_nonfinite),
+        loss_scaler=scaler,
         step_inputs=cuda_graph.StepInputs(len(engine.optimizer.param_groups), device_used),
         hooks=hooks,
+        statistics=norm.StatisticsBackup(method) if scaler.checked else None,
         not_compiled=not_compiled(run, device_used),
     )
     set_capturable_step(t)

@@ -66,6 +66,38 @@ class SyncBatchNormAct(SyncBatchNorm):
         return self.act(self.drop(super().forward(x)))
 
 
+def running_statistics(module: nn.Module) -> list[list[Tensor]]:
+    """The buffers of every batch norm in `module` by their dtype, for torch._foreach_*: running means and variances,
+    and numbers of batches.  Empty without such buffers."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    moving = [b for m in norms for b in (m.running_mean, m.running_var)]
+    return [b for b in (moving, [m.num_batches_tracked for m in norms]) if b]
+
+
+class StatisticsBackup:
+    """The running statistics of every batch norm before a step, for one that is skipped: an overflow in the forward
+    would otherwise leave them NaN.  Few kernels, on tensors that stay the same, so that a CUDA graph can restore them.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._groups = []  # buffers, their copies in one tensor, another such tensor, and its parts
+        for buffers in running_statistics(module):
+            rows = [b.view(-1) for b in buffers]
+            flat, new = torch.cat(rows), torch.cat(rows)
+            self._groups.append((rows, flat, new, new.split([len(row) for row in rows])))
+
+    def save(self) -> None:
+        for rows, flat, _, _ in self._groups:
+            torch.cat(rows, out=flat)
+
+    def restore_where(self, condition: Tensor) -> None:
+        """Set all back where the 0-dim `condition`, on their device, holds.  The host does not wait for the device."""
+        for rows, flat, new, parts in self._groups:
+            torch.cat(rows, out=new)
+            torch.where(condition, flat, new, out=new)
+            torch._foreach_copy_(rows, parts)
+
+
 class SavedStatistics:
     """The running statistics of every batch norm at construction; `restore` sets them back.  `add` after each
     micro-batch and `apply_mean` at the end update them once per optimizer step, by the mean of the changes that the
@@ -75,24 +107,14 @@ class SavedStatistics:
     """
 
     def __init__(self, module: nn.Module):
-        norms = [
-            m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-        ]
-        moving = [b for m in norms for b in (m.running_mean, m.running_var)]
-        self.buffers = [b for b in (moving, [m.num_batches_tracked for m in norms]) if b]  # by dtype, for foreach
-        self.flat_start = [_flat(buffers) for buffers in self.buffers]  # one kernel instead of one for each buffer
-        self.start = [_split(flat, buffers) for flat, buffers in zip(self.flat_start, self.buffers)]
-        self.change = [_split(torch.zeros_like(flat), b) for flat, b in zip(self.flat_start, self.buffers)]
+        self.buffers = running_statistics(module)
+        self.start = [[b.clone() for b in buffers] for buffers in self.buffers]
+        self.change = [[torch.zeros_like(b) for b in buffers] for buffers in self.buffers]
 
     def restore(self) -> None:
         """Undo the changes of forward passes.  Only after their backward: autograd has saved these buffers."""
         for buffers, start in zip(self.buffers, self.start):
             torch._foreach_copy_(buffers, start)
-
-    def restore_where(self, condition: Tensor) -> None:
-        """`restore` where the 0-dim `condition` holds, without waiting for the device."""
-        for buffers, start in zip(self.buffers, self.flat_start):
-            torch._foreach_copy_(buffers, _split(torch.where(condition, start, _flat(buffers)), buffers))
 
     def add(self) -> None:
         """Record the change that a micro-batch has made, and undo it."""
@@ -105,12 +127,3 @@ class SavedStatistics:
         for change, buffers in zip(self.change, self.buffers):
             integer = not buffers[0].is_floating_point()  # num_batches_tracked, the same in every micro-batch
             torch._foreach_add_(buffers, [c // count for c in change] if integer else torch._foreach_div(change, count))
-
-
-def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([t.flatten() for t in tensors])
-
-
-def _split(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """Views of `flat` with the shapes of `tensors`."""
-    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]

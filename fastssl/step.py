@@ -37,11 +37,10 @@ def step(t: Trainer, micro_batches: list[Batch]) -> Outputs:
     """
     t.scalars = {"lr": t.schedule.set_lr(t.deepspeed.optimizer, t.step)}
     batch = micro_batches[0] if len(micro_batches) == 1 else merge_without_pixels(micro_batches)
-    statistics = norm.SavedStatistics(t.method) if t.loss_scaler.checked else None
+    if t.statistics is not None:
+        t.statistics.save()
     make_step = deepspeed_step if t.capturable_step is None else pytorch_step
     out, scalars = make_step(t, micro_batches, batch)
-    if statistics is not None:  # a skipped step changes no statistics; an overflow in the forward would leave them NaN
-        statistics.restore_where(t.loss_scaler.found_inf != 0)
     t.log(scalars)
     t.step += 1
     done = hooks_in_graph(t)
@@ -77,6 +76,8 @@ def deepspeed_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tupl
         applied = t.loss_scaler.step(t.deepspeed)
         if applied:
             t.method.after_step(out, batch, t.step / t.total_steps)
+        elif t.statistics is not None:
+            t.statistics.restore_where(torch.ones((), dtype=torch.bool, device=t.device))
     return zeros_if_skipped(t, out), detached(losses) | {"loss_scale": t.loss_scaler.value, "applied": applied}
 
 
@@ -147,6 +148,8 @@ def update(
         overflow = {} if found_inf is None else {"found_inf": found_inf}
         t.method.after_step(out, batch, t.step_inputs.progress, **overflow)
         t.loss_scaler.update_()
+        if t.statistics is not None and found_inf is not None:
+            t.statistics.restore_where(found_inf != 0)
     if found_inf is None:
         return out, detached(losses) | {"loss_scale": 1.0, "applied": True}
     scalars = detached(losses) | {"loss_scale": t.loss_scaler.scale.clone(), "applied": found_inf == 0}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastssl import backbones, cuda_graph, dist, zero
+from fastssl import backbones, cuda_graph, dist, norm, zero
 from fastssl.amp import LossScaler
 from fastssl.config import Run
 from fastssl.kernels import Impl
@@ -102,6 +102,7 @@ class Trainer:
     hooks: list = field(default_factory=list)
     # what step.pytorch_step runs, eagerly or as a CUDA graph; None: step.deepspeed_step
     capturable_step: cuda_graph.CapturableStep | None = None
+    statistics: norm.StatisticsBackup | None = None  # where steps may be skipped (fp16, optim.skip_nonfinite)
     not_compiled: str | None = None  # why the method's forward is not compiled; None: it is
     step: int = 0  # optimizer steps done, skipped ones included
     epoch: int = 0

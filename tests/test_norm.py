@@ -61,6 +61,24 @@ def test_a_norm_without_running_statistics_has_none_to_save():
     saved = norm.SavedStatistics(nn.BatchNorm1d(3, track_running_stats=False))
     saved.add(), saved.apply_mean(2)
     assert not saved.buffers
+    backup = norm.StatisticsBackup(nn.Linear(2, 2))
+    backup.save(), backup.restore_where(torch.tensor(True))
+
+
+def test_the_statistics_of_a_skipped_step_are_restored():
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2), nn.BatchNorm1d(2), nn.LayerNorm(2))
+    net(torch.randn(8, 3))
+    backup = norm.StatisticsBackup(net)
+    for skipped in (False, True, True, False):
+        backup.save()
+        before = {name: b.clone() for name, b in net.named_buffers()}
+        net(torch.randn(8, 3) * (torch.inf if skipped else 1))
+        after = {name: b.clone() for name, b in net.named_buffers()}
+        assert all(b.isnan().any() == skipped for name, b in after.items() if "running" in name)
+        backup.restore_where(torch.tensor(skipped))
+        for name, b in net.named_buffers():
+            assert torch.equal(b, (before if skipped else after)[name]), name
+            assert not torch.equal(before[name], after[name]), name
 
 
 def test_an_unknown_subclass_of_batch_norm_is_refused(two_ranks):
