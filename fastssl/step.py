@@ -37,8 +37,6 @@ def step(t: Trainer, micro_batches: list[Batch]) -> Outputs:
     """
     t.scalars = {"lr": t.schedule.set_lr(t.deepspeed.optimizer, t.step)}
     batch = micro_batches[0] if len(micro_batches) == 1 else merge_without_pixels(micro_batches)
-    if t.statistics is not None:
-        t.statistics.save()
     make_step = deepspeed_step if t.capturable_step is None else pytorch_step
     out, scalars = make_step(t, micro_batches, batch)
     t.log(scalars)
@@ -48,6 +46,12 @@ def step(t: Trainer, micro_batches: list[Batch]) -> Outputs:
         if all(hook is not other for other in done):  # not ==, which a dataclass defines
             contract.call_hook(hook, "after_step", t, out, batch)
     return out
+
+
+def save_statistics(t: Trainer) -> None:
+    """Copy the running statistics of batch norm, where the step may be skipped."""
+    if t.statistics is not None:
+        t.statistics.save()
 
 
 def hooks_in_graph(t: Trainer) -> list:
@@ -61,6 +65,7 @@ def deepspeed_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tupl
     """A step by DeepSpeed's backward and update, which read numbers from the device.  Returns detached outputs and the
     scalars to log."""
     t.loss_scaler.pass_to_zero(t.deepspeed)
+    save_statistics(t)
     if len(micro_batches) == 1:
         with t.meter.phase("views"):
             views = batch_views(t, batch)
@@ -90,6 +95,7 @@ def pytorch_step(t: Trainer, micro_batches: list[Batch], batch: Batch) -> tuple[
     method_key = t.method.graph_key(batch.epoch) if hasattr(t.method, "graph_key") else None
     frozen = tuple(group["frozen"] for group in t.deepspeed.optimizer.param_groups)  # by optim.Schedule
     if len(micro_batches) > 1:
+        save_statistics(t)
         out, scalars = update(t, *accumulate(t, micro_batches, batch), batch, t.meter.phase)
     elif t.capturable_step.prepare_replay(batch, (method_key, frozen)):
         with t.meter.phase("step"):
@@ -114,6 +120,7 @@ def static_step(t: Trainer, batch: Batch, timer: Timer) -> tuple[Outputs, dict[s
         method_batch = replace(tensor_batch, epoch=batch.epoch)
     elif hasattr(t.method, "not_capturable"):  # it may use the numbers on the host
         method_batch = batch
+    save_statistics(t)
     with timer("views"):
         views = batch_views(t, tensor_batch)
     with timer("forward"):
