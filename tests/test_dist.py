@@ -1,8 +1,12 @@
-"""The end of a process that was a rank."""
+"""Differentiable collectives, and the end of a process that was a rank."""
 
 import os
 import subprocess
 import sys
+
+import torch
+
+from fastssl import dist
 
 RANK = """
 import os, sys
@@ -35,3 +39,18 @@ def test_a_rank_does_not_abort_while_gloo_drops_the_tensors_of_its_last_collecti
         timeout=200,
     )
     assert done.stdout.strip() == "[0, 0, 0, 0]", done.stdout + done.stderr
+
+
+def test_means_and_gathered_gradients_leave_their_inputs_as_they_are(monkeypatch):
+    """On two ranks with equal values; autograd may use the same tensors elsewhere."""
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    monkeypatch.setattr(dist, "rank", lambda: 1)
+    monkeypatch.setattr(dist.td, "all_reduce", lambda x: x.mul_(2))
+    monkeypatch.setattr(dist.td, "all_gather_into_tensor", lambda out, x: out.copy_(torch.cat([x, x])))
+    x = torch.arange(3.0, requires_grad=True)
+    for function, ranks, own in ((dist.mean, 1, 1.0), (dist.gather, 2, 2.0)):
+        out = function(x)
+        assert torch.equal(out, torch.arange(3.0).repeat(ranks)) and x.tolist() == [0, 1, 2], function
+        grad = torch.ones(len(out))
+        (of_x,) = torch.autograd.grad(out, x, grad)
+        assert torch.equal(of_x, torch.full((3,), own)) and grad.tolist() == [1.0] * len(out), function

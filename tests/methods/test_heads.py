@@ -1,10 +1,14 @@
 """Layers and initial weights of the methods' heads as in the authors' code, and which features a method gives."""
 
+from dataclasses import replace
+
 import method_cases as cases
 import pytest
 import torch
 from loss_tools import D, N, batch, build, rows, unit
 from torch import nn
+
+from fastssl import clustering
 
 # (case, settings): {head: widths, "-" for a layer without bias or without scale and shift}
 HEADS = {
@@ -55,6 +59,43 @@ def test_features_are_the_backbones_output_for_view_0(name):
     features = method(views, batch())["features"]
     assert not features.requires_grad
     torch.testing.assert_close(features, method.backbone(views[0]).detach())
+
+
+@pytest.mark.parametrize("name", ["simclr", "dcl", "supcon", "byol", "simsiam", "barlow", "vicreg", "nnclr"])
+def test_views_are_one_batch_of_the_backbone_where_they_are_in_the_authors_code(name):
+    """Batch statistics are those of both views (the first three) or of a view each."""
+    method, sizes = build(name), []
+    method.backbone.register_forward_hook(lambda module, inputs, out: sizes.append(len(inputs[0])))
+    method([torch.rand(N, 3, v.size, v.size).double() for v in cases.CASES[name].views], batch())
+    assert sizes == ([2 * N] if name in ("simclr", "dcl", "supcon") else [N, N])
+
+
+@pytest.mark.parametrize("name", [n for n in cases.CASES if n not in ("mae", "mocov3 vit")])
+def test_the_evaluated_network_is_the_authors(name):
+    """The teacher of DINO; otherwise the network that has the gradients."""
+    method = build(name, **({"min_cluster_size": 2} if name == "odc" else {}))
+    of_target = name.partition(" ")[0] == "dino"
+    assert getattr(method, "evaluated", "backbone") == ("target.0" if of_target else "backbone")
+
+
+def test_embeddings_of_deepcluster_v2_have_unit_length():
+    method = build("deepclusterv2")
+    z = method([torch.rand(N, 3, v.size, v.size).double() for v in cases.CASES["deepclusterv2"].views], batch())["z"]
+    torch.testing.assert_close(z.norm(dim=-1), torch.ones(z.shape[:-1]).double())
+
+
+@pytest.mark.parametrize("algorithm", ["kmeans", "faiss"])
+def test_deepcluster_uses_the_k_means_that_is_set(algorithm, monkeypatch):
+    used, fit = [], clustering.KMeans.fit
+    monkeypatch.setattr(
+        clustering.KMeans,
+        "fit",
+        lambda self, *rows: (used.append(self.backend), fit(replace(self, backend="torch"), *rows))[1],
+    )
+    method = build("deepcluster", algorithm=algorithm, clusters=4, pca_dim=0)
+    x = rows(60, method.backbone.dim).detach()
+    method.before_epoch(0, lambda *names, **options: (x, torch.arange(60)))
+    assert used == ["torch" if algorithm == "kmeans" else "faiss"]
 
 
 def test_dino_head_initialisation():
