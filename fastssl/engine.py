@@ -57,13 +57,7 @@ def fit(
     """
     config.validate(run)
     device_used = dist.init(device)
-    if emulated(run.optim.precision, device_used):
-        if dist.is_main():
-            print(
-                f"optim.precision={run.optim.precision}: this CPU has no instructions for it and would emulate it, "
-                "many times slower; training in fp32"
-            )
-        run = replace(run, optim=replace(run.optim, precision="fp32", residual_in_fp32=True))
+    run = without_emulation(run, device_used)
     agreement.compare(run)
     hooks = monitors.from_config(run) if hooks is None else hooks
     with run_folder.locked(run, config_file), contextlib.ExitStack() as at_exit:
@@ -132,8 +126,21 @@ def find_nonfinite(
     return nonfinite.rerun(build_plain(run, device, loader), before, failed_step, batches)
 
 
+def without_emulation(run: Run, device: torch.device) -> Run:
+    """`run`, in fp32 where a CPU would emulate its precision, which is then printed."""
+    if not emulated(run.optim.precision, device):
+        return run
+    if dist.is_main():
+        print(
+            f"optim.precision={run.optim.precision}: this CPU has no instructions for it and would emulate it, "
+            "many times slower; training in fp32"
+        )
+    return replace(run, optim=replace(run.optim, precision="fp32", residual_in_fp32=True))
+
+
 def build_plain(run: Run, device: str | None, loader: Loader | None = None) -> Trainer:
     """A trainer of the same steps without monitors, compilation and CUDA graphs, to look at single steps."""
+    run = without_emulation(run, dist.init(device))
     return build(replace(run, hooks=(), speed=replace(run.speed, compile="off", graph="off")), (), device, loader)
 
 

@@ -169,6 +169,13 @@ def test_a_rerun_that_takes_too_long_names_the_replay_command(tmp_path, poison, 
     assert f"in step {BAD}: output of backbone.layer2" in nonfinite.replay(t, engine.batches)
 
 
+def test_a_step_is_made_again_in_the_precision_of_the_run(tmp_path, monkeypatch):
+    """On a CPU that would emulate bf16, `fit` has trained in fp32."""
+    monkeypatch.setattr(engine, "emulated", lambda precision, device: precision == "bf16")
+    run = make_run(tmp_path, "emulated", optim_precision="bf16")
+    assert engine.build_plain(run, "cpu", cases.loader(run)).run.optim.precision == "fp32"
+
+
 def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
