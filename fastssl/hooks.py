@@ -114,7 +114,7 @@ class FeatureCache:
         numbers = self._matched[path, train.path][1] if train else None
         if numbers is None:
             return x, labels
-        return x, torch.where(labels < 0, labels, torch.from_numpy(numbers).to(labels.device)[labels])
+        return x, torch.from_numpy(numbers).to(labels.device)[labels]
 
 
 def images_per_pass(size: int) -> int:
