@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -119,7 +118,7 @@ def test_the_memory_that_is_checked_holds_all_buffers_of_a_training_loop(beton, 
     trainer = bare_trainer(None, opened, total_steps=12, meter=Meter("cpu", batch=16))
     for _, micro_batches in batches(trainer, lambda t, start: None):
         assert len(micro_batches) == micro
-        time.sleep(0.1)  # what is decoded in advance is ready
+        opened._prefetcher.submit(lambda: None).result()  # after all that is decoded in advance
     del micro_batches
     gc.collect()
     assert int(count) - 1 <= len(opened._free) <= int(count)  # one fewer where decoding is slower than the loop
