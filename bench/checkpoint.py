@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 import step as bench_step
 import torch
-from common import append, environment, parser_with_dry, spread
+from common import append, environment, one_line_errors, parser_with_dry, spread
 
-from fastssl import config, dist
+from fastssl import config
 
 if TYPE_CHECKING:
     from fastssl.checkpoint.writer import Writer
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 ALLOWED = 0.02  # of the time of a run that checkpoints may take
 
 
+@one_line_errors
 def main() -> int:
     parser = parser_with_dry(__doc__)
     parser.add_argument("config", help="a config file")
@@ -35,21 +36,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20, help="of a block; default 20")
     parser.add_argument("--blocks", type=int, default=4, help="of each kind; default 4")
     args = parser.parse_intermixed_args()
-    try:
-        env = environment("deepspeed")
-        run = config.load(args.config, args.overrides)
-        Path(run.log.root).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=run.log.root) as run.log.root:
-            t = bench_step.build(run)
-            results = measure(t, args.steps, args.blocks)
-        print(report(results))
-        if not args.dry:
-            print(f"appended to {append('checkpoint', env, **bench_step.describe(t), **results)}")
-    except ValueError as error:
-        print(f"bench/checkpoint.py: {error}", file=sys.stderr)
-        return 2
-    finally:
-        dist.shutdown()
+    env = environment("deepspeed")
+    run = config.load(args.config, args.overrides)
+    Path(run.log.root).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=run.log.root) as run.log.root:
+        t = bench_step.build(run)
+        results = measure(t, args.steps, args.blocks)
+    print(report(results))
+    if not args.dry:
+        print(f"appended to {append('checkpoint', env, **bench_step.describe(t), **results)}")
     return 0
 
 

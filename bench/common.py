@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import re
 import statistics
 import subprocess
+import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +25,24 @@ def parser_with_dry(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="do not append to bench/results")
     return parser
+
+
+def one_line_errors(main: Callable[[], int]) -> Callable[[], int]:
+    """Decorator of a program that trains: a ValueError is one line and exit code 2; the process group is left."""
+
+    @functools.wraps(main)
+    def run() -> int:
+        from fastssl import dist
+
+        try:
+            return main()
+        except ValueError as error:
+            print(f"bench/{Path(main.__code__.co_filename).name}: {error}", file=sys.stderr)
+            return 2
+        finally:
+            dist.shutdown()
+
+    return run
 
 
 def device_name() -> str:

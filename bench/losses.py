@@ -24,15 +24,16 @@ import time
 
 import step as bench_step
 import torch
-from common import append, environment, parser_with_dry
+from common import append, environment, one_line_errors, parser_with_dry
 
-from fastssl import config, dist
+from fastssl import config
 
 WINDOW = 50
 FIRST = 2**-9  # relative difference of the first losses
 LOSSES = ("loss", "probe_loss")
 
 
+@one_line_errors
 def main() -> int:
     parser = parser_with_dry(__doc__)
     parser.add_argument("config", help="a config file")
@@ -42,30 +43,24 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_intermixed_args()
     sides = {"a": args.a.split(","), "b": args.b.split(",")}
-    try:
-        if args.steps < 2 * WINDOW:
-            raise ValueError(f"--steps {args.steps}: give at least {2 * WINDOW}, two windows of {WINDOW}")
-        env = environment("triton", "deepspeed")
-        losses: dict[str, dict] = {}
-        ms: dict[str, float] = {}
-        facts: dict = {}
-        for name, settings in sides.items():
-            losses[name], ms[name], facts = train(args.config, [*args.overrides, *settings], args.steps)
-            print(f"{name}: {', '.join(settings)}: {ms[name]:.2f} ms a step, {summary(losses[name])}", flush=True)
-        result = verdict(losses["a"], losses["b"])
-        if result["verdict"] != "bits":
-            rounded, _, _ = train(args.config, [*args.overrides, *sides["a"]], args.steps, rounded=True)
-            print(f"a, weights rounded: {summary(rounded)}", flush=True)
-            result = verdict(losses["a"], losses["b"], rounded)
-        if not args.dry:
-            where = append("losses", env, **facts, **sides, steps=args.steps, ms_a_step=ms, **result)
-            print(f"appended to {where}")
-        print(f"{result}\nverdict: {result['verdict']}, {ms['a']:.2f} and {ms['b']:.2f} ms a step")
-    except ValueError as error:
-        print(f"bench/losses.py: {error}", file=sys.stderr)
-        return 2
-    finally:
-        dist.shutdown()
+    if args.steps < 2 * WINDOW:
+        raise ValueError(f"--steps {args.steps}: give at least {2 * WINDOW}, two windows of {WINDOW}")
+    env = environment("triton", "deepspeed")
+    losses: dict[str, dict] = {}
+    ms: dict[str, float] = {}
+    facts: dict = {}
+    for name, settings in sides.items():
+        losses[name], ms[name], facts = train(args.config, [*args.overrides, *settings], args.steps)
+        print(f"{name}: {', '.join(settings)}: {ms[name]:.2f} ms a step, {summary(losses[name])}", flush=True)
+    result = verdict(losses["a"], losses["b"])
+    if result["verdict"] != "bits":
+        rounded, _, _ = train(args.config, [*args.overrides, *sides["a"]], args.steps, rounded=True)
+        print(f"a, weights rounded: {summary(rounded)}", flush=True)
+        result = verdict(losses["a"], losses["b"], rounded)
+    if not args.dry:
+        where = append("losses", env, **facts, **sides, steps=args.steps, ms_a_step=ms, **result)
+        print(f"appended to {where}")
+    print(f"{result}\nverdict: {result['verdict']}, {ms['a']:.2f} and {ms['b']:.2f} ms a step")
     return int(result["verdict"] == "different")
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from common import append, environment, spread
+from common import append, environment, one_line_errors, spread
 
 from fastssl import config, dist
 from fastssl.meters import PHASES
@@ -34,6 +34,7 @@ COLUMNS = (*PHASES, "other", "total")
 WARM = 3  # first steps of a block, not counted: their batches were loaded before the block
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a config file")
@@ -51,24 +52,18 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
     start = time.perf_counter()
-    try:
-        env = environment("torchvision", "triton", "ffcv", "deepspeed")
-        run = config.load(args.config, args.overrides)
-        t = build(run)
-        if args.profile:
-            print(profile(t, Path(args.profile)))
-            return 0
-        results = measure(t, args, start + args.seconds)
-        if dist.is_main():
-            report(run, results)
-            if not args.dry:
-                facts = describe(t)
-                print(f"appended to {append('step', env, **facts, **results)}")
-    except ValueError as error:
-        print(f"bench/step.py: {error}", file=sys.stderr)
-        return 2
-    finally:
-        dist.shutdown()
+    env = environment("torchvision", "triton", "ffcv", "deepspeed")
+    run = config.load(args.config, args.overrides)
+    t = build(run)
+    if args.profile:
+        print(profile(t, Path(args.profile)))
+        return 0
+    results = measure(t, args, start + args.seconds)
+    if dist.is_main():
+        report(run, results)
+        if not args.dry:
+            facts = describe(t)
+            print(f"appended to {append('step', env, **facts, **results)}")
     return 0
 
 

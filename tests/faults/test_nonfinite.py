@@ -220,11 +220,11 @@ def test_a_run_that_ended_continues_without_its_last_step(tmp_path, poison):
     assert scaler.bad_steps == 2
 
 
-@pytest.mark.parametrize("zero", [0, 1])
-def test_an_overflow_of_fp16_in_the_forward_leaves_no_trace_in_running_statistics(tmp_path, poison, monkeypatch, zero):
+@pytest.mark.parametrize("speed", [{"speed_zero": 0}, {"speed_zero": 1}, {"speed_micro_batch": 2}])
+def test_an_overflow_of_fp16_in_the_forward_leaves_no_trace_in_running_statistics(tmp_path, poison, monkeypatch, speed):
     monkeypatch.setattr(amp, "NATIVE", {})  # otherwise a CPU without instructions for fp16 trains in fp32
     poison("output", seen_in(1), (1,))
-    t = fit(make_run(tmp_path, "fp16", optim_precision="fp16", backbone_norm="bn", speed_zero=zero))
+    t = fit(make_run(tmp_path, "fp16", optim_precision="fp16", backbone_norm="bn", **speed))
     assert [r["step"] for r in records(tmp_path / "fp16") if r.get("applied") is False] == [BAD]
     assert all(v.isfinite().all() for v in t.method.state_dict().values() if v.is_floating_point())
 
